@@ -1,0 +1,68 @@
+"""Create the virtual environment from requirements.lock. Only the standard library: it runs before anything is installed.
+
+On a machine without an NVIDIA GPU it makes sure that torch is a CPU build: the default Linux wheel for x86-64
+brings several GB of CUDA libraries that could not even be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+
+
+def main() -> int:
+    """Install; returns the exit code of the process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("venv", type=Path)
+    parser.add_argument("--torch-index", help="package index to take torch from")
+    arguments = parser.parse_args()
+    if sys.version_info < (3, 11):
+        print(f"python: {platform.python_version()} is too old; allowed: 3.11 or newer; fix: make PYTHON=python3.11 setup")
+        return 2
+    if not (arguments.venv / "bin" / "python").exists():
+        venv.create(arguments.venv, with_pip=True)
+    pip = [str(arguments.venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
+    torch = re.search(r"^torch==\S+", LOCK.read_text(), re.MULTILINE)
+    assert torch is not None, "requirements.lock pins no torch"
+    index = ["--index-url", arguments.torch_index] if arguments.torch_index else []
+    if not index and not has_gpu() and would_be_cuda(pip, torch.group()):
+        print(
+            f"torch: the only {torch.group()} that pip finds is a CUDA build of several GB, and this machine has no NVIDIA GPU; "
+            "fix: make TORCH_INDEX=URL setup with the CPU index shown on pytorch.org under Get Started "
+            "(or TORCH_INDEX=your default index, to take the CUDA build)"
+        )
+        return 2
+    subprocess.run([*pip, "--quiet", *index, torch.group()], check=True)
+    subprocess.run([*pip, "--quiet", "-r", str(LOCK)], check=True)
+    subprocess.run([*pip, "--quiet", "--no-build-isolation", "-e", str(ROOT)], check=True)
+    return 0
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver answers."""
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def would_be_cuda(pip: list[str], torch: str) -> bool:
+    """Whether pip would take a CUDA build: on x86-64 Linux every wheel that does not say +cpu."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    report = subprocess.run(
+        [*pip, "--quiet", "--dry-run", "--ignore-installed", "--report", "-", torch], capture_output=True, text=True, check=True
+    )
+    return all("+cpu" not in item["metadata"]["version"] for item in json.loads(report.stdout)["install"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+# Two commands do all set-up: `make quickstart` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+
+.PHONY: help setup quickstart test test-full lint format bench lock clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/.installed: requirements.lock pyproject.toml .ci/install.py
+	$(PYTHON) .ci/install.py $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	@touch $@
+
+setup: $(VENV)/.installed ## a virtual environment in .venv, exactly as requirements.lock says
+
+quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each, write runs/quickstart/report.html
+	$(BIN)/optbench compare adamw muon galore sumo experiment=quickstart
+
+test: setup ## the tests (about 8 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-full: setup ## the tests and the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: setup ## ruff and basedpyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
+
+format: setup ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## the ratios of docs/benchmarks.md
+	$(BIN)/python benchmarks/run_all.py
+
+lock: setup ## rewrite requirements.lock from what is installed
+	$(BIN)/python .ci/lock.py > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean: ## remove the virtual environment
+	rm -rf $(VENV)

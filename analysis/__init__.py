@@ -1,0 +1,1 @@
+"""Many runs: what is read from run folders, compared and reported."""

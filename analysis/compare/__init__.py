@@ -1,0 +1,1 @@
+"""From run folders to statistics, tables and a report."""

@@ -1,0 +1,180 @@
+"""What `optbench compare` and `optbench report` were told, checked word by word. Torch-free."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from harness.config.errors import InputError, closest
+from optimizers import presets
+
+DEFAULT_SEEDS = 3
+"""Two seeds give a test with one degree of freedom; three are the fewest that show a difference of some
+size.
+"""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A label and the words that choose its optimizer and options."""
+
+    label: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which runs a comparison consists of."""
+
+    arms: list[Arm]
+    seeds: list[int]
+    shared: list[str]
+    """Words that all runs get."""
+    group: str
+    command: str
+    """Command line that reproduces it."""
+    as_json: bool
+
+    def overrides(self, arm: Arm, seed: int) -> list[str]:
+        """The words of one run."""
+        own = [f"seed={seed}", f"group={self.group}", f"name={arm.label}-seed{seed}"]
+        return [*self.shared, *arm.overrides, *own]
+
+
+def plan(argv: Sequence[str]) -> Plan:
+    """Read the words after ``optbench compare``.
+
+    ``NAME`` is an arm; ``seeds=N`` runs the seeds ``seed``, ``seed`` + 1, …; ``NAME.key=value`` sets an
+    optimizer option for that arm only (``NAME.name=PRESET`` or ``NAME.target=import.path`` makes NAME a label
+    of your own); ``preset=NAME`` is ``experiment=NAME``; all else goes to every run.
+
+    Raises:
+        InputError: no arm, an arm named twice or unknown, a word that is neither, keys that each run gets for
+        itself.
+    """
+    labels = [word for word in argv if "=" not in word and not word.startswith("-")]
+    _check_flags(argv, {"--json"})
+    if not labels:
+        said = " ".join(argv) or "nothing"
+        fix = "optbench compare adamw sumo"
+        raise InputError("compare", said, "names no optimizer", allowed=presets.names(), fix=fix)
+    for label in labels:
+        if labels.count(label) > 1:
+            fix = "once each; for two settings of one optimizer: a.name=sumo a.rank=32 b.name=sumo b.rank=64"
+            raise InputError("compare", label, "is named twice", fix=fix)
+    own: dict[str, dict[str, str]] = {label: {} for label in labels}
+    shared: list[str] = []
+    given: dict[str, str] = {}
+    for word in (word for word in argv if "=" in word and not word.startswith("-")):
+        key, _, value = word.partition("=")
+        label, _, option = key.partition(".")
+        if option and label in own:
+            own[label][option] = value
+        elif key in ("seeds", "seed", "group"):
+            if given.get(key, value) != value:
+                raise InputError(key, value, f"was given as {given[key]} before")
+            given[key] = value
+        else:
+            shared.append(_shared(key.removeprefix("+"), word, labels))
+    return Plan(
+        arms=[_arm(label, own[label]) for label in labels],
+        seeds=_seeds(given),
+        shared=shared,
+        group=given.get("group") or f"compare-{datetime.now():%Y%m%d-%H%M%S}",
+        command=shlex.join(["optbench", "compare", *(word for word in argv if word != "--json")]),
+        as_json="--json" in argv,
+    )
+
+
+def report(argv: Sequence[str]) -> tuple[Path, Path, bool]:
+    """Read the words after ``optbench report``: the folder, where to write, whether JSON is wanted.
+
+    Raises:
+        InputError: no folder, more than one, or an unknown flag.
+    """
+    words, out = [], None
+    rest = iter(argv)
+    for word in rest:
+        if word == "--out" or word.startswith("--out="):
+            out = next(rest, "") if word == "--out" else word.removeprefix("--out=")
+            if not out:
+                raise InputError(
+                    "--out", "nothing", "needs a folder", fix="optbench report runs/GROUP --out FOLDER"
+                )
+        elif word != "--json":
+            words.append(word)
+    _check_flags(words, {"--json", "--out"})
+    if len(words) != 1:
+        shown = " ".join(words) or "nothing"
+        raise InputError(
+            "report",
+            shown,
+            "is not one folder",
+            allowed="DIR [--out DIR] [--json]",
+            fix="optbench report runs",
+        )
+    folder = Path(words[0])
+    return folder, Path(out) if out else folder, "--json" in argv
+
+
+def _check_flags(words: Sequence[str], known: set[str]) -> None:
+    for word in words:
+        if word.startswith("-") and word not in known:
+            stem = word.lstrip("-")
+            fix = stem if "=" in stem else None
+            raise InputError("argument", word, "is not known", allowed=sorted(known), fix=fix)
+
+
+def _shared(key: str, word: str, labels: Sequence[str]) -> str:
+    if key == "name":
+        raise InputError("name", word, "would be the same for all runs", fix="group=… names the comparison")
+    if key in ("optimizer", "optimizer.name", "optimizer.target"):
+        value = word.partition("=")[2]
+        raise InputError(
+            key, value, "would be the same for all runs", fix=f"optbench compare {labels[0]} {value}"
+        )
+    if key == "preset":
+        return f"experiment={word.partition('=')[2]}"
+    head, _, option = key.partition(".")
+    if option and head in presets.names():
+        raise InputError(
+            key,
+            word.partition("=")[2],
+            f"belongs to {head}, which is not compared",
+            allowed=[f"{label}.{option}" for label in labels],
+            fix=f"optbench compare {head} …",
+        )
+    return word
+
+
+def _arm(label: str, options: Mapping[str, str]) -> Arm:
+    name = options.get("name", label)
+    if "target" in options:
+        words = [f"optimizer.name={name}", f"optimizer.target={options['target']}"]
+    elif name in presets.names():
+        words = [f"optimizer={name}"]
+    else:
+        key = "compare" if name == label else f"{label}.name"
+        fix = closest(name, presets.names()) or f"{label}.target=your.module.Optimizer"
+        raise InputError(key, name, "is not an optimizer", allowed=presets.names(), fix=fix)
+    rest = [f"optimizer.{key}={value}" for key, value in options.items() if key not in ("name", "target")]
+    return Arm(label, (*words, *rest))
+
+
+def _seeds(given: Mapping[str, str]) -> list[int]:
+    try:
+        first = int(given.get("seed", "0"))
+    except ValueError:
+        first = -1
+    if first < 0:
+        raise InputError("seed", given.get("seed"), allowed="a whole number from 0 on", fix="seed=0")
+    try:
+        count = int(given.get("seeds", str(DEFAULT_SEEDS)))
+    except ValueError:
+        count = 0
+    if not 1 <= count <= 1000:
+        raise InputError("seeds", given.get("seeds"), allowed="how many seeds: 1 to 1000", fix="seeds=3")
+    return list(range(first, first + count))

@@ -1,0 +1,73 @@
+"""The end of a command: judge the runs of a folder, write the report, print tables or the JSON document."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from analysis.compare import document, reading, report, tables
+from analysis.compare.arguments import Plan
+from analysis.compare.document import ORIGIN, SCHEMA_VERSION, Document
+from analysis.compare.report import Written
+from harness.record import atomic
+
+NARROWEST = 110
+"""Width of tables where the output is no terminal."""
+
+
+def write(folder: Path, out: Path, *, as_json: bool) -> None:
+    """Compare the runs below ``folder``, write the report into ``out``, and print.
+
+    Raises:
+        InputError: no such folder, or no runs in it.
+    """
+    found = document.read(folder)
+    _print(found, report.write(found, out), as_json)
+
+
+def leave_origin(root: Path, plan: Plan) -> None:
+    """Write how the group's runs came about; a second command that adds arms is added, not put in the
+    first's place.
+    """
+    before = reading.mapping(root / ORIGIN, [])
+    names = [word.partition("=")[2] for arm in plan.arms for word in arm.overrides[:1]]
+    lists = {"commands": [plan.command], "optimizers": names}
+    merged = {
+        key: list(dict.fromkeys([*document.strings(before.get(key)), *new])) for key, new in lists.items()
+    }
+    atomic.write_json(root / ORIGIN, {"schema_version": SCHEMA_VERSION, **merged})
+
+
+def _print(found: Document, written: Written, as_json: bool) -> None:
+    """The document, or the tables with the report's path as the last line."""
+    if as_json:
+        for remark in written.remarks:
+            print(remark, file=sys.stderr)
+        files = [str(path) for path in written.files]
+        print(json.dumps({**document.to_json(found), "files": files}, indent=2, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, NARROWEST))
+    for judged in found.sets:
+        console.print()
+        tables.print_table(judged.table, console)
+        console.print()
+        console.print(Text(judged.verdict.headline, style="bold"))
+        if judged.verdict.detail:
+            console.print(Text(judged.verdict.detail))
+        for caution in judged.cautions:
+            if caution.grave:
+                console.print(Text(f"! {caution.message}", style="red"))
+        quiet = sum(not caution.grave for caution in judged.cautions)
+        if quiet:
+            console.print(Text(f"{quiet} more notes are in the report", style="dim"))
+    if len(found.sets) > 1:
+        console.print(Text(f"\n{found.sentence}", style="bold"))
+    for remark in written.remarks:
+        print(remark)
+    print(written.html)

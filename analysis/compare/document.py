@@ -1,0 +1,174 @@
+"""A comparison with all that is said about it, and its JSON form (`--json`, comparison.json)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.compare import cautions, comparison, tables, verdict
+from analysis.compare.cautions import Caution
+from analysis.compare.comparison import ComparisonSet
+from analysis.compare.plots import plain
+from analysis.compare.reading import mapping
+from analysis.compare.runs import Run, load
+from analysis.compare.statistics import RESOLUTION
+from analysis.compare.tables import Table
+from analysis.compare.verdict import Verdict
+
+SCHEMA_VERSION = 1
+ORIGIN = "compare.json"
+"""Left in a group's folder by `optbench compare`: its commands and the order of its arms."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One set with what is said about it."""
+
+    chosen: ComparisonSet
+    verdict: Verdict
+    table: Table
+    cautions: list[Caution]
+
+
+@dataclass(frozen=True)
+class Document:
+    """All sets below one folder."""
+
+    folder: Path
+    runs: list[Run]
+    sets: list[Judged]
+    commands: list[str]
+    """The `optbench compare` commands that made the runs; empty if they were made otherwise."""
+
+    @property
+    def sentence(self) -> str:
+        """The verdict of the only set; of several sets that there is none across them."""
+        if len(self.sets) == 1:
+            return self.sets[0].verdict.sentence
+        return (
+            f"The runs fall into {len(self.sets)} sets that differ in data, model, budget or precision: "
+            "each is judged by itself, and nothing is concluded across them."
+        )
+
+
+def read(folder: str | Path) -> Document:
+    """Load all runs below ``folder`` and judge them.
+
+    Raises:
+        InputError: no such folder, or no runs in it.
+    """
+    root = Path(folder)
+    runs = load(root)
+    origin = _origin(root)
+    sets = comparison.compare(runs, strings(origin.get("optimizers")))
+    judged = [_judged(chosen) for chosen in sets]
+    return Document(root, runs, judged, strings(origin.get("commands")))
+
+
+def strings(value: object) -> list[str]:
+    """The words of a list; nothing of anything else."""
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+
+
+def _judged(chosen: ComparisonSet) -> Judged:
+    said = verdict.judge(chosen)
+    return Judged(chosen, said, tables.build(chosen, ranks=said.ranks), cautions.cautions(chosen))
+
+
+def _origin(root: Path) -> dict[str, Any]:
+    return mapping(root / ORIGIN, [])
+
+
+def to_json(document: Document) -> dict[str, Any]:
+    """``{"schema_version", "runs", "comparison", "warnings"}``; numbers that are not finite are null."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "runs": [_run(run) for run in document.runs],
+        "comparison": {
+            "sentence": document.sentence,
+            "commands": document.commands,
+            "sets": [_set(judged) for judged in document.sets],
+        },
+        "warnings": [
+            {"set": judged.chosen.key, **asdict(caution)}
+            for judged in document.sets
+            for caution in judged.cautions
+        ],
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return plain(
+        {
+            "folder": run.where,
+            "optimizer": run.optimizer,
+            "seed": run.seed,
+            "state": run.state,
+            "reason": run.reason,
+            "comparison_key": run.comparison_key,
+            "identity": run.text("identity") or None,
+            "final_loss": run.final_loss,
+            "notes": run.notes,
+            "summary": run.summary,
+        }
+    )
+
+
+def _set(judged: Judged) -> dict[str, Any]:
+    chosen = judged.chosen
+    names = [arm.label for arm in chosen.arms]
+    tests = chosen.tests
+    return plain(
+        {
+            "key": chosen.key,
+            "title": chosen.title,
+            "verdict": {**asdict(judged.verdict), "sentence": judged.verdict.sentence},
+            "seeds": chosen.seeds,
+            "target": chosen.target,
+            "unigram_entropy": chosen.entropy,
+            "resolution": RESOLUTION,
+            "arms": [
+                {
+                    "label": arm.label,
+                    "optimizer": arm.optimizer,
+                    "n": arm.final.n,
+                    "mean": arm.final.mean,
+                    "sd": arm.final.sd,
+                    "half_width_95": arm.final.half_width,
+                    "losses": {str(seed): value for seed, value in arm.losses().items()},
+                }
+                for arm in chosen.arms
+            ],
+            "pairs": [
+                {
+                    "arms": [names[i], names[j]],
+                    "n": tests.n[k],
+                    "difference": tests.mean[k],
+                    "sd": tests.sd[k],
+                    "half_width_95": tests.half_width[k],
+                    "p": tests.p[k],
+                    "p_holm": tests.p_holm[k],
+                }
+                for k, (i, j) in enumerate(tests.pairs)
+            ],
+            "table": {
+                "columns": [asdict(column) for column in judged.table.columns],
+                "rows": [_row(row) for row in judged.table.rows],
+                "notes": judged.table.notes,
+            },
+        }
+    )
+
+
+def _row(row: tables.Row) -> dict[str, Any]:
+    values = {key: cell.value for key, cell in row.cells.items()}
+    blank = {key: None for key, value in values.items() if isinstance(value, float) and math.isnan(value)}
+    return {"failed": row.failed, **values, **blank}
+
+
+def grave(document: Document) -> Sequence[Caution]:
+    """The grave warnings of all sets."""
+    return [caution for judged in document.sets for caution in judged.cautions if caution.grave]

@@ -1,0 +1,60 @@
+"""The main plot as a PNG, photographed by a Chromium that is installed on the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = (
+    "--headless=new",
+    # Chromium's own sandbox is not available to root in containers; the page is ours and loads nothing.
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+    "--force-device-scale-factor=2",
+    "--virtual-time-budget=4000",
+)
+TIME_LIMIT = 60
+
+
+def browser() -> str | None:
+    """Path of an installed Chromium, or of what CHROMIUM names; None if there is none."""
+    named = os.environ.get("CHROMIUM")
+    found = (shutil.which(name) for name in ([named] if named else BROWSERS))
+    return next((path for path in found if path), None)
+
+
+def photograph(page: str, target: Path, *, width: int, height: int) -> str | None:
+    """Render an HTML page and write it as a PNG of twice ``width`` × ``height`` pixels.
+
+    Returns:
+        None if the picture was written, else why not, in words for the user.
+    """
+    chromium = browser()
+    if chromium is None:
+        return f"{target.name} is not written: it needs Chromium (apt-get install chromium, or set CHROMIUM)"
+    with tempfile.TemporaryDirectory(prefix="optbench-") as scratch:
+        source, shot = Path(scratch, "page.html"), Path(scratch, "shot.png")
+        source.write_text(page, encoding="utf-8")
+        command = [chromium, *FLAGS, f"--user-data-dir={scratch}/profile", f"--window-size={width},{height}"]
+        try:
+            subprocess.run(
+                [*command, f"--screenshot={shot}", source.as_uri()],
+                check=False,
+                capture_output=True,
+                timeout=TIME_LIMIT,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{target.name} is not written: {chromium} failed ({type(error).__name__})"
+        if not shot.is_file():
+            return f"{target.name} is not written: {chromium} took no picture"
+        shutil.copyfile(shot, target)
+    return None

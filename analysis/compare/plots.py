@@ -1,0 +1,237 @@
+"""The main plot and the figures of training: plotly figures as plain dictionaries, coloured by the page.
+
+A trace says whose it is in ``meta`` (``arm``: index of the arm, ``part``: index of a kind), and the page's
+script gives it the colour of the theme in use. Lists for the other horizontal axes ride along in ``meta.x``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.compare.curves import AXES, Curve, Floats, mean_curve, single_curve, thinned
+
+# Okabe & Ito's colours for all kinds of colour vision (2008), darker or lighter where the ground asks for it;
+# lines differ in their dashes too.
+PALETTES = {
+    "light": ["#0072b2", "#d55e00", "#009e73", "#b0568c", "#b37a00", "#3d9bd6", "#6b7280", "#7a4f2a"],
+    "dark": ["#5cb3ec", "#ff8c4a", "#35c99c", "#eaa0cb", "#f2bd48", "#a5dbff", "#b6bcc6", "#d2a679"],
+}
+DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
+AXIS_TITLES = {"tokens": "training tokens", "steps": "optimizer steps", "seconds": "training time (s)"}
+AXIS_TITLES["flops"] = "model FLOPs"
+MAX_POINTS = 400
+"""Points of a curve in a plot: more than the pixels that tell them apart on a wide screen at half width."""
+FINISH = 0.6
+"""The zoom on the finish starts at this share of the run."""
+
+
+@dataclass
+class Plot:
+    """One figure of the report."""
+
+    key: str
+    title: str
+    caption: str
+    figure: dict[str, Any]
+    height: int = 340
+    choices: list[str] = field(default_factory=list)
+    """If not empty one of them is shown at a time: the traces with ``meta.choice`` equal to its index."""
+    axes: list[str] = field(default_factory=list)
+    """Horizontal axes that the reader may choose from."""
+
+
+def figure(traces: list[Any], **layout: Any) -> dict[str, Any]:
+    """A checked plotly figure as a dictionary (arrays as lists, NaN as null), without template colours."""
+    described = go.Layout(template="none", **layout).to_plotly_json()
+    return {"data": [plain(trace.to_plotly_json()) for trace in traces], "layout": plain(described)}
+
+
+def plain(value: Any) -> Any:
+    """JSON data: arrays as lists, numbers that are not finite as null."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def line(arm: int, width: float = 2.2) -> dict[str, Any]:
+    """Colour and dash of an arm; the dash goes on changing after the colours are used up."""
+    colours = PALETTES["light"]
+    return {"color": colours[arm % len(colours)], "dash": DASHES[arm % len(DASHES)], "width": width}
+
+
+def main_plot(chosen: ComparisonSet) -> Plot | None:
+    """Mean loss with the range of seeds, zoomed on the finish; None if no run logged a loss.
+
+    Validation loss, or training loss where it was evaluated at the end only.
+    """
+    key, curves = _loss_curves(chosen)
+    axes = [axis for axis in AXES if curves and all(axis in curve.x for curve in curves.values())]
+    if not axes:
+        return None
+    traces: list[Any] = []
+    labels = []
+    for index, curve in curves.items():
+        keep = thinned(curve.mean, MAX_POINTS)
+        x = {axis: curve.x[axis][keep] for axis in axes}
+        if curve.seeds > 1:
+            traces.append(_band(index, curve, keep, x, axes[0]))
+        traces.append(_mean(index, chosen.arms[index], curve, keep, x, axes[0]))
+        ends = {axis: float(curve.x[axis][-1]) for axis in axes}
+        labels.append({"arm": index, "text": chosen.arms[index].label, "y": float(curve.mean[-1]), "x": ends})
+    traces += _unfinished(chosen, key, axes)
+    word = "validation" if key == "val/loss" else "training"
+    built = figure(
+        traces,
+        xaxis={"title": {"text": AXIS_TITLES[axes[0]]}},
+        yaxis={"title": {"text": f"{word} loss (nats/token)"}},
+        hovermode="x unified",
+        showlegend=False,
+        meta={
+            "main": True,
+            "labels": labels,
+            "ranges": {axis: _ranges(chosen, curves, axis) for axis in axes},
+            "titles": {axis: AXIS_TITLES[axis] for axis in axes},
+            "entropy": plain(chosen.entropy),
+            "target": plain(chosen.target) if key == "val/loss" else None,
+        },
+    )
+    seeds = max(curve.seeds for curve in curves.values())
+    band = (
+        f"Lines: mean over {seeds} seeds; bands: lowest to highest seed."
+        if seeds > 1
+        else "One seed per line."
+    )
+    stopped = " Thin lines that end in a cross: runs that did not finish." if _any_unfinished(chosen) else ""
+    title = f"{word.capitalize()} loss"
+    return Plot("main", title, band + stopped, built, 480, axes=axes)
+
+
+def _loss_curves(chosen: ComparisonSet) -> tuple[str, dict[int, Curve]]:
+    curves = {i: arm.curve for i, arm in enumerate(chosen.arms) if arm.curve is not None}
+    if curves and max(len(curve.mean) for curve in curves.values()) > 1:
+        return "val/loss", curves
+    found = {i: mean_curve(arm.finished or arm.runs, "train/loss") for i, arm in enumerate(chosen.arms)}
+    return "train/loss", {i: curve for i, curve in found.items() if curve is not None}
+
+
+def _mean(index: int, arm: Arm, curve: Curve, keep: Any, x: dict[str, Floats], axis: str) -> go.Scatter:
+    few = len(keep) <= 40
+    return go.Scatter(
+        x=x[axis],
+        y=curve.mean[keep],
+        name=arm.label,
+        mode="lines+markers" if few else "lines",
+        marker={"size": 5},
+        line=line(index),
+        hovertemplate="%{y:.4f}",
+        meta={"arm": index, "x": plain(x)},
+    )
+
+
+def _band(index: int, curve: Curve, keep: Any, x: dict[str, Floats], axis: str) -> go.Scatter:
+    outline = {name: np.concatenate([values, values[::-1]]) for name, values in x.items()}
+    return go.Scatter(
+        x=outline[axis],
+        y=np.concatenate([curve.high[keep], curve.low[keep][::-1]]),
+        fill="toself",
+        mode="none",
+        opacity=0.18,
+        fillcolor=PALETTES["light"][index % len(PALETTES["light"])],
+        hoverinfo="skip",
+        meta={"arm": index, "band": True, "x": plain(outline)},
+    )
+
+
+def _any_unfinished(chosen: ComparisonSet) -> bool:
+    return any(not run.finished for arm in chosen.arms for run in arm.runs)
+
+
+def _unfinished(chosen: ComparisonSet, key: str, axes: list[str]) -> list[Any]:
+    traces = []
+    for index, arm in enumerate(chosen.arms):
+        for run in arm.runs:
+            curve = None if run.finished else single_curve(run, key)
+            if curve is None or any(axis not in curve.x for axis in axes):
+                continue
+            keep = thinned(curve.mean, MAX_POINTS // 2)
+            x = {axis: curve.x[axis][keep] for axis in axes}
+            symbols = ["circle"] * (len(keep) - 1) + ["x"]
+            traces.append(
+                go.Scatter(
+                    x=x[axes[0]],
+                    y=curve.mean[keep],
+                    mode="lines+markers",
+                    line={**line(index, 1.0)},
+                    marker={"symbol": symbols, "size": [0] * (len(keep) - 1) + [10]},
+                    opacity=0.8,
+                    name=f"{arm.label} seed {run.seed}: {run.state}",
+                    hovertemplate="%{y:.4f}",
+                    meta={"arm": index, "x": plain(x)},
+                )
+            )
+    return traces
+
+
+def _ranges(chosen: ComparisonSet, curves: dict[int, Curve], axis: str) -> dict[str, Any]:
+    """Axis limits of the whole run and of its finish.
+
+    Curves that never came below the unigram entropy don't stretch the finish: they would flatten the others.
+    """
+    learned = [c for c in curves.values() if c.mean[-1] < chosen.entropy] or list(curves.values())
+    ends = [float(curve.x[axis][-1]) for curve in curves.values()]
+    start = FINISH * min(ends)
+    late = [values[curve.x[axis] >= start] for curve in learned for values in (curve.high, curve.low)]
+    low, high = min(v.min() for v in late), max(v.max() for v in late)
+    pad = 0.06 * max(high - low, 1e-3)
+    everything = [v for curve in curves.values() for v in (curve.low.min(), curve.high.max())]
+    bottom, top = min(everything), max([*everything, *([chosen.entropy] if chosen.entropy < 50 else [])])
+    margin = 0.04 * max(top - bottom, 1e-3)
+    return {
+        "finish": {"x": [start, max(ends)], "y": [low - pad, high + pad]},
+        "whole": {"x": [0, max(ends)], "y": [bottom - margin, top + margin]},
+    }
+
+
+def wall_clock(chosen: ComparisonSet) -> Plot | None:
+    """Training loss of every run over training seconds."""
+    traces, named = [], set()
+    for index, arm in enumerate(chosen.arms):
+        for run in arm.runs:
+            curve = single_curve(run, "train/loss")
+            if curve is None or "seconds" not in curve.x:
+                continue
+            keep = thinned(curve.mean, MAX_POINTS)
+            traces.append(
+                go.Scatter(
+                    x=curve.x["seconds"][keep],
+                    y=curve.mean[keep],
+                    mode="lines",
+                    line=line(index, 1.2),
+                    opacity=0.85,
+                    name=arm.label,
+                    legendgroup=arm.label,
+                    showlegend=arm.label not in named,
+                    hovertemplate=f"seed {run.seed}: %{{y:.4f}} at %{{x:.1f}} s<extra>{arm.label}</extra>",
+                    meta={"arm": index},
+                )
+            )
+            named.add(arm.label)
+    if not traces:
+        return None
+    built = figure(
+        traces,
+        xaxis={"title": {"text": AXIS_TITLES["seconds"]}},
+        yaxis={"title": {"text": "training loss (nats/token)"}},
+    )
+    caption = "One line per run. Time is that of training with its evaluations and probes, over all attempts."
+    return Plot("wall-clock", "Training loss over wall-clock time", caption, built, 380)

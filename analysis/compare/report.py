@@ -1,0 +1,149 @@
+"""The report: one self-contained HTML page, and the same comparison as Markdown, CSV, JSON and a picture."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from analysis.compare import cost_plots, facts, moment_plots, picture, plots, tables
+from analysis.compare.document import Document, Judged, to_json
+from analysis.compare.plots import DASHES, PALETTES, Plot
+
+PART_PALETTES = {
+    "light": ["#9aa3ad", "#0072b2", "#d55e00", "#009e73", "#b37a00", "#b0568c", "#3d9bd6", "#7a4f2a"],
+    "dark": ["#87909b", "#5cb3ec", "#ff8c4a", "#35c99c", "#f2bd48", "#eaa0cb", "#a5dbff", "#d2a679"],
+}
+"""Colours of the parts of a bar, apart from the arms' (a part is no arm)."""
+DASH_PATTERNS = dict(zip(DASHES, ("", "7 4", "2 4", "7 3 2 3", "11 4", "11 3 2 3"), strict=True))
+PICTURE = (1200, 640)
+BENEATH = {"lr": "lr_source", "state": "state_kinds"}
+"""Columns whose words stand in small print below a number, so that the table fits a screen."""
+SPANNING = "outcome"
+"""Shown across the row of a run that did not finish; of an arm that did, n says it."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files that were written, and remarks on those that could not be."""
+
+    html: Path
+    files: list[Path]
+    remarks: list[str]
+
+
+def write(document: Document, out: Path) -> Written:
+    """Write report.html, comparison.md, comparison.csv, comparison.json and comparison.png into ``out``.
+
+    The picture needs a Chromium; without one a remark says so.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    html = out / "report.html"
+    judged = [(j.table, f"{j.verdict.sentence} {j.verdict.scope}") for j in document.sets]
+    texts = {
+        html: render(document),
+        out / "comparison.md": tables.markdown(judged),
+        out / "comparison.csv": tables.to_csv(table for table, _ in judged),
+        out / "comparison.json": json.dumps(to_json(document), indent=1, allow_nan=False) + "\n",
+    }
+    for path, text in texts.items():
+        _replace(path, text)
+    target = out / "comparison.png"
+    shown = next((j for j in document.sets if plots.main_plot(j.chosen)), None)
+    if shown is None:
+        remark = f"{target.name} is not written: no run logged a loss"
+    else:
+        remark = picture.photograph(render_picture(shown), target, width=PICTURE[0], height=PICTURE[1])
+    files = [*texts, *([target] if remark is None else [])]
+    return Written(html, files, [remark] if remark else [])
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def render(document: Document) -> str:
+    """The page as text. It loads nothing: plotly.js, styles and data are inside."""
+    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
+    sections = [_section(judged, f"set{index}", document) for index, judged in enumerate(document.sets)]
+    return _page("report.html.j2", document=document, sections=sections, made=made)
+
+
+def render_picture(judged: Judged) -> str:
+    """The page that is photographed: verdict and main plot of one set."""
+    main = plots.main_plot(judged.chosen)
+    return _page("picture.html.j2", judged=judged, main=main, data=_data("main", [main] if main else []))
+
+
+def _page(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("analysis.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    loader = environment.loader
+    assert loader is not None
+
+    def raw(name: str) -> Markup:
+        return Markup(loader.get_source(environment, name)[0])
+
+    shared = {
+        "css": raw("report.css"),
+        "script": raw("report.js"),
+        "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        "palettes": _embedded({"arms": PALETTES, "parts": PART_PALETTES}),
+        "dashes": [DASH_PATTERNS[name] for name in DASHES],
+        "colours": PALETTES["light"],
+        "axis_titles": plots.AXIS_TITLES,
+    }
+    return environment.get_template(template).render(**shared, **values)
+
+
+def _section(judged: Judged, key: str, document: Document) -> dict[str, Any]:
+    chosen = judged.chosen
+    main = plots.main_plot(chosen)
+    above = [main] if main else []
+    training = [plots.wall_clock(chosen), cost_plots.step_time(chosen), cost_plots.memory(chosen)]
+    spectra = [*moment_plots.moment_plots(chosen), moment_plots.heat_map(chosen)]
+    below = [plot for plot in (*training, *spectra) if plot is not None]
+    return {
+        "key": key,
+        "judged": judged,
+        "main": main,
+        "columns": [c for c in judged.table.columns if c.key not in (*BENEATH.values(), SPANNING)],
+        "beneath": BENEATH,
+        "training": [plot for plot in training if plot is not None],
+        "spectra": [plot for plot in spectra if plot is not None],
+        "matrix": facts.pair_matrix(chosen) if len(chosen.arms) > 1 else [],
+        "commands": _commands(judged, document),
+        "ownership": facts.ownership(chosen),
+        "difference": facts.config_difference(chosen),
+        "environment": facts.environment(chosen.runs),
+        "data": _data(key, [*above, *below]),
+    }
+
+
+def _commands(judged: Judged, document: Document) -> list[str]:
+    if document.commands:
+        return document.commands
+    commands = dict.fromkeys(run.text("command") for run in judged.chosen.runs)
+    return [command for command in commands if command]
+
+
+def _data(key: str, shown: Iterable[Plot]) -> Markup:
+    return _embedded({f"{key}-{plot.key}": asdict(plot) for plot in shown})
+
+
+def _embedded(value: object) -> Markup:
+    """JSON that can stand inside a script element whatever words it holds."""
+    text = json.dumps(plots.plain(value), separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))

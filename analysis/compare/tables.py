@@ -1,0 +1,239 @@
+"""The comparison table: one model, three renderings (terminal, Markdown, CSV) and the cells of the HTML
+report.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from analysis.compare import words
+from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.compare.runs import Run
+from harness.record.schema import TIME_PARTS
+
+
+@dataclass(frozen=True)
+class Column:
+    """``block`` says in which half the column stands where the width does not hold all of them."""
+
+    key: str
+    label: str
+    unit: str
+    meaning: str
+    block: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``text`` for people, ``value`` for machines: a float (NaN: missing) or the same text."""
+
+    text: str
+    value: float | str
+
+
+@dataclass(frozen=True)
+class Row:
+    """``arm``: index of the arm. ``failed``: the row of one run that did not finish; its story is in
+    ``outcome``.
+    """
+
+    arm: int
+    failed: bool
+    cells: dict[str, Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: list[Column]
+    rows: list[Row]
+    notes: list[str]
+
+
+STEP_PARTS = tuple(part for part in TIME_PARTS if part != "probes")
+
+WHOLE, WITH_OUTCOME = 190, 100
+"""Terminal widths from which the table stands in one piece, and failures in a column of their own."""
+
+_RESULT, _COST = "result", "cost"
+COLUMNS = [
+    Column("optimizer", "optimizer", "", "preset, and the options that tell its arms apart", "both", False),
+    Column("loss", "val loss", "nats/token", "validation loss at the last step, mean over seeds", _RESULT),
+    Column("interval", "± 95 %", "nats/token", "half width of the t-interval of that mean", _RESULT),
+    Column("n", "n", "seeds", "runs that finished", _RESULT),
+    Column("perplexity", "ppl", "", "exp(val loss)", _RESULT),
+    Column("steps_to_target", "to target", "steps", "where the mean curve first reaches the target", _RESULT),
+    Column(
+        "seconds_to_target", "to target", "s", "the same in seconds, with evaluations and probes", _RESULT
+    ),
+    Column("lr", "lr", "", "peak learning rate", _RESULT),
+    Column("lr_source", "lr from", "", "where the learning rate came from", _RESULT, False),
+    Column("outcome", "outcome", "", "how many runs finished, and what became of the others", _RESULT, False),
+    Column("state", "state", "MiB", "optimizer state of rank 0, exact", _COST),
+    Column("state_kinds", "state by kind", "MiB", "the same by kind", _COST, False),
+    Column("optimizer_ms", "optimizer", "ms/step", "time in the optimizer, mean over steps", _COST),
+    Column("step_ms", "step", "ms", "time per step, mean, without evaluation and probes", _COST),
+    Column("tokens_per_s", "throughput", "tokens/s", "median over rows, all processes together", _COST),
+    Column(
+        "peak",
+        "peak memory",
+        "MiB",
+        "allocator's peak on CUDA, resident set on CPU; max over processes",
+        _COST,
+    ),
+]
+
+
+def build(chosen: ComparisonSet, *, ranks: bool) -> Table:
+    """The table of one set: a row per arm, and a row per run that did not finish.
+
+    Args:
+        chosen: the set.
+        ranks: put the arms in the order of their means; else they stay as they were given.
+    """
+    order = list(range(len(chosen.arms)))
+    if ranks:
+        ranked = chosen.ranked()
+        order = ranked + [i for i in order if i not in ranked]
+    rows = []
+    for index in order:
+        arm = chosen.arms[index]
+        rows.append(Row(index, False, _arm(arm, chosen.target)))
+        rows.extend(Row(index, True, _failure(arm, run)) for run in arm.runs if not run.finished)
+    notes = []
+    if math.isfinite(chosen.target):
+        worst = max((arm for arm in chosen.arms if arm.final.n), key=lambda arm: arm.final.mean)
+        notes.append(f"target: {words.loss(chosen.target)} nats/token, the mean final loss of {worst.label}")
+    if math.isfinite(chosen.entropy):
+        notes.append(f"unigram entropy of the corpus: {words.loss(chosen.entropy)} nats/token")
+    return Table(chosen.title, COLUMNS, rows, notes)
+
+
+def _arm(arm: Arm, target: float) -> dict[str, Cell]:
+    run = (arm.finished or arm.runs)[0]
+    kinds = run.summary.get("state_bytes")
+    kinds = {str(k): float(v) for k, v in kinds.items()} if isinstance(kinds, dict) else {}
+    mib, finished, curve = 2**20, len(arm.finished), arm.curve
+    perplexity = math.exp(min(arm.final.mean, 700)) if arm.final.n else math.nan
+    steps = curve.first_below(target, "steps") if curve else math.nan
+    seconds = curve.first_below(target, "seconds") if curve else math.nan
+    state = sum(kinds.values()) / mib if kinds else math.nan
+    return {
+        "optimizer": _word(arm.label),
+        "loss": Cell(words.loss(arm.final.mean), arm.final.mean),
+        "interval": _number(arm.final.half_width, 2),
+        "n": Cell(str(finished), float(finished)),
+        "perplexity": _number(perplexity, 4),
+        "steps_to_target": Cell(words.grouped(steps), steps),
+        "seconds_to_target": _number(seconds),
+        "lr": _number(run.fact("lr")),
+        "lr_source": _word(run.text("lr_source")),
+        "outcome": _word(f"{finished} of {len(arm.runs)} finished"),
+        "state": _number(state),
+        "state_kinds": _word(
+            ", ".join(f"{kind} {words.significant(size / mib)}" for kind, size in kinds.items())
+        ),
+        "optimizer_ms": _number(arm.mean_time("optimizer") * 1000),
+        "step_ms": _number(arm.mean_time(*STEP_PARTS) * 1000),
+        "tokens_per_s": Cell(words.grouped(arm.mean("tokens_per_s")), arm.mean("tokens_per_s")),
+        "peak": _number(arm.mean("memory_bytes", "peak") / mib),
+    }
+
+
+def _failure(arm: Arm, run: Run) -> dict[str, Cell]:
+    """A run that did not finish: whose it is and what became of it; figures it can't vouch for stay blank."""
+    cells = {column.key: Cell(words.MISSING, math.nan if column.numeric else "") for column in COLUMNS}
+    step = f"at step {words.grouped(run.steps)}" if math.isfinite(run.steps) else ""
+    reason = "" if run.reason.startswith(run.state) and step in run.reason else run.reason
+    story = " ".join(part for part in (run.state, step) if part)
+    cells["optimizer"] = _word(f"{arm.label} seed {run.seed}")
+    cells["lr"] = _number(run.fact("lr"))
+    cells["outcome"] = _word(f"{story}: {reason}" if reason else story)
+    return cells
+
+
+def _word(text: str) -> Cell:
+    return Cell(text or words.MISSING, text)
+
+
+def _number(value: float, digits: int = 3) -> Cell:
+    return Cell(words.significant(value, digits), value)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print to a terminal: in one piece where it fits, else results, failures in words, and costs below."""
+    if console.width >= WHOLE:
+        console.print(_rich(table, table.columns, table.rows, table.title))
+    else:
+        spelled = console.width < WITH_OUTCOME
+        kept = [row for row in table.rows if not row.failed]
+        result = [c for c in table.columns if c.block != "cost" and not (spelled and c.key == "outcome")]
+        console.print(_rich(table, result, kept if spelled else table.rows, table.title))
+        for row in table.rows if spelled else ():
+            if row.failed:
+                console.print(
+                    Text(f"{row.cells['optimizer'].text}: {row.cells['outcome'].text}", style="red")
+                )
+        console.print()
+        console.print(_rich(table, [c for c in table.columns if c.block != "result"], kept, None))
+    for note in table.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _rich(table: Table, columns: list[Column], rows: list[Row], title: str | None) -> RichTable:
+    heading = Text(title) if title else None
+    drawn = RichTable(title=heading, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    narrow = [c for c in columns if c.key != "lr_source"]
+    for column in narrow:
+        head = f"{column.label}\n{column.unit}" if column.unit else column.label
+        justify = "right" if column.numeric else "left"
+        drawn.add_column(head, justify=justify, no_wrap=column.numeric, overflow="fold")
+    for row in rows:
+        # Text, not str: rich would read [brackets] in a name as markup.
+        drawn.add_row(*(Text(row.cells[c.key].text) for c in narrow), style="red" if row.failed else None)
+    return drawn
+
+
+def markdown(tables: Iterable[tuple[Table, str]]) -> str:
+    """GitHub-flavoured Markdown of tables with the verdict above each."""
+    parts = []
+    for table, verdict in tables:
+        head = [f"{c.label} ({c.unit})" if c.unit else c.label for c in table.columns]
+        lines = [f"## {table.title}", "", verdict, "", _line(head)]
+        lines.append(_line(["---:" if c.numeric else ":---" for c in table.columns]))
+        lines += [_line([row.cells[c.key].text for c in table.columns]) for row in table.rows]
+        lines += ["", *(f"- {note}" for note in table.notes)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def to_csv(tables: Iterable[Table]) -> str:
+    """One header and all rows, the set's title in the first column; numbers in full precision, blanks where
+    missing.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["set", *(f"{c.key} [{c.unit}]" if c.unit else c.key for c in COLUMNS)])
+    for table in tables:
+        for row in table.rows:
+            writer.writerow([table.title, *(_plain(row.cells[c.key].value) for c in table.columns)])
+    return out.getvalue()
+
+
+def _plain(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if math.isnan(value) else repr(float(value)).removesuffix(".0")

@@ -1,0 +1,149 @@
+"use strict";
+(() => {
+  const palettes = JSON.parse(document.getElementById("palettes").textContent);
+  const figures = {};
+  document.querySelectorAll("script.figures").forEach((s) => Object.assign(figures, JSON.parse(s.textContent)));
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const narrow = () => window.innerWidth < 760;
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const drawn = new Map(); // figure key → {element, axis, zoom}
+
+  const colour = (trace) => {
+    const list = palettes["part" in trace.meta ? "parts" : "arms"][dark.matches ? "dark" : "light"];
+    return list[("part" in trace.meta ? trace.meta.part : trace.meta.arm) % list.length];
+  };
+
+  function traces(figure, view) {
+    return figure.data.map((original) => {
+      const trace = { ...original };
+      const meta = trace.meta || {};
+      if ("arm" in meta) {
+        if (meta.band) trace.fillcolor = colour(trace);
+        else { trace.line = { ...trace.line, color: colour(trace) }; trace.marker = { ...trace.marker, color: colour(trace) }; }
+      }
+      if ("part" in meta) trace.marker = { ...trace.marker, color: colour(trace), line: { width: 1, color: css("--ground") } };
+      if (meta.x && view.axis) trace.x = meta.x[view.axis];
+      if ("choice" in meta) trace.visible = meta.choice === view.choice;
+      if (trace.type === "heatmap") trace.colorbar = { ...trace.colorbar, tickfont: { color: css("--soft") }, outlinewidth: 0 };
+      return trace;
+    });
+  }
+
+  function axisStyle(axis) {
+    const soft = css("--soft");
+    const title = axis.title ? { ...axis.title, font: { size: 13, color: soft }, standoff: 10 } : undefined;
+    return {
+      ...axis, title, gridcolor: css("--grid"), linecolor: css("--rule"), zerolinecolor: css("--grid"),
+      tickfont: { size: axis.type === "log" ? 10 : 12, color: soft } /* plotly enlarges powers by a quarter */, automargin: true, ticks: "", zeroline: false,
+    };
+  }
+
+  function layout(figure, view) {
+    const meta = figure.layout.meta || {};
+    const out = {
+      ...figure.layout,
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--text") },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      margin: { l: narrow() ? 48 : 64, r: narrow() ? 12 : 20, t: 14, b: 48 },
+      xaxis: axisStyle(figure.layout.xaxis || {}), yaxis: axisStyle(figure.layout.yaxis || {}),
+      hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--rule"), font: { color: css("--text"), size: 12 } },
+      legend: { ...figure.layout.legend, orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    };
+    if (!meta.main && figure.data.some((t) => t.showlegend !== false && t.type !== "heatmap")) {
+      out.showlegend = true;
+      out.margin.t = 44;
+    }
+    if (meta.heat) { out.xaxis.nticks = narrow() ? 6 : 14; out.xaxis.showgrid = out.yaxis.showgrid = false; out.yaxis.tickfont.size = 11; }
+    if (meta.bars) { out.yaxis.showgrid = false; out.yaxis.tickfont = { size: 13, color: css("--text") }; out.margin.t = 58; }
+    if (meta.main) mainLayout(out, meta, view);
+    return out;
+  }
+
+  function mainLayout(out, meta, view) {
+    const range = meta.ranges[view.axis][view.zoom];
+    const longest = Math.max(...meta.labels.map((l) => l.text.length));
+    out.margin.r = Math.min(18 + 7.6 * longest, narrow() ? 110 : 240);
+    out.margin.t = 10;
+    out.xaxis.range = range.x.slice();
+    out.yaxis.range = range.y.slice();
+    out.xaxis.title.text = meta.titles[view.axis];
+    out.xaxis.exponentformat = view.axis === "flops" ? "power" : "SI";
+    out.shapes = []; out.annotations = [];
+    const rule = (y, text, dash, atRight) => {
+      if (y === null || y === undefined) return;
+      out.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: css("--soft"), width: 1, dash } });
+      if (y < range.y[0] || y > range.y[1]) return;
+      out.annotations.push({
+        xref: "paper", x: atRight ? 1 : 0, xanchor: atRight ? "right" : "left", y, yanchor: "bottom", text, showarrow: false,
+        font: { size: 12, color: css("--soft") },
+      });
+    };
+    rule(meta.entropy, `unigram entropy ${meta.entropy === null ? "" : meta.entropy.toFixed(2)}`, "dash", true);
+    if (view.zoom === "finish") rule(meta.target, "target", "dot", false);
+    out.annotations.push(...endLabels(out, meta, view, range));
+  }
+
+  // Labels stand at the ends of their curves; where they would cover each other they are pushed apart.
+  function endLabels(out, meta, view, range) {
+    const height = view.height - out.margin.t - out.margin.b - 14;
+    const gap = 17;
+    const pixel = (y) => ((range.y[1] - y) / (range.y[1] - range.y[0])) * height;
+    const shown = meta.labels
+      .filter((l) => l.y >= range.y[0] && l.y <= range.y[1])
+      .map((l) => ({ ...l, at: pixel(l.y) }))
+      .sort((a, b) => a.at - b.at);
+    const places = shown.map((l) => l.at);
+    for (let i = 1; i < places.length; i += 1) places[i] = Math.max(places[i], places[i - 1] + gap);
+    // Pushing down alone would drift: move the whole clump back to the middle of where it wants to be.
+    for (let i = 0; i < places.length; ) {
+      let j = i;
+      while (j + 1 < places.length && places[j + 1] - places[j] <= gap + 0.01) j += 1;
+      const drift = shown.slice(i, j + 1).reduce((sum, l, k) => sum + places[i + k] - l.at, 0) / (j - i + 1);
+      const room = i === 0 ? drift : Math.min(drift, places[i] - places[i - 1] - gap);
+      for (let k = i; k <= j; k += 1) places[k] -= Math.max(room, 0);
+      i = j + 1;
+    }
+    const list = palettes.arms[dark.matches ? "dark" : "light"];
+    return shown.map((l, i) => ({
+      x: l.x[view.axis], y: l.y, xanchor: "left", yanchor: "middle", xshift: 6, yshift: l.at - places[i], showarrow: false,
+      text: l.text.replace(/</g, "&lt;"), font: { size: 13, color: list[l.arm % list.length], weight: 600 },
+    }));
+  }
+
+  function draw(key) {
+    const { element, view } = drawn.get(key);
+    // On a narrow screen the legend of bars stands in lines of its own.
+    element.style.height = `${figures[key].height + (narrow() && (figures[key].figure.layout.meta || {}).bars ? 110 : 0)}px`;
+    const figure = figures[key].figure;
+    view.height = element.clientHeight;
+    const config = { responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]], displayModeBar: narrow() || document.body.className === "picture" ? false : "hover" };
+    Plotly.react(element, traces(figure, view), layout(figure, view), config);
+    element.dataset.drawn = "yes";
+  }
+
+  const observer = new IntersectionObserver((entries) => {
+    entries.filter((e) => e.isIntersecting).forEach((e) => { observer.unobserve(e.target); draw(e.target.dataset.figure); });
+  }, { rootMargin: "500px" });
+  document.querySelectorAll("[data-figure]").forEach((element) => {
+    const plot = figures[element.dataset.figure];
+    if (!plot) return;
+    drawn.set(element.dataset.figure, { element, view: { axis: plot.axes[0], zoom: "finish", choice: 0 } });
+    observer.observe(element);
+  });
+
+  document.addEventListener("change", (event) => {
+    const { role, plot } = event.target.dataset;
+    if (!role || !drawn.has(plot)) return;
+    drawn.get(plot).view[role] = role === "choice" ? Number(event.target.value) : event.target.value;
+    draw(plot);
+  });
+  const redraw = () => drawn.forEach(({ element }, key) => { if (element.dataset.drawn) draw(key); });
+  dark.addEventListener("change", redraw);
+  let width = window.innerWidth;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth !== width) { width = window.innerWidth; redraw(); }
+  });
+  const printing = () => drawn.forEach(({ element }, key) => { if (!element.dataset.drawn) draw(key); });
+  window.addEventListener("beforeprint", printing);
+})();

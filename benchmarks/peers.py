@@ -1,0 +1,74 @@
+"""The peers that `step_time` measures, from their own packages, behind one signature."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def galore_torch(weights: list[nn.Parameter], rank: int, interval: int) -> Any:
+    """galore-torch's AdamW with projection; its package's `__init__` wants bitsandbytes, so that is left out."""
+    if "galore_torch" not in sys.modules:
+        spec = find_spec("galore_torch")
+        if spec is None:
+            raise ModuleNotFoundError("galore-torch is not installed (extra: oracles)")
+        sys.modules["galore_torch"] = module_from_spec(spec)
+    kind = import_module("galore_torch.adamw").AdamW
+    group = {"params": weights, "rank": rank, "update_proj_gap": interval, "scale": 0.25, "proj_type": "std"}
+    return kind([group], lr=1e-2, no_deprecation_warning=True)
+
+
+def keller_muon(weights: list[nn.Parameter]) -> Any:
+    """The reference package (muon-optimizer), single device."""
+    return import_module("muon").SingleDeviceMuon(weights, lr=1e-3)
+
+
+def pytorch_optimizer_muon(weights: list[nn.Parameter]) -> Any:
+    """pytorch_optimizer's Muon."""
+    groups = [{"params": weights, "use_muon": True}]
+    return import_module("pytorch_optimizer").Muon(groups, lr=1e-3)
+
+
+class PublicSumoLoop:
+    """What the public SUMO code does per step, matrix by matrix: GaLore `std` projection, stored Nesterov momentum,
+    `torch.linalg.svd` of the moment, limiter, residual, alpha, and decay after the step. Written from a description
+    of its behaviour; no line of it is copied.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], rank: int, interval: int, lr: float = 1e-3) -> None:
+        self.weights, self.rank, self.interval, self.lr, self.t = weights, rank, interval, lr, 0
+        self.bases: dict[int, Tensor] = {}
+        self.moments: dict[int, Tensor] = {}
+        self.norms: dict[int, float] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of all matrices."""
+        self.t += 1
+        for i, weight in enumerate(self.weights):
+            gradient = weight.grad
+            assert gradient is not None
+            tall = gradient.shape[0] >= gradient.shape[1]
+            if i not in self.bases or self.t % self.interval == 0:
+                u, _, vt = torch.linalg.svd(gradient, full_matrices=False)
+                self.bases[i] = vt[: self.rank].clone() if tall else u[:, : self.rank].clone()
+            basis = self.bases[i]
+            projected = gradient @ basis.mT if tall else basis.mT @ gradient
+            moment = self.moments.setdefault(i, torch.zeros_like(projected))
+            moment.mul_(0.95).add_(projected)
+            moment.copy_(projected + 0.95 * moment)
+            u, _, vt = torch.linalg.svd(moment, full_matrices=False)
+            factor = u @ vt
+            norm = float(factor.norm())
+            if norm > 1.1 * self.norms.get(i, norm):
+                factor *= 1.1 * self.norms[i] / norm
+            self.norms[i] = norm
+            inner = projected - 0.2 * max(weight.shape) ** 0.5 * factor
+            update = gradient - (inner @ basis if tall else basis @ inner)
+            weight.add_(update, alpha=-4.0 * self.lr)
+            weight.mul_(1.0 - self.lr * 0.01)

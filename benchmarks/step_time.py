@@ -1,0 +1,166 @@
+"""Milliseconds per optimizer step against the peers' own packages, on the hidden matrices of LLaMA-60M.
+
+    python -m benchmarks.step_time [--rounds 7] [--threads 2] [--rank 128] [--only sumo,galore] [--quick] [--json]
+
+All contestants live in one process and take turns, one step each a round, so that whatever else the machine does hits
+all of them; medians over rounds. Gradients are fixed random matrices with a decaying spectrum; every optimizer owns
+copies of the same weights. A refresh step is one in which every subspace is renewed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import optimizers
+from benchmarks.peers import PublicSumoLoop, galore_torch, keller_muon, pytorch_optimizer_muon
+
+Shapes = list[tuple[int, int]]
+NEVER = 10**9
+
+
+def llama_60m(layers: int = 8, hidden: int = 512, inner: int = 1376) -> Shapes:
+    """The 56 hidden matrices of LLaMA-60M, layer by layer."""
+    square, up, down = (hidden, hidden), (inner, hidden), (hidden, inner)
+    return [square, square, square, square, up, up, down] * layers
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`make(weights)` → an optimizer whose next `step()` is an ordinary one after `warmup` steps."""
+
+    name: str
+    make: Callable[[list[nn.Parameter]], Any]
+    family: str
+    refreshes: bool = False
+    """Every step renews the subspaces."""
+
+
+def contestants(rank: int) -> list[Contestant]:
+    """All that can be built here; packages that are not installed are left out."""
+
+    def ours(preset: str, **options: Any) -> Callable[[list[nn.Parameter]], Any]:
+        return lambda weights: optimizers.build(preset, [(f"w{i}", w) for i, w in enumerate(weights)], **options)
+
+    low = {"rank": rank, "refresh_interval": NEVER}
+    every = {"rank": rank, "refresh_interval": 1}
+    found = [
+        Contestant("torch AdamW (fused)", lambda w: torch.optim.AdamW(w, lr=1e-3, fused=True), "adamw"),
+        Contestant("ours: adamw", ours("adamw"), "adamw"),
+        Contestant("public SUMO code (per-matrix SVD)", lambda w: PublicSumoLoop(w, rank, NEVER), "sumo"),
+        Contestant("ours: sumo", ours("sumo", **low), "sumo"),
+        Contestant("ours: sumo_official", ours("sumo_official", **low), "sumo"),
+        Contestant("torch.optim.Muon", lambda w: torch.optim.Muon(w, lr=1e-3), "muon"),
+        Contestant("KellerJordan Muon", keller_muon, "muon"),
+        Contestant("pytorch_optimizer Muon", pytorch_optimizer_muon, "muon"),
+        Contestant("ours: muon", ours("muon"), "muon"),
+        Contestant("ours: muon (fp32)", ours("muon", orthogonalizer_dtype="float32"), "muon"),
+        Contestant("ours: muon_svd", ours("muon_svd"), "muon"),
+        Contestant("galore-torch", lambda w: galore_torch(w, rank, NEVER), "galore"),
+        Contestant("ours: galore", ours("galore", **low), "galore"),
+        Contestant("galore-torch, refresh step", lambda w: galore_torch(w, rank, 1), "galore", refreshes=True),
+        Contestant("ours: galore svd, refresh step", ours("galore", **every), "galore", refreshes=True),
+        Contestant(
+            "ours: galore randomized, refresh step",
+            ours("galore", basis="randomized", **every),
+            "galore",
+            refreshes=True,
+        ),
+        Contestant("ours: sumo, refresh step", ours("sumo", **every), "sumo", refreshes=True),
+    ]
+    return found
+
+
+# (ours, peer, target): ours must take at most `target` times what the peer takes.
+TARGETS = [
+    ("ours: sumo", "public SUMO code (per-matrix SVD)", 0.45),
+    ("ours: sumo", "torch.optim.Muon", 0.35),
+    ("ours: muon", "torch.optim.Muon", 0.75),
+    ("ours: galore", "galore-torch", 0.9),
+    ("ours: galore randomized, refresh step", "galore-torch, refresh step", 0.1),
+    ("ours: sumo, refresh step", "galore-torch, refresh step", 0.1),
+    ("ours: adamw", "torch AdamW (fused)", 1.1),
+]
+
+
+def gradients(shapes: Shapes, seed: int = 0) -> list[Tensor]:
+    """Random matrices with singular values that fall off like i^-½, as gradients of language models roughly do."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for m, n in shapes:
+        k = min(m, n)
+        left = torch.randn(m, k, generator=generator) / m**0.5
+        right = torch.randn(k, n, generator=generator) / n**0.5
+        decay = torch.arange(1, k + 1).float().rsqrt()
+        made.append(1e-2 * (left * decay) @ right)
+    return made
+
+
+def measure(chosen: list[Contestant], shapes: Shapes, rounds: int) -> dict[str, float]:
+    """Median milliseconds per step of each contestant."""
+    grads = gradients(shapes)
+    built: dict[str, Any] = {}
+    for contestant in chosen:
+        weights = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for weight, gradient in zip(weights, grads):
+            weight.grad = gradient
+        built[contestant.name] = contestant.make(weights)
+        for _ in range(1 if contestant.refreshes else 2):
+            built[contestant.name].step()
+    times: dict[str, list[float]] = {c.name: [] for c in chosen}
+    for _ in range(rounds):
+        for contestant in chosen:
+            start = time.perf_counter()
+            built[contestant.name].step()
+            times[contestant.name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report(medians: dict[str, float]) -> str:
+    """Markdown: a table of times, and one of ratios with their targets."""
+    lines = ["| optimizer | ms per step |", "|---|---|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in medians.items()]
+    lines += ["", "| ours | against | ratio | target |", "|---|---|---|---|"]
+    lines += [
+        f"| {a} | {b} | {medians[a] / medians[b]:.2f} | ≤ {target} |"
+        for a, b, target in TARGETS
+        if a in medians and b in medians
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--only", default="", help="families, by comma: adamw, sumo, muon, galore")
+    parser.add_argument("--no-refresh", action="store_true", help="leave the refresh steps out (they are slow)")
+    parser.add_argument("--quick", action="store_true", help="two tiny layers: that it runs, not how fast")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(given.threads)
+    shapes = llama_60m(1, 32, 48) if given.quick else llama_60m()
+    rank, rounds = (8, 2) if given.quick else (given.rank, given.rounds)
+    wanted = set(given.only.split(",")) if given.only else set()
+    chosen = [
+        c
+        for c in contestants(rank)
+        if (not wanted or c.family in wanted) and not (given.no_refresh and c.refreshes)
+    ]
+    medians = measure(chosen, shapes, rounds)
+    print(json.dumps({"schema_version": 1, "ms_per_step": medians}) if given.json else report(medians))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,219 @@
+"""`optbench COMMAND …`: a lazy table, command → "module:function".
+
+Nothing but the standard library is imported until a command is chosen, so `optbench --help` is instant. A
+command is a function of its words that returns the exit code: 0 done · 1 the answer is no · 2 bad input ·
+3 the run failed or diverged · 75 interrupted, resume me.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+SCHEMA_VERSION = 1
+
+
+class Command(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+        target: "module:function"; the function takes the words after the command and returns the exit code.
+        summary: one line for `optbench --help`.
+        usage: words after the command.
+        examples: (words, what they do).
+        options: (flag, meaning) besides --json.
+        takes_keys: it takes `key=value` words of a run.
+    """
+
+    target: str
+    summary: str
+    usage: str
+    examples: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, str], ...] = ()
+    takes_keys: bool = False
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "harness.jobs.train_command:main",
+        "one run",
+        "[group=option …] [key=value …] [--json]",
+        (
+            ("", "the defaults: a tiny LLaMA on the King James Bible with AdamW"),
+            ("model=llama_9m optimizer=sumo optimizer.rank=64 steps=1000 world_size=2", "two processes"),
+            ("model=llama_60m optimizer=galore precision=bf16 batch_size=512 micro_batch_size=64", "GPUs"),
+        ),
+        takes_keys=True,
+    ),
+    "compare": Command(
+        "analysis.compare.command:compare",
+        "several optimizers, same everything; ends with the table and the report",
+        "OPTIMIZER … [seeds=N] [OPTIMIZER.key=value …] [group=option …] [key=value …] [--json]",
+        (
+            ("adamw muon galore sumo preset=quickstart", "what `make quickstart` runs"),
+            ("adamw sumo seeds=5 model=llama_9m steps=2000", "with intervals"),
+            ("sumo galore sumo.rank=32 galore.rank=64", "options for one of them"),
+        ),
+        takes_keys=True,
+    ),
+    "report": Command(
+        "analysis.compare.command:report",
+        "comparison of the runs below a folder",
+        "DIR [--out DIR] [--json]",
+        (("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),),
+        (("--out DIR", "write there instead"),),
+    ),
+    "list": Command(
+        "harness.listing:list_command",
+        "models, optimizers, engines, data sets",
+        "[--json]",
+        (("", "everything that can be named"),),
+    ),
+    "show": Command(
+        "harness.listing:show_command",
+        "one of them: options, defaults, allowed values, source",
+        "NAME [--json]",
+        (("sumo", "options of an optimizer"), ("llama_60m", "a model"), ("train", "every key of a run")),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: words after `optbench`; None: those of this process.
+
+    Returns:
+        The exit code. Bad input leaves one line on standard error, last and alone.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        return _print(_overview())
+    if words[0] in ("-V", "--version"):
+        return _print(f"optbench {_version()}")
+    name, rest = words[0], words[1:]
+    is_json = "--json" in rest
+    try:
+        command = COMMANDS.get(name)
+        if command is None:
+            raise _unknown(name, rest)
+        if "-h" in rest or "--help" in rest:
+            return _print(_help(name, command))
+        return _run(command, rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe left; a second error at interpreter exit helps nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _failure(error, is_json)
+
+
+def document(**content: object) -> str:
+    """The one JSON document of a command's --json, with its schema version.
+
+    Raises:
+        ValueError: a number that JSON has no word for (NaN, infinity).
+    """
+    return json.dumps(
+        {"schema_version": SCHEMA_VERSION, **content}, indent=2, ensure_ascii=False, allow_nan=False
+    )
+
+
+def _run(command: Command, words: list[str]) -> int:
+    module, _, function = command.target.partition(":")
+    return int(getattr(import_module(module), function)(words) or 0)
+
+
+def _failure(error: Exception, is_json: bool) -> int:
+    from harness.config.errors import InputError
+
+    if not isinstance(error, InputError):
+        traceback.print_exception(error)
+        return FAILED
+    if is_json:
+        print(document(error={"key": error.key, "value": str(error.value), "message": str(error)}))
+    sys.stdout.flush()
+    print(error, file=sys.stderr)
+    return BAD_INPUT
+
+
+def _unknown(name: str, rest: list[str]) -> Exception:
+    from harness.config.errors import InputError, closest
+
+    words = " ".join(rest)
+    if "=" in name:
+        return InputError(
+            "command", name, "is not a command", allowed=COMMANDS, suggestion=f"train {name}",
+            fix=f"optbench train {name} {words}",
+        )  # fmt: skip
+    guess = closest(name, COMMANDS)
+    fix = f"optbench {guess} {words}" if guess else "optbench --help"
+    return InputError("command", name, "is not a command", allowed=COMMANDS, suggestion=guess, fix=fix)
+
+
+def _print(text: str) -> int:
+    print(text)
+    return 0
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("optbench")
+    except PackageNotFoundError:
+        return "(not installed: running from a checkout)"
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "optbench: train and compare optimizers of language models, on one process or many",
+            "",
+            "usage: optbench COMMAND …",
+            "",
+            *lines,
+            "",
+            "optbench COMMAND --help   words, examples and keys of a command",
+            "optbench COMMAND --json   one JSON document on standard output instead of tables",
+            "",
+            "first: optbench compare adamw muon galore sumo preset=quickstart",
+        ]
+    )
+
+
+def _help(name: str, command: Command) -> str:
+    examples = [(f"optbench {name} {words}".rstrip(), note) for words, note in command.examples]
+    lines = [
+        f"optbench {name}: {command.summary}",
+        "",
+        f"usage: optbench {name} {command.usage}",
+        "",
+        "examples:",
+    ]
+    for line, note in examples:
+        lines += [f"  {line}", f"      {note}"]
+    options = (*command.options, ("--json", "one JSON document on standard output, nothing else"))
+    width = max(len(flag) for flag, _ in options)
+    lines += ["", "options:", *(f"  {flag:<{width}}  {meaning}" for flag, meaning in options)]
+    if command.takes_keys:
+        from harness.listing import keys_text
+
+        lines += ["", keys_text()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Where the time of a step goes, measured without making the host wait for the device."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Accumulates seconds per named part between two reads.
+
+    On a CPU the parts are host time. On CUDA they are pairs of events on the current stream, added up when
+    `read` waits for the device, which is the only wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._last_read = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the enclosed work as ``name``."""
+        if self._device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """Seconds per part since the last read, and "total", the wall-clock time between the reads. Waits."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            for name, begin, end in self._events:
+                self._seconds[name] += begin.elapsed_time(end) * 1e-3
+        now = time.perf_counter()
+        seconds = {**self._seconds, "total": now - self._last_read}
+        self._seconds, self._events, self._last_read = defaultdict(float), [], now
+        return seconds

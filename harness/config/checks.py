@@ -1,0 +1,249 @@
+"""Checks that need more than one key, and the defaults that depend on them. Torch is not imported.
+
+    config = check(load(argv))                    # in the launcher
+    config = check(load(argv), worker=True)       # in a process that a launcher started
+
+Checks of the data are in `harness.data`, of the run folder in `harness.record`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.config import launcher, learning_rates, model_checks
+from harness.config.errors import InputError
+from harness.config.keys import word
+from harness.config.model_facts import ModelFacts, facts
+from harness.config.schema import ModelConfig, RunConfig
+
+_FORBIDDEN = set('/\\:*?"<>|') | {chr(code) for code in range(32)}
+
+
+def check(
+    config: RunConfig,
+    environ: Mapping[str, str] = os.environ,
+    devices: int | None = None,
+    *,
+    worker: bool = False,
+) -> RunConfig:
+    """Check a run and fill in what depends on the machine and on other keys.
+
+    Args:
+        config: as composed; checking a checked configuration changes nothing.
+        environ: where a launcher's WORLD_SIZE and accelerate's settings are looked for.
+        devices: GPUs present; None: counted.
+        worker: this process is one of the run's own: without a launcher's WORLD_SIZE it is the only one.
+
+    Returns:
+        The configuration with world_size, micro_batch_size, engine.name, learning rate (and its source)
+        and every optimizer option set.
+
+    Raises:
+        InputError: the first thing that cannot work.
+    """
+    _check_folders(config)
+    shapes = facts(config.model)
+    model_checks.check(config, shapes)
+    values = config.model_dump()
+    values["optimizer"] = _optimizer(config, shapes)
+    _check_schedule(config)
+    world_size = _world_size(config, environ, devices, worker)
+    values["world_size"] = world_size
+    values["engine"]["name"] = _engine(config, environ, world_size)
+    values["micro_batch_size"] = _micro_batch(config, world_size)
+    if config.eval.tokens < config.seq_len:
+        reason = f"is less than one sequence of seq_len = {config.seq_len} tokens"
+        raise InputError("eval.tokens", config.eval.tokens, reason, fix=f"eval.tokens={config.seq_len}")
+    return RunConfig.model_validate(values)
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """What a user should know about a checked configuration, one line each."""
+    if config.optimizer.target is not None or config.optimizer.lr_source in (None, "given"):
+        return []
+    default = learning_rates.default(config.optimizer.name, parameter_count(config.model))
+    return [default.warning] if default is not None and default.warning else []
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Parameters of the model: exact for LLaMA-like and GPT-2, else 12·layers·hidden² + 2·vocab·hidden."""
+    shapes = facts(model)
+    if shapes.parameters is not None:
+        return shapes.parameters
+    hidden, layers, vocab = shapes.hidden_size or 0, shapes.layers or 0, shapes.vocab_size or 0
+    return 12 * layers * hidden**2 + 2 * vocab * hidden
+
+
+def _check_folders(config: RunConfig) -> None:
+    for key, name in (("group", config.group), ("name", config.name)):
+        if name is None:
+            continue
+        bad = not name or name in (".", "..") or name != name.strip() or set(name) & _FORBIDDEN
+        if bad or len(name.encode()) > 200:
+            clean = "".join("-" if letter in _FORBIDDEN else letter for letter in name).strip(" .-") or "mine"
+            allowed = "a folder name of at most 200 bytes, without / and .."
+            raise InputError(
+                key, name or "''", "leaves its folder", allowed=allowed, fix=f"{key}={clean[:100]}"
+            )
+    place = Path(config.runs_dir).expanduser().absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = f"cannot be written ({place} is {'read-only' if place.is_dir() else 'a file'})"
+        raise InputError("runs_dir", config.runs_dir, reason, fix="runs_dir=a folder that you may write to")
+
+
+def _optimizer(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
+    """Resolved optimizer section: every option of the preset, learning rate and its source."""
+    from optimizers.presets import OptionError, rank_limit_check, resolve
+
+    given = config.optimizer
+    section: dict[str, Any] = {"name": given.name, "target": given.target}
+    if given.target is not None:
+        _check_target(given.target)
+        options = given.options
+    else:
+        try:
+            options = resolve(given.name, given.options)
+            rank_limit_check(options, (shapes.matrices or {}).items())
+        except OptionError as error:
+            raise _option_error(error, given.name) from None
+        options.pop("lr", None)
+        # Runs of several seeds must differ in the optimizer's random choices too (sketches, rounding).
+        if "seed" in options and "seed" not in given.options:
+            options["seed"] = config.seed
+    section |= _learning_rate(config)
+    return section | {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
+
+
+def _learning_rate(config: RunConfig) -> dict[str, Any]:
+    given = config.optimizer
+    if given.lr is not None:
+        is_own = given.lr_source not in (None, "given")
+        source = given.lr_source if is_own else "given"
+        return {"lr": given.lr, "lr_source": source, "lr_tuned": given.lr_tuned if is_own else True}
+    default = None
+    if given.target is None:
+        default = learning_rates.default(given.name, parameter_count(config.model))
+    if default is None:
+        name = given.target or given.name
+        reason = f"stands for a default, and there is no default for {name}"
+        raise InputError("optimizer.lr", "null", reason, allowed="a number > 0", fix="optimizer.lr=0.001")
+    return {"lr": default.lr, "lr_source": default.source, "lr_tuned": default.tuned}
+
+
+def _check_target(target: str) -> None:
+    package = target.partition(".")[0]
+    is_path = "." in target and all(part.isidentifier() for part in target.split("."))
+    if not is_path:
+        allowed = "an import path, package.Class"
+        raise InputError("optimizer.target", target, allowed=allowed, fix="optimizer.target=torch.optim.SGD")
+    if importlib.util.find_spec(package) is None:
+        reason = f"names the package {package}, which is not installed"
+        raise InputError("optimizer.target", target, reason, fix=f"pip install {package}")
+
+
+def _option_error(error: Any, name: str) -> InputError:
+    """An `optimizers.presets.OptionError` in the form of the command line."""
+    from optimizers.presets import OPTIONS, PRESETS
+
+    is_unknown_option = name in PRESETS and error.key not in PRESETS[name].options and error.key != "name"
+    suggestion = error.suggestion
+    if is_unknown_option and suggestion:
+        suggestion = f"optimizer.{suggestion}"
+    owners = [preset.name for preset in PRESETS.values() if error.key in preset.options]
+    if error.key == "name":
+        fix = f"optimizer={error.suggestion or 'adamw'}"
+    elif is_unknown_option and error.key in OPTIONS:
+        suggestion = None
+        fix = f"leave it out, or choose one of optimizer={', '.join(owners)}"
+    elif is_unknown_option:
+        fix = f"{suggestion}={word(error.value)}" if suggestion else f"remove optimizer.{error.key}"
+    else:
+        fallback = error.suggestion or word(PRESETS[name].options[error.key] if name in PRESETS else None)
+        fix = f"optimizer.{error.key}={fallback}"
+    return InputError(
+        f"optimizer.{error.key}",
+        word(error.value),
+        error.reason,
+        allowed=error.allowed,
+        suggestion=suggestion,
+        fix=fix,
+    )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    spans = {"warmup": config.schedule.warmup}
+    if config.schedule.name == "wsd":
+        spans["decay"] = config.schedule.decay
+    lengths: dict[str, float] = {}
+    for name, span in spans.items():
+        key = f"schedule.{name}"
+        if span >= 1 and span != int(span):
+            allowed = "a share of the run below 1, or a whole number of steps"
+            raise InputError(key, span, allowed=allowed, fix=f"{key}={int(span)}")
+        lengths[name] = span if span >= 1 else span * config.steps
+        if lengths[name] > config.steps:
+            reason = f"is longer than the run of steps = {config.steps}"
+            raise InputError(key, f"{span:g}", reason, fix=f"{key}=0.1")
+    if sum(lengths.values()) > config.steps:
+        reason = f"and warmup {config.schedule.warmup:g} together are longer than steps = {config.steps}"
+        raise InputError("schedule.decay", config.schedule.decay, reason, fix="schedule.decay=0.2")
+
+
+def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | None, worker: bool) -> int:
+    launch = launcher.launched(environ)
+    wanted = config.world_size
+    if launch is None and worker:
+        launcher.check_one_process_was_meant(launcher.parent_command_lines())
+        launch = launcher.Launch(1, 0, 0)
+    if launch is None:
+        return wanted or devices or (launcher.visible_devices(environ) if devices is None else 0) or 1
+    if wanted is not None and wanted != launch.world_size:
+        told = f"WORLD_SIZE={launch.world_size}" if "WORLD_SIZE" in environ else "no WORLD_SIZE"
+        started = "1 process" if launch.world_size == 1 else f"{launch.world_size} processes"
+        reason = f"disagrees with the launcher, which started {started} ({told})"
+        fix = f"world_size={launch.world_size}, or optbench train world_size={wanted} …"
+        raise InputError("world_size", wanted, reason, fix=fix)
+    return launch.world_size
+
+
+def _engine(config: RunConfig, environ: Mapping[str, str], world_size: int) -> str:
+    """The engine by name, after looking at what else the launcher was told."""
+    for variable, other in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+        if environ.get(variable, "").lower() in ("1", "true", "yes"):
+            reason = f"disagrees with the launcher, which asks for {other}"
+            raise InputError(
+                "engine.name", config.engine.name, reason, fix="launch without it: optbench train …"
+            )
+    mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", config.precision):
+        reason = f"disagrees with the launcher, which was given --mixed_precision {mixed}"
+        raise InputError("precision", config.precision, reason, fix=f"precision={mixed}, or launch with no")
+    if config.engine.name == "auto":
+        return "single" if world_size == 1 else "ddp"
+    if config.engine.name == "single" and world_size > 1:
+        reason = f"is one process, and world_size is {world_size}"
+        raise InputError("engine.name", "single", reason, fix="engine=ddp, or world_size=1")
+    return config.engine.name
+
+
+def _micro_batch(config: RunConfig, world_size: int) -> int:
+    micro = config.micro_batch_size
+    unit = world_size * (micro or 1)
+    if config.batch_size % unit:
+        product = f"world_size × micro_batch_size = {unit}" if micro else f"world_size = {unit}"
+        nearest = max(unit, round(config.batch_size / unit) * unit)
+        reason = f"is not divisible by {product}"
+        raise InputError(
+            "batch_size",
+            config.batch_size,
+            reason,
+            allowed=f"multiples of {unit}",
+            fix=f"batch_size={nearest}",
+        )
+    return micro or config.batch_size // world_size

@@ -1,0 +1,98 @@
+"""Which runs are the same, and which may be compared: hashes of what changes a result.
+
+World size, engine, micro-batch, cadence of logs, names and folders do not change what is learned (beyond
+rounding) and stay out; so do attention implementation, compilation and activation checkpointing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import RunConfig
+
+_DIGITS = 16
+_EDGE = 1 << 20
+
+
+def identity(config: RunConfig, corpus_sha256: str, tokenizer_sha256: str) -> str:
+    """Hash of all that changes the result of a run, seed and optimizer included.
+
+    Args:
+        config: a checked configuration (defaults filled in).
+        corpus_sha256: hash of the tokenized corpus, which stands for the source and the split.
+        tokenizer_sha256: hash of the tokenizer.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return _hash({**_facts(config), "corpus": corpus_sha256, "tokenizer": tokenizer_sha256})
+
+
+def comparison_key(config: RunConfig, corpus_sha256: str, tokenizer_sha256: str) -> str:
+    """The same without optimizer and seed: runs that share it had the same task and budget."""
+    facts = _facts(config)
+    for name in ("optimizer", "seed"):
+        del facts[name]
+    return _hash({**facts, "corpus": corpus_sha256, "tokenizer": tokenizer_sha256})
+
+
+def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
+    """Dotted keys that make two runs different ones, in the schema's order; the corpora are not looked at."""
+    first, second = _flat(_facts(a)), _flat(_facts(b))
+    missing = object()
+    names = dict.fromkeys([*first, *second])
+    return [name for name in names if first.get(name, missing) != second.get(name, missing)]
+
+
+def _facts(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    model, data, optimizer, schedule = (values[group] for group in ("model", "data", "optimizer", "schedule"))
+    facts = {
+        "model": {"model_type": model["model_type"], "config": model["config"], "path": _weights(config)},
+        # Where the text came from is in the corpus hash; what is done with it is not.
+        "data": {"mode": data["mode"], "validation_tokens": data["validation_tokens"]},
+        "optimizer": {k: v for k, v in optimizer.items() if k not in ("lr_source", "lr_tuned")},
+        "schedule": schedule,
+        # The loss is read on these tokens: another number of them is another result.
+        "eval": {"tokens": values["eval"]["tokens"]},
+    }
+    scalars = ("steps", "seed", "batch_size", "seq_len", "precision", "max_grad_norm")
+    return {**facts, **{name: values[name] for name in scalars}}
+
+
+def _weights(config: RunConfig) -> str | None:
+    """Fingerprint of a starting point: contents of config.json, sizes and both ends of the weight files.
+
+    Whole files would take minutes at 7B, and the path is a fact about the machine.
+    """
+    if config.model.path is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(config.model.path).expanduser().glob("*")):
+        if path.suffix not in (".safetensors", ".bin") and path.name != "config.json":
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE))
+            file.seek(max(0, size - _EDGE))
+            digest.update(file.read(_EDGE))
+    return digest.hexdigest()
+
+
+def _hash(facts: dict[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

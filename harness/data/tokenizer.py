@@ -1,0 +1,265 @@
+"""Tokenizers: a byte-level BPE trained on the corpus, or any Hugging Face tokenizer.
+
+Both end in an `Encoder`, which knows what the tokenizer puts around a document, and both are saved as a
+folder that `transformers.AutoTokenizer.from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from harness.config.errors import InputError
+from harness.data.fingerprints import file_sha256, sync_folder
+from harness.data.messages import quiet
+from harness.record import atomic
+
+EOS, PAD = "<eos>", "<pad>"
+# Enters the keys of caches: raise it when the same text and vocabulary size would give another tokenizer.
+BPE_VERSION = "byte-level-bpe-1"
+_EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
+# Files that a tokenizer may be made of (its folder may hold a model as well).
+_SUFFIXES = (".json", ".txt", ".model", ".vocab")
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+
+
+class Encoder:
+    """A tokenizer and what it puts around a document.
+
+    Args:
+        tokenizer: from `train_bpe` or `load`.
+        eos: text of the token that ends a document.
+        pad: text of the token that fills a row; None: the eos token (pads carry no loss either way).
+
+    Attributes:
+        eos_id, pad_id: token ids.
+        vocab_size: largest id of the vocabulary + 1.
+        prefix_length: tokens that the tokenizer puts before a text (LLaMA: one).
+        appends_eos: the tokenizer itself ends a text with eos (T5 does, also after truncation).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos: str, pad: str | None) -> None:
+        self.tokenizer = tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A document that happens to contain "<eos>" is text, not a document's end.
+        tokenizer.encode_special_tokens = True
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.eos, self.pad = eos, pad
+        self.eos_id = vocabulary[eos]
+        self.pad_id = vocabulary[pad] if pad else self.eos_id
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._prefix, self._suffix = self._surroundings()
+        self.appends_eos = self._suffix[-1:] == [self.eos_id]
+        if not self.appends_eos:
+            self._suffix.append(self.eos_id)
+        self.prefix_length = len(self._prefix)
+
+    def encode(self, documents: list[list[str]]) -> list[NDArray[np.int64]]:
+        """Token ids of documents, each given in pieces, with the tokenizer's special tokens and eos around:
+        a list of 1-D int64 arrays. A document of which the tokenizer leaves nothing is an empty array."""
+        pieces = [piece for document in documents for piece in document]
+        # "fast" leaves out character offsets, which nobody here reads.
+        encodings = iter(self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
+        result = []
+        for document in documents:
+            ids = [i for _ in document for i in next(encodings).ids]
+            result.append(np.array([*self._prefix, *ids, *self._suffix] if ids else [], dtype=np.int64))
+        return result
+
+    def _surroundings(self) -> tuple[list[int], list[int]]:
+        bare = self.tokenizer.encode("a", add_special_tokens=False).ids
+        full = self.tokenizer.encode("a", add_special_tokens=True).ids
+        if not bare:
+            return [], []
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        return full[:start], full[start + len(bare) :]
+
+    def save(self, folder: Path) -> str:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``; returns the SHA-256 of the first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": int(1e30),
+        }
+        if self.pad:
+            settings["pad_token"] = self.pad
+        atomic.write_text(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        atomic.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, sort_keys=True))
+        sync_folder(folder)
+        return file_sha256(folder / "tokenizer.json")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Encoder:
+    """Byte-level BPE (Sennrich et al. 2016; bytes and splitting as in GPT-2), lossless on any text.
+
+    The same texts in the same order give the same bytes. Ids 0 and 1 are ``<eos>`` and ``<pad>``. A small
+    corpus may give fewer than ``vocab_size`` entries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return Encoder(tokenizer, EOS, PAD)
+
+
+def cached_bpe(texts: Iterator[str], again: Iterator[str], vocab_size: int, cache: Path) -> Encoder:
+    """`train_bpe`, once for each (text, vocabulary size, algorithm): kept in ``cache`` under
+    the hash of the three.
+
+    ``texts`` and ``again`` yield the same texts: the first is hashed, the second trained on if it must be.
+    """
+    digest = hashlib.sha256(f"{BPE_VERSION}|{vocab_size}|".encode())
+    for text in texts:
+        digest.update(len(text).to_bytes(8, "little"))
+        digest.update(text.encode("utf-8"))
+    path = cache / f"{digest.hexdigest()}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if hashlib.sha256(content["tokenizer"].encode()).hexdigest() == content["sha256"]:
+            return Encoder(Tokenizer.from_str(content["tokenizer"]), EOS, PAD)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    encoder = train_bpe(again, vocab_size)
+    text = encoder.tokenizer.to_str()
+    cache.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(
+        path, json.dumps({"tokenizer": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+    )
+    return encoder
+
+
+def identity(config_tokenizer: str, vocab_size: int) -> dict[str, Any]:
+    """What decides the tokenizer, for a cache key, without network. A local tokenizer counts by content.
+
+    Raises:
+        InputError: a path that does not exist.
+    """
+    if config_tokenizer == "bpe":
+        return {"algorithm": BPE_VERSION, "vocab_size": vocab_size}
+    path = _local(config_tokenizer)
+    if path is None:
+        return {"name": config_tokenizer}
+    parts = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES) if path.is_dir() else [path]
+    return {"files": [(p.name, file_sha256(p)) for p in parts]}
+
+
+def load(name: str) -> Encoder:
+    """A Hugging Face tokenizer: a ``tokenizer.json``, a folder, or a name on the hub.
+
+    `tokenizers` reads it; `transformers.AutoTokenizer` converts one that has no ``tokenizer.json``.
+
+    Raises:
+        InputError: not found, not reachable, or without a token that ends a document.
+    """
+    path = _local(name)
+    try:
+        if path is not None and path.is_file():
+            return _encoder(Tokenizer.from_file(str(path)), _settings(path.parent), name)
+        with quiet():
+            folder = path if path is not None else _download(name)
+        if folder is not None and (folder / "tokenizer.json").is_file():
+            return _encoder(Tokenizer.from_file(str(folder / "tokenizer.json")), _settings(folder), name)
+        return _converted(name)
+    except InputError:
+        raise
+    # `tokenizers` raises bare Exception, the hub and `transformers` a dozen classes of their own.
+    except Exception as error:
+        lines = str(error).splitlines()
+        raise InputError(
+            "data.tokenizer",
+            name,
+            f"could not be loaded ({type(error).__name__}: {lines[0][:200] if lines else ''})",
+            allowed="bpe, a folder, a tokenizer.json, a name on the hub",
+            fix="without a network copy the tokenizer's folder here, data.tokenizer=FOLDER",
+        ) from error
+
+
+def _local(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith(("/", ".", "~")) or name.endswith(".json"):
+        raise InputError(
+            "data.tokenizer", name, "does not exist", allowed="bpe, a folder, a tokenizer.json, a name"
+        )
+    return None
+
+
+def _download(name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(name, "tokenizer.json"))
+        for extra in ("tokenizer_config.json", "special_tokens_map.json"):
+            try:
+                hf_hub_download(name, extra)
+            except EntryNotFoundError:
+                continue
+    except LocalEntryNotFoundError:
+        # The hub did not answer. Converting would only wait for it again, unless the user has said that there
+        # is no hub; then the files of a tokenizer in its older form may still be at hand.
+        if HF_HUB_OFFLINE:
+            return None
+        raise
+    except EntryNotFoundError:
+        return None
+    return path.parent
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Names of the special tokens as the files beside a ``tokenizer.json`` give them."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file():
+            found.update(json.loads(path.read_text(encoding="utf-8")))
+    return {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
+
+
+def _encoder(tokenizer: Tokenizer, settings: dict[str, Any], name: str) -> Encoder:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+
+    def pick(key: str, usual: tuple[str, ...]) -> str | None:
+        return next((token for token in (settings.get(key), *usual) if token in vocabulary), None)
+
+    eos = pick("eos_token", _EOS_NAMES)
+    if eos is None:
+        raise InputError(
+            "data.tokenizer",
+            name,
+            "has no token that ends a document",
+            allowed=f"eos_token in tokenizer_config.json, or one of {', '.join(_EOS_NAMES)}",
+        )
+    return Encoder(tokenizer, eos, pick("pad_token", _PAD_NAMES))
+
+
+def _converted(name: str) -> Encoder:
+    from transformers import AutoTokenizer
+
+    slow = AutoTokenizer.from_pretrained(name)
+    backend = getattr(slow, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            "data.tokenizer", name, "has no fast form (tokenizer.json)", allowed="a fast tokenizer"
+        )
+    settings = {"eos_token": slow.eos_token, "pad_token": slow.pad_token}
+    return _encoder(Tokenizer.from_str(backend.to_str()), settings, name)

@@ -1,0 +1,154 @@
+"""Start the processes of one run on this machine and say what became of it. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import psutil
+
+from harness.config.errors import InputError
+from harness.config.launcher import visible_devices
+from harness.config.schema import RunConfig
+from harness.preparation import Prepared, prepare
+from harness.record import atomic
+from harness.record.folder import now
+from harness.train import ERROR_FILE
+
+EXIT_CODES = {"finished": 0, "diverged": 3, "failed": 3, "interrupted": 75}
+"""Of `optbench`, by the state that a run ended in."""
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended.
+
+    Attributes:
+        folder: its run folder.
+        state: finished, diverged, failed or interrupted.
+        exit_code: `EXIT_CODES` of the state.
+        reason: one line.
+    """
+
+    folder: Path
+    state: str
+    exit_code: int
+    reason: str
+
+
+def run(overrides: Sequence[str], *, say: Callable[[str], None], output: IO[str] | None = None) -> RunOutcome:
+    """Prepare and train one run in processes of its own; returns when they have ended.
+
+    Args:
+        overrides: ``key=value`` words.
+        say: where messages go.
+        output: where the processes' standard output goes (None: ours).
+
+    Raises:
+        InputError: bad input; nothing was started.
+    """
+    return start(prepare(overrides, say=say), output=output)
+
+
+def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
+    """Train a prepared run in processes of its own."""
+    command, extra = launch_command(prepared.config, prepared.overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        error = Path(scratch) / "error.json"
+        # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
+        process = subprocess.Popen(
+            command, env={**os.environ, **extra, ERROR_FILE: str(error)}, stdout=output, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        with _forwarding(process):
+            code = process.wait()
+        if error.exists():
+            raise InputError(**json.loads(error.read_text()))
+    return _outcome(prepared.folder, code)
+
+
+def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line of the processes, and the environment variables it needs beside ours.
+
+    One process needs no launcher. Several get `accelerate launch` with every choice spelled out, so that a
+    configuration file of the user's `accelerate config` changes nothing. On CPUs the ``--cpu`` flag would
+    start one process, silently; ``--multi_gpu`` with ACCELERATE_USE_CPU starts them all, over gloo.
+    """
+    assert config.world_size is not None
+    training = ["harness.train", *overrides]
+    if not any(word.startswith("world_size=") for word in overrides):
+        training.append(f"world_size={config.world_size}")
+    if config.world_size == 1:
+        return [sys.executable, "-m", *training], {}
+    flags = [
+        "--multi_gpu", "--num_processes", str(config.world_size), "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", str(_free_port()),
+    ]  # fmt: skip
+    extra = {} if visible_devices() else {"ACCELERATE_USE_CPU": "true"}
+    extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *flags, "-m", *training], extra
+
+
+def _outcome(folder: Path, code: int) -> RunOutcome:
+    try:
+        status = json.loads((folder / "status.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return RunOutcome(folder, "failed", 3, f"the processes ended with code {code} before the first step")
+    if status["state"] == "running":
+        # Killed from outside: rank 0 could not say so itself.
+        reason = f"the processes died (code {code}) after step {status['step']}"
+        status |= {"state": "failed", "updated": now()}
+        status["attempts"][-1] |= {"state": "failed", "ended": now(), "reason": reason}
+        atomic.write_json(folder / "status.json", status)
+    state, reason = status["state"], status["attempts"][-1].get("reason", "")
+    return RunOutcome(folder, state, EXIT_CODES.get(state, 3), reason)
+
+
+@contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on to the training processes as SIGTERM and go on waiting for them.
+
+    To them and not to a launcher between: torch's elastic agent would print a traceback, and kill after 30 s
+    what has not ended. Processes that end by themselves with code 0 it accepts.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for worker in _workers(process.pid) or [process]:
+            worker.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _workers(pid: int) -> list[psutil.Process]:
+    """The processes at or below ``pid`` that run `harness.train` themselves; none while they are starting."""
+    found = []
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            words = process.cmdline()
+            # A launcher has "-m accelerate…" before the module that it is to start.
+            if "-m" in words and words[words.index("-m") + 1 :][:1] == ["harness.train"]:
+                found.append(process)
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,270 @@
+"""`optbench list` and `optbench show NAME`: what can be named, and what it means. Torch is not imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.cli import COMMANDS, document
+from harness.config import checks, keys, learning_rates, sources
+from harness.config.compose import load
+from harness.config.errors import InputError, closest
+from harness.config.model_facts import facts
+from harness.config.schema import ModelConfig
+
+_KINDS = {
+    "models": "model",
+    "optimizers": "optimizer",
+    "engines": "engine",
+    "data": "data",
+    "schedules": "schedule",
+    "experiments": "experiment",
+}
+
+
+def list_command(argv: Sequence[str]) -> int:
+    """`optbench list [--json]`: everything that a group takes.
+
+    Raises:
+        InputError: any other word.
+    """
+    words, is_json = _split_json(argv)
+    if words:
+        raise InputError(
+            "list", words[0], "is not expected", allowed="--json", fix=f"optbench show {words[0]}"
+        )
+    tables = {kind: [_ROWS[kind](name) for name in sources.options(group)] for kind, group in _KINDS.items()}
+    if is_json:
+        print(document(**tables))
+        return 0
+    console = _console()
+    for kind, rows in tables.items():
+        console.print(_table(f"{kind} ({_KINDS[kind]}=NAME)", rows))
+    console.print("optbench show NAME: options, defaults, allowed values, source")
+    return 0
+
+
+def show_command(argv: Sequence[str]) -> int:
+    """`optbench show NAME [--json]`: one model, optimizer, engine, data set, schedule, experiment or command.
+
+    Raises:
+        InputError: no name, several names, or a name that nothing has.
+    """
+    words, is_json = _split_json(argv)
+    names = {name: kind for kind, group in reversed(_KINDS.items()) for name in sources.options(group)}
+    with_keys = [name for name, command in COMMANDS.items() if command.takes_keys]
+    choices = [*names, *with_keys]
+    if len(words) != 1:
+        value = " ".join(words) or "no name"
+        raise InputError("show", value, "is not one name", allowed=choices, fix="optbench show sumo")
+    name = words[0].partition("=")[2] or words[0]
+    if name not in choices:
+        guess = closest(name, choices)
+        raise InputError(
+            "show", name, "is not known", allowed=choices, fix=f"optbench show {guess or 'sumo'}"
+        )
+    shown = _SHOW[names[name]](name) if name in names else _show_keys()
+    if is_json:
+        print(document(name=name, kind=names.get(name, "command"), **shown))
+        return 0
+    console = _console()
+    for label, value in shown.items():
+        if not isinstance(value, list):
+            console.print(Text(label, style="bold"), _cell(value), highlight=False)
+    for label, value in shown.items():
+        if isinstance(value, list) and value:
+            console.print(_table(label.replace("_", " "), value))
+    return 0
+
+
+def keys_text() -> str:
+    """Every key of a run, one a line: name, default, allowed, meaning (for `optbench train --help`)."""
+    lines = ["groups (a file of configs/GROUP; your own ./configs is searched first):"]
+    lines += [f"  {group}={'|'.join(sources.options(group))}" for group in sources.GROUPS]
+    lines += ["", "keys (default; allowed; meaning):"]
+    for key in keys.schema_keys().values():
+        allowed = key.allowed if isinstance(key.allowed, str) else ", ".join(key.allowed)
+        lines.append(f"  {key.name}={keys.word(key.default)}  ({allowed})  {key.doc}".rstrip())
+    return "\n".join([*lines, "  optimizer.OPTION=…  options of an optimizer: optbench show NAME"])
+
+
+def _model_row(name: str) -> dict[str, Any]:
+    model = _model(name)
+    exact = facts(model).parameters
+    return {
+        "name": name,
+        "parameters": exact if exact is not None else checks.parameter_count(model),
+        "exact": exact is not None,
+        "family": model.model_type,
+        "about": _comment("model", name),
+    }
+
+
+def _optimizer_row(name: str) -> dict[str, Any]:
+    from optimizers.presets import PRESETS
+
+    preset = PRESETS.get(name)
+    if preset is None:
+        return {"name": name, "rule": "plug-in", "about": "rule of an installed package", "source": ""}
+    return {"name": name, "rule": preset.rule, "about": preset.doc, "source": preset.source}
+
+
+def _file_row(group: str) -> Callable[[str], dict[str, Any]]:
+    return lambda name: {"name": name, "about": _comment(group, name)}
+
+
+_ROWS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "models": _model_row,
+    "optimizers": _optimizer_row,
+    **{kind: _file_row(group) for kind, group in _KINDS.items() if kind not in ("models", "optimizers")},
+}
+
+
+def _show_optimizer(name: str) -> dict[str, Any]:
+    from optimizers.presets import OPTIONS, preset
+
+    chosen = preset(name)
+    options = []
+    for option, default in chosen.options.items():
+        known = OPTIONS.get(option)
+        options.append(
+            {
+                "option": f"optimizer.{option}",
+                "default": "by model size" if option == "lr" else _plain(default),
+                "allowed": ", ".join(known.allowed) if known else "",
+                "meaning": known.doc if known else "",
+            }
+        )
+    rates = [
+        {
+            "smallest_model": int(row.smallest),
+            "largest_model": int(row.largest),
+            "lr": row.lr,
+            "tuned": row.tuned,
+            "source": row.source,
+        }
+        for row in learning_rates.TABLE.get(name, ())
+    ]
+    return {
+        "about": chosen.doc,
+        "source": chosen.source,
+        "rule": chosen.rule,
+        "learning_rates": rates,
+        "options": options,
+    }
+
+
+def _model(name: str) -> ModelConfig:
+    """A model by its file; composed only where the file builds on others (that takes a tenth of a second)."""
+    path = sources.find("model", name)
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
+    if not isinstance(content, dict) or "defaults" in content:
+        return load([f"model={name}"]).model
+    try:
+        return ModelConfig.model_validate(content)
+    except ValidationError:
+        return load([f"model={name}"]).model
+
+
+def _show_model(name: str) -> dict[str, Any]:
+    model = _model(name)
+    row = _model_row(name)
+    shapes = facts(model)
+    return {
+        "about": row["about"],
+        "family": model.model_type,
+        "parameters": row["parameters"],
+        "exact": row["exact"],
+        "matrices": [
+            {"matrix": path, "rows": rows, "columns": columns, "layers": shapes.layers}
+            for path, (rows, columns) in (shapes.matrices or {}).items()
+        ],
+        "configuration": [
+            {"option": f"model.config.{key}", "value": value} for key, value in model.config.items()
+        ],
+        "options": [
+            row for row in _group_keys("model") if row["option"] not in ("model.name", "model.config")
+        ],
+    }
+
+
+def _show_file(group: str) -> Callable[[str], dict[str, Any]]:
+    def show(name: str) -> dict[str, Any]:
+        path = sources.find(group, name)
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
+        return {"about": _comment(group, name), "sets": content or {}, "options": _group_keys(group)}
+
+    return show
+
+
+_SHOW: dict[str, Callable[[str], dict[str, Any]]] = {
+    "models": _show_model,
+    "optimizers": _show_optimizer,
+    **{kind: _show_file(group) for kind, group in _KINDS.items() if kind not in ("models", "optimizers")},
+}
+
+
+def _show_keys() -> dict[str, Any]:
+    return {"about": "every key of a run", "options": _group_keys(None)}
+
+
+def _group_keys(group: str | None) -> list[dict[str, Any]]:
+    rows = []
+    for key in keys.schema_keys().values():
+        if group is None or key.name.startswith(f"{group}."):
+            allowed = key.allowed if isinstance(key.allowed, str) else ", ".join(key.allowed)
+            rows.append(
+                {"option": key.name, "default": _plain(key.default), "allowed": allowed, "meaning": key.doc}
+            )
+    return rows
+
+
+def _comment(group: str, name: str) -> str:
+    """The leading comment of a configuration file, without Hydra's directives."""
+    path: Path | None = sources.find(group, name)
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path else []:
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @"):
+            lines.append(line.lstrip("# ").strip())
+    return " ".join(lines)
+
+
+def _split_json(argv: Sequence[str]) -> tuple[list[str], bool]:
+    return [word for word in argv if word != "--json"], "--json" in argv
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, (list, dict)):
+        return keys.word(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _console() -> Console:
+    # Piped output must not be cut at 80 columns: it is searched with grep.
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, highlight=False)
+    for column in rows[0] if rows else ():
+        right = any(isinstance(row[column], int) and not isinstance(row[column], bool) for row in rows)
+        table.add_column(column, justify="right" if right else "left", no_wrap=column in ("name", "option"))
+    for row in rows:
+        # As Text: a bracket in a cell is a bracket, not markup.
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    return table

@@ -1,0 +1,175 @@
+"""The training loop. Everything beside training (evaluation, probes, records) hangs on two small interfaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from harness.clock import Clock
+from harness.config.schema import RunConfig
+from harness.engines import Engine
+from harness.feed import Feed, MicroBatch
+from harness.lifecycle import StopSignal
+from harness.model import loss_sum
+from harness.record.folder import Row
+from harness.schedule import Factor
+
+
+class Probe(Protocol):
+    """Something measured at some steps. Runs on every process, so it may issue collectives."""
+
+    def due(self, step: int) -> bool:
+        """Whether this step needs a row with this probe's keys; the same answer on all processes."""
+        ...
+
+    def before_update(self, step: int) -> None:
+        """Called right before the optimizer step of a step that is due."""
+        ...
+
+    def measure(self, step: int, row: Row) -> None:
+        """Add keys to the row of a step that is due."""
+        ...
+
+
+class Sink(Protocol):
+    """Somewhere that rows go. Runs on rank 0 alone."""
+
+    def write(self, row: Row) -> None:
+        """Take one row. Must not raise for reasons outside of this machine."""
+        ...
+
+
+@dataclass
+class Run:
+    """All that a run consists of, as `harness.run.assemble` puts it together."""
+
+    config: RunConfig
+    engine: Engine
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    factor: Factor
+    feed: Feed
+    clock: Clock
+    stop: StopSignal
+    probes: Sequence[Probe] = ()
+    sinks: Sequence[Sink] = ()
+    folder: Path | None = None
+    """The run folder, where this process is the one that writes it."""
+    ledger: Ledger = field(default_factory=lambda: Ledger())
+
+
+@dataclass
+class Ledger:
+    """Host-side running totals."""
+
+    step: int = 0
+    """Steps done."""
+    tokens: int = 0
+    wall_s: float = 0.0
+    skipped: int = 0
+    stop: bool = False
+    loss: torch.Tensor | None = None
+    """Loss sums of this process since the last row, in nats."""
+    loss_tokens: int = 0
+    """Tokens of all processes since the last row."""
+    grad_norm: torch.Tensor | None = None
+    pending: Callable[[], list[float]] | None = None
+    """Vote of the last step: read one step late, so that the host never waits for the device."""
+
+
+def train(run: Run) -> str:
+    """Train to the end, to a stop signal or to divergence; returns the state to record (`record.schema.STATES`)."""
+    config, engine, clock, ledger = run.config, run.engine, run.clock, run.ledger
+    for step in range(config.steps):
+        due = [probe for probe in run.probes if probe.due(step)]
+        with clock.part("data"):
+            micro_batches = run.feed.step(step)
+            tokens = run.feed.loss_tokens(step)
+        with clock.part("forward_backward"):
+            loss = forward_backward(run, micro_batches, weight=engine.world_size / tokens)
+        with clock.part("optimizer"):
+            settle(run)
+            if ledger.stop or ledger.skipped > config.max_skipped_steps:
+                break
+            for probe in due:
+                probe.before_update(step)
+            set_lr(run.optimizer, run.factor(step))
+            ledger.grad_norm, nonfinite = engine.clip(config.max_grad_norm)
+            engine.update(nonfinite)
+            run.optimizer.zero_grad(set_to_none=False)
+            ledger.pending = engine.vote(torch.stack([nonfinite, nonfinite.new_tensor(float(run.stop.requested))]))
+        ledger.loss = loss if ledger.loss is None else ledger.loss + loss
+        ledger.loss_tokens += tokens
+        ledger.tokens += tokens
+        ledger.step = step + 1
+        if due:
+            write_row(run, step, due)
+    settle(run)
+    if ledger.skipped > config.max_skipped_steps:
+        return "diverged"
+    return "finished" if ledger.step == config.steps else "interrupted"
+
+
+def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], weight: float) -> torch.Tensor:
+    """Accumulate the gradient of the token-weighted mean loss; returns this process' loss sum (0-dim, nats).
+
+    ``weight`` is world_size over the loss tokens of the *global* batch. The engine averages gradients over
+    processes, so what comes out is the mean over all tokens of the step, however it was cut.
+    """
+    total = torch.zeros((), device=run.engine.device)
+    for index, (ids, labels) in enumerate(micro_batches):
+        with run.engine.micro_step(last=index == len(micro_batches) - 1):
+            with run.engine.autocast():
+                logits = run.engine.model(input_ids=ids).logits
+            loss = loss_sum(logits, labels)
+            run.engine.backward(loss * weight)
+        total += loss.detach()
+    return total
+
+
+def settle(run: Run) -> None:
+    """Read the last step's vote, if there is one, and let the host catch up with what it says."""
+    if run.ledger.pending is None:
+        return
+    nonfinite, stop = run.ledger.pending()
+    run.ledger.pending = None
+    if nonfinite:
+        run.ledger.skipped += 1
+        retract = getattr(run.optimizer, "retract_step", None)
+        if retract is not None:
+            retract()
+    run.ledger.stop = bool(stop)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale each group's peak learning rate, except in groups with ``scheduled=False``."""
+    for group in optimizer.param_groups:
+        if group.get("scheduled", True):
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def write_row(run: Run, step: int, due: Sequence[Probe]) -> None:
+    """Measure what is due and hand the row to the sinks: the one place where the host waits for the device."""
+    ledger = run.ledger
+    settle(run)
+    row: Row = {"step": ledger.step, "tokens": ledger.tokens}
+    with run.clock.part("probes"):
+        for probe in due:
+            probe.measure(step, row)
+    for sink in run.sinks:
+        sink.write(row)
+
+
+def mean_loss(run: Run) -> float:
+    """Token-weighted mean training loss since this was last asked (a collective)."""
+    ledger = run.ledger
+    assert ledger.loss is not None
+    mean = run.engine.sum(ledger.loss).item() / ledger.loss_tokens
+    ledger.loss, ledger.loss_tokens = None, 0
+    return mean if math.isfinite(mean) else math.nan

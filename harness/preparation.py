@@ -1,0 +1,52 @@
+"""All that can be known before a process starts or torch is imported: configuration, data, the folder to write to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import data
+from harness.config import checks, compose
+from harness.config.identity import comparison_key, identity
+from harness.config.model_facts import facts
+from harness.config.schema import RunConfig
+from harness.data import Corpus
+from harness.record import folder as run_folder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    overrides: tuple[str, ...]
+    config: RunConfig
+    corpus: Corpus
+    identity: str
+    comparison_key: str
+    folder: Path
+
+
+def prepare(overrides: Sequence[str], *, say: Callable[[str], None], worker: bool = False, writes_folder: bool = True) -> Prepared:
+    """Compose and check the configuration, tokenize the corpus if that was not done yet, check the run folder.
+
+    Safe in many processes at once: the corpus is built by the first, the others wait for it.
+
+    Args:
+        overrides: ``key=value`` words.
+        say: where messages go.
+        worker: this is one of the run's own processes, not the command that starts them.
+        writes_folder: whether this process will write the run folder (rank 0), so that it must be free.
+
+    Raises:
+        InputError: anything about the input that is wrong; nothing has been written to the run folder then.
+    """
+    config = checks.check(compose.load(overrides), worker=worker)
+    vocabulary = facts(config.model).vocab_size
+    corpus = data.check(config.data, config.seq_len, config.batch_size, config.eval.tokens, vocabulary, say=say)
+    run_identity = identity(config, corpus.sha256, corpus.tokenizer_sha256)
+    key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
+    folder = run_folder.path_of(config, run_identity)
+    if writes_folder:
+        run_folder.check(folder, config, run_identity)
+    return Prepared(tuple(overrides), config, corpus, run_identity, key, folder)

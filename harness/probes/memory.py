@@ -1,0 +1,78 @@
+"""Bytes of weights, gradients and optimizer state, counted by walking the tensors, and the peak as measured."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable
+
+import torch
+
+from harness.engines import Engine
+from harness.record.folder import Row
+
+
+class MemoryMeter:
+    """Reads this process' memory by kind; every figure is the maximum over the processes.
+
+    ``peak`` is the CUDA allocator's high-water mark, or on a CPU the resident set's (interpreter and
+    libraries included: that is what a node must have).
+    """
+
+    def __init__(self, engine: Engine, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._engine, self._model, self._optimizer = engine, model, optimizer
+
+    def read(self) -> Row:
+        """The four ``memory/…_bytes`` keys (a collective)."""
+        figures = {
+            "weights": tensor_bytes([*self._model.parameters(), *self._model.buffers()]),
+            "gradients": tensor_bytes(p.grad for p in self._model.parameters() if p.grad is not None),
+            "optimizer_state": sum(state_bytes(self._optimizer).values()),
+            "peak": peak_bytes(self._engine.device),
+        }
+        tensor = torch.tensor(list(figures.values()), dtype=torch.float64, device=self._engine.device)
+        return {f"memory/{kind}_bytes": int(value) for kind, value in zip(figures, self._engine.max(tensor).tolist())}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Exact bytes of this process' optimizer state by kind; a plug-in's state by its own key names."""
+    own = getattr(optimizer, "state_bytes", None)
+    if own is not None:
+        return own()
+    kinds: dict[str, int] = {}
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            for tensor in _tensors(value):
+                kinds[str(key)] = kinds.get(str(key), 0) + tensor_bytes([tensor])
+    return kinds
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the elements; memory shared by several tensors (tied weights, views) counts once."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for tensor in tensors:
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        if key not in seen:
+            seen.add(key)
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def peak_bytes(device: torch.device) -> int:
+    """High-water mark of this process, bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _tensors(value: object) -> Iterable[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

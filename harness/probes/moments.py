@@ -1,0 +1,87 @@
+"""Spectra of the moments: condition number, effective and stable rank, and the errors of the applied factor."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from harness.loop import Run
+from harness.record.folder import Row
+from harness.record.schema import MOMENT_FIGURES
+
+BUDGET = 0.01
+"""Share of the run's time that ``moments.every=auto`` may spend."""
+
+
+class Moments:
+    """Adds ``moments/…`` to the row and writes moments.parquet, a row per layer.
+
+    The first and the last step are always probed. With ``every=auto`` the cost of each probe, on the slowest
+    process, decides when the next one is affordable; all processes agree because they take the maximum.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._rules = {route.name: route.rule for route in getattr(run.optimizer, "routes", [])}
+        self._every = run.config.moments.every
+        self._next = 0
+        self._rows: list[dict[str, object]] = []
+
+    def due(self, step: int) -> bool:
+        if self._every is None or not hasattr(self._run.optimizer, "moment_figures"):
+            return False
+        return step == 0 or step + 1 == self._run.config.steps or step >= self._next
+
+    def before_update(self, step: int) -> None:
+        self._run.optimizer.observe_moments(True)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def measure(self, step: int, row: Row) -> None:
+        begin = time.perf_counter()
+        figures: dict[str, dict[str, torch.Tensor]] = self._run.optimizer.moment_figures()  # pyright: ignore[reportAttributeAccessIssue]
+        layers = {name: {key: float(value) for key, value in values.items()} for name, values in figures.items()}
+        for figure in MOMENT_FIGURES:
+            values = [v for layer in layers.values() if math.isfinite(v := layer.get(figure, math.nan))]
+            if values:
+                row[f"moments/{figure}/median"] = statistics.median(values)
+                row[f"moments/{figure}/max"] = max(values)
+        if self._run.folder is not None:
+            self._rows += [
+                {"step": step + 1, "layer": name, "rule": self._rules.get(name.split("[")[0], ""), **_finite(layer)}
+                for name, layer in layers.items()
+            ]
+            _write(self._run.folder / "moments.parquet", self._rows)
+        self._schedule(step, time.perf_counter() - begin)
+
+    def _schedule(self, step: int, cost: float) -> None:
+        if self._every != "auto":
+            assert self._every is not None
+            self._next = (step + 1) // self._every * self._every + self._every - 1
+            return
+        engine, ledger = self._run.engine, self._run.ledger
+        cost_s, elapsed = engine.max(torch.tensor([cost, ledger.wall_s], dtype=torch.float64, device=engine.device)).tolist()
+        # The first step is dearer than the others (allocation, compilation), which would let probes come too
+        # often; they are only trusted once a few steps have been timed.
+        per_step = elapsed / (step + 1) if step >= 10 else math.inf
+        self._next = step + (10 if math.isinf(per_step) else max(1, math.ceil(cost_s / (BUDGET * per_step))))
+
+
+def _finite(layer: dict[str, float]) -> dict[str, float | None]:
+    return {key: layer[key] if math.isfinite(layer.get(key, math.nan)) else None for key in MOMENT_FIGURES}
+
+
+_SCHEMA = pa.schema(
+    [("step", pa.int64()), ("layer", pa.string()), ("rule", pa.string()), *((f, pa.float64()) for f in MOMENT_FIGURES)]
+)
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    # Whole file each time: parquet cannot be appended to, and a killed run must leave a readable one.
+    temporary = path.with_name(f".{path.name}.part")
+    pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), temporary)
+    temporary.replace(path)

@@ -1,0 +1,67 @@
+"""The regular row: loss, learning rate, speed, memory, and where the time went."""
+
+from __future__ import annotations
+
+from harness.loop import Run, mean_loss
+from harness.probes.flops import FlopCount
+from harness.probes.memory import MemoryMeter
+from harness.record.folder import Row
+
+
+class Progress:
+    """Due every ``log_every`` steps, in the first and the last step, and whenever another probe is.
+
+    It must be the first probe of a run: it closes the clock before the others cost time, and charges what
+    they cost to the next row as ``time/probes_s``.
+    """
+
+    def __init__(self, run: Run, memory: MemoryMeter, flops: FlopCount) -> None:
+        self._run, self._memory, self._flops = run, memory, flops
+        self._last_step = 0
+        self._last_tokens = 0
+
+    def due(self, step: int) -> bool:
+        config = self._run.config
+        return (
+            step == 0
+            or (step + 1) % config.log_every == 0
+            or step + 1 == config.steps
+            or any(probe.due(step) for probe in self._run.probes if probe is not self)
+        )
+
+    def before_update(self, step: int) -> None:
+        """Nothing to prepare."""
+
+    def measure(self, step: int, row: Row) -> None:
+        run = self._run
+        loss = mean_loss(run)
+        seconds = run.clock.read()
+        steps, self._last_step = step + 1 - self._last_step, step + 1
+        tokens, self._last_tokens = run.ledger.tokens - self._last_tokens, run.ledger.tokens
+        run.ledger.wall_s += seconds["total"]
+        probes = seconds.pop("probes", 0.0)
+        total = seconds.pop("total")
+        training = max(total - probes, 1e-9)
+        row["wall_s"] = run.ledger.wall_s
+        row["train/loss"] = loss
+        row["lr"] = run.optimizer.param_groups[0]["lr"]
+        row["grad_norm"] = None if run.ledger.grad_norm is None else run.ledger.grad_norm.item()
+        row["skipped_steps"] = run.ledger.skipped
+        row["throughput/tokens_per_s"] = tokens / training
+        row["flops"] = self._flops.per_token * run.ledger.tokens
+        if self._flops.peak is not None:
+            achieved = self._flops.per_token * tokens / training
+            row["throughput/mfu"] = achieved / (self._flops.peak * run.engine.world_size)
+        row.update(self._times(seconds, probes, total, steps))
+        row.update(self._memory.read())
+
+    def _times(self, seconds: dict[str, float], probes: float, total: float, steps: int) -> Row:
+        communication = self._run.engine.exposed_communication()
+        per_step = {part: seconds.get(part, 0.0) / steps for part in ("data", "forward_backward", "optimizer")}
+        if communication is not None:
+            communication = min(communication, per_step["forward_backward"])
+            per_step["communication"] = communication
+            per_step["forward_backward"] -= communication
+        per_step["probes"] = probes / steps
+        per_step["other"] = max(0.0, total / steps - sum(per_step.values()))
+        return {f"time/{part}_s": value for part, value in per_step.items()}

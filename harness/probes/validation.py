@@ -1,0 +1,65 @@
+"""Validation loss on a fixed set of tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from harness.data.batches import Validation
+from harness.engines import Engine
+from harness.feed import to_device
+from harness.loop import Run
+from harness.model.loss import IGNORED, loss_sum
+from harness.record.folder import Row
+
+
+class Evaluation:
+    """Adds ``val/loss`` every ``eval.every`` steps and at the end."""
+
+    def __init__(self, run: Run, validation: Validation) -> None:
+        self._run, self._validation = run, validation
+        self._rows = validation.count(run.config.eval.tokens)
+        every = run.config.eval.every
+        self._every = max(1, run.config.steps // 10) if every == "auto" else every
+        self.best: float | None = None
+
+    def due(self, step: int) -> bool:
+        return step + 1 == self._run.config.steps or (self._every is not None and (step + 1) % self._every == 0)
+
+    def before_update(self, step: int) -> None:
+        """Nothing to prepare."""
+
+    def measure(self, step: int, row: Row) -> None:
+        run = self._run
+        micro = run.config.micro_batch_size or 1
+        loss = evaluate(run.engine, run.model, self._validation, rows=self._rows, micro_batch_size=micro)
+        row["val/loss"] = loss
+        row["val/perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if self.best is None or loss < self.best:
+            self.best = loss
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine, model: torch.nn.Module, validation: Validation, *, rows: int, micro_batch_size: int
+) -> float:
+    """Token-weighted mean loss in nats over the first ``rows`` validation rows (a collective).
+
+    The rows are dealt out to the processes and sums are taken in fp64, so the result does not depend on how.
+    The module itself is called, not its DDP wrapper: processes may hold different numbers of rows.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    share = -(-rows // engine.world_size)
+    first, end = engine.rank * share, min((engine.rank + 1) * share, rows)
+    for start in range(first, end, micro_batch_size):
+        batch = validation.batch(start, min(micro_batch_size, end - start))
+        ids, labels = to_device(batch, engine.device)
+        with engine.autocast():
+            logits = model(input_ids=ids).logits
+        total += torch.stack([loss_sum(logits, labels).double(), (labels != IGNORED).sum().double()])
+    model.train(was_training)
+    loss, tokens = engine.sum(total).tolist()
+    return loss / tokens

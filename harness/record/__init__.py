@@ -1,0 +1,1 @@
+"""What a run leaves behind: the run folder, its mirror in W&B, and the live log."""

@@ -1,0 +1,74 @@
+"""What a person sees while a run goes: messages, a progress bar in a terminal, plain lines elsewhere. Rank 0 alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from harness.record.folder import Row
+
+Say = Callable[[str], None]
+
+
+class Log:
+    """Prints messages and keeps them in the run folder's log.txt."""
+
+    def __init__(self, keep: Say | None, *, silent: bool = False) -> None:
+        self.console = Console(file=sys.stderr, quiet=silent, highlight=False, soft_wrap=True)
+        self._keep = keep
+
+    def say(self, text: str) -> None:
+        """One message, to the terminal and to log.txt."""
+        self.console.print(text, markup=False)
+        self.keep_only(text)
+
+    def keep_only(self, text: str) -> None:
+        """To log.txt alone."""
+        if self._keep is not None:
+            self._keep(text)
+
+    def show(self, renderable: object) -> None:
+        """A rich table, to the terminal and as text to log.txt."""
+        self.console.print(renderable)
+        plain = Console(width=110, no_color=True)
+        with plain.capture() as captured:
+            plain.print(renderable)
+        self.keep_only(captured.get())
+
+
+class ProgressSink:
+    """A line per row: step, loss, speed, time left."""
+
+    def __init__(self, log: Log, steps: int) -> None:
+        self._log, self._steps = log, steps
+        self._bar: Progress | None = None
+        self._val: float | None = None
+        if log.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
+                console=log.console, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("training", total=steps, text="")
+            self._bar.start()
+
+    def write(self, row: Row) -> None:
+        step, loss, speed, wall = (row[key] or 0 for key in ("step", "train/loss", "throughput/tokens_per_s", "wall_s"))
+        if row.get("val/loss") is not None:
+            self._val = row["val/loss"]
+        val = "" if self._val is None else f"  val {self._val:.4f}"
+        text = f"loss {loss:.4f}{val}  {speed:,.0f} tokens/s"
+        left = wall / step * (self._steps - step) if step else 0.0
+        line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}  eta {int(left) // 60}:{int(left) % 60:02d}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+            self._log.keep_only(line)
+        else:
+            self._log.say(line)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

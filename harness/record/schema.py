@@ -1,0 +1,97 @@
+"""The run folder: its files, and the one table of metric keys (the same in metrics.jsonl and in W&B).
+
+    runs/<group>/<name>/
+        config.yaml          resolved configuration
+        config.diff.yaml     what differs from the defaults
+        environment.json     versions, devices, git commit, corpus and tokenizer hashes
+        parameters.json      list of {name, shape, numel, rule, reason}: which parameter took which rule
+        metrics.jsonl        one JSON object a row (keys below), one row per `log_every` steps, first and last step;
+                             a value that is not finite is null
+        moments.parquet      step, layer, rule, condition_number, effective_rank, stable_rank,
+                             orthogonality_error, polar_error (null where the rule applies no factor)
+        summary.json         SUMMARY_KEYS; written at the end, also of a diverged or interrupted run
+        status.json          {"schema_version", "state", "step", "steps", "updated", "attempts": [{"started", "ended",
+                             "state", "reason", "first_step", "last_step", "world_size"}]}
+        log.txt  wandb/  DONE (empty; only in a finished run)
+
+A run that was killed lacks summary.json and DONE; everything else is readable up to its last row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SCHEMA_VERSION = 1
+STATES = ("running", "finished", "diverged", "interrupted", "failed")
+
+
+class Metric(NamedTuple):
+    unit: str
+    meaning: str
+
+
+TIME_PARTS = ("data", "forward_backward", "optimizer", "communication", "probes", "other")
+MEMORY_KINDS = ("weights", "gradients", "optimizer_state", "peak")
+MOMENT_FIGURES = ("condition_number", "effective_rank", "stable_rank", "orthogonality_error", "polar_error")
+
+METRICS: dict[str, Metric] = {
+    "step": Metric("", "optimizer steps done"),
+    "tokens": Metric("tokens", "tokens that carried loss, over all processes"),
+    "wall_s": Metric("s", "training seconds, summed over attempts; evaluation and probes included"),
+    "train/loss": Metric("nats/token", "token-weighted mean since the previous row"),
+    "val/loss": Metric("nats/token", "token-weighted mean over the fixed validation tokens"),
+    "val/perplexity": Metric("", "exp(val/loss)"),
+    "lr": Metric("", "learning rate of the matrix rule in this step"),
+    "grad_norm": Metric("", "global gradient norm before clipping"),
+    "skipped_steps": Metric("steps", "steps masked because of non-finite gradients, so far"),
+    "throughput/tokens_per_s": Metric("tokens/s", "over all processes, since the previous row, without evaluation and probes"),
+    "throughput/mfu": Metric("", "model FLOP/s over the devices' dense peak; absent where the peak is unknown"),
+    "flops": Metric("FLOP", "model FLOPs so far (forward and backward)"),
+    **{f"time/{part}_s": Metric("s", f"per step, {part.replace('_', ' and ')}, mean since the previous row") for part in TIME_PARTS},
+    **{f"memory/{kind}_bytes": Metric("bytes", f"{kind.replace('_', ' ')}, max over processes") for kind in MEMORY_KINDS},
+    **{
+        f"moments/{figure}/{stat}": Metric("", f"{stat} over layers of the {figure.replace('_', ' ')}")
+        for figure in MOMENT_FIGURES
+        for stat in ("median", "max")
+    },
+}
+
+SUMMARY_KEYS: dict[str, str] = {
+    "schema_version": "int",
+    "state": "one of STATES",
+    "reason": "why it ended, one line",
+    "optimizer": "preset or plug-in name",
+    "seed": "int",
+    "identity": "hash of all that changes the result (seed and optimizer included)",
+    "comparison_key": "hash of data, model, budget and precision: runs that share it may be compared",
+    "lr": "peak learning rate",
+    "lr_source": "where it came from: 'given', or the source of the default",
+    "lr_tuned": "bool: the default was tuned at this model size",
+    "steps": "steps done",
+    "steps_planned": "steps asked for",
+    "tokens": "tokens trained on",
+    "wall_s": "training seconds",
+    "world_size": "processes",
+    "val/loss": "at the last step, or null",
+    "val/perplexity": "at the last step, or null",
+    "train/loss": "last row",
+    "best_val_loss": "lowest val/loss",
+    "skipped_steps": "int",
+    "tokens_per_s": "median of the rows",
+    "step_ms": "median milliseconds per step, without evaluation and probes",
+    "time_s": "{part: mean seconds per step}",
+    "memory_bytes": "{weights, gradients, optimizer_state, peak}: max over processes",
+    "state_bytes": "{kind: bytes} of the optimizer state of rank 0",
+    "optimizer_fallbacks": "factorizations that needed a fallback",
+    "parameters": "number of trainable parameters",
+    "matrix_parameters": "how many of them take the matrix rule",
+    "corpus_sha256": "hash of the token file",
+    "train_tokens_available": "tokens of the training split",
+    "epochs": "passes over the training split",
+    "unigram_entropy": "nats/token, of the training split",
+    "device": "device kind, e.g. cpu or NVIDIA H100 80GB HBM3",
+    "engine": "single, ddp, …",
+    "precision": "fp32, bf16, …",
+    "command": "command line that reproduces the run",
+    "warnings": "list of strings",
+}

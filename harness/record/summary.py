@@ -1,0 +1,103 @@
+"""summary.json: what a run came to, and what a reader must be warned of."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness import model
+from harness.probes.memory import state_bytes
+from harness.record import environment
+from harness.record.folder import Row, finite
+from harness.record.schema import MEMORY_KINDS, SCHEMA_VERSION, TIME_PARTS
+
+if TYPE_CHECKING:
+    from harness.data import Corpus
+    from harness.loop import Run
+    from harness.preparation import Prepared
+
+
+def reason(state: str, run: Run) -> str:
+    """Why a run ended, in one line."""
+    ledger = run.ledger
+    return {
+        "finished": "all steps done",
+        "interrupted": f"stopped by a signal after step {ledger.step}",
+        "diverged": f"{ledger.skipped} steps with non-finite gradients (max_skipped_steps={run.config.max_skipped_steps})",
+    }.get(state, state)
+
+
+def warnings(run: Run, corpus: Corpus) -> list[str]:
+    """What makes this run's numbers weaker than they look."""
+    config, found = run.config, []
+    epochs = run.feed.epoch(config.steps - 1)
+    if epochs > 1:
+        found.append(f"{epochs:.1f} epochs: the training split of {corpus.train_tokens:,} tokens is seen more than once")
+    if config.optimizer.lr_source != "given" and not config.optimizer.lr_tuned:
+        found.append(f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})")
+    return found
+
+
+def build(
+    prepared: Prepared, run: Run, *, rows: Sequence[Row], state: str, reason: str, warnings: Sequence[str]
+) -> dict[str, Any]:
+    """The summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
+    config, corpus, ledger = run.config, prepared.corpus, run.ledger
+    last, warm = (rows[-1] if rows else {}), (rows[1:] or rows)
+    losses = [row["val/loss"] for row in rows if finite(row.get("val/loss")) is not None]
+    ended = ledger.step == config.steps
+    routes = getattr(run.optimizer, "routes", [])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "state": state,
+        "reason": reason,
+        "optimizer": config.optimizer.name,
+        "seed": config.seed,
+        "identity": prepared.identity,
+        "comparison_key": prepared.comparison_key,
+        "lr": config.optimizer.lr,
+        "lr_source": config.optimizer.lr_source,
+        "lr_tuned": bool(config.optimizer.lr_tuned),
+        "steps": ledger.step,
+        "steps_planned": config.steps,
+        "tokens": ledger.tokens,
+        "wall_s": ledger.wall_s,
+        "world_size": run.engine.world_size,
+        "val/loss": finite(last.get("val/loss")) if ended else None,
+        "val/perplexity": finite(last.get("val/perplexity")) if ended else None,
+        "train/loss": finite(last.get("train/loss")),
+        "best_val_loss": min(losses, default=None),
+        "skipped_steps": ledger.skipped,
+        "tokens_per_s": median(warm, "throughput/tokens_per_s"),
+        "step_ms": step_ms(warm),
+        "time_s": {part: median(warm, f"time/{part}_s") for part in TIME_PARTS},
+        "memory_bytes": {kind: last.get(f"memory/{kind}_bytes") for kind in MEMORY_KINDS},
+        "state_bytes": state_bytes(run.optimizer),
+        "optimizer_fallbacks": int(getattr(run.optimizer, "fallbacks", 0)),
+        "parameters": model.count_parameters(run.model),
+        "matrix_parameters": sum(route.numel for route in routes if route.rule != "adamw"),
+        "corpus_sha256": corpus.sha256,
+        "train_tokens_available": corpus.train_tokens,
+        "epochs": run.feed.epoch(ledger.step - 1) if ledger.step else 0.0,
+        "unigram_entropy": corpus.unigram_entropy,
+        "device": environment.device_name(run.engine.device),
+        "engine": run.engine.name,
+        "precision": config.precision,
+        "command": shlex.join(["optbench", "train", *prepared.overrides]),
+        "warnings": list(warnings),
+    }
+
+
+def median(rows: Sequence[Row], key: str) -> float | None:
+    """Median of a key over the rows that have it."""
+    values = [value for row in rows if (value := finite(row.get(key))) is not None]
+    return statistics.median(values) if values else None
+
+
+def step_ms(rows: Sequence[Row]) -> float | None:
+    """Median milliseconds per step without evaluation and probes."""
+    parts = [f"time/{part}_s" for part in TIME_PARTS if part != "probes"]
+    totals = [sum(row.get(part) or 0.0 for part in parts) for row in rows if parts[0] in row]
+    return statistics.median(totals) * 1e3 if totals else None

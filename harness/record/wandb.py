@@ -1,0 +1,125 @@
+"""The mirror of a run in Weights & Biases. Whatever happens to it, the run goes on."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import RunConfig
+from harness.record.folder import Row
+
+X_AXES = ("step", "tokens", "wall_s", "flops")
+INIT_TIMEOUT_S = 20
+FINISH_TIMEOUT_S = 60
+
+
+class WandbSink:
+    """One W&B run per job, under the id that the run folder keeps.
+
+    Every failure (no server, no disk, no package) is said once and ends the mirror, not the run. What could
+    not be sent stays in ``<run folder>/wandb`` for ``wandb sync``.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, run_id: str, facts: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        self._say = say
+        self._run: Any = None
+        mode = resolve_mode(config.wandb.mode)
+        if mode == "disabled":
+            return
+        try:
+            self._run = self._start(config, folder, run_id, facts, mode)
+        except Exception as error:
+            # wandb raises many types (network, usage, its own service); none of them may stop a training run.
+            if mode == "online":
+                self._say(f"W&B: online failed ({_first_line(error)}); writing an offline run instead")
+                self._try(lambda: self._set(self._start(config, folder, run_id, facts, "offline")))
+            else:
+                self._say(f"W&B: not available ({_first_line(error)}); the run folder has everything")
+
+    def write(self, row: Row) -> None:
+        """Log a row: all x axes in the same call, so that any of them can be a chart's axis."""
+        if self._run is not None:
+            self._try(lambda: self._run.log({k: v for k, v in row.items() if v is not None}, step=int(row["step"] or 0)))
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        """Hand the summary over and close, giving up on a server that does not answer."""
+        if self._run is None:
+            return
+        run = self._run
+
+        def close() -> None:
+            # The command line may hold paths of this machine; the configuration says the same without them.
+            run.summary.update({key: value for key, value in summary.items() if key != "command"})
+            run.finish(exit_code=exit_code)
+
+        worker = threading.Thread(target=lambda: self._try(close), daemon=True)
+        worker.start()
+        worker.join(FINISH_TIMEOUT_S)
+        if worker.is_alive():
+            self._say(f"W&B: no answer for {FINISH_TIMEOUT_S} s; `wandb sync` of the run folder's wandb/ sends the rest")
+        self._run = None
+
+    def _start(self, config: RunConfig, folder: Path, run_id: str, facts: Mapping[str, Any], mode: str) -> Any:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        hide = not config.wandb.upload_machine_facts
+        settings = wandb.Settings(
+            init_timeout=INIT_TIMEOUT_S, console="off", save_code=False, disable_git=hide, x_disable_meta=hide,
+            x_disable_stats=hide, x_disable_machine_info=hide,
+            **({"host": "hidden", "username": "hidden", "email": "hidden", "program": "harness.train"} if hide else {}),
+        )  # fmt: skip
+        run = wandb.init(
+            project=config.wandb.project, entity=config.wandb.entity, group=config.group, job_type="train",
+            name=folder.name, id=run_id, resume="allow", dir=folder, mode=mode,
+            config={**_without_places(config.model_dump(mode="json")), **facts}, settings=settings,
+        )  # fmt: skip
+        for axis in X_AXES:
+            run.define_metric(axis, hidden=True)
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _set(self, run: Any) -> None:
+        self._run = run
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._say(f"W&B: stopped mirroring ({_first_line(error)}); the run folder has everything")
+            self._run = None
+
+
+def resolve_mode(mode: str) -> str:
+    """``auto`` is WANDB_MODE if set, else online for a user who is logged in, else offline."""
+    if mode != "auto":
+        return mode
+    return os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)
+
+
+def _without_places(value: Any) -> Any:
+    """The configuration with every path cut to its last part: where things lie on a machine is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

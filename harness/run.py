@@ -1,0 +1,190 @@
+"""One run from its parts to its record."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Iterator
+
+import torch
+from rich.table import Table
+
+from harness import engines, model, schedule
+from harness.clock import Clock
+from harness.data import Batches, Validation
+from harness.engines import Engine
+from harness.feed import Feed
+from harness.lifecycle import StopSignal
+from harness.loop import Run, train
+from harness.optimizer import build_optimizer, ownership
+from harness.preparation import Prepared
+from harness.probes.flops import FORMULA, FlopCount
+from harness.probes.memory import MemoryMeter
+from harness.probes.moments import Moments
+from harness.probes.throughput import Progress
+from harness.probes.validation import Evaluation
+from harness.record import environment, summary
+from harness.record.folder import Row, RunFolder
+from harness.record.log import Log, ProgressSink
+from harness.record.wandb import WandbSink
+
+
+def execute(prepared: Prepared) -> str:
+    """Train as prepared; returns the state in which the run ended. All processes call it.
+
+    Raises:
+        InputError: what only shows once the model exists; nothing was trained.
+    """
+    engine = engines.start(prepared.config)
+    try:
+        run = assemble(prepared, engine)
+        if engine.rank != 0:
+            return train(run)
+        with _recording(prepared, run) as recorder:
+            return recorder.train()
+    finally:
+        engine.close()
+
+
+def assemble(prepared: Prepared, engine: Engine) -> Run:
+    """Build model, optimizer and data, and hang the probes on them."""
+    config, corpus = prepared.config, prepared.corpus
+    assert config.micro_batch_size is not None
+    network = model.build(config.model, seed=config.seed, precision=config.precision, device=str(engine.device))
+    # From here on the processes draw different numbers (dropout): their rows are different, too.
+    torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
+    optimizer = build_optimizer(config, network, engine.process_group())
+    if config.model.compile:
+        network.compile()
+    engine.prepare(network, optimizer)
+    batches = Batches(corpus, seq_len=config.seq_len, seed=config.seed, mode=config.data.mode)
+    validation = Validation(corpus, seq_len=config.seq_len, mode=config.data.mode)
+    feed = Feed(
+        batches, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, rank=engine.rank,
+        world_size=engine.world_size, device=engine.device,
+    )  # fmt: skip
+    factor = schedule.factor(config.schedule, config.steps)
+    run = Run(config, engine, network, optimizer, factor, feed, Clock(engine.device), StopSignal())
+    flops = FlopCount.of(network, seq_len=config.seq_len, precision=config.precision, device=engine.device)
+    run.probes = [
+        Progress(run, MemoryMeter(engine, network, optimizer), flops),
+        Evaluation(run, validation),
+        Moments(run),
+    ]
+    run.stop.install()
+    return run
+
+
+class _Recorder:
+    """Rank 0's duties around a run: the folder, W&B, the log, the summary."""
+
+    def __init__(self, prepared: Prepared, run: Run, folder: RunFolder) -> None:
+        self.prepared, self.run, self.folder = prepared, run, folder
+        self.log = Log(folder.add_log)
+        self.reason = ""
+        self.state = "failed"
+        self.rows: list[Row] = []
+        self.facts: dict[str, object] = {}
+        self.warnings: list[str] = []
+
+    def train(self) -> str:
+        """Announce, train, and note how it ended."""
+        run = self.run
+        self._announce(run)
+        progress = ProgressSink(self.log, run.config.steps)
+        mirror = self._mirror(run)
+        run.sinks = [_Keeper(self), progress, mirror]
+        try:
+            self.state = train(run)
+        finally:
+            progress.close()
+            self.reason = self.reason or summary.reason(self.state, run)
+            self._sum_up(run)
+            mirror.finish(self.facts, exit_code=0 if self.state in ("finished", "interrupted") else 1)
+        return self.state
+
+    def _announce(self, run: Run) -> None:
+        config, corpus = run.config, self.prepared.corpus
+        routes = ownership(run.optimizer, run.model)
+        self.folder.write_json("parameters.json", routes)
+        flops = FlopCount.of(run.model, seq_len=config.seq_len, precision=config.precision, device=run.engine.device)
+        self.folder.write_json(
+            "environment.json",
+            {
+                **environment.describe(run.engine.device, run.engine.world_size),
+                "engine": run.engine.name,
+                "corpus_sha256": corpus.sha256,
+                "tokenizer_sha256": corpus.tokenizer_sha256,
+                "flops": {"formula": FORMULA, "per_token": flops.per_token, "peak_per_device": flops.peak},
+                "certificate": None,
+            },
+        )
+        table = Table(title=f"{config.optimizer.name}: which parameter takes which rule", title_justify="left")
+        for column in ("rule", "parameters", "numbers", "e.g."):
+            table.add_column(column, justify="right" if column in ("parameters", "numbers") else "left")
+        for rule in dict.fromkeys(str(route["rule"]) for route in routes):
+            mine = [route for route in routes if route["rule"] == rule]
+            table.add_row(rule, str(len(mine)), f"{sum(int(str(r['numel'])) for r in mine):,}", str(mine[0]["name"]))
+        self.log.show(table)
+        self.warnings = summary.warnings(run, corpus)
+        self.log.say(
+            f"{config.model.name}: {model.count_parameters(run.model):,} parameters, {config.precision}, "
+            f"{run.engine.world_size} process(es) on {environment.device_name(run.engine.device)} ({run.engine.name}); "
+            f"{config.steps} steps of {config.batch_size}×{config.seq_len} tokens; "
+            f"lr {config.optimizer.lr:g} ({config.optimizer.lr_source})"
+        )
+        self.log.say(
+            f"corpus {corpus.sha256[:12]}: {corpus.train_tokens:,} training tokens, unigram entropy "
+            f"{corpus.unigram_entropy:.3f} nats; evaluation on {config.eval.tokens:,} tokens"
+        )
+        for warning in self.warnings:
+            self.log.say(f"warning: {warning}")
+
+    def _mirror(self, run: Run) -> WandbSink:
+        if self.folder.wandb_run_id is None:
+            self.folder.wandb_run_id = f"{self.prepared.identity[:8]}{int(time.time()):x}"
+        keys = {
+            "identity": self.prepared.identity,
+            "comparison_key": self.prepared.comparison_key,
+            "parameters": model.count_parameters(run.model),
+            "unigram_entropy": self.prepared.corpus.unigram_entropy,
+        }
+        mirror = WandbSink(run.config, self.folder.path, self.folder.wandb_run_id, keys, self.log.say)
+        self.folder.set_state("running", step=0)
+        return mirror
+
+    def _sum_up(self, run: Run) -> None:
+        self.facts = summary.build(
+            self.prepared, run, rows=self.rows, state=self.state, reason=self.reason, warnings=self.warnings
+        )
+        self.folder.write_json("summary.json", self.facts)
+
+
+class _Keeper:
+    """The sink that writes the run folder."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+
+    def write(self, row: Row) -> None:
+        self._recorder.rows.append(row)
+        self._recorder.folder.add_row(row)
+        self._recorder.folder.set_state("running", step=int(row["step"] or 0))
+
+
+@contextlib.contextmanager
+def _recording(prepared: Prepared, run: Run) -> Iterator[_Recorder]:
+    """The run folder, open; whatever happens inside, it says afterwards how the run ended."""
+    folder = RunFolder(prepared.folder, prepared.config, prepared.identity)
+    run.folder = folder.path
+    recorder = _Recorder(prepared, run, folder)
+    try:
+        yield recorder
+    except BaseException as error:
+        recorder.state, recorder.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        folder.add_log(traceback.format_exc())
+        raise
+    finally:
+        folder.set_state(recorder.state, step=run.ledger.step, reason=recorder.reason)
+        folder.close(done=recorder.state == "finished")

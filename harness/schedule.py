@@ -1,0 +1,51 @@
+"""Learning-rate schedules: a factor of the peak, as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from harness.config.errors import InputError
+from harness.config.schema import ScheduleConfig
+
+Factor = Callable[[int], float]
+
+
+def factor(config: ScheduleConfig, steps: int) -> Factor:
+    """The factor of the peak learning rate for step 0 … steps−1.
+
+    Warm-up of w steps: (t+1)/w for t < w, so that no step is spent at lr 0. Then
+
+    * cosine: r + (1−r)·(1 + cos(π·u))/2 with u = (t+1−w)/(steps−w), which ends at r = ``min_lr_ratio``
+      exactly at the last step;
+    * wsd: 1 until the decay of d steps begins, then linear down to r at the last step
+      (Hu et al. 2024, MiniCPM, arXiv 2404.06395);
+    * constant: 1.
+
+    Raises:
+        InputError: warm-up and decay are together longer than the run.
+    """
+    warmup = length(config.warmup, steps)
+    decay = length(config.decay, steps) if config.name == "wsd" else 0
+    if warmup + decay > steps:
+        key = "schedule.decay" if decay else "schedule.warmup"
+        raise InputError(
+            key, decay or warmup, f"steps do not fit: warm-up {warmup} + decay {decay} > steps {steps}",
+            allowed="shares of the run below 1, or fewer steps",
+        )  # fmt: skip
+
+    def after_warmup(t: int) -> float:
+        low = config.min_lr_ratio
+        if config.name == "cosine":
+            progress = (t + 1 - warmup) / (steps - warmup)
+            return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
+        if config.name == "wsd" and decay:
+            return 1 - (1 - low) * max(0, t + 1 - (steps - decay)) / decay
+        return 1.0
+
+    return lambda t: (t + 1) / warmup if t < warmup else after_warmup(t)
+
+
+def length(value: float, steps: int) -> int:
+    """Steps that a share of the run (below 1) or a number of steps means."""
+    return round(value * steps) if value < 1 else round(value)

@@ -1,0 +1,49 @@
+"""Entry point of a training process: ``accelerate launch -m harness.train key=value …``, or without a launcher.
+
+Read in this order: `harness.preparation` (what can be checked before torch is imported), `harness.run` (the
+run's parts and its record), `harness.loop` (training).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.config.errors import InputError
+from harness.preparation import prepare
+
+EXIT_CODES = {"finished": 0, "interrupted": 0, "diverged": 3, "failed": 3}
+"""Of a training process, by the state that the run ended in. An interrupted process exits with 0, because a
+launcher takes everything else for a crash; `optbench train` turns the state into its own exit code."""
+
+ERROR_FILE = "OPTBENCH_ERROR_FILE"
+"""Environment variable: where rank 0 leaves an `InputError` for the command that started it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one training process; returns its exit code. Bad input is one line on rank 0 and code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    first = int(os.environ.get("RANK", "0")) == 0
+
+    def say(text: str) -> None:
+        if first:
+            print(text, file=sys.stderr, flush=True)
+
+    try:
+        prepared = prepare(words, say=say, worker=True, writes_folder=first)
+        from harness.run import execute  # imports torch
+
+        state = execute(prepared)
+    except InputError as error:
+        say(str(error))
+        if first and ERROR_FILE in os.environ:
+            Path(os.environ[ERROR_FILE]).write_text(json.dumps(vars(error)))
+        return 2
+    return EXIT_CODES[state]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

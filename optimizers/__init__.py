@@ -1,0 +1,67 @@
+"""Matrix optimizers for language models: SUMO, GaLore, Muon and AdamW, batched, exact, usable alone.
+
+    from optimizers import SUMO
+    optimizer = SUMO(model.named_parameters(), lr=1e-3, rank=128)
+
+`optimizers.build(name, named_parameters, modules=model, **options)` builds any preset of
+`optimizers.presets` with routing by module type. Importing this package does not import torch: names are
+resolved when first used (PEP 562), so that a command line can check options before it pays for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from optimizers.presets import OPTIONS, PRESETS, Option, OptionError, Preset, names, rank_limit_check, resolve
+
+if TYPE_CHECKING:
+    from optimizers.base import SUMO, AdamW, GaLore, Muon, Optimizer, Route
+    from optimizers.linalg.polar import Polar, polar
+    from optimizers.registry import build, plugin
+
+_LAZY = {
+    "build": "optimizers.registry",
+    "plugin": "optimizers.registry",
+    "Optimizer": "optimizers.base",
+    "SUMO": "optimizers.base",
+    "GaLore": "optimizers.base",
+    "Muon": "optimizers.base",
+    "AdamW": "optimizers.base",
+    "Route": "optimizers.routing",
+    "polar": "optimizers.linalg.polar",
+    "Polar": "optimizers.linalg.polar",
+}
+
+__all__ = [
+    "OPTIONS",
+    "PRESETS",
+    "SUMO",
+    "AdamW",
+    "GaLore",
+    "Muon",
+    "Optimizer",
+    "Option",
+    "OptionError",
+    "Polar",
+    "Preset",
+    "Route",
+    "build",
+    "names",
+    "plugin",
+    "polar",
+    "rank_limit_check",
+    "resolve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,154 @@
+"""From what a user passes (parameters, names, groups) to param groups that each follow one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from optimizers.options import OptionError
+from optimizers.presets import PRESETS, rank_limit_check, resolve
+from optimizers.routing import Modules, Route, route
+
+# Options of the matrix preset that belong to the AdamW group beside it, and what they are called there.
+_AUX = {
+    "aux_lr": "lr",
+    "aux_weight_decay": "weight_decay",
+    "aux_betas": "betas",
+    "aux_eps": "eps",
+    "aux_scheduled": "scheduled",
+    "rounding": "rounding",
+    "seed": "seed",
+}
+# Group keys that are no options.
+_PLAIN_KEYS = {"params", "param_names", "rule", "scheduled", "initial_lr"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A param group ready for `torch.optim.Optimizer.add_param_group`, and the routes of its parameters."""
+
+    group: dict[str, Any]
+    routes: list[Route]
+
+
+def named(params: Any, start: int = 0) -> tuple[list[tuple[str, Tensor]], bool]:
+    """(name, parameter) pairs of a group's "params", and whether the names were given.
+
+    Parameters that do not require gradients are left out, as are their names.
+
+    Raises:
+        TypeError: an entry is neither a tensor nor a (name, tensor) pair, or some have names and some not.
+    """
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    pairs = [entry for entry in entries if isinstance(entry, tuple)]
+    if pairs and len(pairs) != len(entries):
+        raise TypeError("either all parameters of a group have names or none")
+    result = []
+    for i, entry in enumerate(entries):
+        name, parameter = entry if isinstance(entry, tuple) else (f"param{start + i}", entry)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"expected a parameter or (name, parameter), got {type(parameter).__name__}")
+        if parameter.requires_grad:
+            result.append((str(name), parameter))
+    return result, bool(pairs)
+
+
+def prepare(
+    preset_name: str,
+    base: Mapping[str, Any],
+    user_group: Mapping[str, Any],
+    pairs: Sequence[tuple[str, Tensor]],
+    is_named: bool,
+    modules: Modules | None,
+) -> list[Prepared]:
+    """Split one user group by rule: matrices first, then what AdamW takes.
+
+    Args:
+        preset_name: of the optimizer.
+        base: the optimizer's resolved options.
+        user_group: options that differ in this group; "rule": "adamw" sends all of it to AdamW, whose options then
+            go by their own names ("lr", "betas" …); "scheduled": false makes it keep its learning rate under a
+            scheduler.
+        pairs: (name, parameter) of the group.
+        is_named: the names were given by the user.
+        modules: a model or its named modules.
+
+    Raises:
+        OptionError: unknown option, bad value, or a rank larger than a side of one of the matrices.
+        TypeError: a parameter that is sparse, complex or a DTensor.
+    """
+    overrides = {key: value for key, value in user_group.items() if key not in _PLAIN_KEYS}
+    forced = user_group.get("rule") == "adamw"
+    if forced and "aux_lr" in base:
+        own_names = {name: key for key, name in _AUX.items()}
+        overrides = {own_names.get(key, key): value for key, value in overrides.items()}
+    options = resolve(preset_name, {**base, **overrides})
+    for name, parameter in pairs:
+        if not parameter.is_floating_point() or parameter.is_sparse:
+            raise TypeError(f"{name}: only dense real floating-point parameters can be optimized")
+        if hasattr(parameter, "device_mesh"):
+            raise TypeError(f"{name}: sharded parameters (DTensor) need a sharded layout")
+    rule = "adamw" if forced else rule_name(preset_name)
+    routes = route(pairs, rule, modules, plain=not is_named and modules is None)
+    if rule != "adamw":
+        rank_limit_check(options, [(b.name, b.shape) for r in routes if r.rule == rule for b in r.blocks])
+    by_name = dict(pairs)
+    extra = {"initial_lr": user_group["initial_lr"]} if "initial_lr" in user_group else {}
+    prepared = []
+    for kind in dict.fromkeys((rule, "adamw")):
+        chosen = [r for r in routes if r.rule == kind]
+        if not chosen:
+            continue
+        scheduled = bool(user_group.get("scheduled", True))
+        values = adamw_options(options) if kind == "adamw" else matrix_options(options)
+        if kind == "adamw" and values.pop("scheduled", True) is False:
+            scheduled = False
+        members = [(r.name, by_name[r.name]) if is_named else by_name[r.name] for r in chosen]
+        group = {"params": members, "rule": kind, "scheduled": scheduled, **values, **extra}
+        group["fixed_lr"] = group["lr"]
+        prepared.append(Prepared(group, chosen))
+    return prepared
+
+
+def rule_name(preset_name: str) -> str:
+    """The matrix rule of a preset; a plug-in rule is called as its entry point."""
+    return PRESETS[preset_name].rule if preset_name in PRESETS else preset_name
+
+
+def matrix_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those of the AdamW beside it."""
+    return {key: value for key, value in options.items() if not key.startswith("aux_")}
+
+
+def adamw_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the AdamW group beside a matrix rule; of the preset adamw: its own."""
+    if "aux_lr" not in options:
+        return {**options, "eps_form": "corrected"}
+    values = {name: options[key] for key, name in _AUX.items()}
+    if values["lr"] is None:
+        values["lr"] = options["lr"]
+    # The public SUMO and GaLore codes add eps before bias correction; it is part of what their presets
+    # reproduce.
+    values["eps_form"] = options["aux_eps_form"]
+    return values
+
+
+def require_matrices(preset_name: str, routes: Iterable[Route]) -> None:
+    """Refuse an optimizer whose matrix rule has nothing to do.
+
+    Raises:
+        OptionError: the preset has a matrix rule and no parameter takes it.
+    """
+    routes = list(routes)
+    if rule_name(preset_name) == "adamw" or any(r.rule != "adamw" for r in routes):
+        return
+    reasons = ", ".join(sorted({r.reason for r in routes}))
+    raise OptionError(
+        "name",
+        preset_name,
+        f"finds no hidden matrix among {len(routes)} parameters ({reasons})",
+        ("a model with 2-D hidden weights", "adamw"),
+    )

@@ -1,0 +1,39 @@
+"""A guard under which fp32 products are fp32 products, whatever the process has switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+_MKLDNN: Any = torch.backends.mkldnn
+_BACKENDS = (torch.backends.cuda.matmul, _MKLDNN.matmul)
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Switch TF32, bf16-internal fp32 products and autocast off for a block; restore them afterwards.
+
+    A TF32 or bf16 product inside a factorization injects an error of size eps * kappa that does not commute
+    with the Gram matrix: no later iteration removes it and no orthogonality test sees it.
+
+    The flags are process-wide, so the block is not meant to overlap with matrix products of other threads.
+
+    Args:
+        device_type: `tensor.device.type` of the operands, whose autocast is disabled.
+    """
+    # The per-operator setting, not `set_float32_matmul_precision`: a process that uses one of torch's two
+    # interfaces may be refused the other, and writing back what was read leaves both usable.
+    before = [backend.fp32_precision for backend in _BACKENDS]
+    with ExitStack() as stack:
+        if device_type != "meta":
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        try:
+            for backend in _BACKENDS:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, value in zip(_BACKENDS, before):
+                backend.fp32_precision = value

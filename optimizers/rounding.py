@@ -1,0 +1,101 @@
+"""How an fp32 result lands in half-precision weights: to nearest, stochastically, or with Kahan
+compensation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from optimizers.stacks import Stack
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Mode ("nearest", "stochastic", "kahan"), and what the random bits of this step depend on."""
+
+    mode: str
+    seed: int = 0
+
+    def bits(self, like: Tensor, name: str, step: int) -> Tensor:
+        """16 random bits per element, int32: a function of (seed, name, step) alone, so that a step that was
+        taken back repeats exactly, and equal replicas round equally."""
+        digest = hashlib.sha256(f"{self.seed}/{name}/{step}/rounding".encode()).digest()
+        generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randint(
+            0, 1 << 16, like.shape, generator=generator, device=like.device, dtype=torch.int32
+        )
+
+
+def stochastic_bf16(value: Tensor, bits: Tensor) -> Tensor:
+    """fp32 → bf16, up or down with probabilities that make the expectation exact.
+
+    A bf16 number is the upper half of an fp32 one: adding 16 random bits and cutting the lower half off
+        carries
+    into the upper half with the right probability. Values that are not finite are rounded to nearest.
+
+    Args:
+        value: fp32.
+        bits: int32 in [0, 65536), same shape.
+    """
+    integer = (value.contiguous().view(torch.int32) + bits) & -65536
+    return torch.where(torch.isfinite(value), integer.view(torch.float32), value).to(torch.bfloat16)
+
+
+def rounded(value: Tensor, dtype: torch.dtype, rounding: Rounding, name: str, step: int) -> Tensor:
+    """An fp32 tensor in a weight's dtype ("nearest" or "stochastic")."""
+    if rounding.mode == "stochastic" and dtype == torch.bfloat16:
+        return stochastic_bf16(value, rounding.bits(value, name, step))
+    return value.to(dtype)
+
+
+def compensated(weight: Tensor, change: Tensor, compensation: Tensor) -> tuple[Tensor, Tensor]:
+    """Kahan's sum: the rounding error of this step is carried to the next (Zamirai et al. 2020, arXiv
+    2010.06192).
+
+    Args:
+        weight: half precision.
+        change: fp32, to be added.
+        compensation: weight's dtype; what the weight lacks so far.
+
+    Returns:
+        (weight, compensation) in the weight's dtype.
+    """
+    wanted = change + compensation.float()
+    exact = weight.float() + wanted
+    new = exact.to(weight.dtype)
+    return new, (wanted - (new.float() - weight.float())).to(weight.dtype)
+
+
+def apply_to_half(
+    stack: Stack,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    lr: float | Tensor,
+    decay: float | Tensor | None,
+    decay_last: bool,
+    rounding: Rounding,
+) -> None:
+    """The update of half-precision weights: computed in fp32 from one fp32 copy of the stack, rounded
+    once."""
+    blocks = [member.block for member in stack.members]
+    old = torch.stack([block.matrix(m.parameter) for block, m in zip(blocks, stack.members)])
+    wide = old.to(delta.dtype)
+    start = wide if decay is None or decay_last else wide * decay
+    new = start - lr * delta
+    if decay is not None and decay_last:
+        new = new * decay
+    if rounding.mode == "kahan":
+        result, compensation = compensated(old, new - wide, stack.state["compensation"])
+        stack.commit("compensation", compensation)
+    else:
+        result = rounded(new, old.dtype, rounding, stack.names[0], stack.steps[0])
+    if stack.masked is not None:
+        result = torch.where(stack.masked, old, result)
+    parts = [block.like_view(part) for block, part in zip(blocks, result.unbind(0))]
+    torch._foreach_copy_(list(weights), parts)

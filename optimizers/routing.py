@@ -1,0 +1,176 @@
+"""Which parameter takes which rule, and how a fused projection falls apart into its matrices.
+
+2-D weights of hidden linear layers take the matrix rule; embeddings, the output head, norms, biases and
+whatever is not a matrix take AdamW. Where modules are given their types decide; else names and ndim do
+(`NAME_PATTERNS`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from optimizers.fused import Block, split
+from optimizers.options import OptionError
+
+# Dotted-name components that mark a 2-D weight as no hidden matrix, for models whose modules are not given.
+NAME_PATTERNS: tuple[tuple[str, str], ...] = (
+    (r"(embed|embedding|embeddings|embed_tokens|tok_embeddings|wte|wpe|word_embeddings)\w*", "embedding"),
+    (r"(pos|position|positional|token_type)_?(emb|embed|embedding|embeddings|encoding)\w*", "embedding"),
+    (r"(lm_head|head|output|output_layer|embed_out|classifier|score|unembed|unembedding)", "output head"),
+    (r"(\w*norm\w*|ln|ln_\w+|\w+_ln|layernorm\w*|rmsnorm\w*)", "norm"),
+    (r"(router|gate_network|wg)", "router"),
+)
+
+_HEADS = re.compile(NAME_PATTERNS[2][0])
+_ROUTER_MODULES = re.compile(r"\w*(Router|TopK\w*Gate|MoEGate)\w*")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one parameter goes.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the full parameter.
+        numel: elements.
+        rule: "adamw", or the matrix rule.
+        reason: why, in a few words; for fused weights also how they are split.
+        blocks: matrices that the rule sees; empty for AdamW. In the preset adamw hidden matrices keep theirs,
+            because their spectra are reported.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    rule: str
+    reason: str
+    blocks: tuple[Block, ...] = ()
+
+
+Modules = nn.Module | Iterable[tuple[str, nn.Module]]
+
+
+@dataclass(frozen=True)
+class _Owner:
+    name: str
+    parameter: str
+    module: nn.Module
+    parent: nn.Module | None
+
+
+class ModuleIndex:
+    """Who owns which parameter, by identity: names may carry prefixes of wrappers, parameters don't."""
+
+    def __init__(self, modules: Modules) -> None:
+        root = modules if isinstance(modules, nn.Module) else None
+        named = list(root.named_modules(remove_duplicate=False)) if root is not None else list(modules)  # type: ignore[arg-type]
+        by_name: Mapping[str, nn.Module] = dict(named)
+        self.owners: dict[int, list[_Owner]] = {}
+        self.heads: set[int] = set()
+        self.config: object | None = getattr(root, "config", None)
+        for name, module in named:
+            parent = by_name.get(name.rpartition(".")[0]) if name else None
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                owner = _Owner(name, parameter_name, module, parent)
+                self.owners.setdefault(id(parameter), []).append(owner)
+            outputs = getattr(module, "get_output_embeddings", None)
+            head = outputs() if callable(outputs) else None
+            if isinstance(head, nn.Module):
+                self.heads.update(id(p) for p in head.parameters(recurse=False))
+
+
+def route(
+    named: Sequence[tuple[str, Tensor]], rule: str, modules: Modules | None = None, plain: bool = False
+) -> list[Route]:
+    """One route per parameter.
+
+    Args:
+        named: (name, parameter); names unique.
+        rule: the matrix rule. "adamw": everything takes AdamW, hidden matrices are still marked by blocks.
+        modules: a model, or its (name, module) pairs: then module types decide.
+        plain: the parameters came without names: every 2-D one is a hidden matrix.
+
+    Raises:
+        OptionError: a parameter is given twice, or under a name that is taken.
+    """
+    names: set[str] = set()
+    seen: set[int] = set()
+    for name, parameter in named:
+        if name in names or id(parameter) in seen:
+            raise OptionError("params", name, "is given twice")
+        names.add(name)
+        seen.add(id(parameter))
+    index = ModuleIndex(modules) if modules is not None else None
+    return [_route_one(name, parameter, rule, index, plain) for name, parameter in named]
+
+
+def _route_one(name: str, parameter: Tensor, rule: str, index: ModuleIndex | None, plain: bool) -> Route:
+    shape = tuple(parameter.shape)
+    owners = index.owners.get(id(parameter), []) if index is not None else []
+    if plain:
+        reason = None if len(shape) == 2 else f"{len(shape)}-D"
+    elif owners and index is not None:
+        reason = _not_hidden_by_module(parameter, owners, index)
+    else:
+        reason = _not_hidden_by_name(name, len(shape))
+    if reason is not None or 0 in shape:
+        return Route(name, shape, parameter.numel(), "adamw", reason or "empty")
+    blocks, how = split(name, shape, *_facts(owners, index))
+    kind = type(owners[0].module).__name__ if owners else "2-D" if plain else "2-D, by name"
+    reason = f"hidden matrix ({kind})" + (f": {how}" if how else "")
+    return Route(name, shape, parameter.numel(), rule, reason, blocks)
+
+
+def _facts(
+    owners: Sequence[_Owner], index: ModuleIndex | None
+) -> tuple[nn.Module | None, nn.Module | None, object | None]:
+    if not owners:
+        return None, None, index.config if index is not None else None
+    owner = owners[0]
+    config = getattr(owner.parent, "config", None) or (index.config if index is not None else None)
+    return owner.module, owner.parent, config
+
+
+def _not_hidden_by_module(parameter: Tensor, owners: Sequence[_Owner], index: ModuleIndex) -> str | None:
+    """Why this parameter is no hidden matrix, or None. A tied weight is an embedding wherever else it is
+    used."""
+    if any(isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag)) for owner in owners):
+        return "embedding, tied to the output head" if len(owners) > 1 else "embedding"
+    if id(parameter) in index.heads:
+        return "output head"
+    owner = owners[0]
+    if parameter.ndim == 3 and type(owner.module).__name__.endswith("Experts"):
+        return None
+    if parameter.ndim != 2:
+        norm = "norm" in type(owner.module).__name__.lower()
+        return "bias" if owner.parameter == "bias" else "norm" if norm else f"{parameter.ndim}-D"
+    # A Linear called "output" inside a block is a projection (BERT); near the top it is the head.
+    leaf = owner.name.rpartition(".")[2]
+    at_top = owner.name.count(".") <= 1
+    if at_top and isinstance(owner.module, nn.Linear) and _HEADS.fullmatch(leaf):
+        return "output head"
+    if _ROUTER_MODULES.fullmatch(type(owner.module).__name__) or re.fullmatch(NAME_PATTERNS[4][0], leaf):
+        return "router"
+    if isinstance(owner.module, nn.Linear) or type(owner.module).__name__ == "Conv1D":
+        return None
+    return _not_hidden_by_name(f"{owner.name}.{owner.parameter}", parameter.ndim)
+
+
+def _not_hidden_by_name(name: str, ndim: int) -> str | None:
+    parts = name.lower().split(".")
+    if parts[-1] == "bias":
+        return "bias"
+    for pattern, reason in NAME_PATTERNS:
+        # The last two components name the layer; deeper ones are containers ("model.embedding_stack.0.…").
+        if any(re.fullmatch(pattern, part) for part in parts[-2:]):
+            return reason
+    return None if ndim == 2 else f"{ndim}-D"
+
+
+def table(routes: Iterable[Route]) -> list[tuple[str, str, str, str]]:
+    """(name, shape, rule, reason) of each route: what is printed at start."""
+    return [(r.name, "×".join(map(str, r.shape)), r.rule, r.reason) for r in routes]

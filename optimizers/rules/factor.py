@@ -1,0 +1,89 @@
+"""The orthogonal factor of a list of moments, by whatever method the options name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers.layouts.replicated import Rows
+from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
+from optimizers.linalg.polar import Polar, choose_method, default_rtol, polar
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ITERATIONS = {"newton_schulz": newton_schulz, "cubic": cubic, "polar_express": polar_express}
+
+
+def orthogonalize(moment: Tensor, options: Mapping[str, Any]) -> Polar:
+    """Factor of whole matrices (b, m, n). A matrix that is not finite gets a zero factor and counts as a
+    fallback."""
+    method = options["orthogonalizer"]
+    if method not in _ITERATIONS:
+        return polar(moment, method)
+    dtype = _DTYPES[options["orthogonalizer_dtype"]]
+    if moment.dtype == torch.float64 and dtype == torch.float32:
+        dtype = torch.float64
+    factor = _ITERATIONS[method](moment, options["orthogonalizer_steps"], dtype=dtype)
+    # NaN and Inf spread over their own matrix, so one element tells; looking at the factor is as good as at
+    # M.
+    finite = torch.isfinite(factor).all(-1).all(-1)
+    return Polar(torch.where(finite[:, None, None], factor, 0.0), None, None, (~finite).sum())
+
+
+def gram_factors(
+    moments: Sequence[Tensor], lefts: Sequence[bool], options: Sequence[Mapping[str, Any]], rows: Rows
+) -> list[Polar]:
+    """Factors of subspace moments, r×n (left) or m×r; where the method allows it through `rows.roots`.
+
+    The r×r Gram is all that has to cross ranks, and for fp32 moments it loses nothing: the cut max(m,
+    n)·eps32 lies above the 1e-6 below which an fp64 Gram cannot see.
+    """
+    results: list[Polar | None] = [None] * len(moments)
+    chosen: list[int] = []
+    methods: list[str] = []
+    for i, (moment, option) in enumerate(zip(moments, options)):
+        method = option["orthogonalizer"]
+        if method == "auto":
+            method = choose_method(moment.shape, moment.dtype, moment.device)
+        if method in ("gram", "dwh") and moment.dtype == torch.float32:
+            chosen.append(i)
+            methods.append(method)
+        else:
+            results[i] = orthogonalize(moment, option)
+    grams = [_gram(moments[i], lefts[i]) for i in chosen]
+    rtols = [default_rtol(moments[i].shape, moments[i].dtype) for i in chosen]
+    for i, root in zip(chosen, rows.roots(grams, rtols, methods)):
+        x = root.root.to(moments[i].dtype)
+        factor = x @ moments[i] if lefts[i] else moments[i] @ x
+        # 0·NaN is NaN: the zero root of a matrix that is not finite does not silence it.
+        alive = torch.isfinite(grams[chosen.index(i)].diagonal(dim1=-2, dim2=-1).sum(-1))[:, None, None]
+        results[i] = Polar(
+            torch.where(alive, factor, 0.0), root.singular_values, root.effective_rank, root.fallbacks
+        )
+    return [result for result in results if result is not None]
+
+
+def _gram(moment: Tensor, left: bool) -> Tensor:
+    wide = moment.double()
+    return wide @ wide.mT if left else wide.mT @ wide
+
+
+def scale(name: str, shape: tuple[int, int], fans: tuple[int, int], rank: int) -> float:
+    """Factor on an orthogonal update of an m×n matrix.
+
+    Args:
+        name: "none"; "rms_max" 0.2·√max(m, n) (Moonlight); "rows_cols" √max(1, out/in) (Jordan); "rms_rank"
+            0.2·√(mn/r), for which the update's RMS is 0.2 whatever the rank.
+        fans: (out, in), which differ from (m, n) where the weight is stored transposed.
+    """
+    m, n = shape
+    if name == "rms_max":
+        return 0.2 * math.sqrt(max(m, n))
+    if name == "rows_cols":
+        return math.sqrt(max(1.0, fans[0] / fans[1]))
+    if name == "rms_rank":
+        return 0.2 * math.sqrt(m * n / rank)
+    return 1.0

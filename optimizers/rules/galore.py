@@ -1,0 +1,64 @@
+"""GaLore: Adam on the gradient's coordinates in a subspace (arXiv 2403.03507).
+
+Ĝ = GQ   M ← β₁M + (1 - β₁)Ĝ   V ← β₂V + (1 - β₂)Ĝ²   W ← W - η α (√b₂/b₁) (M / (√V + ε)) Qᵀ,  bᵢ = 1 - βᵢᵗ
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optimizers.layouts.replicated import Rows
+from optimizers.rules.rule import Rule, Update
+from optimizers.rules.subspace import keeps_left, project, project_back, refresh, subspace_state
+from optimizers.stacks import Stack
+
+
+class GaLore(Rule):
+    """GaLore as galore-torch computes it (`std`: the moment keeps the long side; no transport at a
+    refresh)."""
+
+    needs_whole: ClassVar[bool] = False
+
+    def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """r·short for the basis and 2·r·long for the moments (side "long")."""
+        state = subspace_state(shape, options)
+        return {**state, "second_moment": state["moment"]}
+
+    def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
+        """One step of each stack; see the module's formula."""
+        refresh(stacks, rows)
+        lefts = [keeps_left(s.shape, s.options["side"]) for s in stacks]
+        projected = rows.total(
+            [project(s.gradient, s.state["basis"], left) for s, left in zip(stacks, lefts)]
+        )
+        for s, left, g in zip(stacks, lefts, projected):
+            moved = normalized(s, g)
+            yield Update(project_back(s.state["basis"], moved, left, out=s.gradient))
+
+
+def normalized(stack: Stack, projected: Tensor) -> Tensor:
+    """Advance both moments; returns α·M̂/(√V̂ + ε), or with ε before bias correction (`eps_form` raw)."""
+    (beta1, beta2), eps = stack.options["betas"], stack.options["eps"]
+    first = stack.blend("moment", projected, beta1, 1.0 - beta1)
+    second = stack.blend("second_moment", projected.square(), beta2, 1.0 - beta2)
+    ones = [1.0 - beta1 ** (t + 1) for t in stack.steps]
+    twos = [math.sqrt(1.0 - beta2 ** (t + 1)) for t in stack.steps]
+    # (√b₂/b₁)·M/(√V + ε') is α M̂/(√V̂ + ε) for ε' = ε√b₂, and the raw form for ε' = ε.
+    sizes = _column([stack.options["alpha"] * b / a for a, b in zip(ones, twos)], first)
+    floors = eps if stack.options["eps_form"] == "raw" else _column([eps * b for b in twos], first)
+    return first / (second.sqrt() + floors) * sizes
+
+
+def _column(values: list[float], like: Tensor) -> Tensor | float:
+    """One number where all agree (they do unless some gradients were missing), else (b, 1, 1)."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
+
+
+RULE = GaLore()

@@ -1,0 +1,62 @@
+"""What a rule is. A package outside this one brings its own by the entry-point group
+`optbench.optimizers`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from optimizers.layouts.replicated import Rows
+from optimizers.stacks import Stack
+
+
+class Update(NamedTuple):
+    """What a rule returns for a stack; the optimizer then does W ← (1 - lr·wd)·W - lr·delta.
+
+    Attributes:
+        delta: (b, m, n) in the stack's dtype. The optimizer may overwrite it.
+        moment: (b, …) what was orthogonalized or normalized; None: the state "moment".
+        factor: (b, …) the orthogonal factor that was applied to it; None: the rule applies none.
+        singular_values: (b, k) of `moment`, descending, where the step computed them.
+        fallbacks: 0-dim int64 on the device: matrices whose factorization needed a fallback.
+    """
+
+    delta: Tensor
+    moment: Tensor | None = None
+    factor: Tensor | None = None
+    singular_values: Tensor | None = None
+    fallbacks: Tensor | None = None
+
+
+class Rule(ABC):
+    """A rule. Subclasses hold no state: it lives in the stacks.
+
+    Attributes:
+        doc: one line.
+        source: paper or code.
+        defaults: the rule's own options with their values (plug-ins; those of the rules here are in
+            `presets`). The common ones (lr, weight_decay, alpha, aux_lr …) come on their own.
+        needs_whole: the rule has no row form: a sharded layout gives it whole matrices.
+        spectrum_of_state: the singular values in `Update` are those of the state "moment".
+    """
+
+    doc: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    needs_whole: ClassVar[bool] = True
+
+    @abstractmethod
+    def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """kind → shape of the state of one (m, n) matrix. What is orthogonalized or normalized is
+        "moment"."""
+
+    @abstractmethod
+    def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
+        """One `Update` per stack, in order. A generator keeps one stack's update in memory at a time."""
+
+    def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
+        """Whether `Update.singular_values` belong to the state "moment" as it is after the step."""
+        return True

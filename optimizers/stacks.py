@@ -1,0 +1,277 @@
+"""Same-shape matrices as one stack: what a rule sees, where its state lives, how its update reaches the
+weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers.fused import Block
+from optimizers.rounding import Rounding, apply_to_half
+
+# Bytes of gradient that one stack holds at most: the transient memory of a step is a small multiple of this.
+# On CPUs larger blocks leave the cache and come fresh from the kernel each time; GPUs want few launches.
+STACK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One matrix of a stack: a block of a parameter."""
+
+    parameter: Tensor
+    block: Block
+    prefix: str  # of its keys in the parameter's state: "" or "q."
+    offset: int  # added to t when a refresh is decided
+
+    def key(self, kind: str) -> str:
+        """Name of a state tensor in the parameter's state."""
+        return self.prefix + kind
+
+
+@dataclass
+class Stack:
+    """b matrices of one shape, as a rule sees them in one step.
+
+    Attributes:
+        members: the matrices.
+        shape: (m, n), full shape of each.
+        fans: (out, in) of each.
+        options: of the group.
+        steps: t of each matrix, before this step.
+        due: positions whose subspace has to be renewed in this step.
+        state: kind → (b, …), fp32 (fp64 for fp64 weights). Change it by `commit` and `blend` only.
+        masked: 0-dim bool on the device: this step must leave no trace. None: it is not masked.
+        dtype: of state and arithmetic.
+    """
+
+    members: Sequence[Member]
+    shape: tuple[int, int]
+    fans: tuple[int, int]
+    options: Mapping[str, Any]
+    steps: list[int]
+    due: list[int]
+    state: dict[str, Tensor]
+    masked: Tensor | None
+    dtype: torch.dtype
+    keep_gradient: bool = True
+    _gradient: Tensor | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the matrices."""
+        return [member.block.name for member in self.members]
+
+    @property
+    def gradient(self) -> Tensor:
+        """(b, m, n) copy of the gradients in `dtype`; the rule may overwrite it when it needs it no more."""
+        if self._gradient is not None:
+            return self._gradient
+        gradient = torch.stack([m.block.matrix(_gradient_of(m)) for m in self.members]).to(self.dtype)
+        if self.keep_gradient:
+            self._gradient = gradient
+        return gradient
+
+    def commit(self, kind: str, value: Tensor, at: slice | None = None) -> None:
+        """Replace a state (of the matrices `at`), unless the step is masked."""
+        target = self.state[kind] if at is None else self.state[kind][at]
+        target.copy_(value if self.masked is None else torch.where(self.masked, target, value))
+
+    def blend(self, kind: str, value: Tensor, decay: float, weight: float) -> Tensor:
+        """state ← decay·state + weight·value, unless masked; returns the state as it then is (or would
+        be)."""
+        old = self.state[kind]
+        if self.masked is None:
+            return old.mul_(decay).add_(value, alpha=weight)
+        new = torch.add(decay * old, value, alpha=weight)
+        torch.where(self.masked, old, new, out=old)
+        return new
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        self._gradient = None
+
+    def runs(self) -> Iterator[slice]:
+        """The positions in `due` as contiguous slices: slicing needs no index tensor, so no copy to the
+        device."""
+        start = 0
+        for position, index in enumerate(self.due):
+            last = position + 1 == len(self.due)
+            if last or self.due[position + 1] != index + 1:
+                yield slice(self.due[start], index + 1)
+                start = position + 1
+
+
+def _gradient_of(member: Member) -> Tensor:
+    gradient = member.parameter.grad
+    assert gradient is not None
+    return gradient
+
+
+class Bank:
+    """The stack's home between steps: stacked state, of which `optimizer.state` holds the single matrices'
+    views.
+
+    `optimizer.state` stays the truth: when its tensors have been replaced (load_state_dict, a device change)
+    the stacked copy is rebuilt from them.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        options: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.members = list(members)
+        self.options = options
+        self.shapes = dict(shapes)
+        first = self.members[0]
+        self.shape, self.fans = first.block.shape, first.block.fans
+        self.dtype = compute_dtype(first.parameter)
+        self.device = first.parameter.device
+        self.weight_dtype = first.parameter.dtype
+        self._stacked: dict[str, Tensor] = {}
+        self._views: dict[str, list[Tensor]] = {}
+        self._flags = [False] * len(self.members)
+        self._posted: tuple[Tensor, torch.Event | None] | None = None
+
+    def fits(self) -> bool:
+        """Whether the parameters still are where and what they were when the bank was built."""
+        return all(
+            m.parameter.device == self.device and m.parameter.dtype == self.weight_dtype for m in self.members
+        )
+
+    def bind(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Make `state` hold views of the stacked tensors, taking over what it holds now (zeros where
+        nothing)."""
+        for kind, shape in self.shapes.items():
+            views = self._views.get(kind)
+            if views is not None and all(
+                state[m.parameter].get(m.key(kind)) is view for m, view in zip(self.members, views)
+            ):
+                continue
+            dtype = self.weight_dtype if kind == "compensation" else self.dtype
+            stacked = torch.zeros((len(self.members), *shape), dtype=dtype, device=self.device)
+            for slot, member in zip(stacked, self.members):
+                held = state[member.parameter].get(member.key(kind))
+                if held is not None:
+                    slot.copy_(held)
+            self._stacked[kind] = stacked
+            self._views[kind] = list(stacked.unbind(0))
+            for member, view in zip(self.members, self._views[kind]):
+                state[member.parameter][member.key(kind)] = view
+
+    def stacked(self, kind: str) -> Tensor:
+        """(b, …) state of all members; `bind` first."""
+        return self._stacked[kind]
+
+    def stack(
+        self, active: Sequence[int], state: Mapping[Tensor, dict[str, Any]], masked: Tensor | None
+    ) -> Stack:
+        """The members that have a gradient, for one step."""
+        members = [self.members[i] for i in active]
+        steps = [state[m.parameter]["step"] for m in members]
+        flags = self._read_flags()
+        return Stack(
+            members=members,
+            shape=self.shape,
+            fans=self.fans,
+            options=self.options,
+            steps=steps,
+            due=[
+                position
+                for position, (i, t) in enumerate(zip(active, steps))
+                if "refresh_interval" in self.options and (flags[i] or self._scheduled(i, t))
+            ],
+            state=self.state_of(active),
+            masked=masked,
+            dtype=self.dtype,
+        )
+
+    def _scheduled(self, index: int, step: int) -> bool:
+        return step == 0 or (step + self.members[index].offset) % self.options["refresh_interval"] == 0
+
+    def watch(self, all_of: bool) -> None:
+        """Ask the device which matrices want a new basis in the next step; the answer is read then.
+
+        A basis is empty where the gradient was exactly zero when it was taken (zero-initialized layers in the
+        first step); it is looked at after each refresh (`all_of`). The residual criterion ‖Ĝ‖ ≤ ς is looked
+        at each step. By the time of the next step the copy to the host has long arrived, so the host does not
+        wait.
+        """
+        threshold = self.options.get("refresh_threshold")
+        if "refresh_interval" not in self.options or not (
+            all_of or threshold is not None or any(self._flags)
+        ):
+            return
+        flags = self._stacked["basis"][..., 0].abs().amax(-1) == 0
+        if threshold is not None:
+            flags = flags | (self._stacked["projected_norm"] <= threshold)
+        if flags.device.type == "cpu":
+            self._posted = flags, None
+            return
+        host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        event = torch.Event(flags.device)
+        event.record()
+        self._posted = host, event
+
+    def _read_flags(self) -> list[bool]:
+        if self._posted is not None:
+            host, event = self._posted
+            if event is not None:
+                event.synchronize()
+            self._flags, self._posted = host.tolist(), None
+        return self._flags
+
+    def state_of(self, active: Sequence[int]) -> dict[str, Tensor]:
+        """kind → stacked state of the active matrices: the tensors themselves if all are, else copies."""
+        if len(active) == len(self.members):
+            return self._stacked
+        return {kind: torch.stack([views[i] for i in active]) for kind, views in self._views.items()}
+
+    def write_back(self, active: Sequence[int], state: Mapping[str, Tensor]) -> None:
+        """Return the copies that `state_of` made."""
+        if len(active) == len(self.members):
+            return
+        for kind, stacked in state.items():
+            torch._foreach_copy_([self._views[kind][i] for i in active], list(stacked.unbind(0)))
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """fp64 for fp64 weights, else fp32: the dtype of moments, bases, spectra and updates."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def apply_update(
+    stack: Stack, delta: Tensor, lr: float | Tensor, weight_decay: float, decay_last: bool, rounding: Rounding
+) -> None:
+    """W ← (1 - lr·wd)·W - lr·Δ for the stack's weights; Δ may be overwritten.
+
+    Args:
+        delta: (b, m, n) in the stack's dtype.
+        lr: learning rate of this step; a 0-dim tensor is taken too.
+        decay_last: the decay multiplies the weight after the step instead of before.
+        rounding: how half-precision weights take the fp32 result.
+    """
+    if stack.masked is not None:
+        # Not a product: a masked step usually holds NaN, and NaN·0 is NaN.
+        delta = torch.where(stack.masked, 0.0, delta)
+    decay: float | Tensor = 1.0 - lr * weight_decay
+    if stack.masked is not None and weight_decay:
+        decay = torch.where(stack.masked, torch.ones((), dtype=stack.dtype, device=delta.device), decay)
+    weights = [m.block.view(m.parameter) for m in stack.members]
+    if weights[0].dtype != stack.dtype:
+        apply_to_half(stack, weights, delta, lr, decay if weight_decay else None, decay_last, rounding)
+        return
+    if weight_decay and not decay_last:
+        torch._foreach_mul_(weights, decay)
+    if isinstance(lr, Tensor):
+        delta, lr = delta.mul_(lr), 1.0
+    parts = [m.block.like_view(d) for m, d in zip(stack.members, delta.unbind(0))]
+    torch._foreach_add_(weights, parts, alpha=-lr)
+    if weight_decay and decay_last:
+        torch._foreach_mul_(weights, decay)

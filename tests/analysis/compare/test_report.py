@@ -1,0 +1,245 @@
+"""The report as files: self-contained, whole, and with nothing in it that a name could break."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from plotly.offline import get_plotlyjs
+
+from analysis.compare import document, picture, plots, report
+from analysis.compare.cost_plots import memory, step_time
+from analysis.compare.document import Document
+from analysis.compare.moment_plots import heat_map, moment_plots, short
+from tests.analysis import synthetic
+from tests.analysis.synthetic import TYPICAL, Recipe
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Document:
+    """Four arms, two seeds, one more run that diverged, and a second set of one run."""
+    root = synthetic.group(tmp_path_factory.mktemp("runs"), seeds=[0, 1])
+    synthetic.write(root, Recipe(**{**vars(TYPICAL["muon"]), "seed": 2, "state": "diverged", "stop_at": 70}))
+    synthetic.write(root / "other", Recipe("adamw", steps=400, overrides={"steps": 400}))
+    return document.read(root)
+
+
+@pytest.fixture(scope="module")
+def html(found: Document) -> str:
+    return report.render(found)
+
+
+class Tags(HTMLParser):
+    """Start tags, and the nesting errors that a browser would mend in silence."""
+
+    VOID = ("meta", "link", "input", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.errors: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(tag)
+
+
+def parsed(html: str) -> Tags:
+    reader = Tags()
+    reader.feed(html)
+    return reader
+
+
+def test_the_page_is_well_formed_and_loads_nothing(html: str) -> None:
+    page = parsed(html)
+    assert (page.errors, page.open) == ([], [])
+    assert not [attrs for _, attrs in page.tags if {"src", "srcset", "action", "background"} & attrs.keys()]
+    assert all(
+        str(attrs.get("href", "")).startswith(("#", "data:")) for tag, attrs in page.tags if "href" in attrs
+    )
+    assert html.count("default-src 'none'") == 1
+
+
+def test_plotly_is_inside_once(html: str) -> None:
+    start = get_plotlyjs()[200:400]
+    assert html.count(start) == 1
+
+
+def test_ids_are_unique_and_labels_lead_somewhere(html: str) -> None:
+    tags = parsed(html).tags
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {str(attrs["href"])[1:] for tag, attrs in tags if tag == "a"} <= set(ids)
+
+
+def test_two_sets_get_two_verdicts_and_none_across(html: str) -> None:
+    assert "2 sets that differ in data, model, budget or precision" in html
+    assert len(re.findall('class="verdict"', html)) == 2
+
+
+def test_the_failed_run_is_a_row_and_a_warning(html: str) -> None:
+    assert re.search(r"diverged at step 70</td>", html)
+    assert "1 run diverged: muon (seed 2)." in html
+
+
+def test_figures_are_valid_json_with_null_for_what_is_not_finite(html: str) -> None:
+    blocks = re.findall(r'<script type="application/json" class="figures">(.*?)</script>', html, re.S)
+    assert len(blocks) == 2
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    figures: dict[str, Any] = {}
+    for block in blocks:
+        figures |= json.loads(block, parse_constant=refuse)
+    for name in ("main", "wall-clock", "step-time", "memory", "condition-number", "heat"):
+        assert f"set0-{name}" in figures
+    labels = figures["set0-main"]["figure"]["layout"]["meta"]["labels"]
+    assert [label["text"] for label in labels] == ["adamw", "galore", "muon", "sumo"]
+
+
+def test_words_from_runs_can_not_break_the_page(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    synthetic.group(
+        tmp_path, [evil.replace("/", "∕")], seeds=[0, 1], summary={"lr_source": evil, "warnings": [evil]}
+    )
+    for folder in tmp_path.iterdir():
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["optimizer"]["name"] = evil
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        facts = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps({**facts, "optimizer": evil, "command": evil}))
+    page = parsed(report.render(document.read(tmp_path)))
+    assert page.errors == []
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == 4
+
+
+def test_all_files_are_written_and_agree(
+    found: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture, "browser", lambda: None)
+    written = report.write(found, tmp_path / "new" / "folder")
+    names = [path.name for path in written.files]
+    assert names == ["report.html", "comparison.md", "comparison.csv", "comparison.json"]
+    assert written.remarks, "a picture that is not made is said"
+    assert "Chromium" in written.remarks[0]
+    assert sorted(p.name for p in written.html.parent.iterdir()) == sorted(names), "no scratch files stay"
+    data = json.loads(written.files[3].read_text())
+    assert set(data) == {"schema_version", "runs", "comparison", "warnings"}
+    assert len(data["runs"]) == 10
+    rows = [row for one in data["comparison"]["sets"] for row in one["table"]["rows"]]
+    with written.files[2].open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["optimizer"] for line in lines] == [row["optimizer"] for row in rows]
+    assert [line["loss [nats/token]"] for line in lines] == [
+        "" if r["loss"] is None else repr(r["loss"]) for r in rows
+    ]
+
+
+def test_the_command_of_the_comparison_is_shown(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, seeds=[0])
+    command = "optbench compare adamw muon galore sumo seeds=1 preset=quickstart"
+    (tmp_path / "compare.json").write_text(
+        json.dumps({"commands": [command], "optimizers": ["sumo", "adamw"]})
+    )
+    read = document.read(tmp_path)
+    assert command in report.render(read)
+    assert [arm.label for arm in read.sets[0].chosen.arms] == ["sumo", "adamw", "galore", "muon"]
+
+
+def test_the_finish_shows_all_arms_that_learned_and_no_more(tmp_path: Path) -> None:
+    """An arm that stayed above the unigram entropy must not flatten the others."""
+    synthetic.group(tmp_path, seeds=[0, 1])
+    synthetic.group(tmp_path, ["stuck"], seeds=[0, 1], end=8.0)
+    (judged,) = document.read(tmp_path).sets
+    main = plots.main_plot(judged.chosen)
+    assert main
+    meta = main.figure["layout"]["meta"]
+    low, high = meta["ranges"]["tokens"]["finish"]["y"]
+    ends = {label["text"]: label["y"] for label in meta["labels"]}
+    assert all(low < ends[name] < high for name in TYPICAL)
+    assert high < 4.5
+    assert ends["stuck"] > high
+    assert meta["ranges"]["tokens"]["whole"]["y"][1] > ends["stuck"]
+
+
+def test_bands_span_the_seeds(found: Document) -> None:
+    main = plots.main_plot(found.sets[0].chosen)
+    assert main
+    bands = [trace for trace in main.figure["data"] if trace["meta"].get("band")]
+    assert len(bands) == 4
+    arm = found.sets[0].chosen.arms[0]
+    finals = [run.final_loss for run in arm.finished]
+    half = len(bands[0]["y"]) // 2
+    assert bands[0]["y"][half - 1] == max(finals)
+    assert bands[0]["y"][half] == min(finals)
+
+
+def test_a_run_that_was_evaluated_once_shows_its_training_loss(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw", "sumo"], eval_every=1000)
+    (judged,) = document.read(tmp_path).sets
+    main = plots.main_plot(judged.chosen)
+    assert main
+    assert main.title == "Training loss"
+
+
+def test_thinning_keeps_spikes_and_ends(found: Document) -> None:
+    import numpy as np
+
+    from analysis.compare.curves import thinned
+
+    values = np.sin(np.linspace(0, 20, 20_000))
+    values[7_321], values[12_345] = 50, -50
+    kept = thinned(values, 400)
+    assert len(kept) <= 400
+    assert {0, 7_321, 12_345, 19_999} <= set(kept.tolist())
+    assert 7_321 not in np.arange(0, 20_000, 50), "plain striding would have lost it"
+
+
+def test_bars_and_spectra_carry_the_measured_numbers(found: Document) -> None:
+    chosen = found.sets[0].chosen
+    times, sizes, heat = step_time(chosen), memory(chosen), heat_map(chosen)
+    assert times
+    assert sizes
+    assert heat
+    optimizer = next(trace for trace in times.figure["data"] if trace["name"] == "optimizer")
+    assert optimizer["x"] == pytest.approx([4.0, 11.0, 16.0, 19.0])
+    moment = next(trace for trace in sizes.figure["data"] if trace["name"] == "state: moment")
+    assert moment["x"] == pytest.approx([b / 2**20 for b in (4_800_000, 1_300_000, 3_100_000, 1_300_000)])
+    assert heat.choices == ["adamw", "galore", "muon", "sumo"]
+    assert len(heat.figure["data"][0]["z"]) == 28
+    shown = {plot.key: [t["name"] for t in plot.figure["data"]] for plot in moment_plots(chosen)}
+    assert set(shown["polar-error"]) == {"muon", "sumo"}, "no factor, no error"
+
+
+def test_layer_names_are_shortened_without_merging() -> None:
+    names = [
+        f"model.layers.{i}.{part}"
+        for i in (0, 1, 10)
+        for part in ("self_attn.q_proj.weight", "mlp.up_proj.weight")
+    ]
+    assert [short(name) for name in names[:2]] == ["0 q_proj", "0 up_proj"]
+    assert len({short(name) for name in names}) == len(names)
+    assert short("lm_head.weight") == "lm_head"
+
+
+def test_runs_without_measurements_still_make_a_page(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = synthetic.write(tmp_path, Recipe(seed=seed, has_moments=False))
+        for name in ("parameters.json", "environment.json", "metrics.jsonl"):
+            (folder / name).unlink()
+    assert parsed(report.render(document.read(tmp_path))).errors == []

@@ -1,0 +1,144 @@
+"""What is concluded from runs, and above all what is not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.compare.cautions import cautions
+from analysis.compare.comparison import ComparisonSet, compare
+from analysis.compare.runs import load
+from analysis.compare.verdict import Verdict, judge
+from tests.analysis import synthetic
+from tests.analysis.synthetic import TYPICAL, Recipe
+
+
+def only(root: Path) -> ComparisonSet:
+    (chosen,) = compare(load(root))
+    return chosen
+
+
+def judged(root: Path) -> Verdict:
+    return judge(only(root))
+
+
+def codes(root: Path, *, grave: bool | None = None) -> set[str]:
+    found = cautions(only(root))
+    return {caution.code for caution in found if grave is None or caution.grave == grave}
+
+
+def write(root: Path, name: str, seed: int, **changes: Any) -> None:
+    synthetic.write(root, Recipe(**{**vars(TYPICAL[name]), "seed": seed, **changes}))
+
+
+def test_a_clear_winner_is_named_with_interval_n_and_scope(tmp_path: Path) -> None:
+    verdict = judged(synthetic.group(tmp_path))
+    assert (verdict.kind, verdict.winner, verdict.common_seeds) == ("winner", "sumo", 3)
+    assert verdict.headline.startswith("sumo ends lowest")
+    assert "below muon" in verdict.headline
+    for part in ("95 % interval", "3 common seeds", "Holm-adjusted p"):
+        assert part in verdict.detail
+    for part in ("llama_tiny", "1.31 M parameters", "200 steps", "kjv"):
+        assert part in verdict.scope
+    assert not codes(tmp_path, grave=True)
+
+
+def test_one_seed_ranks_nothing(tmp_path: Path) -> None:
+    verdict = judged(synthetic.group(tmp_path, seeds=[0]))
+    assert (verdict.kind, verdict.winner, verdict.ranks) == ("one_seed", None, False)
+    assert "nothing is ranked" in verdict.headline
+    assert "lowest" not in verdict.sentence
+    assert "one_seed" in codes(tmp_path, grave=True)
+
+
+def test_arms_that_are_alike_are_not_told_apart(tmp_path: Path) -> None:
+    verdict = judged(synthetic.group(tmp_path, end=3.4, noise=0.02))
+    assert (verdict.kind, verdict.winner) == ("no_difference", None)
+    assert verdict.headline.startswith("No difference shown")
+    assert verdict.seeds_needed
+    assert f"n = {verdict.seeds_needed} seeds would show 0.01" in verdict.detail
+
+
+def test_a_shared_lead_names_no_winner(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw"], range(4))
+    synthetic.group(tmp_path, ["muon", "sumo"], range(4), end=3.31)
+    verdict = judged(tmp_path)
+    assert (verdict.kind, verdict.winner) == ("partial", None)
+    assert "does end below adamw" in verdict.detail
+
+
+@pytest.mark.parametrize("state", ["diverged", "failed", "interrupted", "running"])
+def test_a_run_that_did_not_finish_withholds_the_winner(tmp_path: Path, state: str) -> None:
+    synthetic.group(tmp_path)
+    write(tmp_path, "galore", 3, state=state, stop_at=70)
+    verdict = judged(tmp_path)
+    assert (verdict.kind, verdict.winner, verdict.ranks) == ("withheld", None, True)
+    assert "1 of 13 runs did not finish" in verdict.headline
+    assert state in codes(tmp_path, grave=True)
+
+
+def test_unequal_budgets_withhold_and_rank_nothing(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw"])
+    synthetic.group(tmp_path, ["sumo"], summary={"steps": 150, "tokens": 150 * 2048})
+    verdict = judged(tmp_path)
+    assert (verdict.kind, verdict.ranks) == ("withheld", False)
+    assert "150 to 200" in verdict.headline
+    assert "lowest" not in verdict.sentence
+    assert "unequal_budget" in codes(tmp_path, grave=True)
+
+
+def test_nothing_learned_ranks_nothing(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw"], end=6.4)
+    synthetic.group(tmp_path, ["sumo"], end=6.3)
+    verdict = judged(tmp_path)
+    assert (verdict.kind, verdict.ranks) == ("withheld", False)
+    assert "unigram entropy" in verdict.headline
+    assert "above_entropy" in codes(tmp_path, grave=True)
+
+
+def test_a_missing_seed_is_said_and_the_rest_is_used(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw", "muon"])
+    synthetic.group(tmp_path, ["sumo"], [0, 2])
+    verdict = judged(tmp_path)
+    assert verdict.common_seeds == 2
+    assert verdict.kind in ("winner", "partial", "no_difference")
+    assert "missing_seed" in codes(tmp_path, grave=True)
+
+
+def test_different_budgets_are_different_sets(tmp_path: Path) -> None:
+    synthetic.group(tmp_path / "short", seeds=[0, 1])
+    synthetic.group(tmp_path / "long", seeds=[0, 1, 2], steps=400, overrides={"steps": 400})
+    sets = compare(load(tmp_path))
+    assert [len(chosen.runs) for chosen in sets] == [12, 8]
+    assert len({chosen.key for chosen in sets}) == 2
+
+
+def test_arms_of_one_name_are_told_apart_by_their_options(tmp_path: Path) -> None:
+    for rank in (16, 32):
+        synthetic.group(tmp_path / str(rank), ["sumo"], options={"rank": rank, "side": "short"})
+    assert [arm.label for arm in only(tmp_path).arms] == ["sumo (rank=16)", "sumo (rank=32)"]
+
+
+def test_a_run_made_twice_counts_once(tmp_path: Path) -> None:
+    synthetic.group(tmp_path / "a", ["adamw", "sumo"])
+    synthetic.group(tmp_path / "b", ["sumo"], [0])
+    chosen = only(tmp_path)
+    assert [arm.final.n for arm in chosen.arms] == [3, 3]
+    assert "set_aside" in codes(tmp_path, grave=False)
+
+
+def test_cautions_for_what_weakens_the_numbers(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw"], epochs=2.5, lr_tuned=False)
+    synthetic.group(tmp_path, ["sumo"], epochs=2.5, summary={"device": "NVIDIA H100", "skipped_steps": 2})
+    assert codes(tmp_path, grave=True) == {"epochs", "untuned_lr", "different_machines", "skipped_steps"}
+
+
+def test_no_finished_run(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, state="diverged", stop_at=50)
+    assert judged(tmp_path).kind == "nothing"
+
+
+def test_a_single_arm_is_compared_with_nothing(tmp_path: Path) -> None:
+    verdict = judged(synthetic.group(tmp_path, ["sumo"]))
+    assert verdict.kind == "one_arm"
+    assert "95 % interval over 3 seeds" in verdict.headline

@@ -1,0 +1,61 @@
+"""Read an offline W&B file (run-….wandb) without wandb's own reader, which it no longer ships.
+
+The file is a 7-byte header and a LevelDB log: blocks of 32,768 bytes, records of <crc:4 length:2 type:1>, type 1
+whole, 2 first, 3 middle, 4 last; each whole record is a `wandb_internal_pb2.Record`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BLOCK = 32768
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The protobuf records of a file."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    position, whole = 7, b""
+    while position + 7 <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """The rows that were logged."""
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def config(path: Path) -> dict[str, Any]:
+    """The run's configuration."""
+    values: dict[str, Any] = {}
+    for record in records(path):
+        if record.WhichOneof("record_type") == "run":
+            for item in record.run.config.update:
+                values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return values
+
+
+def run_record(path: Path) -> Any:
+    """The record that names the run."""
+    return next(record.run for record in records(path) if record.WhichOneof("record_type") == "run")

@@ -1,0 +1,83 @@
+"""Small real runs for tests: a text in a folder, a model of a few thousand parameters, the harness's own path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SMALL_MODEL = (
+    "model=llama_tiny",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=2",
+    "model.config.num_key_value_heads=2",
+    "model.config.vocab_size=512",
+)
+SHORT_RUN = ("steps=4", "batch_size=8", "seq_len=32", "eval.tokens=256", "log_every=2", "wandb.mode=disabled")
+
+
+def write_documents(folder: Path, count: int = 400) -> Path:
+    """A JSON-lines corpus of pseudo-English with documents of very different lengths."""
+    generator = np.random.default_rng(0)
+    syllables = ["ba", "de", "ki", "lo", "mu", "ran", "sel", "tor", "vin", "wex"]
+    words = ["".join(generator.choice(syllables, generator.integers(1, 4))) for _ in range(300)]
+    weights = 1 / np.arange(1, 301)
+    path = folder / "documents.jsonl"
+    with path.open("w") as file:
+        for _ in range(count):
+            length = int(generator.choice([4, 12, 60, 200]))
+            text = " ".join(generator.choice(words, length, p=weights / weights.sum()))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def small(corpus: Path, runs_dir: Path, *overrides: str) -> list[str]:
+    """Overrides of a run that takes a second, with ``overrides`` winning."""
+    base = [
+        *SMALL_MODEL, *SHORT_RUN, "data=jsonl", f"data.files=[{corpus}]", "data.vocab_size=512",
+        "data.validation_tokens=600", f"runs_dir={runs_dir}", "world_size=1",
+    ]  # fmt: skip
+    keys = {word.split("=")[0].lstrip("+") for word in overrides}
+    return [word for word in base if word.split("=")[0] not in keys] + list(overrides)
+
+
+def train_weights(
+    overrides: Sequence[str], *, change: Callable[..., None] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Train in this process (one rank of several, if a group is up); returns weights before and after.
+
+    Args:
+        change: called with the assembled run before training, to break something on purpose.
+    """
+    from harness import engines
+    from harness.loop import train
+    from harness.preparation import prepare
+    from harness.run import assemble
+
+    prepared = prepare(overrides, say=lambda text: None, worker=True, writes_folder=False)
+    run = assemble(prepared, engines.start(prepared.config))
+    run.stop.restore()
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    if change is not None:
+        change(run)
+    state = train(run)
+    assert state == "finished", state
+    return before, {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+def update_error(
+    reference: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
+    other: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
+) -> float:
+    """Largest relative difference of a parameter's change over the run, Frobenius norm, in fp64."""
+    worst = 0.0
+    for name, after in reference[1].items():
+        change = after.double() - reference[0][name].double()
+        difference = other[1][name].double() - after.double()
+        worst = max(worst, float(difference.norm() / change.norm()))
+    return worst

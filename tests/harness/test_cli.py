@@ -1,0 +1,176 @@
+"""The command line: lazy, one line for bad input, exit codes, JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+from harness.config.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def optbench(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The program as a user starts it, in a process of its own."""
+    script = Path(sys.executable).with_name("optbench")
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "harness.cli"]
+    environ = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*start, *words], capture_output=True, text=True, timeout=120, cwd=folder, env=environ, check=False
+    )
+
+
+def test_help_is_instant_because_it_imports_nothing() -> None:
+    probe = (
+        "import sys; from harness.cli import main; code = main(['--help']);"
+        "heavy = {'torch', 'pydantic', 'hydra', 'omegaconf', 'rich', 'yaml', 'numpy', 'transformers'};"
+        "print(code, sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "0 []"
+    assert "usage: optbench COMMAND" in result.stdout
+
+
+def test_nothing_here_imports_torch() -> None:
+    words = ("list", "show sumo", "train --help", "show llama_7b", "lst", "show sumoo", "train steps=abc")
+    probe = (
+        "import sys; from harness.cli import main; codes = [main(line.split()) for line in sys.argv[1:]];"
+        "print(codes, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", probe, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert result.stdout.splitlines()[-1] == "[0, 0, 0, 0, 2, 2, 2] []", result.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_overview_lists_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name}" in text and command.summary in text for name, command in cli.COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: optbench {name}" in text
+    assert "examples:" in text
+    assert "--json" in text
+    assert ("optimizer.lr=" in text) == cli.COMMANDS[name].takes_keys
+
+
+def test_examples_of_runs_compose() -> None:
+    from harness.config.compose import load
+
+    for words, _ in cli.COMMANDS["train"].examples:
+        load(words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["lst"], "command: lst is not a command; did you mean list?"),
+        (["steps=5"], "command: steps=5 is not a command; did you mean train steps=5?"),
+        (["--steps"], "command: --steps is not a command"),
+        (["list", "all"], "list: all is not expected"),
+        (["show"], "show: no name is not one name"),
+        (["show", "sumoo"], "show: sumoo is not known; did you mean sumo?"),
+        (["show", "sumo", "galore"], "show: sumo galore is not one name"),
+    ],
+)
+def test_bad_input_is_the_last_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    last = output.err.splitlines()[-1]
+    assert last.startswith(line)
+    assert "Traceback" not in output.err
+    assert "fix: " in last
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(command: cli.Command, words: Sequence[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+
+
+def test_the_line_is_exactly_the_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = InputError("steps", "abc", allowed="a whole number", fix="steps=5")
+    fake(monkeypatch, error)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == f"{error}\n"
+
+
+def test_bad_input_with_json_is_still_one_document(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = InputError("steps", "abc")
+    fake(monkeypatch, error)
+    assert cli.main(["train", "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema_version"] == 1
+    assert document["error"] == {"key": "steps", "value": "abc", "message": str(error)}
+
+
+def test_a_failure_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(monkeypatch, RuntimeError("boom"))
+    assert cli.main(["train"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_without_a_resumable_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m harness.cli train --help | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert result.returncode == 0
+    assert result.stderr == ""
+
+
+def test_numbers_that_json_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        cli.document(loss=float("nan"))
+
+
+PROGRAM = [
+    (["train", "optimizer=sumoo"], "optimizer: sumoo is wrong; did you mean sumo?"),
+    (["train", "sumo"], "sumo: is not an assignment; did you mean optimizer=sumo?"),
+    (["train", "optimizer=sumo", "optimizer.rank=999"], "optimizer.rank: 999 is larger than a side of"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), PROGRAM, ids=[" ".join(words) for words, _ in PROGRAM])
+def test_the_program_refuses_before_anything_is_written(words: list[str], line: str, tmp_path: Path) -> None:
+    result = optbench(*words, folder=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith(line)
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []

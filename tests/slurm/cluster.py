@@ -1,0 +1,121 @@
+"""A real Slurm on this machine: munge, slurmctld and two slurmd in a folder of their own. Needs root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+CONF = """\
+ClusterName=ci
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthInfo=socket={state}/munge/munge.socket,cred_expire=5
+SlurmctldPort=16817
+SlurmctldPidFile={state}/slurmctld.pid
+SlurmdPidFile={state}/slurmd-%n.pid
+SlurmdSpoolDir={state}/%n
+StateSaveLocation={state}/ctld
+SlurmctldLogFile={state}/log/slurmctld.log
+SlurmdLogFile={state}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=bf_interval=1,batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+AccountingStorageType=accounting_storage/none
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=2
+MinJobAge=600
+NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=16 RealMemory=4000 State=UNKNOWN
+PartitionName=ci Nodes=node[1-2] Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+"""
+
+
+def missing() -> str | None:
+    """Why no cluster can be started here, or None."""
+    absent = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
+    if absent:
+        return f"Slurm is not installed here (no {', '.join(absent)})"
+    return None if os.geteuid() == 0 else "a test cluster needs root"
+
+
+class Cluster:
+    """Two nodes, one partition. Use as a context manager."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self.environment = {**os.environ, "SLURM_CONF": str(state / "slurm.conf"), "PATH": _path()}
+
+    def __enter__(self) -> Cluster:
+        state = self._state
+        for name in ("ctld", "log", "node1", "node2", "munge"):
+            (state / name).mkdir(parents=True)
+        state.chmod(0o711)
+        (state / "munge").chmod(0o711)
+        host = self._call("hostname", "-s").strip()
+        (state / "slurm.conf").write_text(CONF.format(host=host, state=state))
+        key = state / "munge" / "key"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(1024))
+        munge = state / "munge"
+        self._call(
+            "munged", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket", f"--pid-file={munge}/pid",
+            f"--log-file={munge}/log", f"--seed-file={munge}/seed",
+        )  # fmt: skip
+        self._call("slurmctld", "-f", str(state / "slurm.conf"))
+        for node in ("node1", "node2"):
+            self._call("slurmd", "-N", node, "-f", str(state / "slurm.conf"))
+        self._until(lambda: self._call("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D").strip() == "2", 30, "idle nodes")
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._call("scancel", "-f", "-u", "root")
+        self._until(lambda: not self._call("squeue", "-h").strip(), 20, "an empty queue")
+        for name in ("slurmd-node1", "slurmd-node2", "slurmctld"):
+            self._stop(self._state / f"{name}.pid")
+        time.sleep(0.5)  # the daemons sign their last messages: munge goes last
+        self._stop(self._state / "munge" / "pid")
+
+    def submit(self, *words: str) -> int:
+        """sbatch; returns the job's number."""
+        return int(self._call("sbatch", "--parsable", *words).strip())
+
+    def wait(self, job: int, timeout_s: float) -> dict[str, str]:
+        """The facts of a job (`scontrol show job`) once it has ended."""
+        facts: dict[str, str] = {}
+
+        def ended() -> bool:
+            text = self._call("scontrol", "show", "job", "-o", str(job))
+            facts.update(word.split("=", 1) for word in text.split() if "=" in word)
+            return facts["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+
+        self._until(ended, timeout_s, f"the end of job {job}")
+        return facts
+
+    def _call(self, *words: str) -> str:
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
+        return done.stdout
+
+    def _until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {what} within {timeout_s} s")
+            time.sleep(0.2)
+
+    @staticmethod
+    def _stop(pid_file: Path) -> None:
+        if pid_file.exists():
+            os.kill(int(pid_file.read_text()), 15)
+
+
+def _path() -> str:
+    return os.environ["PATH"] + ":/usr/sbin"
