@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 
 def galore_torch(weights: list[nn.Parameter], rank: int, interval: int) -> Any:
-    """galore-torch's AdamW with projection; its package's `__init__` wants bitsandbytes, so that is left out."""
+    """galore-torch's AdamW with projection; its package's `__init__` wants bitsandbytes, so that is left
+    out."""
     if "galore_torch" not in sys.modules:
         spec = find_spec("galore_torch")
         if spec is None:
@@ -35,9 +36,9 @@ def pytorch_optimizer_muon(weights: list[nn.Parameter]) -> Any:
 
 
 class PublicSumoLoop:
-    """What the public SUMO code does per step, matrix by matrix: GaLore `std` projection, stored Nesterov momentum,
-    `torch.linalg.svd` of the moment, limiter, residual, alpha, and decay after the step. Written from a description
-    of its behaviour; no line of it is copied.
+    """What the public SUMO code does per step, matrix by matrix: GaLore `std` projection, stored Nesterov
+    momentum, `torch.linalg.svd` of the moment, limiter, residual, alpha, and decay after the step. Written
+    from a description of its behaviour; no line of it is copied.
     """
 
     def __init__(self, weights: list[nn.Parameter], rank: int, interval: int, lr: float = 1e-3) -> None:

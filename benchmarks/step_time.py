@@ -1,10 +1,11 @@
 """Milliseconds per optimizer step against the peers' own packages, on the hidden matrices of LLaMA-60M.
 
-    python -m benchmarks.step_time [--rounds 7] [--threads 2] [--rank 128] [--only sumo,galore] [--quick] [--json]
+    python -m benchmarks.step_time [--rounds 7] [--layers 8] [--threads 2] [--rank 128] [--only sumo,galore]
+    [--quick] [--json]
 
-All contestants live in one process and take turns, one step each a round, so that whatever else the machine does hits
-all of them; medians over rounds. Gradients are fixed random matrices with a decaying spectrum; every optimizer owns
-copies of the same weights. A refresh step is one in which every subspace is renewed.
+All contestants live in one process and take turns, one step each a round, so that whatever else the machine
+does hits all of them; medians over rounds. Gradients are fixed random matrices with a decaying spectrum;
+every optimizer owns copies of the same weights. A refresh step is one in which every subspace is renewed.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ def contestants(rank: int) -> list[Contestant]:
     """All that can be built here; packages that are not installed are left out."""
 
     def ours(preset: str, **options: Any) -> Callable[[list[nn.Parameter]], Any]:
-        return lambda weights: optimizers.build(preset, [(f"w{i}", w) for i, w in enumerate(weights)], **options)
+        return lambda weights: optimizers.build(
+            preset, [(f"w{i}", w) for i, w in enumerate(weights)], **options
+        )
 
     low = {"rank": rank, "refresh_interval": NEVER}
     every = {"rank": rank, "refresh_interval": 1}
-    found = [
+    return [
         Contestant("torch AdamW (fused)", lambda w: torch.optim.AdamW(w, lr=1e-3, fused=True), "adamw"),
         Contestant("ours: adamw", ours("adamw"), "adamw"),
         Contestant("public SUMO code (per-matrix SVD)", lambda w: PublicSumoLoop(w, rank, NEVER), "sumo"),
@@ -66,7 +69,9 @@ def contestants(rank: int) -> list[Contestant]:
         Contestant("ours: muon_svd", ours("muon_svd"), "muon"),
         Contestant("galore-torch", lambda w: galore_torch(w, rank, NEVER), "galore"),
         Contestant("ours: galore", ours("galore", **low), "galore"),
-        Contestant("galore-torch, refresh step", lambda w: galore_torch(w, rank, 1), "galore", refreshes=True),
+        Contestant(
+            "galore-torch, refresh step", lambda w: galore_torch(w, rank, 1), "galore", refreshes=True
+        ),
         Contestant("ours: galore svd, refresh step", ours("galore", **every), "galore", refreshes=True),
         Contestant(
             "ours: galore randomized, refresh step",
@@ -76,7 +81,6 @@ def contestants(rank: int) -> list[Contestant]:
         ),
         Contestant("ours: sumo, refresh step", ours("sumo", **every), "sumo", refreshes=True),
     ]
-    return found
 
 
 # (ours, peer, target): ours must take at most `target` times what the peer takes.
@@ -92,7 +96,8 @@ TARGETS = [
 
 
 def gradients(shapes: Shapes, seed: int = 0) -> list[Tensor]:
-    """Random matrices with singular values that fall off like i^-½, as gradients of language models roughly do."""
+    """Random matrices with singular values that fall off like i^-½, as gradients of language models roughly
+    do."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for m, n in shapes:
@@ -142,14 +147,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--only", default="", help="families, by comma: adamw, sumo, muon, galore")
-    parser.add_argument("--no-refresh", action="store_true", help="leave the refresh steps out (they are slow)")
+    parser.add_argument(
+        "--no-refresh", action="store_true", help="leave the refresh steps out (they are slow)"
+    )
     parser.add_argument("--quick", action="store_true", help="two tiny layers: that it runs, not how fast")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    shapes = llama_60m(1, 32, 48) if given.quick else llama_60m()
+    shapes = llama_60m(1, 32, 48) if given.quick else llama_60m(given.layers)
     rank, rounds = (8, 2) if given.quick else (given.rank, given.rounds)
     wanted = set(given.only.split(",")) if given.only else set()
     chosen = [

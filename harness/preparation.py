@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness import data
 from harness.config import checks, compose
 from harness.config.identity import comparison_key, identity
 from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
-from harness.data import Corpus
 from harness.record import folder as run_folder
+
+if TYPE_CHECKING:
+    from harness.data import Corpus
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ def prepare(overrides: Sequence[str], *, say: Callable[[str], None], worker: boo
         InputError: anything about the input that is wrong; nothing has been written to the run folder then.
     """
     config = checks.check(compose.load(overrides), worker=worker)
+    # Only now: a mistyped key must not wait for numpy and the tokenizers.
+    from harness import data
+
     vocabulary = facts(config.model).vocab_size
     corpus = data.check(config.data, config.seq_len, config.batch_size, config.eval.tokens, vocabulary, say=say)
     run_identity = identity(config, corpus.sha256, corpus.tokenizer_sha256)

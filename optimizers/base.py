@@ -78,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
         self._rows: Rows = Whole() if process_group is None else Replicated(process_group)
         self._banks: dict[int, list[Bank]] = {}
         self._stepped: list[Tensor] = []
-        self._spectra: dict[str, Tensor] = {}
+        self._spectra: dict[str, tuple[Tensor, int]] = {}  # name → spectra of its stack, and which of them
         self._figures: dict[str, Figures] = {}
         self._observe = False
         self._fallbacks: Tensor = torch.zeros((), dtype=torch.int64)
@@ -151,7 +151,7 @@ class Optimizer(torch.optim.Optimizer):
         return banks
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of all parameters that have gradients.
 
         Nothing in it waits for the device, whatever `found_inf` holds. With a process group it is a
@@ -260,7 +260,7 @@ class Optimizer(torch.optim.Optimizer):
         known = update.singular_values if rule.spectrum_of_state(stack.options) else None
         for position, name in enumerate(stack.names):
             if known is not None:
-                self._spectra[name] = known[position]
+                self._spectra[name] = known, position
             else:
                 self._spectra.pop(name, None)
         if observe:
@@ -304,8 +304,11 @@ class Optimizer(torch.optim.Optimizer):
                     bank.bind(self.state)
                     names = [m.block.name for m in bank.members]
                     if not all(name in self._spectra for name in names):
-                        self._spectra.update(zip(names, singular_values(bank.stacked("moment"))))
-                    found |= {name: self._spectra[name].detach().clone() for name in names}
+                        values = singular_values(bank.stacked("moment"))
+                        self._spectra.update({name: (values, i) for i, name in enumerate(names)})
+                    for name in names:
+                        values, i = self._spectra[name]
+                        found[name] = values[i].detach().clone()
             elif self.preset_rule == "adamw":
                 for parameter, route in zip(group["params"], self._routes[index]):
                     for block in route.blocks:

@@ -48,7 +48,9 @@ class Block:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The block of a parameter-shaped tensor as (rows, columns): a view where possible."""
-        return self.view(tensor).reshape(self.shape)
+        # A reshape that changes nothing still costs a call per matrix and step.
+        view = self.view(tensor)
+        return view if view.ndim == 2 else view.reshape(self.shape)
 
     def like_view(self, matrix: Tensor) -> Tensor:
         """A (rows, columns) tensor in the shape of `view`."""

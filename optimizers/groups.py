@@ -69,9 +69,9 @@ def prepare(
     Args:
         preset_name: of the optimizer.
         base: the optimizer's resolved options.
-        user_group: options that differ in this group; "rule": "adamw" sends all of it to AdamW, whose options then
-            go by their own names ("lr", "betas" …); "scheduled": false makes it keep its learning rate under a
-            scheduler.
+        user_group: options that differ in this group; "rule": "adamw" sends all of it to AdamW, whose options
+            then go by their own names ("lr", "betas" …); "scheduled": false makes it keep its learning rate
+            under a scheduler.
         pairs: (name, parameter) of the group.
         is_named: the names were given by the user.
         modules: a model or its named modules.

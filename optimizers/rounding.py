@@ -98,4 +98,4 @@ def apply_to_half(
     if stack.masked is not None:
         result = torch.where(stack.masked, old, result)
     parts = [block.like_view(part) for block, part in zip(blocks, result.unbind(0))]
-    torch._foreach_copy_(list(weights), parts)
+    torch._foreach_copy_(list(weights), parts)  # pyright: ignore[reportPrivateImportUsage]

@@ -42,6 +42,8 @@ class Stack:
         fans: (out, in) of each.
         options: of the group.
         steps: t of each matrix, before this step.
+        count: t + 1 as a tensor, so that a compiled rule has no number of the step baked in: 0-dim on the CPU
+            where all agree (they do unless gradients were missing), else (b, 1, 1) on the device.
         due: positions whose subspace has to be renewed in this step.
         state: kind → (b, …), fp32 (fp64 for fp64 weights). Change it by `commit` and `blend` only.
         masked: 0-dim bool on the device: this step must leave no trace. None: it is not masked.
@@ -53,6 +55,7 @@ class Stack:
     fans: tuple[int, int]
     options: Mapping[str, Any]
     steps: list[int]
+    count: Tensor
     due: list[int]
     state: dict[str, Tensor]
     masked: Tensor | None
@@ -181,6 +184,7 @@ class Bank:
             fans=self.fans,
             options=self.options,
             steps=steps,
+            count=_count(steps, self.device),
             due=[
                 position
                 for position, (i, t) in enumerate(zip(active, steps))
@@ -238,7 +242,14 @@ class Bank:
         if len(active) == len(self.members):
             return
         for kind, stacked in state.items():
-            torch._foreach_copy_([self._views[kind][i] for i in active], list(stacked.unbind(0)))
+            torch._foreach_copy_([self._views[kind][i] for i in active], list(stacked.unbind(0)))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _count(steps: list[int], device: torch.device) -> Tensor:
+    if all(step == steps[0] for step in steps):
+        return torch.tensor(steps[0] + 1.0, dtype=torch.float64)
+    counts = torch.tensor([step + 1.0 for step in steps], dtype=torch.float64)
+    return counts.to(device, non_blocking=True)[:, None, None]
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -268,10 +279,10 @@ def apply_update(
         apply_to_half(stack, weights, delta, lr, decay if weight_decay else None, decay_last, rounding)
         return
     if weight_decay and not decay_last:
-        torch._foreach_mul_(weights, decay)
+        torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
     if isinstance(lr, Tensor):
         delta, lr = delta.mul_(lr), 1.0
     parts = [m.block.like_view(d) for m, d in zip(stack.members, delta.unbind(0))]
-    torch._foreach_add_(weights, parts, alpha=-lr)
+    torch._foreach_add_(weights, parts, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
     if weight_decay and decay_last:
-        torch._foreach_mul_(weights, decay)
+        torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -94,16 +94,14 @@ def _epochs(chosen: ComparisonSet) -> Iterable[Caution]:
 
 
 def _learning_rates(chosen: ComparisonSet) -> Iterable[Caution]:
+    rates = []
     for arm in chosen.arms:
-        run = next(iter(arm.runs))
-        source = run.text("lr_source")
-        if run.summary.get("lr_tuned") is False and source != "given":
-            rate = words.significant(run.fact("lr"))
-            origin = f" ({source})" if source else ""
-            yield Caution(
-                "untuned_lr",
-                f"{arm.label}: learning rate {rate} is a default not tuned at this size{origin}.",
-            )
+        run = max(arm.runs, key=lambda r: len(r.summary))
+        if run.summary.get("lr_tuned") is False and run.text("lr_source") != "given":
+            rates.append(f"{arm.label} {words.significant(run.fact('lr'))}")
+    if rates:
+        text = f"Default learning rates that were not tuned at this size: {words.listing(rates)}."
+        yield Caution("untuned_lr", text)
 
 
 def _machines(chosen: ComparisonSet) -> Iterable[Caution]:

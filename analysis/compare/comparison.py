@@ -71,8 +71,8 @@ class ComparisonSet:
     losses: Floats
     """(arms, seeds) final validation losses, NaN where missing."""
     tests: Pairwise
-    target: float
-    """Mean final loss of the arm that ends highest: the loss of "to target"; NaN without one."""
+    target: float = math.nan
+    """Mean final loss of the arm that ends highest, of those below the unigram entropy; NaN without one."""
     set_aside: list[str] = field(default_factory=list)
     """Runs that are not used because another one has the same arm and seed, one line each."""
 
@@ -115,8 +115,7 @@ def _build(key: str, runs: list[Run], order: Sequence[str]) -> ComparisonSet:
             losses[i, seeds.index(seed)] = value
         arm.final = statistics.interval(losses[i])
         arm.curve = mean_curve(arm.finished)
-    means = [arm.final.mean for arm in arms if arm.final.n]
-    return ComparisonSet(
+    chosen = ComparisonSet(
         key=key,
         title=_title(runs),
         runs=runs,
@@ -124,9 +123,16 @@ def _build(key: str, runs: list[Run], order: Sequence[str]) -> ComparisonSet:
         seeds=seeds,
         losses=losses,
         tests=statistics.pairwise(losses),
-        target=max(means, default=math.nan),
         set_aside=set_aside,
     )
+    chosen.target = _target(chosen)
+    return chosen
+
+
+def _target(chosen: ComparisonSet) -> float:
+    """The highest mean final loss of the arms that learned something (of all arms if none did)."""
+    means = [arm.final.mean for arm in chosen.arms if arm.final.n]
+    return max([mean for mean in means if mean < chosen.entropy] or means, default=math.nan)
 
 
 def _arms(runs: list[Run], order: Sequence[str]) -> tuple[list[Arm], list[str]]:
@@ -159,7 +165,8 @@ def _labels(first: Mapping[tuple[str, str], Run]) -> dict[tuple[str, str], str]:
             for option in {name for config in rivals for name in config}
             if len({json.dumps(config.get(option), default=str) for config in rivals}) > 1
         )
-        detail = ", ".join(f"{name}={run.optimizer_config.get(name)}" for name in varied)
+        own = run.optimizer_config
+        detail = ", ".join(f"{name}={own[name]}" for name in varied if name in own)
         labels[key] = f"{key[0]} ({detail})" if detail else key[0]
     return labels
 

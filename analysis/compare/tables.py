@@ -111,7 +111,7 @@ def build(chosen: ComparisonSet, *, ranks: bool) -> Table:
         rows.extend(Row(index, True, _failure(arm, run)) for run in arm.runs if not run.finished)
     notes = []
     if math.isfinite(chosen.target):
-        worst = max((arm for arm in chosen.arms if arm.final.n), key=lambda arm: arm.final.mean)
+        worst = next(arm for arm in chosen.arms if arm.final.mean == chosen.target)
         notes.append(f"target: {words.loss(chosen.target)} nats/token, the mean final loss of {worst.label}")
     if math.isfinite(chosen.entropy):
         notes.append(f"unigram entropy of the corpus: {words.loss(chosen.entropy)} nats/token")

@@ -164,7 +164,9 @@ def _leader(chosen: ComparisonSet, needed: int | None) -> tuple[str, str]:
         headline = f"{label} ends lowest, {_size(chosen, best, closest)}{rest}."
         return headline, f"Final loss {mean} nats/token; {_evidence(chosen, best, closest)}."
     near = open_[0]
-    names = words.listing([chosen.arms[i].label for i in open_], "or")
+    names = words.listing([chosen.arms[i].label for i in open_[:3]], "or")
+    if len(open_) > 3:
+        names = f"{len(open_)} of the {len(others)} others"
     detail = (
         f"The mean of {label}, {mean}, lies {_size(chosen, best, near)}: {_evidence(chosen, best, near)}."
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Encoder:
         encodings = iter(self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
         result = []
         for document in documents:
-            ids = [i for _ in document for i in next(encodings).ids]
+            ids = list(chain.from_iterable(next(encodings).ids for _ in document))
             result.append(np.array([*self._prefix, *ids, *self._suffix] if ids else [], dtype=np.int64))
         return result
 

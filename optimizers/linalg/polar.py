@@ -201,21 +201,32 @@ def _by_gram(tall: Tensor, rtol: float, sync: bool) -> _Solution:
     wide = tall.double()
     root, values, rank, rescued = root_by_eigh(wide.mT @ wide, rtol)
     factor = (wide @ root).to(tall.dtype)
-    if rtol >= GRAM_RTOL:
-        return factor, values, rank, rescued
-    hidden = (values[:, :1] > 0) & (values < GRAM_RTOL * values[:, :1])
-    for index in hidden.any(-1).nonzero().flatten().tolist():
+    if rtol < GRAM_RTOL:
+        hidden = ((values[:, :1] > 0) & (values < GRAM_RTOL * values[:, :1])).any(-1)
+        factor, values, rank = _by_rescue(tall, hidden, rtol, (factor, values, rank))
+        rescued = rescued | hidden
+    return factor, values, rank, rescued
+
+
+def _by_rescue(
+    tall: Tensor, which: Tensor, rtol: float, found: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`found`, with the matrices `which` (b,) done by QR-SVD: a Gram cannot see what they hold."""
+    factor, values, rank = found
+    for index in which.nonzero().flatten().tolist():
         left, exact, right = rescue_svd(tall[index])
         again, again_rank = _assemble(left[None], exact[None], right[None], rtol)
         factor[index], values[index], rank[index] = again[0].to(tall.dtype), exact, again_rank[0]
-        rescued[index] = True
-    return factor, values, rank, rescued
+    return factor, values, rank
 
 
 def _by_dwh(tall: Tensor, rtol: float, sync: bool) -> _Solution:
     wide = tall.double()
     root, values, rank, fell_back = root_by_dwh(wide.mT @ wide, rtol, sync)
-    return (wide @ root).to(tall.dtype), values, rank, fell_back
+    factor = (wide @ root).to(tall.dtype)
+    if sync and rtol < GRAM_RTOL:
+        factor, values, rank = _by_rescue(tall, fell_back, rtol, (factor, values, rank))
+    return factor, values, rank, fell_back
 
 
 _SOLVERS: dict[str, Callable[[Tensor, float, bool], _Solution]] = {

@@ -77,7 +77,7 @@ def _fused(
 ) -> None:
     # The kernel reads the step number only, so one tensor serves all, and the count itself stays on the host.
     count = torch.full((), float(now), dtype=torch.float32, device=weights[0].device)
-    torch._fused_adamw_(
+    torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         weights,
         [_gradient(w) for w in weights],
         [state["moment"] for state in states],

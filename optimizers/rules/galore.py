@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from optimizers.layouts.replicated import Rows
@@ -46,19 +44,11 @@ def normalized(stack: Stack, projected: Tensor) -> Tensor:
     (beta1, beta2), eps = stack.options["betas"], stack.options["eps"]
     first = stack.blend("moment", projected, beta1, 1.0 - beta1)
     second = stack.blend("second_moment", projected.square(), beta2, 1.0 - beta2)
-    ones = [1.0 - beta1 ** (t + 1) for t in stack.steps]
-    twos = [math.sqrt(1.0 - beta2 ** (t + 1)) for t in stack.steps]
-    # (√b₂/b₁)·M/(√V + ε') is α M̂/(√V̂ + ε) for ε' = ε√b₂, and the raw form for ε' = ε.
-    sizes = _column([stack.options["alpha"] * b / a for a, b in zip(ones, twos)], first)
-    floors = eps if stack.options["eps_form"] == "raw" else _column([eps * b for b in twos], first)
-    return first / (second.sqrt() + floors) * sizes
-
-
-def _column(values: list[float], like: Tensor) -> Tensor | float:
-    """One number where all agree (they do unless some gradients were missing), else (b, 1, 1)."""
-    if all(value == values[0] for value in values):
-        return values[0]
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
+    bias1, bias2 = 1.0 - beta1**stack.count, (1.0 - beta2**stack.count).sqrt()
+    # (√b₂/b₁)·M/(√V + ε') is M̂/(√V̂ + ε) for ε' = ε√b₂, and the raw form for ε' = ε.
+    size = (stack.options["alpha"] * bias2 / bias1).to(first.dtype)
+    floor = eps if stack.options["eps_form"] == "raw" else (eps * bias2).to(first.dtype)
+    return first / (second.sqrt() + floor) * size
 
 
 RULE = GaLore()

@@ -13,7 +13,9 @@ from tests.oracles.galore import Adam
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(40, 24), (24,), (3, 5, 7)]
-    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+    return [
+        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes
+    ]
 
 
 def step_all(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: int = 12) -> None:
@@ -42,7 +44,10 @@ def test_the_defaults_are_the_preset_s() -> None:
 
 def test_parameters_that_missed_steps_keep_their_own_count() -> None:
     ours, theirs = parameters(), parameters()
-    a, b = optimizers.AdamW(ours), torch.optim.AdamW(theirs, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    a, b = (
+        optimizers.AdamW(ours),
+        torch.optim.AdamW(theirs, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+    )
     for t in range(6):
         for params, optimizer in ((ours, a), (theirs, b)):
             for i, p in enumerate(params):
@@ -67,7 +72,10 @@ def test_fp64_oracle() -> None:
 
 
 def test_half_weights_have_fp32_moments_and_are_rounded_once() -> None:
-    half, single = parameters(torch.bfloat16), [torch.nn.Parameter(p.detach().float()) for p in parameters(torch.bfloat16)]
+    half, single = (
+        parameters(torch.bfloat16),
+        [torch.nn.Parameter(p.detach().float()) for p in parameters(torch.bfloat16)],
+    )
     a, b = optimizers.AdamW(half, lr=0.01), optimizers.AdamW(single, lr=0.01)
     generator = torch.Generator().manual_seed(1)
     for p, q in zip(half, single):
@@ -77,8 +85,8 @@ def test_half_weights_have_fp32_moments_and_are_rounded_once() -> None:
     b.step()
     assert all(state["moment"].dtype == torch.float32 for state in a.state.values())
     for p, q in zip(half, single):
-        # The fused kernel and ours differ by an fp32 ulp or two, which decides a rounding of 2⁻¹⁶ as often; one
-        # of the 1,089 elements may be such a case.
+        # The fused kernel and ours differ by an fp32 ulp or two, which decides a rounding of 2⁻¹⁶ as often;
+        # one of the 1,089 elements may be such a case.
         assert (p != q.bfloat16()).sum() <= 1
 
 

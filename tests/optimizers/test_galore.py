@@ -49,8 +49,9 @@ def test_both_places_of_epsilon(raw: bool) -> None:
 
 
 def signed_svd(matrix: torch.Tensor, full_matrices: bool = True) -> tuple[torch.Tensor, ...]:
-    """torch.linalg.svd in our sign convention for whichever side the projector keeps (the long side's partner)."""
-    left, values, right = torch._linalg_svd(matrix, full_matrices)[:3]
+    """torch.linalg.svd in our sign convention for whichever side the projector keeps (the long side's
+    partner)."""
+    left, values, right = torch._linalg_svd(matrix, full_matrices)[:3]  # pyright: ignore[reportPrivateImportUsage]
     if matrix.shape[0] >= matrix.shape[1]:
         return left, values, canonical_signs(right.mT).mT
     return canonical_signs(left), values, right
@@ -87,8 +88,8 @@ def test_galore_torch(shape: tuple[int, int], decay: float, monkeypatch: pytest.
         bias.grad, their_bias.grad = torch.full((5,), 0.1 * t), torch.full((5,), 0.1 * t)
         a.step()
         b.step()
-    # Their basis comes from an fp32 SVD, ours from an fp64 Gram: eps32·σ1/gap = 6e-7 per refresh, and Adam divides by
-    # small entries of the second moment.
+    # Their basis comes from an fp32 SVD, ours from an fp64 Gram: eps32·σ1/gap = 6e-7 per refresh, and Adam
+    # divides by small entries of the second moment.
     moved = (theirs - start.float()).norm()
     assert (ours - theirs).norm() / moved < 1e-4
     torch.testing.assert_close(bias, their_bias, rtol=1e-6, atol=1e-7)
@@ -107,8 +108,11 @@ def test_the_aux_parameters_follow_the_public_code_s_adam() -> None:
     np.testing.assert_allclose(bias.detach().numpy(), oracle.weight, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("shape", "numbers"), [((24, 16), 16 * 4 + 2 * 24 * 4), ((16, 24), 16 * 4 + 2 * 24 * 4)])
+@pytest.mark.parametrize(
+    ("shape", "numbers"), [((24, 16), 16 * 4 + 2 * 24 * 4), ((16, 24), 16 * 4 + 2 * 24 * 4)]
+)
 def test_state_formula(shape: tuple[int, int], numbers: int) -> None:
-    """r·short for the basis and 2·r·long for the moments: what the public code stores, not the paper's 2nr + mr."""
+    """r·short for the basis and 2·r·long for the moments: what the public code stores, not the paper's 2nr +
+    mr."""
     optimizer = optimizers.GaLore([torch.nn.Parameter(torch.randn(shape))], rank=4)
     assert sum(optimizer.state_bytes().values()) == 4 * numbers

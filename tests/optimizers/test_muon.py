@@ -68,11 +68,10 @@ def test_momentum_forms_give_the_same_direction() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    ("preset", "adjust"), [("muon", "original"), ("muon_moonlight", "match_rms_adamw")]
-)
+@pytest.mark.parametrize(("preset", "adjust"), [("muon", "original"), ("muon_moonlight", "match_rms_adamw")])
 def test_torch_optim_muon(preset: str, adjust: str, shape: tuple[int, int]) -> None:
-    """bf16 on both sides: products are summed in another order, and 2⁻⁸ per product over 5 steps stays below 3e-2."""
+    """bf16 on both sides: products are summed in another order, and 2⁻⁸ per product over 5 steps stays below
+    3e-2."""
     ours = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     theirs = torch.nn.Parameter(ours.detach().clone())
     start = ours.detach().clone()

@@ -19,7 +19,8 @@ LLAMA = {
 }  # fmt: skip
 GPT = {"vocab_size": 96, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
 NEOX = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
 }  # fmt: skip
 
 
@@ -48,7 +49,9 @@ def test_llama_like(kind: str, tied: bool) -> None:
     assert all(r.reason == "bias" for name, r in found.items() if name.endswith("bias"))
 
 
-@pytest.mark.parametrize(("kind", "config"), [("llama", LLAMA), ("gpt2", GPT), ("gpt_neox", NEOX), ("phi3", LLAMA)])
+@pytest.mark.parametrize(
+    ("kind", "config"), [("llama", LLAMA), ("gpt2", GPT), ("gpt_neox", NEOX), ("phi3", LLAMA)]
+)
 def test_every_trainable_parameter_is_claimed_once_and_names_agree_with_modules(
     kind: str, config: dict[str, Any]
 ) -> None:

@@ -1,7 +1,9 @@
-"""SUMO against an fp64 numpy oracle written from the paper, and the numerical facts that its algebra implies."""
+"""SUMO against an fp64 numpy oracle written from the paper, and the numerical facts that its algebra
+implies."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,15 +11,16 @@ import pytest
 import torch
 
 import optimizers
-from tests.oracles.sumo import Sumo, polar
-from tests.oracles.streams import Stream
 from tests.optimizers.problems import run_both
+from tests.oracles.streams import Stream
+from tests.oracles.sumo import Sumo, polar
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
 RANK, LR, INTERVAL, STEPS = 4, 0.05, 7, 30
 
-# fp64 weights are stepped in fp64. What remains is the randomized basis, whose subspace error with two passes and a
-# gap of 40 between signal and tail is below 40⁻⁵ = 1e-8, times the spectrum's amplification of about 10.
+# fp64 weights are stepped in fp64. What remains is the randomized basis, whose subspace error with two passes
+# and a gap of 40 between signal and tail is below 40⁻⁵ = 1e-8, times the spectrum's amplification of about
+# 10.
 TOLERANCE = 1e-7
 
 ORACLES: dict[str, dict[str, Any]] = {
@@ -99,7 +102,8 @@ def test_both_bases_give_the_same_weights_where_the_subspace_is_clear(basis: str
     assert distance("sumo_paper", (24, 16), {}, basis=basis) < TOLERANCE
 
 
-# The numbered checks of the dossier (science/sumo.md §8) follow. 8 and 9 are about linalg, 10 about memory formulas.
+# The numbered checks of the dossier (science/sumo.md §8) follow. 8 and 9 are about linalg, 10 about memory
+# formulas.
 
 
 def one_step(shape: tuple[int, int], gradient: np.ndarray, **options: Any) -> tuple[np.ndarray, Any]:
@@ -169,9 +173,7 @@ def test_5_with_no_history_both_sides_agree(shape: tuple[int, int]) -> None:
     u, _, vt = np.linalg.svd(gradient)
     np.testing.assert_allclose(short, long, atol=1e-12)
     residual = gradient - u[:, :4] @ u[:, :4].T @ gradient
-    np.testing.assert_allclose(
-        short - residual, 0.2 * np.sqrt(max(shape)) * u[:, :4] @ vt[:4], atol=1e-12
-    )
+    np.testing.assert_allclose(short - residual, 0.2 * np.sqrt(max(shape)) * u[:, :4] @ vt[:4], atol=1e-12)
 
 
 def test_6_the_limiter_never_fires_with_an_exact_factor() -> None:
@@ -232,7 +234,8 @@ def test_13_directions_that_a_rank_deficient_moment_lacks_are_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("none", 1.0), ("rms_max", 0.2 * 24**0.5), ("rows_cols", 1.5**0.5), ("rms_rank", 0.2 * 96**0.5)]
+    ("name", "expected"),
+    [("none", 1.0), ("rms_max", 0.2 * 24**0.5), ("rows_cols", 1.5**0.5), ("rms_rank", 0.2 * 96**0.5)],
 )
 def test_update_scales(gradient: np.ndarray, name: str, expected: float) -> None:
     delta, _ = one_step((24, 16), gradient, rank=4, update_scale=name, residual_scale=0.0)
@@ -278,7 +281,7 @@ def test_the_limiter_bounds_the_growth_of_its_target(target: str) -> None:
         inside = q @ (q.T @ delta)
         part = {"factor": inside, "residual": delta - inside, "total": delta}[target]
         norms.append(float(part.norm()))
-    growth = [b / a for a, b in zip(norms, norms[1:])]
+    growth = [b / a for a, b in pairwise(norms)]
     assert max(growth) <= 1.5 + 1e-9
     if target == "residual":
         assert max(growth) > 1.49  # it grows by 3 a step without the limiter
@@ -298,7 +301,7 @@ def test_a_residual_criterion_refreshes_one_step_after_the_projection_got_small(
         weight.grad = torch.from_numpy(g * (1.0 if t < 2 else 0.01) if t < 3 else g)
         optimizer.step()
         bases.append(basis_of(optimizer).copy())
-    same = [bool(np.array_equal(a, b)) for a, b in zip(bases, bases[1:])]
+    same = [bool(np.array_equal(a, b)) for a, b in pairwise(bases)]
     # Step 2 projects to less than ς, so step 3 takes a new basis; afterwards the projection is large again.
     assert same == [True, True, False, True, True]
 
@@ -339,13 +342,16 @@ def test_clipping_after_orthogonalization_is_another_optimizer() -> None:
     """The gradient's scale does not reach QO, so clipping the gradient and clipping the update differ."""
     shape = (24, 16)
     reference = Sumo(Stream(shape, RANK).start, RANK, LR, INTERVAL, residual=0.0)
-    free, clipped_after = Stream(shape, RANK), Sumo(
-        Stream(shape, RANK).start, RANK, LR, INTERVAL, residual=0.0
+    free, clipped_after = (
+        Stream(shape, RANK),
+        Sumo(Stream(shape, RANK).start, RANK, LR, INTERVAL, residual=0.0),
     )
     options = {"lr": LR, "rank": RANK, "refresh_interval": INTERVAL, "residual_scale": 0.0}
     # Clipped before: the same weights, because the factor ignores a positive scale of all its gradients.
     clip = 0.1
-    error = run_both("sumo_paper", reference, free, Stream(shape, RANK), STEPS, gradient_scale=clip, **options)
+    error = run_both(
+        "sumo_paper", reference, free, Stream(shape, RANK), STEPS, gradient_scale=clip, **options
+    )
     assert error < TOLERANCE
     clipped_after.scale = clip
     error = run_both("sumo_paper", clipped_after, Stream(shape, RANK), Stream(shape, RANK), STEPS, **options)

@@ -20,7 +20,9 @@ from tests.optimizers.test_masked_steps import assert_same, give_gradients, opti
 PRESETS = sorted(set(names()) - {"sumo_paper", "muon_moonlight"})
 
 
-def built(preset: str, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[dict[str, nn.Parameter], Any]:
+def built(
+    preset: str, dtype: torch.dtype = torch.float32, **more: Any
+) -> tuple[dict[str, nn.Parameter], Any]:
     params = parameters(dtype)
     return params, optimizers.build(preset, params.items(), lr=0.05, **options(preset, **more))
 
@@ -37,7 +39,9 @@ def test_a_state_dict_goes_through_a_file_bit_by_bit(preset: str, dtype: torch.d
     params, optimizer = built(preset, dtype, rounding="kahan")
     advance(params, optimizer, 0, 5)
     file = io.BytesIO()
-    torch.save({"weights": {k: p.detach() for k, p in params.items()}, "optimizer": optimizer.state_dict()}, file)
+    torch.save(
+        {"weights": {k: p.detach() for k, p in params.items()}, "optimizer": optimizer.state_dict()}, file
+    )
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     other, fresh = built(preset, dtype, rounding="kahan")

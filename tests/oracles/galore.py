@@ -1,5 +1,5 @@
-"""GaLore in numpy, fp64, one matrix, from arXiv 2403.03507, Algorithm 2, with the side of the public code; and
-Adam beside it."""
+"""GaLore in numpy, fp64, one matrix, from arXiv 2403.03507, Algorithm 2, with the side of the public code;
+and Adam beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tests.oracles.sumo import Matrix, canonical
 
 @dataclass
 class GaLore:
-    """State and settings for one weight. `raw_eps`: ε is added to √V before bias correction (the public code)."""
+    """State and settings for one weight. `raw_eps`: ε is added to √V before bias correction (the public
+    code)."""
 
     weight: Matrix
     rank: int

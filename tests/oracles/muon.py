@@ -17,7 +17,8 @@ def exact(matrix: Matrix) -> Matrix:
 
 @dataclass
 class Muon:
-    """State and settings for one weight; `scale` "rows_cols" is Jordan's √max(1, m/n), "rms_max" Moonlight's."""
+    """State and settings for one weight; `scale` "rows_cols" is Jordan's √max(1, m/n), "rms_max"
+    Moonlight's."""
 
     weight: Matrix
     lr: float
@@ -39,7 +40,11 @@ class Muon:
         mu, weight = self.momentum, (1 - self.momentum) if self.ema else 1.0
         self.moment = mu * self.moment + weight * gradient
         direction = weight * gradient + mu * self.moment if self.nesterov else self.moment
-        factor = newton_schulz(direction, self.steps) if self.orthogonalizer == "newton_schulz" else exact(direction)
+        factor = (
+            newton_schulz(direction, self.steps)
+            if self.orthogonalizer == "newton_schulz"
+            else exact(direction)
+        )
         m, n = self.weight.shape
         size = max(1.0, m / n) ** 0.5 if self.scale == "rows_cols" else 0.2 * max(m, n) ** 0.5
         self.weight = self.weight * (1 - self.lr * self.decay) - self.lr * size * factor

@@ -1,4 +1,5 @@
-"""Gradients for tests of optimizers: reproducible, with a clear leading subspace that drifts from step to step."""
+"""Gradients for tests of optimizers: reproducible, with a clear leading subspace that drifts from step to
+step."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ Matrix = NDArray[np.float64]
 
 
 class Stream:
-    """Gradient of step t at a weight W: a rank-r signal with singular values 1 … 0.4 that turns by about 0.2 a step,
-    a tail `tail` times smaller, and 0.02·W, so that an error in the weights comes back.
+    """Gradient of step t at a weight W: a rank-r signal with singular values 1 … 0.4 that turns by about 0.2
+    a step, a tail `tail` times smaller, and 0.02·W, so that an error in the weights comes back.
 
     The gap between signal and tail makes the leading subspace well defined, so that an exact and a randomized
     basis span the same one.

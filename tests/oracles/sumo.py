@@ -1,5 +1,5 @@
-"""SUMO in numpy, fp64, one matrix, written from Algorithm 1 of arXiv 2505.24749 and the behaviour of its public
-code; every place where the two differ is an argument. Shares no code with `optimizers`."""
+"""SUMO in numpy, fp64, one matrix, written from Algorithm 1 of arXiv 2505.24749 and the behaviour of its
+public code; every place where the two differ is an argument. Shares no code with `optimizers`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def newton_schulz(matrix: Matrix, steps: int = 5) -> Matrix:
 class Sumo:
     """State and settings for one weight.
 
-    `limiter` is Block 3 (γ, on the factor); `stored_nesterov` is the public code's look-ahead that overwrites its
-    state; `offset` 1 is its step counter, which starts at 1.
+    `limiter` is Block 3 (γ, on the factor); `stored_nesterov` is the public code's look-ahead that overwrites
+    its state; `offset` 1 is its step counter, which starts at 1.
     """
 
     weight: Matrix

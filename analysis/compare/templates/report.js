@@ -84,6 +84,22 @@
     out.annotations.push(...endLabels(out, meta, view, range));
   }
 
+  // Places in the order of the targets, at least `gap` apart and above `end`, that miss the targets by the least
+  // sum of squares: isotonic regression (pool adjacent violators) on the targets less what the gaps take.
+  function spread(targets, gap, end) {
+    const pools = [];
+    targets.forEach((target, i) => {
+      pools.push({ sum: target - i * gap, n: 1 });
+      while (pools.length > 1) {
+        const [before, last] = pools.slice(-2);
+        if (before.sum / before.n <= last.sum / last.n) break;
+        pools.splice(-2, 2, { sum: before.sum + last.sum, n: before.n + last.n });
+      }
+    });
+    const highest = end - (targets.length - 1) * gap;
+    return pools.flatMap((p) => Array(p.n).fill(Math.min(p.sum / p.n, highest))).map((place, i) => place + i * gap);
+  }
+
   // Labels stand at the ends of their curves; where they would cover each other they are pushed apart.
   function endLabels(out, meta, view, range) {
     const height = view.height - out.margin.t - out.margin.b - 14;
@@ -93,17 +109,7 @@
       .filter((l) => l.y >= range.y[0] && l.y <= range.y[1])
       .map((l) => ({ ...l, at: pixel(l.y) }))
       .sort((a, b) => a.at - b.at);
-    const places = shown.map((l) => l.at);
-    for (let i = 1; i < places.length; i += 1) places[i] = Math.max(places[i], places[i - 1] + gap);
-    // Pushing down alone would drift: move the whole clump back to the middle of where it wants to be.
-    for (let i = 0; i < places.length; ) {
-      let j = i;
-      while (j + 1 < places.length && places[j + 1] - places[j] <= gap + 0.01) j += 1;
-      const drift = shown.slice(i, j + 1).reduce((sum, l, k) => sum + places[i + k] - l.at, 0) / (j - i + 1);
-      const room = i === 0 ? drift : Math.min(drift, places[i] - places[i - 1] - gap);
-      for (let k = i; k <= j; k += 1) places[k] -= Math.max(room, 0);
-      i = j + 1;
-    }
+    const places = spread(shown.map((l) => l.at), gap, height + out.margin.b - 12);
     const list = palettes.arms[dark.matches ? "dark" : "light"];
     return shown.map((l, i) => ({
       x: l.x[view.axis], y: l.y, xanchor: "left", yanchor: "middle", xshift: 6, yshift: l.at - places[i], showarrow: false,

@@ -66,7 +66,7 @@ def test_the_target_is_the_worst_finishing_mean(mixed: Table) -> None:
     floor = (end - 8.3 * math.exp(-6)) / (1 - math.exp(-6))
     expected = -200 / 6 * math.log((target - floor) / (8.3 - floor))
     # Linear between evaluations 20 steps apart: the chord lies above the convex curve, so it is met later.
-    assert expected <= sumo["steps_to_target"].value <= expected + 5
+    assert expected <= float(sumo["steps_to_target"].value) <= expected + 5
 
 
 def test_markdown_and_csv_hold_every_cell(mixed: Table) -> None:

@@ -1,0 +1,195 @@
+"""`optbench compare` and `optbench report` from their words to their exit codes.
+
+Runs are trained by a stand-in for the launcher that writes a synthetic run folder where the real one would;
+all else (composition, checks, data, identity, statistics, report) is real. One test starts real processes.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.compare import command, picture
+from harness.config.errors import InputError
+from harness.jobs import launch
+from harness.jobs.launch import RunOutcome
+from harness.preparation import Prepared
+from tests.analysis import synthetic
+from tests.analysis.synthetic import TYPICAL, Recipe
+
+SMALL = ["steps=20", "world_size=1", "batch_size=2", "seq_len=32", "eval.tokens=512", "wandb.mode=disabled"]
+
+
+@dataclass
+class Launcher:
+    """Stands in for `harness.jobs.launch.start`; ``fate``: run name → state, or what is raised."""
+
+    started: list[str] = field(default_factory=list)
+    fate: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, run: Prepared, *, output: Any = None) -> RunOutcome:
+        name = run.folder.name
+        self.started.append(name)
+        state = self.fate.get(name, "finished")
+        if isinstance(state, BaseException):
+            raise state
+        if state != "vanished":
+            self._write(run, state)
+        state = "failed" if state == "vanished" else state
+        return RunOutcome(run.folder, state, launch.EXIT_CODES[state], f"{state} by the test")
+
+    def _write(self, run: Prepared, state: str) -> None:
+        shared = {"seed": run.config.seed, "state": state, "stop_at": None if state == "finished" else 70}
+        recipe = Recipe(**{**vars(TYPICAL[run.config.optimizer.name]), **shared})
+        recipe.summary = {"comparison_key": run.comparison_key, "identity": run.identity}
+        folder = synthetic.write(run.folder.parent, recipe, run.folder.name)
+        status = json.loads((folder / "status.json").read_text())
+        (folder / "status.json").write_text(json.dumps({**status, "identity": run.identity}))
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    fake = Launcher()
+    monkeypatch.setattr(launch, "start", fake.start)
+    monkeypatch.setattr(picture, "browser", lambda: None)
+    return fake
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    return ["adamw", "sumo", "seeds=2", "group=g", f"runs_dir={tmp_path / 'runs'}", *SMALL]
+
+
+def test_optimizers_take_turns_and_the_report_comes_last(
+    launcher: Launcher, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.compare(words) == 0
+    assert launcher.started == ["adamw-seed0", "sumo-seed0", "adamw-seed1", "sumo-seed1"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(tmp_path / "runs" / "g" / "report.html")
+    assert "Chromium" in lines[-2]
+    assert any(line.startswith("[1/4] adamw-seed0") for line in lines)
+    origin = json.loads((tmp_path / "runs" / "g" / "compare.json").read_text())
+    assert origin["optimizers"] == ["adamw", "sumo"]
+    assert origin["commands"][0].startswith("optbench compare adamw sumo seeds=2")
+
+
+def test_json_is_the_only_thing_on_standard_output(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.compare([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert {"schema_version", "runs", "comparison", "warnings"} <= set(data)
+    assert len(data["runs"]) == 4
+    assert "[1/4]" in err
+
+
+def test_a_failed_arm_stays_as_a_row_and_the_rest_goes_on(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.fate = {
+        "adamw-seed0": "diverged",
+        "sumo-seed0": "vanished",
+        "adamw-seed1": InputError("optimizer.rank", 500, "is larger than a side"),
+    }
+    assert command.compare([*words, "--json"]) == 3
+    assert len(launcher.started) == 4
+    runs = {run["folder"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert {name: run["state"] for name, run in runs.items()} == {
+        "adamw-seed0": "diverged",
+        "sumo-seed0": "failed",
+        "adamw-seed1": "failed",
+        "sumo-seed1": "finished",
+    }
+    assert "larger than a side" in runs["adamw-seed1"]["reason"]
+
+
+@pytest.mark.parametrize("end", ["interrupted", KeyboardInterrupt()])
+def test_an_interruption_stops_reports_and_is_completed_by_the_same_command(
+    launcher: Launcher, words: list[str], end: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.fate = {"sumo-seed0": end}
+    assert command.compare(words) == 75
+    assert launcher.started == ["adamw-seed0", "sumo-seed0"]
+    assert "group=g goes on from here" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "g" / "report.html").exists()
+    folder = tmp_path / "runs" / "g" / "sumo-seed0"
+    if folder.exists():  # the launcher's own folder would go on as a second attempt; the stand-in writes anew
+        folder.rename(folder.with_name(".sumo-seed0.attempt1"))
+    launcher.fate, launcher.started = {}, []
+    assert command.compare(words) == 0
+    assert launcher.started == ["sumo-seed0", "adamw-seed1", "sumo-seed1"]
+
+
+def test_arms_can_be_added_later(launcher: Launcher, words: list[str], tmp_path: Path) -> None:
+    assert command.compare(words) == 0
+    launcher.started.clear()
+    assert command.compare(["muon", *words[1:]]) == 0
+    assert launcher.started == ["muon-seed0", "muon-seed1"]
+    origin = json.loads((tmp_path / "runs" / "g" / "compare.json").read_text())
+    assert origin["optimizers"] == ["adamw", "sumo", "muon"]
+    assert len(origin["commands"]) == 2
+
+
+def test_other_settings_in_the_same_group_are_refused(launcher: Launcher, words: list[str]) -> None:
+    assert command.compare(words) == 0
+    launcher.started.clear()
+    with pytest.raises(InputError, match=r"steps"):
+        command.compare([word.replace("steps=20", "steps=30") for word in words])
+    assert launcher.started == []
+
+
+@pytest.mark.parametrize(
+    "bad", ["sumo.rnak=3", "sumo.rank=100000", "stesp=5", "batch_size=0", "model=llama_tinny"]
+)
+def test_bad_input_of_any_arm_starts_nothing_and_leaves_nothing(
+    launcher: Launcher, words: list[str], bad: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError):
+        command.compare([*words, bad])
+    assert launcher.started == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_report_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: Launcher) -> None:
+    synthetic.group(tmp_path / "runs", seeds=[0, 1])
+    assert command.report([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    assert command.report([str(tmp_path / "runs"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 8
+
+
+def test_a_report_of_reports_does_not_grow(tmp_path: Path, launcher: Launcher) -> None:
+    """The files of a report in the same folder are no runs."""
+    synthetic.group(tmp_path, seeds=[0])
+    for _ in range(2):
+        assert command.report([str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 4
+
+
+def test_the_commands_import_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys, analysis.compare.training, analysis.compare.conclusion; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.launch
+def test_real_runs_end_in_a_report(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(picture, "browser", lambda: None)
+    small = [word.replace("seeds=2", "seeds=1").replace("steps=20", "steps=3") for word in words]
+    assert command.compare([*small, "sumo.rank=16", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [run["state"] for run in data["runs"]] == ["finished", "finished"]
+    (chosen,) = data["comparison"]["sets"]
+    assert chosen["verdict"]["kind"] == "one_seed"
+    state = {row["optimizer"]: row["state"] for row in chosen["table"]["rows"]}
+    assert state["sumo"] < state["adamw"]

@@ -1,0 +1,92 @@
+"""Replicas on two processes: bases come from the first one, and everything stays bit-equal."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import optimizers
+
+if TYPE_CHECKING:
+    from tests.distributed.pool import RankPool
+
+
+def build(preset: str, **options: Any) -> tuple[list[tuple[str, nn.Parameter]], Any]:
+    torch.manual_seed(0)
+    shapes = [(16, 12), (12, 16), (16, 12), (12,), (16, 16)]
+    named = [(f"layers.{i}.w", nn.Parameter(torch.randn(s))) for i, s in enumerate(shapes)]
+    return named, optimizers.build(preset, named, lr=0.05, **options)
+
+
+def train(named: list[tuple[str, nn.Parameter]], optimizer: Any, steps: int = 7) -> list[bytes]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for _, p in named:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return [p.detach().numpy().tobytes() for _, p in named]
+
+
+def replica(rank: int, preset: str, disturb: bool) -> tuple[str, list[bytes], dict[str, int]]:
+    """Runs on each rank; with `disturb` rank 1 finds other singular vectors than rank 0, as other hardware
+    may."""
+    import torch.distributed as dist
+
+    from optimizers.rules import subspace
+
+    calls: dict[str, int] = {"broadcast": 0, "all_reduce": 0, "all_gather": 0}
+    originals = {name: getattr(dist, name) for name in calls}
+    makers = subspace.svd_basis, subspace.randomized_basis
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in calls:
+            setattr(dist, name, counting(name))
+        if disturb and rank == 1:
+            subspace.svd_basis = lambda *a, **k: -makers[0](*a, **k)  # type: ignore[assignment]
+            subspace.randomized_basis = lambda *a, **k: -makers[1](*a, **k)  # type: ignore[assignment]
+        options = {"rank": 4, "refresh_interval": 3} if preset in ("sumo", "galore", "sumo_official") else {}
+        named, optimizer = build(preset, process_group=dist.group.WORLD, **options)
+        weights = train(named, optimizer)
+        state = hashlib.sha256()
+        for entries in optimizer.state.values():
+            for key in sorted(entries):
+                value = entries[key]
+                state.update(
+                    value.numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode()
+                )
+        return state.hexdigest(), weights, calls
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+        subspace.svd_basis, subspace.randomized_basis = makers
+
+
+@pytest.mark.parametrize("preset", ["sumo", "sumo_official", "galore", "muon", "adamw"])
+def test_replicas_stay_bit_equal_and_equal_to_one_process(two_ranks: RankPool, preset: str) -> None:
+    first, second = two_ranks.run(replica, preset, False)
+    assert first[:2] == second[:2]
+    options = {"rank": 4, "refresh_interval": 3} if preset in ("sumo", "galore", "sumo_official") else {}
+    assert first[1] == train(*build(preset, **options))
+
+
+@pytest.mark.parametrize("preset", ["sumo_official", "galore"])
+def test_a_rank_that_finds_other_vectors_uses_those_of_the_first(two_ranks: RankPool, preset: str) -> None:
+    first, second = two_ranks.run(replica, preset, True)
+    assert first[:2] == second[:2]
+
+
+def test_one_broadcast_per_refresh_and_nothing_else(two_ranks: RankPool) -> None:
+    """Four stacks of three shapes; refreshes at 0, 3 and 6."""
+    for _, _, calls in two_ranks.run(replica, "sumo", False):
+        assert calls == {"broadcast": 3, "all_reduce": 0, "all_gather": 0}
