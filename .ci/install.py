@@ -1,4 +1,6 @@
-"""Create the virtual environment from requirements.lock. Only the standard library: it runs before anything is installed.
+"""Create the virtual environment from requirements.lock.
+
+Only the standard library: it runs before anything is installed.
 
 On a machine without an NVIDIA GPU it makes sure that torch is a CPU build: the default Linux wheel for x86-64
 brings several GB of CUDA libraries that could not even be used.
@@ -27,17 +29,27 @@ def main() -> int:
     parser.add_argument("--torch-index", help="package index to take torch from")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):
-        print(f"python: {platform.python_version()} is too old; allowed: 3.11 or newer; fix: make PYTHON=python3.11 setup")
+        print(
+            f"python: {platform.python_version()} is too old; allowed: 3.11 or newer; fix: make PYTHON=python3.11 setup"
+        )
         return 2
     if not (arguments.venv / "bin" / "python").exists():
         venv.create(arguments.venv, with_pip=True)
-    pip = [str(arguments.venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
+    pip = [
+        str(arguments.venv / "bin" / "python"),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+    ]
     torch = re.search(r"^torch==\S+", LOCK.read_text(), re.MULTILINE)
     assert torch is not None, "requirements.lock pins no torch"
     index = ["--index-url", arguments.torch_index] if arguments.torch_index else []
     if not index and not has_gpu() and would_be_cuda(pip, torch.group()):
         print(
-            f"torch: the only {torch.group()} that pip finds is a CUDA build of several GB, and this machine has no NVIDIA GPU; "
+            f"torch: the only {torch.group()} that pip finds is a CUDA build of several GB, "
+            "and this machine has no NVIDIA GPU; "
             "fix: make TORCH_INDEX=URL setup with the CPU index shown on pytorch.org under Get Started "
             "(or TORCH_INDEX=your default index, to take the CUDA build)"
         )
@@ -59,7 +71,10 @@ def would_be_cuda(pip: list[str], torch: str) -> bool:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
     report = subprocess.run(
-        [*pip, "--quiet", "--dry-run", "--ignore-installed", "--report", "-", torch], capture_output=True, text=True, check=True
+        [*pip, "--quiet", "--dry-run", "--ignore-installed", "--report", "-", torch],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return all("+cpu" not in item["metadata"]["version"] for item in json.loads(report.stdout)["install"])
 

@@ -7,13 +7,16 @@ import sys
 
 HEADER = """\
 # Exact versions of everything that `make setup` installs, development tools and test oracles included.
-# Written by `make lock`. torch has no local version here, so that GPU machines take a CUDA build of the same release."""
+# Written by `make lock`. torch has no local version here: GPU machines take a CUDA build of the same release."""
 
 
 def main() -> None:
     """Write the lock file to standard output."""
     frozen = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "list", "--format=freeze"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "list", "--format=freeze"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     print(HEADER)
     for line in sorted(frozen, key=str.lower):

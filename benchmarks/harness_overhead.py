@@ -58,7 +58,13 @@ def main() -> None:
     """Print the two speeds and their ratio as JSON."""
     with tempfile.TemporaryDirectory() as scratch:
         words = ["optimizer=adamw", "optimizer.lr=0.001", *sys.argv[1:]]
-        words += [f"steps={STEPS}", "world_size=1", f"runs_dir={scratch}", "schedule=constant", "schedule.warmup=0"]
+        words += [
+            f"steps={STEPS}",
+            "world_size=1",
+            f"runs_dir={scratch}",
+            "schedule=constant",
+            "schedule.warmup=0",
+        ]
         prepared = prepare(words, say=print, worker=True)
         config = prepared.config
         run = assemble(prepared, engines.start(config))

@@ -153,9 +153,13 @@ def _unknown(name: str, rest: list[str]) -> Exception:
     words = " ".join(rest)
     if "=" in name:
         return InputError(
-            "command", name, "is not a command", allowed=COMMANDS, suggestion=f"train {name}",
+            "command",
+            name,
+            "is not a command",
+            allowed=COMMANDS,
+            suggestion=f"train {name}",
             fix=f"optbench train {name} {words}",
-        )  # fmt: skip
+        )
     guess = closest(name, COMMANDS)
     fix = f"optbench {guess} {words}" if guess else "optbench --help"
     return InputError("command", name, "is not a command", allowed=COMMANDS, suggestion=guess, fix=fix)

@@ -18,7 +18,14 @@ class Feed:
     """
 
     def __init__(
-        self, batches: Batches, *, batch_size: int, micro_batch_size: int, rank: int, world_size: int, device: torch.device
+        self,
+        batches: Batches,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
     ) -> None:
         self._batches, self._batch_size, self._micro = batches, batch_size, micro_batch_size
         self._share = batch_size // world_size

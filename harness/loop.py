@@ -103,7 +103,9 @@ def train(run: Run) -> str:
             ledger.grad_norm, nonfinite = engine.clip(config.max_grad_norm)
             engine.update(nonfinite)
             run.optimizer.zero_grad(set_to_none=False)
-            ledger.pending = engine.vote(torch.stack([nonfinite, nonfinite.new_tensor(float(run.stop.requested))]))
+            ledger.pending = engine.vote(
+                torch.stack([nonfinite, nonfinite.new_tensor(float(run.stop.requested))])
+            )
         ledger.loss = loss if ledger.loss is None else ledger.loss + loss
         ledger.loss_tokens += tokens
         ledger.tokens += tokens

@@ -23,12 +23,20 @@ def build_optimizer(config: RunConfig, model: nn.Module, process_group: Any) -> 
         return _plugin(chosen.target, model, {"lr": chosen.lr, **chosen.options})
     try:
         return optimizers.build(
-            chosen.name, model.named_parameters(), modules=model, process_group=process_group, lr=chosen.lr,
+            chosen.name,
+            model.named_parameters(),
+            modules=model,
+            process_group=process_group,
+            lr=chosen.lr,
             **chosen.options,
-        )  # fmt: skip
+        )
     except optimizers.OptionError as error:
         raise InputError(
-            f"optimizer.{error.key}", error.value, error.reason, allowed=error.allowed, suggestion=error.suggestion
+            f"optimizer.{error.key}",
+            error.value,
+            error.reason,
+            allowed=error.allowed,
+            suggestion=error.suggestion,
         ) from error
 
 
@@ -43,7 +51,8 @@ def ownership(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[s
             if p.requires_grad
         ]
     return [
-        {"name": r.name, "shape": list(r.shape), "numel": r.numel, "rule": r.rule, "reason": r.reason} for r in routes
+        {"name": r.name, "shape": list(r.shape), "numel": r.numel, "rule": r.rule, "reason": r.reason}
+        for r in routes
     ]
 
 
@@ -51,8 +60,18 @@ def _plugin(target: str, model: nn.Module, options: dict[str, Any]) -> torch.opt
     try:
         kind = optimizers.plugin(target)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError("optimizer.target", target, f"cannot be used: {error}", allowed="package.module.Class of a torch.optim.Optimizer") from error
+        raise InputError(
+            "optimizer.target",
+            target,
+            f"cannot be used: {error}",
+            allowed="package.module.Class of a torch.optim.Optimizer",
+        ) from error
     try:
         return kind([p for p in model.parameters() if p.requires_grad], **options)
     except (TypeError, ValueError) as error:
-        raise InputError("optimizer", target, f"refuses its options {options}: {error}", allowed="its constructor's arguments") from error
+        raise InputError(
+            "optimizer",
+            target,
+            f"refuses its options {options}: {error}",
+            allowed="its constructor's arguments",
+        ) from error

@@ -29,7 +29,9 @@ class Prepared:
     folder: Path
 
 
-def prepare(overrides: Sequence[str], *, say: Callable[[str], None], worker: bool = False, writes_folder: bool = True) -> Prepared:
+def prepare(
+    overrides: Sequence[str], *, say: Callable[[str], None], worker: bool = False, writes_folder: bool = True
+) -> Prepared:
     """Compose and check the configuration, tokenize the corpus if that was not done yet, check the run folder.
 
     Safe in many processes at once: the corpus is built by the first, the others wait for it.
@@ -48,7 +50,9 @@ def prepare(overrides: Sequence[str], *, say: Callable[[str], None], worker: boo
     from harness import data
 
     vocabulary = facts(config.model).vocab_size
-    corpus = data.check(config.data, config.seq_len, config.batch_size, config.eval.tokens, vocabulary, say=say)
+    corpus = data.check(
+        config.data, config.seq_len, config.batch_size, config.eval.tokens, vocabulary, say=say
+    )
     run_identity = identity(config, corpus.sha256, corpus.tokenizer_sha256)
     key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
     folder = run_folder.path_of(config, run_identity)

@@ -51,7 +51,9 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     """Build model, optimizer and data, and hang the probes on them."""
     config, corpus = prepared.config, prepared.corpus
     assert config.micro_batch_size is not None
-    network = model.build(config.model, seed=config.seed, precision=config.precision, device=str(engine.device))
+    network = model.build(
+        config.model, seed=config.seed, precision=config.precision, device=str(engine.device)
+    )
     # From here on the processes draw different numbers (dropout): their rows are different, too.
     torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
     optimizer = build_optimizer(config, network, engine.process_group())
@@ -61,9 +63,13 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     batches = Batches(corpus, seq_len=config.seq_len, seed=config.seed, mode=config.data.mode)
     validation = Validation(corpus, seq_len=config.seq_len, mode=config.data.mode)
     feed = Feed(
-        batches, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, rank=engine.rank,
-        world_size=engine.world_size, device=engine.device,
-    )  # fmt: skip
+        batches,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        device=engine.device,
+    )
     factor = schedule.factor(config.schedule, config.steps)
     run = Run(config, engine, network, optimizer, factor, feed, Clock(engine.device), StopSignal())
     flops = FlopCount.of(network, seq_len=config.seq_len, precision=config.precision, device=engine.device)
@@ -108,7 +114,9 @@ class _Recorder:
         config, corpus = run.config, self.prepared.corpus
         routes = ownership(run.optimizer, run.model)
         self.folder.write_json("parameters.json", routes)
-        flops = FlopCount.of(run.model, seq_len=config.seq_len, precision=config.precision, device=run.engine.device)
+        flops = FlopCount.of(
+            run.model, seq_len=config.seq_len, precision=config.precision, device=run.engine.device
+        )
         self.folder.write_json(
             "environment.json",
             {
@@ -120,12 +128,16 @@ class _Recorder:
                 "certificate": None,
             },
         )
-        table = Table(title=f"{config.optimizer.name}: which parameter takes which rule", title_justify="left")
+        table = Table(
+            title=f"{config.optimizer.name}: which parameter takes which rule", title_justify="left"
+        )
         for column in ("rule", "parameters", "numbers", "e.g."):
             table.add_column(column, justify="right" if column in ("parameters", "numbers") else "left")
         for rule in dict.fromkeys(str(route["rule"]) for route in routes):
             mine = [route for route in routes if route["rule"] == rule]
-            table.add_row(rule, str(len(mine)), f"{sum(int(str(r['numel'])) for r in mine):,}", str(mine[0]["name"]))
+            table.add_row(
+                rule, str(len(mine)), f"{sum(int(str(r['numel'])) for r in mine):,}", str(mine[0]["name"])
+            )
         self.log.show(table)
         self.warnings = summary.warnings(run, corpus)
         self.log.say(

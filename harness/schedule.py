@@ -30,9 +30,11 @@ def factor(config: ScheduleConfig, steps: int) -> Factor:
     if warmup + decay > steps:
         key = "schedule.decay" if decay else "schedule.warmup"
         raise InputError(
-            key, decay or warmup, f"steps do not fit: warm-up {warmup} + decay {decay} > steps {steps}",
+            key,
+            decay or warmup,
+            f"steps do not fit: warm-up {warmup} + decay {decay} > steps {steps}",
             allowed="shares of the run below 1, or fewer steps",
-        )  # fmt: skip
+        )
 
     def after_warmup(t: int) -> float:
         low = config.min_lr_ratio

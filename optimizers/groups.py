@@ -11,6 +11,7 @@ from torch import Tensor
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
 from optimizers.routing import Modules, Route, route
+from optimizers.rules.factor import iteration_dtype
 
 # Options of the matrix preset that belong to the AdamW group beside it, and what they are called there.
 _AUX = {
@@ -109,6 +110,8 @@ def prepare(
         members = [(r.name, by_name[r.name]) if is_named else by_name[r.name] for r in chosen]
         group = {"params": members, "rule": kind, "scheduled": scheduled, **values, **extra}
         group["fixed_lr"] = group["lr"]
+        if group.get("orthogonalizer_dtype") == "auto":
+            group["orthogonalizer_dtype"] = iteration_dtype(by_name[chosen[0].name].device)
         prepared.append(Prepared(group, chosen))
     return prepared
 

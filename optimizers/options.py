@@ -239,8 +239,9 @@ OPTIONS: dict[str, Option] = {
         Option(
             "orthogonalizer_dtype",
             "str",
-            "arithmetic of newton_schulz, cubic and polar_express",
-            choices=("float32", "bfloat16"),
+            "arithmetic of newton_schulz, cubic and polar_express; auto: bfloat16 where the hardware multiplies it, "
+            "else float32 (written into the group at construction)",
+            choices=("auto", "float32", "bfloat16"),
         ),
         Option(
             "update_scale",

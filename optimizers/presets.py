@@ -152,7 +152,7 @@ _define(
     nesterov=True,
     orthogonalizer="newton_schulz",
     orthogonalizer_steps=5,
-    orthogonalizer_dtype="bfloat16",
+    orthogonalizer_dtype="auto",
     update_scale="rows_cols",
     alpha=1.0,
 )
@@ -216,7 +216,7 @@ _define(
     momentum_form="ema",
     nesterov=True,
     orthogonalizer="newton_schulz",
-    orthogonalizer_dtype="bfloat16",
+    orthogonalizer_dtype="auto",
     residual_scale=0.0,
 )
 _define(

@@ -36,7 +36,12 @@ def test_every_module_imports_without_network_and_cuda() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     names = [name for name, _ in _modules()]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *names], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", PROGRAM, *names],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
 
@@ -49,5 +54,7 @@ def test_imports_run_one_way() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 names = [node.module]
-            wrong += [f"{name} imports {other}" for other in names if PACKAGES.get(other.split(".")[0], -1) > level]
+            wrong += [
+                f"{name} imports {other}" for other in names if PACKAGES.get(other.split(".")[0], -1) > level
+            ]
     assert wrong == []

@@ -27,6 +27,8 @@ AXIS_TITLES = {"tokens": "training tokens", "steps": "optimizer steps", "seconds
 AXIS_TITLES["flops"] = "model FLOPs"
 MAX_POINTS = 400
 """Points of a curve in a plot: more than the pixels that tell them apart on a wide screen at half width."""
+ALL_POINTS = 12_000
+"""Points of a plot with a line per run: more make a browser stutter."""
 FINISH = 0.6
 """The zoom on the finish starts at this share of the run."""
 
@@ -205,12 +207,13 @@ def _ranges(chosen: ComparisonSet, curves: dict[int, Curve], axis: str) -> dict[
 def wall_clock(chosen: ComparisonSet) -> Plot | None:
     """Training loss of every run over training seconds."""
     traces, named = [], set()
+    points = min(MAX_POINTS, max(60, ALL_POINTS // len(chosen.runs)))
     for index, arm in enumerate(chosen.arms):
         for run in arm.runs:
             curve = single_curve(run, "train/loss")
             if curve is None or "seconds" not in curve.x:
                 continue
-            keep = thinned(curve.mean, MAX_POINTS)
+            keep = thinned(curve.mean, points)
             traces.append(
                 go.Scatter(
                     x=curve.x["seconds"][keep],

@@ -41,9 +41,11 @@ class ReplicatedEngine:
         self.device = self._accelerator.device
         if self.world_size != config.world_size:
             raise InputError(
-                "world_size", config.world_size, f"disagrees with the launcher, which started {self.world_size}",
+                "world_size",
+                config.world_size,
+                f"disagrees with the launcher, which started {self.world_size}",
                 fix=f"world_size={self.world_size}, or start {config.world_size} processes",
-            )  # fmt: skip
+            )
         self._precision = config.precision
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.model: nn.Module
@@ -77,17 +79,20 @@ class ReplicatedEngine:
             self._scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         # fp32 accumulation and result: a norm rounded to bf16 would be off by up to 0.4 %.
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         nonfinite = (~torch.isfinite(norm)).float()
         if max_norm is not None:
             # A non-finite norm gives a useless factor, but then the update is masked anyway.
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
         return norm, nonfinite
 
     def update(self, nonfinite: torch.Tensor) -> None:
         # Ours, and torch's fused ones: they read `found_inf` on the device.
-        if hasattr(self._optimizer, "found_inf") or getattr(self._optimizer, "_step_supports_amp_scaling", False):
+        if hasattr(self._optimizer, "found_inf") or getattr(
+            self._optimizer, "_step_supports_amp_scaling", False
+        ):
             self._optimizer.found_inf = nonfinite  # pyright: ignore[reportAttributeAccessIssue]
             self._optimizer.step()
         elif not nonfinite.item():

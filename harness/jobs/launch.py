@@ -68,9 +68,12 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
         error = Path(scratch) / "error.json"
         # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
         process = subprocess.Popen(
-            command, env={**os.environ, **extra, ERROR_FILE: str(error)}, stdout=output, stdin=subprocess.DEVNULL,
+            command,
+            env={**os.environ, **extra, ERROR_FILE: str(error)},
+            stdout=output,
+            stdin=subprocess.DEVNULL,
             start_new_session=True,
-        )  # fmt: skip
+        )
         with _forwarding(process):
             code = process.wait()
         if error.exists():
@@ -92,12 +95,29 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
     if config.world_size == 1:
         return [sys.executable, "-m", *training], {}
     flags = [
-        "--multi_gpu", "--num_processes", str(config.world_size), "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", str(_free_port()),
-    ]  # fmt: skip
+        "--multi_gpu",
+        "--num_processes",
+        str(config.world_size),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(_free_port()),
+    ]
     extra = {} if visible_devices() else {"ACCELERATE_USE_CPU": "true"}
     extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *flags, "-m", *training], extra
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        *flags,
+        "-m",
+        *training,
+    ], extra
 
 
 def _outcome(folder: Path, code: int) -> RunOutcome:

@@ -11,7 +11,9 @@ from harness.record.schema import SCHEMA_VERSION
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train one run in processes of its own; the exit code says how it ended (0 finished, 3 failed or diverged, 75 interrupted).
+    """Train one run in processes of its own; the exit code says how it ended.
+
+    0 finished, 3 failed or diverged, 75 interrupted.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -32,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({**document, "reason": outcome.reason, "summary": facts}, indent=2))
     else:
         loss = facts["val/loss"] if facts else None
-        print(f"{outcome.state}: {outcome.reason}" + ("" if loss is None else f"; validation loss {loss:.4f}"))
+        print(
+            f"{outcome.state}: {outcome.reason}" + ("" if loss is None else f"; validation loss {loss:.4f}")
+        )
         print(outcome.folder)
     return outcome.exit_code

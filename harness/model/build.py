@@ -52,15 +52,24 @@ def configuration(config: ModelConfig) -> PretrainedConfig:
     except ValueError as error:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-        raise InputError("model.model_type", config.model_type, allowed=sorted(CONFIG_MAPPING_NAMES)) from error
+        raise InputError(
+            "model.model_type", config.model_type, allowed=sorted(CONFIG_MAPPING_NAMES)
+        ) from error
     for key in config.config:
         if key not in known:
-            raise InputError(f"model.config.{key}", config.config[key], f"is not a key of {config.model_type}", allowed=sorted(known))
+            raise InputError(
+                f"model.config.{key}",
+                config.config[key],
+                f"is not a key of {config.model_type}",
+                allowed=sorted(known),
+            )
     try:
         return AutoConfig.for_model(config.model_type, **config.config, use_cache=False)
     except Exception as error:
-        # The configuration classes raise whatever their validators raise (TypeError, ValueError, huggingface_hub's own).
-        raise InputError("model.config", dict(config.config), f"is refused by {config.model_type}: {error}") from error
+        # The configuration classes raise whatever their validators raise (TypeError, ValueError, a hub's own).
+        raise InputError(
+            "model.config", dict(config.config), f"is refused by {config.model_type}: {error}"
+        ) from error
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -70,7 +79,9 @@ def count_parameters(model: nn.Module) -> int:
 
 def _construct(hf_config: PretrainedConfig, config: ModelConfig) -> nn.Module:
     try:
-        return AutoModelForCausalLM.from_config(hf_config, attn_implementation=config.attention, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            hf_config, attn_implementation=config.attention, dtype=torch.float32
+        )
     except ValueError as error:
         raise InputError("model", config.name, f"cannot be built: {str(error).splitlines()[0]}") from error
 
@@ -78,11 +89,17 @@ def _construct(hf_config: PretrainedConfig, config: ModelConfig) -> nn.Module:
 def _from_folder(config: ModelConfig, dtype: torch.dtype) -> Any:
     folder = Path(str(config.path))
     if not (folder / "config.json").is_file():
-        raise InputError("model.path", folder, "holds no config.json", allowed="a local Hugging Face model folder")
+        raise InputError(
+            "model.path", folder, "holds no config.json", allowed="a local Hugging Face model folder"
+        )
     try:
         # local_files_only: a mistyped folder must not turn into a hub download.
         model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation=config.attention, dtype=dtype, local_files_only=True, use_safetensors=True
+            folder,
+            attn_implementation=config.attention,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise InputError("model.path", folder, f"cannot be loaded: {str(error).splitlines()[0]}") from error

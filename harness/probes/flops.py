@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from harness.config.schema import Precision
 
-FORMULA = "6*(matrix parameters without input embedding) + 6*layers*heads*head_dim*seq_len per token, forward and backward, causal attention"
+FORMULA = (
+    "6*(matrix parameters without input embedding) + 6*layers*heads*head_dim*seq_len per token, "
+    "forward and backward, causal attention"
+)
 
 _HALF_PRECISION_PEAK = {
     # Dense bf16/fp16 tensor-core peaks from the vendor's data sheets, FLOP/s. The first name that the
@@ -45,9 +49,11 @@ class FlopCount:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         tied = {id(head.weight)} & embeddings if head is not None else set()
         matrices = sum(
-            p.numel() for p in model.parameters() if p.ndim >= 2 and (id(p) not in embeddings or id(p) in tied)
+            p.numel()
+            for p in model.parameters()
+            if p.ndim >= 2 and (id(p) not in embeddings or id(p) in tied)
         )
-        config = model.config
+        config: Any = model.config
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         attention = config.num_hidden_layers * heads * head_dim * seq_len

@@ -31,7 +31,10 @@ class MemoryMeter:
             "peak": peak_bytes(self._engine.device),
         }
         tensor = torch.tensor(list(figures.values()), dtype=torch.float64, device=self._engine.device)
-        return {f"memory/{kind}_bytes": int(value) for kind, value in zip(figures, self._engine.max(tensor).tolist())}
+        return {
+            f"memory/{kind}_bytes": int(value)
+            for kind, value in zip(figures, self._engine.max(tensor).tolist())
+        }
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -52,7 +55,7 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     seen: set[tuple[int, int]] = set()
     total = 0
     for tensor in tensors:
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        key = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()))
         if key not in seen:
             seen.add(key)
             total += tensor.numel() * tensor.element_size()

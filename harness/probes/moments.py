@@ -44,7 +44,9 @@ class Moments:
     def measure(self, step: int, row: Row) -> None:
         begin = time.perf_counter()
         figures: dict[str, dict[str, torch.Tensor]] = self._run.optimizer.moment_figures()  # pyright: ignore[reportAttributeAccessIssue]
-        layers = {name: {key: float(value) for key, value in values.items()} for name, values in figures.items()}
+        layers = {
+            name: {key: float(value) for key, value in values.items()} for name, values in figures.items()
+        }
         for figure in MOMENT_FIGURES:
             values = [v for layer in layers.values() if math.isfinite(v := layer.get(figure, math.nan))]
             if values:
@@ -52,19 +54,25 @@ class Moments:
                 row[f"moments/{figure}/max"] = max(values)
         if self._run.folder is not None:
             self._rows += [
-                {"step": step + 1, "layer": name, "rule": self._rules.get(name.split("[")[0], ""), **_finite(layer)}
+                {
+                    "step": step + 1,
+                    "layer": name,
+                    "rule": self._rules.get(name.split("[")[0], ""),
+                    **_finite(layer),
+                }
                 for name, layer in layers.items()
             ]
             _write(self._run.folder / "moments.parquet", self._rows)
         self._schedule(step, time.perf_counter() - begin)
 
     def _schedule(self, step: int, cost: float) -> None:
-        if self._every != "auto":
-            assert self._every is not None
-            self._next = (step + 1) // self._every * self._every + self._every - 1
+        if isinstance(self._every, int):
+            self._next = step + 1 + (-step - 2) % self._every  # steps count from 1 for people: n·every done
             return
         engine, ledger = self._run.engine, self._run.ledger
-        cost_s, elapsed = engine.max(torch.tensor([cost, ledger.wall_s], dtype=torch.float64, device=engine.device)).tolist()
+        cost_s, elapsed = engine.max(
+            torch.tensor([cost, ledger.wall_s], dtype=torch.float64, device=engine.device)
+        ).tolist()
         # The first step is dearer than the others (allocation, compilation), which would let probes come too
         # often; they are only trusted once a few steps have been timed.
         per_step = elapsed / (step + 1) if step >= 10 else math.inf
@@ -76,7 +84,12 @@ def _finite(layer: dict[str, float]) -> dict[str, float | None]:
 
 
 _SCHEMA = pa.schema(
-    [("step", pa.int64()), ("layer", pa.string()), ("rule", pa.string()), *((f, pa.float64()) for f in MOMENT_FIGURES)]
+    [
+        ("step", pa.int64()),
+        ("layer", pa.string()),
+        ("rule", pa.string()),
+        *((f, pa.float64()) for f in MOMENT_FIGURES),
+    ]
 )
 
 

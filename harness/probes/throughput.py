@@ -57,7 +57,9 @@ class Progress:
 
     def _times(self, seconds: dict[str, float], probes: float, total: float, steps: int) -> Row:
         communication = self._run.engine.exposed_communication()
-        per_step = {part: seconds.get(part, 0.0) / steps for part in ("data", "forward_backward", "optimizer")}
+        per_step = {
+            part: seconds.get(part, 0.0) / steps for part in ("data", "forward_backward", "optimizer")
+        }
         if communication is not None:
             communication = min(communication, per_step["forward_backward"])
             per_step["communication"] = communication

@@ -25,7 +25,9 @@ class Evaluation:
         self.best: float | None = None
 
     def due(self, step: int) -> bool:
-        return step + 1 == self._run.config.steps or (self._every is not None and (step + 1) % self._every == 0)
+        return step + 1 == self._run.config.steps or (
+            self._every is not None and (step + 1) % self._every == 0
+        )
 
     def before_update(self, step: int) -> None:
         """Nothing to prepare."""

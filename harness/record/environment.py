@@ -29,7 +29,7 @@ def describe(device: torch.device, world_size: int) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """"cpu" or the GPU's name."""
+    """ "cpu" or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -42,9 +42,14 @@ def _version(package: str) -> str | None:
 
 def _git() -> dict[str, Any] | None:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None

@@ -13,8 +13,8 @@ import filelock
 from omegaconf import OmegaConf
 
 from harness.config import compose
-from harness.config.identity import differing_keys
 from harness.config.errors import InputError
+from harness.config.identity import differing_keys
 from harness.config.schema import RunConfig
 from harness.record import atomic
 from harness.record.schema import METRICS, SCHEMA_VERSION
@@ -39,15 +39,22 @@ def check(folder: Path, config: RunConfig, identity: str) -> None:
         return
     old = _status(folder)
     if old is None:
-        raise InputError("name", folder, "holds files that are not a run", fix="name=… or group=… of your own")
+        raise InputError(
+            "name", folder, "holds files that are not a run", fix="name=… or group=… of your own"
+        )
     if old.get("identity") != identity:
         raise InputError(
-            "name", folder, f"belongs to run {old.get('identity')}, this is run {identity}: {_differences(folder, config)}",
+            "name",
+            folder,
+            f"belongs to run {old.get('identity')}, this is run {identity}: {_differences(folder, config)}",
             fix="another name=, or overwrite=true (moves the old run aside)",
-        )  # fmt: skip
+        )
     if (folder / "DONE").exists():
         raise InputError(
-            "name", folder, "is a finished run with these settings", fix="overwrite=true (moves the old run aside)"
+            "name",
+            folder,
+            "is a finished run with these settings",
+            fix="overwrite=true (moves the old run aside)",
         )
 
 
@@ -67,7 +74,9 @@ class RunFolder:
         try:
             self._lock.acquire()
         except filelock.Timeout as error:
-            raise InputError("name", path, "is being written to by another run", fix="another name=") from error
+            raise InputError(
+                "name", path, "is being written to by another run", fix="another name="
+            ) from error
         check(path, config, identity)
         self._set_aside(config)
         previous = _status(path) or {}
@@ -86,7 +95,9 @@ class RunFolder:
         self._log = (path / "log.txt").open("a", encoding="utf-8")
         self.set_state("running", step=0)
         atomic.write_text(path / "config.yaml", compose.to_yaml(config))
-        atomic.write_text(path / "config.diff.yaml", OmegaConf.to_yaml(OmegaConf.create(compose.difference(config))))
+        atomic.write_text(
+            path / "config.diff.yaml", OmegaConf.to_yaml(OmegaConf.create(compose.difference(config)))
+        )
 
     @property
     def wandb_run_id(self) -> str | None:

@@ -48,14 +48,20 @@ class ProgressSink:
         self._val: float | None = None
         if log.console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
-                console=log.console, transient=True,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=log.console,
+                transient=True,
+            )
             self._task = self._bar.add_task("training", total=steps, text="")
             self._bar.start()
 
     def write(self, row: Row) -> None:
-        step, loss, speed, wall = (row[key] or 0 for key in ("step", "train/loss", "throughput/tokens_per_s", "wall_s"))
+        step, loss, speed, wall = (
+            row[key] or 0 for key in ("step", "train/loss", "throughput/tokens_per_s", "wall_s")
+        )
         if row.get("val/loss") is not None:
             self._val = row["val/loss"]
         val = "" if self._val is None else f"  val {self._val:.4f}"

@@ -44,11 +44,21 @@ METRICS: dict[str, Metric] = {
     "lr": Metric("", "learning rate of the matrix rule in this step"),
     "grad_norm": Metric("", "global gradient norm before clipping"),
     "skipped_steps": Metric("steps", "steps masked because of non-finite gradients, so far"),
-    "throughput/tokens_per_s": Metric("tokens/s", "over all processes, since the previous row, without evaluation and probes"),
-    "throughput/mfu": Metric("", "model FLOP/s over the devices' dense peak; absent where the peak is unknown"),
+    "throughput/tokens_per_s": Metric(
+        "tokens/s", "over all processes, since the previous row, without evaluation and probes"
+    ),
+    "throughput/mfu": Metric(
+        "", "model FLOP/s over the devices' dense peak; absent where the peak is unknown"
+    ),
     "flops": Metric("FLOP", "model FLOPs so far (forward and backward)"),
-    **{f"time/{part}_s": Metric("s", f"per step, {part.replace('_', ' and ')}, mean since the previous row") for part in TIME_PARTS},
-    **{f"memory/{kind}_bytes": Metric("bytes", f"{kind.replace('_', ' ')}, max over processes") for kind in MEMORY_KINDS},
+    **{
+        f"time/{part}_s": Metric("s", f"per step, {part.replace('_', ' and ')}, mean since the previous row")
+        for part in TIME_PARTS
+    },
+    **{
+        f"memory/{kind}_bytes": Metric("bytes", f"{kind.replace('_', ' ')}, max over processes")
+        for kind in MEMORY_KINDS
+    },
     **{
         f"moments/{figure}/{stat}": Metric("", f"{stat} over layers of the {figure.replace('_', ' ')}")
         for figure in MOMENT_FIGURES

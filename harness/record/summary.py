@@ -25,7 +25,8 @@ def reason(state: str, run: Run) -> str:
     return {
         "finished": "all steps done",
         "interrupted": f"stopped by a signal after step {ledger.step}",
-        "diverged": f"{ledger.skipped} steps with non-finite gradients (max_skipped_steps={run.config.max_skipped_steps})",
+        "diverged": f"{ledger.skipped} steps with non-finite gradients "
+        f"(max_skipped_steps={run.config.max_skipped_steps})",
     }.get(state, state)
 
 
@@ -34,9 +35,13 @@ def warnings(run: Run, corpus: Corpus) -> list[str]:
     config, found = run.config, []
     epochs = run.feed.epoch(config.steps - 1)
     if epochs > 1:
-        found.append(f"{epochs:.1f} epochs: the training split of {corpus.train_tokens:,} tokens is seen more than once")
+        found.append(
+            f"{epochs:.1f} epochs: the training split of {corpus.train_tokens:,} tokens is seen more than once"
+        )
     if config.optimizer.lr_source != "given" and not config.optimizer.lr_tuned:
-        found.append(f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})")
+        found.append(
+            f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
+        )
     return found
 
 
@@ -46,7 +51,7 @@ def build(
     """The summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
     config, corpus, ledger = run.config, prepared.corpus, run.ledger
     last, warm = (rows[-1] if rows else {}), (rows[1:] or rows)
-    losses = [row["val/loss"] for row in rows if finite(row.get("val/loss")) is not None]
+    losses = [loss for row in rows if (loss := finite(row.get("val/loss"))) is not None]
     ended = ledger.step == config.steps
     routes = getattr(run.optimizer, "routes", [])
     return {

@@ -24,7 +24,14 @@ class WandbSink:
     not be sent stays in ``<run folder>/wandb`` for ``wandb sync``.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, run_id: str, facts: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        run_id: str,
+        facts: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
         self._say = say
         self._run: Any = None
         mode = resolve_mode(config.wandb.mode)
@@ -43,7 +50,11 @@ class WandbSink:
     def write(self, row: Row) -> None:
         """Log a row: all x axes in the same call, so that any of them can be a chart's axis."""
         if self._run is not None:
-            self._try(lambda: self._run.log({k: v for k, v in row.items() if v is not None}, step=int(row["step"] or 0)))
+            self._try(
+                lambda: self._run.log(
+                    {k: v for k, v in row.items() if v is not None}, step=int(row["step"] or 0)
+                )
+            )
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Hand the summary over and close, giving up on a server that does not answer."""
@@ -60,25 +71,49 @@ class WandbSink:
         worker.start()
         worker.join(FINISH_TIMEOUT_S)
         if worker.is_alive():
-            self._say(f"W&B: no answer for {FINISH_TIMEOUT_S} s; `wandb sync` of the run folder's wandb/ sends the rest")
+            self._say(
+                f"W&B: no answer for {FINISH_TIMEOUT_S} s; `wandb sync` of the run folder's wandb/ sends the rest"
+            )
         self._run = None
 
-    def _start(self, config: RunConfig, folder: Path, run_id: str, facts: Mapping[str, Any], mode: str) -> Any:
+    def _start(
+        self, config: RunConfig, folder: Path, run_id: str, facts: Mapping[str, Any], mode: str
+    ) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         hide = not config.wandb.upload_machine_facts
-        settings = wandb.Settings(
-            init_timeout=INIT_TIMEOUT_S, console="off", save_code=False, disable_git=hide, x_disable_meta=hide,
-            x_disable_stats=hide, x_disable_machine_info=hide,
-            **({"host": "hidden", "username": "hidden", "email": "hidden", "program": "harness.train"} if hide else {}),
-        )  # fmt: skip
+        facts_off: dict[str, Any] = {
+            "disable_git": hide,
+            "x_disable_meta": hide,
+            "x_disable_stats": hide,
+            "x_disable_machine_info": hide,
+        }
+        if hide:
+            facts_off |= {
+                "host": "hidden",
+                "username": "hidden",
+                "email": "hidden",
+                "program": "harness.train",
+            }
+        settings: Any = wandb.Settings(
+            init_timeout=INIT_TIMEOUT_S, console="off", save_code=False, **facts_off
+        )
+        chosen: Any = mode
         run = wandb.init(
-            project=config.wandb.project, entity=config.wandb.entity, group=config.group, job_type="train",
-            name=folder.name, id=run_id, resume="allow", dir=folder, mode=mode,
-            config={**_without_places(config.model_dump(mode="json")), **facts}, settings=settings,
-        )  # fmt: skip
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            group=config.group,
+            job_type="train",
+            name=folder.name,
+            id=run_id,
+            resume="allow",
+            dir=folder,
+            mode=chosen,
+            config={**_without_places(config.model_dump(mode="json")), **facts},
+            settings=settings,
+        )
         for axis in X_AXES:
             run.define_metric(axis, hidden=True)
         run.define_metric("*", step_metric="step")

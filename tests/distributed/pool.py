@@ -26,11 +26,13 @@ class RankPool:
     def __init__(self, world_size: int, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.world_size = world_size
-        self._pipes: list[Connection] = []
+        self._pipes: list[Any] = []
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, folder / f"store{world_size}", theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, folder / f"store{world_size}", theirs), daemon=True
+            )
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -63,7 +65,9 @@ class RankPool:
 
 
 def _serve(rank: int, world_size: int, store: Path, pipe: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     os.environ["ACCELERATE_USE_CPU"] = "true"
     import torch
     import torch.distributed as dist

@@ -30,14 +30,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_documents(tmp_path_factory.mktemp("text"))
 
 
-def _ranked(rank: int, overrides: list[str], wrong: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _ranked(
+    rank: int, overrides: list[str], wrong: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return train_weights(overrides, change=_mean_per_rank if wrong else None)
 
 
 def _mean_per_rank(run: Run) -> None:
     """The wrong variant: every process divides by its own tokens, and the means are averaged."""
     feed = run.feed
-    share, rank, world = run.config.batch_size // run.engine.world_size, run.engine.rank, run.engine.world_size
+    share, rank, world = (
+        run.config.batch_size // run.engine.world_size,
+        run.engine.rank,
+        run.engine.world_size,
+    )
 
     def own_tokens(step: int) -> int:
         return feed._batches.loss_tokens(step * run.config.batch_size + rank * share, share) * world
@@ -53,7 +59,9 @@ def test_one_process_equals_two_equals_accumulation(
     chosen = (*OPTIMIZERS[name], f"data.mode={mode}")
     alone = train_weights(small(corpus, tmp_path, *chosen))
     accumulated = train_weights(small(corpus, tmp_path, *chosen, "micro_batch_size=2"))
-    pair = two_ranks.run(_ranked, small(corpus, tmp_path, *chosen, "world_size=2", "micro_batch_size=2"), False)
+    pair = two_ranks.run(
+        _ranked, small(corpus, tmp_path, *chosen, "world_size=2", "micro_batch_size=2"), False
+    )
     assert update_error(alone, accumulated) < TOLERANCE
     assert update_error(alone, pair[0]) < TOLERANCE
     for parameter, weights in pair[0][1].items():
@@ -67,7 +75,9 @@ def test_control_mean_of_per_rank_means_is_caught(corpus: Path, tmp_path: Path, 
     assert update_error(alone, pair[0]) > 10 * TOLERANCE
 
 
-def test_initialization_does_not_depend_on_the_world(corpus: Path, tmp_path: Path, two_ranks: RankPool) -> None:
+def test_initialization_does_not_depend_on_the_world(
+    corpus: Path, tmp_path: Path, two_ranks: RankPool
+) -> None:
     overrides = small(corpus, tmp_path, "steps=1")
     alone, _ = train_weights(overrides)
     pair = two_ranks.run(_ranked, small(corpus, tmp_path, "steps=1", "world_size=2"), False)

@@ -39,9 +39,15 @@ def write_documents(folder: Path, count: int = 400) -> Path:
 def small(corpus: Path, runs_dir: Path, *overrides: str) -> list[str]:
     """Overrides of a run that takes a second, with ``overrides`` winning."""
     base = [
-        *SMALL_MODEL, *SHORT_RUN, "data=jsonl", f"data.files=[{corpus}]", "data.vocab_size=512",
-        "data.validation_tokens=600", f"runs_dir={runs_dir}", "world_size=1",
-    ]  # fmt: skip
+        *SMALL_MODEL,
+        *SHORT_RUN,
+        "data=jsonl",
+        f"data.files=[{corpus}]",
+        "data.vocab_size=512",
+        "data.validation_tokens=600",
+        f"runs_dir={runs_dir}",
+        "world_size=1",
+    ]
     keys = {word.split("=")[0].lstrip("+") for word in overrides}
     return [word for word in base if word.split("=")[0] not in keys] + list(overrides)
 

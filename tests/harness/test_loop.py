@@ -51,8 +51,16 @@ def _poison(run: Run, at: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "galore", "sumo"])
-def test_a_step_with_a_nan_gradient_leaves_everything_as_it_was(optimizer: str, corpus: Path, tmp_path: Path) -> None:
-    words = ["steps=1", f"optimizer={optimizer}", "optimizer.lr=0.01", "schedule=constant", "schedule.warmup=0"]
+def test_a_step_with_a_nan_gradient_leaves_everything_as_it_was(
+    optimizer: str, corpus: Path, tmp_path: Path
+) -> None:
+    words = [
+        "steps=1",
+        f"optimizer={optimizer}",
+        "optimizer.lr=0.01",
+        "schedule=constant",
+        "schedule.warmup=0",
+    ]
     run = _run(small(corpus, tmp_path, *words))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     _poison(run, at=0)
@@ -91,7 +99,9 @@ def _poisoned_rank(rank: int, overrides: list[str]) -> tuple[int, dict[str, torc
 
 
 def test_a_nan_on_one_rank_masks_the_step_on_all(corpus: Path, tmp_path: Path, two_ranks: RankPool) -> None:
-    words = small(corpus, tmp_path, "world_size=2", "optimizer=sumo", "optimizer.lr=0.003", "optimizer.rank=8")
+    words = small(
+        corpus, tmp_path, "world_size=2", "optimizer=sumo", "optimizer.lr=0.003", "optimizer.rank=8"
+    )
     (skipped, weights), (skipped_too, others) = two_ranks.run(_poisoned_rank, words)
     assert (skipped, skipped_too) == (1, 1)
     assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -115,7 +125,9 @@ def test_clipping_scales_the_gradient_and_logs_the_raw_norm(corpus: Path, tmp_pa
 
 def test_learning_rates_follow_the_schedule_except_where_they_are_fixed() -> None:
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 0.4}, {"params": weights[1:], "lr": 0.1, "scheduled": False}])
+    optimizer = torch.optim.SGD(
+        [{"params": weights[:1], "lr": 0.4}, {"params": weights[1:], "lr": 0.1, "scheduled": False}]
+    )
     set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
     set_lr(optimizer, 0.25)
@@ -135,7 +147,9 @@ def test_precisions_train_close_to_fp32(precision: str, bound: float, corpus: Pa
 
 
 def test_fp16_overflow_skips_and_lowers_the_scale(corpus: Path, tmp_path: Path) -> None:
-    run = _run(small(corpus, tmp_path, "precision=fp16", "optimizer=sumo", "optimizer.rank=8", "optimizer.lr=0.003"))
+    run = _run(
+        small(corpus, tmp_path, "precision=fp16", "optimizer=sumo", "optimizer.rank=8", "optimizer.lr=0.003")
+    )
     scaler = run.engine._scaler  # pyright: ignore[reportAttributeAccessIssue]
     scaler._init_scale = 2.0**40  # far beyond fp16's 65504: the first backward passes must overflow
     assert train(run) == "finished"
@@ -144,6 +158,7 @@ def test_fp16_overflow_skips_and_lowers_the_scale(corpus: Path, tmp_path: Path) 
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
+@pytest.mark.slow  # the compiler takes most of a minute
 def test_compiled_model_trains_the_same_weights(corpus: Path, tmp_path: Path) -> None:
     words = ["steps=2", "optimizer.lr=0.003"]
     eager = train_weights(small(corpus, tmp_path, *words))
@@ -193,3 +208,12 @@ def test_a_stop_vote_ends_the_run_on_the_next_step(corpus: Path, tmp_path: Path)
     run.stop.requested = True
     assert train(run) == "interrupted"
     assert run.ledger.step == 1
+
+
+def test_probes_come_every_so_many_steps(corpus: Path, tmp_path: Path) -> None:
+    words = ["steps=8", "log_every=8", "eval.every=null", "moments.every=3", "optimizer=muon"]
+    run = _run(small(corpus, tmp_path, *words))
+    sink = _Rows()
+    run.sinks = [sink]
+    train(run)
+    assert [row["step"] for row in sink.rows if "moments/condition_number/median" in row] == [1, 3, 6, 8]

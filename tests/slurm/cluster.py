@@ -65,13 +65,22 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         munge = state / "munge"
         self._call(
-            "munged", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket", f"--pid-file={munge}/pid",
-            f"--log-file={munge}/log", f"--seed-file={munge}/seed",
-        )  # fmt: skip
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={munge}/munge.socket",
+            f"--pid-file={munge}/pid",
+            f"--log-file={munge}/log",
+            f"--seed-file={munge}/seed",
+        )
         self._call("slurmctld", "-f", str(state / "slurm.conf"))
         for node in ("node1", "node2"):
             self._call("slurmd", "-N", node, "-f", str(state / "slurm.conf"))
-        self._until(lambda: self._call("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D").strip() == "2", 30, "idle nodes")
+        self._until(
+            lambda: self._call("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D").strip() == "2",
+            30,
+            "idle nodes",
+        )
         return self
 
     def __exit__(self, *details: object) -> None:
@@ -92,7 +101,7 @@ class Cluster:
 
         def ended() -> bool:
             text = self._call("scontrol", "show", "job", "-o", str(job))
-            facts.update(word.split("=", 1) for word in text.split() if "=" in word)
+            facts.update((key, value) for key, sep, value in (w.partition("=") for w in text.split()) if sep)
             return facts["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
         self._until(ended, timeout_s, f"the end of job {job}")

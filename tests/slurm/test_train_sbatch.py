@@ -12,11 +12,16 @@ import pytest
 from tests.harness.running import small, write_documents
 from tests.slurm import cluster
 
-pytestmark = [pytest.mark.launch, pytest.mark.skipif(cluster.missing() is not None, reason=cluster.missing() or "")]
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.skipif(cluster.missing() is not None, reason=cluster.missing() or ""),
+]
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 
 
-def _submitted(slurm: cluster.Cluster, folder: Path, nodes: int, words: list[str]) -> tuple[dict[str, str], str]:
+def _submitted(
+    slurm: cluster.Cluster, folder: Path, nodes: int, words: list[str]
+) -> tuple[dict[str, str], str]:
     slurm.environment |= {
         "PROCESSES_PER_NODE": "2" if nodes > 1 else "1",
         "PATH": f"{Path(sys.executable).parent}:{slurm.environment['PATH']}",
@@ -24,7 +29,9 @@ def _submitted(slurm: cluster.Cluster, folder: Path, nodes: int, words: list[str
         "OPTBENCH_CACHE": os.environ["OPTBENCH_CACHE"],
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    job = slurm.submit(f"--nodes={nodes}", f"--output={folder}/job.out", "--cpus-per-task=2", str(SCRIPT), *words)
+    job = slurm.submit(
+        f"--nodes={nodes}", f"--output={folder}/job.out", "--cpus-per-task=2", str(SCRIPT), *words
+    )
     facts = slurm.wait(job, timeout_s=200)
     return facts, (folder / "job.out").read_text()
 

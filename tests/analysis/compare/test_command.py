@@ -20,7 +20,15 @@ from harness.preparation import Prepared
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
-SMALL = ["steps=20", "world_size=1", "batch_size=2", "seq_len=32", "eval.tokens=512", "wandb.mode=disabled"]
+SMALL = [
+    "steps=20",
+    "world_size=1",
+    "engine.threads=1",
+    "batch_size=2",
+    "seq_len=32",
+    "eval.tokens=512",
+    "wandb.mode=disabled",
+]
 
 
 @dataclass
@@ -182,12 +190,12 @@ def test_the_commands_import_no_torch() -> None:
 
 @pytest.mark.launch
 def test_real_runs_end_in_a_report(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(picture, "browser", lambda: None)
     small = [word.replace("seeds=2", "seeds=1").replace("steps=20", "steps=3") for word in words]
     assert command.compare([*small, "sumo.rank=16", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(capfd.readouterr().out)
     assert [run["state"] for run in data["runs"]] == ["finished", "finished"]
     (chosen,) = data["comparison"]["sets"]
     assert chosen["verdict"]["kind"] == "one_seed"

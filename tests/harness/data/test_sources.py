@@ -187,10 +187,14 @@ def test_max_tokens_ends_the_reading_of_a_stream(tmp_path: Path) -> None:
     write_jsonl(folder / "a.jsonl", documents(3000))
     corpus = prepare(
         DataConfig(
-            source="datasets", dataset=str(folder), max_tokens=20_000, validation_tokens=500, vocab_size=400,
+            source="datasets",
+            dataset=str(folder),
+            max_tokens=20_000,
+            validation_tokens=500,
+            vocab_size=400,
             cache_dir=str(tmp_path / "cache"),
         )
-    )  # fmt: skip
+    )
     longest = int((corpus.boundaries()[1:] - corpus.boundaries()[:-1]).max())
     assert 20_000 <= corpus.train_tokens + corpus.validation_tokens < 20_000 + longest
     assert not corpus.manifest["source"]["complete"]

@@ -29,8 +29,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_documents(tmp_path_factory.mktemp("text"))
 
 
-def _train(words: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*OPTBENCH, "train", *words], capture_output=True, text=True, timeout=LIMIT_S, **options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+def _train(words: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [*OPTBENCH, "train", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def _only_run(runs_dir: Path) -> Path:
@@ -42,11 +43,19 @@ def _state(folder: Path) -> str:
     return json.loads((folder / "status.json").read_text())["state"]
 
 
-def test_two_processes_leave_a_complete_run_folder_and_the_same_in_wandb(corpus: Path, tmp_path: Path) -> None:
+def test_two_processes_leave_a_complete_run_folder_and_the_same_in_wandb(
+    corpus: Path, tmp_path: Path
+) -> None:
     words = small(
-        corpus, tmp_path, "world_size=2", "steps=6", "optimizer=sumo", "optimizer.rank=8", "optimizer.lr=0.003",
+        corpus,
+        tmp_path,
+        "world_size=2",
+        "steps=6",
+        "optimizer=sumo",
+        "optimizer.rank=8",
+        "optimizer.lr=0.003",
         "wandb.mode=offline",
-    )  # fmt: skip
+    )
     done = _train(words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(_only_run(tmp_path))
@@ -74,14 +83,18 @@ def test_two_processes_leave_a_complete_run_folder_and_the_same_in_wandb(corpus:
     logged = wandb_file.history(mirror)
     assert len(logged) == len(rows)
     for row, sent in zip(rows, logged):
-        assert {key: sent[key] for key in row if row[key] is not None} == {k: v for k, v in row.items() if v is not None}
+        assert {key: sent[key] for key in row if row[key] is not None} == {
+            k: v for k, v in row.items() if v is not None
+        }
     record = wandb_file.run_record(mirror)
     assert record.run_id == json.loads((folder / "status.json").read_text())["wandb_run_id"]
     assert (record.run_group, record.job_type) == ("default", "train")
     assert wandb_file.config(mirror)["optimizer"]["name"] == "sumo"
     secrets = (os.uname().nodename, str(Path.home()), str(tmp_path))
     text = mirror.read_bytes().decode(errors="ignore")
-    assert not [secret for secret in secrets if len(secret) > 5 and secret in text], "the machine shows in W&B's file"
+    assert not [secret for secret in secrets if len(secret) > 5 and secret in text], (
+        "the machine shows in W&B's file"
+    )
 
 
 def test_json_is_one_document_on_standard_output(corpus: Path, tmp_path: Path) -> None:
@@ -97,7 +110,9 @@ def test_json_is_one_document_on_standard_output(corpus: Path, tmp_path: Path) -
 
 
 def test_divergence_is_said_counted_and_coded(corpus: Path, tmp_path: Path) -> None:
-    done = _train(small(corpus, tmp_path, "steps=30", "optimizer.lr=1e30", "max_skipped_steps=3", "max_grad_norm=null"))
+    done = _train(
+        small(corpus, tmp_path, "steps=30", "optimizer.lr=1e30", "max_skipped_steps=3", "max_grad_norm=null")
+    )
     assert done.returncode == 3, done.stderr
     summary = json.loads((_only_run(tmp_path) / "summary.json").read_text())
     assert summary["state"] == "diverged"
@@ -108,7 +123,9 @@ def test_divergence_is_said_counted_and_coded(corpus: Path, tmp_path: Path) -> N
 
 def _started(words: list[str], runs_dir: Path, rows: int) -> tuple[subprocess.Popen[str], Path]:
     """A run in the background that has written some rows."""
-    process = subprocess.Popen([*OPTBENCH, "train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*OPTBENCH, "train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
         found = list((runs_dir / "default").glob("*/metrics.jsonl"))
@@ -121,7 +138,9 @@ def _started(words: list[str], runs_dir: Path, rows: int) -> tuple[subprocess.Po
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ctrl_c_finishes_the_step_and_says_75(world_size: int, corpus: Path, tmp_path: Path) -> None:
-    words = small(corpus, tmp_path, "steps=100000", f"world_size={world_size}", "eval.every=null", "schedule=constant")
+    words = small(
+        corpus, tmp_path, "steps=100000", f"world_size={world_size}", "eval.every=null", "schedule=constant"
+    )
     process, folder = _started(words, tmp_path, rows=3)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=LIMIT_S)
@@ -137,7 +156,11 @@ def test_ctrl_c_finishes_the_step_and_says_75(world_size: int, corpus: Path, tmp
 def test_a_killed_run_is_readable_and_called_failed(corpus: Path, tmp_path: Path) -> None:
     words = small(corpus, tmp_path, "steps=100000", "world_size=2", "eval.every=null", "schedule=constant")
     process, folder = _started(words, tmp_path, rows=3)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "harness.train" in p.cmdline()[-30:]]
+    workers = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "harness.train" in p.cmdline()[-30:]
+    ]
     for worker in workers:
         worker.send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=LIMIT_S)
@@ -154,15 +177,36 @@ def test_a_killed_run_is_readable_and_called_failed(corpus: Path, tmp_path: Path
 def test_two_machines_as_two_launchers_on_loopback(corpus: Path, tmp_path: Path) -> None:
     words = small(corpus, tmp_path, "world_size=2", "steps=3")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-    flags = "--multi_gpu --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port 29641"
+    flags = (
+        "--multi_gpu --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port 29641"
+    )
     machines = [
         subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *flags.split(), "--machine_rank", str(rank),
-             "--rdzv_backend", "static", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "harness.train", *words],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [
+                sys.executable,
+                "-m",
+                "accelerate.commands.accelerate_cli",
+                "launch",
+                *flags.split(),
+                "--machine_rank",
+                str(rank),
+                "--rdzv_backend",
+                "static",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+                "-m",
+                "harness.train",
+                *words,
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [machine.communicate(timeout=LIMIT_S)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     folder = _only_run(tmp_path)
@@ -173,11 +217,31 @@ def test_two_machines_as_two_launchers_on_loopback(corpus: Path, tmp_path: Path)
 def test_bad_input_under_a_bare_launcher_stands_once(corpus: Path, tmp_path: Path) -> None:
     words = small(corpus, tmp_path, "world_size=2", "optimizer.rnk=8", "optimizer=sumo")
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2",
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29642",
-         "-m", "harness.train", *words],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=LIMIT_S,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "29642",
+            "-m",
+            "harness.train",
+            *words,
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
     assert done.returncode != 0
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("optimizer.rnk:")]
     assert len(lines) == 1, done.stderr
@@ -186,7 +250,15 @@ def test_bad_input_under_a_bare_launcher_stands_once(corpus: Path, tmp_path: Pat
 
 
 def test_what_only_the_model_shows_is_one_line_too_and_leaves_no_folder(corpus: Path, tmp_path: Path) -> None:
-    done = _train(small(corpus, tmp_path, "model.model_type=mistral", "model.config.num_key_value_heads=2", "+model.config.sliding_windw=3"))
+    done = _train(
+        small(
+            corpus,
+            tmp_path,
+            "model.model_type=mistral",
+            "model.config.num_key_value_heads=2",
+            "+model.config.sliding_windw=3",
+        )
+    )
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("model.config.sliding_windw:")

@@ -13,7 +13,13 @@ from harness.config.errors import InputError
 from harness.config.schema import ModelConfig
 
 # GaLore's protocol (arXiv 2403.03507, C4 configurations), embedding and head untied, in millions.
-PUBLISHED = {"llama_60m": 58.07, "llama_130m": 134.11, "llama_350m": 367.97, "llama_1b": 1339.08, "llama_7b": 6738.42}
+PUBLISHED = {
+    "llama_60m": 58.07,
+    "llama_130m": 134.11,
+    "llama_350m": 367.97,
+    "llama_1b": 1339.08,
+    "llama_7b": 6738.42,
+}
 
 
 def _preset(name: str) -> ModelConfig:
@@ -76,7 +82,9 @@ def test_starts_from_a_local_folder(tmp_path: Path) -> None:
     network = model.build(_preset("llama_tiny"), seed=7)
     network.save_pretrained(tmp_path / "saved")  # pyright: ignore[reportCallIssue]
     loaded = model.build(_preset("llama_tiny").model_copy(update={"path": str(tmp_path / "saved")}), seed=0)
-    for (name, weights), (_, other) in zip(network.named_parameters(), loaded.named_parameters(), strict=True):
+    for (name, weights), (_, other) in zip(
+        network.named_parameters(), loaded.named_parameters(), strict=True
+    ):
         assert torch.equal(weights, other), name
 
 

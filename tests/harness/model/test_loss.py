@@ -43,5 +43,7 @@ def test_control_mean_of_row_means_differs() -> None:
     labels = torch.zeros(2, 4, dtype=torch.long)
     labels[1, 1:] = -100
     mean = loss_sum(logits, labels).item() / 5
-    mean_of_means = sum(loss_sum(logits[i : i + 1], labels[i : i + 1]).item() / n for i, n in enumerate((4, 1))) / 2
+    mean_of_means = (
+        sum(loss_sum(logits[i : i + 1], labels[i : i + 1]).item() / n for i, n in enumerate((4, 1))) / 2
+    )
     assert abs(mean - mean_of_means) > 0.1

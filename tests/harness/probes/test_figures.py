@@ -66,7 +66,9 @@ def _evaluated(rank: int, overrides: list[str], rows: int, micro: int) -> float:
 
 
 @pytest.mark.parametrize("mode", ["packed", "padded"])
-def test_validation_loss_does_not_depend_on_how_rows_are_dealt(mode: str, tmp_path: Path, two_ranks: RankPool) -> None:
+def test_validation_loss_does_not_depend_on_how_rows_are_dealt(
+    mode: str, tmp_path: Path, two_ranks: RankPool
+) -> None:
     corpus = write_documents(tmp_path)
     words = [f"data.mode={mode}", "eval.tokens=64"]
     alone = small(corpus, tmp_path, *words)

@@ -100,7 +100,9 @@ def test_an_unfinished_run_starts_a_new_attempt_and_keeps_the_old_metrics(tmp_pa
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
-def _hold(path: str, ready: multiprocessing.synchronize.Event, stop: multiprocessing.synchronize.Event) -> None:
+def _hold(
+    path: str, ready: multiprocessing.synchronize.Event, stop: multiprocessing.synchronize.Event
+) -> None:
     run = folder.RunFolder(Path(path), _config(), "aaaa")
     ready.set()
     stop.wait(60)

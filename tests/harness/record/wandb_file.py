@@ -17,7 +17,7 @@ BLOCK = 32768
 
 def records(path: Path) -> Iterator[Any]:
     """The protobuf records of a file."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto import wandb_internal_pb2 as protocol
 
     data = path.read_bytes()
     assert data[:4] == b":W&B"
@@ -31,7 +31,7 @@ def records(path: Path) -> Iterator[Any]:
         whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
+            record = protocol.Record()  # pyright: ignore[reportAttributeAccessIssue]
             record.ParseFromString(whole)
             yield record
             whole = b""
