@@ -34,7 +34,10 @@ format: setup ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 bench: setup ## the ratios of docs/benchmarks.md
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python benchmarks/harness_overhead.py optimizer=adamw
+	$(BIN)/python benchmarks/harness_overhead.py optimizer=sumo optimizer.lr=0.008
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/polar.py
 
 lock: setup ## rewrite requirements.lock from what is installed
 	$(BIN)/python .ci/lock.py > requirements.lock.new

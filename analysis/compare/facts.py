@@ -34,7 +34,7 @@ def ownership(chosen: ComparisonSet) -> Grid:
 
 def config_difference(chosen: ComparisonSet) -> Grid:
     """Configuration keys whose values differ between arms (seed and names aside), one column per arm."""
-    skipped = {"seed", "name", "group", "optimizer.lr_source", "optimizer.lr_tuned"}
+    skipped = {"seed", "name", "group", "optimizer.lr_source", "optimizer.lr_tuned", "optimizer.seed"}
     configs = [flat((arm.finished or arm.runs)[0].config) for arm in chosen.arms]
     keys = list(dict.fromkeys(key for config in configs for key in config if key not in skipped))
     body = []

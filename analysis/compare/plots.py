@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from analysis.compare import words
 from analysis.compare.comparison import Arm, ComparisonSet
 from analysis.compare.curves import AXES, Curve, Floats, mean_curve, single_curve, thinned
 
@@ -114,8 +115,16 @@ def main_plot(chosen: ComparisonSet) -> Plot | None:
         else "One seed per line."
     )
     stopped = " Thin lines that end in a cross: runs that did not finish." if _any_unfinished(chosen) else ""
+    learned = _learned(chosen, curves)
+    hidden = [chosen.arms[i].label for i, curve in curves.items() if not any(curve is c for c in learned)]
+    above = f" Above the view of the finish: {words.listing(hidden)}." if hidden else ""
     title = f"{word.capitalize()} loss"
-    return Plot("main", title, band + stopped, built, 480, axes=axes)
+    return Plot("main", title, band + stopped + above, built, 480, axes=axes)
+
+
+def _learned(chosen: ComparisonSet, curves: dict[int, Curve]) -> list[Curve]:
+    """The curves that end below the unigram entropy (all of them if none does)."""
+    return [c for c in curves.values() if c.mean[-1] < chosen.entropy] or list(curves.values())
 
 
 def _loss_curves(chosen: ComparisonSet) -> tuple[str, dict[int, Curve]]:
@@ -189,7 +198,7 @@ def _ranges(chosen: ComparisonSet, curves: dict[int, Curve], axis: str) -> dict[
 
     Curves that never came below the unigram entropy don't stretch the finish: they would flatten the others.
     """
-    learned = [c for c in curves.values() if c.mean[-1] < chosen.entropy] or list(curves.values())
+    learned = _learned(chosen, curves)
     ends = [float(curve.x[axis][-1]) for curve in curves.values()]
     start = FINISH * min(ends)
     late = [values[curve.x[axis] >= start] for curve in learned for values in (curve.high, curve.low)]

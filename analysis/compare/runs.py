@@ -68,10 +68,17 @@ class Run:
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """Name, learning rate and options, as resolved; what is only said about them left out."""
+        """Name, learning rate and options, as resolved, without what makes no other arm.
+
+        That is what is only said about them, and the seed of their random draws where it follows the run's.
+        """
         found = self.config.get("optimizer")
-        said = ("lr_source", "lr_tuned")
-        return {k: v for k, v in found.items() if k not in said} if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        skipped = {"lr_source", "lr_tuned"}
+        if found.get("seed") == self.config.get("seed"):
+            skipped.add("seed")
+        return {key: value for key, value in found.items() if key not in skipped}
 
     @property
     def seed(self) -> int:

@@ -133,7 +133,7 @@ def _size(chosen: ComparisonSet, best: int, other: int) -> str:
     gap, label = _gap(chosen, best, other), chosen.arms[other].label
     if math.isnan(gap):
         return f"on other seeds than {label}"
-    return f"{words.significant(abs(gap), 2)} nats/token {'below' if gap >= 0 else 'above'} {label}"
+    return f"{words.significant(abs(gap))} nats/token {'below' if gap >= 0 else 'above'} {label}"
 
 
 def _evidence(chosen: ComparisonSet, best: int, other: int) -> str:
@@ -142,9 +142,7 @@ def _evidence(chosen: ComparisonSet, best: int, other: int) -> str:
     gap, half, n = _gap(chosen, best, other), float(tests.half_width[index]), int(tests.n[index])
     if not math.isfinite(half):
         return f"{words.plural(n, 'common seed')}: no test"
-    low, high = (
-        words.significant(bound, 2).replace("-", "−") for bound in (abs(gap) - half, abs(gap) + half)
-    )
+    low, high = (words.significant(bound).replace("-", "−") for bound in (abs(gap) - half, abs(gap) + half))
     p = words.p_value(float(tests.p_holm[index]))
     return f"95 % interval of the difference {low} to {high}, {n} common seeds, Holm-adjusted {p}"
 

@@ -112,7 +112,7 @@ class EngineConfig(_Group):
     name: Literal["auto", "single", "ddp"] = "auto"
     """auto: single for one process, ddp for several."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads per process; null: cores divided by processes on this machine."""
+    """CPU threads per process; null: OMP_NUM_THREADS, else the cores divided by the processes on this machine."""
     bucket_mb: int = Field(default=25, ge=1)
     """DDP gradient bucket, MiB."""
 

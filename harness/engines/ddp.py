@@ -139,6 +139,10 @@ class ReplicatedEngine:
 
 
 def _threads_per_process() -> int:
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    # Under a launcher it is the launcher's default of one thread, not a choice of the user's.
+    if chosen.isdecimal() and int(chosen) > 0 and "WORLD_SIZE" not in os.environ:
+        return int(chosen)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, cores // local)

@@ -76,8 +76,8 @@ def build(
         "best_val_loss": min(losses, default=None),
         "skipped_steps": ledger.skipped,
         "tokens_per_s": median(warm, "throughput/tokens_per_s"),
-        "step_ms": step_ms(warm),
-        "time_s": {part: median(warm, f"time/{part}_s") for part in TIME_PARTS},
+        "step_ms": step_ms(rows),
+        "time_s": mean_times(rows),
         "memory_bytes": {kind: last.get(f"memory/{kind}_bytes") for kind in MEMORY_KINDS},
         "state_bytes": state_bytes(run.optimizer),
         "optimizer_fallbacks": int(getattr(run.optimizer, "fallbacks", 0)),
@@ -101,8 +101,23 @@ def median(rows: Sequence[Row], key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def mean_times(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Mean seconds per step of each part, weighted by the steps of the rows; the first row warms up."""
+    kept = list(zip(rows, rows[1:])) or [({"step": 0}, row) for row in rows]
+    means: dict[str, float | None] = {}
+    for part in TIME_PARTS:
+        parts = [
+            (after[f"time/{part}_s"] or 0.0, (after["step"] or 0) - (before["step"] or 0))
+            for before, after in kept
+            if f"time/{part}_s" in after
+        ]
+        steps = sum(count for _, count in parts)
+        means[part] = sum(seconds * count for seconds, count in parts) / steps if steps else None
+    return means
+
+
 def step_ms(rows: Sequence[Row]) -> float | None:
-    """Median milliseconds per step without evaluation and probes."""
-    parts = [f"time/{part}_s" for part in TIME_PARTS if part != "probes"]
-    totals = [sum(row.get(part) or 0.0 for part in parts) for row in rows if parts[0] in row]
-    return statistics.median(totals) * 1e3 if totals else None
+    """Mean milliseconds per step without evaluation and probes."""
+    times = mean_times(rows)
+    known = [value for part, value in times.items() if part != "probes" and value is not None]
+    return sum(known) * 1e3 if known else None

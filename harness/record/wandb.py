@@ -43,7 +43,7 @@ class WandbSink:
             # wandb raises many types (network, usage, its own service); none of them may stop a training run.
             if mode == "online":
                 self._say(f"W&B: online failed ({_first_line(error)}); writing an offline run instead")
-                self._try(lambda: self._set(self._start(config, folder, run_id, facts, "offline")))
+                self._try(lambda: self._restart_offline(config, folder, run_id, facts))
             else:
                 self._say(f"W&B: not available ({_first_line(error)}); the run folder has everything")
 
@@ -119,8 +119,11 @@ class WandbSink:
         run.define_metric("*", step_metric="step")
         return run
 
-    def _set(self, run: Any) -> None:
-        self._run = run
+    def _restart_offline(self, config: RunConfig, folder: Path, run_id: str, facts: Mapping[str, Any]) -> None:
+        import wandb
+
+        wandb.teardown()  # W&B's service still holds the run's id after an init that timed out
+        self._run = self._start(config, folder, run_id, facts, "offline")
 
     def _try(self, action: Callable[[], object]) -> None:
         try:

@@ -124,7 +124,15 @@ def _config(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": MODEL,
         "data": {"name": "kjv", "source": "package", "vocab_size": 4096},
-        "optimizer": {"name": recipe.optimizer, "target": None, "lr": recipe.lr, **recipe.options},
+        "optimizer": {
+            "name": recipe.optimizer,
+            "target": None,
+            "lr": recipe.lr,
+            "lr_source": recipe.lr_source,
+            "lr_tuned": recipe.lr_tuned,
+            "seed": recipe.seed,  # resolved: follows the run's
+            **recipe.options,
+        },
         "engine": {"name": "ddp", "threads": 1},
         "schedule": {"name": "cosine", "warmup": 0.1, "decay": 0.2, "min_lr_ratio": 0.1},
         "eval": {"every": recipe.eval_every, "tokens": 32768},

@@ -68,14 +68,14 @@ def test_momentum_forms_give_the_same_direction() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize(("preset", "adjust"), [("muon", "original"), ("muon_moonlight", "match_rms_adamw")])
-def test_torch_optim_muon(preset: str, adjust: str, shape: tuple[int, int]) -> None:
-    """bf16 on both sides: products are summed in another order, and 2⁻⁸ per product over 5 steps stays below
-    3e-2."""
+def test_torch_optim_muon(preset: str, adjust: str, dtype: str, shape: tuple[int, int]) -> None:
+    """bf16 there, bf16 or fp32 here: 2⁻⁸ per product over 5 steps stays below 3e-2."""
     ours = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     theirs = torch.nn.Parameter(ours.detach().clone())
     start = ours.detach().clone()
-    a = optimizers.build(preset, [("w", ours)], lr=0.02, weight_decay=0.1)
+    a = optimizers.build(preset, [("w", ours)], lr=0.02, weight_decay=0.1, orthogonalizer_dtype=dtype)
     b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust)
     stream = Stream(shape, RANK)
     for _ in range(10):

@@ -55,17 +55,17 @@ def test_kahan_keeps_what_bf16_drops() -> None:
 
 @pytest.mark.parametrize("preset", ["sumo", "muon", "galore", "adamw"])
 def test_small_updates_move_bf16_weights_only_with_care(preset: str) -> None:
-    """200 steps of a constant direction, each of about 0.02 bf16 ulp of the weight, 4 ulp in all."""
-    lr = {"sumo": 2.4e-3, "muon": 3.8e-3, "galore": 1.8e-3, "adamw": 1e-4}[preset]
+    """100 steps of a constant direction, each of about 0.04 bf16 ulp of the weight, 4 ulp in all."""
+    lr = {"sumo": 4.8e-3, "muon": 7.6e-3, "galore": 3.6e-3, "adamw": 2e-4}[preset]
 
     def moved(rounding: str, dtype: torch.dtype) -> float:
-        weight = torch.nn.Parameter(torch.full((32, 32), 1.0, dtype=dtype))
+        weight = torch.nn.Parameter(torch.full((16, 32), 1.0, dtype=dtype))
         known = options(
             preset, weight_decay=0.0, rounding=rounding, norm_growth_limit=None, refresh_interval=100
         )
         optimizer = optimizers.build(preset, [("w", weight)], lr=lr, **known)
-        gradient = torch.linspace(0.5, 1.5, 32)[:, None] * torch.ones(32)
-        for _ in range(200):
+        gradient = torch.linspace(0.5, 1.5, 16)[:, None] * torch.ones(32)
+        for _ in range(100):
             weight.grad = (0.01 * gradient).to(dtype)
             optimizer.step()
         return (weight.detach().float() - 1.0).mean().item()
