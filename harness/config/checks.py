@@ -117,6 +117,7 @@ def _optimizer(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
         if "seed" in options and "seed" not in given.options:
             options["seed"] = config.seed
     section |= _learning_rate(config)
+    options |= _aux_learning_rate(config, section, options)
     return section | {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
 
 
@@ -134,6 +135,17 @@ def _learning_rate(config: RunConfig) -> dict[str, Any]:
         reason = f"stands for a default, and there is no default for {name}"
         raise InputError("optimizer.lr", "null", reason, allowed="a number > 0", fix="optimizer.lr=0.001")
     return {"lr": default.lr, "lr_source": default.source, "lr_tuned": default.tuned}
+
+
+def _aux_learning_rate(
+    config: RunConfig, section: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, float]:
+    """The learning rate beside a matrix rule that belongs to the default one; none where either was given."""
+    given = config.optimizer
+    if section["lr_source"] == "given" or "aux_lr" not in options or "aux_lr" in given.options:
+        return {}
+    default = learning_rates.default(given.name, parameter_count(config))
+    return {"aux_lr": default.aux_lr} if default is not None and default.aux_lr is not None else {}
 
 
 def _check_target(target: str) -> None:

@@ -18,6 +18,7 @@ class Row(NamedTuple):
         lr: peak learning rate.
         source: paper, script or measurement.
         tuned: the source searched for it at these sizes.
+        aux_lr: peak learning rate of the AdamW beside a matrix rule; None: the preset's own.
     """
 
     smallest: float
@@ -25,6 +26,7 @@ class Row(NamedTuple):
     lr: float
     source: str
     tuned: bool = False
+    aux_lr: float | None = None
 
 
 class LearningRate(NamedTuple):
@@ -34,6 +36,7 @@ class LearningRate(NamedTuple):
     source: str
     tuned: bool
     warning: str | None
+    aux_lr: float | None = None
 
 
 _GALORE = "GaLore (arXiv 2403.03507), scripts/benchmark_c4"
@@ -80,7 +83,7 @@ def default(optimizer: str, parameters: int) -> LearningRate | None:
         return None
     row = min(rows, key=lambda row: _distance(row, parameters))
     if _distance(row, parameters) == 0:
-        return LearningRate(row.lr, row.source, row.tuned, None)
+        return LearningRate(row.lr, row.source, row.tuned, None, row.aux_lr)
     size = f"{parameters / 1e6:.3g}M"
     return LearningRate(
         row.lr,
@@ -88,6 +91,7 @@ def default(optimizer: str, parameters: int) -> LearningRate | None:
         False,
         f"optimizer.lr: no default for {optimizer} at {size} parameters; {row.lr:g} is the nearest "
         f"({row.source}); give optimizer.lr=… for a fair comparison",
+        row.aux_lr,
     )
 
 
