@@ -37,6 +37,11 @@ class Clock:
             yield
             self._seconds[name] += time.perf_counter() - begin
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count ``seconds`` that were measured inside of ``source`` as ``target`` instead."""
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
+
     def read(self) -> dict[str, float]:
         """Seconds per part since the last read, and "total", the wall-clock time between the reads. Waits."""
         if self._device.type == "cuda":

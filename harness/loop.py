@@ -104,7 +104,7 @@ def train(run: Run) -> str:
             engine.update(nonfinite)
             run.optimizer.zero_grad(set_to_none=False)
             ledger.pending = engine.vote(
-                torch.stack([nonfinite, nonfinite.new_tensor(float(run.stop.requested))])
+                torch.stack([nonfinite, torch.full_like(nonfinite, run.stop.requested)])
             )
         ledger.loss = loss if ledger.loss is None else ledger.loss + loss
         ledger.loss_tokens += tokens
@@ -161,9 +161,8 @@ def write_row(run: Run, step: int, due: Sequence[Probe]) -> None:
     ledger = run.ledger
     settle(run)
     row: Row = {"step": ledger.step, "tokens": ledger.tokens}
-    with run.clock.part("probes"):
-        for probe in due:
-            probe.measure(step, row)
+    for probe in due:
+        probe.measure(step, row)
     for sink in run.sinks:
         sink.write(row)
 

@@ -37,14 +37,15 @@ def execute(prepared: Prepared) -> str:
         InputError: what only shows once the model exists; nothing was trained.
     """
     engine = engines.start(prepared.config)
-    try:
-        run = assemble(prepared, engine)
-        if engine.rank != 0:
-            return train(run)
+    run = assemble(prepared, engine)
+    if engine.rank != 0:
+        state = train(run)
+    else:
         with _recording(prepared, run) as recorder:
-            return recorder.train()
-    finally:
-        engine.close()
+            state = recorder.train()
+    # Not after an exception: the other processes are elsewhere then, and waiting for them would hide it.
+    engine.close()
+    return state
 
 
 def assemble(prepared: Prepared, engine: Engine) -> Run:
@@ -74,9 +75,9 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     run = Run(config, engine, network, optimizer, factor, feed, Clock(engine.device), StopSignal())
     flops = FlopCount.of(network, seq_len=config.seq_len, precision=config.precision, device=engine.device)
     run.probes = [
-        Progress(run, MemoryMeter(engine, network, optimizer), flops),
         Evaluation(run, validation),
         Moments(run),
+        Progress(run, MemoryMeter(engine, network, optimizer), flops),
     ]
     run.stop.install()
     return run

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optimizers import groups, rules
-from optimizers.inspection import Figures, figures_of, kind_bytes, singular_values
+from optimizers.inspection import Figures, Observation, kind_bytes, singular_values
 from optimizers.layouts.replicated import Replicated, Rows, Whole
 from optimizers.presets import resolve
 from optimizers.rounding import Rounding
@@ -79,7 +79,7 @@ class Optimizer(torch.optim.Optimizer):
         self._banks: dict[int, list[Bank]] = {}
         self._stepped: list[Tensor] = []
         self._spectra: dict[str, tuple[Tensor, int]] = {}  # name → spectra of its stack, and which of them
-        self._figures: dict[str, Figures] = {}
+        self._observation = Observation()
         self._observe = False
         self._fallbacks: Tensor = torch.zeros((), dtype=torch.int64)
         self.orthogonalizations = 0
@@ -168,7 +168,7 @@ class Optimizer(torch.optim.Optimizer):
         self._stepped = []
         observe, self._observe = self._observe, False
         if observe:
-            self._figures = {}
+            self._observation = Observation()
         for index, group in enumerate(self.param_groups):
             active = [p for p in group["params"] if p.grad is not None]
             if not active:
@@ -197,10 +197,13 @@ class Optimizer(torch.optim.Optimizer):
             self.found_inf,
         )
         if observe and self.preset_rule == "adamw":
+            same: dict[torch.Size, dict[str, Tensor]] = {}
             for parameter, route in zip(group["params"], self._routes[index]):
                 for block in route.blocks:
-                    moment = block.matrix(self.state[parameter]["moment"])[None]
-                    self._figures.update(figures_of([block.name], moment))
+                    moment = block.matrix(self.state[parameter]["moment"])
+                    same.setdefault(moment.shape, {})[block.name] = moment
+            for moments in same.values():
+                self._observation.add(list(moments), torch.stack(list(moments.values())))
 
     @property
     def preset_rule(self) -> str:
@@ -265,7 +268,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._spectra.pop(name, None)
         if observe:
             moment = stack.state["moment"] if update.moment is None else update.moment
-            self._figures.update(figures_of(stack.names, moment, update.factor, update.singular_values))
+            self._observation.add(stack.names, moment, update.factor, update.singular_values)
 
     def retract_step(self) -> None:
         """Take back the host's counters of the last step, which `found_inf` masked on the device.
@@ -277,7 +280,7 @@ class Optimizer(torch.optim.Optimizer):
             self.state[parameter]["step"] -= 1
         self._stepped = []
         self._spectra = {}
-        self._figures = {}
+        self._observation = Observation()
 
     def observe_moments(self, on: bool = True) -> None:
         """Let the next step compute `moment_figures`."""
@@ -289,7 +292,11 @@ class Optimizer(torch.optim.Optimizer):
         condition_number, effective_rank, stable_rank of what the rule orthogonalized or normalized; where it
         applied a factor also orthogonality_error and polar_error. Empty if that step was retracted.
         """
-        return self._figures
+        return self._observation.figures
+
+    def observation_seconds(self) -> float:
+        """What `moment_figures` cost the last observed step, for whoever keeps a budget. Waits for the device."""
+        return self._observation.seconds()
 
     def moment_spectra(self) -> dict[str, Tensor]:
         """Name → singular values of the moment, descending, detached, for every matrix on the rule.
@@ -340,7 +347,7 @@ class Optimizer(torch.optim.Optimizer):
         restore_exactly(self, state_dict)
         self._banks = {}
         self._spectra = {}
-        self._figures = {}
+        self._observation = Observation()
         self._stepped = []
         for index in range(len(self.param_groups)):
             self._allocate(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,38 @@ def figures_of(
     if factor is not None:
         columns["orthogonality_error"] = orthogonality_error(factor)
     return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)}
+
+
+class Observation:
+    """The figures of one observed step, and the time that they took."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, Figures] = {}
+        self._host_seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def add(
+        self, names: Sequence[str], moment: Tensor, factor: Tensor | None = None, known: Tensor | None = None
+    ) -> None:
+        """`figures_of` a stack, with the clock running: device time on CUDA, where the host runs ahead."""
+        if moment.device.type != "cuda":
+            begin = time.perf_counter()
+            self.figures.update(figures_of(names, moment, factor, known))
+            self._host_seconds += time.perf_counter() - begin
+            return
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        self.figures.update(figures_of(names, moment, factor, known))
+        last.record()
+        self._events.append((first, last))
+
+    def seconds(self) -> float:
+        """Seconds that the figures took. Waits for the device."""
+        for first, last in self._events:
+            last.synchronize()
+            self._host_seconds += first.elapsed_time(last) * 1e-3
+        self._events = []
+        return self._host_seconds
 
 
 def kind_bytes(state: Mapping[str, Any]) -> dict[str, int]:

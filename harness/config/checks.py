@@ -144,7 +144,7 @@ def _aux_learning_rate(
     given = config.optimizer
     if section["lr_source"] == "given" or "aux_lr" not in options or "aux_lr" in given.options:
         return {}
-    default = learning_rates.default(given.name, parameter_count(config))
+    default = learning_rates.default(given.name, parameter_count(config.model))
     return {"aux_lr": default.aux_lr} if default is not None and default.aux_lr is not None else {}
 
 

@@ -43,6 +43,13 @@ class Moments:
 
     def measure(self, step: int, row: Row) -> None:
         begin = time.perf_counter()
+        inside = self._run.optimizer.observation_seconds()  # pyright: ignore[reportAttributeAccessIssue]
+        self._run.clock.move("optimizer", "probes", inside)
+        with self._run.clock.part("probes"):
+            self._collect(step, row)
+        self._schedule(step, inside + time.perf_counter() - begin)
+
+    def _collect(self, step: int, row: Row) -> None:
         figures: dict[str, dict[str, torch.Tensor]] = self._run.optimizer.moment_figures()  # pyright: ignore[reportAttributeAccessIssue]
         layers = {
             name: {key: float(value) for key, value in values.items()} for name, values in figures.items()
@@ -63,7 +70,6 @@ class Moments:
                 for name, layer in layers.items()
             ]
             _write(self._run.folder / "moments.parquet", self._rows)
-        self._schedule(step, time.perf_counter() - begin)
 
     def _schedule(self, step: int, cost: float) -> None:
         if isinstance(self._every, int):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from harness.loop import Run, mean_loss
 from harness.probes.flops import FlopCount
 from harness.probes.memory import MemoryMeter
@@ -11,8 +13,7 @@ from harness.record.folder import Row
 class Progress:
     """Due every ``log_every`` steps, in the first and the last step, and whenever another probe is.
 
-    It must be the first probe of a run: it closes the clock before the others cost time, and charges what
-    they cost to the next row as ``time/probes_s``.
+    It must be the last probe of a run: it reads the clock, so that a row holds what its own probes cost.
     """
 
     def __init__(self, run: Run, memory: MemoryMeter, flops: FlopCount) -> None:
@@ -44,7 +45,7 @@ class Progress:
         training = max(total - probes, 1e-9)
         row["wall_s"] = run.ledger.wall_s
         row["train/loss"] = loss
-        row["lr"] = run.optimizer.param_groups[0]["lr"]
+        row["lr"] = matrix_lr(run.optimizer)
         row["grad_norm"] = None if run.ledger.grad_norm is None else run.ledger.grad_norm.item()
         row["skipped_steps"] = run.ledger.skipped
         row["throughput/tokens_per_s"] = tokens / training
@@ -67,3 +68,9 @@ class Progress:
         per_step["probes"] = probes / steps
         per_step["other"] = max(0.0, total / steps - sum(per_step.values()))
         return {f"time/{part}_s": value for part, value in per_step.items()}
+
+
+def matrix_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Learning rate of the matrix rule's group, or of the first group where no rule is told apart."""
+    groups = optimizer.param_groups
+    return next((group for group in groups if group.get("rule", "adamw") != "adamw"), groups[0])["lr"]

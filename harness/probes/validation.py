@@ -35,7 +35,8 @@ class Evaluation:
     def measure(self, step: int, row: Row) -> None:
         run = self._run
         micro = run.config.micro_batch_size or 1
-        loss = evaluate(run.engine, run.model, self._validation, rows=self._rows, micro_batch_size=micro)
+        with run.clock.part("probes"):
+            loss = evaluate(run.engine, run.model, self._validation, rows=self._rows, micro_batch_size=micro)
         row["val/loss"] = loss
         row["val/perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self.best is None or loss < self.best:

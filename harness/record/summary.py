@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from harness import model
@@ -103,7 +104,7 @@ def median(rows: Sequence[Row], key: str) -> float | None:
 
 def mean_times(rows: Sequence[Row]) -> dict[str, float | None]:
     """Mean seconds per step of each part, weighted by the steps of the rows; the first row warms up."""
-    kept = list(zip(rows, rows[1:])) or [({"step": 0}, row) for row in rows]
+    kept = list(pairwise(rows)) or [({"step": 0}, row) for row in rows]
     means: dict[str, float | None] = {}
     for part in TIME_PARTS:
         parts = [

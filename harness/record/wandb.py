@@ -119,7 +119,9 @@ class WandbSink:
         run.define_metric("*", step_metric="step")
         return run
 
-    def _restart_offline(self, config: RunConfig, folder: Path, run_id: str, facts: Mapping[str, Any]) -> None:
+    def _restart_offline(
+        self, config: RunConfig, folder: Path, run_id: str, facts: Mapping[str, Any]
+    ) -> None:
         import wandb
 
         wandb.teardown()  # W&B's service still holds the run's id after an init that timed out

@@ -105,7 +105,7 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], parts: list[str]) 
 def test_a_checked_run_is_complete_and_stays_the_same() -> None:
     checked = run_check(make(optimizer__name="sumo", world_size=2))
     assert (checked.world_size, checked.micro_batch_size, checked.engine.name) == (2, 8, "ddp")
-    assert checked.optimizer.lr == 1e-3
+    assert checked.optimizer.lr == 0.016
     assert checked.optimizer.lr_source
     assert checked.optimizer.options["update_scale"] == "rms_max"
     assert "lr" not in checked.optimizer.options
@@ -205,11 +205,20 @@ def test_a_local_model_folder(tmp_path: Path) -> None:
 def test_learning_rate_and_its_source() -> None:
     given = run_check(make(optimizer__lr=0.5)).optimizer
     assert (given.lr, given.lr_source, given.lr_tuned) == (0.5, "given", True)
-    small = run_check(make(optimizer__name="galore"))
-    assert small.optimizer.lr == 0.01
+    small = run_check(make(optimizer__name="galore", model__config={**LLAMA, "num_hidden_layers": 40}))
     assert small.optimizer.lr_tuned is False
-    assert "no default for galore at 1.84M parameters" in checks.warnings(small)[0]
+    assert "no default for galore at" in checks.warnings(small)[0]
     assert checks.warnings(run_check(make(optimizer__lr=0.5))) == []
+
+
+def test_the_learning_rate_beside_a_rule_comes_with_the_default() -> None:
+    tuned = run_check(make(optimizer__name="muon"))
+    assert tuned.optimizer.lr_tuned is True
+    assert tuned.optimizer.options["aux_lr"] == 0.016
+    assert run_check(tuned).optimizer == tuned.optimizer
+    assert run_check(make(optimizer__name="muon", optimizer__lr=0.02)).optimizer.options["aux_lr"] == 3e-4
+    given = run_check(make(optimizer__name="muon", optimizer__aux_lr=0.5))
+    assert given.optimizer.options["aux_lr"] == 0.5
 
 
 def test_learning_rates_of_the_published_sizes() -> None:

@@ -15,16 +15,22 @@ from tests.harness.record import wandb_file
 
 
 def _config(mode: str) -> RunConfig:
-    return RunConfig.model_validate({"wandb": {"mode": mode}, "data": {"files": ["/secret/place/text.jsonl"]}})
+    return RunConfig.model_validate(
+        {"wandb": {"mode": mode}, "data": {"files": ["/secret/place/text.jsonl"]}}
+    )
 
 
 def _sink(mode: str, folder: Path) -> tuple[mirror.WandbSink, list[str]]:
     said: list[str] = []
     folder.mkdir()
-    return mirror.WandbSink(_config(mode), folder, f"id{folder.parent.name}", {"identity": "ffff"}, said.append), said
+    return mirror.WandbSink(
+        _config(mode), folder, f"id{folder.parent.name}", {"identity": "ffff"}, said.append
+    ), said
 
 
-def test_a_server_that_does_not_answer_becomes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_becomes_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nothing listens there
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(mirror, "INIT_TIMEOUT_S", 4)
@@ -84,7 +90,9 @@ def test_disabled_writes_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_auto_is_online_only_for_those_who_are_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_online_only_for_those_who_are_logged_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     netrc = tmp_path / "netrc"
