@@ -47,7 +47,7 @@ _MATCHED = (
     "SUMO's paper states none"
 )
 
-_TINY = "benchmarks/learning_rates.py: best at 1.8M, 150 steps of 2,048 tokens (docs/benchmarks.md)"
+_TINY = "tuned at 1.8M, 150 steps of 2,048 tokens (docs/benchmarks.md)"
 
 TABLE: dict[str, tuple[Row, ...]] = {
     "adamw": (

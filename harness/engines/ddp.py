@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from harness.config.errors import InputError
@@ -29,12 +29,8 @@ class ReplicatedEngine:
         ddp = DistributedDataParallelKwargs(
             bucket_cap_mb=config.engine.bucket_mb,
             gradient_as_bucket_view=True,
-            # Buffers (rotary frequencies) are the same everywhere; broadcasting them costs a collective per forward.
-            broadcast_buffers=False,
         )
-        self._accelerator = Accelerator(
-            cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp], dataloader_config=DataLoaderConfiguration()
-        )
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])
         self.name = config.engine.name
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
@@ -60,6 +56,8 @@ class ReplicatedEngine:
         self._optimizer = optimizer
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            # Buffers (rotary frequencies) are the same everywhere; sending them costs a collective per forward.
+            self.model.forward_sync_buffers = False
             # Default: one sample in 100 iterations, too few for rows that describe every step.
             self.model._set_ddp_runtime_logging_sample_rate(1)
 
