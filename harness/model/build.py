@@ -31,6 +31,7 @@ def build(config: ModelConfig, *, seed: int, precision: Precision = "fp32", devi
             the model refuses, or a folder without a model.
     """
     dtype = torch.bfloat16 if precision == "bf16_pure" else torch.float32
+    model: Any
     if config.path is not None:
         model = _from_folder(config, dtype)
     else:
@@ -50,7 +51,7 @@ def configuration(config: ModelConfig) -> PretrainedConfig:
     try:
         known = AutoConfig.for_model(config.model_type).to_dict().keys()
     except ValueError as error:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
         raise InputError(
             "model.model_type", config.model_type, allowed=sorted(CONFIG_MAPPING_NAMES)
