@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ launcher takes everything else for a crash; `optbench train` turns the state int
 
 ERROR_FILE = "OPTBENCH_ERROR_FILE"
 """Environment variable: where rank 0 leaves an `InputError` for the command that started it."""
+
+GRACE_S = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         state = execute(prepared)
     except InputError as error:
-        say(str(error))
+        if not first:
+            # Rank 0 found the same and says it. A process that ends before it makes the launcher kill rank 0
+            # first; one that is still here afterwards found something of its own.
+            time.sleep(GRACE_S)
+        print(error, file=sys.stderr, flush=True)
         if first and ERROR_FILE in os.environ:
             Path(os.environ[ERROR_FILE]).write_text(json.dumps(vars(error)))
         return 2
