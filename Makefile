@@ -35,7 +35,7 @@ format: setup ## let ruff rewrite the code
 
 bench: setup ## the ratios of docs/benchmarks.md
 	$(BIN)/python benchmarks/harness_overhead.py optimizer=adamw
-	$(BIN)/python benchmarks/harness_overhead.py optimizer=sumo optimizer.lr=0.008
+	$(BIN)/python benchmarks/harness_overhead.py optimizer=sumo
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/polar.py
 

@@ -92,6 +92,8 @@ def train(run: Run) -> str:
             micro_batches = run.feed.step(step)
             tokens = run.feed.loss_tokens(step)
         with clock.part("forward_backward"):
+            # Not right after the update: a row in between counts the gradients' bytes.
+            run.optimizer.zero_grad(set_to_none=True)
             loss = forward_backward(run, micro_batches, weight=engine.world_size / tokens)
         with clock.part("optimizer"):
             settle(run)
@@ -102,7 +104,6 @@ def train(run: Run) -> str:
             set_lr(run.optimizer, run.factor(step))
             ledger.grad_norm, nonfinite = engine.clip(config.max_grad_norm)
             engine.update(nonfinite)
-            run.optimizer.zero_grad(set_to_none=False)
             ledger.pending = engine.vote(
                 torch.stack([nonfinite, torch.full_like(nonfinite, run.stop.requested)])
             )

@@ -112,8 +112,7 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
     return [
         sys.executable,
         "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
+        "accelerate.commands.launch",
         *flags,
         "-m",
         *training,

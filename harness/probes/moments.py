@@ -17,6 +17,8 @@ from harness.record.schema import MOMENT_FIGURES
 
 BUDGET = 0.01
 """Share of the run's time that ``moments.every=auto`` may spend."""
+TRUSTED_AFTER = 10
+"""Steps until the time per step is known well enough."""
 
 
 class Moments:
@@ -31,6 +33,7 @@ class Moments:
         self._rules = {route.name: route.rule for route in getattr(run.optimizer, "routes", [])}
         self._every = run.config.moments.every
         self._next = 0
+        self._spent = 0.0
         self._rows: list[dict[str, object]] = []
 
     def due(self, step: int) -> bool:
@@ -79,10 +82,14 @@ class Moments:
         cost_s, elapsed = engine.max(
             torch.tensor([cost, ledger.wall_s], dtype=torch.float64, device=engine.device)
         ).tolist()
-        # The first step is dearer than the others (allocation, compilation), which would let probes come too
-        # often; they are only trusted once a few steps have been timed.
-        per_step = elapsed / (step + 1) if step >= 10 else math.inf
-        self._next = step + (10 if math.isinf(per_step) else max(1, math.ceil(cost_s / (BUDGET * per_step))))
+        self._spent += cost_s
+        # The first step is dearer than the others (allocation, compilation): what a step takes is only trusted
+        # once a few have been timed. One more probe is set aside for the last step.
+        if step < TRUSTED_AFTER:
+            self._next = TRUSTED_AFTER
+        else:
+            affordable = math.ceil((self._spent + 2 * cost_s) / (BUDGET * elapsed / (step + 1)))
+            self._next = max(step + 1, affordable)
 
 
 def _finite(layer: dict[str, float]) -> dict[str, float | None]:
