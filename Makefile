@@ -18,7 +18,7 @@ setup: $(VENV)/.installed ## a virtual environment in .venv, exactly as requirem
 quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each, write runs/quickstart/report.html
 	$(BIN)/optbench compare adamw muon galore sumo preset=quickstart seeds=1 group=quickstart
 
-test: setup ## the tests (about 8 minutes on 2 cores)
+test: setup ## the tests (about 5 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-full: setup ## the tests and the slow ones

@@ -29,7 +29,7 @@ GRACE_S = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one training process; returns its exit code. Bad input is one line on rank 0 and code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = os.environ.get("RANK", "0") == "0"
 
     def say(text: str) -> None:
         if first:
