@@ -46,25 +46,6 @@ class Sink(Protocol):
 
 
 @dataclass
-class Run:
-    """All that a run consists of, as `harness.run.assemble` puts it together."""
-
-    config: RunConfig
-    engine: Engine
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    factor: Factor
-    feed: Feed
-    clock: Clock
-    stop: StopSignal
-    probes: Sequence[Probe] = ()
-    sinks: Sequence[Sink] = ()
-    folder: Path | None = None
-    """The run folder, where this process is the one that writes it."""
-    ledger: Ledger = field(default_factory=lambda: Ledger())
-
-
-@dataclass
 class Ledger:
     """Host-side running totals."""
 
@@ -81,6 +62,25 @@ class Ledger:
     grad_norm: torch.Tensor | None = None
     pending: Callable[[], list[float]] | None = None
     """Vote of the last step: read one step late, so that the host never waits for the device."""
+
+
+@dataclass
+class Run:
+    """All that a run consists of, as `harness.run.assemble` puts it together."""
+
+    config: RunConfig
+    engine: Engine
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    factor: Factor
+    feed: Feed
+    clock: Clock
+    stop: StopSignal
+    probes: Sequence[Probe] = ()
+    sinks: Sequence[Sink] = ()
+    folder: Path | None = None
+    """The run folder, where this process is the one that writes it."""
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 def train(run: Run) -> str:

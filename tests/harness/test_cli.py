@@ -77,7 +77,11 @@ def test_examples_of_runs_compose() -> None:
     from harness.config.compose import load
 
     for words, _ in cli.COMMANDS["train"].examples:
-        load(words.split())
+        composed = load(words.split())
+        for word in words.split():
+            key, _, value = word.partition("=")
+            if key in ("steps", "world_size", "batch_size", "precision"):
+                assert str(getattr(composed, key)) == value
 
 
 @pytest.mark.parametrize(
