@@ -18,6 +18,10 @@ from optimizers.rounding import Rounding, apply_to_half
 STACK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
 
 
+Axes = tuple[int | None, ...]
+"""For each dimension of a state: the axis of the matrix that it runs along (0 rows, 1 columns), or None."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One matrix of a stack: a block of a parameter."""
@@ -48,6 +52,9 @@ class Stack:
         state: kind → (b, …), fp32 (fp64 for fp64 weights). Change it by `commit` and `blend` only.
         masked: 0-dim bool on the device: this step must leave no trace. None: it is not masked.
         dtype: of state and arithmetic.
+        split: axis of the matrices of which this process holds an interval only (0 rows, 1 columns); None: it
+            holds them whole. `shape` is that of the whole matrix all the same.
+        start: where the interval begins.
     """
 
     members: Sequence[Member]
@@ -60,6 +67,8 @@ class Stack:
     state: dict[str, Tensor]
     masked: Tensor | None
     dtype: torch.dtype
+    split: int | None = None
+    start: int = 0
     keep_gradient: bool = True
     _gradient: Tensor | None = None
 
@@ -106,6 +115,27 @@ class Stack:
             if last or self.due[position + 1] != index + 1:
                 yield slice(self.due[start], index + 1)
                 start = position + 1
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update that is not formed yet: keep·G + left·right.
+
+    Attributes:
+        left: (b, m, r).
+        right: (b, r, n).
+        keep: factor on the gradient.
+    """
+
+    left: Tensor
+    right: Tensor
+    keep: float = 0.0
+
+    def dense(self, stack: Stack) -> Tensor:
+        """(b, m, n), written over the stack's gradient where that is part of it."""
+        if self.keep == 0.0:
+            return torch.bmm(self.left, self.right)
+        return stack.gradient.baddbmm_(self.left, self.right, beta=self.keep)
 
 
 def _gradient_of(member: Member) -> Tensor:
@@ -258,23 +288,33 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def apply_update(
-    stack: Stack, delta: Tensor, lr: float | Tensor, weight_decay: float, decay_last: bool, rounding: Rounding
+    stack: Stack,
+    delta: Tensor | LowRank,
+    lr: float | Tensor,
+    weight_decay: float,
+    decay_last: bool,
+    rounding: Rounding,
 ) -> None:
     """W ← (1 - lr·wd)·W - lr·Δ for the stack's weights; Δ may be overwritten.
 
     Args:
-        delta: (b, m, n) in the stack's dtype.
+        delta: (b, m, n) in the stack's dtype, or its factors.
         lr: learning rate of this step; a 0-dim tensor is taken too.
         decay_last: the decay multiplies the weight after the step instead of before.
         rounding: how half-precision weights take the fp32 result.
     """
+    weights = [m.block.view(m.parameter) for m in stack.members]
+    if isinstance(delta, LowRank):
+        if _in_place(stack, weights):
+            _apply_factors(stack, weights, delta, lr, weight_decay, decay_last)
+            return
+        delta = delta.dense(stack)
     if stack.masked is not None:
         # Not a product: a masked step usually holds NaN, and NaN·0 is NaN.
         delta = torch.where(stack.masked, 0.0, delta)
     decay: float | Tensor = 1.0 - lr * weight_decay
     if stack.masked is not None and weight_decay:
         decay = torch.where(stack.masked, torch.ones((), dtype=stack.dtype, device=delta.device), decay)
-    weights = [m.block.view(m.parameter) for m in stack.members]
     if weights[0].dtype != stack.dtype:
         apply_to_half(stack, weights, delta, lr, decay if weight_decay else None, decay_last, rounding)
         return
@@ -286,3 +326,35 @@ def apply_update(
     torch._foreach_add_(weights, parts, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
     if weight_decay and decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _in_place(stack: Stack, weights: Sequence[Tensor]) -> bool:
+    """Whether factors are multiplied straight into the weights: on a CPU that saves two passes over memory,
+    on a GPU it would cost a launch per matrix."""
+    return (
+        stack.masked is None
+        and weights[0].device.type == "cpu"
+        and weights[0].dtype == stack.dtype
+        and weights[0].ndim == 2
+    )
+
+
+def _apply_factors(
+    stack: Stack,
+    weights: Sequence[Tensor],
+    delta: LowRank,
+    lr: float | Tensor,
+    weight_decay: float,
+    decay_last: bool,
+) -> None:
+    lr = float(lr)
+    decay = 1.0 - lr * weight_decay
+    if decay != 1.0 and not decay_last:
+        torch._foreach_mul_(list(weights), decay)  # pyright: ignore[reportPrivateImportUsage]
+    if delta.keep:
+        gradients = [m.block.view(_gradient_of(m)).to(stack.dtype) for m in stack.members]
+        torch._foreach_add_(list(weights), gradients, alpha=-lr * delta.keep)  # pyright: ignore[reportPrivateImportUsage]
+    for weight, left, right in zip(weights, delta.left.unbind(0), delta.right.unbind(0)):
+        weight.addmm_(left, right, alpha=-lr)
+    if decay != 1.0 and decay_last:
+        torch._foreach_mul_(list(weights), decay)  # pyright: ignore[reportPrivateImportUsage]

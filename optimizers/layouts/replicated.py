@@ -9,14 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optimizers.linalg.inverse_root import InverseRoot, inverse_root
+from optimizers.linalg.inverse_root import GRAM_RTOL, InverseRoot, inverse_root
+from optimizers.linalg.sketching import Steps, alone
 
-BasisMaker = Callable[[], Tensor]
+BasisMaker = Callable[[], "Tensor | Steps"]
+Solver = Callable[[Tensor], InverseRoot]
 
 
 class Rows(Protocol):
     """What a rule asks of a layout. Each call takes a list with one entry per stack, and every process issues
     the same calls in the same order.
+
+    Where matrices are split over ranks, `partial` says which entries are this rank's share of a sum; the
+    others are complete. None: all are shares.
 
     Attributes:
         exchanges_bases: `bases` communicates, so all stacks of a step should share one call.
@@ -24,18 +29,22 @@ class Rows(Protocol):
 
     exchanges_bases: bool
 
-    def total(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor summed over the processes that hold the rows of its matrices."""
+    def total(self, parts: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
+        """Each share summed over the processes that hold parts of its matrices."""
         ...
 
     def roots(
-        self, grams: Sequence[Tensor], rtols: Sequence[float], methods: Sequence[str]
+        self,
+        grams: Sequence[Tensor],
+        solvers: Sequence[Solver] | None = None,
+        partial: Sequence[bool] | None = None,
     ) -> list[InverseRoot]:
-        """(MᵀM)^(-1/2) of (b, r, r) fp64 Grams, which may be partial sums over rows."""
+        """(MᵀM)^(-1/2) of (b, r, r) fp64 Grams, by `solvers` (None: `inverse_root` at its lowest cut)."""
         ...
 
     def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
-        """New subspace bases: `makers[i]` computes one, of shape, dtype and device of `like[i]`.
+        """New subspace bases: `makers[i]` computes one, of shape, dtype and device of `like[i]`; for a split
+        matrix it returns the steps to it (`linalg.sketching`).
 
         They come from eigen- or singular vectors, of which a last-bit difference between machines can make
         another
@@ -44,24 +53,40 @@ class Rows(Protocol):
         ...
 
 
+def solved(grams: Sequence[Tensor], solvers: Sequence[Solver] | None) -> list[InverseRoot]:
+    """Each Gram's root, computed here."""
+    if solvers is None:
+        return [inverse_root(gram, GRAM_RTOL) for gram in grams]
+    return [solver(gram) for gram, solver in zip(grams, solvers)]
+
+
+def made(maker: BasisMaker) -> Tensor:
+    """The basis, where nothing is split."""
+    basis = maker()
+    return basis if isinstance(basis, Tensor) else alone(basis)
+
+
 class Whole:
     """One process: every sum is complete, every basis is made here."""
 
     exchanges_bases = False
 
-    def total(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def total(self, parts: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
         """The parts themselves."""
         return list(parts)
 
     def roots(
-        self, grams: Sequence[Tensor], rtols: Sequence[float], methods: Sequence[str]
+        self,
+        grams: Sequence[Tensor],
+        solvers: Sequence[Solver] | None = None,
+        partial: Sequence[bool] | None = None,
     ) -> list[InverseRoot]:
         """Computed here: a smooth map of numbers that all replicas share bit by bit."""
-        return [inverse_root(g, rtol, method) for g, rtol, method in zip(grams, rtols, methods)]
+        return solved(grams, solvers)
 
     def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
         """Made here."""
-        return [make() for make in makers]
+        return [made(maker) for maker in makers]
 
 
 class Replicated(Whole):
@@ -82,16 +107,16 @@ class Replicated(Whole):
         if not makers:
             return []
         owner = dist.get_rank() == self.source
-        made = (
-            [make().to(t.dtype) for make, t in zip(makers, like)]
+        found = (
+            [made(maker).to(t.dtype) for maker, t in zip(makers, like)]
             if owner
             else [torch.empty_like(t) for t in like]
         )
-        kinds = sorted({(str(t.dtype), str(t.device)) for t in made})
+        kinds = sorted({(str(t.dtype), str(t.device)) for t in found})
         for kind in kinds:
-            chosen = [i for i, t in enumerate(made) if (str(t.dtype), str(t.device)) == kind]
-            flat = torch.cat([made[i].reshape(-1) for i in chosen])
+            chosen = [i for i, t in enumerate(found) if (str(t.dtype), str(t.device)) == kind]
+            flat = torch.cat([found[i].reshape(-1) for i in chosen])
             dist.broadcast(flat, self.source, group=self.group)
-            for i, part in zip(chosen, flat.split([made[i].numel() for i in chosen])):
-                made[i] = part.view(made[i].shape)
-        return made
+            for i, part in zip(chosen, flat.split([found[i].numel() for i in chosen])):
+                found[i] = part.view(found[i].shape)
+        return found

@@ -7,21 +7,16 @@ depend on the arbitrary signs of singular vectors, so they are fixed here, once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from optimizers.linalg.inverse_root import GRAM_RTOL, root_by_eigh
+from optimizers.linalg import sketching
+from optimizers.linalg.inverse_root import GRAM_RTOL
 from optimizers.linalg.polar import default_rtol
 from optimizers.linalg.precision import full_precision
 from optimizers.linalg.robust import cleaned, finite_matrices, flattened, robust_eigh
-
-Reduce = Callable[[Tensor], Tensor]
-Eigen = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-# Pivots of a Cholesky factor that span more than this leave too few digits: the eigenvalue branch takes over.
-_PIVOT = 1e-7
 
 
 def canonical_signs(basis: Tensor) -> Tensor:
@@ -86,11 +81,14 @@ def svd_basis(gradient: Tensor, rank: int, side: str, rtol: float | None = None)
         ValueError: rank outside 1 … min(m, n), or an unknown side.
     """
     _check(gradient, rank, side)
-    return _svd_basis(gradient.detach(), rank, side == "left", _cut(gradient, rtol))
+    return _svd_basis(
+        gradient.detach(), rank, side == "left", basis_cut(gradient.shape, gradient.dtype, rtol)
+    )
 
 
-def _cut(gradient: Tensor, rtol: float | None) -> float:
-    return max(default_rtol(gradient.shape, gradient.dtype) if rtol is None else rtol, GRAM_RTOL)
+def basis_cut(shape: Sequence[int], dtype: torch.dtype, rtol: float | None = None) -> float:
+    """Relative cut of a basis of (…, m, n) gradients: `rtol` or max(m, n)·eps, not below `GRAM_RTOL`."""
+    return max(default_rtol(tuple(shape), dtype) if rtol is None else rtol, GRAM_RTOL)
 
 
 def _check(gradient: Tensor, rank: int, side: str) -> None:
@@ -132,15 +130,6 @@ def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values.flip(-1)[:, :rank].clamp_min(0.0), vectors.flip(-1)[:, :, :rank]
 
 
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _local_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors, _ = robust_eigh(gram)
-    return values, vectors
-
-
 def randomized_basis(
     gradient: Tensor,
     rank: int,
@@ -149,37 +138,28 @@ def randomized_basis(
     passes: int = 1,
     warm: Tensor | None = None,
     rtol: float | None = None,
-    row_sum: Reduce = _identity,
-    eigen: Eigen = _local_eigen,
     canonical: bool = True,
 ) -> Tensor:
     """Leading singular vectors by a randomized range finder with power passes and a warm start.
 
     N. Halko, P. Martinsson and J. Tropp, SIAM Review 53(2), 2011, Algorithms 4.4 and 5.1; orthonormalized by
     CholeskyQR2 on fp64 Grams (Y. Yamamoto et al., ETNA 44, 2015), by eigenvalues where that breaks down. A
-    rank-deficient sketch yields exact zero columns, not arbitrary directions.
-
-    `gradient` may be this rank's rows of a matrix that is split by rows: every product that contracts over
-    rows goes through `row_sum`, the same number of times on all ranks, and a left basis comes back as rows.
-    The test matrix lives on the columns, which no rank splits, so all layouts draw the same sketch.
+    rank-deficient sketch yields exact zero columns, not arbitrary directions. The algorithm itself is
+    `sketching.range_finder`, which also runs on shards.
 
     Never raises on data: a matrix that is not finite gets a zero basis, and no other of the stack notices.
 
     Args:
-        gradient: (…, m, n), or (…, m_local, n).
-        rank: at most min(m, n) of the whole matrix.
+        gradient: (…, m, n).
+        rank: at most min(m, n).
         side: "left" → (…, m, rank), "right" → (…, n, rank).
         test: (…, n, rank + oversampling) Gaussian (`test_matrix`), broadcast over the stack.
         passes: how often the sketch is multiplied by the gradient and back. "left" starts from one product
             with the gradient and may have 0 passes; "right" needs 1.
-        warm: previous basis on the same side (rows of it where rows are split); its non-zero columns
-            replace the first `rank` directions of the sketch.
+        warm: previous basis on the same side; its non-zero columns replace the first `rank` directions of
+            the sketch.
         rtol: cut relative to σ1; None: max(m, n)·eps.
-        row_sum: sums a tensor over the ranks that hold the rows.
-        eigen: eigenvalues (ascending) and vectors of a stack of Grams; a sharded caller lets one owner
-            compute them, because a replicated eigenbasis may differ between ranks.
-        canonical: fix the signs; switch off for the rows of a left basis, whose largest component may live on
-            another rank.
+        canonical: fix the signs.
 
     Returns:
         fp32 (fp64 for fp64 input), orthonormal columns in order of descending (Ritz) σ, zero below the cut.
@@ -202,78 +182,7 @@ def randomized_basis(
         g = flattened(gradient.detach().to(_basis_dtype(gradient.dtype)))
         sketch = flattened(test.to(g).expand(*batch, *test.shape[-2:]))
         old = None if warm is None else flattened(warm.to(g))
-        cut = _cut(gradient, rtol)
-        if side == "right":
-            basis = _right(g, rank, _with_warm(sketch, old, _identity), passes, cut, row_sum, eigen)
-        else:
-            basis = _left(g, rank, _with_warm(g @ sketch, old, row_sum), passes, cut, row_sum, eigen)
+        finder = sketching.range_finder(g, rank, side, sketch, passes, old, basis_cut(g.shape, g.dtype, rtol))
+        basis = sketching.alone(finder)
         basis = canonical_signs(basis) if canonical else basis
         return basis.reshape(*batch, *basis.shape[-2:])
-
-
-def _with_warm(sketch: Tensor, warm: Tensor | None, row_sum: Reduce) -> Tensor:
-    if warm is None:
-        return sketch
-    rank = warm.shape[-1]
-    used = row_sum(warm.square().sum(-2, keepdim=True)) > 0
-    return torch.cat([torch.where(used, warm, sketch[..., :rank]), sketch[..., rank:]], -1)
-
-
-def _right(
-    g: Tensor, rank: int, sketch: Tensor, passes: int, rtol: float, row_sum: Reduce, eigen: Eigen
-) -> Tensor:
-    columns = sketch
-    for _ in range(passes):
-        rows = _orthonormal(g @ columns, row_sum)
-        product = row_sum(g.mT @ rows)
-        columns = _orthonormal(product, _identity)
-    vectors = product.double()  # pyright: ignore[reportPossiblyUnboundVariable]
-    values, rotation, keep = _ritz(vectors.mT @ vectors, rank, rtol, eigen)
-    return torch.where(keep, vectors @ rotation / values, 0.0).to(g.dtype)
-
-
-def _left(
-    g: Tensor, rank: int, rows: Tensor, passes: int, rtol: float, row_sum: Reduce, eigen: Eigen
-) -> Tensor:
-    for _ in range(passes):
-        columns = _orthonormal(row_sum(g.mT @ _orthonormal(rows, row_sum)), _identity)
-        rows = g @ columns
-    # Twice: the first pass leaves an orthogonality error of eps32 times the sketch's condition number.
-    rows = _orthonormal(_orthonormal(rows, row_sum), row_sum)
-    product = row_sum(g.mT @ rows).double()
-    _, rotation, keep = _ritz(product.mT @ product, rank, rtol, eigen)
-    return torch.where(keep, rows @ rotation.to(g.dtype), 0.0)
-
-
-def _ritz(gram: Tensor, rank: int, rtol: float, eigen: Eigen) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular values (b, 1, rank), rotation (b, k, rank), which lie above the cut (b, 1, rank)."""
-    values, vectors = eigen(cleaned(gram, finite_matrices(gram)))
-    values = values.flip(-1)[:, None, :rank].clamp_min(0.0)
-    keep = values > rtol**2 * values[..., :1]
-    return torch.where(keep, values, 1.0).sqrt(), vectors.flip(-1)[..., :rank], keep
-
-
-def _orthonormal(block: Tensor, row_sum: Reduce) -> Tensor:
-    """One CholeskyQR pass over the columns of (b, L, k), whose rows may be split over ranks.
-
-    Columns are scaled to length 1 first. Where Cholesky breaks down (dependent columns) the block is
-    multiplied by the pseudo-inverse square root of its Gram instead: columns with the same span, with BᵀB a
-    projector. Both are smooth maps of the summed Gram, so that every rank may compute them for itself.
-    """
-    wide = block.double()
-    gram = row_sum(wide.mT @ wide)
-    finite = finite_matrices(gram)
-    gram, block = cleaned(gram, finite), cleaned(block, finite)
-    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    inverse = torch.where(length > 0, 1.0 / length, 0.0)
-    gram = gram * inverse[:, :, None] * inverse[:, None, :]
-    factor, info = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    broken = (info != 0) | ~(pivots.amin(-1) > _PIVOT * pivots.amax(-1))
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    safe = torch.where(broken[:, None, None], identity, factor)
-    transform = torch.linalg.solve_triangular(safe.mT, identity.expand_as(safe), upper=True)
-    again = broken.nonzero().squeeze(-1)
-    if again.numel():
-        transform = transform.index_copy(0, again, root_by_eigh(gram[again], GRAM_RTOL)[0])
-    return block @ (inverse[:, :, None] * transform).to(block.dtype)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial as bound
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.layouts.replicated import Rows
-from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
+from optimizers.layouts.replicated import Rows, Solver
+from optimizers.linalg.inverse_root import GRAM_RTOL, inverse_root
+from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express, polynomial_root
 from optimizers.linalg.polar import Polar, choose_method, default_rtol, polar
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,36 +46,64 @@ def orthogonalize(moment: Tensor, options: Mapping[str, Any]) -> Polar:
 
 
 def gram_factors(
-    moments: Sequence[Tensor], lefts: Sequence[bool], options: Sequence[Mapping[str, Any]], rows: Rows
+    moments: Sequence[Tensor],
+    shapes: Sequence[tuple[int, int]],
+    lefts: Sequence[bool],
+    options: Sequence[Mapping[str, Any]],
+    rows: Rows,
+    partial: Sequence[bool],
 ) -> list[Polar]:
     """Factors of subspace moments, r×n (left) or m×r; where the method allows it through `rows.roots`.
 
     The r×r Gram is all that has to cross ranks, and for fp32 moments it loses nothing: the cut max(m,
     n)·eps32 lies above the 1e-6 below which an fp64 Gram cannot see.
+
+    Args:
+        moments: of each stack; where `partial`, this rank's columns (left) or rows of them. Those take the
+            Gram whatever the method: the exact ones its fp64 root, the polynomial ones the same polynomial of
+            the Gram, in fp64.
+        shapes: of each whole moment, which the cut depends on.
     """
     results: list[Polar | None] = [None] * len(moments)
     chosen: list[int] = []
-    methods: list[str] = []
+    solvers: list[Solver] = []
     for i, (moment, option) in enumerate(zip(moments, options)):
-        method = option["orthogonalizer"]
-        if method == "auto":
-            method = choose_method(moment.shape, moment.dtype, moment.device)
-        if method in ("gram", "dwh") and moment.dtype == torch.float32:
-            chosen.append(i)
-            methods.append(method)
-        else:
+        solver = _solver(moment, shapes[i], option, partial[i])
+        if solver is None:
             results[i] = orthogonalize(moment, option)
+        else:
+            chosen.append(i)
+            solvers.append(solver)
     grams = [_gram(moments[i], lefts[i]) for i in chosen]
-    rtols = [default_rtol(moments[i].shape, moments[i].dtype) for i in chosen]
-    for i, root in zip(chosen, rows.roots(grams, rtols, methods)):
+    roots = rows.roots(grams, solvers, [partial[i] for i in chosen])
+    for i, gram, root in zip(chosen, grams, roots):
         x = root.root.to(moments[i].dtype)
         factor = x @ moments[i] if lefts[i] else moments[i] @ x
         # 0·NaN is NaN: the zero root of a matrix that is not finite does not silence it.
-        alive = torch.isfinite(grams[chosen.index(i)].diagonal(dim1=-2, dim2=-1).sum(-1))[:, None, None]
+        alive = torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))[:, None, None]
         results[i] = Polar(
             torch.where(alive, factor, 0.0), root.singular_values, root.effective_rank, root.fallbacks
         )
     return [result for result in results if result is not None]
+
+
+def _solver(
+    moment: Tensor, shape: tuple[int, int], options: Mapping[str, Any], partial: bool
+) -> Solver | None:
+    """How the Gram becomes its inverse root; None: the moment is taken as it is."""
+    method = options["orthogonalizer"]
+    if method in _ITERATIONS:
+        if not partial:
+            return None
+        return bound(polynomial_root, method=method, steps=options["orthogonalizer_steps"])
+    if method == "auto":
+        method = choose_method(shape, moment.dtype, moment.device)
+    if partial and method not in ("gram", "dwh"):
+        method = "gram"
+    if method in ("gram", "dwh") and (partial or moment.dtype == torch.float32):
+        rtol = max(GRAM_RTOL, default_rtol(shape, moment.dtype))
+        return bound(inverse_root, rtol=rtol, method=method)
+    return None
 
 
 def _gram(moment: Tensor, left: bool) -> Tensor:

@@ -12,8 +12,15 @@ from torch import Tensor
 
 from optimizers.layouts.replicated import Rows
 from optimizers.rules.rule import Rule, Update
-from optimizers.rules.subspace import keeps_left, project, project_back, refresh, subspace_state
-from optimizers.stacks import Stack
+from optimizers.rules.subspace import (
+    keeps_left,
+    lifted,
+    projected,
+    refresh,
+    subspace_axes,
+    subspace_state,
+)
+from optimizers.stacks import Axes, Stack
 
 
 class GaLore(Rule):
@@ -27,23 +34,24 @@ class GaLore(Rule):
         state = subspace_state(shape, options)
         return {**state, "second_moment": state["moment"]}
 
+    def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
+        """The second moment lies as the first."""
+        axes = subspace_axes(shape, options)
+        return {**axes, "second_moment": axes["moment"]}
+
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
         """One step of each stack; see the module's formula."""
         refresh(stacks, rows)
         lefts = [keeps_left(s.shape, s.options["side"]) for s in stacks]
-        projected = rows.total(
-            [project(s.gradient, s.state["basis"], left) for s, left in zip(stacks, lefts)]
-        )
-        for s, left, g in zip(stacks, lefts, projected):
-            moved = normalized(s, g)
-            yield Update(project_back(s.state["basis"], moved, left, out=s.gradient))
+        for s, left, g in zip(stacks, lefts, projected(stacks, lefts, rows)):
+            yield Update(lifted(s.state["basis"], normalized(s, g), left))
 
 
-def normalized(stack: Stack, projected: Tensor) -> Tensor:
-    """Advance both moments; returns α·M̂/(√V̂ + ε), or with ε before bias correction (`eps_form` raw)."""
+def normalized(stack: Stack, gradient: Tensor) -> Tensor:
+    """Advance both moments by a projected gradient; returns α·M̂/(√V̂ + ε), or with ε before bias correction (`eps_form` raw)."""
     (beta1, beta2), eps = stack.options["betas"], stack.options["eps"]
-    first = stack.blend("moment", projected, beta1, 1.0 - beta1)
-    second = stack.blend("second_moment", projected.square(), beta2, 1.0 - beta2)
+    first = stack.blend("moment", gradient, beta1, 1.0 - beta1)
+    second = stack.blend("second_moment", gradient.square(), beta2, 1.0 - beta2)
     bias1, bias2 = 1.0 - beta1**stack.count, (1.0 - beta2**stack.count).sqrt()
     # (√b₂/b₁)·M/(√V + ε') is M̂/(√V̂ + ε) for ε' = ε√b₂, and the raw form for ε' = ε.
     size = (stack.options["alpha"] * bias2 / bias1).to(first.dtype)

@@ -10,21 +10,22 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from optimizers.layouts.replicated import Rows
-from optimizers.stacks import Stack
+from optimizers.stacks import Axes, LowRank, Stack
 
 
 class Update(NamedTuple):
     """What a rule returns for a stack; the optimizer then does W ← (1 - lr·wd)·W - lr·delta.
 
     Attributes:
-        delta: (b, m, n) in the stack's dtype. The optimizer may overwrite it.
+        delta: (b, m, n) in the stack's dtype; or `LowRank`, which some layouts can send or apply without
+            forming it. The optimizer may overwrite it.
         moment: (b, …) what was orthogonalized or normalized; None: the state "moment".
         factor: (b, …) the orthogonal factor that was applied to it; None: the rule applies none.
         singular_values: (b, k) of `moment`, descending, where the step computed them.
         fallbacks: 0-dim int64 on the device: matrices whose factorization needed a fallback.
     """
 
-    delta: Tensor
+    delta: Tensor | LowRank
     moment: Tensor | None = None
     factor: Tensor | None = None
     singular_values: Tensor | None = None
@@ -52,6 +53,11 @@ class Rule(ABC):
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """kind → shape of the state of one (m, n) matrix. What is orthogonalized or normalized is
         "moment"."""
+
+    def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
+        """For each kind of `state`: the axis of the matrix (0 rows, 1 columns, None neither) that each of its
+        dimensions runs along. Asked only of rules that have a row form."""
+        raise NotImplementedError(f"{type(self).__name__} has no row form (needs_whole)")
 
     @abstractmethod
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from optimizers.layouts.replicated import Rows
-from optimizers.linalg.subspace import randomized_basis, svd_basis, test_matrix
+from optimizers.linalg import sketching
+from optimizers.linalg.subspace import basis_cut, randomized_basis, svd_basis, test_matrix
 from optimizers.presets import default_rank
-from optimizers.stacks import Stack
+from optimizers.stacks import Axes, LowRank, Stack
 
 OVERSAMPLING = 8
 # Products with GᵀG in the range finder; fixed, so that every layout computes the same basis. With two a basis captures
@@ -45,17 +46,32 @@ def subspace_state(shape: tuple[int, int], options: Mapping[str, Any]) -> dict[s
     return {"basis": (n, r), "moment": (m, r)}
 
 
+def subspace_axes(shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
+    """Which axis of the matrix (0 rows, 1 columns) each dimension of `subspace_state` runs along."""
+    if keeps_left(shape, options["side"]):
+        return {"basis": (0, None), "moment": (None, 1)}
+    return {"basis": (1, None), "moment": (0, None)}
+
+
 def project(gradient: Tensor, basis: Tensor, left: bool) -> Tensor:
     """Ĝ = QᵀG (b, r, n), or GQ (b, m, r)."""
     return basis.mT @ gradient if left else gradient @ basis
 
 
-def project_back(basis: Tensor, moved: Tensor, left: bool, out: Tensor, keep: float = 0.0) -> Tensor:
-    """keep·out + Q·X (left) or keep·out + X·Qᵀ (right), (b, m, n), written over `out`."""
-    first, second = (basis, moved) if left else (moved, basis.mT)
-    if keep == 0.0:
-        return torch.bmm(first, second, out=out)
-    return out.baddbmm_(first, second, beta=keep)
+def projected(stacks: Sequence[Stack], lefts: Sequence[bool], rows: Rows) -> list[Tensor]:
+    """Ĝ of each stack, complete: a sum over ranks where the axis that Q contracts is split."""
+    shares = [project(s.gradient, s.state["basis"], left) for s, left in zip(stacks, lefts)]
+    return rows.total(shares, [s.split == contracted(left) for s, left in zip(stacks, lefts)])
+
+
+def contracted(left: bool) -> int:
+    """The axis that Q contracts, which is also the one its rows run along."""
+    return 0 if left else 1
+
+
+def lifted(basis: Tensor, moved: Tensor, left: bool, keep: float = 0.0) -> LowRank:
+    """keep·G + Q·X (left) or keep·G + X·Qᵀ (right)."""
+    return LowRank(basis, moved, keep) if left else LowRank(moved, basis.mT, keep)
 
 
 def refresh(stacks: Sequence[Stack], rows: Rows) -> None:
@@ -66,12 +82,16 @@ def refresh(stacks: Sequence[Stack], rows: Rows) -> None:
     due = [(stack, at) for stack in stacks for at in stack.runs()]
     makers = [partial(_new_basis, stack, at) for stack, at in due]
     bases = rows.bases(makers, [stack.state["basis"][at] for stack, at in due])
+    carried = [(stack, at, basis) for (stack, at), basis in zip(due, bases) if stack.options["transport"]]
+    lefts = [keeps_left(stack.shape, stack.options["side"]) for stack, _, _ in carried]
+    overlaps = rows.total(
+        [basis.mT @ stack.state["basis"][at] for stack, at, basis in carried],
+        [stack.split == contracted(left) for (stack, _, _), left in zip(carried, lefts)],
+    )
+    for (stack, at, _), left, overlap in zip(carried, lefts, overlaps):
+        moment = stack.state["moment"][at]
+        stack.commit("moment", overlap @ moment if left else moment @ overlap.mT, at)
     for (stack, at), basis in zip(due, bases):
-        if stack.options["transport"]:
-            overlap = basis.mT @ stack.state["basis"][at]
-            moment = stack.state["moment"][at]
-            left = keeps_left(stack.shape, stack.options["side"])
-            stack.commit("moment", overlap @ moment if left else moment @ overlap.mT, at)
         stack.commit("basis", basis, at)
 
 
@@ -85,17 +105,33 @@ def _number(stack: Stack, i: int) -> int:
     return refresh_number(stack.steps[i], stack.options, stack.members[i].offset)
 
 
-def _new_basis(stack: Stack, at: slice) -> Tensor:
-    """(b', m or n, r) leading singular vectors of the gradients `at`."""
+def _new_basis(stack: Stack, at: slice) -> Tensor | sketching.Steps:
+    """(b', m or n, r) leading singular vectors of the gradients `at`; of split ones, the steps to them."""
     gradient, options = stack.gradient[at], stack.options
-    side = "left" if keeps_left(stack.shape, options["side"]) else "right"
+    left = keeps_left(stack.shape, options["side"])
+    side = "left" if left else "right"
     rank = rank_of(stack.shape, options)
+    if stack.split is None:
+        if options["basis"] == "svd":
+            return svd_basis(gradient, rank, side)
+        test = _tests(stack, at, rank)
+        return randomized_basis(gradient, rank, side, test, passes=PASSES, warm=stack.state["basis"][at])
+    rtol = basis_cut(stack.shape, gradient.dtype)
     if options["basis"] == "svd":
-        return svd_basis(gradient, rank, side)
-    sketch = stack.shape[1], min(rank + OVERSAMPLING, *stack.shape)
+        steps = sketching.exact(gradient, rank, side, rtol, stack.split)
+    else:
+        test, warm = _tests(stack, at, rank).to(gradient), stack.state["basis"][at]
+        if stack.split == 1:
+            test = test[:, stack.start : stack.start + gradient.shape[-1]]
+        steps = sketching.range_finder(gradient, rank, side, test, PASSES, warm, rtol, stack.split)
+    return sketching.canonical(steps, stack.split == contracted(left), stack.start)
+
+
+def _tests(stack: Stack, at: slice, rank: int) -> Tensor:
+    """(b', n, rank + oversampling) test matrices of the matrices `at`, on the stack's device."""
+    shape = stack.shape[1], min(rank + OVERSAMPLING, *stack.shape)
     tests = [
-        test_matrix(options["seed"], stack.members[i].block.name, _number(stack, i), sketch)
+        test_matrix(stack.options["seed"], stack.members[i].block.name, _number(stack, i), shape)
         for i in range(at.start, at.stop)
     ]
-    test = torch.stack(tests).to(gradient.device, non_blocking=True)
-    return randomized_basis(gradient, rank, side, test, passes=PASSES, warm=stack.state["basis"][at])
+    return torch.stack(tests).to(stack.state["basis"].device, non_blocking=True)

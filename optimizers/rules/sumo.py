@@ -17,8 +17,17 @@ from optimizers.layouts.replicated import Rows
 from optimizers.rules.factor import gram_factors, scale
 from optimizers.rules.momentum import momentum
 from optimizers.rules.rule import Rule, Update
-from optimizers.rules.subspace import keeps_left, project, project_back, rank_of, refresh, subspace_state
-from optimizers.stacks import Stack
+from optimizers.rules.subspace import (
+    contracted,
+    keeps_left,
+    lifted,
+    projected,
+    rank_of,
+    refresh,
+    subspace_axes,
+    subspace_state,
+)
+from optimizers.stacks import Axes, LowRank, Stack
 
 
 class Sumo(Rule):
@@ -35,58 +44,77 @@ class Sumo(Rule):
             state["projected_norm"] = ()
         return state
 
+    def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
+        """The norms are one number for the whole matrix."""
+        return {**subspace_axes(shape, options), "previous_norm": (), "projected_norm": ()}
+
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
         """One step of each stack; see the module's formula."""
         refresh(stacks, rows)
         lefts = [keeps_left(s.shape, s.options["side"]) for s in stacks]
-        projected = rows.total(
-            [project(s.gradient, s.state["basis"], left) for s, left in zip(stacks, lefts)]
-        )
-        moments = [momentum(s, g) for s, g in zip(stacks, projected)]
-        factors = gram_factors(moments, lefts, [s.options for s in stacks], rows)
-        for s, left, g, m, f in zip(stacks, lefts, projected, moments, factors):
-            if s.options["refresh_threshold"] is not None:
-                s.commit("projected_norm", torch.linalg.matrix_norm(g))
-            yield Update(compose(s, left, g, f.factor), m, f.factor, f.singular_values, f.fallbacks)
+        gradients = projected(stacks, lefts, rows)
+        moments = [momentum(s, g) for s, g in zip(stacks, gradients)]
+        ranks = [rank_of(s.shape, s.options) for s in stacks]
+        shapes = [(r, s.shape[1]) if left else (s.shape[0], r) for s, left, r in zip(stacks, lefts, ranks)]
+        splits = [s.split == 1 - contracted(left) for s, left in zip(stacks, lefts)]
+        factors = gram_factors(moments, shapes, lefts, [s.options for s in stacks], rows, splits)
+        watched = [i for i, s in enumerate(stacks) if s.options["refresh_threshold"] is not None]
+        norms = norms_of([gradients[i] for i in watched], [splits[i] for i in watched], rows)
+        for i, norm in zip(watched, norms):
+            stacks[i].commit("projected_norm", norm)
+        limited = [i for i, s in enumerate(stacks) if _limits(s, "factor")]
+        norms = norms_of([factors[i].factor for i in limited], [splits[i] for i in limited], rows)
+        shrinks = {i: _shrink(stacks[i], norm) for i, norm in zip(limited, norms)}
+        for i, (s, left, g, m, f) in enumerate(zip(stacks, lefts, gradients, moments, factors)):
+            applied = f.factor * shrinks[i][:, None, None] if i in shrinks else f.factor
+            yield Update(compose(s, left, g, applied, rows), m, f.factor, f.singular_values, f.fallbacks)
 
     def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
         """Not with a look-ahead that is not stored."""
         return options["nesterov"] is not True
 
 
-def compose(stack: Stack, left: bool, projected: Tensor, factor: Tensor) -> Tensor:
-    """(b, m, n): α (ρ(G - QĜ) + s·QO), as α (ρG + Q(sO - ρĜ)), which never forms the residual."""
+def compose(stack: Stack, left: bool, gradient: Tensor, factor: Tensor, rows: Rows) -> Tensor | LowRank:
+    """α (ρ(G - QĜ) + s·QO), as α (ρG + Q(sO - ρĜ)), which never forms the residual.
+
+    Args:
+        gradient: Ĝ.
+        factor: O.
+    """
     options, basis = stack.options, stack.state["basis"]
     s = scale(options["update_scale"], stack.shape, stack.fans, rank_of(stack.shape, options))
     alpha, rho = options["alpha"], options["residual_scale"]
-    if options["norm_growth_limit"] is not None:
-        return _limited(stack, left, projected, factor, s)
-    moved = torch.add(s * alpha * factor, projected, alpha=-alpha * rho)
-    return project_back(basis, moved, left, out=stack.gradient, keep=alpha * rho)
-
-
-def _limited(stack: Stack, left: bool, projected: Tensor, factor: Tensor, s: float) -> Tensor:
-    """The same with Block 3: the target's Frobenius norm grows at most by γ from step to step."""
-    options, basis = stack.options, stack.state["basis"]
-    alpha, rho, target = options["alpha"], options["residual_scale"], options["norm_growth_target"]
-    if target == "factor":
-        factor = factor * _shrink(stack, factor)[:, None, None]
-        moved = torch.add(s * alpha * factor, projected, alpha=-alpha * rho)
-        return project_back(basis, moved, left, out=stack.gradient, keep=alpha * rho)
-    residual = project_back(basis, -rho * projected, left, out=stack.gradient, keep=rho) if rho else None
-    if target == "residual" and residual is not None:
-        residual *= _shrink(stack, residual)[:, None, None]
-    out = residual if residual is not None else stack.gradient
-    total = project_back(basis, s * factor, left, out=out, keep=1.0 if residual is not None else 0.0)
-    if target == "total":
-        total *= _shrink(stack, total)[:, None, None]
+    if not (_limits(stack, "residual") or _limits(stack, "total")):
+        moved = torch.add(s * alpha * factor, gradient, alpha=-alpha * rho)
+        return lifted(basis, moved, left, keep=alpha * rho)
+    # Block 3 on what only exists as a whole matrix: the target's Frobenius norm grows at most by γ a step.
+    residual = lifted(basis, -rho * gradient, left, keep=rho).dense(stack)
+    is_split = [stack.split is not None]
+    if _limits(stack, "residual"):
+        residual *= _shrink(stack, norms_of([residual], is_split, rows)[0])[:, None, None]
+    total = lifted(basis, s * factor, left).dense(stack).add_(residual)
+    if _limits(stack, "total"):
+        total *= _shrink(stack, norms_of([total], is_split, rows)[0])[:, None, None]
     return total.mul_(alpha)
 
 
-def _shrink(stack: Stack, target: Tensor) -> Tensor:
+def norms_of(matrices: Sequence[Tensor], partial: Sequence[bool], rows: Rows) -> list[Tensor]:
+    """Frobenius norms (b,) of stacks of which some (`partial`) are this rank's share; squares summed in fp64."""
+    squares = [m.double().square().sum((-2, -1)) for m in matrices]
+    return [total.sqrt().to(m.dtype) for total, m in zip(rows.total(squares, partial), matrices)]
+
+
+def _limits(stack: Stack, target: str) -> bool:
+    options = stack.options
+    if options["norm_growth_limit"] is None or options["norm_growth_target"] != target:
+        return False
+    return target != "residual" or bool(options["residual_scale"])
+
+
+def _shrink(stack: Stack, norm: Tensor) -> Tensor:
     """(b,) factors ≤ 1 that keep ‖target‖ ≤ γ·(its norm in the last step); a last norm of 0 limits
     nothing."""
-    norm, last = torch.linalg.matrix_norm(target), stack.state["previous_norm"]
+    last = stack.state["previous_norm"]
     limit = stack.options["norm_growth_limit"] * last
     factor = torch.where((last > 0) & (norm > limit), limit / norm, 1.0)
     stack.commit("previous_norm", norm * factor)

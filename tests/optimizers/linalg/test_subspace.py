@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizers.linalg.subspace import canonical_signs, randomized_basis, svd_basis, test_matrix
+from optimizers.linalg import sketching
+from optimizers.linalg.subspace import (
+    basis_cut,
+    canonical_signs,
+    randomized_basis,
+    svd_basis,
+    test_matrix,
+)
 from tests.oracles.polar import with_spectrum
 
 SIDES = ["left", "right"]
@@ -123,66 +133,109 @@ def test_an_ill_conditioned_sketch_stays_orthonormal(side: str) -> None:
         assert orthonormality(basis) < 2e-6
 
 
+class Meeting:
+    """Ranks as threads that answer each other's asks."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier = threading.Barrier(world)
+        self.slots: list[torch.Tensor] = [torch.empty(0)] * world
+        self.asked: list[list[str]] = [[] for _ in range(world)]
+
+    def answer(self, rank: int, ask: sketching.Ask) -> Any:
+        self.asked[rank].append(ask.kind)
+        self.slots[rank] = ask.tensor
+        self.barrier.wait(timeout=60)
+        everything = torch.stack(self.slots)
+        self.barrier.wait(timeout=60)
+        if ask.kind == "gather":
+            return everything
+        if ask.kind == "sum":
+            return everything.sum(0)
+        assert all(torch.equal(everything[0], other) for other in everything)
+        return torch.linalg.eigh(everything[0])
+
+    def drive(self, rank: int, steps: sketching.Steps) -> torch.Tensor:
+        answer = None
+        while True:
+            try:
+                ask = steps.send(answer)
+            except StopIteration as done:
+                return done.value
+            answer = self.answer(rank, ask)
+
+
+@pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("cuts", [(0, 20, 48), (0, 1, 48), (0, 0, 31, 48)])
-@pytest.mark.parametrize("warm", [False, True])
-def test_row_shards_give_the_basis_of_the_whole_matrix(side: str, cuts: tuple[int, ...], warm: bool) -> None:
-    """Ranks as threads that meet in `row_sum`; an empty shard is a shard like any other."""
-    import threading
-
-    matrix = gradient(48, 30, 0.7, seed=5)
-    sketch = test_matrix(0, "w", 2, (30, 14))
-    old = svd_basis(matrix + 0.1 * gradient(48, 30, 0.2, seed=6), 10, side) if warm else None
-    whole = randomized_basis(matrix, 10, side, sketch, passes=2, warm=old, canonical=False)
+@pytest.mark.parametrize("kind", ["cold", "warm", "exact"])
+def test_shards_give_the_basis_of_the_whole_matrix(
+    split: int, side: str, cuts: tuple[int, ...], kind: str
+) -> None:
+    """Rows or columns over ranks; an empty shard is a shard like any other. Signs included."""
+    matrix = gradient(48, 30, 0.7, seed=5) if split == 0 else gradient(30, 48, 0.7, seed=5)
+    other = gradient(*matrix.shape, 0.2, seed=6)
+    sketch = test_matrix(0, "w", 2, (matrix.shape[1], 14))
+    old = svd_basis(matrix + 0.1 * other, 10, side) if kind == "warm" else None
+    rtol = basis_cut(matrix.shape, matrix.dtype)
+    whole = (
+        svd_basis(matrix, 10, side)
+        if kind == "exact"
+        else randomized_basis(matrix, 10, side, sketch, passes=2, warm=old)
+    )
     world = len(cuts) - 1
-    barrier, slots = threading.Barrier(world), [torch.empty(0)] * world
+    meeting = Meeting(world)
     results: list[torch.Tensor] = [torch.empty(0)] * world
-    calls = [0] * world
+    basis_is_split = (side == "left") == (split == 0)
 
     def rank(index: int) -> None:
-        def row_sum(part: torch.Tensor) -> torch.Tensor:
-            calls[index] += 1
-            slots[index] = part
-            barrier.wait(timeout=60)
-            total = torch.stack(slots).sum(0)
-            barrier.wait(timeout=60)
-            return total
-
         lo, hi = cuts[index], cuts[index + 1]
-        mine = None if old is None else (old[lo:hi] if side == "left" else old)
-        results[index] = randomized_basis(
-            matrix[lo:hi], 10, side, sketch, passes=2, warm=mine, row_sum=row_sum, canonical=False
+        mine = matrix.narrow(split, lo, hi - lo)[None]
+        kept = None if old is None else (old[lo:hi] if basis_is_split else old)[None]
+        tests = (sketch[lo:hi] if split == 1 else sketch)[None]
+        steps = (
+            sketching.exact(mine, 10, side, rtol, split)
+            if kind == "exact"
+            else sketching.range_finder(mine, 10, side, tests, 2, kept, rtol, split)
         )
+        results[index] = meeting.drive(index, sketching.canonical(steps, basis_is_split, lo))[0]
 
     threads = [threading.Thread(target=rank, args=(index,)) for index in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(calls)) == 1
-    basis = torch.cat(results) if side == "left" else results[0]
-    if side == "right":
+    assert all(asked == meeting.asked[0] for asked in meeting.asked)
+    basis = torch.cat(results) if basis_is_split else results[0]
+    if not basis_is_split:
         assert all(torch.equal(basis, other) for other in results)
-    aligned = basis * torch.sign((basis * whole).sum(0))
     # Sums of fp32 rows in another order: a few eps, amplified by σ1 over the gaps of the Ritz values, here
     # ~30.
-    torch.testing.assert_close(aligned, whole, rtol=0, atol=2e-5)
+    torch.testing.assert_close(basis, whole, rtol=0, atol=2e-5)
 
 
-def test_the_owner_may_compute_the_rotation() -> None:
-    matrix = gradient(30, 20)
-    sketch = test_matrix(0, "w", 0, (20, 10))
-    seen = []
+def test_the_largest_component_may_live_on_another_rank() -> None:
+    """The negative control: signs fixed by each rank for itself disagree."""
+    basis = torch.tensor([[0.1, -0.2], [0.3, 0.4], [-0.9, 0.5], [0.2, -0.7]])
+    expected = canonical_signs(basis)
+    assert torch.equal(expected, -basis)
+    meeting = Meeting(2)
+    results: list[torch.Tensor] = [torch.empty(0)] * 2
 
-    def eigen(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append(gram.shape)
-        values, vectors = torch.linalg.eigh(gram)
-        return values, vectors
+    def steps(part: torch.Tensor) -> sketching.Steps:
+        return part
+        yield
 
-    for side in SIDES:
-        basis = randomized_basis(matrix, 6, side, sketch, eigen=eigen)
-        assert torch.equal(basis, randomized_basis(matrix, 6, side, sketch))
-    assert seen == [(1, 10, 10), (1, 10, 10)]
+    def rank(index: int) -> None:
+        part = basis[2 * index : 2 * index + 2][None]
+        results[index] = meeting.drive(index, sketching.canonical(steps(part), True, 2 * index))[0]
+
+    threads = [threading.Thread(target=rank, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(torch.cat(results), expected)
+    assert not torch.equal(torch.cat([canonical_signs(basis[:2]), canonical_signs(basis[2:])]), expected)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -1,0 +1,201 @@
+"""Subspace bases of matrices that may be split over ranks: the algorithms, with their communication left out.
+
+Each is a generator that yields an `Ask` wherever a number has to cross ranks and is sent the answer. Whoever
+drives it decides how: `alone` answers on the spot, a sharded layout by collectives, batched over matrices.
+What is asked, and how often, depends on shapes and options only, never on the data, so that ranks stay in
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimizers.linalg.inverse_root import GRAM_RTOL, root_by_eigh
+from optimizers.linalg.robust import cleaned, finite_matrices, robust_eigh
+
+# Pivots of a Cholesky factor that span more than this leave too few digits: the eigenvalue branch takes over.
+_PIVOT = 1e-7
+
+
+class Ask(NamedTuple):
+    """What a basis needs from the other ranks.
+
+    "sum": `tensor` is this rank's share of a sum; answered by the sum. "eigen": a complete Gram (b, k, k);
+    answered by eigenvalues (b, k), ascending, and vectors (b, k, k) that one rank computed for all, because a
+    replicated eigenbasis may differ between machines. "gather": answered by all ranks' tensors, (W, …) in the
+    order of the shards.
+    """
+
+    kind: Literal["sum", "eigen", "gather"]
+    tensor: Tensor
+
+
+Steps = Generator[Ask, Any, Tensor]
+"""A basis in the making; returns (b, rows, rank)."""
+
+
+def alone(steps: Steps) -> Tensor:
+    """Drive a basis of whole matrices."""
+    answer: Any = None
+    while True:
+        try:
+            ask = steps.send(answer)
+        except StopIteration as done:
+            return done.value
+        answer = answer_alone(ask)
+
+
+def answer_alone(ask: Ask) -> Any:
+    """The answer where no other rank holds anything."""
+    if ask.kind == "eigen":
+        return robust_eigh(ask.tensor)[:2]
+    return ask.tensor[None] if ask.kind == "gather" else ask.tensor
+
+
+def range_finder(
+    gradient: Tensor,
+    rank: int,
+    side: str,
+    sketch: Tensor,
+    passes: int,
+    warm: Tensor | None,
+    rtol: float,
+    split: int | None = None,
+) -> Steps:
+    """`subspace.randomized_basis` of a stack, or of this rank's rows or columns of one.
+
+    Args:
+        gradient: (b, m, n), fp32 or fp64; with split=0 (b, m_local, n), with split=1 (b, m, n_local).
+        rank, side, passes, rtol: as for `randomized_basis`; rtol is required.
+        sketch: (b, n or n_local, rank + oversampling): with split=1 this rank's rows of the whole test matrix,
+            so that all layouts draw the same one.
+        warm: previous basis (its local rows where it is split), or None.
+        split: axis that is split over ranks; None: whole matrices.
+
+    Returns:
+        The left basis by rows where rows are split, the right one by rows where columns are, else whole and
+        equal on all ranks. Signs as they come.
+    """
+    rows, columns = split == 0, split == 1
+    if side == "right":
+        block = yield from _with_warm(sketch, warm, columns)
+        product = block
+        for _ in range(passes):
+            left = yield from orthonormal((yield from _sum(gradient @ block, columns)), rows)
+            product = yield from _sum(gradient.mT @ left, rows)
+            block = yield from orthonormal(product, columns)
+        wide = product.double()
+        gram = yield from _sum(wide.mT @ wide, columns)
+        values, rotation, keep = yield from _ritz(gram, rank, rtol)
+        return torch.where(keep, wide @ rotation / values, 0.0).to(gradient.dtype)
+    block = yield from _with_warm((yield from _sum(gradient @ sketch, columns)), warm, rows)
+    for _ in range(passes):
+        left = yield from orthonormal(block, rows)
+        right = yield from orthonormal((yield from _sum(gradient.mT @ left, rows)), columns)
+        block = yield from _sum(gradient @ right, columns)
+    # Twice: the first pass leaves an orthogonality error of eps32 times the sketch's condition number.
+    block = yield from orthonormal((yield from orthonormal(block, rows)), rows)
+    product = (yield from _sum(gradient.mT @ block, rows)).double()
+    gram = yield from _sum(product.mT @ product, columns)
+    _, rotation, keep = yield from _ritz(gram, rank, rtol)
+    return torch.where(keep, block @ rotation.to(gradient.dtype), 0.0)
+
+
+def exact(gradient: Tensor, rank: int, side: str, rtol: float, split: int) -> Steps:
+    """`subspace.svd_basis` of matrices that are split over ranks, without gathering one.
+
+    Through the fp64 Gram of the axis that is not split, which is a sum over ranks. That axis may be the long
+    one: then 8·long² bytes travel instead of 8·short² (let the layout split the long axis).
+
+    Args:
+        gradient: (b, m_local, n) for split=0, (b, m, n_local) for split=1.
+        rank, side, rtol: as for `svd_basis`; rtol is required.
+    """
+    wide = gradient.double()
+    tall = wide if split == 0 else wide.mT
+    gram = yield from _sum(tall.mT @ tall, True)
+    values, vectors, keep = yield from _ritz(gram, rank, rtol)
+    if (side == "left") == (split == 0):  # the wanted vectors live on the split axis
+        vectors = tall @ vectors / values
+    return torch.where(keep, vectors, 0.0).to(gradient.dtype)
+
+
+def canonical(steps: Steps, is_split: bool, start: int) -> Steps:
+    """`subspace.canonical_signs` of a basis whose rows may be split over ranks.
+
+    Args:
+        steps: makes the basis.
+        is_split: its rows are.
+        start: index of this rank's first row in the whole basis.
+    """
+    basis = yield from steps
+    size = basis.abs()
+    rows = basis.shape[-2]
+    own = size.amax(-2) if rows else size.new_zeros(basis.shape[0], basis.shape[-1])
+    top = (yield Ask("gather", own)).amax(0) if is_split else own
+    tied = size >= (top * (1.0 - 16.0 * torch.finfo(basis.dtype).eps))[:, None, :]
+    # fp64 holds any index exactly, so that index and sign travel in one tensor. A column that holds NaN ties
+    # nowhere; it stays what it is.
+    index = torch.arange(start, start + rows, device=basis.device, dtype=torch.float64)[:, None]
+    if rows:
+        candidates = torch.where(tied, index, torch.inf)
+        first = candidates.amin(-2)
+        leader = basis.gather(-2, candidates.argmin(-2, keepdim=True)).squeeze(-2).double()
+    else:
+        first = torch.full(top.shape, torch.inf, dtype=torch.float64, device=basis.device)
+        leader = torch.zeros_like(first)
+    if is_split:
+        found = yield Ask("gather", torch.stack([first, leader]))
+        best = found[:, 0].argmin(0, keepdim=True)
+        leader = found[:, 1].gather(0, best).squeeze(0)
+    return torch.where((leader < 0)[:, None, :], -basis, basis)
+
+
+def orthonormal(block: Tensor, is_split: bool) -> Steps:
+    """One CholeskyQR pass over the columns of (b, L, k), whose rows may be split over ranks.
+
+    Columns are scaled to length 1 first. Where Cholesky breaks down (dependent columns) the block is
+    multiplied by the pseudo-inverse square root of its Gram instead: columns with the same span, with BᵀB a
+    projector. Both are smooth maps of the summed Gram, so that every rank may compute them for itself.
+    """
+    wide = block.double()
+    gram = yield from _sum(wide.mT @ wide, is_split)
+    finite = finite_matrices(gram)
+    gram, block = cleaned(gram, finite), cleaned(block, finite)
+    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    inverse = torch.where(length > 0, 1.0 / length, 0.0)
+    gram = gram * inverse[:, :, None] * inverse[:, None, :]
+    factor, info = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    broken = (info != 0) | ~(pivots.amin(-1) > _PIVOT * pivots.amax(-1))
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    safe = torch.where(broken[:, None, None], identity, factor)
+    transform = torch.linalg.solve_triangular(safe.mT, identity.expand_as(safe), upper=True)
+    again = broken.nonzero().squeeze(-1)
+    if again.numel():
+        transform = transform.index_copy(0, again, root_by_eigh(gram[again], GRAM_RTOL)[0])
+    return block @ (inverse[:, :, None] * transform).to(block.dtype)
+
+
+def _sum(share: Tensor, is_split: bool) -> Steps:
+    return (yield Ask("sum", share)) if is_split else share
+
+
+def _with_warm(sketch: Tensor, warm: Tensor | None, is_split: bool) -> Steps:
+    if warm is None:
+        return sketch
+    rank = warm.shape[-1]
+    used = (yield from _sum(warm.square().sum(-2, keepdim=True), is_split)) > 0
+    return torch.cat([torch.where(used, warm, sketch[..., :rank]), sketch[..., rank:]], -1)
+
+
+def _ritz(gram: Tensor, rank: int, rtol: float) -> Generator[Ask, Any, tuple[Tensor, Tensor, Tensor]]:
+    """Leading singular values (b, 1, rank), rotation (b, k, rank), which lie above the cut (b, 1, rank)."""
+    values, vectors = yield Ask("eigen", cleaned(gram, finite_matrices(gram)))
+    values = values.flip(-1)[:, None, :rank].clamp_min(0.0)
+    keep = values > rtol**2 * values[..., :1]
+    return torch.where(keep, values, 1.0).sqrt(), vectors.flip(-1)[..., :rank], keep
