@@ -11,12 +11,18 @@ from torch import Tensor
 
 from optimizers import groups, rules
 from optimizers.inspection import Figures, Observation, kind_bytes, singular_values
-from optimizers.layouts.replicated import Replicated, Rows, Whole
+from optimizers.layouts.lanes import Lane
+from optimizers.layouts.layout import Layout, Section
+from optimizers.layouts.partitioned import Unattached
+from optimizers.layouts.replicated import ReplicatedLayout
+from optimizers.layouts.sharded import ShardedLayout, is_sharded
+from optimizers.members import Member
+from optimizers.options import OptionError
 from optimizers.presets import resolve
 from optimizers.rounding import Rounding
 from optimizers.routing import Modules, Route
 from optimizers.rules import adamw
-from optimizers.stacks import STACK_BYTES, Bank, Member, Stack, apply_update, compute_dtype
+from optimizers.stacks import Descent, Stack
 from optimizers.state_io import compact, restore_exactly, validate
 
 Params = Iterable[Any]
@@ -37,7 +43,13 @@ class Optimizer(torch.optim.Optimizer):
         lr: learning rate of the matrix rule; None: the preset's.
         preset: which option values to start from.
         modules: the model or its (name, module) pairs.
-        process_group: the processes that hold equal replicas; None: this process alone.
+        process_group: the processes that hold equal replicas; None: this process alone. Parameters that are
+            DTensors (FSDP2, HSDP) bring their mesh along.
+        layout: "partitioned": the parameters are about to be cut up by DeepSpeed's ZeRO-1, 2 or 3. No state is
+            allocated and `step` does nothing until `layouts.deepspeed_binding.attach`. None: they are as they
+            are.
+        work: with a process group: "replicated" (all compute everything) or "split" (each matrix is computed,
+            and its state kept, by one process).
         options: options of the preset that differ.
 
     Attributes:
@@ -61,6 +73,8 @@ class Optimizer(torch.optim.Optimizer):
         preset: str | None = None,
         modules: Modules | None = None,
         process_group: dist.ProcessGroup | None = None,
+        layout: str | None = None,
+        work: str = "replicated",
         **options: Any,
     ) -> None:
         self.preset = preset or self.default_preset
@@ -68,15 +82,27 @@ class Optimizer(torch.optim.Optimizer):
         self.options = resolve(self.preset, given)
         self._modules = modules
         self._routes: list[list[Route]] = []
-        self._reset_caches(process_group)
+        self._parameters: list[list[Tensor]] = []
+        # DeepSpeed narrows `param_groups` to one while it calls `step`, and puts flat tensors in for "params".
+        self._groups: list[dict[str, Any]] = []
+        if not isinstance(params, Tensor):
+            params = groups.listed(params)
+        self._layout: Layout = ReplicatedLayout(process_group, work)
+        named = [] if isinstance(params, Tensor) else groups.named_tensors(params)
+        if is_sharded(p for _, p in named):
+            self._layout = ShardedLayout(named)
+        elif layout == "partitioned":
+            self._layout = Unattached()
+        elif layout is not None:
+            raise OptionError("layout", layout, "is unknown", ("partitioned",))
+        self._reset_caches()
         super().__init__(params, {"lr": self.options["lr"], "weight_decay": self.options["weight_decay"]})
         # A reference to the model would travel with every pickle and deepcopy.
         self._modules = None
         groups.require_matrices(self.preset, self.routes)
 
-    def _reset_caches(self, process_group: dist.ProcessGroup | None) -> None:
-        self._rows: Rows = Whole() if process_group is None else Replicated(process_group)
-        self._banks: dict[int, list[Bank]] = {}
+    def _reset_caches(self) -> None:
+        self._lanes: dict[Any, list[Lane]] = {}
         self._stepped: list[Tensor] = []
         self._spectra: dict[str, tuple[Tensor, int]] = {}  # name → spectra of its stack, and which of them
         self._observation = Observation()
@@ -88,6 +114,23 @@ class Optimizer(torch.optim.Optimizer):
     def routes(self) -> list[Route]:
         """Where each trainable parameter went, group by group."""
         return [route for group in self._routes for route in group]
+
+    @property
+    def parameters_of_groups(self) -> list[list[Tensor]]:
+        """The parameters of each group as they were given; an engine may have put flat tensors in their place."""
+        return self._parameters
+
+    @property
+    def is_attached(self) -> bool:
+        """False for an optimizer that still waits for its partitions: it steps nothing."""
+        return not isinstance(self._layout, Unattached)
+
+    def attach(self, layout: Layout) -> None:
+        """Step the parameters as `layout` says they lie; allocates the state."""
+        self._layout = layout
+        self._reset_caches()
+        for index in range(len(self._groups)):
+            self._allocate(index)
 
     @property
     def fallbacks(self) -> Tensor:
@@ -105,50 +148,65 @@ class Optimizer(torch.optim.Optimizer):
         for made in groups.prepare(self.preset, self.options, param_group, pairs, is_named, self._modules):
             super().add_param_group(made.group)
             self._routes.append(made.routes)
-            self._allocate(len(self.param_groups) - 1)
+            self._parameters.append(list(self.param_groups[-1]["params"]))
+            self._groups.append(self.param_groups[-1])
+            self._allocate(len(self._groups) - 1)
 
     def _allocate(self, index: int) -> None:
-        group = self.param_groups[index]
-        for parameter in group["params"]:
-            state = self.state[parameter]
-            state.setdefault("step", 0)
-            if group["rule"] == "adamw":
-                for kind, dtype in adamw.state_kinds(group["rounding"], parameter).items():
-                    if kind not in state:
-                        state[kind] = torch.zeros_like(
-                            parameter, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
-                        )
-        if group["rule"] != "adamw":
-            for bank in self._banks_of(index):
+        for section in self._layout.all_sections(self._groups):
+            if section.group != index:
+                continue
+            group = self._groups[index]
+            for position in section.positions:
+                parameter = self._parameters[index][position]
+                state = self.state[parameter]
+                state.setdefault("step", 0)
+                if group["rule"] == "adamw":
+                    weight = self._layout.weight(parameter)
+                    for kind, dtype in adamw.state_kinds(group["rounding"], weight).items():
+                        if kind not in state:
+                            state[kind] = torch.zeros_like(
+                                weight, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
+                            )
+            if group["rule"] != "adamw":
+                for lane in self._lanes_of(section):
+                    for bank in (*lane.banks, *lane.landing):
+                        bank.bind(self.state)
+
+    def _lanes_of(self, section: Section) -> list[Lane]:
+        lanes = self._lanes.get(section.key)
+        if lanes is None or not all(bank.fits() for lane in lanes for bank in (*lane.banks, *lane.landing)):
+            lanes = self._lanes[section.key] = self._new_lanes(section)
+        return lanes
+
+    def _new_lanes(self, section: Section) -> list[Lane]:
+        group = self._groups[section.group]
+        lanes = self._layout.lanes(self._members(section), rules.load(group["rule"]), group)
+        for lane in lanes:
+            for bank in lane.banks:
                 bank.bind(self.state)
+                if any(self.state[m.parameter]["step"] for m in bank.members):
+                    bank.watch(all_of=True)
+        return lanes
 
-    def _banks_of(self, index: int) -> list[Bank]:
-        banks = self._banks.get(index)
-        if banks is None or not all(bank.fits() for bank in banks):
-            banks = self._banks[index] = self._new_banks(index)
-        return banks
-
-    def _new_banks(self, index: int) -> list[Bank]:
-        group, rule = self.param_groups[index], rules.load(self.param_groups[index]["rule"])
-        members = _members(group, self._routes[index])
-        by_kind: dict[tuple[Any, ...], list[Member]] = {}
-        for member in members:
-            p, block = member.parameter, member.block
-            by_kind.setdefault((block.shape, block.transposed, p.dtype, p.device), []).append(member)
-        banks = []
-        for (shape, _, dtype, device), same in by_kind.items():
-            shapes = dict(rule.state(shape, group))
-            if group["rounding"] == "kahan" and dtype != compute_dtype(same[0].parameter):
-                shapes["compensation"] = shape
-            matrix_bytes = shape[0] * shape[1] * compute_dtype(same[0].parameter).itemsize
-            limit = STACK_BYTES.get(device.type, STACK_BYTES["cuda"])
-            size = max(1, limit // max(1, matrix_bytes))
-            banks += [Bank(same[i : i + size], group, shapes) for i in range(0, len(same), size)]
-        for bank in banks:
-            bank.bind(self.state)
-            if any(self.state[m.parameter]["step"] for m in bank.members):
-                bank.watch(all_of=True)
-        return banks
+    def _members(self, section: Section) -> list[Member]:
+        group, routes = self._groups[section.group], self._routes[section.group]
+        parameters = self._parameters[section.group]
+        pairs = [(p, route, block) for p, route in zip(parameters, routes) for block in route.blocks]
+        offset, interval = group.get("refresh_offset", 0), group.get("refresh_interval", 1)
+        stagger = group.get("refresh_stagger", False)
+        wanted = {id(parameters[position]) for position in section.positions}
+        return [
+            Member(
+                p,
+                block,
+                f"{block.part}." if len(route.blocks) > 1 else "",
+                offset + (position * interval // len(pairs) if stagger else 0),
+                self._layout.holding(p, block),
+            )
+            for position, (p, route, block) in enumerate(pairs)
+            if id(p) in wanted
+        ]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -169,28 +227,31 @@ class Optimizer(torch.optim.Optimizer):
         observe, self._observe = self._observe, False
         if observe:
             self._observation = Observation()
-        for index, group in enumerate(self.param_groups):
-            active = [p for p in group["params"] if p.grad is not None]
+        for section in self._layout.sections(self.param_groups):
+            group = self._groups[section.group]
+            parameters = [self._parameters[section.group][position] for position in section.positions]
+            active = [p for p in parameters if self._layout.gradient(p) is not None]
             if not active:
                 continue
             with torch.autocast(active[0].device.type, enabled=False):
                 if group["rule"] == "adamw":
-                    self._step_adamw(index, active, observe)
+                    self._step_adamw(section, active, observe)
                 else:
-                    self._step_matrices(index, observe)
+                    self._step_matrices(section, observe)
             for parameter in active:
                 self.state[parameter]["step"] += 1
             self._stepped += active
         return loss
 
-    def _step_adamw(self, index: int, active: list[Tensor], observe: bool) -> None:
-        group = self.param_groups[index]
+    def _step_adamw(self, section: Section, active: list[Tensor], observe: bool) -> None:
+        group = self._groups[section.group]
         settings = adamw.Settings(
             _lr(group), _decay(group), group["betas"], group["eps"], group["eps_form"], _rounding(group)
         )
-        names = {id(p): r.name for p, r in zip(group["params"], self._routes[index])}
+        names = {id(p): r.name for p, r in self._routed(section)}
         adamw.step(
-            active,
+            [self._layout.weight(p) for p in active],
+            [gradient for p in active if (gradient := self._layout.gradient(p)) is not None],
             [self.state[p] for p in active],
             settings,
             [names[id(p)] for p in active],
@@ -198,56 +259,51 @@ class Optimizer(torch.optim.Optimizer):
         )
         if observe and self.preset_rule == "adamw":
             same: dict[torch.Size, dict[str, Tensor]] = {}
-            for parameter, route in zip(group["params"], self._routes[index]):
-                for block in route.blocks:
-                    moment = block.matrix(self.state[parameter]["moment"])
-                    same.setdefault(moment.shape, {})[block.name] = moment
+            for name, moment in self._first_moments(section):
+                same.setdefault(moment.shape, {})[name] = moment
             for moments in same.values():
                 self._observation.add(list(moments), torch.stack(list(moments.values())))
+
+    def _routed(self, section: Section) -> list[tuple[Tensor, Route]]:
+        pairs = list(zip(self._parameters[section.group], self._routes[section.group]))
+        return [pairs[position] for position in section.positions]
+
+    def _first_moments(self, section: Section) -> list[tuple[str, Tensor]]:
+        """Name and first moment of the hidden matrices under AdamW."""
+        return [
+            (block.name, block.matrix(self.state[parameter]["moment"]))
+            for parameter, route in self._routed(section)
+            for block in route.blocks
+        ]
 
     @property
     def preset_rule(self) -> str:
         """The rule of the hidden matrices."""
         return groups.rule_name(self.preset)
 
-    def _step_matrices(self, index: int, observe: bool) -> None:
-        group = self.param_groups[index]
+    def _step_matrices(self, section: Section, observe: bool) -> None:
+        group = self._groups[section.group]
         rule = rules.load(group["rule"])
-        banks = self._banks_of(index)
-        stacks: list[tuple[Bank, list[int], Stack]] = []
-        for bank in banks:
-            active = [i for i, m in enumerate(bank.members) if m.parameter.grad is not None]
-            if active:
-                bank.bind(self.state)
-                masked = None if self.found_inf is None else self.found_inf.to(bank.device).reshape(()) > 0
-                stacks.append((bank, active, bank.stack(active, self.state, masked)))
-        for batch in self._batches(stacks):
-            for _, _, stack in batch:
-                stack.keep_gradient = len(batch) == 1
-            updates = rule.step([stack for _, _, stack in batch], self._rows)
-            for (bank, active, stack), update in zip(batch, updates):
-                self._take(rule, stack, update, observe)
-                apply_update(
-                    stack,
-                    update.delta,
-                    _lr(group),
-                    _decay(group),
-                    group.get("decay_order") == "after",
-                    _rounding(group),
-                )
-                bank.write_back(active, stack.state)
-                bank.watch(all_of=bool(stack.due))
-                stack.release()
-
-    def _batches(
-        self, stacks: list[tuple[Bank, list[int], Stack]]
-    ) -> Iterable[list[tuple[Bank, list[int], Stack]]]:
-        """One stack at a time, so that one stack's transients are alive; together where they share a
-        broadcast."""
-        shared = [entry for entry in stacks if entry[2].due] if self._rows.exchanges_bases else []
-        if shared:
-            yield shared
-        yield from ([entry] for entry in stacks if not (shared and entry[2].due))
+        descent = Descent(_lr(group), _decay(group), group.get("decay_order") == "after", _rounding(group))
+        lanes = self._lanes_of(section)
+        if lanes:
+            lanes[0].begin()
+        for position, lane in enumerate(lanes):
+            batches = lane.batches(self.state, self.found_inf)
+            for number, batch in enumerate(batches):
+                if number == 0 and position + 1 < len(lanes):
+                    # The next lane's gradients travel while this one computes.
+                    lanes[position + 1].begin()
+                updates = rule.step([stack for _, _, stack in batch], lane.rows)
+                for (bank, active, stack), update in zip(batch, updates):
+                    self._take(rule, stack, update, observe)
+                    lane.apply(stack, update.delta, descent)
+                    bank.write_back(active, stack.state)
+                    bank.watch(all_of=bool(stack.due))
+                    stack.release()
+            if position + 1 < len(lanes):
+                lanes[position + 1].begin()
+            lane.end(descent)
 
     def _take(self, rule: rules.Rule, stack: Stack, update: rules.Update, observe: bool) -> None:
         """Book what an update says beside its delta."""
@@ -305,9 +361,9 @@ class Optimizer(torch.optim.Optimizer):
         only). Free where the last step computed them, else from an fp64 Gram.
         """
         found: dict[str, Tensor] = {}
-        for index, group in enumerate(self.param_groups):
-            if group["rule"] != "adamw":
-                for bank in self._banks_of(index):
+        for section in self._layout.all_sections(self._groups):
+            if self._groups[section.group]["rule"] != "adamw":
+                for bank in (bank for lane in self._lanes_of(section) for bank in lane.banks):
                     bank.bind(self.state)
                     names = [m.block.name for m in bank.members]
                     if not all(name in self._spectra for name in names):
@@ -317,20 +373,31 @@ class Optimizer(torch.optim.Optimizer):
                         values, i = self._spectra[name]
                         found[name] = values[i].detach().clone()
             elif self.preset_rule == "adamw":
-                for parameter, route in zip(group["params"], self._routes[index]):
-                    for block in route.blocks:
-                        moment = block.matrix(self.state[parameter]["moment"])
-                        found[block.name] = singular_values(moment[None])[0]
+                for name, moment in self._first_moments(section):
+                    found[name] = singular_values(moment[None])[0]
         return found
+
+    def bytes_sent(self) -> dict[str, float]:
+        """Kind of collective → bytes that this process has sent for the optimizer since construction, by the
+        ring convention (`layouts.communicator`). Gradient reduction is the engine's and not in it."""
+        total: dict[str, float] = {}
+        for communicator in self._layout.communicators:
+            for kind, size in communicator.sent.items():
+                total[kind] = total.get(kind, 0) + size
+        return total
+
+    def collective_calls(self) -> int:
+        """How many collectives this process has issued for the optimizer since construction."""
+        return sum(sum(c.calls.values()) for c in self._layout.communicators)
 
     def state_bytes(self) -> dict[str, int]:
         """Kind → bytes of this process' state tensors: "moment", "basis", "second_moment" … of the rule, and
         "aux" for AdamW beside it."""
         beside = self.preset_rule != "adamw"
         total: dict[str, int] = {}
-        for group in self.param_groups:
+        for group, parameters in zip(self._groups, self._parameters):
             aux = beside and group["rule"] == "adamw"
-            for parameter in group["params"]:
+            for parameter in parameters:
                 for kind, size in kind_bytes(self.state[parameter]).items():
                     name = "aux" if aux else kind
                     total[name] = total.get(name, 0) + size
@@ -345,11 +412,11 @@ class Optimizer(torch.optim.Optimizer):
         validate(self, state_dict)
         super().load_state_dict(state_dict)
         restore_exactly(self, state_dict)
-        self._banks = {}
+        self._lanes = {}
         self._spectra = {}
         self._observation = Observation()
         self._stepped = []
-        for index in range(len(self.param_groups)):
+        for index in range(len(self._groups)):
             self._allocate(index)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -365,23 +432,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
-        self._reset_caches(None)
-
-
-def _members(group: Mapping[str, Any], routes: list[Route]) -> list[Member]:
-    pairs = [(p, block) for p, route in zip(group["params"], routes) for block in route.blocks]
-    shared = {id(p) for p, route in zip(group["params"], routes) if len(route.blocks) > 1}
-    offset, interval = group.get("refresh_offset", 0), group.get("refresh_interval", 1)
-    stagger = group.get("refresh_stagger", False)
-    return [
-        Member(
-            p,
-            block,
-            f"{block.part}." if id(p) in shared else "",
-            offset + (position * interval // len(pairs) if stagger else 0),
-        )
-        for position, (p, block) in enumerate(pairs)
-    ]
+        self._groups = list(self.param_groups)
+        # torch's load_state_dict passes state and groups only: the layout is still the one it was.
+        if "_routes" in state:
+            self._layout = ReplicatedLayout()
+            self._parameters = [list(group["params"]) for group in self._groups]
+            self._reset_caches()
 
 
 def _lr(group: Mapping[str, Any]) -> float | Tensor:

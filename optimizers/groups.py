@@ -57,6 +57,25 @@ def named(params: Any, start: int = 0) -> tuple[list[tuple[str, Tensor]], bool]:
     return result, bool(pairs)
 
 
+def listed(params: Iterable[Any]) -> list[Any]:
+    """What the user passes, with generators read once."""
+    return [
+        {**entry, "params": entry["params"] if isinstance(entry["params"], Tensor) else list(entry["params"])}
+        if isinstance(entry, Mapping) and "params" in entry
+        else entry
+        for entry in params
+    ]
+
+
+def named_tensors(params: Sequence[Any]) -> list[tuple[str, Tensor]]:
+    """All (name, parameter) of what the user passes: parameters, pairs, or groups of them."""
+    found: list[tuple[str, Tensor]] = []
+    for entry in params:
+        inner = entry.get("params", []) if isinstance(entry, Mapping) else [entry]
+        found += named(inner, start=len(found))[0]
+    return found
+
+
 def prepare(
     preset_name: str,
     base: Mapping[str, Any],
@@ -79,7 +98,7 @@ def prepare(
 
     Raises:
         OptionError: unknown option, bad value, or a rank larger than a side of one of the matrices.
-        TypeError: a parameter that is sparse, complex or a DTensor.
+        TypeError: a parameter that is sparse or complex.
     """
     overrides = {key: value for key, value in user_group.items() if key not in _PLAIN_KEYS}
     forced = user_group.get("rule") == "adamw"
@@ -90,8 +109,6 @@ def prepare(
     for name, parameter in pairs:
         if not parameter.is_floating_point() or parameter.is_sparse:
             raise TypeError(f"{name}: only dense real floating-point parameters can be optimized")
-        if hasattr(parameter, "device_mesh"):
-            raise TypeError(f"{name}: sharded parameters (DTensor) need a sharded layout")
     rule = "adamw" if forced else rule_name(preset_name)
     routes = route(pairs, rule, modules, plain=not is_named and modules is None)
     if rule != "adamw":

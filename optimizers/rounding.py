@@ -84,7 +84,8 @@ def apply_to_half(
     """The update of half-precision weights: computed in fp32 from one fp32 copy of the stack, rounded
     once."""
     blocks = [member.block for member in stack.members]
-    old = torch.stack([block.matrix(m.parameter) for block, m in zip(blocks, stack.members)])
+    shape = delta.shape[1:]
+    old = torch.stack([weight.reshape(shape) for weight in weights])
     wide = old.to(delta.dtype)
     start = wide if decay is None or decay_last else wide * decay
     new = start - lr * delta
@@ -94,7 +95,9 @@ def apply_to_half(
         result, compensation = compensated(old, new - wide, stack.state["compensation"])
         stack.commit("compensation", compensation)
     else:
-        result = rounded(new, old.dtype, rounding, stack.names[0], stack.steps[0])
+        # Shards of one matrix must not all round by the same bits.
+        name = f"{stack.names[0]}@{stack.start}" if stack.start else stack.names[0]
+        result = rounded(new, old.dtype, rounding, name, stack.steps[0])
     if stack.masked is not None:
         result = torch.where(stack.masked, old, result)
     parts = [block.like_view(part) for block, part in zip(blocks, result.unbind(0))]

@@ -3,14 +3,14 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.fused import Block
+from optimizers.members import Member, compute_dtype
 from optimizers.rounding import Rounding, apply_to_half
 
 # Bytes of gradient that one stack holds at most: the transient memory of a step is a small multiple of this.
@@ -20,20 +20,6 @@ STACK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
 
 Axes = tuple[int | None, ...]
 """For each dimension of a state: the axis of the matrix that it runs along (0 rows, 1 columns), or None."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One matrix of a stack: a block of a parameter."""
-
-    parameter: Tensor
-    block: Block
-    prefix: str  # of its keys in the parameter's state: "" or "q."
-    offset: int  # added to t when a refresh is decided
-
-    def key(self, kind: str) -> str:
-        """Name of a state tensor in the parameter's state."""
-        return self.prefix + kind
 
 
 @dataclass
@@ -79,10 +65,11 @@ class Stack:
 
     @property
     def gradient(self) -> Tensor:
-        """(b, m, n) copy of the gradients in `dtype`; the rule may overwrite it when it needs it no more."""
+        """(b, m, n) copy of the gradients (of what this process holds of them) in `dtype`; the rule may
+        overwrite it when it needs it no more."""
         if self._gradient is not None:
             return self._gradient
-        gradient = torch.stack([m.block.matrix(_gradient_of(m)) for m in self.members]).to(self.dtype)
+        gradient = torch.stack([_gradient_of(m) for m in self.members]).to(self.dtype)
         if self.keep_gradient:
             self._gradient = gradient
         return gradient
@@ -139,7 +126,7 @@ class LowRank:
 
 
 def _gradient_of(member: Member) -> Tensor:
-    gradient = member.parameter.grad
+    gradient = member.gradient()
     assert gradient is not None
     return gradient
 
@@ -150,6 +137,13 @@ class Bank:
 
     `optimizer.state` stays the truth: when its tensors have been replaced (load_state_dict, a device change)
     the stacked copy is rebuilt from them.
+
+    Args:
+        members: matrices of one shape, of which this process holds equal parts.
+        options: of their group.
+        shapes: kind → shape of one matrix' state here.
+        agree: (b,) booleans "not zero here" → "not zero on any process that holds a part", a collective;
+            None: this process holds all of what is looked at.
     """
 
     def __init__(
@@ -157,11 +151,14 @@ class Bank:
         members: Sequence[Member],
         options: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.members = list(members)
         self.options = options
         self.shapes = dict(shapes)
+        self._agree = agree
         first = self.members[0]
+        self.split, self.start = first.holding.split, first.holding.start
         self.shape, self.fans = first.block.shape, first.block.fans
         self.dtype = compute_dtype(first.parameter)
         self.device = first.parameter.device
@@ -223,6 +220,8 @@ class Bank:
             state=self.state_of(active),
             masked=masked,
             dtype=self.dtype,
+            split=self.split,
+            start=self.start,
         )
 
     def _scheduled(self, index: int, step: int) -> bool:
@@ -241,7 +240,8 @@ class Bank:
             all_of or threshold is not None or any(self._flags)
         ):
             return
-        flags = self._stacked["basis"][..., 0].abs().amax(-1) == 0
+        present = (self._stacked["basis"][..., 0] != 0).any(-1)
+        flags = ~(present if self._agree is None else self._agree(present))
         if threshold is not None:
             flags = flags | (self._stacked["projected_norm"] <= threshold)
         if flags.device.type == "cpu":
@@ -282,31 +282,36 @@ def _count(steps: list[int], device: torch.device) -> Tensor:
     return counts.to(device, non_blocking=True)[:, None, None]
 
 
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """fp64 for fp64 weights, else fp32: the dtype of moments, bases, spectra and updates."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+@dataclass(frozen=True)
+class Descent:
+    """How an update Δ reaches the weights: W ← (1 - lr·wd)·W - lr·Δ.
 
-
-def apply_update(
-    stack: Stack,
-    delta: Tensor | LowRank,
-    lr: float | Tensor,
-    weight_decay: float,
-    decay_last: bool,
-    rounding: Rounding,
-) -> None:
-    """W ← (1 - lr·wd)·W - lr·Δ for the stack's weights; Δ may be overwritten.
-
-    Args:
-        delta: (b, m, n) in the stack's dtype, or its factors.
+    Attributes:
         lr: learning rate of this step; a 0-dim tensor is taken too.
+        weight_decay: decoupled.
         decay_last: the decay multiplies the weight after the step instead of before.
         rounding: how half-precision weights take the fp32 result.
     """
-    weights = [m.block.view(m.parameter) for m in stack.members]
+
+    lr: float | Tensor
+    weight_decay: float
+    decay_last: bool
+    rounding: Rounding
+
+
+def apply_update(stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
+    """Take one step of the stack's weights (of what this process holds of them); Δ may be overwritten.
+
+    Args:
+        stack: whose weights.
+        delta: (b, m, n) in the stack's dtype, or its factors.
+        descent: learning rate, decay, rounding.
+    """
+    lr, weight_decay, decay_last = descent.lr, descent.weight_decay, descent.decay_last
+    weights = [m.weight() for m in stack.members]
     if isinstance(delta, LowRank):
         if _in_place(stack, weights):
-            _apply_factors(stack, weights, delta, lr, weight_decay, decay_last)
+            _apply_factors(stack, weights, delta, descent)
             return
         delta = delta.dense(stack)
     if stack.masked is not None:
@@ -316,15 +321,34 @@ def apply_update(
     if stack.masked is not None and weight_decay:
         decay = torch.where(stack.masked, torch.ones((), dtype=stack.dtype, device=delta.device), decay)
     if weights[0].dtype != stack.dtype:
-        apply_to_half(stack, weights, delta, lr, decay if weight_decay else None, decay_last, rounding)
+        apply_to_half(
+            stack, weights, delta, lr, decay if weight_decay else None, decay_last, descent.rounding
+        )
         return
-    if weight_decay and not decay_last:
+    descend(weights, [m.block.like_view(d) for m, d in zip(stack.members, delta.unbind(0))], descent, decay)
+
+
+def descend(
+    weights: list[Tensor], deltas: list[Tensor], descent: Descent, decay: float | Tensor | None = None
+) -> None:
+    """W ← decay·W - lr·Δ for tensors of any shape, of one dtype; Δ may be overwritten.
+
+    Args:
+        weights: to be changed.
+        deltas: of their shapes.
+        descent: learning rate and order.
+        decay: factor on the weights; None: what `descent` says.
+    """
+    lr = descent.lr
+    if decay is None:
+        decay = 1.0 - lr * descent.weight_decay
+    if descent.weight_decay and not descent.decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
     if isinstance(lr, Tensor):
-        delta, lr = delta.mul_(lr), 1.0
-    parts = [m.block.like_view(d) for m, d in zip(stack.members, delta.unbind(0))]
-    torch._foreach_add_(weights, parts, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
-    if weight_decay and decay_last:
+        torch._foreach_mul_(deltas, lr)  # pyright: ignore[reportPrivateImportUsage]
+        lr = 1.0
+    torch._foreach_add_(weights, deltas, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
+    if descent.weight_decay and descent.decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -339,22 +363,15 @@ def _in_place(stack: Stack, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _apply_factors(
-    stack: Stack,
-    weights: Sequence[Tensor],
-    delta: LowRank,
-    lr: float | Tensor,
-    weight_decay: float,
-    decay_last: bool,
-) -> None:
-    lr = float(lr)
-    decay = 1.0 - lr * weight_decay
-    if decay != 1.0 and not decay_last:
-        torch._foreach_mul_(list(weights), decay)  # pyright: ignore[reportPrivateImportUsage]
+def _apply_factors(stack: Stack, weights: list[Tensor], delta: LowRank, descent: Descent) -> None:
+    lr = float(descent.lr)
+    decay = 1.0 - lr * descent.weight_decay
+    if decay != 1.0 and not descent.decay_last:
+        torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
     if delta.keep:
-        gradients = [m.block.view(_gradient_of(m)).to(stack.dtype) for m in stack.members]
-        torch._foreach_add_(list(weights), gradients, alpha=-lr * delta.keep)  # pyright: ignore[reportPrivateImportUsage]
+        gradients = [_gradient_of(m).to(stack.dtype) for m in stack.members]
+        torch._foreach_add_(weights, gradients, alpha=-lr * delta.keep)  # pyright: ignore[reportPrivateImportUsage]
     for weight, left, right in zip(weights, delta.left.unbind(0), delta.right.unbind(0)):
         weight.addmm_(left, right, alpha=-lr)
-    if decay != 1.0 and decay_last:
-        torch._foreach_mul_(list(weights), decay)  # pyright: ignore[reportPrivateImportUsage]
+    if decay != 1.0 and descent.decay_last:
+        torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]

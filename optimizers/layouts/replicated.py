@@ -1,92 +1,24 @@
-"""Every process holds every matrix whole: one process (`Whole`), or equal replicas (`Replicated`)."""
+"""Every process holds every matrix whole: one process, or equal replicas (DDP, ZeRO-0)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optimizers.linalg.inverse_root import GRAM_RTOL, InverseRoot, inverse_root
-from optimizers.linalg.sketching import Steps, alone
+from optimizers.fused import Block
+from optimizers.layouts.communicator import Communicator
+from optimizers.layouts.exchange import balanced_owners
+from optimizers.layouts.lanes import Lane, LocalLane, SplitLane, buckets, make_banks
+from optimizers.layouts.layout import Section, local_shapes, whole_groups
+from optimizers.layouts.rows import BasisMaker, Whole, made
+from optimizers.members import Held, Holding, Member
+from optimizers.rules.rule import Rule
 
-BasisMaker = Callable[[], "Tensor | Steps"]
-Solver = Callable[[Tensor], InverseRoot]
-
-
-class Rows(Protocol):
-    """What a rule asks of a layout. Each call takes a list with one entry per stack, and every process issues
-    the same calls in the same order.
-
-    Where matrices are split over ranks, `partial` says which entries are this rank's share of a sum; the
-    others are complete. None: all are shares.
-
-    Attributes:
-        exchanges_bases: `bases` communicates, so all stacks of a step should share one call.
-    """
-
-    exchanges_bases: bool
-
-    def total(self, parts: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
-        """Each share summed over the processes that hold parts of its matrices."""
-        ...
-
-    def roots(
-        self,
-        grams: Sequence[Tensor],
-        solvers: Sequence[Solver] | None = None,
-        partial: Sequence[bool] | None = None,
-    ) -> list[InverseRoot]:
-        """(MᵀM)^(-1/2) of (b, r, r) fp64 Grams, by `solvers` (None: `inverse_root` at its lowest cut)."""
-        ...
-
-    def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
-        """New subspace bases: `makers[i]` computes one, of shape, dtype and device of `like[i]`; for a split
-        matrix it returns the steps to it (`linalg.sketching`).
-
-        They come from eigen- or singular vectors, of which a last-bit difference between machines can make
-        another
-        basis: one process makes them, all use the same bits.
-        """
-        ...
-
-
-def solved(grams: Sequence[Tensor], solvers: Sequence[Solver] | None) -> list[InverseRoot]:
-    """Each Gram's root, computed here."""
-    if solvers is None:
-        return [inverse_root(gram, GRAM_RTOL) for gram in grams]
-    return [solver(gram) for gram, solver in zip(grams, solvers)]
-
-
-def made(maker: BasisMaker) -> Tensor:
-    """The basis, where nothing is split."""
-    basis = maker()
-    return basis if isinstance(basis, Tensor) else alone(basis)
-
-
-class Whole:
-    """One process: every sum is complete, every basis is made here."""
-
-    exchanges_bases = False
-
-    def total(self, parts: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
-        """The parts themselves."""
-        return list(parts)
-
-    def roots(
-        self,
-        grams: Sequence[Tensor],
-        solvers: Sequence[Solver] | None = None,
-        partial: Sequence[bool] | None = None,
-    ) -> list[InverseRoot]:
-        """Computed here: a smooth map of numbers that all replicas share bit by bit."""
-        return solved(grams, solvers)
-
-    def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
-        """Made here."""
-        return [made(maker) for maker in makers]
+__all__ = ["Replicated", "ReplicatedLayout", "Whole"]
 
 
 class Replicated(Whole):
@@ -120,3 +52,61 @@ class Replicated(Whole):
             for i, part in zip(chosen, flat.split([found[i].numel() for i in chosen])):
                 found[i] = part.view(found[i].shape)
         return found
+
+
+class ReplicatedLayout:
+    """One process, or equal replicas.
+
+    Args:
+        group: the processes that hold the replicas; None: this process alone.
+        work: "replicated": all compute everything, so that state is replicated, too; "split": each matrix is
+            computed, and its state kept, by one of them (longest first), which sends the update to all.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, work: str = "replicated") -> None:
+        self._rows: Whole = Whole() if group is None else Replicated(group)
+        self._communicator = Communicator(group) if group is not None and work == "split" else None
+
+    @property
+    def communicators(self) -> list[Communicator]:
+        """For the bytes that this process has sent."""
+        return [] if self._communicator is None else [self._communicator]
+
+    def holding(self, parameter: Tensor, block: Block) -> Holding:
+        """Whole."""
+        return Held(block.shape)
+
+    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
+        """One lane; with split work one for each shape."""
+        if self._communicator is None:
+            made_banks = make_banks(members, options, lambda m: local_shapes(m, rule, options))
+            return [LocalLane(made_banks, self._rows)]
+        costs = [work_of(m.block.shape) for m in members]
+        owners = balanced_owners(costs, self._communicator.size)
+        return [
+            SplitLane(
+                [members[i] for i in chosen], [owners[i] for i in chosen], self._communicator, rule, options
+            )
+            for chosen in buckets(members, owners)
+        ]
+
+    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+        """Each group."""
+        return whole_groups(groups)
+
+    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+        """Each group."""
+        return whole_groups(groups)
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """The parameter."""
+        return parameter
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Its gradient."""
+        return parameter.grad
+
+
+def work_of(shape: tuple[int, int]) -> float:
+    """Cost of a matrix' step, up to a factor: products of the matrix with others as wide as its short side."""
+    return float(shape[0] * shape[1] * min(shape))

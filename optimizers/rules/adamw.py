@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizers.members import compute_dtype
 from optimizers.rounding import Rounding, compensated, rounded
-from optimizers.stacks import compute_dtype
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
@@ -46,6 +46,7 @@ class Settings:
 
 def step(
     parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     states: Sequence[Mapping[str, Any]],
     settings: Settings,
     names: Sequence[str],
@@ -54,7 +55,8 @@ def step(
     """One AdamW step of parameters that have gradients, in groups of equal device, dtype and step number.
 
     Args:
-        parameters: with `.grad`.
+        parameters: to be changed, any shape.
+        gradients: of each, of its shape.
         states: each with "moment", "second_moment" (and "compensation"), and "step" as it was before.
         names: of the parameters; the seed of stochastic rounding.
         found_inf: 1-element float tensor; above 0: nothing changes. None: not masked.
@@ -64,22 +66,28 @@ def step(
         groups.setdefault((parameter.device, parameter.dtype, state["step"]), []).append(i)
     for (device, dtype, before), chosen in groups.items():
         weights = [parameters[i] for i in chosen]
+        slopes = [gradients[i] for i in chosen]
         held = [states[i] for i in chosen]
         mask = None if found_inf is None else (found_inf > 0).to(device=device, dtype=torch.float32)
         if dtype in (torch.float32, torch.float64) and device.type in FUSED_DEVICES:
-            _fused(weights, held, settings, before + 1, mask)
+            _fused(weights, slopes, held, settings, before + 1, mask)
         else:
-            _in_fp32(weights, held, settings, before + 1, mask, [names[i] for i in chosen])
+            _in_fp32(weights, slopes, held, settings, before + 1, mask, [names[i] for i in chosen])
 
 
 def _fused(
-    weights: list[Tensor], states: list[Mapping[str, Any]], s: Settings, now: int, mask: Tensor | None
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    states: list[Mapping[str, Any]],
+    s: Settings,
+    now: int,
+    mask: Tensor | None,
 ) -> None:
     # The kernel reads the step number only, so one tensor serves all, and the count itself stays on the host.
     count = torch.full((), float(now), dtype=torch.float32, device=weights[0].device)
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         weights,
-        [_gradient(w) for w in weights],
+        gradients,
         [state["moment"] for state in states],
         [state["second_moment"] for state in states],
         [],
@@ -96,14 +104,9 @@ def _fused(
     )
 
 
-def _gradient(weight: Tensor) -> Tensor:
-    gradient = weight.grad
-    assert gradient is not None
-    return gradient
-
-
 def _in_fp32(
     weights: list[Tensor],
+    gradients: list[Tensor],
     states: list[Mapping[str, Any]],
     s: Settings,
     now: int,
@@ -113,9 +116,9 @@ def _in_fp32(
     """For half-precision weights: fp32 moments, an fp32 update, rounded once."""
     bias1, bias2 = 1.0 - s.betas[0] ** now, math.sqrt(1.0 - s.betas[1] ** now)
     masked = None if mask is None else mask.reshape(()) > 0
-    for weight, state, name in zip(weights, states, names):
+    for weight, slope, state, name in zip(weights, gradients, states, names):
         moment, second = state["moment"], state["second_moment"]
-        gradient = _gradient(weight).to(moment.dtype)
+        gradient = slope.to(moment.dtype)
         first = torch.lerp(moment, gradient, 1.0 - s.betas[0])
         squares = torch.addcmul(s.betas[1] * second, gradient, gradient, value=1.0 - s.betas[1])
         step_ = first / bias1 / (squares.sqrt() / bias2 + s.eps_at(now))

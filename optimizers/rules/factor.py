@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial as bound
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.layouts.replicated import Rows, Solver
-from optimizers.linalg.inverse_root import GRAM_RTOL, inverse_root
-from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express, polynomial_root
+from optimizers.layouts.rows import Rows
+from optimizers.linalg.gram_root import GramRoot
+from optimizers.linalg.inverse_root import GRAM_RTOL
+from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
 from optimizers.linalg.polar import Polar, choose_method, default_rtol, polar
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,7 +66,7 @@ def gram_factors(
     """
     results: list[Polar | None] = [None] * len(moments)
     chosen: list[int] = []
-    solvers: list[Solver] = []
+    solvers: list[GramRoot] = []
     for i, (moment, option) in enumerate(zip(moments, options)):
         solver = _solver(moment, shapes[i], option, partial[i])
         if solver is None:
@@ -89,20 +89,20 @@ def gram_factors(
 
 def _solver(
     moment: Tensor, shape: tuple[int, int], options: Mapping[str, Any], partial: bool
-) -> Solver | None:
+) -> GramRoot | None:
     """How the Gram becomes its inverse root; None: the moment is taken as it is."""
     method = options["orthogonalizer"]
     if method in _ITERATIONS:
         if not partial:
             return None
-        return bound(polynomial_root, method=method, steps=options["orthogonalizer_steps"])
+        return GramRoot(method, steps=options["orthogonalizer_steps"], dtype=moment.dtype)
     if method == "auto":
         method = choose_method(shape, moment.dtype, moment.device)
     if partial and method not in ("gram", "dwh"):
         method = "gram"
     if method in ("gram", "dwh") and (partial or moment.dtype == torch.float32):
         rtol = max(GRAM_RTOL, default_rtol(shape, moment.dtype))
-        return bound(inverse_root, rtol=rtol, method=method)
+        return GramRoot(method, rtol, dtype=moment.dtype)
     return None
 
 

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optimizers.layouts.replicated import Rows
+from optimizers.layouts.rows import Rows
 from optimizers.rules.rule import Rule, Update
 from optimizers.rules.subspace import (
     keeps_left,
     lifted,
     projected,
+    rank_of,
     refresh,
     subspace_axes,
     subspace_state,
@@ -39,6 +40,10 @@ class GaLore(Rule):
         axes = subspace_axes(shape, options)
         return {**axes, "second_moment": axes["moment"]}
 
+    def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
+        """Nothing of the gradient outside of the subspace."""
+        return rank_of(shape, options), 0.0
+
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
         """One step of each stack; see the module's formula."""
         refresh(stacks, rows)
@@ -48,7 +53,8 @@ class GaLore(Rule):
 
 
 def normalized(stack: Stack, gradient: Tensor) -> Tensor:
-    """Advance both moments by a projected gradient; returns α·M̂/(√V̂ + ε), or with ε before bias correction (`eps_form` raw)."""
+    """Advance both moments by a projected gradient; returns α·M̂/(√V̂ + ε), with ε before bias correction for
+    `eps_form` raw."""
     (beta1, beta2), eps = stack.options["betas"], stack.options["eps"]
     first = stack.blend("moment", gradient, beta1, 1.0 - beta1)
     second = stack.blend("second_moment", gradient.square(), beta2, 1.0 - beta2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from optimizers.layouts.replicated import Rows
+from optimizers.layouts.rows import Rows
 from optimizers.rules.factor import orthogonalize, scale
 from optimizers.rules.momentum import momentum
 from optimizers.rules.rule import Rule, Update

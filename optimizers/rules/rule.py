@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from optimizers.layouts.replicated import Rows
+from optimizers.layouts.rows import Rows
 from optimizers.stacks import Axes, LowRank, Stack
 
 
@@ -58,6 +58,10 @@ class Rule(ABC):
         """For each kind of `state`: the axis of the matrix (0 rows, 1 columns, None neither) that each of its
         dimensions runs along. Asked only of rules that have a row form."""
         raise NotImplementedError(f"{type(self).__name__} has no row form (needs_whole)")
+
+    def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
+        """(rank, keep) of the `LowRank` updates of (m, n) matrices; None: the updates are dense."""
+        return None
 
     @abstractmethod
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.layouts.replicated import Rows
+from optimizers.layouts.rows import Rows
 from optimizers.linalg import sketching
 from optimizers.linalg.subspace import basis_cut, randomized_basis, svd_basis, test_matrix
 from optimizers.presets import default_rank

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optimizers.layouts.replicated import Rows
+from optimizers.layouts.rows import Rows
 from optimizers.rules.factor import gram_factors, scale
 from optimizers.rules.momentum import momentum
 from optimizers.rules.rule import Rule, Update
@@ -48,6 +48,12 @@ class Sumo(Rule):
         """The norms are one number for the whole matrix."""
         return {**subspace_axes(shape, options), "previous_norm": (), "projected_norm": ()}
 
+    def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
+        """αρG + Q(sO - ρĜ); a limiter on the residual or the whole update needs it formed."""
+        if _limits(options, "residual") or _limits(options, "total"):
+            return None
+        return rank_of(shape, options), options["alpha"] * options["residual_scale"]
+
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
         """One step of each stack; see the module's formula."""
         refresh(stacks, rows)
@@ -62,7 +68,7 @@ class Sumo(Rule):
         norms = norms_of([gradients[i] for i in watched], [splits[i] for i in watched], rows)
         for i, norm in zip(watched, norms):
             stacks[i].commit("projected_norm", norm)
-        limited = [i for i, s in enumerate(stacks) if _limits(s, "factor")]
+        limited = [i for i, s in enumerate(stacks) if _limits(s.options, "factor")]
         norms = norms_of([factors[i].factor for i in limited], [splits[i] for i in limited], rows)
         shrinks = {i: _shrink(stacks[i], norm) for i, norm in zip(limited, norms)}
         for i, (s, left, g, m, f) in enumerate(zip(stacks, lefts, gradients, moments, factors)):
@@ -84,16 +90,16 @@ def compose(stack: Stack, left: bool, gradient: Tensor, factor: Tensor, rows: Ro
     options, basis = stack.options, stack.state["basis"]
     s = scale(options["update_scale"], stack.shape, stack.fans, rank_of(stack.shape, options))
     alpha, rho = options["alpha"], options["residual_scale"]
-    if not (_limits(stack, "residual") or _limits(stack, "total")):
+    if not (_limits(options, "residual") or _limits(options, "total")):
         moved = torch.add(s * alpha * factor, gradient, alpha=-alpha * rho)
         return lifted(basis, moved, left, keep=alpha * rho)
     # Block 3 on what only exists as a whole matrix: the target's Frobenius norm grows at most by γ a step.
     residual = lifted(basis, -rho * gradient, left, keep=rho).dense(stack)
     is_split = [stack.split is not None]
-    if _limits(stack, "residual"):
+    if _limits(options, "residual"):
         residual *= _shrink(stack, norms_of([residual], is_split, rows)[0])[:, None, None]
     total = lifted(basis, s * factor, left).dense(stack).add_(residual)
-    if _limits(stack, "total"):
+    if _limits(options, "total"):
         total *= _shrink(stack, norms_of([total], is_split, rows)[0])[:, None, None]
     return total.mul_(alpha)
 
@@ -104,8 +110,7 @@ def norms_of(matrices: Sequence[Tensor], partial: Sequence[bool], rows: Rows) ->
     return [total.sqrt().to(m.dtype) for total, m in zip(rows.total(squares, partial), matrices)]
 
 
-def _limits(stack: Stack, target: str) -> bool:
-    options = stack.options
+def _limits(options: Mapping[str, Any], target: str) -> bool:
     if options["norm_growth_limit"] is None or options["norm_growth_target"] != target:
         return False
     return target != "residual" or bool(options["residual_scale"])

@@ -1,0 +1,139 @@
+"""The collectives that layouts use, on one process group, with the bytes that each rank sends counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Pending(NamedTuple):
+    """A collective under way."""
+
+    result: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """The result. On CUDA the current stream waits, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+class Communicator:
+    """A process group, by the few collectives that layouts need.
+
+    Attributes:
+        rank: of this process in the group.
+        size: processes in the group.
+        sent: kind of collective → bytes that this rank has sent since construction, by the ring convention
+            (DESIGN.md, section 2): all-reduce 2B(W-1)/W, all-gather and reduce-scatter B(W-1)/W of the whole
+            buffer B, all-to-all what leaves the rank, broadcast B(W-1)/W.
+        calls: kind of collective → how often it was issued.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+
+    def sum(self, flat: Tensor) -> Tensor:
+        """All-reduce of a 1-D tensor, in place."""
+        self._count("all_reduce", 2 * _ring(flat, self.size))
+        dist.all_reduce(flat, group=self.group)
+        return flat
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Element-wise or of booleans."""
+        numbers = flags.to(torch.uint8)
+        self._count("all_reduce", 2 * _ring(numbers, self.size))
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
+        return numbers > 0
+
+    def gather(self, part: Tensor) -> Tensor:
+        """(n,) of each rank → (W, n)."""
+        result = part.new_empty(self.size, part.numel())
+        self._count("all_gather", _ring(result, self.size))
+        dist.all_gather_into_tensor(result.view(-1), part.contiguous().view(-1), group=self.group)
+        return result
+
+    def sum_scatter(self, parts: Tensor) -> Tensor:
+        """(W, n) of each rank → (n,): row `rank` of their sum."""
+        result = parts.new_empty(parts.shape[1])
+        self._count("reduce_scatter", _ring(parts, self.size))
+        dist.reduce_scatter_tensor(result, parts.reshape(-1), group=self.group)
+        return result
+
+    def swap(self, send: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending:
+        """All-to-all of a 1-D tensor, not waited for.
+
+        Args:
+            send: elements for rank 0, then for rank 1, …
+            sent: how many for each rank.
+            received: how many come from each rank.
+        """
+        result = send.new_empty(sum(received))
+        leaving = sum(sent) - sent[self.rank]
+        self._count("all_to_all", leaving * send.element_size())
+        work = dist.all_to_all_single(
+            result, send, list(received), list(sent), group=self.group, async_op=True
+        )
+        return Pending(result, work)
+
+    def broadcast(self, flat: Tensor) -> Tensor:
+        """The first rank's tensor, in place."""
+        self._count("broadcast", _ring(flat, self.size))
+        source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+        dist.broadcast(flat, source, group=self.group)
+        return flat
+
+    def _count(self, kind: str, size: float) -> None:
+        self.sent[kind] = self.sent.get(kind, 0) + size
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+
+
+class SimulatedCommunicator(Communicator):
+    """One rank of a group that does not exist: counts the same bytes, moves none. For meta tensors."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.group, self.rank, self.size = None, rank, size
+        self.sent, self.calls = {}, {}
+
+    def sum(self, flat: Tensor) -> Tensor:
+        """Counts an all-reduce."""
+        self._count("all_reduce", 2 * _ring(flat, self.size))
+        return flat
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Counts an all-reduce of bytes."""
+        self._count("all_reduce", 2 * _ring(flags.to(torch.uint8), self.size))
+        return flags
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Counts an all-gather."""
+        result = part.new_empty(self.size, part.numel())
+        self._count("all_gather", _ring(result, self.size))
+        return result
+
+    def sum_scatter(self, parts: Tensor) -> Tensor:
+        """Counts a reduce-scatter."""
+        self._count("reduce_scatter", _ring(parts, self.size))
+        return parts.new_empty(parts.shape[1])
+
+    def swap(self, send: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending:
+        """Counts an all-to-all."""
+        self._count("all_to_all", (sum(sent) - sent[self.rank]) * send.element_size())
+        return Pending(send.new_empty(sum(received)), None)
+
+    def broadcast(self, flat: Tensor) -> Tensor:
+        """Counts a broadcast."""
+        self._count("broadcast", _ring(flat, self.size))
+        return flat
+
+
+def _ring(buffer: Tensor, size: int) -> float:
+    return buffer.numel() * buffer.element_size() * (size - 1) / size

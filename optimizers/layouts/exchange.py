@@ -1,0 +1,141 @@
+"""From one distribution of matrices over ranks to another and back, in one all-to-all each way.
+
+A distribution says, for each matrix and rank, which interval of the flattened matrix the rank has. What travels
+is where the interval of one rank overlaps that of another in the other distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimizers.layouts.communicator import Communicator, Pending
+
+Interval = tuple[int, int]
+Distribution = Sequence[Sequence[Interval]]
+"""[matrix][rank] → (first element, end)."""
+
+
+class _Move(NamedTuple):
+    matrix: int
+    lo: int  # within the interval that this rank has
+    hi: int
+
+
+class _Direction(NamedTuple):
+    """What this rank sends and receives."""
+
+    moves_out: list[_Move]
+    moves_in: list[_Move]
+    sent: list[int]
+    received: list[int]
+    sizes_in: list[int]  # elements of each matrix that this rank then has
+
+
+class Exchange:
+    """The plan between two distributions, as one rank sees it.
+
+    Args:
+        sources: where elements are before.
+        targets: where they are wanted.
+        communicator: the ranks, in the order of the distributions.
+    """
+
+    def __init__(self, sources: Distribution, targets: Distribution, communicator: Communicator) -> None:
+        self._communicator = communicator
+        me = communicator.rank
+        self._there = _direction(sources, targets, me, communicator.size)
+        self._back = _direction(targets, sources, me, communicator.size)
+
+    def forward(self, held: Sequence[Tensor | None], like: Tensor) -> Arriving:
+        """Start moving from sources to targets.
+
+        Args:
+            held: this rank's interval of each matrix, 1-D; None where it has none.
+            like: tensor of the dtype and device that travels.
+        """
+        return self._start(self._there, held, like)
+
+    def backward(self, held: Sequence[Tensor | None], like: Tensor) -> Arriving:
+        """Start moving from targets to sources."""
+        return self._start(self._back, held, like)
+
+    def _start(self, plan: _Direction, held: Sequence[Tensor | None], like: Tensor) -> Arriving:
+        parts = []
+        for move in plan.moves_out:
+            flat = held[move.matrix]
+            assert flat is not None
+            parts.append(flat[move.lo : move.hi].to(like.dtype))
+        send = torch.cat(parts) if parts else like.new_empty(0)
+        return Arriving(self._communicator.swap(send, plan.sent, plan.received), plan)
+
+
+class Arriving:
+    """A move under way."""
+
+    def __init__(self, pending: Pending, plan: _Direction) -> None:
+        self._pending, self._plan = pending, plan
+
+    def wait(self) -> list[Tensor]:
+        """This rank's interval of each matrix, 1-D, empty where it has none."""
+        flat, plan = self._pending.wait(), self._plan
+        result = []
+        found: dict[int, list[tuple[int, Tensor]]] = {}
+        offsets = accumulate((move.hi - move.lo for move in plan.moves_in), initial=0)
+        for move, offset in zip(plan.moves_in, offsets):
+            part = flat[offset : offset + move.hi - move.lo]
+            found.setdefault(move.matrix, []).append((move.lo, part))
+        for matrix, size in enumerate(plan.sizes_in):
+            parts = found.get(matrix, [])
+            if len(parts) == 1:
+                result.append(parts[0][1])
+            elif parts:
+                result.append(torch.cat([part for _, part in sorted(parts, key=lambda entry: entry[0])]))
+            else:
+                result.append(flat.new_empty(size))
+        return result
+
+
+def _direction(sources: Distribution, targets: Distribution, me: int, size: int) -> _Direction:
+    out: list[_Move] = []
+    into: list[_Move] = []
+    sent, received = [0] * size, [0] * size
+    for other in range(size):
+        for matrix, (has, wants) in enumerate(zip(sources, targets)):
+            lo, hi = _overlap(has[me], wants[other])
+            if hi > lo:
+                out.append(_Move(matrix, lo - has[me][0], hi - has[me][0]))
+                sent[other] += hi - lo
+            lo, hi = _overlap(has[other], wants[me])
+            if hi > lo:
+                into.append(_Move(matrix, lo - wants[me][0], hi - wants[me][0]))
+                received[other] += hi - lo
+    return _Direction(out, into, sent, received, [wants[me][1] - wants[me][0] for wants in targets])
+
+
+def _overlap(a: Interval, b: Interval) -> Interval:
+    return max(a[0], b[0]), min(a[1], b[1])
+
+
+def whole_at(owners: Sequence[int], sizes: Sequence[int], ranks: int) -> list[list[Interval]]:
+    """The distribution in which each matrix lies whole on its owner."""
+    return [
+        [(0, size) if rank == owner else (0, 0) for rank in range(ranks)]
+        for owner, size in zip(owners, sizes)
+    ]
+
+
+def balanced_owners(costs: Sequence[float], ranks: int) -> list[int]:
+    """An owner for each matrix: longest first, each to the rank with the least work so far.
+
+    Ties go to the lower rank and the earlier matrix, so that all ranks find the same owners.
+    """
+    owners, loads = [0] * len(costs), [0.0] * ranks
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[owners[i]] += costs[i]
+    return owners

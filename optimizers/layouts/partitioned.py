@@ -1,0 +1,406 @@
+"""Parameters laid end to end in flat tensors that are cut over ranks without regard to rows (ZeRO-1, 2, 3).
+
+Most matrices lie whole on one rank and are stepped there, alone. A matrix across a boundary is stepped in rows
+by all who hold some: the rank that holds a row's first element takes the row, and only what is missing of that
+row travels. A rule without a row form gets such a matrix whole at one of its holders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers.fused import Block
+from optimizers.layouts.communicator import Communicator
+from optimizers.layouts.exchange import Arriving, Exchange, Interval
+from optimizers.layouts.lanes import Entry, Lane, LocalLane, OwnerLane, State, buckets, make_banks
+from optimizers.layouts.layout import Section, local_shapes
+from optimizers.layouts.rows import Rows, Whole
+from optimizers.layouts.sharded import Shards
+from optimizers.members import Holding, Member
+from optimizers.rules.rule import Rule
+from optimizers.stacks import Bank, Descent, LowRank, Stack, descend
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lies: element intervals of all ranks, and where this rank's begins in its flat tensor."""
+
+    pieces: tuple[Interval, ...]
+    at: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One flat tensor of this rank.
+
+    Attributes:
+        tensor: 1-D, fp32; its `.grad` is the mean gradient, unscaled and clipped.
+        group: index of the parameter group.
+        slots: parameter → where it lies, in the order of the flat tensor.
+    """
+
+    tensor: Tensor
+    group: int
+    slots: dict[Tensor, Slot] = field(default_factory=dict)
+
+
+class Unattached:
+    """The layout of an optimizer whose parameters are about to be partitioned: it steps nothing yet."""
+
+    communicators: list[Communicator] = []  # noqa: RUF012
+
+    def holding(self, parameter: Tensor, block: Block) -> Holding:
+        """Not known yet."""
+        raise RuntimeError(
+            "the optimizer was built for partitioned parameters and is not attached to an engine"
+        )
+
+    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
+        """None."""
+        return []
+
+    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+        """None."""
+        return []
+
+    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+        """None."""
+        return []
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """The parameter."""
+        return parameter
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """None."""
+        return None
+
+
+class PartitionedLayout:
+    """Flat tensors, each cut over the ranks of its group.
+
+    Args:
+        flats: of this rank.
+        parameters: group by group, as the optimizer was given them.
+        communicators: of each flat tensor.
+
+    Raises:
+        ValueError: a parameter lies in no flat tensor or in two.
+    """
+
+    def __init__(
+        self,
+        flats: Sequence[Flat],
+        parameters: Sequence[Sequence[Tensor]],
+        communicators: Sequence[Communicator],
+    ) -> None:
+        self._flats = list(flats)
+        self._per_flat = list(communicators)
+        self._places: dict[int, int] = {}
+        for i, flat in enumerate(flats):
+            for parameter in flat.slots:
+                if id(parameter) in self._places:
+                    raise ValueError("a parameter lies in two flat tensors")
+                self._places[id(parameter)] = i
+        self._sections = []
+        for i, flat in enumerate(flats):
+            group = parameters[flat.group]
+            positions = [k for k, p in enumerate(group) if self._places.get(id(p)) == i]
+            self._sections.append(Section(i, flat.group, positions))
+        missing = sum(id(p) not in self._places for group in parameters for p in group)
+        if missing:
+            raise ValueError(f"{missing} parameters lie in no flat tensor")
+
+    @property
+    def communicators(self) -> list[Communicator]:
+        """Those of the flat tensors."""
+        return list({id(c): c for c in self._per_flat}.values())
+
+    def holding(self, parameter: Tensor, block: Block) -> Holding:
+        """Whole, or rows of it."""
+        place = self._places[id(parameter)]
+        flat, communicator = self._flats[place], self._per_flat[place]
+        slot = _block_slot(block, flat.slots[parameter], communicator.rank)
+        return Slice(flat, slot, block.shape, communicator.rank)
+
+    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
+        """One lane without communication for what lies whole here; one for what several ranks hold, or several
+        where that has to be brought together."""
+        if not members:
+            return []
+        communicator = self._per_flat[self._places[id(members[0].parameter)]]
+        here = [m for m in members if m.holding.split is None and m.holding.shape == m.block.shape]
+        shared = [m for m in members if m.holding.split is not None]
+        lanes: list[Lane] = []
+        if here:
+            banks = make_banks(here, options, lambda m: local_shapes(m, rule, options, in_fp32=True))
+            lanes.append(LocalLane(banks, Whole()))
+        if not shared:
+            return lanes
+        if not rule.needs_whole:
+            return [*lanes, RowLane(shared, communicator, rule, options)]
+        pieces = [_slice(m).slot.pieces for m in shared]
+        owners = [_owner(i, p) for i, p in enumerate(pieces)]
+        for chosen in buckets(shared, owners):
+            lanes.append(
+                OwnerLane(
+                    [_as_piece(shared[i]) for i in chosen],
+                    [pieces[i] for i in chosen],
+                    [owners[i] for i in chosen],
+                    communicator,
+                    rule,
+                    options,
+                )
+            )
+        return lanes
+
+    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+        """The flat tensors that the groups hold now: DeepSpeed narrows them to one at a time."""
+        now = {id(tensor) for group in groups for tensor in group["params"]}
+        return [s for s, flat in zip(self._sections, self._flats) if id(flat.tensor) in now]
+
+    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+        """Every flat tensor."""
+        return self._sections
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """What this rank has of it, 1-D."""
+        return self._piece(parameter, self._flats[self._places[id(parameter)]].tensor.detach())
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient of that."""
+        gradient = self._flats[self._places[id(parameter)]].tensor.grad
+        return None if gradient is None else self._piece(parameter, gradient)
+
+    def _piece(self, parameter: Tensor, flat: Tensor) -> Tensor:
+        place = self._places[id(parameter)]
+        slot = self._flats[place].slots[parameter]
+        lo, hi = slot.pieces[self._per_flat[place].rank]
+        return flat[slot.at : slot.at + hi - lo]
+
+
+class Slice:
+    """`Holding` of a matrix in a flat tensor.
+
+    Whole where this rank has all of it, or where another one has (then with 0 rows). Else the rows whose first
+    element this rank has, of which the last may end on the next rank: `tail` is what arrived of it.
+
+    Args:
+        flat: the flat tensor.
+        slot: of the matrix.
+        shape: of the whole matrix.
+        rank: of this process among the pieces.
+    """
+
+    def __init__(self, flat: Flat, slot: Slot, shape: tuple[int, int], rank: int) -> None:
+        m, n = shape
+        self.flat, self.slot, self.rank = flat, slot, rank
+        self.columns = n
+        owners = [q for q, (lo, hi) in enumerate(slot.pieces) if hi > lo]
+        is_whole = len(owners) == 1
+        self.split: int | None = None if is_whole else 0
+        self.pattern: Hashable = None if is_whole else slot.pieces
+        self.piece = slot.pieces[rank]
+        if is_whole:
+            self.start, self.shape = 0, (shape if owners == [rank] else (0, n))
+            self.rows = (0, m) if owners == [rank] else (0, 0)
+        else:
+            self.rows = snapped(self.piece, n)
+            self.start, self.shape = self.rows[0], (self.rows[1] - self.rows[0], n)
+        self.tail: Tensor | None = None
+
+    @property
+    def lead(self) -> Interval:
+        """Elements here that end a row of an earlier rank."""
+        lo, hi = self.piece
+        return lo, min(hi, max(lo, self.rows[0] * self.columns)) if hi > lo else lo
+
+    @property
+    def missing(self) -> Interval:
+        """Elements of this rank's last row that later ranks have."""
+        hi = self.piece[1]
+        end = self.rows[1] * self.columns
+        return (hi, end) if self.shape[0] and end > hi else (hi, hi)
+
+    def within(self, flat: Tensor, interval: Interval) -> Tensor:
+        """An interval of this rank's piece, as a view of a flat tensor."""
+        offset = self.slot.at - self.piece[0]
+        return flat[offset + interval[0] : offset + interval[1]]
+
+    def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """(rows, n)."""
+        gradient = self.flat.tensor.grad
+        if gradient is None:
+            return None
+        own = self.within(gradient, (max(self.piece[0], self.rows[0] * self.columns), self.piece[1]))
+        if self.shape[0] == 0:
+            return gradient.new_empty(self.shape)
+        if self.tail is not None and self.tail.numel():
+            own = torch.cat([own, self.tail.to(own.dtype)])
+        return own.view(self.shape)
+
+    def weight(self, parameter: Tensor, block: Block) -> Tensor:
+        """(rows, n) where no row is broken."""
+        start = self.rows[0] * self.columns
+        return self.within(self.flat.tensor.detach(), (start, start + self.shape[0] * self.columns)).view(
+            self.shape
+        )
+
+
+class RowLane:
+    """Matrices that several ranks hold rows of; broken rows are completed before the step and returned after.
+
+    Args:
+        members: in the same order on all ranks, with `Slice` holdings.
+        communicator: the ranks.
+        rule: a rule with a row form.
+        options: of the group.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], communicator: Communicator, rule: Rule, options: Mapping[str, Any]
+    ) -> None:
+        shards = Shards(communicator)
+        banks = make_banks(
+            members, options, lambda m: local_shapes(m, rule, options, in_fp32=True), agree=shards.agree
+        )
+        self._lane = LocalLane(banks, shards, together=True)
+        self.banks: list[Bank] = banks
+        self.landing: list[Bank] = []
+        self.rows: Rows = shards
+        self._members = list(members)
+        self._slices = [_slice(m) for m in members]
+        views = [
+            [Slice(s.flat, s.slot, m.block.shape, rank) for rank in range(communicator.size)]
+            for s, m in zip(self._slices, members)
+        ]
+        leads = [[view.lead for view in same] for same in views]
+        missing = [[view.missing for view in same] for same in views]
+        is_broken = any(hi > lo for same in leads for lo, hi in same)
+        self._exchange = Exchange(leads, missing, communicator) if is_broken else None
+        self._arriving: Arriving | None = None
+        self._tails: dict[int, Tensor] = {}
+
+    def begin(self) -> None:
+        """Ask for what is missing of broken rows."""
+        gradient = self._slices[0].flat.tensor.grad
+        if self._exchange is None or self._arriving is not None or gradient is None:
+            return
+        leads = [s.within(gradient, s.lead) for s in self._slices]
+        self._arriving = self._exchange.forward(leads, gradient)
+
+    def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
+        """All stacks together."""
+        if self._arriving is not None:
+            for held, tail in zip(self._slices, self._arriving.wait()):
+                held.tail = tail
+        yield from self._lane.batches(state, found_inf)
+
+    def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
+        """Where the own elements are; the rest is kept until the `end`."""
+        if self._exchange is None:
+            self._lane.apply(stack, delta, descent)
+            return
+        dense = delta.dense(stack) if isinstance(delta, LowRank) else delta
+        if stack.masked is not None:
+            dense = torch.where(stack.masked, 0.0, dense)
+        weights, parts = [], []
+        for member, part in zip(stack.members, dense.reshape(len(dense), -1).unbind(0)):
+            held = _slice(member)
+            first = held.rows[0] * held.columns
+            own = max(held.piece[0], first), min(held.piece[1], held.rows[1] * held.columns)
+            if own[1] > own[0]:
+                weights.append(held.within(held.flat.tensor.detach(), own))
+                parts.append(part[own[0] - first : own[1] - first])
+            lo, hi = held.missing
+            self._tails[id(held)] = part[lo - first : hi - first].clone()
+        if weights:
+            descend(weights, parts, descent)
+
+    def end(self, descent: Descent) -> None:
+        """Return what belongs to broken rows of others, and apply what comes back."""
+        if self._exchange is None or self._arriving is None:
+            return
+        flat = self._slices[0].flat.tensor.detach()
+        tails = [self._tails.get(id(held)) for held in self._slices]
+        arrived = self._exchange.backward(tails, flat).wait()
+        weights = [held.within(flat, held.lead) for held in self._slices]
+        pairs = [(w, part) for w, part in zip(weights, arrived) if part.numel()]
+        if pairs:
+            descend([w for w, _ in pairs], [part for _, part in pairs], descent)
+        self._arriving, self._tails = None, {}
+        for held in self._slices:
+            held.tail = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A flattened interval of a matrix, as a column: what an owner is sent and what it sends back."""
+
+    held: Slice
+    shape: tuple[int, int]
+    pattern: Hashable
+    split: int | None = 0
+    start: int = 0
+
+    def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """(elements, 1)."""
+        gradient = self.held.flat.tensor.grad
+        return None if gradient is None else self.held.within(gradient, self.held.piece)[:, None]
+
+    def weight(self, parameter: Tensor, block: Block) -> Tensor:
+        """(elements, 1)."""
+        return self.held.within(self.held.flat.tensor.detach(), self.held.piece)[:, None]
+
+
+def _as_piece(member: Member) -> Member:
+    held = _slice(member)
+    lo, hi = held.piece
+    holding = _Piece(held, (hi - lo, 1), held.pattern)
+    return Member(member.parameter, member.block, member.prefix, member.offset, holding)
+
+
+def _slice(member: Member) -> Slice:
+    assert isinstance(member.holding, Slice)
+    return member.holding
+
+
+def snapped(piece: Interval, columns: int) -> Interval:
+    """Rows whose first element lies in an interval of elements."""
+    lo, hi = piece
+    first = -(-lo // columns)
+    return first, max(first, -(-hi // columns)) if hi > lo else first
+
+
+def _owner(index: int, pieces: Sequence[Interval]) -> int:
+    """The rank with the largest piece; ties are dealt in turn, or one rank would get all of ZeRO-3's matrices."""
+    largest = max(hi - lo for lo, hi in pieces)
+    candidates = [rank for rank, (lo, hi) in enumerate(pieces) if hi - lo == largest]
+    return candidates[index % len(candidates)]
+
+
+def _block_slot(block: Block, slot: Slot, rank: int) -> Slot:
+    """Where a matrix of a fused parameter lies.
+
+    Raises:
+        TypeError: its elements are no interval of the flattened parameter.
+    """
+    if block.dim == -1:
+        return slot
+    size = block.shape[0] * block.shape[1]
+    if block.dim == -2:
+        first = block.start * size
+    elif block.dim == 0 and block.outer == 1:
+        first = block.start * block.shape[1]
+    else:
+        raise TypeError(
+            f"{block.name}: this fused projection is no interval of its flattened parameter and cannot be stepped in "
+            "slices (ZeRO-1, 2, 3); use ddp, fsdp2 or zero0"
+        )
+    pieces = tuple((min(max(lo - first, 0), size), min(max(hi - first, 0), size)) for lo, hi in slot.pieces)
+    return Slot(pieces, slot.at + max(0, first - slot.pieces[rank][0]))

@@ -1,0 +1,398 @@
+"""Parameters cut along one axis over ranks: DTensors of `fully_shard` (FSDP2), also inside of replicas (HSDP).
+
+A rule with a row form never sees a whole matrix: what has to be summed over ranks are r×r Grams or projected
+gradients. A rule without one gets whole matrices at owners and back, in one all-to-all each way per bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from optimizers.fused import Block
+from optimizers.layouts.communicator import Communicator
+from optimizers.layouts.exchange import balanced_owners
+from optimizers.layouts.lanes import Lane, LocalLane, OwnerLane, buckets, make_banks
+from optimizers.layouts.layout import Section, local_shapes, whole_groups
+from optimizers.layouts.replicated import work_of
+from optimizers.layouts.rows import BasisMaker, solved
+from optimizers.linalg.gram_root import GramRoot
+from optimizers.linalg.inverse_root import InverseRoot
+from optimizers.linalg.precision import full_precision
+from optimizers.linalg.robust import robust_eigh
+from optimizers.linalg.sketching import Ask, Steps
+from optimizers.members import Holding, Member
+from optimizers.rules.rule import Rule
+
+
+class Shards:
+    """`Rows` over ranks that each hold an interval of every matrix.
+
+    Args:
+        communicator: the ranks that hold one replica.
+        replicas: processes that hold the same interval of other replicas; None: there is one replica.
+    """
+
+    exchanges_bases = True
+
+    def __init__(self, communicator: Communicator, replicas: Communicator | None = None) -> None:
+        self._ranks, self._replicas = communicator, replicas
+
+    def total(self, parts: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
+        """One all-reduce per dtype of the shares."""
+        result = list(parts)
+        shares = [i for i in range(len(parts)) if partial is None or partial[i]]
+        for dtype in sorted({parts[i].dtype for i in shares}, key=str):
+            chosen = [i for i in shares if parts[i].dtype == dtype]
+            flat = self._ranks.sum(torch.cat([parts[i].reshape(-1) for i in chosen]))
+            for i, total in zip(chosen, flat.split([parts[i].numel() for i in chosen])):
+                result[i] = total.view(parts[i].shape)
+        return result
+
+    def roots(
+        self,
+        grams: Sequence[Tensor],
+        solvers: Sequence[GramRoot] | None = None,
+        partial: Sequence[bool] | None = None,
+    ) -> list[InverseRoot]:
+        """Shares are summed at one owner per matrix, solved there, and the roots sent to all in fp32: 12r² bytes
+        instead of the 16r² of an all-reduce, the work divided, the roots equal bit by bit. Complete Grams are
+        solved by all: a smooth map of equal numbers."""
+        chosen_solvers = list(solvers or [GramRoot()] * len(grams))
+        shares = [i for i in range(len(grams)) if partial is None or partial[i]]
+        complete = [i for i in range(len(grams)) if i not in shares]
+        result: dict[int, InverseRoot] = dict(
+            zip(complete, solved([grams[i] for i in complete], [chosen_solvers[i] for i in complete]))
+        )
+        if shares:
+            found = self._owned_roots([grams[i] for i in shares], [chosen_solvers[i] for i in shares])
+            result.update(zip(shares, found))
+        return [result[i] for i in range(len(grams))]
+
+    def _owned_roots(self, grams: list[Tensor], solvers: list[GramRoot]) -> list[InverseRoot]:
+        slices = [_dealt(len(gram), self._ranks.size, start) for start, gram in enumerate(grams)]
+        sides = [gram.shape[-1] for gram in grams]
+        mine = self._ranks.sum_scatter(_packed(grams, slices))
+        dtype = torch.float64 if any(s.dtype == torch.float64 for s in solvers) else torch.float32
+        answers, offset = [], 0
+        for r, part, solver in zip(sides, slices, solvers):
+            count = _length(part, self._ranks.rank)
+            if count == 0:
+                continue
+            root = solver(mine[offset : offset + count * r * r].view(count, r, r))
+            offset += count * r * r
+            values = root.singular_values
+            if values is None:
+                values = torch.zeros_like(root.root[..., 0])
+            # Which matrix fell back is not known, how many of the stack is: the first one carries the number.
+            fallbacks = torch.zeros_like(values[:, :1])
+            fallbacks[:1, 0] = root.fallbacks
+            rank = root.effective_rank[:, None].to(values.dtype)
+            answers.append(
+                torch.cat([root.root.flatten(1), values, rank, fallbacks], 1).to(dtype).reshape(-1)
+            )
+        widths = [r * r + r + 2 for r in sides]
+        longest = max(sum(w * _length(s, q) for w, s in zip(widths, slices)) for q in range(self._ranks.size))
+        flat = torch.zeros(longest, dtype=dtype, device=grams[0].device)
+        if answers:
+            own = torch.cat(answers)
+            flat[: own.numel()] = own
+        everything = self._ranks.gather(flat)
+        return [
+            _root(rows, r, solver)
+            for rows, r, solver in zip(_unpacked(everything, slices, widths), sides, solvers)
+        ]
+
+    def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
+        """One after the other, so that one stack's gradients are alive; what each asks is answered by a
+        collective for all matrices of its stack."""
+        with torch.no_grad():
+            return [self._driven(maker, target) for maker, target in zip(makers, like)]
+
+    def _driven(self, maker: BasisMaker, like: Tensor) -> Tensor:
+        steps = maker()
+        assert not isinstance(steps, Tensor)
+        with full_precision(like.device.type):
+            return self._drive(steps).to(like.dtype)
+
+    def _drive(self, steps: Steps) -> Tensor:
+        answer: Any = None
+        while True:
+            try:
+                ask = steps.send(answer)
+            except StopIteration as done:
+                return done.value
+            answer = self._answer(ask)
+
+    def _answer(self, ask: Ask) -> Any:
+        tensor = ask.tensor
+        if ask.kind == "sum":
+            return self._ranks.sum(tensor.clone(memory_format=torch.contiguous_format).view(-1)).view(
+                tensor.shape
+            )
+        if ask.kind == "gather":
+            return self._ranks.gather(tensor.reshape(-1)).view(self._ranks.size, *tensor.shape)
+        return self._eigen(tensor)
+
+    def _eigen(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """Each rank solves its share of the matrices, and all get the same bits."""
+        b, k = gram.shape[:2]
+        part = _dealt(b, self._ranks.size, 0)
+        lo, hi = part[self._ranks.rank]
+        longest = max(end - start for start, end in part)
+        flat = gram.new_zeros(longest, k * (k + 1))
+        if hi > lo:
+            values, vectors, _ = robust_eigh(gram[lo:hi])
+            flat[: hi - lo] = torch.cat([values, vectors.flatten(1)], 1)
+        everything = self._ranks.gather(flat.view(-1))
+        if self._replicas is not None:
+            everything = self._replicas.broadcast(everything.view(-1)).view(self._ranks.size, -1)
+        rows = everything.view(self._ranks.size, longest, -1)
+        found = torch.cat([rows[q, : end - start] for q, (start, end) in enumerate(part)])
+        return found[:, :k], found[:, k:].reshape(b, k, k)
+
+    def agree(self, present: Tensor) -> Tensor:
+        """Element-wise or over the ranks."""
+        return self._ranks.any(present)
+
+
+def _dealt(count: int, ranks: int, start: int) -> list[tuple[int, int]]:
+    """Contiguous shares of `count` matrices, sizes differing by at most one; the longer ones begin at rank
+    `start`."""
+    small, extra = divmod(count, ranks)
+    shares, lo = [], 0
+    for rank in range(ranks):
+        size = small + ((rank - start) % ranks < extra)
+        shares.append((lo, lo + size))
+        lo += size
+    return shares
+
+
+def _length(shares: Sequence[tuple[int, int]], rank: int) -> int:
+    return shares[rank][1] - shares[rank][0]
+
+
+def _packed(stacks: Sequence[Tensor], shares: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """(W, longest): row q holds rank q's share of every stack, padded."""
+    rows = [
+        torch.cat([stack[lo:hi].reshape(-1) for stack, (lo, hi) in zip(stacks, parts)])
+        for parts in zip(*shares)
+    ]
+    longest = max(row.numel() for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (0, longest - row.numel())) for row in rows])
+
+
+def _unpacked(
+    rows: Tensor, shares: Sequence[Sequence[tuple[int, int]]], widths: Sequence[int]
+) -> list[Tensor]:
+    """The inverse of `_packed` for stacks of (b, width)."""
+    parts: list[list[Tensor]] = [[] for _ in shares]
+    for rank in range(rows.shape[0]):
+        offset = 0
+        for i, (share, width) in enumerate(zip(shares, widths)):
+            size = _length(share, rank) * width
+            parts[i].append(rows[rank, offset : offset + size].view(-1, width))
+            offset += size
+    return [torch.cat(found) for found in parts]
+
+
+def _root(rows: Tensor, r: int, solver: GramRoot) -> InverseRoot:
+    root, values, rank, fallbacks = rows.split([r * r, r, 1, 1], 1)
+    return InverseRoot(
+        root.reshape(-1, r, r),
+        values if solver.gives_singular_values else None,
+        rank[:, 0].long(),
+        fallbacks.sum().long(),
+    )
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """`Holding` of a matrix inside a parameter that is cut along `split`.
+
+    Attributes:
+        cut: (axis, first, length) that select the matrix within what this process has of the parameter.
+        pattern: the intervals of all ranks. Ranks must stack the same matrices, so it decides what is alike.
+    """
+
+    shape: tuple[int, int]
+    split: int | None
+    start: int
+    cut: tuple[int, int, int] | None = None
+    pattern: Hashable = None
+
+    def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """This process' rows or columns of it."""
+        return None if parameter.grad is None else self._here(local(parameter.grad))
+
+    def weight(self, parameter: Tensor, block: Block) -> Tensor:
+        """View of the local shard."""
+        return self._here(local(parameter.detach()))
+
+    def _here(self, shard: Tensor) -> Tensor:
+        return (shard if self.cut is None else shard.narrow(*self.cut)).view(self.shape)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a DTensor; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedLayout:
+    """DTensors on one mesh, each `Shard(0)` or `Shard(1)` on one of its dimensions and replicated on the others.
+
+    Args:
+        parameters: (name, parameter), all of them DTensors.
+
+    Raises:
+        TypeError: placements that are not those of `fully_shard`; says which parameter.
+    """
+
+    def __init__(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
+        name, first = parameters[0]
+        assert isinstance(first, DTensor)
+        mesh = first.device_mesh
+        dim = _shard_dim(name, first)
+        for name, parameter in parameters:
+            if not isinstance(parameter, DTensor):
+                raise TypeError(f"{name}: is no DTensor, while other parameters are")
+            if parameter.device_mesh != mesh or _shard_dim(name, parameter) != dim:
+                raise TypeError(f"{name}: is sharded over another mesh than {parameters[0][0]}")
+        if mesh.ndim > 2:
+            raise TypeError(f"{name}: a mesh of {mesh.ndim} dimensions is not supported (FSDP: 1, HSDP: 2)")
+        self._dim = dim
+        self._ranks = Communicator(mesh.get_group(dim))
+        self._replicas = Communicator(mesh.get_group(1 - dim)) if mesh.ndim == 2 else None
+        self._rows = Shards(self._ranks, self._replicas)
+
+    @property
+    def communicators(self) -> list[Communicator]:
+        """Within a replica, and between replicas."""
+        return [self._ranks] if self._replicas is None else [self._ranks, self._replicas]
+
+    def holding(self, parameter: Tensor, block: Block) -> Holding:
+        """The interval of its rows or columns."""
+        axis = self._axis(parameter)
+        ranks = range(self._ranks.size)
+        held = [holding_of(block, axis, self._interval(parameter, axis, rank)) for rank in ranks]
+        return replace(held[self._ranks.rank], pattern=tuple((h.start, h.shape) for h in held))
+
+    def _axis(self, parameter: Tensor) -> int:
+        assert isinstance(parameter, DTensor)
+        placement = parameter.placements[self._dim]
+        assert isinstance(placement, Shard)
+        return placement.dim
+
+    def _interval(self, parameter: Tensor, axis: int, rank: int) -> tuple[int, int]:
+        return chunk(parameter.shape[axis], self._ranks.size, rank)
+
+    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
+        """All matrices in one lane, or for a rule without a row form one lane per bucket of whole matrices."""
+        if not rule.needs_whole:
+            banks = make_banks(
+                members, options, lambda m: local_shapes(m, rule, options), agree=self._rows.agree
+            )
+            return [LocalLane(banks, self._rows, together=True)]
+        owners = balanced_owners([work_of(m.block.shape) for m in members], self._ranks.size)
+        sources = [self._sources(m) for m in members]
+        return [
+            OwnerLane(
+                [members[i] for i in chosen],
+                [sources[i] for i in chosen],
+                [owners[i] for i in chosen],
+                self._ranks,
+                rule,
+                options,
+            )
+            for chosen in buckets(members, owners)
+        ]
+
+    def _sources(self, member: Member) -> list[tuple[int, int]]:
+        axis = self._axis(member.parameter)
+        intervals = []
+        for rank in range(self._ranks.size):
+            interval = self._interval(member.parameter, axis, rank)
+            held = holding_of(member.block, axis, interval)
+            assert held.split is not None
+            other = member.block.shape[1 - held.split]
+            intervals.append((held.start * other, (held.start + held.shape[held.split]) * other))
+        return intervals
+
+    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+        """Each group."""
+        return whole_groups(groups)
+
+    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+        """Each group."""
+        return whole_groups(groups)
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """The local shard."""
+        return local(parameter.detach())
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The local shard of the gradient."""
+        return None if parameter.grad is None else local(parameter.grad)
+
+
+def _shard_dim(name: str, parameter: DTensor) -> int:
+    dims = [d for d, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
+    others = [p for p in parameter.placements if not isinstance(p, (Shard, Replicate))]
+    if len(dims) != 1 or others or parameter.placements[dims[0]].dim > 1:  # pyright: ignore[reportAttributeAccessIssue]
+        raise TypeError(
+            f"{name}: placements {tuple(parameter.placements)} are not supported; FSDP2 and HSDP shard each "
+            "parameter along dimension 0 or 1 of one mesh dimension (tensor parallel layouts do not)"
+        )
+    return dims[0]
+
+
+def chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Rows of a rank: torch's `Shard` cuts in pieces of ceil(size/W), the last ones may be short or empty."""
+    step = -(-size // ranks)
+    return min(rank * step, size), min((rank + 1) * step, size)
+
+
+def holding_of(block: Block, axis: int, interval: tuple[int, int]) -> Sharded:
+    """How a matrix lies in a process' interval of its parameter.
+
+    Args:
+        axis: along which the parameter is cut.
+        interval: of that axis, here.
+
+    Raises:
+        TypeError: the matrix is interleaved with others, so that no interval of it lies here.
+    """
+    lo, hi = interval
+    if block.dim == -1:
+        return _along(block, axis, lo, hi - lo, None)
+    if block.dim == -2:
+        if axis != 0:
+            raise TypeError(f"{block.name}: experts sharded along dimension {axis} are not supported")
+        inside = lo <= block.start < hi
+        rows = block.shape[0] if inside else 0
+        return Sharded((rows, block.shape[1]), 0, 0, (0, block.start - lo if inside else 0, int(inside)))
+    if block.outer != 1:
+        raise TypeError(
+            f"{block.name}: a fused projection that is interleaved head by head cannot be stepped in shards"
+        )
+    if axis != block.dim:
+        return _along(block, axis, lo, hi - lo, (block.dim, block.start, block.length))
+    first, end = max(lo, block.start), min(hi, block.start + block.length)
+    length = max(0, end - first)
+    cut = (axis, first - lo if length else 0, length)
+    return _along(block, axis, first - block.start if length else 0, length, cut)
+
+
+def _along(block: Block, axis: int, start: int, length: int, cut: tuple[int, int, int] | None) -> Sharded:
+    shape = (length, block.shape[1]) if axis == 0 else (block.shape[0], length)
+    return Sharded(shape, axis, start, cut)
+
+
+def is_sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether these are DTensors."""
+    return any(isinstance(p, DTensor) for p in parameters)

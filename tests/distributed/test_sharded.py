@@ -1,0 +1,180 @@
+"""DTensors on real gloo ranks: every rule moves shards as it moves whole matrices, whatever the cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import optimizers
+
+if TYPE_CHECKING:
+    from tests.distributed.pool import RankPool
+
+EVEN = [(24, 16), (16, 24), (24, 16), (20, 20), (16,)]
+# Over four ranks: locals 7,7,7,4 · 1,1,1,0 (an empty shard) · 4,4,4,1.
+UNEVEN = [(25, 18), (3, 40), (13, 13), (25, 18), (5,)]
+STEPS = 8
+LOW = {"rank": 6, "refresh_interval": 3}
+PRESETS: dict[str, dict[str, Any]] = {
+    "sumo": LOW,
+    "sumo_official": LOW,
+    "sumo_ns5": {**LOW, "orthogonalizer_dtype": "float32"},
+    "galore": LOW,
+    "galore_muon": {**LOW, "orthogonalizer_dtype": "float32"},
+    "muon": {"orthogonalizer_dtype": "float32"},
+    "muon_svd": {},
+    "adamw": {},
+}
+
+
+def gradients(shapes: list[tuple[int, ...]], step: int) -> list[torch.Tensor]:
+    """Of decaying spectrum, so that a basis is a matter of the gradient and not of rounding."""
+    generator = torch.Generator().manual_seed(100 + step)
+    made = []
+    for i, shape in enumerate(shapes):
+        if len(shape) == 1:
+            made.append(torch.randn(shape, generator=generator))
+            continue
+        k = min(shape)
+        drift = torch.Generator().manual_seed(i)
+        left, right = torch.randn(shape[0], k, generator=drift), torch.randn(k, shape[1], generator=drift)
+        noise = torch.randn(shape, generator=generator)
+        made.append((left * torch.arange(1, k + 1).float().pow(-1.0)) @ right + 0.1 * noise)
+    return made
+
+
+def weights(shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def alone(preset: str, shapes: list[tuple[int, ...]], **more: Any) -> list[torch.Tensor]:
+    """What one process makes of the same gradients."""
+    named = [(f"layers.{i}.w", nn.Parameter(w)) for i, w in enumerate(weights(shapes))]
+    optimizer = optimizers.build(preset, named, lr=0.02, **{**PRESETS[preset], **more})
+    for step in range(STEPS):
+        for (_, p), gradient in zip(named, gradients(shapes, step)):
+            p.grad = gradient
+        optimizer.step()
+    return [p.detach() for _, p in named]
+
+
+def sharded(
+    rank: int, preset: str, shapes: list[tuple[int, ...]], axis: int, replicas: int, more: dict[str, Any]
+) -> dict[str, Any]:
+    """Runs on each rank; all weights at the end, gathered, and what the optimizer sent."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,) if replicas == 1 else (replicas, world // replicas))
+
+    def spread(tensor: torch.Tensor) -> Any:
+        placement = Shard(axis if tensor.ndim > 1 else 0)
+        return distribute_tensor(tensor, mesh, [placement] if replicas == 1 else [Replicate(), placement])
+
+    named = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights(shapes))]
+    optimizer: Any = optimizers.build(preset, named, lr=0.02, **{**PRESETS[preset], **more})
+    calls = []
+    for step in range(STEPS):
+        for (_, p), gradient in zip(named, gradients(shapes, step)):
+            p.grad = spread(gradient)
+        before = optimizer.collective_calls()
+        optimizer.step()
+        calls.append(optimizer.collective_calls() - before)
+    return {
+        "weights": [p.detach().full_tensor() for _, p in named],
+        "calls": calls,
+        "sent": optimizer.bytes_sent(),
+        "state": optimizer.state_bytes(),
+    }
+
+
+def worst(found: list[torch.Tensor], expected: list[torch.Tensor], shapes: list[tuple[int, ...]]) -> float:
+    """Largest relative error of a parameter's total change."""
+    start = weights(shapes)
+    errors = []
+    for f, e, s in zip(found, expected, start):
+        errors.append(float((f.double() - e.double()).norm() / (e.double() - s.double()).norm()))
+    return max(errors)
+
+
+# Sums of fp32 numbers in another order give 1e-7 a step; a moment with κ up to 1e2 amplifies that, and eight
+# steps with two refreshes add up. Wrong algebra shows at 1e-2 and more.
+TOLERANCE = 2e-5
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_two_ranks_equal_one_process(two_ranks: RankPool, preset: str, axis: int) -> None:
+    results = two_ranks.run(sharded, preset, EVEN, axis, 1, {})
+    expected = alone(preset, EVEN)
+    for result in results:
+        assert worst(result["weights"], expected, EVEN) < TOLERANCE
+    assert results[0]["calls"] == results[1]["calls"]
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_uneven_and_empty_shards(four_ranks: RankPool, preset: str) -> None:
+    more = {"rank": 3} if "rank" in PRESETS[preset] else {}
+    expected = alone(preset, UNEVEN, **more)
+    for result in four_ranks.run(sharded, preset, UNEVEN, 0, 1, more):
+        assert worst(result["weights"], expected, UNEVEN) < TOLERANCE
+
+
+@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "adamw"])
+def test_replicas_of_shards(four_ranks: RankPool, preset: str) -> None:
+    """HSDP: two replicas of two shards."""
+    results = four_ranks.run(sharded, preset, EVEN, 0, 2, {})
+    expected = alone(preset, EVEN)
+    for result in results:
+        assert worst(result["weights"], expected, EVEN) < TOLERANCE
+    first = results[0]["weights"]
+    assert all(torch.equal(a, b) for result in results for a, b in zip(first, result["weights"]))
+
+
+def broken(rank: int, preset: str, how: str) -> list[torch.Tensor]:
+    """Runs on each rank with one sum over ranks left out."""
+    from optimizers.layouts.rows import Whole
+    from optimizers.layouts.sharded import Shards
+
+    original = getattr(Shards, how)
+    setattr(Shards, how, getattr(Whole, how))
+    try:
+        return sharded(rank, preset, EVEN, 0, 1, {})["weights"]
+    finally:
+        setattr(Shards, how, original)
+
+
+@pytest.mark.parametrize("preset", ["sumo", "sumo_official"])
+@pytest.mark.parametrize("how", ["total", "roots"])
+def test_control_a_sum_that_stays_local_is_seen(two_ranks: RankPool, preset: str, how: str) -> None:
+    """What peers do: project or orthogonalize what the rank happens to hold."""
+    found = two_ranks.run(broken, preset, how)[0]
+    assert worst(found, alone(preset, EVEN), EVEN) > 1e-2
+
+
+def test_collectives_do_not_grow_with_the_matrices(two_ranks: RankPool) -> None:
+    """An ordinary step: kinds times stacks, whatever the number of matrices."""
+    for preset in ("sumo", "galore", "muon"):
+        few = two_ranks.run(sharded, preset, EVEN, 0, 1, {})[0]["calls"]
+        many = two_ranks.run(sharded, preset, EVEN * 4, 0, 1, {})[0]["calls"]
+        assert few == many
+
+
+def test_state_is_divided(two_ranks: RankPool) -> None:
+    """Muon's moments lie at their owners; SUMO's moment or basis lies with the rows."""
+    from math import prod
+
+    matrices = [prod(shape) for shape in EVEN if len(shape) == 2]
+    muon = two_ranks.run(sharded, "muon", EVEN, 0, 1, {})
+    assert sum(r["state"]["moment"] for r in muon) == 4 * sum(matrices)
+    sumo = two_ranks.run(sharded, "sumo", EVEN, 0, 1, {})
+    for result in sumo:
+        # r(m_local + n) numbers of each matrix: rows are divided, columns are not.
+        expected = sum(6 * (shape[0] // 2 + shape[1]) * 4 for shape in EVEN if len(shape) == 2)
+        assert result["state"]["moment"] + result["state"]["basis"] == expected
