@@ -10,11 +10,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optimizers import groups, rules
-from optimizers.inspection import Figures, Observation, kind_bytes, singular_values
+from optimizers.fused import Block
+from optimizers.inspection import (
+    Figures,
+    Observation,
+    Share,
+    kind_bytes,
+    moment_share,
+    singular_values,
+    split_singular_values,
+)
 from optimizers.layouts.lanes import Lane
 from optimizers.layouts.layout import Layout, Section
 from optimizers.layouts.partitioned import Unattached
 from optimizers.layouts.replicated import ReplicatedLayout
+from optimizers.layouts.rows import Rows
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
 from optimizers.members import Member
 from optimizers.options import OptionError
@@ -107,6 +117,8 @@ class Optimizer(torch.optim.Optimizer):
         self._spectra: dict[str, tuple[Tensor, int]] = {}  # name → spectra of its stack, and which of them
         self._observation = Observation()
         self._observe = False
+        self._observing = False
+        self._seen: set[Any] = set()  # sections that this logical step has stepped
         self._fallbacks: Tensor = torch.zeros((), dtype=torch.int64)
         self.orthogonalizations = 0
 
@@ -124,6 +136,11 @@ class Optimizer(torch.optim.Optimizer):
     def is_attached(self) -> bool:
         """False for an optimizer that still waits for its partitions: it steps nothing."""
         return not isinstance(self._layout, Unattached)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether processes keep the state of different matrices, or of different parts of them."""
+        return bool(self._layout.communicators)
 
     def attach(self, layout: Layout) -> None:
         """Step the parameters as `layout` says they lie; allocates the state."""
@@ -222,12 +239,10 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.orthogonalizations = 0
-        self._stepped = []
-        observe, self._observe = self._observe, False
-        if observe:
-            self._observation = Observation()
-        for section in self._layout.sections(self.param_groups):
+        sections = list(self._layout.sections(self.param_groups))
+        self._begin({section.key for section in sections})
+        observe = self._observing
+        for section in sections:
             group = self._groups[section.group]
             parameters = [self._parameters[section.group][position] for position in section.positions]
             active = [p for p in parameters if self._layout.gradient(p) is not None]
@@ -242,6 +257,18 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[parameter]["step"] += 1
             self._stepped += active
         return loss
+
+    def _begin(self, keys: set[Any]) -> None:
+        """Begin a logical step with the first call of `step` that belongs to it: ZeRO calls once per flat tensor."""
+        if self._seen and self._seen.isdisjoint(keys):
+            self._seen |= keys
+            return
+        self._seen = keys
+        self.orthogonalizations = 0
+        self._stepped = []
+        self._observing, self._observe = self._observe, False
+        if self._observing:
+            self._observation = Observation()
 
     def _step_adamw(self, section: Section, active: list[Tensor], observe: bool) -> None:
         group = self._groups[section.group]
@@ -258,22 +285,34 @@ class Optimizer(torch.optim.Optimizer):
             self.found_inf,
         )
         if observe and self.preset_rule == "adamw":
-            same: dict[torch.Size, dict[str, Tensor]] = {}
-            for name, moment in self._first_moments(section):
-                same.setdefault(moment.shape, {})[name] = moment
-            for moments in same.values():
-                self._observation.add(list(moments), torch.stack(list(moments.values())))
+            for names_, moments, share in self._first_moments(section):
+                self._observation.add(names_, moments, share=share)
 
     def _routed(self, section: Section) -> list[tuple[Tensor, Route]]:
         pairs = list(zip(self._parameters[section.group], self._routes[section.group]))
         return [pairs[position] for position in section.positions]
 
-    def _first_moments(self, section: Section) -> list[tuple[str, Tensor]]:
-        """Name and first moment of the hidden matrices under AdamW."""
+    def _first_moments(self, section: Section) -> list[tuple[list[str], Tensor, Share | None]]:
+        """Names and first moments of the hidden matrices under AdamW, those of one shape stacked.
+
+        Slices that break rows have no matrix to look at; they are left out.
+        """
+        kinds: dict[Any, list[tuple[Block, Tensor]]] = {}
+        for parameter, route in self._routed(section):
+            for block in route.blocks:
+                holding = self._layout.holding(parameter, block)
+                moment = holding.part(self.state[parameter]["moment"], block)
+                if moment is not None:
+                    kinds.setdefault((block.shape, holding.split, holding.pattern), []).append(
+                        (block, moment)
+                    )
         return [
-            (block.name, block.matrix(self.state[parameter]["moment"]))
-            for parameter, route in self._routed(section)
-            for block in route.blocks
+            (
+                [block.name for block, _ in same],
+                torch.stack([moment for _, moment in same]),
+                None if split is None else Share(shape, split - 2, self._layout.rows.total),
+            )
+            for (shape, split, _), same in kinds.items()
         ]
 
     @property
@@ -296,7 +335,7 @@ class Optimizer(torch.optim.Optimizer):
                     lanes[position + 1].begin()
                 updates = rule.step([stack for _, _, stack in batch], lane.rows)
                 for (bank, active, stack), update in zip(batch, updates):
-                    self._take(rule, stack, update, observe)
+                    self._take(rule, stack, update, lane.rows, observe)
                     lane.apply(stack, update.delta, descent)
                     bank.write_back(active, stack.state)
                     bank.watch(all_of=bool(stack.due))
@@ -305,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):
                 lanes[position + 1].begin()
             lane.end(descent)
 
-    def _take(self, rule: rules.Rule, stack: Stack, update: rules.Update, observe: bool) -> None:
+    def _take(self, rule: rules.Rule, stack: Stack, update: rules.Update, rows: Rows, observe: bool) -> None:
         """Book what an update says beside its delta."""
         if update.factor is not None:
             self.orthogonalizations += len(stack.members)
@@ -324,7 +363,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._spectra.pop(name, None)
         if observe:
             moment = stack.state["moment"] if update.moment is None else update.moment
-            self._observation.add(stack.names, moment, update.factor, update.singular_values)
+            share = moment_share(rule, stack.shape, stack.split, stack.options, rows)
+            self._observation.add(stack.names, moment, update.factor, update.singular_values, share)
 
     def retract_step(self) -> None:
         """Take back the host's counters of the last step, which `found_inf` masked on the device.
@@ -363,18 +403,26 @@ class Optimizer(torch.optim.Optimizer):
         found: dict[str, Tensor] = {}
         for section in self._layout.all_sections(self._groups):
             if self._groups[section.group]["rule"] != "adamw":
-                for bank in (bank for lane in self._lanes_of(section) for bank in lane.banks):
+                rule = rules.load(self._groups[section.group]["rule"])
+                for lane, bank in [(owner, b) for owner in self._lanes_of(section) for b in owner.banks]:
                     bank.bind(self.state)
                     names = [m.block.name for m in bank.members]
                     if not all(name in self._spectra for name in names):
-                        values = singular_values(bank.stacked("moment"))
+                        moment = bank.stacked("moment")
+                        share = moment_share(rule, bank.shape, bank.split, bank.options, lane.rows)
+                        values = (
+                            singular_values(moment) if share is None else split_singular_values(moment, share)
+                        )
                         self._spectra.update({name: (values, i) for i, name in enumerate(names)})
                     for name in names:
                         values, i = self._spectra[name]
                         found[name] = values[i].detach().clone()
             elif self.preset_rule == "adamw":
-                for name, moment in self._first_moments(section):
-                    found[name] = singular_values(moment[None])[0]
+                for names, moments, share in self._first_moments(section):
+                    values = (
+                        singular_values(moments) if share is None else split_singular_values(moments, share)
+                    )
+                    found.update(zip(names, values.unbind(0)))
         return found
 
     def bytes_sent(self) -> dict[str, float]:

@@ -3,17 +3,63 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optimizers.linalg.polar import polar
+from optimizers.layouts.rows import Rows
+from optimizers.linalg.inverse_root import inverse_root
+from optimizers.linalg.polar import default_rtol, polar
 from optimizers.linalg.precision import full_precision
 from optimizers.linalg.spectra import figures, orthogonality_error, polar_error
+from optimizers.rules.rule import Rule
 
 Figures = dict[str, Tensor]
+
+
+class Share(NamedTuple):
+    """What a moment is where this process has an interval of it only.
+
+    Attributes:
+        shape: (m, n) of the whole moment.
+        dim: dimension that is split, -2 or -1.
+        total: sums tensors over the ranks that hold the rest, a collective.
+    """
+
+    shape: tuple[int, int]
+    dim: int
+    total: Callable[[Sequence[Tensor]], list[Tensor]]
+
+    def gram(self, part: Tensor) -> Tensor:
+        """(b, u, u) fp64 Gram over the split dimension, complete; u: length of the other one."""
+        wide = part.detach().double()
+        with full_precision(part.device.type):
+            return self.total([wide.mT @ wide if self.dim == -2 else wide @ wide.mT])[0]
+
+    def times(self, part: Tensor, root: Tensor) -> Tensor:
+        """This process' interval of the moment times a symmetric (b, u, u)."""
+        wide = part.detach().double()
+        return wide @ root if self.dim == -2 else root @ wide
+
+
+def moment_share(
+    rule: Rule, shape: tuple[int, int], split: int | None, options: Mapping[str, Any], rows: Rows
+) -> Share | None:
+    """How the moment of an (m, n) matrix is split where the matrix is along `split`; None: it is here whole."""
+    if split is None:
+        return None
+    along = rule.axes(shape, options)["moment"]
+    if split not in along:
+        return None
+    m, n = rule.state(shape, options)["moment"]
+    return Share((m, n), along.index(split) - 2, rows.total)
+
+
+def split_singular_values(moment: Tensor, share: Share) -> Tensor:
+    """As `singular_values`, of a moment of which each rank holds an interval (a collective)."""
+    return _values(share.gram(moment), moment.dtype)[..., : min(share.shape)]
 
 
 def singular_values(moment: Tensor) -> Tensor:
@@ -22,10 +68,15 @@ def singular_values(moment: Tensor) -> Tensor:
     wide = moment.detach().double()
     with full_precision(moment.device.type):
         gram = wide @ wide.mT if wide.shape[-2] <= wide.shape[-1] else wide.mT @ wide
+    return _values(gram, moment.dtype)
+
+
+def _values(gram: Tensor, dtype: torch.dtype) -> Tensor:
+    with full_precision(gram.device.type):
         # eigvalsh raises on NaN; a moment that holds one has no spectrum.
         finite = torch.isfinite(gram).all(-1).all(-1)[:, None]
         values = torch.linalg.eigvalsh(torch.where(finite[..., None], gram, 0.0))
-    return torch.where(finite, values.clamp_min(0).sqrt().flip(-1), torch.nan).to(moment.dtype)
+    return torch.where(finite, values.clamp_min(0).sqrt().flip(-1), torch.nan).to(dtype)
 
 
 def figures_of(
@@ -62,6 +113,34 @@ def figures_of(
     return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)}
 
 
+def split_figures_of(
+    names: Sequence[str], moment: Tensor, factor: Tensor | None, known: Tensor | None, share: Share
+) -> dict[str, Figures]:
+    """`figures_of` moments of which each rank holds an interval, from Grams alone (a collective).
+
+    The exact factor that judges the applied one is M (MᵀM)^(-1/2) by eigendecomposition of the fp64 Gram.
+    """
+    gram = share.gram(moment)
+    values = _values(gram, moment.dtype)[..., : min(share.shape)] if known is None else known
+    found = figures(values, share.shape, moment.dtype)
+    columns = {
+        "condition_number": found.condition_number.double(),
+        "effective_rank": found.effective_rank.double(),
+        "stable_rank": found.stable_rank.double(),
+    }
+    if factor is not None:
+        k = min(share.shape)
+        exact = share.times(moment, inverse_root(gram, default_rtol(share.shape, moment.dtype)).root)
+        distance = share.total([(factor.double() - exact).square().sum((-2, -1))])[0]
+        columns["polar_error"] = (distance / k).sqrt()
+        square = share.gram(factor)
+        trace = square.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # ‖OOᵀ - I‖² on either side: the two Grams share their non-zero eigenvalues.
+        excess = square.square().sum((-2, -1)) - 2 * trace + k
+        columns["orthogonality_error"] = (excess.clamp_min(0.0) / k).sqrt()
+    return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)}
+
+
 class Observation:
     """The figures of one observed step, and the time that they took."""
 
@@ -71,17 +150,29 @@ class Observation:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def add(
-        self, names: Sequence[str], moment: Tensor, factor: Tensor | None = None, known: Tensor | None = None
+        self,
+        names: Sequence[str],
+        moment: Tensor,
+        factor: Tensor | None = None,
+        known: Tensor | None = None,
+        share: Share | None = None,
     ) -> None:
-        """`figures_of` a stack, with the clock running: device time on CUDA, where the host runs ahead."""
+        """`figures_of` a stack (with `share`, of split moments), with the clock running: device time on CUDA, where
+        the host runs ahead."""
+
+        def found() -> dict[str, Figures]:
+            if share is None:
+                return figures_of(names, moment, factor, known)
+            return split_figures_of(names, moment, factor, known, share)
+
         if moment.device.type != "cuda":
             begin = time.perf_counter()
-            self.figures.update(figures_of(names, moment, factor, known))
+            self.figures.update(found())
             self._host_seconds += time.perf_counter() - begin
             return
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
-        self.figures.update(figures_of(names, moment, factor, known))
+        self.figures.update(found())
         last.record()
         self._events.append((first, last))
 

@@ -51,6 +51,11 @@ class Holding(Protocol):
         """The weights here as a view: `shape`, or 3-D where a fused projection is interleaved."""
         ...
 
+    def part(self, local: Tensor, block: Block) -> Tensor | None:
+        """The matrix' interval of a tensor that lies as the parameter does here (AdamW's state); None where it
+        breaks rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class Held:
@@ -68,6 +73,10 @@ class Held:
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
         """The block of the parameter."""
         return block.view(parameter)
+
+    def part(self, local: Tensor, block: Block) -> Tensor | None:
+        """The block of it."""
+        return block.matrix(local)
 
 
 @dataclass(frozen=True)

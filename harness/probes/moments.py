@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 
 from harness.loop import Run
 from harness.record.folder import Row
@@ -57,6 +58,8 @@ class Moments:
         layers = {
             name: {key: float(value) for key, value in values.items()} for name, values in figures.items()
         }
+        if getattr(self._run.optimizer, "is_divided", False):
+            layers = _of_all_processes(layers)
         for figure in MOMENT_FIGURES:
             values = [v for layer in layers.values() if math.isfinite(v := layer.get(figure, math.nan))]
             if values:
@@ -90,6 +93,13 @@ class Moments:
         else:
             affordable = math.ceil((self._spent + 2 * cost_s) / (BUDGET * elapsed / (step + 1)))
             self._next = max(step + 1, affordable)
+
+
+def _of_all_processes(layers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Layers that any process knows, in the order of their names (a collective)."""
+    parts: list[dict[str, dict[str, float]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, layers)
+    return dict(sorted((name, layer) for part in parts for name, layer in part.items()))
 
 
 def _finite(layer: dict[str, float]) -> dict[str, float | None]:

@@ -279,6 +279,10 @@ class _Gathered:
         """Not here."""
         raise RuntimeError(f"{block.name}: its weights are applied where they lie")
 
+    def part(self, local: Tensor, block: Block) -> Tensor | None:
+        """Not here."""
+        return None
+
 
 def _gathered(member: Member, index: int, buffers: Mapping[int, Tensor]) -> Member:
     holding = _Gathered(member.block.shape, buffers, index, member.holding.split == 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from optimizers.fused import Block
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.lanes import Lane, compensation
+from optimizers.layouts.rows import Rows
 from optimizers.members import Holding, Member
 from optimizers.rules.rule import Rule
 
@@ -29,7 +30,13 @@ class Section(NamedTuple):
 
 
 class Layout(Protocol):
-    """How parameters lie on the processes."""
+    """How parameters lie on the processes.
+
+    Attributes:
+        rows: sums over the processes that hold the rest of what lies here.
+    """
+
+    rows: Rows
 
     @property
     def communicators(self) -> list[Communicator]:

@@ -52,7 +52,9 @@ class Flat:
 class Unattached:
     """The layout of an optimizer whose parameters are about to be partitioned: it steps nothing yet."""
 
-    communicators: list[Communicator] = []  # noqa: RUF012
+    def __init__(self) -> None:
+        self.rows: Rows = Whole()
+        self.communicators: list[Communicator] = []
 
     def holding(self, parameter: Tensor, block: Block) -> Holding:
         """Not known yet."""
@@ -99,6 +101,7 @@ class PartitionedLayout:
         parameters: Sequence[Sequence[Tensor]],
         communicators: Sequence[Communicator],
     ) -> None:
+        self.rows: Rows = Whole()
         self._flats = list(flats)
         self._per_flat = list(communicators)
         self._places: dict[int, int] = {}
@@ -251,6 +254,11 @@ class Slice:
             self.shape
         )
 
+    def part(self, local: Tensor, block: Block) -> Tensor | None:
+        """Where a whole parameter is here."""
+        is_here = self.split is None and self.shape == block.shape and block.dim == -1
+        return local.view(self.shape) if is_here else None
+
 
 class RowLane:
     """Matrices that several ranks hold rows of; broken rows are completed before the step and returned after.
@@ -356,6 +364,10 @@ class _Piece:
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
         """(elements, 1)."""
         return self.held.within(self.held.flat.tensor.detach(), self.held.piece)[:, None]
+
+    def part(self, local: Tensor, block: Block) -> Tensor | None:
+        """None: it has no rows."""
+        return None
 
 
 def _as_piece(member: Member) -> Member:

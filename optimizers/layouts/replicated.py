@@ -14,7 +14,7 @@ from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import balanced_owners
 from optimizers.layouts.lanes import Lane, LocalLane, SplitLane, buckets, make_banks
 from optimizers.layouts.layout import Section, local_shapes, whole_groups
-from optimizers.layouts.rows import BasisMaker, Whole, made
+from optimizers.layouts.rows import BasisMaker, Rows, Whole, made
 from optimizers.members import Held, Holding, Member
 from optimizers.rules.rule import Rule
 
@@ -64,7 +64,7 @@ class ReplicatedLayout:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, work: str = "replicated") -> None:
-        self._rows: Whole = Whole() if group is None else Replicated(group)
+        self.rows: Rows = Whole() if group is None else Replicated(group)
         self._communicator = Communicator(group) if group is not None and work == "split" else None
 
     @property
@@ -80,7 +80,7 @@ class ReplicatedLayout:
         """One lane; with split work one for each shape."""
         if self._communicator is None:
             made_banks = make_banks(members, options, lambda m: local_shapes(m, rule, options))
-            return [LocalLane(made_banks, self._rows)]
+            return [LocalLane(made_banks, self.rows)]
         costs = [work_of(m.block.shape) for m in members]
         owners = balanced_owners(costs, self._communicator.size)
         return [

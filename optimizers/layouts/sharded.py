@@ -20,7 +20,7 @@ from optimizers.layouts.exchange import balanced_owners
 from optimizers.layouts.lanes import Lane, LocalLane, OwnerLane, buckets, make_banks
 from optimizers.layouts.layout import Section, local_shapes, whole_groups
 from optimizers.layouts.replicated import work_of
-from optimizers.layouts.rows import BasisMaker, solved
+from optimizers.layouts.rows import BasisMaker, Rows, solved
 from optimizers.linalg.gram_root import GramRoot
 from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.precision import full_precision
@@ -234,6 +234,10 @@ class Sharded:
         """View of the local shard."""
         return self._here(local(parameter.detach()))
 
+    def part(self, local: Tensor, block: Block) -> Tensor | None:
+        """Its rows or columns."""
+        return self._here(local)
+
     def _here(self, shard: Tensor) -> Tensor:
         return (shard if self.cut is None else shard.narrow(*self.cut)).view(self.shape)
 
@@ -268,7 +272,8 @@ class ShardedLayout:
         self._dim = dim
         self._ranks = Communicator(mesh.get_group(dim))
         self._replicas = Communicator(mesh.get_group(1 - dim)) if mesh.ndim == 2 else None
-        self._rows = Shards(self._ranks, self._replicas)
+        self._shards = Shards(self._ranks, self._replicas)
+        self.rows: Rows = self._shards
 
     @property
     def communicators(self) -> list[Communicator]:
@@ -295,9 +300,9 @@ class ShardedLayout:
         """All matrices in one lane, or for a rule without a row form one lane per bucket of whole matrices."""
         if not rule.needs_whole:
             banks = make_banks(
-                members, options, lambda m: local_shapes(m, rule, options), agree=self._rows.agree
+                members, options, lambda m: local_shapes(m, rule, options), agree=self._shards.agree
             )
-            return [LocalLane(banks, self._rows, together=True)]
+            return [LocalLane(banks, self._shards, together=True)]
         owners = balanced_owners([work_of(m.block.shape) for m in members], self._ranks.size)
         sources = [self._sources(m) for m in members]
         return [

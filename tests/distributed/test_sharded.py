@@ -178,3 +178,51 @@ def test_state_is_divided(two_ranks: RankPool) -> None:
         # r(m_local + n) numbers of each matrix: rows are divided, columns are not.
         expected = sum(6 * (shape[0] // 2 + shape[1]) * 4 for shape in EVEN if len(shape) == 2)
         assert result["state"]["moment"] + result["state"]["basis"] == expected
+
+
+def observed(rank: int, preset: str, is_sharded: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of the last step and spectra after it, as numbers."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def spread(tensor: torch.Tensor) -> Any:
+        if not is_sharded:
+            return tensor
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    named = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights(EVEN))]
+    optimizer: Any = optimizers.build(preset, named, lr=0.02, **PRESETS[preset])
+    for step in range(4):
+        for (_, p), gradient in zip(named, gradients(EVEN, step)):
+            p.grad = spread(gradient)
+        optimizer.observe_moments(step == 3)
+        optimizer.step()
+    figures = {
+        name: {key: float(value) for key, value in found.items()}
+        for name, found in optimizer.moment_figures().items()
+    }
+    return figures, {name: values.tolist() for name, values in optimizer.moment_spectra().items()}
+
+
+@pytest.mark.parametrize("preset", ["sumo", "sumo_official", "galore", "muon", "adamw"])
+def test_figures_and_spectra_are_those_of_the_whole_moments(two_ranks: RankPool, preset: str) -> None:
+    """Whoever owns a matrix knows them; all owners together know all."""
+    expected_figures, expected_spectra = observed(0, preset, False)
+    figures: dict[str, dict[str, float]] = {}
+    spectra: dict[str, list[float]] = {}
+    for found in two_ranks.run(observed, preset, True):
+        figures.update(found[0])
+        spectra.update(found[1])
+    assert figures.keys() == expected_figures.keys()
+    assert len(figures) == 4
+    for name, columns in expected_figures.items():
+        assert figures[name].keys() == columns.keys()
+        for key, value in columns.items():
+            # Errors are themselves of rounding size (1e-7); condition numbers carry fp32 singular values.
+            assert figures[name][key] == pytest.approx(value, rel=1e-3, abs=2e-5)
+    for name, values in expected_spectra.items():
+        torch.testing.assert_close(
+            torch.tensor(spectra[name]), torch.tensor(values), rtol=1e-4, atol=1e-5 * max(values)
+        )
