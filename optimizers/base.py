@@ -95,6 +95,7 @@ class Optimizer(torch.optim.Optimizer):
         self._parameters: list[list[Tensor]] = []
         # DeepSpeed narrows `param_groups` to one while it calls `step`, and puts flat tensors in for "params".
         self._groups: list[dict[str, Any]] = []
+        self._names: dict[int, str] = {}
         if not isinstance(params, Tensor):
             params = groups.listed(params)
         self._layout: Layout = ReplicatedLayout(process_group, work)
@@ -138,9 +139,47 @@ class Optimizer(torch.optim.Optimizer):
         return not isinstance(self._layout, Unattached)
 
     @property
+    def layout(self) -> Layout:
+        """How the parameters lie on the processes."""
+        return self._layout
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """All parameter groups, also while an engine has narrowed `param_groups`."""
+        return self._groups
+
+    def lanes(self, section: Section) -> list[Lane]:
+        """The lanes in which a section's matrices are stepped."""
+        return self._lanes_of(section)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The name that a parameter was given with."""
+        return self._names[id(parameter)]
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this process is the one of its replicas that writes what all of them hold."""
+        return self._layout.is_first_replica
+
+    def steps_by_name(self) -> dict[str, int]:
+        """Parameter name → steps it has taken."""
+        return {self.name_of(p): self.state[p]["step"] for group in self._parameters for p in group}
+
+    def state_was_replaced(self) -> None:
+        """Look at the state anew, after it was written from outside (a collective where it is split)."""
+        self._spectra = {}
+        self._observation = Observation()
+        self._stepped = []
+        for section in self._layout.all_sections(self._groups):
+            if self._groups[section.group]["rule"] != "adamw":
+                for lane in self._lanes_of(section):
+                    for bank in lane.banks:
+                        bank.watch(all_of=True)
+
+    @property
     def is_divided(self) -> bool:
         """Whether processes keep the state of different matrices, or of different parts of them."""
-        return bool(self._layout.communicators)
+        return self._layout.is_divided
 
     def attach(self, layout: Layout) -> None:
         """Step the parameters as `layout` says they lie; allocates the state."""
@@ -167,6 +206,7 @@ class Optimizer(torch.optim.Optimizer):
             self._routes.append(made.routes)
             self._parameters.append(list(self.param_groups[-1]["params"]))
             self._groups.append(self.param_groups[-1])
+            self._names.update({id(p): r.name for p, r in zip(self._parameters[-1], made.routes)})
             self._allocate(len(self._groups) - 1)
 
     def _allocate(self, index: int) -> None:
@@ -275,13 +315,12 @@ class Optimizer(torch.optim.Optimizer):
         settings = adamw.Settings(
             _lr(group), _decay(group), group["betas"], group["eps"], group["eps_form"], _rounding(group)
         )
-        names = {id(p): r.name for p, r in self._routed(section)}
         adamw.step(
             [self._layout.weight(p) for p in active],
             [gradient for p in active if (gradient := self._layout.gradient(p)) is not None],
             [self.state[p] for p in active],
             settings,
-            [names[id(p)] for p in active],
+            [self.name_of(p) for p in active],
             self.found_inf,
         )
         if observe and self.preset_rule == "adamw":
@@ -485,6 +524,8 @@ class Optimizer(torch.optim.Optimizer):
         if "_routes" in state:
             self._layout = ReplicatedLayout()
             self._parameters = [list(group["params"]) for group in self._groups]
+            pairs = zip(self._parameters, self._routes)
+            self._names = {id(p): r.name for group, routes in pairs for p, r in zip(group, routes)}
             self._reset_caches()
 
 

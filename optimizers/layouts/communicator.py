@@ -58,14 +58,14 @@ class Communicator:
         """(n,) of each rank → (W, n)."""
         result = part.new_empty(self.size, part.numel())
         self._count("all_gather", _ring(result, self.size))
-        dist.all_gather_into_tensor(result.view(-1), part.contiguous().view(-1), group=self.group)
+        dist.all_gather_single(result.view(-1), part.contiguous().view(-1), group=self.group)
         return result
 
     def sum_scatter(self, parts: Tensor) -> Tensor:
         """(W, n) of each rank → (n,): row `rank` of their sum."""
         result = parts.new_empty(parts.shape[1])
         self._count("reduce_scatter", _ring(parts, self.size))
-        dist.reduce_scatter_tensor(result, parts.reshape(-1), group=self.group)
+        dist.reduce_scatter_single(result, parts.reshape(-1), group=self.group)
         return result
 
     def swap(self, send: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending:

@@ -39,6 +39,20 @@ class Layout(Protocol):
     rows: Rows
 
     @property
+    def is_divided(self) -> bool:
+        """Whether processes keep the state of different matrices, or of different parts of them."""
+        ...
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this process writes what several of them hold alike."""
+        ...
+
+    def interval(self, parameter: Tensor) -> tuple[int | None, int]:
+        """(dimension, start) of what `weight` is: dimension None: all of it; -1: of its flattened elements."""
+        ...
+
+    @property
     def communicators(self) -> list[Communicator]:
         """What counts the bytes that this process sends for the optimizer."""
         ...

@@ -56,6 +56,13 @@ class Unattached:
         self.rows: Rows = Whole()
         self.communicators: list[Communicator] = []
 
+    is_first_replica: bool = False
+    is_divided: bool = True
+
+    def interval(self, parameter: Tensor) -> tuple[int | None, int]:
+        """Not known yet."""
+        return None, 0
+
     def holding(self, parameter: Tensor, block: Block) -> Holding:
         """Not known yet."""
         raise RuntimeError(
@@ -123,6 +130,18 @@ class PartitionedLayout:
     def communicators(self) -> list[Communicator]:
         """Those of the flat tensors."""
         return list({id(c): c for c in self._per_flat}.values())
+
+    is_divided: bool = True
+
+    @property
+    def is_first_replica(self) -> bool:
+        """There is one replica."""
+        return True
+
+    def interval(self, parameter: Tensor) -> tuple[int | None, int]:
+        """Elements."""
+        place = self._places[id(parameter)]
+        return -1, self._flats[place].slots[parameter].pieces[self._per_flat[place].rank][0]
 
     def holding(self, parameter: Tensor, block: Block) -> Holding:
         """Whole, or rows of it."""

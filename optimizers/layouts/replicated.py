@@ -31,14 +31,13 @@ class Replicated(Whole):
     exchanges_bases = True
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.source = dist.get_global_rank(group, 0) if group is not None else 0
+        self.ranks = Communicator(group)
 
     def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
         """Made by the first process and sent in one flat buffer per dtype and device."""
         if not makers:
             return []
-        owner = dist.get_rank() == self.source
+        owner = self.ranks.rank == 0
         found = (
             [made(maker).to(t.dtype) for maker, t in zip(makers, like)]
             if owner
@@ -48,7 +47,7 @@ class Replicated(Whole):
         for kind in kinds:
             chosen = [i for i, t in enumerate(found) if (str(t.dtype), str(t.device)) == kind]
             flat = torch.cat([found[i].reshape(-1) for i in chosen])
-            dist.broadcast(flat, self.source, group=self.group)
+            self.ranks.broadcast(flat)
             for i, part in zip(chosen, flat.split([found[i].numel() for i in chosen])):
                 found[i] = part.view(found[i].shape)
         return found
@@ -65,12 +64,27 @@ class ReplicatedLayout:
 
     def __init__(self, group: dist.ProcessGroup | None = None, work: str = "replicated") -> None:
         self.rows: Rows = Whole() if group is None else Replicated(group)
-        self._communicator = Communicator(group) if group is not None and work == "split" else None
+        self._ranks = self.rows.ranks if isinstance(self.rows, Replicated) else None
+        self._communicator = self._ranks if work == "split" else None
 
     @property
     def communicators(self) -> list[Communicator]:
         """For the bytes that this process has sent."""
-        return [] if self._communicator is None else [self._communicator]
+        return [] if self._ranks is None else [self._ranks]
+
+    @property
+    def is_divided(self) -> bool:
+        """With split work."""
+        return self._communicator is not None
+
+    @property
+    def is_first_replica(self) -> bool:
+        """The first process of the group."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def interval(self, parameter: Tensor) -> tuple[int | None, int]:
+        """All of it."""
+        return None, 0
 
     def holding(self, parameter: Tensor, block: Block) -> Holding:
         """Whole."""

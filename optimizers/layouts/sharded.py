@@ -280,6 +280,18 @@ class ShardedLayout:
         """Within a replica, and between replicas."""
         return [self._ranks] if self._replicas is None else [self._ranks, self._replicas]
 
+    is_divided: bool = True
+
+    @property
+    def is_first_replica(self) -> bool:
+        """The first of the replicas."""
+        return self._replicas is None or self._replicas.rank == 0
+
+    def interval(self, parameter: Tensor) -> tuple[int | None, int]:
+        """The rows or columns here."""
+        axis = self._axis(parameter)
+        return axis, self._interval(parameter, axis, self._ranks.rank)[0]
+
     def holding(self, parameter: Tensor, block: Block) -> Holding:
         """The interval of its rows or columns."""
         axis = self._axis(parameter)

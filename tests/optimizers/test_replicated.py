@@ -90,3 +90,58 @@ def test_one_broadcast_per_refresh_and_nothing_else(two_ranks: RankPool) -> None
     """Four stacks of three shapes; refreshes at 0, 3 and 6."""
     for _, _, calls in two_ranks.run(replica, "sumo", False):
         assert calls == {"broadcast": 3, "all_reduce": 0, "all_gather": 0}
+
+
+def split(rank: int, preset: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Runs on each rank: each matrix computed by one of them."""
+    import torch.distributed as dist
+
+    named, optimizer = build(preset, process_group=dist.group.WORLD, work="split", **options)
+    weights = train(named, optimizer)
+    return {
+        "weights": [p.detach() for _, p in named],
+        "bytes": weights,
+        "state": optimizer.state_bytes(),
+        "sent": optimizer.bytes_sent(),
+        "spectra": sorted(optimizer.moment_spectra()),
+        "counted": optimizer.orthogonalizations,
+    }
+
+
+LOW = {"rank": 4, "refresh_interval": 3}
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("sumo", LOW),
+        ("sumo_official", LOW),
+        ("galore", LOW),
+        ("galore_muon", LOW),
+        ("muon", {}),
+        ("adamw", {}),
+    ],
+)
+def test_split_work_gives_the_same_weights(two_ranks: RankPool, preset: str, options: dict[str, Any]) -> None:
+    first, second = two_ranks.run(split, preset, options)
+    assert first["bytes"] == second["bytes"]
+    named, optimizer = build(preset, **options)
+    train(named, optimizer)
+    # The same products in other batches: rounding of fp32, over seven steps.
+    for found, (_, expected) in zip(first["weights"], named):
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=2e-6)
+    if preset != "adamw":
+        assert first["counted"] + second["counted"] == optimizer.orthogonalizations
+        both = first["spectra"] + second["spectra"]
+        assert sorted(both) == sorted(optimizer.moment_spectra())
+
+
+def test_split_work_divides_the_state_and_sends_factors(two_ranks: RankPool) -> None:
+    """SUMO: r(m + n) numbers of each matrix kept once, and sent once a step to the other process."""
+    results = two_ranks.run(split, "sumo", LOW)
+    numbers = sum(4 * (m + n) for m, n in [(16, 12), (12, 16), (16, 12), (16, 16)])
+    assert sum(r["state"]["moment"] + r["state"]["basis"] for r in results) == 4 * numbers
+    assert sum(r["sent"]["all_to_all"] for r in results) == 7 * 4 * numbers
+    whole = two_ranks.run(split, "muon", {})
+    elements = sum(m * n for m, n in [(16, 12), (12, 16), (16, 12), (16, 16)])
+    assert sum(r["sent"]["all_to_all"] for r in whole) == 7 * 4 * elements
