@@ -26,6 +26,7 @@ from optimizers.layouts.partitioned import Unattached
 from optimizers.layouts.replicated import ReplicatedLayout
 from optimizers.layouts.rows import Rows
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
+from optimizers.linalg.precision import without_autocast
 from optimizers.members import Member
 from optimizers.options import OptionError
 from optimizers.presets import resolve
@@ -288,7 +289,7 @@ class Optimizer(torch.optim.Optimizer):
             active = [p for p in parameters if self._layout.gradient(p) is not None]
             if not active:
                 continue
-            with torch.autocast(active[0].device.type, enabled=False):
+            with without_autocast(active[0].device.type):
                 if group["rule"] == "adamw":
                     self._step_adamw(section, active, observe)
                 else:

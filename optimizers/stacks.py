@@ -41,6 +41,7 @@ class Stack:
         split: axis of the matrices of which this process holds an interval only (0 rows, 1 columns); None: it
             holds them whole. `shape` is that of the whole matrix all the same.
         start: where the interval begins.
+        pattern: (start, length) of the intervals of all ranks.
     """
 
     members: Sequence[Member]
@@ -55,6 +56,7 @@ class Stack:
     dtype: torch.dtype
     split: int | None = None
     start: int = 0
+    pattern: Any = None
     keep_gradient: bool = True
     _gradient: Tensor | None = None
 
@@ -222,6 +224,7 @@ class Bank:
             dtype=self.dtype,
             split=self.split,
             start=self.start,
+            pattern=self.members[0].holding.pattern,
         )
 
     def _scheduled(self, index: int, step: int) -> bool:
@@ -244,6 +247,8 @@ class Bank:
         flags = ~(present if self._agree is None else self._agree(present))
         if threshold is not None:
             flags = flags | (self._stacked["projected_norm"] <= threshold)
+        if flags.device.type == "meta":
+            return
         if flags.device.type == "cpu":
             self._posted = flags, None
             return

@@ -226,13 +226,14 @@ class Slice:
         owners = [q for q, (lo, hi) in enumerate(slot.pieces) if hi > lo]
         is_whole = len(owners) == 1
         self.split: int | None = None if is_whole else 0
-        self.pattern: Hashable = None if is_whole else slot.pieces
+        rows = [snapped(piece, n) for piece in slot.pieces]
+        self.pattern: Hashable = None if is_whole else tuple((r0, r1 - r0) for r0, r1 in rows)
         self.piece = slot.pieces[rank]
         if is_whole:
             self.start, self.shape = 0, (shape if owners == [rank] else (0, n))
             self.rows = (0, m) if owners == [rank] else (0, 0)
         else:
-            self.rows = snapped(self.piece, n)
+            self.rows = rows[rank]
             self.start, self.shape = self.rows[0], (self.rows[1] - self.rows[0], n)
         self.tail: Tensor | None = None
 
@@ -392,7 +393,7 @@ class _Piece:
 def _as_piece(member: Member) -> Member:
     held = _slice(member)
     lo, hi = held.piece
-    holding = _Piece(held, (hi - lo, 1), held.pattern)
+    holding = _Piece(held, (hi - lo, 1), held.slot.pieces)
     return Member(member.parameter, member.block, member.prefix, member.offset, holding)
 
 

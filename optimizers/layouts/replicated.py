@@ -25,13 +25,13 @@ class Replicated(Whole):
     """Equal replicas (DDP): all compute everything, but bases come from the group's first process.
 
     Args:
-        group: the processes that hold the replicas; None: all of them.
+        ranks: the processes that hold the replicas.
     """
 
     exchanges_bases = True
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.ranks = Communicator(group)
+    def __init__(self, ranks: Communicator) -> None:
+        self.ranks = ranks
 
     def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
         """Made by the first process and sent in one flat buffer per dtype and device."""
@@ -63,8 +63,8 @@ class ReplicatedLayout:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, work: str = "replicated") -> None:
-        self.rows: Rows = Whole() if group is None else Replicated(group)
-        self._ranks = self.rows.ranks if isinstance(self.rows, Replicated) else None
+        self._ranks = None if group is None else Communicator(group)
+        self.rows: Rows = Whole() if self._ranks is None else Replicated(self._ranks)
         self._communicator = self._ranks if work == "split" else None
 
     @property

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from optimizers.linalg.gram_root import GramRoot
 from optimizers.linalg.inverse_root import InverseRoot
+from optimizers.linalg.polar import Polar
 from optimizers.linalg.sketching import Steps, alone
 
 BasisMaker = Callable[[], "Tensor | Steps"]
@@ -40,6 +42,15 @@ class Rows(Protocol):
         """(MᵀM)^(-1/2) of (b, r, r) fp64 Grams, by `solvers` (None: the default `GramRoot`)."""
         ...
 
+    def brings(self, length: int, rank: int) -> bool:
+        """Whether the factor of a moment that is split along its side of this length is rather computed by
+        `factors` than through the Gram of its other side (rank)."""
+        ...
+
+    def factors(self, moments: Sequence[SplitMoment]) -> list[Polar]:
+        """This process' interval of the factor of each moment."""
+        ...
+
     def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
         """New subspace bases: `makers[i]` computes one, of shape, dtype and device of `like[i]`; for a split
         matrix it returns the steps to it (`linalg.sketching`).
@@ -49,6 +60,38 @@ class Rows(Protocol):
         basis: one process makes them, all use the same bits.
         """
         ...
+
+
+@dataclass(frozen=True)
+class SplitMoment:
+    """Moments of which this process holds an interval, and what is wanted of the whole ones.
+
+    Attributes:
+        moment: (b, m_local, n) for dim -2, (b, m, n_local) for dim -1.
+        shape: (m, n) of a whole one.
+        dim: that is split.
+        pattern: (start, length) of every rank along it.
+        solve: whole moments (b', m, n) → their factors.
+    """
+
+    moment: Tensor
+    shape: tuple[int, int]
+    dim: int
+    pattern: tuple[tuple[int, int], ...]
+    solve: Callable[[Tensor], Polar]
+
+    def rows(self) -> Tensor:
+        """(b, local length, width): the split dimension leads."""
+        return self.leading(self.moment)
+
+    def leading(self, matrices: Tensor) -> Tensor:
+        """Between the matrices' own orientation and the one in which the split dimension leads."""
+        return matrices if self.dim == -2 else matrices.mT
+
+    def whole(self, flat: Tensor) -> Tensor:
+        """(b', m·n) as they travel → (b', m, n)."""
+        m, n = self.shape
+        return flat.view(-1, m, n) if self.dim == -2 else flat.view(-1, n, m).mT
 
 
 def solved(grams: Sequence[Tensor], solvers: Sequence[GramRoot] | None) -> list[InverseRoot]:
@@ -79,6 +122,14 @@ class Whole:
     ) -> list[InverseRoot]:
         """Computed here: a smooth map of numbers that all replicas share bit by bit."""
         return solved(grams, solvers)
+
+    def brings(self, length: int, rank: int) -> bool:
+        """Nothing is split."""
+        return False
+
+    def factors(self, moments: Sequence[SplitMoment]) -> list[Polar]:
+        """Computed here."""
+        return [part.solve(part.moment) for part in moments]
 
     def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
         """Made here."""

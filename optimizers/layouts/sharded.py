@@ -15,14 +15,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from optimizers.fused import Block
+from optimizers.layouts.axes import traffic
 from optimizers.layouts.communicator import Communicator
-from optimizers.layouts.exchange import balanced_owners
+from optimizers.layouts.exchange import Exchange, balanced_owners, whole_at
 from optimizers.layouts.lanes import Lane, LocalLane, OwnerLane, buckets, make_banks
 from optimizers.layouts.layout import Section, local_shapes, whole_groups
 from optimizers.layouts.replicated import work_of
-from optimizers.layouts.rows import BasisMaker, Rows, solved
+from optimizers.layouts.rows import BasisMaker, Rows, SplitMoment, solved
 from optimizers.linalg.gram_root import GramRoot
 from optimizers.linalg.inverse_root import InverseRoot
+from optimizers.linalg.polar import Polar
 from optimizers.linalg.precision import full_precision
 from optimizers.linalg.robust import robust_eigh
 from optimizers.linalg.sketching import Ask, Steps
@@ -42,6 +44,7 @@ class Shards:
 
     def __init__(self, communicator: Communicator, replicas: Communicator | None = None) -> None:
         self._ranks, self._replicas = communicator, replicas
+        self._exchanges: dict[Any, tuple[Exchange, set[int]]] = {}
 
     def total(self, parts: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
         """One all-reduce per dtype of the shares."""
@@ -108,6 +111,56 @@ class Shards:
             for rows, r, solver in zip(_unpacked(everything, slices, widths), sides, solvers)
         ]
 
+    def brings(self, length: int, rank: int) -> bool:
+        """Whether rows of moments to their owners and back (8·length·r/W bytes) cost less than Grams (12r²)."""
+        return 2 * length < 3 * rank * self._ranks.size
+
+    def factors(self, moments: Sequence[SplitMoment]) -> list[Polar]:
+        """Each moment whole at one owner, longest first, which sends the rows of the factor back."""
+        if not moments:
+            return []
+        exchange, mine = self._moment_exchange(moments)
+        rows = [part.rows() for part in moments]
+        held = [matrix.reshape(-1) for part in rows for matrix in part.unbind(0)]
+        arrived = exchange.forward(held, held[0]).wait()
+        answers: list[Tensor | None] = [None] * len(held)
+        fallbacks, at = [], 0
+        for part in moments:
+            owned = [at + i for i in range(len(part.moment)) if at + i in mine]
+            at += len(part.moment)
+            count = torch.zeros((), dtype=torch.int64, device=part.moment.device)
+            if owned:
+                whole = part.whole(torch.stack([arrived[i] for i in owned]))
+                found = part.solve(whole)
+                count = count if found.fallbacks is None else found.fallbacks
+                for i, factor in zip(owned, part.leading(found.factor).unbind(0)):
+                    answers[i] = factor.reshape(-1)
+            fallbacks.append(count)
+        back = exchange.backward(answers, held[0]).wait()
+        result, at = [], 0
+        for part, shape, count in zip(moments, (r.shape for r in rows), fallbacks):
+            factor = torch.stack([back[at + i].view(shape[1:]) for i in range(shape[0])])
+            at += shape[0]
+            result.append(Polar(part.leading(factor), None, None, count))
+        return result
+
+    def _moment_exchange(self, moments: Sequence[SplitMoment]) -> tuple[Exchange, set[int]]:
+        key = tuple((len(part.moment), part.shape, part.dim, part.pattern) for part in moments)
+        if key not in self._exchanges:
+            sources, sizes, costs = [], [], []
+            for part in moments:
+                width = part.shape[1 if part.dim == -2 else 0]
+                length = part.shape[0 if part.dim == -2 else 1]
+                for _ in range(len(part.moment)):
+                    sources.append([(a * width, (a + n) * width) for a, n in part.pattern])
+                    sizes.append(length * width)
+                    costs.append(work_of(part.shape))
+            owners = balanced_owners(costs, self._ranks.size)
+            exchange = Exchange(sources, whole_at(owners, sizes, self._ranks.size), self._ranks)
+            mine = {i for i, owner in enumerate(owners) if owner == self._ranks.rank}
+            self._exchanges[key] = exchange, mine
+        return self._exchanges[key]
+
     def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
         """One after the other, so that one stack's gradients are alive; what each asks is answered by a
         collective for all matrices of its stack."""
@@ -146,7 +199,7 @@ class Shards:
         lo, hi = part[self._ranks.rank]
         longest = max(end - start for start, end in part)
         flat = gram.new_zeros(longest, k * (k + 1))
-        if hi > lo:
+        if hi > lo and gram.device.type != "meta":
             values, vectors, _ = robust_eigh(gram[lo:hi])
             flat[: hi - lo] = torch.cat([values, vectors.flatten(1)], 1)
         everything = self._ranks.gather(flat.view(-1))
@@ -297,7 +350,7 @@ class ShardedLayout:
         axis = self._axis(parameter)
         ranks = range(self._ranks.size)
         held = [holding_of(block, axis, self._interval(parameter, axis, rank)) for rank in ranks]
-        return replace(held[self._ranks.rank], pattern=tuple((h.start, h.shape) for h in held))
+        return replace(held[self._ranks.rank], pattern=tuple((h.start, h.shape[h.split or 0]) for h in held))
 
     def _axis(self, parameter: Tensor) -> int:
         assert isinstance(parameter, DTensor)
@@ -309,12 +362,24 @@ class ShardedLayout:
         return chunk(parameter.shape[axis], self._ranks.size, rank)
 
     def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
-        """All matrices in one lane, or for a rule without a row form one lane per bucket of whole matrices."""
-        if not rule.needs_whole:
+        """One lane of rows; one per bucket of matrices that go to owners, for a rule without a row form or where
+        that sends less."""
+        fits = [self._in_rows(m, rule, options) for m in members]
+        in_rows = [m for m, is_fit in zip(members, fits) if is_fit]
+        lanes: list[Lane] = []
+        if in_rows:
             banks = make_banks(
-                members, options, lambda m: local_shapes(m, rule, options), agree=self._shards.agree
+                in_rows, options, lambda m: local_shapes(m, rule, options), agree=self._shards.agree
             )
-            return [LocalLane(banks, self._shards, together=True)]
+            lanes.append(LocalLane(banks, self._shards, together=True))
+        return lanes + self._owner_lanes([m for m, is_fit in zip(members, fits) if not is_fit], rule, options)
+
+    def _in_rows(self, member: Member, rule: Rule, options: Mapping[str, Any]) -> bool:
+        split = member.holding.split
+        assert split is not None
+        return traffic(rule, member.block.shape, split, options, self._ranks.size)[1]
+
+    def _owner_lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
         owners = balanced_owners([work_of(m.block.shape) for m in members], self._ranks.size)
         sources = [self._sources(m) for m in members]
         return [

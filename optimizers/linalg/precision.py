@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 _MKLDNN: Any = torch.backends.mkldnn
 _BACKENDS = (torch.backends.cuda.matmul, _MKLDNN.matmul)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off for a block; meta tensors have none."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 @contextmanager
@@ -28,8 +33,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     # interfaces may be refused the other, and writing back what was read leaves both usable.
     before = [backend.fp32_precision for backend in _BACKENDS]
     with ExitStack() as stack:
-        if device_type != "meta":
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(without_autocast(device_type))
         try:
             for backend in _BACKENDS:
                 backend.fp32_precision = "ieee"

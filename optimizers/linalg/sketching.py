@@ -52,6 +52,8 @@ def alone(steps: Steps) -> Tensor:
 def answer_alone(ask: Ask) -> Any:
     """The answer where no other rank holds anything."""
     if ask.kind == "eigen":
+        if ask.tensor.device.type == "meta":
+            return torch.empty_like(ask.tensor[..., 0]), torch.empty_like(ask.tensor)
         return robust_eigh(ask.tensor)[:2]
     return ask.tensor[None] if ask.kind == "gather" else ask.tensor
 
@@ -175,8 +177,9 @@ def orthonormal(block: Tensor, is_split: bool) -> Steps:
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     safe = torch.where(broken[:, None, None], identity, factor)
     transform = torch.linalg.solve_triangular(safe.mT, identity.expand_as(safe), upper=True)
-    again = broken.nonzero().squeeze(-1)
-    if again.numel():
+    # Meta tensors (traffic plans) have no numbers to look at.
+    again = broken.nonzero().squeeze(-1) if broken.device.type != "meta" else None
+    if again is not None and again.numel():
         transform = transform.index_copy(0, again, root_by_eigh(gram[again], GRAM_RTOL)[0])
     return block @ (inverse[:, :, None] * transform).to(block.dtype)
 

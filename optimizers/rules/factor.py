@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial as bound
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.layouts.rows import Rows
+from optimizers.layouts.rows import Rows, SplitMoment
 from optimizers.linalg.gram_root import GramRoot
 from optimizers.linalg.inverse_root import GRAM_RTOL
 from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
 from optimizers.linalg.polar import Polar, choose_method, default_rtol, polar
+from optimizers.stacks import Stack
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,38 +47,34 @@ def orthogonalize(moment: Tensor, options: Mapping[str, Any]) -> Polar:
     return Polar(torch.where(finite[:, None, None], factor, 0.0), None, None, (~finite).sum())
 
 
-def gram_factors(
-    moments: Sequence[Tensor],
-    shapes: Sequence[tuple[int, int]],
-    lefts: Sequence[bool],
-    options: Sequence[Mapping[str, Any]],
-    rows: Rows,
-    partial: Sequence[bool],
+def subspace_factors(
+    stacks: Sequence[Stack], moments: Sequence[Tensor], lefts: Sequence[bool], rows: Rows
 ) -> list[Polar]:
     """Factors of subspace moments, r×n (left) or m×r; where the method allows it through `rows.roots`.
 
     The r×r Gram is all that has to cross ranks, and for fp32 moments it loses nothing: the cut max(m,
-    n)·eps32 lies above the 1e-6 below which an fp64 Gram cannot see.
-
-    Args:
-        moments: of each stack; where `partial`, this rank's columns (left) or rows of them. Those take the
-            Gram whatever the method: the exact ones its fp64 root, the polynomial ones the same polynomial of
-            the Gram, in fp64.
-        shapes: of each whole moment, which the cut depends on.
+    n)·eps32 lies above the 1e-6 below which an fp64 Gram cannot see. A moment of which this rank holds an
+    interval takes the Gram whatever the method: the exact ones its fp64 root, the polynomial ones the same
+    polynomial of the Gram, in fp64. Where that would send more, its rows go to an owner.
     """
-    results: list[Polar | None] = [None] * len(moments)
-    chosen: list[int] = []
-    solvers: list[GramRoot] = []
-    for i, (moment, option) in enumerate(zip(moments, options)):
-        solver = _solver(moment, shapes[i], option, partial[i])
-        if solver is None:
-            results[i] = orthogonalize(moment, option)
+    results: dict[int, Polar] = {}
+    solvers: dict[int, GramRoot] = {}
+    brought: dict[int, SplitMoment] = {}
+    partial = [s.split is not None and s.split == (1 if left else 0) for s, left in zip(stacks, lefts)]
+    for i, (stack, moment, left) in enumerate(zip(stacks, moments, lefts)):
+        r = stack.state["basis"].shape[-1]
+        shape = (r, stack.shape[1]) if left else (stack.shape[0], r)
+        solver = _solver(moment, shape, stack.options, partial[i])
+        if partial[i] and rows.brings(shape[1 if left else 0], r):
+            solve = bound(orthogonalize, options=stack.options)
+            brought[i] = SplitMoment(moment, shape, -1 if left else -2, stack.pattern, solve)
+        elif solver is None:
+            results[i] = orthogonalize(moment, stack.options)
         else:
-            chosen.append(i)
-            solvers.append(solver)
-    grams = [_gram(moments[i], lefts[i]) for i in chosen]
-    roots = rows.roots(grams, solvers, [partial[i] for i in chosen])
-    for i, gram, root in zip(chosen, grams, roots):
+            solvers[i] = solver
+    grams = {i: _gram(moments[i], lefts[i]) for i in solvers}
+    roots = rows.roots(list(grams.values()), list(solvers.values()), [partial[i] for i in solvers])
+    for (i, gram), root in zip(grams.items(), roots):
         x = root.root.to(moments[i].dtype)
         factor = x @ moments[i] if lefts[i] else moments[i] @ x
         # 0·NaN is NaN: the zero root of a matrix that is not finite does not silence it.
@@ -84,7 +82,8 @@ def gram_factors(
         results[i] = Polar(
             torch.where(alive, factor, 0.0), root.singular_values, root.effective_rank, root.fallbacks
         )
-    return [result for result in results if result is not None]
+    results.update(zip(brought, rows.factors(list(brought.values()))))
+    return [results[i] for i in range(len(moments))]
 
 
 def _solver(

@@ -16,6 +16,7 @@ from optimizers.rules.subspace import (
     keeps_left,
     lifted,
     projected,
+    projection_traffic,
     rank_of,
     refresh,
     subspace_axes,
@@ -43,6 +44,12 @@ class GaLore(Rule):
     def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
         """Nothing of the gradient outside of the subspace."""
         return rank_of(shape, options), 0.0
+
+    def row_traffic(
+        self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
+    ) -> float:
+        """Ĝ, or nothing at all where the moments keep the axis that is split."""
+        return projection_traffic(shape, split, options, ranks)
 
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
         """One step of each stack; see the module's formula."""

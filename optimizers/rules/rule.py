@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -62,6 +63,13 @@ class Rule(ABC):
     def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
         """(rank, keep) of the `LowRank` updates of (m, n) matrices; None: the updates are dense."""
         return None
+
+    def row_traffic(
+        self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
+    ) -> float:
+        """Bytes that a rank sends in an ordinary step for one fp32 matrix that is split along `split`, in the
+        row form; infinite without one."""
+        return math.inf
 
     @abstractmethod
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:

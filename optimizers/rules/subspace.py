@@ -53,6 +53,14 @@ def subspace_axes(shape: tuple[int, int], options: Mapping[str, Any]) -> dict[st
     return {"basis": (1, None), "moment": (0, None)}
 
 
+def projection_traffic(shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int) -> float:
+    """Bytes of Ĝ that a rank sends for one matrix: an all-reduce where Q contracts the axis that is split."""
+    left = keeps_left(shape, options["side"])
+    if split != contracted(left):
+        return 0.0
+    return 8.0 * rank_of(shape, options) * shape[1 - split] * (ranks - 1) / ranks
+
+
 def project(gradient: Tensor, basis: Tensor, left: bool) -> Tensor:
     """Ĝ = QᵀG (b, r, n), or GQ (b, m, r)."""
     return basis.mT @ gradient if left else gradient @ basis

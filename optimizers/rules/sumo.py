@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optimizers.layouts.rows import Rows
-from optimizers.rules.factor import gram_factors, scale
+from optimizers.rules.factor import scale, subspace_factors
 from optimizers.rules.momentum import momentum
 from optimizers.rules.rule import Rule, Update
 from optimizers.rules.subspace import (
@@ -22,6 +22,7 @@ from optimizers.rules.subspace import (
     keeps_left,
     lifted,
     projected,
+    projection_traffic,
     rank_of,
     refresh,
     subspace_axes,
@@ -54,16 +55,24 @@ class Sumo(Rule):
             return None
         return rank_of(shape, options), options["alpha"] * options["residual_scale"]
 
+    def row_traffic(
+        self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
+    ) -> float:
+        """Ĝ where Q contracts the axis that is split; else Grams and roots (12r²), or rows of moments to owners
+        and back."""
+        if split == contracted(keeps_left(shape, options["side"])):
+            return projection_traffic(shape, split, options, ranks)
+        r = rank_of(shape, options)
+        return min(12.0 * r * r, 8.0 * shape[split] * r / ranks) * (ranks - 1) / ranks
+
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
         """One step of each stack; see the module's formula."""
         refresh(stacks, rows)
         lefts = [keeps_left(s.shape, s.options["side"]) for s in stacks]
         gradients = projected(stacks, lefts, rows)
         moments = [momentum(s, g) for s, g in zip(stacks, gradients)]
-        ranks = [rank_of(s.shape, s.options) for s in stacks]
-        shapes = [(r, s.shape[1]) if left else (s.shape[0], r) for s, left, r in zip(stacks, lefts, ranks)]
         splits = [s.split == 1 - contracted(left) for s, left in zip(stacks, lefts)]
-        factors = gram_factors(moments, shapes, lefts, [s.options for s in stacks], rows, splits)
+        factors = subspace_factors(stacks, moments, lefts, rows)
         watched = [i for i, s in enumerate(stacks) if s.options["refresh_threshold"] is not None]
         norms = norms_of([gradients[i] for i in watched], [splits[i] for i in watched], rows)
         for i, norm in zip(watched, norms):

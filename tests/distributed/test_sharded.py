@@ -142,12 +142,37 @@ def broken(rank: int, preset: str, how: str) -> list[torch.Tensor]:
     from optimizers.layouts.rows import Whole
     from optimizers.layouts.sharded import Shards
 
-    original = getattr(Shards, how)
+    original, brings = getattr(Shards, how), Shards.brings
     setattr(Shards, how, getattr(Whole, how))
+    Shards.brings = Whole.brings  # type: ignore[method-assign]
     try:
         return sharded(rank, preset, EVEN, 0, 1, {})["weights"]
     finally:
         setattr(Shards, how, original)
+        Shards.brings = brings  # type: ignore[method-assign]
+
+
+def by_scheme(rank: int, preset: str, brings: bool) -> dict[str, Any]:
+    """Runs on each rank with the factor's scheme given: rows to owners, or Grams."""
+    from optimizers.layouts.sharded import Shards
+
+    original = Shards.brings
+    Shards.brings = lambda self, length, rank: brings  # type: ignore[method-assign]
+    try:
+        return sharded(rank, preset, UNEVEN, 0, 1, {"rank": 3})
+    finally:
+        Shards.brings = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("preset", ["sumo", "sumo_official", "sumo_ns5"])
+def test_both_schemes_of_the_factor_give_the_same(four_ranks: RankPool, preset: str) -> None:
+    expected = alone(preset, UNEVEN, rank=3)
+    sent = []
+    for brings in (True, False):
+        results = four_ranks.run(by_scheme, preset, brings)
+        assert worst(results[0]["weights"], expected, UNEVEN) < TOLERANCE
+        sent.append(results[0]["sent"])
+    assert sent[0] != sent[1]
 
 
 @pytest.mark.parametrize("preset", ["sumo", "sumo_official"])

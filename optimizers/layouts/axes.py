@@ -1,0 +1,64 @@
+"""Along which axis to cut each parameter, and whether to bring a matrix to an owner: by the bytes that are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from optimizers import rules
+from optimizers.groups import matrix_options, rule_name
+from optimizers.presets import resolve
+from optimizers.routing import Modules, route
+from optimizers.rules.rule import Rule
+
+
+def owner_traffic(shape: tuple[int, int], ranks: int) -> float:
+    """Bytes that a rank sends in a step to bring one fp32 matrix to its owner and the update back."""
+    return 8.0 * shape[0] * shape[1] * (ranks - 1) / ranks**2
+
+
+def traffic(
+    rule: Rule, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
+) -> tuple[float, bool]:
+    """Bytes that a rank sends for one matrix in the cheaper scheme, and whether that is the row form."""
+    rows, whole = rule.row_traffic(shape, split, options, ranks), owner_traffic(shape, ranks)
+    return (whole, False) if rule.needs_whole or whole < rows else (rows, True)
+
+
+def preferred_axes(
+    name: str,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    ranks: int,
+    *,
+    modules: Modules | None = None,
+    **hyper: Any,
+) -> dict[str, int]:
+    """Parameter → axis along which an optimizer sends least, for `fully_shard`'s shard_placement_fn.
+
+    Axis 1 is only chosen where it divides evenly (torch refuses it otherwise) and is strictly cheaper.
+
+    Args:
+        name: preset or rule.
+        named_parameters: of the whole model.
+        ranks: over which one replica is cut.
+        modules: the model, for routing by module type.
+        hyper: options of the optimizer, as for `optimizers.build`.
+    """
+    pairs = [(n, p) for n, p in named_parameters if p.requires_grad]
+    options = resolve(name, {key: value for key, value in hyper.items() if value is not None})
+    rule_id = rule_name(name)
+    axes = {n: 0 for n, _ in pairs}
+    if rule_id == "adamw":
+        return axes
+    rule, chosen = rules.load(rule_id), matrix_options(options)
+    for found in route(pairs, rule_id, modules):
+        if found.rule == "adamw" or len(found.shape) != 2 or found.shape[1] % ranks:
+            continue
+        rows, columns = (
+            sum(traffic(rule, block.shape, axis, chosen, ranks)[0] for block in found.blocks)
+            for axis in (0, 1)
+        )
+        axes[found.name] = int(columns < rows)
+    return axes
