@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from harness.engines import Engine
 from harness.feed import Feed, MicroBatch
 from harness.lifecycle import StopSignal
 from harness.model import loss_sum
+from harness.probes.flops import FlopCount
 from harness.record.folder import Row
 from harness.schedule import Factor
 
@@ -64,6 +65,17 @@ class Ledger:
     """Vote of the last step: read one step late, so that the host never waits for the device."""
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What was counted on the model before an engine cut it."""
+
+    parameters: int
+    """Trainable ones, tied ones once."""
+    ownership: list[dict[str, Any]]
+    """Which parameter takes which rule (`harness.optimizer.ownership`)."""
+    flops: FlopCount
+
+
 @dataclass
 class Run:
     """All that a run consists of, as `harness.run.assemble` puts it together."""
@@ -71,6 +83,7 @@ class Run:
     config: RunConfig
     engine: Engine
     model: nn.Module
+    whole: Whole
     optimizer: torch.optim.Optimizer
     factor: Factor
     feed: Feed
@@ -102,8 +115,7 @@ def train(run: Run) -> str:
             for probe in due:
                 probe.before_update(step)
             set_lr(run.optimizer, run.factor(step))
-            ledger.grad_norm, nonfinite = engine.clip(config.max_grad_norm)
-            engine.update(nonfinite)
+            ledger.grad_norm, nonfinite = engine.step(config.max_grad_norm)
             ledger.pending = engine.vote(
                 torch.stack([nonfinite, torch.full_like(nonfinite, run.stop.requested)])
             )
@@ -144,9 +156,7 @@ def settle(run: Run) -> None:
     run.ledger.pending = None
     if nonfinite:
         run.ledger.skipped += 1
-        retract = getattr(run.optimizer, "retract_step", None)
-        if retract is not None:
-            retract()
+        run.engine.retract_step()
     run.ledger.stop = bool(stop)
 
 

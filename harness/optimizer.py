@@ -10,10 +10,14 @@ from torch import nn
 import optimizers
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.engines import Engine
+from optimizers.layouts.axes import preferred_axes
 
 
-def build_optimizer(config: RunConfig, model: nn.Module, process_group: Any) -> torch.optim.Optimizer:
+def build_optimizer(config: RunConfig, model: nn.Module, engine: Engine) -> torch.optim.Optimizer:
     """The preset or plug-in that ``config.optimizer`` names, routed over the parameters of ``model``.
+
+    ``model`` is what `Engine.shard` left: whole parameters, or DTensors, which the optimizer recognizes.
 
     Raises:
         InputError: an option that this model or plug-in refuses.
@@ -26,18 +30,55 @@ def build_optimizer(config: RunConfig, model: nn.Module, process_group: Any) -> 
             chosen.name,
             model.named_parameters(),
             modules=model,
-            process_group=process_group,
+            process_group=engine.process_group(),
+            # Whole parameters then only tell shapes and routes; DeepSpeed's slices are bound to it later.
+            layout="partitioned" if engine.layout == "partitioned" else None,
+            work=config.engine.optimizer_work,
             lr=chosen.lr,
             **chosen.options,
         )
     except optimizers.OptionError as error:
-        raise InputError(
-            f"optimizer.{error.key}",
-            error.value,
-            error.reason,
-            allowed=error.allowed,
-            suggestion=error.suggestion,
-        ) from error
+        raise _refused(error) from error
+
+
+def shard_axes(config: RunConfig, model: nn.Module, engine: Engine) -> dict[str, int]:
+    """Parameter → axis to cut it along: where the optimizer sends least, or what ``engine.shard_axis`` says.
+
+    Args:
+        config: checked.
+        model: whole.
+        engine: over whose shards a copy of the weights is to be cut.
+
+    Raises:
+        InputError: an option that this model refuses.
+    """
+    if engine.layout != "sharded":
+        return {}
+    chosen, axis = config.optimizer, config.engine.shard_axis
+    # A plug-in's traffic is not known; most gather what they need, which costs the same along either axis.
+    if axis != "auto" or chosen.target is not None:
+        return {name: 0 if axis == "auto" else axis for name, _ in model.named_parameters()}
+    try:
+        return preferred_axes(
+            chosen.name,
+            model.named_parameters(),
+            engine.shards,
+            modules=model,
+            lr=chosen.lr,
+            **chosen.options,
+        )
+    except optimizers.OptionError as error:
+        raise _refused(error) from error
+
+
+def _refused(error: optimizers.OptionError) -> InputError:
+    return InputError(
+        f"optimizer.{error.key}",
+        error.value,
+        error.reason,
+        allowed=error.allowed,
+        suggestion=error.suggestion,
+    )
 
 
 def ownership(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:

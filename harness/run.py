@@ -12,12 +12,14 @@ from rich.table import Table
 
 from harness import engines, model, schedule
 from harness.clock import Clock
+from harness.config import deepspeed_config
+from harness.config.engine_checks import ZERO
 from harness.data import Batches, Validation
 from harness.engines import Engine
 from harness.feed import Feed
 from harness.lifecycle import StopSignal
-from harness.loop import Run, train
-from harness.optimizer import build_optimizer, ownership
+from harness.loop import Run, Whole, train
+from harness.optimizer import build_optimizer, ownership, shard_axes
 from harness.preparation import Prepared
 from harness.probes.flops import FORMULA, FlopCount
 from harness.probes.memory import MemoryMeter
@@ -57,7 +59,11 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     )
     # From here on the processes draw different numbers (dropout): their rows are different, too.
     torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
-    optimizer = build_optimizer(config, network, engine.process_group())
+    parameters = model.count_parameters(network)
+    flops = FlopCount.of(network, seq_len=config.seq_len, precision=config.precision, device=engine.device)
+    engine.shard(network, shard_axes(config, network, engine))
+    optimizer = build_optimizer(config, network, engine)
+    whole = Whole(parameters, ownership(optimizer, network), flops)
     if config.model.compile:
         network.compile()
     engine.prepare(network, optimizer)
@@ -72,12 +78,11 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         device=engine.device,
     )
     factor = schedule.factor(config.schedule, config.steps)
-    run = Run(config, engine, network, optimizer, factor, feed, Clock(engine.device), StopSignal())
-    flops = FlopCount.of(network, seq_len=config.seq_len, precision=config.precision, device=engine.device)
+    run = Run(config, engine, network, whole, optimizer, factor, feed, Clock(engine.device), StopSignal())
     run.probes = [
         Evaluation(run, validation),
         Moments(run),
-        Progress(run, MemoryMeter(engine, network, optimizer), flops),
+        Progress(run, MemoryMeter(engine, optimizer)),
     ]
     run.stop.install()
     return run
@@ -113,11 +118,10 @@ class _Recorder:
 
     def _announce(self, run: Run) -> None:
         config, corpus = run.config, self.prepared.corpus
-        routes = ownership(run.optimizer, run.model)
+        routes, flops = run.whole.ownership, run.whole.flops
         self.folder.write_json("parameters.json", routes)
-        flops = FlopCount.of(
-            run.model, seq_len=config.seq_len, precision=config.precision, device=run.engine.device
-        )
+        if config.engine.name in ZERO:
+            self.folder.write_json("deepspeed.json", deepspeed_config.effective(config))
         self.folder.write_json(
             "environment.json",
             {
@@ -142,7 +146,7 @@ class _Recorder:
         self.log.show(table)
         self.warnings = summary.warnings(run, corpus)
         self.log.say(
-            f"{config.model.name}: {model.count_parameters(run.model):,} parameters, {config.precision}, "
+            f"{config.model.name}: {run.whole.parameters:,} parameters, {config.precision}, "
             f"{run.engine.world_size} process(es) on {environment.device_name(run.engine.device)} ({run.engine.name}); "
             f"{config.steps} steps of {config.batch_size}×{config.seq_len} tokens; "
             f"lr {config.optimizer.lr:g} ({config.optimizer.lr_source})"
@@ -160,7 +164,7 @@ class _Recorder:
         keys = {
             "identity": self.prepared.identity,
             "comparison_key": self.prepared.comparison_key,
-            "parameters": model.count_parameters(run.model),
+            "parameters": run.whole.parameters,
             "unigram_entropy": self.prepared.corpus.unigram_entropy,
         }
         mirror = WandbSink(run.config, self.folder.path, self.folder.wandb_run_id, keys, self.log.say)

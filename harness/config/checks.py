@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.config import launcher, learning_rates, model_checks
+from harness.config import engine_checks, launcher, learning_rates, model_checks
 from harness.config.errors import InputError
 from harness.config.keys import word
 from harness.config.model_facts import ModelFacts, facts
@@ -53,7 +53,7 @@ def check(
     _check_schedule(config)
     world_size = _world_size(config, environ, devices, worker)
     values["world_size"] = world_size
-    values["engine"]["name"] = _engine(config, environ, world_size)
+    values["engine"] = engine_checks.check(config, environ, world_size)
     values["micro_batch_size"] = _micro_batch(config, world_size)
     if config.eval.tokens < config.seq_len:
         reason = f"is less than one sequence of seq_len = {config.seq_len} tokens"
@@ -222,26 +222,6 @@ def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | No
         fix = f"world_size={launch.world_size}, or optbench train world_size={wanted} …"
         raise InputError("world_size", wanted, reason, fix=fix)
     return launch.world_size
-
-
-def _engine(config: RunConfig, environ: Mapping[str, str], world_size: int) -> str:
-    """The engine by name, after looking at what else the launcher was told."""
-    for variable, other in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if environ.get(variable, "").lower() in ("1", "true", "yes"):
-            reason = f"disagrees with the launcher, which asks for {other}"
-            raise InputError(
-                "engine.name", config.engine.name, reason, fix="launch without it: optbench train …"
-            )
-    mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed not in ("no", config.precision):
-        reason = f"disagrees with the launcher, which was given --mixed_precision {mixed}"
-        raise InputError("precision", config.precision, reason, fix=f"precision={mixed}, or launch with no")
-    if config.engine.name == "auto":
-        return "single" if world_size == 1 else "ddp"
-    if config.engine.name == "single" and world_size > 1:
-        reason = f"is one process, and world_size is {world_size}"
-        raise InputError("engine.name", "single", reason, fix="engine=ddp, or world_size=1")
-    return config.engine.name
 
 
 def _micro_batch(config: RunConfig, world_size: int) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Precision = Literal["fp32", "bf16", "bf16_pure", "fp16"]
+EngineName = Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 SCHEMA_VERSION = 1
 
 
@@ -109,12 +110,22 @@ class OptimizerConfig(BaseModel):
 class EngineConfig(_Group):
     """How the processes share the work."""
 
-    name: Literal["auto", "single", "ddp"] = "auto"
-    """auto: single for one process, ddp for several."""
+    name: EngineName = "auto"
+    """auto: single for one process, ddp for several. fsdp2, hsdp: torch's fully_shard; zero0 … zero3: DeepSpeed."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per process; null: OMP_NUM_THREADS, else the cores divided by the processes on this machine."""
     bucket_mb: int = Field(default=25, ge=1)
     """DDP gradient bucket, MiB."""
+    optimizer_work: Literal["split", "replicated"] = "replicated"
+    """ddp, zero0: split: each matrix is updated by one process, which alone holds its state; replicated: all by all."""
+    shard_axis: Literal["auto", 0, 1] = "auto"
+    """fsdp2, hsdp: axis along which a matrix is cut; auto: the one on which the optimizer sends least."""
+    replicas: int | None = Field(default=None, ge=1)
+    """hsdp: copies of the sharded weights; divides world_size. The processes of one copy are neighbours."""
+    reshard_after_forward: bool = True
+    """fsdp2, hsdp: give a layer's whole weights back between its forward and its backward pass."""
+    config_file: str | None = None
+    """zero0 … zero3: a DeepSpeed JSON file of your own; what our keys decide may not stand in it."""
 
 
 class ScheduleConfig(_Group):

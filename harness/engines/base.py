@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Protocol
@@ -11,27 +11,43 @@ import torch
 from torch import nn
 
 from harness.config.schema import RunConfig
+from harness.engines.holdings import Layout
 
 
 class Engine(Protocol):
     """One process' view of the training processes.
 
-    Every process calls every method in the same order: several of them are collectives.
+    Every process calls every method in the same order: several of them are collectives. In the order of a run:
+    `shard`, build the optimizer, `prepare`; then per step `micro_step`, `autocast` and `backward` for each
+    micro-batch, and `step`.
     """
 
     name: str
+    layout: Layout
+    """How the weights are held when the optimizer steps."""
     rank: int
     world_size: int
+    shards: int
+    """Processes over which `shard` cuts one copy of the weights; 1 where it does nothing."""
     device: torch.device
     model: nn.Module
     """The model as it must be called in the forward pass."""
 
     def process_group(self) -> torch.distributed.ProcessGroup | None:
-        """The group over which weights are replicated; None for one process."""
+        """The group over which weights are replicated; None for one process, and where weights are cut."""
+        ...
+
+    def shard(self, model: nn.Module, axes: Mapping[str, int]) -> None:
+        """Cut the model (already on `device`) where the optimizer is to be built on shards; else do nothing.
+
+        Args:
+            model: whole, the same on every process.
+            axes: parameter name → axis to cut it along; 0 for names that are not in it.
+        """
         ...
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Take the model (already on `device`) and the optimizer over."""
+        """Take the model and the optimizer over."""
         ...
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -46,8 +62,13 @@ class Engine(Protocol):
         """Add this micro-batch's gradients."""
         ...
 
-    def clip(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unscale and clip the reduced gradients.
+    def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unscale and clip the gradients, then one optimizer step.
+
+        It leaves weights and state untouched on all processes where the gradient is not finite anywhere.
+
+        Args:
+            max_norm: of the global gradient; None: no clipping.
 
         Returns:
             The global gradient norm before clipping, and 1.0 where it is not finite (else 0.0): 0-dim fp32
@@ -55,8 +76,12 @@ class Engine(Protocol):
         """
         ...
 
-    def update(self, nonfinite: torch.Tensor) -> None:
-        """One optimizer step that leaves weights and state untouched where ``nonfinite`` is 1.0."""
+    def retract_step(self) -> None:
+        """Take back what the host counted in the last step, which turned out to be masked."""
+        ...
+
+    def inference(self) -> AbstractContextManager[nn.Module]:
+        """What to call in forward passes without gradients, the same number of times on every process."""
         ...
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
@@ -75,12 +100,33 @@ class Engine(Protocol):
         """Seconds of gradient communication in the last step that computation did not hide, where known."""
         ...
 
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of "weights" (buffers and master copies included) and "gradients" that this process holds."""
+        ...
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """Whole weights by parameter name on rank 0, nothing elsewhere: fp32 copies on the CPU (a collective)."""
+        ...
+
+    def release(self) -> None:
+        """Undo what the engine did to this process, which stays in the process group and may start another one."""
+        ...
+
     def close(self) -> None:
-        """Leave the process group."""
+        """Release, wait for the others and leave the process group."""
         ...
 
 
-_ENGINES = {"single": "harness.engines.ddp:ReplicatedEngine", "ddp": "harness.engines.ddp:ReplicatedEngine"}
+_ENGINES = {
+    "single": "harness.engines.ddp:ReplicatedEngine",
+    "ddp": "harness.engines.ddp:ReplicatedEngine",
+    "fsdp2": "harness.engines.fsdp2:ShardedEngine",
+    "hsdp": "harness.engines.fsdp2:ShardedEngine",
+    "zero0": "harness.engines.deepspeed:UnpartitionedEngine",
+    "zero1": "harness.engines.deepspeed:PartitionedEngine",
+    "zero2": "harness.engines.deepspeed:PartitionedEngine",
+    "zero3": "harness.engines.deepspeed:PartitionedEngine",
+}
 
 
 def start(config: RunConfig) -> Engine:

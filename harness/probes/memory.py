@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from harness.engines import Engine
+from harness.engines.holdings import tensor_bytes
 from harness.record.folder import Row
 
 
@@ -19,14 +20,13 @@ class MemoryMeter:
     libraries included: that is what a node must have).
     """
 
-    def __init__(self, engine: Engine, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._engine, self._model, self._optimizer = engine, model, optimizer
+    def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+        self._engine, self._optimizer = engine, optimizer
 
     def read(self) -> Row:
         """The four ``memory/…_bytes`` keys (a collective)."""
         figures = {
-            "weights": tensor_bytes([*self._model.parameters(), *self._model.buffers()]),
-            "gradients": tensor_bytes(p.grad for p in self._model.parameters() if p.grad is not None),
+            **self._engine.held_bytes(),
             "optimizer_state": sum(state_bytes(self._optimizer).values()),
             "peak": peak_bytes(self._engine.device),
         }
@@ -48,18 +48,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
             for tensor in _tensors(value):
                 kinds[str(key)] = kinds.get(str(key), 0) + tensor_bytes([tensor])
     return kinds
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the elements; memory shared by several tensors (tied weights, views) counts once."""
-    seen: set[tuple[int, int]] = set()
-    total = 0
-    for tensor in tensors:
-        key = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()))
-        if key not in seen:
-            seen.add(key)
-            total += tensor.numel() * tensor.element_size()
-    return total
 
 
 def peak_bytes(device: torch.device) -> int:

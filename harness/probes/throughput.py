@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from harness.loop import Run, mean_loss
-from harness.probes.flops import FlopCount
 from harness.probes.memory import MemoryMeter
 from harness.record.folder import Row
 
@@ -16,8 +15,8 @@ class Progress:
     It must be the last probe of a run: it reads the clock, so that a row holds what its own probes cost.
     """
 
-    def __init__(self, run: Run, memory: MemoryMeter, flops: FlopCount) -> None:
-        self._run, self._memory, self._flops = run, memory, flops
+    def __init__(self, run: Run, memory: MemoryMeter) -> None:
+        self._run, self._memory, self._flops = run, memory, run.whole.flops
         self._last_step = 0
         self._last_tokens = 0
 

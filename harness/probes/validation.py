@@ -50,19 +50,23 @@ def evaluate(
     """Token-weighted mean loss in nats over the first ``rows`` validation rows (a collective).
 
     The rows are dealt out to the processes and sums are taken in fp64, so the result does not depend on how.
-    The module itself is called, not its DDP wrapper: processes may hold different numbers of rows.
+    A process that holds fewer rows than others repeats one without counting it, because a forward pass of
+    sharded weights is itself a collective.
     """
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     share = -(-rows // engine.world_size)
-    first, end = engine.rank * share, min((engine.rank + 1) * share, rows)
-    for start in range(first, end, micro_batch_size):
-        batch = validation.batch(start, min(micro_batch_size, end - start))
-        ids, labels = to_device(batch, engine.device)
-        with engine.autocast():
-            logits = model(input_ids=ids).logits
-        total += torch.stack([loss_sum(logits, labels).double(), (labels != IGNORED).sum().double()])
+    end = min((engine.rank + 1) * share, rows)
+    with engine.inference() as forward:
+        for start in range(engine.rank * share, (engine.rank + 1) * share, micro_batch_size):
+            count = min(micro_batch_size, end - start)
+            batch = validation.batch(start, count) if count > 0 else validation.batch(0, 1)
+            ids, labels = to_device(batch, engine.device)
+            with engine.autocast():
+                logits = forward(input_ids=ids).logits
+            if count > 0:
+                total += torch.stack([loss_sum(logits, labels).double(), (labels != IGNORED).sum().double()])
     model.train(was_training)
     loss, tokens = engine.sum(total).tolist()
     return loss / tokens

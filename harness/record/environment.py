@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("optbench", "torch", "accelerate", "transformers", "tokenizers", "datasets", "wandb", "numpy")
+PACKAGES = ("optbench", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "wandb", "numpy")
 
 
 def describe(device: torch.device, world_size: int) -> dict[str, Any]:

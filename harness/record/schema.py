@@ -5,6 +5,7 @@
         config.diff.yaml     what differs from the defaults
         environment.json     versions, devices, git commit, corpus and tokenizer hashes
         parameters.json      list of {name, shape, numel, rule, reason}: which parameter took which rule
+        deepspeed.json       with engine=zero…: what DeepSpeed was initialized with
         metrics.jsonl        one JSON object a row (keys below), one row per `log_every` steps, first and last step;
                              a value that is not finite is null
         moments.parquet      step, layer, rule, condition_number, effective_rank, stable_rank,

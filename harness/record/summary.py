@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from harness import model
 from harness.probes.memory import state_bytes
 from harness.record import environment
 from harness.record.folder import Row, finite
@@ -82,7 +81,7 @@ def build(
         "memory_bytes": {kind: last.get(f"memory/{kind}_bytes") for kind in MEMORY_KINDS},
         "state_bytes": state_bytes(run.optimizer),
         "optimizer_fallbacks": int(getattr(run.optimizer, "fallbacks", 0)),
-        "parameters": model.count_parameters(run.model),
+        "parameters": run.whole.parameters,
         "matrix_parameters": sum(route.numel for route in routes if route.rule != "adamw"),
         "corpus_sha256": corpus.sha256,
         "train_tokens_available": corpus.train_tokens,

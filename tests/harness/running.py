@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +75,56 @@ def train_weights(
     state = train(run)
     assert state == "finished", state
     return before, {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+class Trained(NamedTuple):
+    """A finished run: whole weights on rank 0 (nothing on the others), and what this process saw."""
+
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    rows: list[dict[str, Any]]
+    skipped: int
+    state: list[float]
+    """Sums of the magnitudes of the optimizer's state tensors."""
+
+
+def trained(rank: int, overrides: Sequence[str], change: Callable[..., None] | None = None) -> Trained:
+    """Train in this process on any engine; what the engine did to the process is undone afterwards.
+
+    Args:
+        rank: of this process, for `tests.distributed.pool.RankPool.run`.
+        overrides: as for `train_weights`.
+        change: called with the assembled run before training, to break something on purpose.
+    """
+    from harness import engines
+    from harness.loop import train
+    from harness.preparation import prepare
+    from harness.run import assemble
+
+    prepared = prepare(overrides, say=lambda text: None, worker=True, writes_folder=False)
+    run = assemble(prepared, engines.start(prepared.config))
+    run.stop.restore()
+    sink = _Rows()
+    run.sinks = [sink]
+    try:
+        before = run.engine.full_weights()
+        if change is not None:
+            change(run)
+        assert train(run) == "finished"
+        after = run.engine.full_weights()
+    finally:
+        run.engine.release()
+    tensors = [v for entry in run.optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
+    state = [float(tensor.float().abs().sum()) for tensor in tensors]
+    return Trained(before, after, sink.rows, run.ledger.skipped, state)
+
+
+class _Rows:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
 
 
 def update_error(

@@ -39,7 +39,7 @@ BAD_WORDS = [
     ),
     (["model=lama_tiny"], "model: lama_tiny is wrong", ["fix: model=llama_tiny"]),
     (["experiment=quickstar"], "experiment: quickstar is wrong", ["fix: experiment=quickstart"]),
-    (["engine=fsdp9"], "engine: fsdp9 is wrong", ["allowed: auto, ddp, single"]),
+    (["engine=fsdp9"], "engine: fsdp9 is wrong", ["did you mean fsdp2?", "allowed: auto, ddp, fsdp2"]),
     (
         ["optimizer.lrr=0.1"],
         "optimizer.lrr: 0.1 is for an unknown key",

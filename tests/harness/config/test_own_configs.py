@@ -29,7 +29,7 @@ def test_own_files_come_first_and_ours_stay(home: Path) -> None:
     write(home, "model/llama_tiny.yaml", "name: mine\nconfig: {hidden_size: 64}\n")
     assert load([]).model.config == {"hidden_size": 64}
     assert load(["model=llama_60m"]).model.config["hidden_size"] == 512
-    assert options("engine") == ["auto", "ddp", "single"]
+    assert options("engine")[:3] == ["auto", "ddp", "fsdp2"]
 
 
 def test_a_configs_folder_of_another_program_is_left_alone(home: Path) -> None:

@@ -61,6 +61,8 @@ def _evaluated(rank: int, overrides: list[str], rows: int, micro: int) -> float:
     prepared = prepare(overrides, say=lambda text: None, worker=True, writes_folder=False)
     engine = engines.start(prepared.config)
     network = model.build(prepared.config.model, seed=0)
+    engine.shard(network, {})
+    engine.prepare(network, torch.optim.SGD(network.parameters(), lr=0.1))
     validation = Validation(prepared.corpus, seq_len=prepared.config.seq_len, mode=prepared.config.data.mode)
     return evaluate(engine, network, validation, rows=rows, micro_batch_size=micro)
 

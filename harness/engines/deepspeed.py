@@ -1,0 +1,260 @@
+"""DeepSpeed: whole weights (stage 0), or optimizer state, gradients and weights cut over processes (1, 2, 3).
+
+`deepspeed.initialize` is called directly. Accelerate's plugin for it makes every process on a CPU believe that it
+is the only one, and its ``backward`` runs the optimizer, before learning rate and probes are due.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import optimizers
+from harness.config import deepspeed_config
+from harness.config.errors import InputError
+from harness.config.schema import RunConfig
+from harness.engines.ddp import autocast
+from harness.engines.holdings import Layout, tensor_bytes
+from harness.engines.masked import MaskedSteps
+from harness.engines.processes import Processes
+
+
+class _DeepSpeed(Processes):
+    """What both engines do with DeepSpeed's."""
+
+    _engine: Any
+    _linear: Callable[..., torch.Tensor]
+    _was_without_local_rank: bool
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
+        """Tell DeepSpeed which micro-batch is the last one, instead of letting it count."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def exposed_communication(self) -> float | None:
+        """DeepSpeed does not measure it."""
+
+    def release(self) -> None:
+        """Undo what DeepSpeed did to this process; stage 3 replaces torch's linear function for good."""
+        self._engine.destroy()
+        nn.functional.linear = self._linear
+        if self._was_without_local_rank:
+            del os.environ["LOCAL_RANK"]
+
+    def _start(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> nn.Module:
+        self._linear = nn.functional.linear
+        # DeepSpeed reads it throughout, also in a process that no launcher started.
+        self._was_without_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")
+        self._engine = _initialize(model, optimizer, config)
+        return self._engine
+
+
+class UnpartitionedEngine(_DeepSpeed, MaskedSteps):
+    """Engine `zero0`: DeepSpeed sums the gradients; precision, clipping and masked steps are ours, as under ddp."""
+
+    layout: Layout = "replicated"
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config, needs_group=True)
+        self._config = config
+        self.model: nn.Module
+
+    def process_group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.world_size > 1 else None
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.model = self._start(model, optimizer, self._config)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return autocast(self._config.precision, self.device)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # The loss already carries its weight in the whole batch: no division by the accumulation steps.
+        self._engine.backward(self._scaler.scale(loss), scale_wrt_gas=False)
+
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        yield self._engine.module
+
+    def held_bytes(self) -> dict[str, int]:
+        module = self._engine.module
+        return {
+            "weights": tensor_bytes([*module.parameters(), *module.buffers()]),
+            # DeepSpeed drops them right after the step; they were as large as the trainable weights.
+            "gradients": tensor_bytes(self._parameters),
+        }
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        if self.rank:
+            return {}
+        return {name: p.detach().float().cpu().clone() for name, p in self._engine.module.named_parameters()}
+
+    def _apply(self) -> None:
+        self._engine.step()
+
+
+class PartitionedEngine(_DeepSpeed):
+    """Engines `zero1`, `zero2` and `zero3`: the optimizer works on flat fp32 slices of the parameters.
+
+    DeepSpeed unscales, clips and decides whether a step is skipped, for which the host waits in every step.
+    bf16 and fp16 are weights of that dtype with fp32 masters, which start from the exact fp32 initialization.
+    """
+
+    layout: Layout = "partitioned"
+    _update_loss_scale: Callable[[bool], None]
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config, needs_group=True)
+        _check_precision(config)
+        self._config = config
+        self._stage = int(config.engine.name[-1])
+        self._gradient_bytes = 0
+        self.model: nn.Module
+        self._zero: Any
+
+    def process_group(self) -> dist.ProcessGroup | None:
+        return None
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        exact = {}
+        if self._config.precision != "fp32":
+            exact = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.model = self._start(model, optimizer, self._config)
+        self._zero = self._engine.optimizer
+        # DeepSpeed raises the loss scale before it divides the gradients by it, so that they come out halved in
+        # that step (0.19.8, measured). Ours comes after the step.
+        self._update_loss_scale = self._zero._update_scale
+        self._zero._update_scale = lambda overflow: None
+        bind(optimizer, self._engine)
+        self._set_masters(exact)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Nothing: the weights themselves have the dtype to compute in."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # The loss already carries its weight in the whole batch: no division by the accumulation steps.
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        assert max_norm == self._config.max_grad_norm, "DeepSpeed was told at its start where to clip"
+        self._gradient_bytes = tensor_bytes(self._gradients())
+        self._engine.step()
+        skipped = bool(self._zero.overflow)
+        self._update_loss_scale(skipped)
+        norm = math.nan if skipped else float(self._engine.get_global_grad_norm())
+        return self._scalar(norm), self._scalar(float(skipped))
+
+    def retract_step(self) -> None:
+        """Nothing: DeepSpeed does not call the optimizer in a step that it skips."""
+
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        yield self._engine
+
+    def held_bytes(self) -> dict[str, int]:
+        module, zero = self._engine.module, self._zero
+        held = [*module.parameters(), *module.buffers()]
+        if self._stage == 3:
+            held += [p.ds_tensor for p in module.parameters()] + list(zero.fp32_partitioned_groups_flat)
+        else:
+            held += list(zero.single_partition_of_fp32_groups)
+        return {"weights": tensor_bytes(held), "gradients": self._gradient_bytes}
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole: dict[str, torch.Tensor] = {}
+        for name, p in self._engine.module.named_parameters():
+            master = safe_get_full_fp32_param(p)
+            if self.rank == 0:
+                assert master is not None, f"DeepSpeed keeps no fp32 master of {name}"
+                whole[name] = master.detach().float().cpu().clone()
+        return whole
+
+    def _set_masters(self, exact: dict[str, torch.Tensor]) -> None:
+        """Undo the rounding that DeepSpeed's masters start with: it makes them from the bf16 or fp16 weights."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, p in self._engine.module.named_parameters():
+            if name in exact:
+                safe_set_full_fp32_param(p, exact.pop(name).float())
+
+    def _gradients(self) -> Iterable[torch.Tensor]:
+        """What holds gradients right before a step."""
+        for p in self._engine.module.parameters():
+            for tensor in (p.grad, getattr(p, "grad_accum", None)):
+                if tensor is not None:
+                    yield tensor
+        if self._stage == 3:
+            yield self._zero.grad_partitions_flat_buffer
+            return
+        for group in self._zero.averaged_gradients.values():
+            yield from (tensor for tensor in group or () if tensor is not None)
+
+    def _scalar(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.device)
+
+
+def bind(optimizer: torch.optim.Optimizer, engine: Any) -> None:
+    """Let an optimizer that was built on whole parameters find its matrices in DeepSpeed's flat slices.
+
+    Optimizers of torch get the slices as they are: the configuration's checks let only those pass that update
+    every element by itself.
+
+    Raises:
+        RuntimeError: matrices would be stepped as 1-D slices, or not at all.
+    """
+    if not isinstance(optimizer, optimizers.Optimizer):
+        return
+    from optimizers.layouts import deepspeed_binding
+
+    deepspeed_binding.attach(optimizer, engine)
+    if not optimizer.is_attached:
+        raise RuntimeError(f"{type(optimizer).__name__} was not bound to DeepSpeed's slices")
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
+    """DeepSpeed's engine around a model on its device, over the process group that is already there."""
+    deepspeed = _library()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    settings = deepspeed_config.effective(config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    assert engine.world_size == config.world_size, "DeepSpeed sees another number of processes"
+    return engine
+
+
+def _library() -> Any:
+    """The package, told which device to use: it decides at its first import."""
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.ops
+
+    if on_cpu:
+        # Else DeepSpeed compiles an all-reduce over shared memory (50 s with g++), which only inference uses.
+        ops: Any = deepspeed.ops
+        ops.__compatible_ops__ = {}
+    # It warns of every optimizer that it does not know, and says again what our record says of skipped steps.
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _check_precision(config: RunConfig) -> None:
+    accelerator = _library().get_accelerator()
+    if config.precision == "fp16" and not accelerator.is_fp16_supported():
+        reason = f"is not supported by DeepSpeed on this {accelerator.device_name()}"
+        raise InputError("precision", "fp16", reason, fix="precision=bf16, or engine=fsdp2")

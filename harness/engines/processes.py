@@ -1,0 +1,120 @@
+"""The processes of a run: who they are, small reductions between them, and leaving together."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+
+from harness.config.errors import InputError
+from harness.config.schema import RunConfig
+
+
+class Processes:
+    """This process among those that a launcher started (gloo on CPUs, NCCL on GPUs). Base of the engines.
+
+    Args:
+        config: a checked configuration.
+        needs_group: a process group exists also where there is one process.
+
+    Raises:
+        InputError: the launcher started another number of processes than ``world_size``.
+    """
+
+    name: str
+    rank: int
+    world_size: int
+    shards: int = 1
+    device: torch.device
+
+    def __init__(self, config: RunConfig, *, needs_group: bool = False) -> None:
+        # torch's own wrappers call collectives under names that it deprecated.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        torch.set_num_threads(config.engine.threads or _threads_per_process())
+        with without_accelerate_plugins():
+            state = PartialState(cpu=not torch.cuda.is_available())
+        self.name = config.engine.name
+        self.rank, self.world_size = state.process_index, state.num_processes
+        self.device = torch.device(state.device or "cpu")
+        if self.world_size != config.world_size:
+            raise InputError(
+                "world_size",
+                config.world_size,
+                f"disagrees with the launcher, which started {self.world_size}",
+                fix=f"world_size={self.world_size}, or start {config.world_size} processes",
+            )
+        if needs_group and not dist.is_initialized():
+            backend = "gloo" if self.device.type == "cpu" else "nccl"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+    def shard(self, model: nn.Module, axes: Mapping[str, int]) -> None:
+        """Nothing: the optimizer is built on whole parameters."""
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes (a copy)."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def max(self, value: torch.Tensor) -> torch.Tensor:
+        """Maximum over the processes (a copy)."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def _reduced(self, value: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        value = value.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(value, op)
+        return value
+
+    def vote(self, value: torch.Tensor) -> Callable[[], list[float]]:
+        """Start a maximum over the processes; calling the result waits for it. Does not block."""
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True) if self.world_size > 1 else None
+        if value.device.type == "cpu":
+            return lambda: (work.wait(), value.tolist())[1] if work else value.tolist()
+        if work:
+            work.wait()  # NCCL: orders the current stream behind the reduction, does not block the host
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        host.copy_(value, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return lambda: (done.synchronize(), host.tolist())[1]
+
+    def release(self) -> None:
+        """Undo what the engine did to this process, which stays in the process group."""
+
+    def close(self) -> None:
+        """Wait for the others and leave the process group."""
+        self.release()
+        if dist.is_initialized():
+            dist.barrier(device_ids=[self.device.index or 0] if self.device.type == "cuda" else None)
+            dist.destroy_process_group()
+
+
+@contextmanager
+def without_accelerate_plugins() -> Iterator[None]:
+    """Hide from Accelerate that its launcher was given an FSDP or a DeepSpeed configuration.
+
+    `harness.config.engine_checks` compared it with ours; Accelerate itself would answer by another backend
+    (on CPUs by none at all: every process would believe that it is the only one).
+    """
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
+
+
+def _threads_per_process() -> int:
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    # Under a launcher it is the launcher's default of one thread, not a choice of the user's.
+    if chosen.isdecimal() and int(chosen) > 0 and "WORLD_SIZE" not in os.environ:
+        return int(chosen)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores // local)
