@@ -69,6 +69,17 @@ COMMANDS: dict[str, Command] = {
         (("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),),
         (("--out DIR", "write there instead"),),
     ),
+    "plan": Command(
+        "harness.plan.command:main",
+        "what a run would hold and send, before it starts",
+        "[group=option …] [key=value …] [--world-size N] [--json]",
+        (
+            ("model=llama_60m optimizer=sumo engine=fsdp2 --world-size 64", "on a cluster that is not here"),
+            ("optimizer=muon engine=zero3 world_size=2 --json", "one JSON document"),
+        ),
+        (("--world-size N", "processes to plan for"),),
+        takes_keys=True,
+    ),
     "list": Command(
         "harness.listing:list_command",
         "models, optimizers, engines, data sets",

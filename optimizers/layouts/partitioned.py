@@ -127,6 +127,11 @@ class PartitionedLayout:
             raise ValueError(f"{missing} parameters lie in no flat tensor")
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The flat tensors."""
+        return [flat.tensor for flat in self._flats]
+
+    @property
     def communicators(self) -> list[Communicator]:
         """Those of the flat tensors."""
         return list({id(c): c for c in self._per_flat}.values())
@@ -164,14 +169,17 @@ class PartitionedLayout:
             lanes.append(LocalLane(banks, Whole()))
         if not shared:
             return lanes
-        if not rule.needs_whole:
-            return [*lanes, RowLane(shared, communicator, rule, options)]
-        pieces = [_slice(m).slot.pieces for m in shared]
+        fits = [_in_rows(_slice(m), rule, options, communicator.size) for m in shared]
+        in_rows = [m for m, is_fit in zip(shared, fits) if is_fit]
+        if in_rows:
+            lanes.append(RowLane(in_rows, communicator, rule, options))
+        brought = [m for m, is_fit in zip(shared, fits) if not is_fit]
+        pieces = [_slice(m).slot.pieces for m in brought]
         owners = [_owner(i, p) for i, p in enumerate(pieces)]
-        for chosen in buckets(shared, owners):
+        for chosen in buckets(brought, owners):
             lanes.append(
                 OwnerLane(
-                    [_as_piece(shared[i]) for i in chosen],
+                    [_as_piece(brought[i]) for i in chosen],
                     [pieces[i] for i in chosen],
                     [owners[i] for i in chosen],
                     communicator,
@@ -222,7 +230,7 @@ class Slice:
     def __init__(self, flat: Flat, slot: Slot, shape: tuple[int, int], rank: int) -> None:
         m, n = shape
         self.flat, self.slot, self.rank = flat, slot, rank
-        self.columns = n
+        self.rows_of_all, self.columns = m, n
         owners = [q for q, (lo, hi) in enumerate(slot.pieces) if hi > lo]
         is_whole = len(owners) == 1
         self.split: int | None = None if is_whole else 0
@@ -407,6 +415,16 @@ def snapped(piece: Interval, columns: int) -> Interval:
     lo, hi = piece
     first = -(-lo // columns)
     return first, max(first, -(-hi // columns)) if hi > lo else first
+
+
+def _in_rows(held: Slice, rule: Rule, options: Mapping[str, Any], ranks: int) -> bool:
+    """Whether rows send less than bringing a matrix to its largest holder: sums go to all ranks, pieces only from
+    those that hold some."""
+    if rule.needs_whole:
+        return False
+    m, n = held.rows_of_all, held.columns
+    moved = m * n - max(hi - lo for lo, hi in held.slot.pieces)
+    return rule.row_traffic((m, n), 0, options, ranks) <= 8.0 * moved / ranks
 
 
 def _owner(index: int, pieces: Sequence[Interval]) -> int:

@@ -66,7 +66,7 @@ def partitioned(
         optimizer.param_groups[index]["params"] = [tensor]
     optimizer.attach(module.PartitionedLayout(flats, optimizer.parameters_of_groups, [ranks] * len(flats)))
     places = {id(p): i for i, (_, p) in enumerate(named)}
-    original = module.RowLane.begin
+    original, gradient = module.RowLane.begin, module.Slice.gradient
     if blind:
         module.RowLane.begin = lambda self: None  # type: ignore[method-assign]
         module.Slice.gradient = _torn(module.Slice.gradient)  # type: ignore[method-assign]
@@ -86,6 +86,7 @@ def partitioned(
             optimizer.param_groups = everything
     finally:
         module.RowLane.begin = original  # type: ignore[method-assign]
+        module.Slice.gradient = gradient  # type: ignore[method-assign]
     pieces = {}
     for flat in flats:
         for p, slot in flat.slots.items():
@@ -128,6 +129,5 @@ def test_four_ranks(four_ranks: RankPool, preset: str, kind: str) -> None:
 
 
 def test_control_a_broken_row_that_is_not_completed_is_seen(two_ranks: RankPool) -> None:
-    """Last: it changes the ranks' module for good."""
     found = whole(two_ranks.run(partitioned, "sumo", "zero3", SMALL, True))
     assert worst(found, alone("sumo", SHAPES, **SMALL), SHAPES) > 1e-3

@@ -1,0 +1,121 @@
+"""One rank of a run on meta tensors: its optimizer, laid out as the engine would lay it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import optimizers
+from harness import model
+from harness.config.schema import RunConfig
+from optimizers.base import Optimizer
+from optimizers.layouts.axes import preferred_axes
+from optimizers.layouts.layout import Layout
+from optimizers.layouts.simulated import SimulatedReplicas, SimulatedShards, simulated_slices
+
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+@dataclass(frozen=True)
+class PlannedRank:
+    """A simulated rank.
+
+    Attributes:
+        network: the whole model on the meta device.
+        optimizer: with the state that this rank would hold.
+        shards: ranks that hold one replica of the weights together.
+    """
+
+    network: nn.Module
+    optimizer: Optimizer
+    shards: int
+
+
+def simulate(config: RunConfig, rank: int) -> PlannedRank:
+    """Rank `rank` of a checked configuration.
+
+    Raises:
+        ValueError: the optimizer is a plug-in by import path, of which nothing is known but its code.
+    """
+    assert config.world_size is not None
+    if config.optimizer.target is not None:
+        raise ValueError(f"{config.optimizer.target}: only optimizers of optbench can be planned")
+    network = model.build(config.model, seed=0, precision=config.precision, device="meta")
+    pairs = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    built = optimizers.build(
+        config.optimizer.name,
+        pairs,
+        modules=network,
+        layout="partitioned",
+        lr=config.optimizer.lr,
+        **config.optimizer.options,
+    )
+    assert isinstance(built, Optimizer)
+    shards = shards_of(config)
+    built.attach(_layout(config, built, network, rank, shards))
+    return PlannedRank(network, built, shards)
+
+
+def shards_of(config: RunConfig) -> int:
+    """Ranks that hold one replica of the optimizer's state together."""
+    assert config.world_size is not None
+    name = config.engine.name
+    if name == "hsdp":
+        return config.world_size // (config.engine.replicas or 1)
+    return config.world_size if name == "fsdp2" or name in ZERO_STAGES else 1
+
+
+def _layout(config: RunConfig, built: Optimizer, network: nn.Module, rank: int, shards: int) -> Layout:
+    assert config.world_size is not None
+    name = config.engine.name
+    if name in ZERO_STAGES:
+        layout = simulated_slices(built.parameters_of_groups, ZERO_STAGES[name], rank, shards)
+        for group, tensor in zip(built.param_groups, layout.tensors):
+            group["params"] = [tensor]
+        return layout
+    if name in ("fsdp2", "hsdp"):
+        axes = shard_axes(config, network, shards)
+        by_id = {id(p): axes.get(n, 0) for n, p in network.named_parameters()}
+        return SimulatedShards(by_id, rank % shards, shards)
+    return SimulatedReplicas(config.engine.optimizer_work, rank, config.world_size)
+
+
+def shard_axes(config: RunConfig, network: nn.Module, shards: int) -> dict[str, int]:
+    """Parameter → axis to cut it along, as `engine.shard_axis` says; torch cuts axis 1 only where it divides."""
+    wanted = config.engine.shard_axis
+    if wanted == "auto":
+        if config.optimizer.target is not None:
+            return {}
+        return preferred_axes(
+            config.optimizer.name,
+            network.named_parameters(),
+            shards,
+            modules=network,
+            lr=config.optimizer.lr,
+            **config.optimizer.options,
+        )
+    return {
+        name: wanted if wanted < p.ndim and p.shape[wanted] % shards == 0 else 0
+        for name, p in network.named_parameters()
+    }
+
+
+def ranks_to_look_at(world_size: int) -> Sequence[int]:
+    """All ranks of a small world, else a spread that includes both ends."""
+    if world_size <= 8:
+        return range(world_size)
+    return sorted({0, 1, world_size - 1, *(world_size * i // 6 for i in range(6))})
+
+
+def set_gradients(planned: PlannedRank) -> None:
+    """Give the matrices gradients, so that a step moves what it would move; AdamW sends nothing."""
+    matrices = {r.name for r in planned.optimizer.routes if r.rule != "adamw"}
+    for name, p in planned.network.named_parameters():
+        p.grad = torch.empty_like(p) if name in matrices else None
+    for group in planned.optimizer.param_groups:
+        if group["rule"] == "adamw":
+            for tensor in group["params"]:
+                tensor.grad = None
