@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config.errors import InputError
+from harness.jobs import last_words
 from harness.preparation import prepare
 
 EXIT_CODES = {"finished": 0, "interrupted": 0, "diverged": 3, "failed": 3}
@@ -36,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text, file=sys.stderr, flush=True)
 
     try:
-        prepared = prepare(words, say=say, worker=True, writes_folder=first)
-        from harness.run import execute  # imports torch
+        with last_words.marked():
+            prepared = prepare(words, say=say, worker=True, writes_folder=first)
+            from harness.run import execute  # imports torch
 
-        state = execute(prepared)
+            state = execute(prepared)
     except InputError as error:
         if not first:
             # Rank 0 found the same and says it. A process that ends before it makes the launcher kill rank 0

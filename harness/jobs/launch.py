@@ -21,6 +21,7 @@ import psutil
 from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
+from harness.jobs import last_words
 from harness.preparation import Prepared, prepare
 from harness.record import atomic
 from harness.record.folder import now
@@ -69,7 +70,7 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
         # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
         process = subprocess.Popen(
             command,
-            env={**os.environ, **extra, ERROR_FILE: str(error)},
+            env={**os.environ, **extra, ERROR_FILE: str(error), last_words.FOLDER: scratch},
             stdout=output,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -78,7 +79,8 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
             code = process.wait()
         if error.exists():
             raise InputError(**json.loads(error.read_text()))
-    return _outcome(prepared.folder, code)
+        silent = last_words.silent(Path(scratch))
+    return _outcome(prepared.folder, code, silent)
 
 
 def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -119,7 +121,7 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
     ], extra
 
 
-def _outcome(folder: Path, code: int) -> RunOutcome:
+def _outcome(folder: Path, code: int, silent: list[int]) -> RunOutcome:
     try:
         status = json.loads((folder / "status.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -127,8 +129,16 @@ def _outcome(folder: Path, code: int) -> RunOutcome:
     if status["state"] == "running":
         # Killed from outside: rank 0 could not say so itself.
         reason = f"the processes died (code {code}) after step {status['step']}"
+        if silent:
+            reason = f"{last_words.told(silent)} after step {status['step']}"
         status |= {"state": "failed", "updated": now()}
         status["attempts"][-1] |= {"state": "failed", "ended": now(), "reason": reason}
+        atomic.write_json(folder / "status.json", status)
+    elif status["state"] == "failed" and silent:
+        # The others only saw their connection break.
+        status["attempts"][-1]["reason"] = (
+            f"{last_words.told(silent)}; then {status['attempts'][-1]['reason']}"
+        )
         atomic.write_json(folder / "status.json", status)
     state, reason = status["state"], status["attempts"][-1].get("reason", "")
     return RunOutcome(folder, state, EXIT_CODES.get(state, 3), reason)

@@ -174,6 +174,39 @@ def test_a_killed_run_is_readable_and_called_failed(corpus: Path, tmp_path: Path
     assert not (folder / "DONE").exists()
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_rank_that_dies_is_named_and_soon(engine: str, corpus: Path, tmp_path: Path) -> None:
+    """The other rank sits in a collective and sees a broken connection; the reason says whose."""
+    words = small(
+        corpus,
+        tmp_path,
+        "steps=100000",
+        "world_size=2",
+        "eval.every=null",
+        "schedule=constant",
+        f"engine={engine}",
+        "optimizer=sumo",
+        "optimizer.rank=8",
+    )
+    process, folder = _started(words, tmp_path, rows=3)
+    (victim,) = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "harness.train" in p.cmdline()[-30:] and p.environ().get("RANK") == "1"
+    ]
+    begin = time.monotonic()
+    victim.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert time.monotonic() - begin < 60
+    assert process.returncode == 3, output
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["attempts"][-1]["reason"].startswith(
+        "rank 1 died without a word (killed, or out of memory)"
+    )
+    assert "rank 1 died without a word" in output
+
+
 def test_two_machines_as_two_launchers_on_loopback(corpus: Path, tmp_path: Path) -> None:
     words = small(corpus, tmp_path, "world_size=2", "steps=3")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
