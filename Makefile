@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart test test-full lint format bench lock clean
+.PHONY: help setup quickstart test test-full lint format bench certify lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,11 @@ bench: setup ## the ratios of docs/benchmarks.md
 	$(BIN)/python benchmarks/harness_overhead.py optimizer=sumo
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/polar.py
+
+certify: setup ## every optimizer on every engine, proven: docs/certificates.md and what runs are told (8 minutes)
+	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates
+	cp runs/certificates/certificates.md docs/certificates.md
+	cp runs/certificates/certificates.json harness/verify/certificates.json
 
 lock: setup ## rewrite requirements.lock from what is installed
 	$(BIN)/python .ci/lock.py > requirements.lock.new

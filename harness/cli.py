@@ -80,6 +80,23 @@ COMMANDS: dict[str, Command] = {
         (("--world-size N", "processes to plan for"),),
         takes_keys=True,
     ),
+    "certify": Command(
+        "harness.verify.command:main",
+        "does an optimizer on an engine compute what its rule computes on whole matrices",
+        "[rule=… engine=… dtype=… accumulation=… clipping=… world_size=…] [--full] [--out DIR] [--json]",
+        (
+            ("", "every rule on every engine, every setting of each engine: a few minutes"),
+            ("rule=sumo,muon engine=fsdp2,zero3", "some of them"),
+            ("rule=galore dtype=bf16", "with what is named taken whole"),
+            ("--include-controls", "and defects put in on purpose, which must come out red"),
+        ),
+        (
+            ("--full", "every combination (half an hour on 2 cores)"),
+            ("--include-controls", "eight defects of other implementations, each of which must be seen"),
+            ("--include-peers", "torch's and DeepSpeed's own Muon beside ours; never counted"),
+            ("--out DIR", "write certificates.json and certificates.md there (runs/certificates)"),
+        ),
+    ),
     "list": Command(
         "harness.listing:list_command",
         "models, optimizers, engines, data sets",

@@ -30,6 +30,7 @@ from harness.record import environment, summary
 from harness.record.folder import Row, RunFolder
 from harness.record.log import Log, ProgressSink
 from harness.record.wandb import WandbSink
+from harness.verify import certificates
 
 
 def execute(prepared: Prepared) -> str:
@@ -119,6 +120,7 @@ class _Recorder:
     def _announce(self, run: Run) -> None:
         config, corpus = run.config, self.prepared.corpus
         routes, flops = run.whole.ownership, run.whole.flops
+        certificate = certificates.of_run(config)
         self.folder.write_json("parameters.json", routes)
         if config.engine.name in ZERO:
             self.folder.write_json("deepspeed.json", deepspeed_config.effective(config))
@@ -130,7 +132,7 @@ class _Recorder:
                 "corpus_sha256": corpus.sha256,
                 "tokenizer_sha256": corpus.tokenizer_sha256,
                 "flops": {"formula": FORMULA, "per_token": flops.per_token, "peak_per_device": flops.peak},
-                "certificate": None,
+                "certificate": certificate,
             },
         )
         table = Table(
@@ -145,6 +147,8 @@ class _Recorder:
             )
         self.log.show(table)
         self.warnings = summary.warnings(run, corpus)
+        if uncertified := certificates.warning(certificate):
+            self.warnings.append(uncertified)
         self.log.say(
             f"{config.model.name}: {run.whole.parameters:,} parameters, {config.precision}, "
             f"{run.engine.world_size} process(es) on {environment.device_name(run.engine.device)} ({run.engine.name}); "

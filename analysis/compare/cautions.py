@@ -31,6 +31,7 @@ def cautions(chosen: ComparisonSet) -> list[Caution]:
         _epochs,
         _learning_rates,
         _machines,
+        _certificates,
         _steps,
         _records,
     ):
@@ -110,6 +111,13 @@ def _machines(chosen: ComparisonSet) -> Iterable[Caution]:
         if len(values) > 1:
             text = f"Different {word} ({', '.join(values)}): losses compare; times and memory do not."
             yield Caution("different_machines", text)
+
+
+def _certificates(chosen: ComparisonSet) -> Iterable[Caution]:
+    failed = _arms_of(chosen, lambda run: run.certificate == "failed")
+    if failed:
+        listed = words.listing([_where(arm, runs) for arm, runs in failed])
+        yield Caution("certificate", f"The optimizer failed its certificate on this engine: {listed}.")
 
 
 def _steps(chosen: ComparisonSet) -> Iterable[Caution]:

@@ -104,6 +104,22 @@ class Run:
         logged = self.metrics.get("step")
         return float(logged[-1]) if math.isnan(recorded) and logged is not None else recorded
 
+    @property
+    def certificate(self) -> str:
+        """What is known of its optimizer on its engine (`optbench certify`), in words; empty if not recorded."""
+        found = self.environment.get("certificate")
+        if not isinstance(found, dict):
+            return ""
+        if found.get("passed") is None:
+            return f"none: {found.get('reason', 'uncertified cell')}"
+        if not found["passed"]:
+            return "failed"
+        error = number(found.get("replay_error"))
+        words = ["passed"] + ([f"replay error {error:.1e}"] if math.isfinite(error) else [])
+        if found.get("current") is False:
+            words.append("of other sources")
+        return ", ".join(words)
+
     def fact(self, key: str, part: str | None = None) -> float:
         """A number of the summary, or of a table in it (``fact("time_s", "optimizer")``); NaN if absent."""
         value = self.summary.get(key)

@@ -32,6 +32,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     {kind: n}, and `fits`: None, because activations are not planned."""
     import torch
 
+    from harness import model
     from harness.plan import rank as ranks
     from harness.plan.state import held_bytes
     from harness.plan.traffic import sent_bytes
@@ -50,8 +51,9 @@ def plan(config: RunConfig) -> dict[str, Any]:
                 sent[kind] = max(sent.get(kind, 0.0), size)
     except ValueError as error:
         raise InputError("optimizer.target", config.optimizer.target, str(error)) from error
+    network = model.build(config.model, seed=0, precision=config.precision, device="meta")
     flops = FlopCount.of(
-        planned.network, seq_len=config.seq_len, precision=config.precision, device=torch.device("cpu")
+        network, seq_len=config.seq_len, precision=config.precision, device=torch.device("cpu")
     )
     tokens = config.batch_size * config.seq_len
     return {

@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("optbench", "torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "wandb", "numpy")
+PACKAGES = (
+    "optbench",
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "wandb",
+    "numpy",
+)
 
 
 def describe(device: torch.device, world_size: int) -> dict[str, Any]:

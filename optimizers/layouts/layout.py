@@ -30,13 +30,12 @@ class Section(NamedTuple):
 
 
 class Layout(Protocol):
-    """How parameters lie on the processes.
+    """How parameters lie on the processes."""
 
-    Attributes:
-        rows: sums over the processes that hold the rest of what lies here.
-    """
-
-    rows: Rows
+    @property
+    def rows(self) -> Rows:
+        """Sums over the processes that hold the rest of what lies here."""
+        ...
 
     @property
     def is_divided(self) -> bool:

@@ -38,7 +38,7 @@ def run(
     def spread(tensor: torch.Tensor) -> Any:
         return distribute_tensor(tensor, mesh, [Shard(0)]) if mesh is not None else tensor.clone()
 
-    named = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights)]
+    named: list[Any] = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights)]
     more: dict[str, Any] = {}
     if kind == "split":
         more = {"process_group": dist.group.WORLD, "work": "split"}

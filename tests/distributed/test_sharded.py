@@ -77,7 +77,7 @@ def sharded(
         placement = Shard(axis if tensor.ndim > 1 else 0)
         return distribute_tensor(tensor, mesh, [placement] if replicas == 1 else [Replicate(), placement])
 
-    named = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights(shapes))]
+    named: list[Any] = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights(shapes))]
     optimizer: Any = optimizers.build(preset, named, lr=0.02, **{**PRESETS[preset], **more})
     calls = []
     for step in range(STEPS):
@@ -217,7 +217,7 @@ def observed(rank: int, preset: str, is_sharded: bool) -> tuple[dict[str, Any], 
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         return distribute_tensor(tensor, mesh, [Shard(0)])
 
-    named = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights(EVEN))]
+    named: list[Any] = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights(EVEN))]
     optimizer: Any = optimizers.build(preset, named, lr=0.02, **PRESETS[preset])
     for step in range(4):
         for (_, p), gradient in zip(named, gradients(EVEN, step)):

@@ -25,7 +25,15 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert models["llama_7b"] == 6_738_415_616
     assert {row["name"] for row in content["optimizers"]} >= set(PRESETS)
     assert all(row["about"] and row["source"] for row in content["optimizers"])
-    assert {row["name"] for row in content["engines"]} >= {"auto", "single", "ddp", "fsdp2", "hsdp", "zero0", "zero3"}
+    assert {row["name"] for row in content["engines"]} >= {
+        "auto",
+        "single",
+        "ddp",
+        "fsdp2",
+        "hsdp",
+        "zero0",
+        "zero3",
+    }
     assert "kjv" in {row["name"] for row in content["data"]}
 
 

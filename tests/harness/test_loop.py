@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ class _Rows:
 
 def _poison(run: Run, at: int) -> None:
     """Make the gradient of one parameter NaN in one step, after the backward pass."""
-    clip, count = run.engine.clip, iter(range(10**6))
+    engine: Any = run.engine
+    clip, count = engine.clip, iter(range(10**6))
 
     def poisoned(max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         if next(count) == at:
@@ -47,7 +49,7 @@ def _poison(run: Run, at: int) -> None:
             gradient[0, 0] = math.nan
         return clip(max_norm)
 
-    run.engine.clip = poisoned
+    engine.clip = poisoned
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "galore", "sumo"])
@@ -79,8 +81,9 @@ def test_a_step_with_a_nan_gradient_leaves_everything_as_it_was(
 def test_control_unmasked_nan_reaches_the_weights(corpus: Path, tmp_path: Path) -> None:
     run = _run(small(corpus, tmp_path, "steps=1", "optimizer=sumo", "optimizer.lr=0.01"))
     _poison(run, at=0)
-    update = run.engine.update
-    run.engine.update = lambda nonfinite: update(torch.zeros_like(nonfinite))
+    engine: Any = run.engine
+    update = engine.update
+    engine.update = lambda nonfinite: update(torch.zeros_like(nonfinite))
     train(run)
     assert not all(torch.isfinite(p).all() for p in run.model.parameters())
 
@@ -113,12 +116,13 @@ def test_clipping_scales_the_gradient_and_logs_the_raw_norm(corpus: Path, tmp_pa
     for p in run.model.parameters():
         p.grad = torch.ones_like(p)
     count = sum(p.numel() for p in run.model.parameters())
-    norm, nonfinite = run.engine.clip(0.5)
+    engine: Any = run.engine
+    norm, nonfinite = engine.clip(0.5)
     assert norm.item() == pytest.approx(math.sqrt(count), rel=1e-6)
     assert nonfinite.item() == 0.0
     clipped = torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
     assert clipped.norm().item() == pytest.approx(0.5, rel=1e-4)  # the factor is max_norm / (norm + 1e-6)
-    run.engine.clip(10.0)
+    engine.clip(10.0)
     unclipped = torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
     assert torch.equal(unclipped, clipped)
 

@@ -10,7 +10,7 @@ import pytest
 from harness import cli
 from harness.config import checks, compose
 from harness.config.errors import InputError
-from harness.plan.command import plan
+from harness.plan.command import main, plan
 
 if TYPE_CHECKING:
     from tests.distributed.pool import RankPool
@@ -105,8 +105,6 @@ def test_muon_divides_its_moments_and_sums_to_the_formula() -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="--world-size"):
-        from harness.plan.command import main
-
         main(["--world-size", "many"])
     with pytest.raises(InputError, match="only optimizers of optbench"):
-        plan(configured("optimizer.target=torch.optim.SGD", "optimizer.lr=0.1", "engine=fsdp2", "world_size=2"))
+        plan(configured("optimizer.target=torch.optim.SGD", "optimizer.lr=0.1", "engine=fsdp2"))

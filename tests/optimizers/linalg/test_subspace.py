@@ -173,7 +173,7 @@ def test_shards_give_the_basis_of_the_whole_matrix(
 ) -> None:
     """Rows or columns over ranks; an empty shard is a shard like any other. Signs included."""
     matrix = gradient(48, 30, 0.7, seed=5) if split == 0 else gradient(30, 48, 0.7, seed=5)
-    other = gradient(*matrix.shape, 0.2, seed=6)
+    other = gradient(matrix.shape[0], matrix.shape[1], 0.2, seed=6)
     sketch = test_matrix(0, "w", 2, (matrix.shape[1], 14))
     old = svd_basis(matrix + 0.1 * other, 10, side) if kind == "warm" else None
     rtol = basis_cut(matrix.shape, matrix.dtype)

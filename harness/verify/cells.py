@@ -1,0 +1,321 @@
+"""Which cells there are (rule × engine × dtype × accumulation × clipping), and the run that certifies each.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from harness.config.errors import InputError, closest
+from optimizers import presets
+
+EXAMPLE_RULE = "unit_momentum"
+"""The plug-in rule that is certified like ours: `harness.verify.example_rule`, found by its entry point."""
+
+ENGINES: Mapping[str, int] = {
+    "single": 1,
+    "ddp": 2,
+    "fsdp2": 2,
+    "hsdp": 4,
+    "zero0": 2,
+    "zero1": 2,
+    "zero2": 2,
+    "zero3": 2,
+}
+"""Engine → processes of its cells."""
+
+DTYPES = ("fp32", "bf16")
+ACCUMULATIONS = (1, 2)
+CLIPPINGS = ("off", "on")
+CROSSED = ("sumo", "muon", "adamw")
+"""Rules that between them meet every (engine, dtype, accumulation, clipping)."""
+
+STEPS = 6
+REFRESH_INTERVAL = 3
+REFERENCE_STEPS = 4
+MAX_NORM = 0.3
+"""Bites in every step: the raw norms are 0.48 and more."""
+
+# Between the uneven sizes below and 2, 3 and 4 processes every layout shows its edges: short last shards (173
+# rows), a row broken between the two halves of ZeRO-1 (115.5 rows), matrices of which a rank holds nothing. No
+# matrix is square and attention is far from uniform, so that moments are of full rank (κ below 1,000): with the
+# usual initialization they are not, and the exact polar factor turns fp32 rounding into percents, in one process as
+# in many, which would hide an engine's error.
+_MODEL = (
+    "model=llama_tiny",
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=173",
+    "model.config.num_hidden_layers=3",
+    "model.config.num_attention_heads=4",
+    "model.config.num_key_value_heads=2",
+    "model.config.head_dim=24",
+    "model.config.initializer_range=0.1",
+)
+_RUN = (
+    "data=kjv",
+    f"steps={STEPS}",
+    "batch_size=24",
+    "seq_len=32",
+    "schedule.warmup=0",
+    "moments.every=null",
+    "eval.every=null",
+    "eval.tokens=64",
+    "wandb.mode=disabled",
+)
+# Updates about as large as the weights (standard deviation 0.1; norms start at 1), so that the grid of fp32
+# weights costs a replay no more than the arithmetic does.
+_LR = {"adamw": 0.05, "galore": 0.1, "muon": 0.1, "muon_svd": 0.1, "muon_polar_express": 0.1}
+_OTHER_LR, _AUX_LR = 0.05, 0.05
+
+_BATCH = 24
+_POLYNOMIAL = ("newton_schulz", "cubic", "polar_express")
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One combination that is certified by a run.
+
+    Attributes:
+        rule: preset, plug-in rule, or the name of a peer.
+        engine: as in ``engine=``.
+        dtype: "fp32", or "bf16" (mixed precision over fp32 weights).
+        accumulation: micro-batches per process and step.
+        clipping: "on": `MAX_NORM` bites in every step; "off".
+        world_size: processes.
+        variant: "" or "split" (``engine.optimizer_work=split``).
+        control: name of the defect that is put in (`harness.verify.controls`); "": none.
+        is_peer: another implementation, shown beside ours and never counted.
+    """
+
+    rule: str
+    engine: str
+    dtype: str = "fp32"
+    accumulation: int = 1
+    clipping: str = "on"
+    world_size: int = 2
+    variant: str = ""
+    control: str = ""
+    is_peer: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{self.rule} × {self.engine} × {self.dtype} × accumulation {self.accumulation}"]
+        words.append(f"clipping {self.clipping}")
+        extras = [self.variant, self.control, f"{self.world_size} ranks"]
+        return " × ".join(words) + f" ({', '.join(word for word in extras if word)})"
+
+    @property
+    def is_base(self) -> bool:
+        """The cell of its (rule, engine) in the plainest setting."""
+        return self == Cell(self.rule, self.engine, world_size=ENGINES.get(self.engine, 2))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its keys in the JSON document."""
+        found = asdict(self)
+        return {**found, "is_control": bool(self.control)}
+
+
+def rules() -> list[str]:
+    """Every rule that can be certified: the presets, installed plug-in rules, and the example of one."""
+    return [*presets.names(), *([EXAMPLE_RULE] if EXAMPLE_RULE not in presets.names() else [])]
+
+
+def pairwise() -> list[Cell]:
+    """Every (rule, engine), and every (engine, dtype, accumulation, clipping) under a rule of `CROSSED`.
+
+    Each of `CROSSED` takes half of the eight settings of an engine: those in which an even (sumo) or odd (muon,
+    adamw) number of them are unusual, so that under each of them every pair of values meets.
+    """
+    found = [Cell(rule, engine, world_size=world) for rule in rules() for engine, world in ENGINES.items()]
+    for rule in CROSSED:
+        parity = 0 if rule == "sumo" else 1
+        found += [cell for cell in _settings(rule) if _unusual(cell) % 2 == parity]
+    return sorted(set(found) | set(_edges()))
+
+
+def every() -> list[Cell]:
+    """All combinations."""
+    return sorted({cell for rule in rules() for cell in _settings(rule)} | set(_edges()))
+
+
+def _settings(rule: str) -> list[Cell]:
+    combinations = itertools.product(ENGINES.items(), DTYPES, ACCUMULATIONS, CLIPPINGS)
+    return [
+        Cell(rule, engine, dtype, accumulation, clipping, world)
+        for (engine, world), dtype, accumulation, clipping in combinations
+    ]
+
+
+def _unusual(cell: Cell) -> int:
+    return (cell.dtype != "fp32") + (cell.accumulation != 1) + (cell.clipping != "off")
+
+
+def _edges() -> list[Cell]:
+    """Three processes, over which nothing divides evenly; and replicas that share the optimizer's work."""
+    uneven = [
+        Cell(rule, engine, world_size=3)
+        for rule in ("sumo", "muon")
+        for engine in ("fsdp2", "zero1", "zero3")
+    ]
+    split = [
+        Cell(rule, engine, variant="split")
+        for rule in ("sumo", "galore", "muon")
+        for engine in ("ddp", "zero0")
+    ]
+    return [*uneven, *split]
+
+
+def controls() -> list[Cell]:
+    """The cells of `harness.verify.controls`, whose defects must show."""
+    return [replace(cell, control=name) for name, (cell, _) in CONTROLS.items()]
+
+
+CONTROLS: Mapping[str, tuple[Cell, str]] = {
+    "shard-local Newton–Schulz": (Cell("muon", "fsdp2"), "each rank orthogonalizes the rows that it holds"),
+    "clipping after orthogonalization": (
+        Cell("muon", "ddp"),
+        "the update is clipped instead of the gradient",
+    ),
+    "micro-batch momentum": (
+        Cell("muon", "ddp", accumulation=2),
+        "momentum and Newton–Schulz run once a micro-batch",
+    ),
+    "no matrix routed": (Cell("muon", "fsdp2"), "AdamW steps everything under Muon's name"),
+    "unsynchronized basis, shards": (
+        Cell("sumo", "fsdp2"),
+        "each rank sketches its rows with its own test matrix",
+    ),
+    "unsynchronized basis, replicas": (Cell("sumo", "ddp"), "each replica finds a basis of its own"),
+    "clipping forgotten": (Cell("muon", "ddp"), "gradients arrive as they are"),
+    "gradients halved": (Cell("sumo", "fsdp2", clipping="off"), "gradients are averaged once too often"),
+}
+"""Name of a defect → the cell in which it must show, and what is done wrong. The last two are wrong in what the
+optimizer is given, which a replay cannot see."""
+
+
+def peers() -> list[Cell]:
+    """Other implementations of Muon (`harness.verify.peers`), measured beside ours."""
+    found = [
+        Cell("torch.optim.Muon", "fsdp2"),
+        *(Cell("DeepSpeed Muon", f"zero{stage}", clipping="off") for stage in (1, 2, 3)),
+        Cell("DeepSpeed Muon", "zero1", variant="default clipping"),
+        Cell("DeepSpeed Muon", "zero3", accumulation=2, clipping="off"),
+    ]
+    return [replace(cell, is_peer=True) for cell in found]
+
+
+_CHOICES: Mapping[str, Sequence[str]] = {
+    "engine": tuple(ENGINES),
+    "dtype": DTYPES,
+    "accumulation": tuple(map(str, ACCUMULATIONS)),
+    "clipping": CLIPPINGS,
+    "world_size": ("1", "2", "3", "4"),
+    "variant": ("split",),
+}
+
+
+def select(words: Iterable[str], full: bool = False) -> list[Cell]:
+    """The cells that ``key=value,value`` words choose.
+
+    What is named is taken whole: with dtype, accumulation or clipping named, out of `every` cell, else out of the
+    `pairwise` ones.
+
+    Args:
+        words: of the command line; none: all.
+        full: out of `every` cell in any case.
+
+    Raises:
+        InputError: a key or value that there is not, or nothing is left.
+    """
+    chosen: dict[str, list[str]] = {}
+    choices = {"rule": rules(), **_CHOICES}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in choices:
+            guess = closest(key, choices)
+            fix = (
+                f"optbench certify {guess}={value or choices[guess][0]}"
+                if guess
+                else "optbench certify rule=sumo"
+            )
+            raise InputError(
+                "certify", word, "chooses no cells", allowed=[f"{k}=…" for k in choices], fix=fix
+            )
+        for one in value.split(","):
+            if one not in choices[key]:
+                guess = closest(one, choices[key]) or choices[key][0]
+                raise InputError(f"certify {key}", one, allowed=choices[key], fix=f"{key}={guess}")
+        chosen[key] = value.split(",")
+    finer = full or any(key in chosen for key in ("dtype", "accumulation", "clipping"))
+    found = [
+        cell
+        for cell in (every() if finer else pairwise())
+        if all(str(getattr(cell, key)) in values for key, values in chosen.items())
+    ]
+    if not found:
+        asked = " ".join(words)
+        raise InputError(
+            "certify", asked, "leaves no cell", allowed="combinations that exist", fix="drop one of them"
+        )
+    return found
+
+
+def reference_of(cell: Cell) -> Cell:
+    """What a cell's end-to-end figure is measured against: one fp32 process; of a peer, with our Muon."""
+    return Cell(_rule(cell), "single", clipping=cell.clipping, world_size=1, is_peer=cell.is_peer)
+
+
+def _rule(cell: Cell) -> str:
+    return "muon" if cell.is_peer else cell.rule
+
+
+def orthogonalizes(rule: str) -> bool:
+    """Whether the rule applies an orthogonal factor."""
+    return rule in presets.PRESETS and "orthogonalizer" in presets.PRESETS[rule].options
+
+
+def is_rounded(rule: str) -> bool:
+    """Whether the rule iterates in bf16 where the device is fast at it, which a certificate replaces by fp32."""
+    options = presets.PRESETS[rule].options if rule in presets.PRESETS else {}
+    return options.get("orthogonalizer_dtype") == "auto" and options["orthogonalizer"] in _POLYNOMIAL
+
+
+def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") -> list[str]:
+    """The configuration of a cell's run, as ``key=value`` words.
+
+    Args:
+        cell: which.
+        runs_dir: a folder that may be written (nothing is).
+        orthogonalizer_dtype: of polynomial orthogonalizers.
+    """
+    rule = _rule(cell)
+    options = presets.preset(rule).options
+    # DeepSpeed keeps a learning rate of its own, which our schedule does not reach.
+    words = ["schedule=constant"] if cell.is_peer else []
+    words += [
+        *_MODEL,
+        *_RUN,
+        f"runs_dir={runs_dir}",
+        f"micro_batch_size={_BATCH // (cell.world_size * cell.accumulation)}",
+        f"engine={cell.engine}",
+        f"world_size={cell.world_size}",
+        f"precision={cell.dtype}",
+        f"max_grad_norm={MAX_NORM if cell.clipping == 'on' else 'null'}",
+        f"optimizer={rule}",
+        f"optimizer.lr={_LR.get(rule, _OTHER_LR)}",
+    ]
+    if cell.engine == "hsdp":
+        words.append("engine.replicas=2")
+    if cell.engine in ("ddp", "zero0"):
+        words.append(f"engine.optimizer_work={'split' if cell.variant == 'split' else 'replicated'}")
+    for option, value in (
+        ("aux_lr", _AUX_LR),
+        ("refresh_interval", REFRESH_INTERVAL),
+        ("orthogonalizer_dtype", orthogonalizer_dtype),
+    ):
+        if option in options:
+            words.append(f"optimizer.{option}={value}")
+    return words

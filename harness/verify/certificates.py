@@ -1,0 +1,162 @@
+"""The certificates that are shipped with the package, and which of them a run has. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import RunConfig
+from harness.verify.cells import CROSSED, Cell
+from optimizers import presets
+
+SHIPPED = Path(__file__).with_name("certificates.json")
+"""Written by `make certify`."""
+
+_SOURCES = ("optimizers", "harness/engines", "harness/loop.py", "harness/feed.py", "harness/optimizer.py")
+"""What a certificate speaks of."""
+
+_NUMBERS = ("float", "int", "betas")
+_FREE = ("rank", "aux_lr", "orthogonalizer_dtype", "rounding", "seed")
+"""Options that may differ from the preset's whatever they are: sizes, and what a certificate fixes itself."""
+
+
+def of_run(config: RunConfig, document: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The certificate of a run's cell, for its record.
+
+    Args:
+        config: checked.
+        document: certificates.json; None: the shipped one.
+
+    Returns:
+        "passed" (None: the cell has none, and "reason" says why), "cell", "replay_error", "coverage" ("exact";
+        "pairwise": of the rule on this engine and of this setting under another rule) and "current" (false: the
+        sources have changed since).
+    """
+    document = _shipped() if document is None else document
+    cell = cell_of(config)
+    found: dict[str, Any] = {"cell": _key(cell), "passed": None}
+    reason = _uncertifiable(config)
+    if reason is not None:
+        return {**found, "reason": reason}
+    known = {
+        _of(entry): entry
+        for entry in document.get("cells", [])
+        if not entry["is_control"] and not entry["is_peer"] and entry["world_size"] != 3
+    }
+    parts = [_key(cell)] if _key(cell) in known else _pair(cell, known)
+    if not parts:
+        return {**found, "reason": "uncertified cell"}
+    entries = [known[part] for part in parts]
+    return {
+        "cell": _key(cell),
+        "passed": all(entry["passed"] for entry in entries),
+        "replay_error": max(
+            (e["replay_error"] for e in entries if e["replay_error"] is not None), default=None
+        ),
+        "coverage": "exact" if len(parts) == 1 else "pairwise",
+        "by": parts,
+        "current": document.get("sources_sha256") == sources_sha256(),
+    }
+
+
+def warning(certificate: Mapping[str, Any]) -> str | None:
+    """What a reader of the run must know; None where it is certified."""
+    if certificate["passed"]:
+        return None
+    if certificate["passed"] is None:
+        return f"no certificate for {certificate['cell']}: {certificate['reason']}"
+    return f"{certificate['cell']} failed its certificate"
+
+
+def cell_of(config: RunConfig) -> Cell:
+    """The cell of a checked run; world size and rank are not part of it."""
+    assert config.world_size is not None
+    assert config.micro_batch_size is not None
+    accumulates = config.batch_size > config.world_size * config.micro_batch_size
+    return Cell(
+        rule=config.optimizer.target or config.optimizer.name,
+        engine=config.engine.name,
+        dtype=config.precision,
+        accumulation=2 if accumulates else 1,
+        clipping="off" if config.max_grad_norm is None else "on",
+        world_size=config.world_size,
+        variant="split" if config.engine.optimizer_work == "split" else "",
+    )
+
+
+@lru_cache(maxsize=1)
+def sources_sha256() -> str:
+    """Hash of the source files that a certificate speaks of."""
+    total = hashlib.sha256()
+    for name in _SOURCES:
+        place = _package(name.partition("/")[0]).parent / name
+        for path in [place] if place.suffix else sorted(place.rglob("*.py")):
+            total.update(
+                path.relative_to(place.parent).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+            )
+    return total.hexdigest()
+
+
+def _package(name: str) -> Path:
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> Mapping[str, Any]:
+    return json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.exists() else {}
+
+
+def _uncertifiable(config: RunConfig) -> str | None:
+    if config.optimizer.target is not None:
+        return "an optimizer by import path has no rule to replay"
+    preset = presets.preset(config.optimizer.name)
+    changed = [
+        key
+        for key, value in config.optimizer.options.items()
+        if _is_other(preset.options.get(key), value, key)
+    ]
+    return f"options that differ from the preset's: {', '.join(changed)}" if changed else None
+
+
+def _is_other(default: Any, value: Any, key: str) -> bool:
+    """Whether an option takes another path through the code than the preset's, not only another number."""
+    option = presets.OPTIONS.get(key)
+    if key in _FREE or option is None:
+        return False
+    if option.type in _NUMBERS:
+        return (default is None) != (value is None)
+    return (list(value) if isinstance(value, tuple) else value) != (
+        list(default) if isinstance(default, tuple) else default
+    )
+
+
+def _pair(cell: Cell, known: Mapping[str, Any]) -> list[str]:
+    """The rule on this engine, and this setting of the engine under a rule of `CROSSED`."""
+    plain = Cell(cell.rule, cell.engine, variant=cell.variant)
+    others = [_key(Cell(rule, cell.engine, cell.dtype, cell.accumulation, cell.clipping)) for rule in CROSSED]
+    setting = next((other for other in others if other in known), None)
+    return [_key(plain), setting] if _key(plain) in known and setting else []
+
+
+def _key(cell: Cell) -> str:
+    words = [
+        cell.rule,
+        cell.engine,
+        cell.dtype,
+        f"accumulation {cell.accumulation}",
+        f"clipping {cell.clipping}",
+    ]
+    return " × ".join(words + ([cell.variant] if cell.variant else []))
+
+
+def _of(entry: Mapping[str, Any]) -> str:
+    keys = ("rule", "engine", "dtype", "accumulation", "clipping")
+    return _key(Cell(**{key: entry[key] for key in keys}, variant=entry["variant"]))

@@ -1,0 +1,111 @@
+"""`optbench certify [key=value …]`: does an optimizer on an engine compute what its rule computes?"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.cli import FAILED, document
+from harness.config.errors import InputError
+from harness.record import atomic
+from harness.verify import cells, certificates, page
+from harness.verify.cells import Cell
+from harness.verify.pool import RankLost
+from harness.verify.session import Certified, certify
+from harness.verify.verdict import Result
+
+FLAGS = ("--full", "--include-controls", "--include-peers", "--json")
+OUT = "runs/certificates"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Certify cells; 0 if all are green and all controls red, 1 if not, 3 if a rank died or hung.
+
+    Raises:
+        InputError: words that choose no cells, an unknown flag, a folder that cannot be written.
+    """
+    words, flags, out = _parsed(argv)
+    chosen = _chosen(words, flags)
+    _check_folder(out)
+    is_json = "--json" in flags
+    console = Console(stderr=True, highlight=False)
+
+    def say(result: Result, number: int, total: int) -> None:
+        console.print(page.line(result, number, total), soft_wrap=True)
+
+    with tempfile.TemporaryDirectory(prefix="optbench-certify-") as scratch:
+        try:
+            found = certify(chosen, Path(scratch), say)
+        except RankLost as error:
+            if is_json:
+                print(document(error={"key": "certify", "message": str(error).splitlines()[0]}))
+            print(error, file=sys.stderr, flush=True)
+            return FAILED
+    _write(found, out)
+    if is_json:
+        print(document(**_content(found)))
+    else:
+        # Piped output must not be folded at 80 columns.
+        page.show(found, Console(width=None if sys.stdout.isatty() else 200))
+        print(out / "certificates.json")
+    return 0 if found.passed else 1
+
+
+def _parsed(argv: Sequence[str]) -> tuple[list[str], set[str], Path]:
+    words: list[str] = []
+    flags: set[str] = set()
+    out = Path(OUT)
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--out":
+            if not equals and not rest:
+                raise InputError("--out", "nothing", "names no folder", fix=f"--out {OUT}")
+            out = Path(value if equals else rest.pop(0))
+        elif word in FLAGS:
+            flags.add(word)
+        elif word.startswith("-"):
+            raise InputError("certify", word, "is not an option", allowed=[*FLAGS, "--out"])
+        else:
+            words.append(word)
+    return words, flags, out
+
+
+def _chosen(words: Sequence[str], flags: set[str]) -> list[Cell]:
+    chosen = cells.select(words, full="--full" in flags)
+    if "--include-controls" in flags:
+        chosen += cells.controls()
+    if "--include-peers" in flags:
+        chosen += cells.peers()
+    return chosen
+
+
+def _check_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError("--out", out, f"cannot be written ({error.strerror})", fix=f"--out {OUT}") from None
+
+
+def _content(found: Certified) -> dict[str, object]:
+    return {
+        "passed": found.passed,
+        "made": datetime.now(UTC).date().isoformat(),
+        "seconds": round(found.seconds, 1),
+        "sources_sha256": certificates.sources_sha256(),
+        "machine": found.machine,
+        "cells": [result.as_dict() for result in found.results],
+    }
+
+
+def _write(found: Certified, out: Path) -> None:
+    atomic.write_text(out / "certificates.json", document(**_content(found)) + "\n")
+    atomic.write_text(out / "certificates.md", page.markdown(found))

@@ -1,0 +1,144 @@
+"""Defects of other implementations, put in on purpose: a certificate that stays green under one proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from harness.loop import Run
+from harness.verify.cell import Defect
+from harness.verify.cells import MAX_NORM
+from harness.verify.witness import Witness
+from optimizers.layouts.lanes import Lane, LocalLane, make_banks
+from optimizers.layouts.replicated import Replicated
+from optimizers.layouts.rows import Whole
+from optimizers.layouts.sharded import ShardedLayout
+from optimizers.linalg import subspace as sketches
+from optimizers.members import Member
+from optimizers.rules.rule import Rule
+
+
+@contextmanager
+def _shard_local() -> Iterator[None]:
+    """Every rank orthogonalizes the rows that it happens to hold."""
+
+    def lanes(
+        self: ShardedLayout, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]
+    ) -> list[Lane]:
+        def shapes(member: Member) -> dict[str, tuple[int, ...]]:
+            return rule.state(member.holding.shape, options)
+
+        return [LocalLane(make_banks(members, options, shapes), Whole())]
+
+    with patch.object(ShardedLayout, "lanes", lanes):
+        yield
+
+
+def _clip_updates(run: Run, witness: Witness) -> None:
+    """The bound is applied to the step, not to the gradient: what DeepSpeed's default does to its Muon."""
+    step = run.engine.step
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def clipped_late(max_norm: float | None) -> tuple[Tensor, Tensor]:
+        before = [p.detach().clone() for p in parameters]
+        result = step(None)
+        lr = run.optimizer.param_groups[0]["lr"]
+        moved = torch.stack([((p - b) / lr).norm() for p, b in zip(parameters, before)]).norm()
+        factor = min(1.0, MAX_NORM / float(moved))
+        for parameter, b in zip(parameters, before):
+            parameter.copy_(b + factor * (parameter - b))
+        return result
+
+    run.engine.step = clipped_late  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _step_per_micro_batch(run: Run, witness: Witness) -> None:
+    """Momentum advances, and matrices are orthogonalized, with every micro-batch; weights move once."""
+    micro_step, step = run.engine.micro_step, type(run.optimizer).step
+
+    def always_last(*, last: bool) -> AbstractContextManager[object]:
+        return _then(micro_step(last=True), lambda: None if last else advance())
+
+    def advance() -> None:
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.0
+        step(run.optimizer)
+        for group, rate in zip(run.optimizer.param_groups, rates):
+            group["lr"] = rate
+
+    run.engine.micro_step = always_last  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def _then(inner: AbstractContextManager[object], after: Callable[[], None]) -> Iterator[None]:
+    with inner:
+        yield
+    after()
+
+
+@contextmanager
+def _nothing_routed() -> Iterator[None]:
+    """No parameter looks like a matrix, as under `zero.Init`, whose shards are flat; and nobody asks."""
+    from optimizers import groups
+
+    route = groups.route
+
+    def flat(named: Sequence[tuple[str, Tensor]], rule: str, *args: Any, **kwargs: Any) -> list[Any]:
+        return route(named, "adamw", *args, **kwargs)
+
+    with patch.object(groups, "route", flat), patch.object(groups, "require_matrices", lambda *args: None):
+        yield
+
+
+@contextmanager
+def _own_sketches() -> Iterator[None]:
+    """Every rank draws its own test matrices."""
+    from optimizers.rules import subspace
+
+    drawn = sketches.test_matrix
+
+    def own(seed: int, name: str, refresh: int, shape: tuple[int, ...]) -> Tensor:
+        return drawn(seed + dist.get_rank(), name, refresh, shape)
+
+    with patch.object(subspace, "test_matrix", own):
+        yield
+
+
+@contextmanager
+def _own_bases() -> Iterator[None]:
+    """Every replica draws its own test matrices and keeps the basis that it finds."""
+    with _own_sketches(), patch.object(Replicated, "bases", Whole.bases):
+        yield
+
+
+def _never_clip(run: Run, witness: Witness) -> None:
+    """The bound is read and forgotten."""
+    step = run.engine.step
+    run.engine.step = lambda max_norm: step(None)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _halve_gradients(run: Run, witness: Witness) -> None:
+    """An average is taken twice."""
+    backward = run.engine.backward
+    run.engine.backward = lambda loss: backward(loss / 2)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+DEFECTS: Mapping[str, Defect] = {
+    "shard-local Newton–Schulz": Defect(around=_shard_local),
+    "clipping after orthogonalization": Defect(change=_clip_updates),
+    "micro-batch momentum": Defect(change=_step_per_micro_batch),
+    "no matrix routed": Defect(around=_nothing_routed),
+    "unsynchronized basis, shards": Defect(around=_own_sketches),
+    "unsynchronized basis, replicas": Defect(around=_own_bases),
+    "clipping forgotten": Defect(change=_never_clip),
+    "gradients halved": Defect(change=_halve_gradients),
+}
+"""The defects of `cells.CONTROLS` by name."""

@@ -1,0 +1,264 @@
+"""Certificates for people: a line as each comes, tables at the end, docs/certificates.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.verify import cells, verdict
+from harness.verify.cells import Cell
+from harness.verify.session import Certified
+from harness.verify.verdict import Result
+
+MISSING = "–"
+
+
+def line(result: Result, number: int, total: int) -> Text:
+    """One cell as it comes."""
+    text = Text(f"[{number}/{total}] {result.cell}: ")
+    text.append(*_word(result))
+    text.append(
+        f"  replay {_figure(result, 'replay_error')}, end to end {_figure(result, 'end_to_end_error')}"
+    )
+    if result.reasons:
+        text.append(f"  {result.reasons[0]}", style="dim")
+    return text
+
+
+def _word(result: Result) -> tuple[str, str]:
+    if result.cell.is_peer:
+        return ("as ours" if result.passed else "differs"), "cyan"
+    if result.cell.control:
+        return (
+            "stays green" if result.passed else "red, as it must"
+        ), "bold red" if result.passed else "green"
+    return ("green", "green") if result.passed else ("RED", "bold red")
+
+
+def show(found: Certified, console: Console) -> None:
+    """Print the tables."""
+    ours = [result for result in found.results if not result.cell.control and not result.cell.is_peer]
+    if ours:
+        console.print(_rich(*_worst(ours), "replay error, the worst cell of each rule and engine"))
+    for title, head, rows in _lists(found):
+        console.print(_rich(head, rows, title))
+    good = sum(result.passed for result in ours)
+    controls = [result for result in found.results if result.cell.control]
+    words = [f"{good} of {len(ours)} cells green"]
+    if controls:
+        words.append(f"{sum(not result.passed for result in controls)} of {len(controls)} controls red")
+    console.print(", ".join(words) + f"; {found.seconds:.0f} s")
+
+
+def _lists(found: Certified) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) of what is told cell by cell."""
+    red = [r for r in found.results if not r.passed and not r.cell.control and not r.cell.is_peer]
+    if red:
+        yield "red cells", ["cell", "why"], [[str(r.cell), "; ".join(r.reasons)] for r in red]
+    controls = [r for r in found.results if r.cell.control]
+    if controls:
+        rows = [
+            [
+                r.cell.control,
+                cells.CONTROLS[r.cell.control][1],
+                _place(r.cell),
+                _word(r)[0],
+                "; ".join(r.reasons),
+            ]
+            for r in controls
+        ]
+        yield "controls", ["defect", "what is done wrong", "in", "verdict", "by"], rows
+    peers = [r for r in found.results if r.cell.is_peer]
+    if peers:
+        head = ["peer", "in", "end to end", "replay", "orthogonalizations", "collectives", "verdict", "why"]
+        yield (
+            "peers",
+            head,
+            [
+                [
+                    r.cell.rule,
+                    _place(r.cell),
+                    _figure(r, "end_to_end_error"),
+                    _figure(r, "replay_error"),
+                    _count(r, "orthogonalizations_per_step"),
+                    _count(r, "collectives_per_step"),
+                    _word(r)[0],
+                    "; ".join(r.reasons),
+                ]
+                for r in peers
+            ],
+        )
+
+
+def _worst(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Rules × engines, the largest replay error of the cells of both."""
+    engines = [engine for engine in cells.ENGINES if any(r.cell.engine == engine for r in results)]
+    rows = []
+    for rule in dict.fromkeys(result.cell.rule for result in results):
+        row = [rule]
+        for engine in engines:
+            same = [r for r in results if r.cell.rule == rule and r.cell.engine == engine]
+            known = [r.figures["replay_error"] for r in same if r.figures.get("replay_error") is not None]
+            mark = "" if all(r.passed for r in same) else " RED"
+            row.append(f"{_short(max(known))}{mark}" if known else mark.strip() or MISSING)
+        rows.append(row)
+    return ["rule", *engines], rows
+
+
+def _place(cell: Cell) -> str:
+    words = [cell.rule] if not cell.is_peer else []
+    words += [cell.engine, cell.dtype]
+    if cell.accumulation > 1:
+        words.append(f"accumulation {cell.accumulation}")
+    words.append(cell.variant if cell.variant else f"clipping {cell.clipping}")
+    return ", ".join(words)
+
+
+def _figure(result: Result, key: str) -> str:
+    value = result.figures.get(key)
+    return MISSING if value is None else _short(value)
+
+
+def _count(result: Result, key: str) -> str:
+    value = result.figures.get(key)
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def _rich(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, highlight=False)
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style="bold red" if cell.endswith("RED") else "") for cell in row))
+    return table
+
+
+def markdown(found: Certified) -> str:
+    """docs/certificates.md."""
+    ours = [result for result in found.results if not result.cell.control and not result.cell.is_peer]
+    good = sum(result.passed for result in ours)
+    controls = [result for result in found.results if result.cell.control]
+    parts = [
+        "# Certificates",
+        "Written by `make certify`; do not edit.",
+        f"**{good} of {len(ours)} cells green"
+        + (
+            f", {sum(not r.passed for r in controls)} of {len(controls)} controls red.**"
+            if controls
+            else ".**"
+        ),
+        _INTRODUCTION.format(steps=cells.STEPS, bound=_short(verdict.REPLAY_BOUND, 0)),
+        "## Replay error, the worst cell of each rule and engine",
+        _table(*_worst(ours)),
+        _ROUNDED,
+        _table(*_rounded(ours)),
+        "## Every setting of every engine",
+        f"Under {', '.join(cells.CROSSED)}, which take turns; the larger error where several meet one.",
+        _table(*_settings(ours)),
+        "## What the optimizer does in a step",
+        "Of the worst rank: bytes sent for the optimizer (ring convention, without the gradients' own reduction; mean "
+        f"over {cells.STEPS} steps with 2 refreshes) and collectives issued (the step with most).",
+        _table(*_traffic(ours)),
+    ]
+    for title, head, rows in _lists(found):
+        parts += [f"## {title[0].upper()}{title[1:]}", _table(head, rows)]
+        if title == "peers":
+            parts.append(_PEERS)
+    parts += ["## Machine", _table(["", ""], _machine(found))]
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """\
+Each cell trains a LLaMA of 3 layers on the King James Bible for {steps} steps through the harness's own engine and
+loop. A witness notes the gradients that the optimizer receives. *Replay*: the rule on whole matrices in fp64, one
+process, on these very gradients; largest ‖ΔW − ΔW_ref‖_F / ‖ΔW_ref‖_F of a parameter; green up to {bound}, which is
+fp32 rounding. Also required: the first gradients are those of one fp32 process and have the norm that clipping
+leaves; every matrix is on the rule and is orthogonalized once a step; replicas are bit-equal; in fp32 the weights
+after four steps are those of one process. Ranks are processes on one CPU machine, over gloo; nothing here was run on
+GPUs. Polynomial orthogonalizers iterate in fp32 here (`optimizer.orthogonalizer_dtype`)."""
+
+_ROUNDED = "With bf16 iterations instead, the default where the device is fast at them (not judged):"
+
+_PEERS = """\
+Errors of a peer are against our Muon: end to end against one process in fp32, replay against fp64 on whole matrices.
+*As ours*: they differ by no more than half-precision iterations do."""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join([_row(head), _row(["---"] * len(head)), *map(_row, rows)])
+
+
+def _row(cells_: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells_) + " |"
+
+
+def _short(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}e}".replace("e-0", "e-").replace("e+00", "")
+
+
+def _rounded(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    known = [r for r in results if r.figures.get("replay_error_bf16_orthogonalizer") is not None]
+    engines = [engine for engine in cells.ENGINES if any(r.cell.engine == engine for r in known)]
+    rules = dict.fromkeys(r.cell.rule for r in known)
+    found = {(r.cell.rule, r.cell.engine): _figure(r, "replay_error_bf16_orthogonalizer") for r in known}
+    return ["rule", *engines], [[rule, *(found.get((rule, e), MISSING) for e in engines)] for rule in rules]
+
+
+def _settings(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    kept = [
+        r for r in results if r.cell.rule in cells.CROSSED and not r.cell.variant and r.cell.world_size != 3
+    ]
+    settings = sorted({(r.cell.dtype, r.cell.accumulation, r.cell.clipping) for r in kept}, reverse=True)
+    head = ["engine", *(f"{d}, accumulation {a}, clipping {c}" for d, a, c in settings)]
+    rows = []
+    for engine in cells.ENGINES:
+        row = [engine]
+        for setting in settings:
+            same = [
+                r
+                for r in kept
+                if r.cell.engine == engine and (r.cell.dtype, r.cell.accumulation, r.cell.clipping) == setting
+            ]
+            errors = [r.figures["replay_error"] for r in same if r.figures.get("replay_error") is not None]
+            row.append(
+                _short(max(errors)) + ("" if all(r.passed for r in same) else " RED") if errors else MISSING
+            )
+        rows.append(row)
+    return head, rows
+
+
+def _traffic(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    kept = [r for r in results if r.cell.is_base or r.cell.variant or r.cell.world_size == 3]
+    order = list(cells.ENGINES)
+    kept.sort(key=lambda r: (r.cell.world_size == 3, r.cell.variant, order.index(r.cell.engine), r.cell.rule))
+    names = list(dict.fromkeys(_engine(r.cell) for r in kept))
+    rows = []
+    for rule in dict.fromkeys(r.cell.rule for r in kept):
+        by_engine = {_engine(r.cell): r for r in kept if r.cell.rule == rule}
+        row = [rule]
+        for name in names:
+            known = by_engine.get(name)
+            row.append(
+                f"{_count(known, 'bytes_per_step')} / {_count(known, 'collectives_per_step')}"
+                if known
+                else MISSING
+            )
+        rows.append(row)
+    return ["rule", *names], rows
+
+
+def _engine(cell: Cell) -> str:
+    more = ", split work" if cell.variant else ""
+    return f"{cell.engine}{more} ({cell.world_size})"
+
+
+def _machine(found: Certified) -> list[list[str]]:
+    rows = []
+    for key, value in found.machine.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+        rows.append([key.replace("_", " "), text])
+    return [*rows, ["time", f"{found.seconds:.0f} s for all of it"]]

@@ -1,0 +1,70 @@
+"""The rule on whole matrices in fp64, on the very gradients that an engine delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import optimizers
+from harness.loop import set_lr
+from harness.schedule import Factor
+
+Weights = Mapping[str, Tensor]
+Build = Callable[[list[tuple[str, nn.Parameter]]], Any]
+
+
+def replayed(
+    build: Build,
+    start: Weights,
+    gradients: Sequence[Weights],
+    factor: Factor,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Train whole copies of the weights on recorded gradients; each step goes on from the replay's own weights.
+
+    Args:
+        build: makes the optimizer of (name, parameter) pairs.
+        start: name → weight that the optimizer under test started from.
+        gradients: of each step, name → gradient that it received.
+        factor: learning-rate schedule of the run.
+        dtype: of weights, gradients and therefore all state.
+
+    Returns:
+        The optimizer, and the weights after the last step.
+    """
+    named = [(name, nn.Parameter(weight.to(dtype, copy=True))) for name, weight in start.items()]
+    optimizer = build(named)
+    for step, received in enumerate(gradients):
+        for name, parameter in named:
+            parameter.grad = received[name].to(dtype, copy=True) if name in received else None
+        set_lr(optimizer, factor(step))
+        optimizer.step()
+    return optimizer, {name: p.detach() for name, p in named}
+
+
+def of_preset(name: str, options: Mapping[str, Any]) -> Build:
+    """Builds a preset as the harness did, on one process."""
+    return lambda named: optimizers.build(name, named, **options)
+
+
+def update_error(start: Weights, end: Weights, reference: Weights) -> tuple[float, str]:
+    """Largest ‖ΔW - ΔW_ref‖_F / ‖ΔW_ref‖_F of a parameter, in fp64, and whose it is.
+
+    A parameter that moves where the reference does not counts as infinitely wrong.
+    """
+    worst = 0.0, ""
+    for name, before in start.items():
+        change = reference[name].double() - before.double()
+        error = relative_error(end[name].double() - before.double(), change)
+        worst = max(worst, (error, name))
+    return worst
+
+
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """‖A - B‖_F / ‖B‖_F in fp64; 0 for two zeros; infinite where it is not a number."""
+    size, error = float(reference.double().norm()), float((found.double() - reference.double()).norm())
+    ratio = error / size if size else (0.0 if error == 0 else float("inf"))
+    return ratio if ratio == ratio else float("inf")

@@ -1,0 +1,129 @@
+"""A run is told what is known of its cell: exactly, by pairs, or that nothing is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import checks, compose
+from harness.config.schema import RunConfig
+from harness.verify import cells, certificates
+from harness.verify.cells import Cell
+from harness.verify.verdict import Result
+from tests.harness.running import small, write_documents
+
+
+def config(tmp_path: Path, *words: str) -> RunConfig:
+    return checks.check(compose.load([*words, f"runs_dir={tmp_path}"]), environ={}, devices=0)
+
+
+def document(*results: Result) -> dict[str, Any]:
+    entries = json.loads(json.dumps([result.as_dict() for result in results]))
+    return {"sources_sha256": certificates.sources_sha256(), "cells": entries}
+
+
+def green(cell: Cell, error: float = 1e-6) -> Result:
+    return Result(cell, True, (), {"replay_error": error})
+
+
+def test_an_exact_cell(tmp_path: Path) -> None:
+    run = config(tmp_path, "optimizer=galore", "engine=fsdp2", "world_size=4", "optimizer.rank=8")
+    found = certificates.of_run(run, document(green(Cell("galore", "fsdp2"), 2e-6)))
+    assert (found["passed"], found["coverage"], found["replay_error"], found["current"]) == (
+        True,
+        "exact",
+        2e-6,
+        True,
+    )
+    assert certificates.warning(found) is None
+
+
+def test_a_pair_of_cells(tmp_path: Path) -> None:
+    run = config(
+        tmp_path,
+        "optimizer=galore",
+        "engine=ddp",
+        "world_size=2",
+        "precision=bf16",
+        "micro_batch_size=2",
+        "batch_size=8",
+    )
+    plain, other = green(Cell("galore", "ddp"), 1e-6), green(Cell("muon", "ddp", "bf16", 2), 3e-6)
+    found = certificates.of_run(run, document(plain, other))
+    assert (found["passed"], found["coverage"], found["replay_error"]) == (True, "pairwise", 3e-6)
+    # One of the two is not enough, and a red one is told.
+    assert certificates.of_run(run, document(plain))["passed"] is None
+    failed = certificates.of_run(run, document(plain, Result(other.cell, False, ("why",))))
+    assert failed["passed"] is False
+    assert "failed" in str(certificates.warning(failed))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["optimizer.target=torch.optim.SGD", "optimizer.lr=0.1"], "import path"),
+        (["optimizer=sumo", "optimizer.side=long"], "side"),
+        (["optimizer=sumo", "precision=bf16_pure"], "uncertified"),
+    ],
+)
+def test_what_has_no_certificate(words: list[str], reason: str, tmp_path: Path) -> None:
+    found = certificates.of_run(
+        config(tmp_path, *words, "world_size=1"), document(green(Cell("sumo", "single")))
+    )
+    assert found["passed"] is None
+    assert reason in found["reason"]
+    assert reason in str(certificates.warning(found))
+
+
+def test_numbers_are_no_other_path(tmp_path: Path) -> None:
+    words = ["optimizer.rank=4", "optimizer.momentum=0.9", "optimizer.refresh_interval=50", "seed=3"]
+    run = config(tmp_path, "optimizer=sumo", "world_size=1", *words)
+    assert certificates.of_run(run, document(green(Cell("sumo", "single", world_size=1))))["passed"]
+
+
+def test_controls_and_peers_certify_nothing(tmp_path: Path) -> None:
+    run = config(tmp_path, "optimizer=muon", "engine=ddp", "world_size=2")
+    for cell in (Cell("muon", "ddp", control="clipping forgotten"), Cell("muon", "ddp", is_peer=True)):
+        assert certificates.of_run(run, document(green(cell)))["passed"] is None
+
+
+def test_other_sources_are_said(tmp_path: Path) -> None:
+    run = config(tmp_path, "optimizer=muon", "engine=ddp", "world_size=2")
+    old = {**document(green(Cell("muon", "ddp"))), "sources_sha256": "0" * 64}
+    assert certificates.of_run(run, old)["current"] is False
+
+
+def test_what_is_shipped_is_green_and_complete() -> None:
+    shipped = json.loads(certificates.SHIPPED.read_text())
+    ours = [entry for entry in shipped["cells"] if not entry["is_control"] and not entry["is_peer"]]
+    assert {(e["rule"], e["engine"]) for e in ours} >= {(c.rule, c.engine) for c in cells.pairwise()}
+    assert all(entry["passed"] for entry in ours)
+    controls = [entry for entry in shipped["cells"] if entry["is_control"]]
+    assert {entry["control"] for entry in controls} == set(cells.CONTROLS)
+    assert not any(entry["passed"] for entry in controls)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "galore", "sumo"])
+def test_the_quickstart_is_certified(optimizer: str, tmp_path: Path) -> None:
+    run = config(tmp_path, "experiment=quickstart", f"optimizer={optimizer}")
+    assert certificates.warning(certificates.of_run(run)) is None
+
+
+def test_a_run_records_its_certificate_and_says_when_it_has_none(tmp_path: Path) -> None:
+    from harness.preparation import prepare
+    from harness.run import execute
+
+    words = small(
+        write_documents(tmp_path), tmp_path, "optimizer=sumo", "optimizer.rank=8", "optimizer.side=long"
+    )
+    prepared = prepare(words, say=lambda text: None, worker=True)
+    assert execute(prepared) == "finished"
+    recorded = json.loads((prepared.folder / "environment.json").read_text())["certificate"]
+    assert recorded["passed"] is None
+    assert recorded["reason"] == "options that differ from the preset's: side"
+    said = json.loads((prepared.folder / "summary.json").read_text())["warnings"]
+    assert certificates.warning(recorded) in said
+    assert f"warning: {certificates.warning(recorded)}" in (prepared.folder / "log.txt").read_text()

@@ -1,0 +1,62 @@
+"""Warm ranks: answers in order; what raises, dies or hangs is named within a bounded time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.verify import pool as pools
+from harness.verify.pool import RankLost, RankPool, RanksFailed
+
+HERE = "tests.harness.verify.ranked"
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[RankPool]:
+    made = RankPool(2, tmp_path / "pool")
+    yield made
+    made.close()
+
+
+def test_answers_come_by_rank_and_an_exception_everywhere_leaves_the_pool_usable(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    assert pool.run(f"{HERE}:share", 5) == [(0, 15.0), (1, 15.0)]
+    with pytest.raises(RanksFailed, match="wrong everywhere") as caught:
+        pool.run(f"{HERE}:raise_everywhere", what="a cell")
+    assert str(caught.value).startswith("rank 0 of 2, a cell:\nTraceback")
+    assert pool.run(f"{HERE}:share", 1) == [(0, 3.0), (1, 3.0)]
+    # Not the user's folder, whose ./configs would change what is certified; no GPU; one thread.
+    expected = {"cwd": str(tmp_path / "pool"), "cuda": "", "threads": "1"}
+    assert pool.run(f"{HERE}:read_environment") == [expected, expected]
+
+
+def test_a_rank_that_dies_is_named(pool: RankPool) -> None:
+    began = time.monotonic()
+    with pytest.raises(RankLost, match=r"rank 1 of 2 died \(exit code 7\) in the cell"):
+        pool.run(f"{HERE}:die_on_one", what="the cell")
+    assert time.monotonic() - began < pools.GRACE_S + 10
+    assert not pool.is_open
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(pool: RankPool) -> None:
+    with pytest.raises(RankLost, match=r"rank 1 of 2 gave no answer within 2 s in the cell") as caught:
+        pool.run(f"{HERE}:hang_on_one", what="the cell", timeout_s=2)
+    assert "in hang_on_one" in str(caught.value)
+    assert not pool.is_open
+
+
+def test_an_exception_on_one_rank_is_not_hidden_by_those_who_wait_for_it(
+    pool: RankPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "GRACE_S", 1)
+    with pytest.raises(RanksFailed, match="wrong on one"):
+        pool.run(f"{HERE}:raise_on_one", what="the cell")
+
+
+def test_a_pool_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RankLost, match="No module named 'nowhere'"):
+        RankPool(1, tmp_path / "pool", "nowhere:start")
