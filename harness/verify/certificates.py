@@ -89,7 +89,6 @@ def cell_of(config: RunConfig) -> Cell:
     )
 
 
-@lru_cache(maxsize=1)
 def sources_sha256() -> str:
     """Hash of the source files that a certificate speaks of."""
     total = hashlib.sha256()

@@ -13,7 +13,7 @@ from rich.console import Console
 from harness.cli import FAILED, document
 from harness.config.errors import InputError
 from harness.record import atomic
-from harness.verify import cells, certificates, page
+from harness.verify import cells, page
 from harness.verify.cells import Cell
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, certify
@@ -100,7 +100,7 @@ def _content(found: Certified) -> dict[str, object]:
         "passed": found.passed,
         "made": datetime.now(UTC).date().isoformat(),
         "seconds": round(found.seconds, 1),
-        "sources_sha256": certificates.sources_sha256(),
+        "sources_sha256": found.sources,
         "machine": found.machine,
         "cells": [result.as_dict() for result in found.results],
     }

@@ -67,7 +67,7 @@ def _lists(found: Certified) -> Iterable[tuple[str, list[str], list[list[str]]]]
                 cells.CONTROLS[r.cell.control][1],
                 _place(r.cell),
                 _word(r)[0],
-                "; ".join(r.reasons),
+                r.reasons[0] if r.reasons else "",
             ]
             for r in controls
         ]
@@ -185,7 +185,9 @@ _ROUNDED = "With bf16 iterations instead, the default where the device is fast a
 
 _PEERS = """\
 Errors of a peer are against our Muon: end to end against one process in fp32, replay against fp64 on whole matrices.
-*As ours*: they differ by no more than half-precision iterations do."""
+*As ours*: they differ by no more than half-precision iterations do. torch's Muon iterates in bf16, DeepSpeed's on a CPU
+in fp32. DeepSpeed's by its defaults clips what it has orthogonalized, at 1.0 (its `gradient_clipping`, unset). Counts
+are of a step, over all ranks: a matrix across the boundary of two ranks of ZeRO-1 and 2 is orthogonalized on both."""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

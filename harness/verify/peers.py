@@ -38,7 +38,7 @@ def certify(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
         folder: scratch.
         reference: of one fp32 process with our muon.
     """
-    found = _PEERS[cell.rule](cell, folder, reference)
+    found = _PEERS[cell.rule](cell, folder, reference) | {"bytes_per_step": None}
     found["matrix_names"] = found.get("matrix_names", [])
     return found
 
@@ -185,7 +185,7 @@ def _deepspeed_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]
         witness.measure = next_step
 
     done = trained(words, Defect(around, count), lambda run: OfParameters({}))
-    found = report(done)
+    found = report(done) | {"matrices": None, "collectives_per_step": None}
     found["orthogonalized"] = [
         {f"rank {dist.get_rank()}, call {i}": 1 for i in range(n)}
         for n in calls[: len(done.witness.grad_norms)]

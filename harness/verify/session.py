@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.verify import cells, verdict
 from harness.verify.cells import Cell
+from harness.verify.certificates import sources_sha256
 from harness.verify.pool import RankLost, RankPool, RanksFailed
 from harness.verify.verdict import Result
 
@@ -26,11 +27,13 @@ class Certified:
         results: one a cell, in the order of the cells.
         machine: versions, cores, threads; no host name.
         seconds: that it all took.
+        sources: hash of the sources; None: they were changed meanwhile.
     """
 
     results: list[Result]
     machine: dict[str, Any]
     seconds: float
+    sources: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -50,7 +53,7 @@ def certify(chosen: Sequence[Cell], folder: Path, say: Say) -> Certified:
     Raises:
         RankLost: a rank died or hung.
     """
-    began = time.monotonic()
+    began, sources = time.monotonic(), sources_sha256()
     session = _Session(folder)
     done: dict[Cell, Result] = {}
     with session.pool(1) as pool:
@@ -65,7 +68,9 @@ def certify(chosen: Sequence[Cell], folder: Path, say: Say) -> Certified:
             for result in session.results(pool, [cell for cell in chosen if cell.world_size == world_size]):
                 done[result.cell] = result
                 say(result, len(done), len(chosen))
-    return Certified([done[cell] for cell in chosen], machine, time.monotonic() - began)
+    # Ranks import modules when they need them: results under two versions certify neither.
+    known = sources if sources == sources_sha256() else None
+    return Certified([done[cell] for cell in chosen], machine, time.monotonic() - began, known)
 
 
 class _Session:

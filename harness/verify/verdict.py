@@ -96,7 +96,9 @@ def judge(cell: Cell, ranks: Sequence[Mapping[str, Any]], seconds: float = 0.0) 
         **{key: _finite(first.get(key)) for key in FIGURES},
         "orthogonalizations_per_step": max((sum(count.values()) for count in counts), default=0),
         "replicas_equal": replicas_equal,
-        "bytes_per_step": None if cell.is_peer else max(rank["bytes_per_step"] for rank in ranks),
+        "bytes_per_step": max(
+            (b for rank in ranks if (b := rank["bytes_per_step"]) is not None), default=None
+        ),
     }
     if cell.is_peer:
         reasons = _peer(first)

@@ -12,6 +12,7 @@ import pytest
 from harness import cli
 from harness.verify import cells, command
 from harness.verify.cells import Cell
+from harness.verify.certificates import sources_sha256
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, Say, certify
 from harness.verify.verdict import FIGURES, Result
@@ -48,6 +49,7 @@ def test_cells_are_green(certified: Certified) -> None:
         assert result.figures["bytes_per_step"] > 0
     assert certified.results[0].figures["replicas_equal"] is True
     assert "torch" in certified.machine["packages"]
+    assert certified.sources == sources_sha256()
 
 
 def test_a_defect_is_red_by_its_arithmetic(certified: Certified) -> None:
@@ -78,7 +80,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, **outcomes: bool) -> list[Cell]:
             )
             say(result, number + 1, len(chosen))
             results.append(result)
-        return Certified(results, {"packages": {"torch": "2"}, "cpu_cores": 2}, 1.0)
+        return Certified(results, {"packages": {"torch": "2"}, "cpu_cores": 2}, 1.0, "0" * 64)
 
     monkeypatch.setattr(command, "certify", certify_nothing)
     return asked

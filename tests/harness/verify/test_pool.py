@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ def test_answers_come_by_rank_and_an_exception_everywhere_leaves_the_pool_usable
     assert pool.run(f"{HERE}:share", 5) == [(0, 15.0), (1, 15.0)]
     with pytest.raises(RanksFailed, match="wrong everywhere") as caught:
         pool.run(f"{HERE}:raise_everywhere", what="a cell")
-    assert str(caught.value).startswith("rank 0 of 2, a cell:\nTraceback")
+    # Whose exception came first is what is shown; both raise at once here.
+    assert re.match(r"rank [01] of 2, a cell:\nTraceback", str(caught.value))
     assert pool.run(f"{HERE}:share", 1) == [(0, 3.0), (1, 3.0)]
     # Not the user's folder, whose ./configs would change what is certified; no GPU; one thread.
     expected = {"cwd": str(tmp_path / "pool"), "cuda": "", "threads": "1"}
