@@ -91,7 +91,7 @@ COMMANDS: dict[str, Command] = {
             ("--include-controls", "and defects put in on purpose, which must come out red"),
         ),
         (
-            ("--full", "every combination (half an hour on 2 cores)"),
+            ("--full", "every combination (under an hour on 2 cores)"),
             ("--include-controls", "eight defects of other implementations, each of which must be seen"),
             ("--include-peers", "torch's and DeepSpeed's own Muon beside ours; never counted"),
             ("--out DIR", "write certificates.json and certificates.md there (runs/certificates)"),
