@@ -34,10 +34,13 @@ format: setup ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 bench: setup ## the ratios of docs/benchmarks.md
-	$(BIN)/python benchmarks/harness_overhead.py optimizer=adamw
-	$(BIN)/python benchmarks/harness_overhead.py optimizer=sumo
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/polar.py
+	$(BIN)/python -m benchmarks.harness_overhead optimizer=adamw
+	$(BIN)/python -m benchmarks.harness_overhead optimizer=sumo
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.traffic
+	$(BIN)/python -m benchmarks.layouts
+	$(BIN)/python -m benchmarks.polar
 
 certify: setup ## every optimizer on every engine, proven: docs/certificates.md and what runs are told (8 minutes)
 	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates

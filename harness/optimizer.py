@@ -41,19 +41,17 @@ def build_optimizer(config: RunConfig, model: nn.Module, engine: Engine) -> torc
         raise _refused(error) from error
 
 
-def shard_axes(config: RunConfig, model: nn.Module, engine: Engine) -> dict[str, int]:
+def shard_axes(config: RunConfig, model: nn.Module, shards: int) -> dict[str, int]:
     """Parameter → axis to cut it along: where the optimizer sends least, or what ``engine.shard_axis`` says.
 
     Args:
         config: checked.
         model: whole.
-        engine: over whose shards a copy of the weights is to be cut.
+        shards: processes over which a copy of the weights is to be cut.
 
     Raises:
         InputError: an option that this model refuses.
     """
-    if engine.layout != "sharded":
-        return {}
     chosen, axis = config.optimizer, config.engine.shard_axis
     # A plug-in's traffic is not known; most gather what they need, which costs the same along either axis.
     if axis != "auto" or chosen.target is not None:
@@ -62,7 +60,7 @@ def shard_axes(config: RunConfig, model: nn.Module, engine: Engine) -> dict[str,
         return preferred_axes(
             chosen.name,
             model.named_parameters(),
-            engine.shards,
+            shards,
             modules=model,
             lr=chosen.lr,
             **chosen.options,

@@ -62,7 +62,8 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
     parameters = model.count_parameters(network)
     flops = FlopCount.of(network, seq_len=config.seq_len, precision=config.precision, device=engine.device)
-    engine.shard(network, shard_axes(config, network, engine))
+    if engine.layout == "sharded":
+        engine.shard(network, shard_axes(config, network, engine.shards))
     optimizer = build_optimizer(config, network, engine)
     whole = Whole(parameters, ownership(optimizer, network), flops)
     if config.model.compile:

@@ -22,7 +22,7 @@ from optimizers.inspection import (
 )
 from optimizers.layouts.lanes import Lane
 from optimizers.layouts.layout import Layout, Section
-from optimizers.layouts.partitioned import Unattached
+from optimizers.layouts.partitioned import PartitionedLayout, Unattached
 from optimizers.layouts.replicated import ReplicatedLayout
 from optimizers.layouts.rows import Rows
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
@@ -99,14 +99,12 @@ class Optimizer(torch.optim.Optimizer):
         self._names: dict[int, str] = {}
         if not isinstance(params, Tensor):
             params = groups.listed(params)
-        self._layout: Layout = ReplicatedLayout(process_group, work)
-        named = [] if isinstance(params, Tensor) else groups.named_tensors(params)
-        if is_sharded(p for _, p in named):
-            self._layout = ShardedLayout(named)
-        elif layout == "partitioned":
-            self._layout = Unattached()
-        elif layout is not None:
+        if layout not in (None, "partitioned"):
             raise OptionError("layout", layout, "is unknown", ("partitioned",))
+        if work not in ("replicated", "split"):
+            raise OptionError("work", work, "is unknown", ("replicated", "split"))
+        named = [] if isinstance(params, Tensor) else groups.named_tensors(params)
+        self._layout: Layout = Unattached() if layout else _layout_of(named, process_group, work)
         self._reset_caches()
         super().__init__(params, {"lr": self.options["lr"], "weight_decay": self.options["weight_decay"]})
         # A reference to the model would travel with every pickle and deepcopy.
@@ -491,12 +489,29 @@ class Optimizer(torch.optim.Optimizer):
                     total[name] = total.get(name, 0) + size
         return total
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any torch optimizer's: exact, for the same layout and rank. Across layouts: `named_state`.
+
+        Raises:
+            RuntimeError: the parameters are partitioned: torch's form knows only what stands in "params".
+        """
+        self._refuse_partitions("state_dict")
+        return super().state_dict()
+
+    def _refuse_partitions(self, what: str) -> None:
+        if isinstance(self._layout, (Unattached, PartitionedLayout)):
+            raise RuntimeError(
+                f"{what}: this optimizer steps partitions of parameters; use optimizers.named_state.pieces and load"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that `state_dict` gave, bit by bit (torch would cast moments to the weights' dtype).
 
         Raises:
             ValueError: it was written by another optimizer, preset, model or set of options; says which.
+            RuntimeError: the parameters are partitioned.
         """
+        self._refuse_partitions("load_state_dict")
         validate(self, state_dict)
         super().load_state_dict(state_dict)
         restore_exactly(self, state_dict)
@@ -523,11 +538,18 @@ class Optimizer(torch.optim.Optimizer):
         self._groups = list(self.param_groups)
         # torch's load_state_dict passes state and groups only: the layout is still the one it was.
         if "_routes" in state:
-            self._layout = ReplicatedLayout()
             self._parameters = [list(group["params"]) for group in self._groups]
             pairs = zip(self._parameters, self._routes)
             self._names = {id(p): r.name for group, routes in pairs for p, r in zip(group, routes)}
+            named = [(self._names[id(p)], p) for group in self._parameters for p in group]
+            self._layout = _layout_of(named, None, "replicated")
             self._reset_caches()
+
+
+def _layout_of(named: list[tuple[str, Tensor]], process_group: dist.ProcessGroup | None, work: str) -> Layout:
+    if is_sharded(p for _, p in named):
+        return ShardedLayout(named)
+    return ReplicatedLayout(process_group, work)
 
 
 def _lr(group: Mapping[str, Any]) -> float | Tensor:

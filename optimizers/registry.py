@@ -23,6 +23,8 @@ def build(
     *,
     modules: Modules | None = None,
     process_group: Any = None,
+    layout: str | None = None,
+    work: str = "replicated",
     **hyper: Any,
 ) -> torch.optim.Optimizer:
     """The optimizer of this name over a model's parameters.
@@ -36,6 +38,8 @@ def build(
             matrix. Without it names and ndim decide.
         process_group: the processes that hold equal replicas of the parameters (DDP); None: this process
             alone, also where torch.distributed is initialized.
+        layout: "partitioned" where DeepSpeed's ZeRO-1, 2 or 3 is about to cut the parameters up; see `Optimizer`.
+        work: "replicated" or "split": whether each of the replicas computes every matrix, or its share.
         hyper: options of the preset (`optimizers.resolve`). A value of None for `lr` means the preset's.
 
     Raises:
@@ -48,7 +52,9 @@ def build(
     if hyper.get("lr", 0.0) is None:
         hyper = {key: value for key, value in hyper.items() if key != "lr"}
     kind = CLASSES.get(chosen.rule, Optimizer)
-    return kind(pairs, preset=name, modules=modules, process_group=process_group, **hyper)
+    return kind(
+        pairs, preset=name, modules=modules, process_group=process_group, layout=layout, work=work, **hyper
+    )
 
 
 @lru_cache(maxsize=64)

@@ -76,6 +76,22 @@ class Stack:
             self._gradient = gradient
         return gradient
 
+    def projected(self, basis: Tensor, left: bool) -> Tensor:
+        """QᵀG (b, r, n), or GQ (b, m, r); on a CPU matrix by matrix, which saves the copy of the gradients.
+
+        Args:
+            basis: Q, (b, m, r) for left, else (b, n, r).
+        """
+        if self._gradient is not None or self.masked is not None or basis.device.type != "cpu":
+            return basis.mT @ self.gradient if left else self.gradient @ basis
+        gradients = [_gradient_of(m).to(self.dtype) for m in self.members]
+        m, n = gradients[0].shape
+        r = basis.shape[-1]
+        out = basis.new_empty((len(gradients), r, n) if left else (len(gradients), m, r))
+        for slot, q, gradient in zip(out, basis, gradients):
+            torch.mm(q.mT, gradient, out=slot) if left else torch.mm(gradient, q, out=slot)
+        return out
+
     def commit(self, kind: str, value: Tensor, at: slice | None = None) -> None:
         """Replace a state (of the matrices `at`), unless the step is masked."""
         target = self.state[kind] if at is None else self.state[kind][at]

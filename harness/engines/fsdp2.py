@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from harness.config.schema import RunConfig
 from harness.engines.holdings import Layout, tensor_bytes
 from harness.engines.masked import MaskedSteps, root_sum_square
+from optimizers.layouts.axes import possible_axis
 
 
 class ShardedEngine(MaskedSteps):
@@ -56,7 +57,10 @@ class ShardedEngine(MaskedSteps):
 
         torch refuses uneven shards along axis 1: what does not divide is cut along axis 0.
         """
-        by_parameter = {id(p): self._possible(axes.get(name, 0), p) for name, p in model.named_parameters()}
+        by_parameter = {
+            id(p): possible_axis(axes.get(name, 0), p.shape, self.shards)
+            for name, p in model.named_parameters()
+        }
 
         def placement(parameter: nn.Parameter) -> Shard:
             return Shard(by_parameter[id(parameter)])
@@ -70,10 +74,6 @@ class ShardedEngine(MaskedSteps):
             fully_shard(layer, reshard_after_forward=self._reshard, **options)
         # The root's weights are the first ones that the backward pass needs again.
         fully_shard(model, reshard_after_forward=False, **options)
-
-    def _possible(self, axis: int, parameter: nn.Parameter) -> int:
-        fits = axis == 0 or (axis < parameter.ndim and parameter.shape[axis] % self.shards == 0)
-        return axis if fits else 0
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model

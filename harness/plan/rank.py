@@ -11,8 +11,9 @@ from torch import nn
 import optimizers
 from harness import model
 from harness.config.schema import RunConfig
+from harness.optimizer import shard_axes
 from optimizers.base import Optimizer
-from optimizers.layouts.axes import preferred_axes
+from optimizers.layouts.axes import possible_axis
 from optimizers.layouts.layout import Layout
 from optimizers.layouts.simulated import SimulatedReplicas, SimulatedShards, simulated_slices
 
@@ -78,29 +79,9 @@ def _layout(config: RunConfig, built: Optimizer, network: nn.Module, rank: int, 
         return layout
     if name in ("fsdp2", "hsdp"):
         axes = shard_axes(config, network, shards)
-        by_id = {id(p): axes.get(n, 0) for n, p in network.named_parameters()}
+        by_id = {id(p): possible_axis(axes.get(n, 0), p.shape, shards) for n, p in network.named_parameters()}
         return SimulatedShards(by_id, rank % shards, shards)
     return SimulatedReplicas(config.engine.optimizer_work, rank, config.world_size)
-
-
-def shard_axes(config: RunConfig, network: nn.Module, shards: int) -> dict[str, int]:
-    """Parameter → axis to cut it along, as `engine.shard_axis` says; torch cuts axis 1 only where it divides."""
-    wanted = config.engine.shard_axis
-    if wanted == "auto":
-        if config.optimizer.target is not None:
-            return {}
-        return preferred_axes(
-            config.optimizer.name,
-            network.named_parameters(),
-            shards,
-            modules=network,
-            lr=config.optimizer.lr,
-            **config.optimizer.options,
-        )
-    return {
-        name: wanted if wanted < p.ndim and p.shape[wanted] % shards == 0 else 0
-        for name, p in network.named_parameters()
-    }
 
 
 def ranks_to_look_at(world_size: int) -> Sequence[int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from harness.config.schema import RunConfig
+from harness.engines.fsdp2 import decoder_layers
 from harness.plan.rank import ZERO_STAGES, PlannedRank, set_gradients
 
 
 def sent_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
-    """Kind → bytes that this rank sends in one optimizer step, by the ring convention (docs/certificates.md).
+    """Kind → bytes that this rank sends in one optimizer step, by the ring convention (docs/layouts.md).
 
     "optimizer": an ordinary step; "optimizer/refresh": one in which every subspace is renewed. Both are what the
     very code sends that runs on real ranks. "gradients" and "weights" are the engine's, by formula.
@@ -35,8 +36,11 @@ def _engine(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
     micro_batches = max(1, config.batch_size // (config.micro_batch_size * world))
     around = (shards - 1) / shards
     if name in ("fsdp2", "hsdp"):
-        # Layers are gathered for the forward and again for the backward pass of every micro-batch.
-        gathered = 2 * micro_batches * whole * width * around
+        # Layers are gathered for the forward and, if given back, again for the backward pass of every micro-batch;
+        # what belongs to the root stays in between.
+        layers = sum(p.numel() for layer in decoder_layers(planned.network) for p in layer.parameters())
+        times = 2 if config.engine.reshard_after_forward else 1
+        gathered = micro_batches * (times * layers + whole - layers) * width * around
         reduced = whole * 4 * around
         if name == "hsdp" and config.engine.replicas:
             replicas = config.engine.replicas

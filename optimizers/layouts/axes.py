@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,11 @@ def traffic(
     """Bytes that a rank sends for one matrix in the cheaper scheme, and whether that is the row form."""
     rows, whole = rule.row_traffic(shape, split, options, ranks), owner_traffic(shape, ranks)
     return (whole, False) if rule.needs_whole or whole < rows else (rows, True)
+
+
+def possible_axis(axis: int, shape: Sequence[int], ranks: int) -> int:
+    """`axis` if torch can cut it over `ranks`, else 0: it refuses uneven shards along axis 1."""
+    return axis if axis == 0 or (axis < len(shape) and shape[axis] % ranks == 0) else 0
 
 
 def preferred_axes(
@@ -54,7 +59,7 @@ def preferred_axes(
         return axes
     rule, chosen = rules.load(rule_id), matrix_options(options)
     for found in route(pairs, rule_id, modules):
-        if found.rule == "adamw" or len(found.shape) != 2 or found.shape[1] % ranks:
+        if found.rule == "adamw" or len(found.shape) != 2 or not possible_axis(1, found.shape, ranks):
             continue
         rows, columns = (
             sum(traffic(rule, block.shape, axis, chosen, ranks)[0] for block in found.blocks)

@@ -96,8 +96,66 @@ class LocalLane:
         """Nothing is left to do."""
 
 
-class OwnerLane:
-    """Each matrix is brought whole to one owner, which keeps its state and sends the update back in parts.
+class _DividedLane:
+    """Each matrix is computed by one owner, which keeps its state and sends the update to where its weights are.
+
+    Args:
+        members: all matrices of the lane, in the same order on all ranks, as this process holds them.
+        owned: those that this process computes.
+        exchange: from where the weights are to the owners; updates take it backward.
+        rule: what is computed.
+        options: of the group.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        owned: Sequence[Member],
+        exchange: Exchange,
+        rule: Rule,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.rows: Rows = Whole()
+        self._members = list(members)
+        self._places = {id(member): i for i, member in enumerate(members)}
+        self._exchange = exchange
+        self.banks = make_banks(owned, options, lambda m: rule.state(m.block.shape, options))
+        here = [m for m in members if 0 not in m.holding.shape]
+        self.landing = make_banks(here, options, lambda m: compensation(m, options))
+        self._landed: list[Entry] = []
+        self._updates: list[Tensor | None] = [None] * len(self._members)
+
+    def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
+        """The matrices that this process owns, one stack at a time."""
+        self._landed = [entry for bank in self.landing for entry in entries_of(bank, state, found_inf)]
+        for bank in self.banks:
+            for entry in entries_of(bank, state, found_inf):
+                yield [entry]
+
+    def _send_back(self) -> list[Tensor]:
+        """What arrives here of each member's update, 1-D."""
+        first = self._members[0].parameter
+        like = torch.empty(0, dtype=compute_dtype(first), device=first.device)
+        arrived = self._exchange.backward(self._updates, like).wait()
+        self._updates = [None] * len(self._members)
+        return arrived
+
+    def _land(
+        self,
+        arrived: Sequence[Tensor],
+        delta: Callable[[list[Tensor], Stack], Tensor | LowRank],
+        descent: Descent,
+    ) -> None:
+        for bank, active, stack in self._landed:
+            parts = [arrived[self._places[id(m)]] for m in stack.members]
+            apply_update(stack, delta(parts, stack), descent)
+            bank.write_back(active, stack.state)
+            stack.release()
+        self._landed = []
+
+
+class OwnerLane(_DividedLane):
+    """Each matrix is brought whole to one owner, which sends the update back in parts.
 
     Args:
         members: all matrices of the lane as this process holds them, in the same order on all ranks.
@@ -118,21 +176,15 @@ class OwnerLane:
         rule: Rule,
         options: Mapping[str, Any],
     ) -> None:
-        self.rows: Rows = Whole()
-        self._members = list(members)
         sizes = [m.block.shape[0] * m.block.shape[1] for m in members]
-        self._exchange = Exchange(sources, whole_at(owners, sizes, communicator.size), communicator)
+        exchange = Exchange(sources, whole_at(owners, sizes, communicator.size), communicator)
         self._gathered: dict[int, Tensor] = {}
         mine = [i for i, owner in enumerate(owners) if owner == communicator.rank]
         owned = [_gathered(members[i], i, self._gathered) for i in mine]
-        self._places = {id(member): i for member, i in zip(owned, mine)}
-        self.banks = make_banks(owned, options, lambda m: rule.state(m.block.shape, options))
-        here = [m for m in members if 0 not in m.holding.shape]
-        self.landing = make_banks(here, options, lambda m: compensation(m, options))
-        self._positions = {id(member): i for i, member in enumerate(members)}
+        super().__init__(members, owned, exchange, rule, options)
+        self._places.update({id(member): i for member, i in zip(owned, mine)})
+        self._owned = owned  # keeps their ids
         self._arriving: Arriving | None = None
-        self._landed: list[Entry] = []
-        self._deltas: list[Tensor | None] = [None] * len(self._members)
 
     def begin(self) -> None:
         """Send the gradients off, in their own dtype."""
@@ -143,39 +195,29 @@ class OwnerLane:
         self._arriving = None if like is None else self._exchange.forward(held, like)
 
     def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
-        """The matrices that this process owns, one stack at a time."""
-        self._landed = [entry for bank in self.landing for entry in entries_of(bank, state, found_inf)]
-        if self._arriving is None:
-            return
-        self._gathered.update(enumerate(self._arriving.wait()))
-        for bank in self.banks:
-            for entry in entries_of(bank, state, found_inf):
-                yield [entry]
+        """The matrices that this process owns, once they have arrived."""
+        if self._arriving is not None:
+            self._gathered.update(enumerate(self._arriving.wait()))
+            yield from super().batches(state, found_inf)
 
     def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
         """Keep the update until the `end`."""
         dense = delta.dense(stack) if isinstance(delta, LowRank) else delta
         for member, part in zip(stack.members, dense.unbind(0)):
             place = self._places[id(member)]
-            self._deltas[place] = _flat(part, self._members[place].holding.split)
+            self._updates[place] = _flat(part, self._members[place].holding.split)
 
     def end(self, descent: Descent) -> None:
         """Send the updates back and apply what arrives."""
         if self._arriving is None:
             return
-        first = self._members[0].parameter
-        like = torch.empty(0, dtype=compute_dtype(first), device=first.device)
-        arrived = self._exchange.backward(self._deltas, like).wait()
-        self._arriving, self._deltas = None, [None] * len(self._members)
+        self._arriving = None
+        arrived = self._send_back()
         self._gathered.clear()
-        for bank, active, stack in self._landed:
-            parts = [_unflat(arrived[self._positions[id(m)]], m) for m in stack.members]
-            apply_update(stack, torch.stack(parts), descent)
-            bank.write_back(active, stack.state)
-        self._landed = []
+        self._land(arrived, _in_shape, descent)
 
 
-class SplitLane:
+class SplitLane(_DividedLane):
     """Replicas share the work: one process computes each matrix and keeps its state, all apply its update.
 
     An update travels as factors where the rule has them: r(m + n) numbers instead of mn.
@@ -196,31 +238,18 @@ class SplitLane:
         rule: Rule,
         options: Mapping[str, Any],
     ) -> None:
-        self.rows: Rows = Whole()
-        self._members = list(members)
         self._factors = rule.factors(members[0].block.shape, options)
         sizes = [self._payload(m.block.shape) for m in members]
         everywhere = [[(0, size)] * communicator.size for size in sizes]
-        self._exchange = Exchange(everywhere, whole_at(owners, sizes, communicator.size), communicator)
+        exchange = Exchange(everywhere, whole_at(owners, sizes, communicator.size), communicator)
         owned = [m for m, owner in zip(members, owners) if owner == communicator.rank]
-        self._positions = {id(member): i for i, member in enumerate(members)}
-        self.banks = make_banks(owned, options, lambda m: rule.state(m.block.shape, options))
-        self.landing = make_banks(members, options, lambda m: compensation(m, options))
-        self._landed: list[Entry] = []
-        self._deltas: list[Tensor | None] = [None] * len(self._members)
+        super().__init__(members, owned, exchange, rule, options)
 
     def _payload(self, shape: tuple[int, int]) -> int:
         return sum(shape) * self._factors[0] if self._factors else shape[0] * shape[1]
 
     def begin(self) -> None:
         """Nothing: every process has every gradient."""
-
-    def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
-        """The matrices that this process owns, one stack at a time."""
-        self._landed = [entry for bank in self.landing for entry in entries_of(bank, state, found_inf)]
-        for bank in self.banks:
-            for entry in entries_of(bank, state, found_inf):
-                yield [entry]
 
     def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
         """Keep the update until the `end`."""
@@ -229,25 +258,15 @@ class SplitLane:
         else:
             parts = [part.reshape(-1) for part in delta.unbind(0)]
         for member, part in zip(stack.members, parts):
-            self._deltas[self._positions[id(member)]] = part
+            self._updates[self._places[id(member)]] = part
 
     def end(self, descent: Descent) -> None:
         """Send the updates to all and apply them."""
-        if not self._landed:
-            return
-        first = self._members[0].parameter
-        like = torch.empty(0, dtype=compute_dtype(first), device=first.device)
-        arrived = self._exchange.backward(self._deltas, like).wait()
-        self._deltas = [None] * len(self._members)
-        for bank, active, stack in self._landed:
-            flat = torch.stack([arrived[self._positions[id(m)]] for m in stack.members])
-            apply_update(stack, self._delta(flat, stack.shape), descent)
-            bank.write_back(active, stack.state)
-            stack.release()
-        self._landed = []
+        if self._landed:
+            self._land(self._send_back(), self._delta, descent)
 
-    def _delta(self, flat: Tensor, shape: tuple[int, int]) -> Tensor | LowRank:
-        (m, n) = shape
+    def _delta(self, parts: list[Tensor], stack: Stack) -> Tensor | LowRank:
+        flat, (m, n) = torch.stack(parts), stack.shape
         if self._factors is None:
             return flat.view(-1, m, n)
         rank, keep = self._factors
@@ -296,9 +315,11 @@ def _flat(part: Tensor | None, split: int | None) -> Tensor | None:
     return (part.mT if split == 1 else part).reshape(-1)
 
 
-def _unflat(flat: Tensor, member: Member) -> Tensor:
-    m, n = member.holding.shape
-    return flat.view(n, m).mT if member.holding.split == 1 else flat.view(m, n)
+def _in_shape(parts: list[Tensor], stack: Stack) -> Tensor:
+    """The inverse of `_flat`, stacked."""
+    m, n = stack.members[0].holding.shape
+    flat = torch.stack(parts)
+    return flat.view(-1, n, m).mT if stack.split == 1 else flat.view(-1, m, n)
 
 
 def entries_of(bank: Bank, state: State, found_inf: Tensor | None) -> list[Entry]:

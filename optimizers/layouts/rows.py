@@ -11,7 +11,7 @@ from torch import Tensor
 from optimizers.linalg.gram_root import GramRoot
 from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.polar import Polar
-from optimizers.linalg.sketching import Steps, alone
+from optimizers.linalg.sketching import Steps, answer_alone, driven
 
 BasisMaker = Callable[[], "Tensor | Steps"]
 
@@ -102,7 +102,7 @@ def solved(grams: Sequence[Tensor], solvers: Sequence[GramRoot] | None) -> list[
 def made(maker: BasisMaker) -> Tensor:
     """The basis, where nothing is split."""
     basis = maker()
-    return basis if isinstance(basis, Tensor) else alone(basis)
+    return basis if isinstance(basis, Tensor) else driven(basis, answer_alone)
 
 
 class Whole:

@@ -27,7 +27,7 @@ from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.polar import Polar
 from optimizers.linalg.precision import full_precision
 from optimizers.linalg.robust import robust_eigh
-from optimizers.linalg.sketching import Ask, Steps
+from optimizers.linalg.sketching import Ask, driven
 from optimizers.members import Holding, Member
 from optimizers.rules.rule import Rule
 
@@ -171,16 +171,7 @@ class Shards:
         steps = maker()
         assert not isinstance(steps, Tensor)
         with full_precision(like.device.type):
-            return self._drive(steps).to(like.dtype)
-
-    def _drive(self, steps: Steps) -> Tensor:
-        answer: Any = None
-        while True:
-            try:
-                ask = steps.send(answer)
-            except StopIteration as done:
-                return done.value
-            answer = self._answer(ask)
+            return driven(steps, self._answer).to(like.dtype)
 
     def _answer(self, ask: Ask) -> Any:
         tensor = ask.tensor

@@ -14,8 +14,6 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from optimizers.linalg.cores import over_cores, worth_sharing
-
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -127,18 +125,6 @@ def robust_svd(tall: Tensor, method: Callable[[Tensor], Triple]) -> tuple[Tensor
     return left, values, right, rescued
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh` of a batch (b, r, r); on a CPU over its cores."""
-    if not _host_may_look(gram) or gram.requires_grad or not worth_sharing(gram.shape[0], gram.shape[-1]):
-        values, vectors = torch.linalg.eigh(gram)
-        return values, vectors
-    values = torch.empty_like(gram[..., 0])
-    # Columns in a row of memory, as LAPACK leaves them: no copy.
-    vectors = torch.empty_like(gram, memory_format=torch.contiguous_format).mT
-    over_cores(lambda at: torch.linalg.eigh(gram[at], out=(values[at], vectors[at])), gram.shape[0])
-    return values, vectors
-
-
 def robust_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues (ascending) and vectors of a batch of finite symmetric matrices; never raises.
 
@@ -151,7 +137,7 @@ def robust_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         thing).
     """
     rescued = torch.zeros(gram.shape[0], dtype=torch.bool, device=gram.device)
-    whole = attempt(lambda: _eigh(gram))
+    whole = attempt(lambda: tuple(torch.linalg.eigh(gram)))
     if whole is not None:
         return whole[0], whole[1], rescued
     values, vectors = torch.zeros_like(gram[..., 0]), torch.zeros_like(gram)

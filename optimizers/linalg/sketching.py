@@ -1,14 +1,14 @@
 """Subspace bases of matrices that may be split over ranks: the algorithms, with their communication left out.
 
 Each is a generator that yields an `Ask` wherever a number has to cross ranks and is sent the answer. Whoever
-drives it decides how: `alone` answers on the spot, a sharded layout by collectives, batched over matrices.
+drives it decides how: `answer_alone` on the spot, a sharded layout by collectives, batched over matrices.
 What is asked, and how often, depends on shapes and options only, never on the data, so that ranks stay in
 step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,15 +38,15 @@ Steps = Generator[Ask, Any, Tensor]
 """A basis in the making; returns (b, rows, rank)."""
 
 
-def alone(steps: Steps) -> Tensor:
-    """Drive a basis of whole matrices."""
-    answer: Any = None
+def driven(steps: Steps, answer: Callable[[Ask], Any]) -> Tensor:
+    """The basis, with each ask answered by `answer`."""
+    given: Any = None
     while True:
         try:
-            ask = steps.send(answer)
+            ask = steps.send(given)
         except StopIteration as done:
             return done.value
-        answer = answer_alone(ask)
+        given = answer(ask)
 
 
 def answer_alone(ask: Ask) -> Any:

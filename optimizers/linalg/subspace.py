@@ -183,6 +183,6 @@ def randomized_basis(
         sketch = flattened(test.to(g).expand(*batch, *test.shape[-2:]))
         old = None if warm is None else flattened(warm.to(g))
         finder = sketching.range_finder(g, rank, side, sketch, passes, old, basis_cut(g.shape, g.dtype, rtol))
-        basis = sketching.alone(finder)
+        basis = sketching.driven(finder, sketching.answer_alone)
         basis = canonical_signs(basis) if canonical else basis
         return basis.reshape(*batch, *basis.shape[-2:])

@@ -69,7 +69,7 @@ def normalized(stack: Stack, gradient: Tensor) -> Tensor:
     # (√b₂/b₁)·M/(√V + ε') is M̂/(√V̂ + ε) for ε' = ε√b₂, and the raw form for ε' = ε.
     size = (stack.options["alpha"] * bias2 / bias1).to(first.dtype)
     floor = eps if stack.options["eps_form"] == "raw" else (eps * bias2).to(first.dtype)
-    return first / (second.sqrt() + floor) * size
+    return first.div(second.sqrt().add_(floor)).mul_(size)
 
 
 RULE = GaLore()

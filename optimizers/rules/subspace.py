@@ -61,14 +61,9 @@ def projection_traffic(shape: tuple[int, int], split: int, options: Mapping[str,
     return 8.0 * rank_of(shape, options) * shape[1 - split] * (ranks - 1) / ranks
 
 
-def project(gradient: Tensor, basis: Tensor, left: bool) -> Tensor:
-    """Ĝ = QᵀG (b, r, n), or GQ (b, m, r)."""
-    return basis.mT @ gradient if left else gradient @ basis
-
-
 def projected(stacks: Sequence[Stack], lefts: Sequence[bool], rows: Rows) -> list[Tensor]:
     """Ĝ of each stack, complete: a sum over ranks where the axis that Q contracts is split."""
-    shares = [project(s.gradient, s.state["basis"], left) for s, left in zip(stacks, lefts)]
+    shares = [s.projected(s.state["basis"], left) for s, left in zip(stacks, lefts)]
     return rows.total(shares, [s.split == contracted(left) for s, left in zip(stacks, lefts)])
 
 

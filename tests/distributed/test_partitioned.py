@@ -131,3 +131,19 @@ def test_four_ranks(four_ranks: RankPool, preset: str, kind: str) -> None:
 def test_control_a_broken_row_that_is_not_completed_is_seen(two_ranks: RankPool) -> None:
     found = whole(two_ranks.run(partitioned, "sumo", "zero3", SMALL, True))
     assert worst(found, alone("sumo", SHAPES, **SMALL), SHAPES) > 1e-3
+
+
+def test_a_state_dict_is_refused_by_name() -> None:
+    named = [("layers.0.w", nn.Parameter(torch.zeros(8, 6)))]
+    optimizer = optimizers.build("muon", named, lr=0.1, layout="partitioned")
+    with pytest.raises(RuntimeError, match=r"state_dict: .* use optimizers\.named_state"):
+        optimizer.state_dict()
+    with pytest.raises(RuntimeError, match=r"load_state_dict: .* use optimizers\.named_state"):
+        optimizer.load_state_dict({})
+
+
+@pytest.mark.parametrize(("key", "value"), [("layout", "sharded"), ("work", "shared")])
+def test_unknown_words_are_refused(key: str, value: str) -> None:
+    named = [("layers.0.w", nn.Parameter(torch.zeros(8, 6)))]
+    with pytest.raises(optimizers.OptionError, match=key):
+        optimizers.build("muon", named, **{key: value})

@@ -251,3 +251,42 @@ def test_figures_and_spectra_are_those_of_the_whole_moments(two_ranks: RankPool,
         torch.testing.assert_close(
             torch.tensor(spectra[name]), torch.tensor(values), rtol=1e-4, atol=1e-5 * max(values)
         )
+
+
+def half(rank: int, preset: str, rounding: str, is_sharded: bool) -> list[torch.Tensor]:
+    """bf16 weights and gradients; whole, as fp32."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def spread(tensor: torch.Tensor) -> Any:
+        tensor = tensor.to(torch.bfloat16)
+        if not is_sharded:
+            return tensor
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    named: list[Any] = [(f"layers.{i}.w", nn.Parameter(spread(w))) for i, w in enumerate(weights(EVEN))]
+    optimizer: Any = optimizers.build(preset, named, lr=0.02, rounding=rounding, **PRESETS[preset])
+    for step in range(STEPS):
+        for (_, p), gradient in zip(named, gradients(EVEN, step)):
+            p.grad = spread(gradient)
+        optimizer.step()
+    return [(p.detach().full_tensor() if is_sharded else p.detach()).float() for _, p in named]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "kahan"])
+@pytest.mark.parametrize("preset", ["sumo", "muon"])
+def test_half_precision_shards_round_as_whole_matrices_do(
+    two_ranks: RankPool, preset: str, rounding: str
+) -> None:
+    """fp32 updates that differ by 1e-6 round to the same bf16 number but where they straddle a boundary: 2^-8
+    apart, one in some thousand elements. Rounding twice, or without the compensation, would move far more."""
+    expected = half(0, preset, rounding, False)
+    found = two_ranks.run(half, preset, rounding, True)[0]
+    for f, e in zip(found, expected):
+        differ = f != e
+        assert float(differ.float().mean()) < 0.01
+        assert float(((f - e).abs() / e.abs().clamp_min(1e-3)).max()) <= 2 * 2.0**-7
+    other = half(0, preset, "kahan" if rounding == "nearest" else "nearest", False)
+    assert any(float((o != e).float().mean()) > 0.05 for o, e in zip(other, expected))

@@ -15,11 +15,13 @@ from harness.plan.command import main, plan
 if TYPE_CHECKING:
     from tests.distributed.pool import RankPool
 
-WORDS = ["model=llama_tiny", "batch_size=8", "wandb.mode=disabled"]
+WORDS = ["wandb.mode=disabled"]
 
 
 def configured(*words: str) -> Any:
-    return checks.check(compose.load([*WORDS, *words]), environ={})
+    given = {word.partition("=")[0] for word in words}
+    defaults = [word for word in ("model=llama_tiny", "batch_size=8") if word.partition("=")[0] not in given]
+    return checks.check(compose.load([*WORDS, *defaults, *words]), environ={})
 
 
 def real(rank: int, words: list[str]) -> dict[str, Any]:
@@ -31,7 +33,8 @@ def real(rank: int, words: list[str]) -> dict[str, Any]:
 
     import optimizers
     from harness import model
-    from harness.plan.rank import shard_axes, shards_of
+    from harness.optimizer import shard_axes
+    from harness.plan.rank import shards_of
 
     config = configured(*words)
     network = model.build(config.model, seed=0)
@@ -91,6 +94,22 @@ def test_a_cluster_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["fits"] is None
     # 58.07 M parameters in fp32 over 32 ranks, cut evenly but for norms.
     assert document["per_rank"]["weights"] == pytest.approx(58.07e6 * 4 / 32, rel=0.01)
+
+
+def test_what_fully_shard_sends_is_what_was_counted_once() -> None:
+    """Counted at the dispatcher on 64 ranks of torch's fake process group, bf16 weights, fp32 reduction, whole
+    buffers: all-gathers of 160 MiB, reduce-scatters of 222 MiB."""
+    words = [
+        "model=llama_60m",
+        "optimizer=adamw",
+        "precision=bf16",
+        "engine=fsdp2",
+        "world_size=64",
+        "batch_size=64",
+    ]
+    sent = plan(configured(*words))["traffic_per_step"]
+    assert sent["weights"] == pytest.approx(160 * 2**20 * 63 / 64, rel=0.01)
+    assert sent["gradients"] == pytest.approx(222 * 2**20 * 63 / 64, rel=0.01)
 
 
 def test_muon_divides_its_moments_and_sums_to_the_formula() -> None:

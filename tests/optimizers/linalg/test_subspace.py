@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -155,13 +156,7 @@ class Meeting:
         return torch.linalg.eigh(everything[0])
 
     def drive(self, rank: int, steps: sketching.Steps) -> torch.Tensor:
-        answer = None
-        while True:
-            try:
-                ask = steps.send(answer)
-            except StopIteration as done:
-                return done.value
-            answer = self.answer(rank, ask)
+        return sketching.driven(steps, partial(self.answer, rank))
 
 
 @pytest.mark.parametrize("split", [0, 1])
