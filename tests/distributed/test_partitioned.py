@@ -145,5 +145,6 @@ def test_a_state_dict_is_refused_by_name() -> None:
 @pytest.mark.parametrize(("key", "value"), [("layout", "sharded"), ("work", "shared")])
 def test_unknown_words_are_refused(key: str, value: str) -> None:
     named = [("layers.0.w", nn.Parameter(torch.zeros(8, 6)))]
+    options: Any = {key: value}
     with pytest.raises(optimizers.OptionError, match=key):
-        optimizers.build("muon", named, **{key: value})
+        optimizers.build("muon", named, **options)
