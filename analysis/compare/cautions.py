@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from analysis.compare import words
-from analysis.compare.comparison import Arm, ComparisonSet, unequal_budgets
+from analysis.compare import standing_cautions, words
+from analysis.compare.caution import Caution, arms_of, named
+from analysis.compare.comparison import ComparisonSet, unequal_budgets
 from analysis.compare.runs import Run
 
-
-@dataclass(frozen=True)
-class Caution:
-    """One warning. ``grave``: it touches the verdict (red in the report); else it is a note on the record."""
-
-    code: str
-    message: str
-    grave: bool = True
+COMPUTE_OPTIMAL = 20
+"""Tokens per parameter near the compute-optimal budget (Hoffmann et al. 2022, arXiv 2203.15556)."""
 
 
 def cautions(chosen: ComparisonSet) -> list[Caution]:
@@ -27,11 +21,14 @@ def cautions(chosen: ComparisonSet) -> list[Caution]:
         _seeds,
         _budgets,
         _endings,
+        _resumes,
         _entropy,
+        _undertrained,
         _epochs,
-        _learning_rates,
-        _machines,
-        _certificates,
+        standing_cautions.learning_rates,
+        standing_cautions.certificates,
+        standing_cautions.machines,
+        standing_cautions.foreign,
         _steps,
         _records,
     ):
@@ -42,9 +39,8 @@ def cautions(chosen: ComparisonSet) -> list[Caution]:
 def _seeds(chosen: ComparisonSet) -> Iterable[Caution]:
     short = [arm.label for arm in chosen.arms if arm.final.n == 1]
     if len(chosen.arms) > 1 and short:
-        yield Caution(
-            "one_seed", f"n = 1: {words.listing(short)} finished with one seed; no interval, no test."
-        )
+        who = f"all {len(short)} optimizers" if len(short) == len(chosen.arms) > 4 else _some(short, 6)
+        yield Caution("one_seed", f"n = 1: {who} finished with one seed; no interval, no test.")
     missing: dict[tuple[int, ...], list[str]] = {}
     for arm in chosen.arms:
         lacks = tuple(sorted(set(chosen.seeds) - {run.seed for run in arm.runs}))
@@ -52,7 +48,7 @@ def _seeds(chosen: ComparisonSet) -> Iterable[Caution]:
     for lacks, labels in missing.items():
         if lacks:
             seeds = words.listing([str(seed) for seed in lacks], "or")
-            text = f"{words.listing(labels)} {'has' if len(labels) == 1 else 'have'} no run with seed {seeds}"
+            text = f"{_some(labels, 6)} {'has' if len(labels) == 1 else 'have'} no run with seed {seeds}"
             yield Caution("missing_seed", f"{text}; pairs use common seeds only.")
 
 
@@ -71,9 +67,18 @@ def _endings(chosen: ComparisonSet) -> Iterable[Caution]:
     for state, word in names.items():
         ended = [run for run in chosen.runs if run.state == state]
         if ended:
-            arms = _arms_of(chosen, lambda run, state=state: run.state == state)
-            listed = words.listing([_where(arm, runs) for arm, runs in arms])
+            listed = named(chosen, lambda run, state=state: run.state == state)
             yield Caution(state, f"{words.plural(len(ended), 'run')} {word}: {listed}.")
+
+
+def _resumes(chosen: ComparisonSet) -> Iterable[Caution]:
+    parts = []
+    for arm, runs in arms_of(chosen, lambda run: bool(run.resumed_at)):
+        for run in runs:
+            steps = words.listing([words.grouped(step) for step in run.resumed_at])
+            parts.append(f"{arm.label} seed {run.seed} at step {steps}")
+    if parts:
+        yield Caution("resumed", f"Resumed: {_some(parts)}. Seconds are summed over attempts.")
 
 
 def _entropy(chosen: ComparisonSet) -> Iterable[Caution]:
@@ -86,38 +91,23 @@ def _entropy(chosen: ComparisonSet) -> Iterable[Caution]:
         )
 
 
+def _undertrained(chosen: ComparisonSet) -> Iterable[Caution]:
+    sizes = [(run.fact("tokens"), run.fact("parameters")) for run in chosen.runs if run.finished]
+    ratio = max((tokens / size for tokens, size in sizes if tokens >= 0 and size > 0), default=math.nan)
+    if ratio < COMPUTE_OPTIMAL:
+        text = (
+            f"Undertrained: {words.significant(ratio, 2)} tokens per parameter, where about {COMPUTE_OPTIMAL} are "
+            "compute-optimal; rankings this early in training often change."
+        )
+        yield Caution("undertrained", text)
+
+
 def _epochs(chosen: ComparisonSet) -> Iterable[Caution]:
     epochs = max((value for run in chosen.runs if math.isfinite(value := run.fact("epochs"))), default=0.0)
     if epochs > 1:
         yield Caution(
             "epochs", f"More than one epoch: the training text was read {words.significant(epochs, 2)} times."
         )
-
-
-def _learning_rates(chosen: ComparisonSet) -> Iterable[Caution]:
-    rates = []
-    for arm in chosen.arms:
-        run = max(arm.runs, key=lambda r: len(r.summary))
-        if run.summary.get("lr_tuned") is False and run.text("lr_source") != "given":
-            rates.append(f"{arm.label} {words.significant(run.fact('lr'))}")
-    if rates:
-        text = f"Default learning rates that were not tuned at this size: {words.listing(rates)}."
-        yield Caution("untuned_lr", text)
-
-
-def _machines(chosen: ComparisonSet) -> Iterable[Caution]:
-    for key, word in (("device", "devices"), ("engine", "engines"), ("world_size", "world sizes")):
-        values = sorted({run.text(key) for run in chosen.runs if run.text(key)})
-        if len(values) > 1:
-            text = f"Different {word} ({', '.join(values)}): losses compare; times and memory do not."
-            yield Caution("different_machines", text)
-
-
-def _certificates(chosen: ComparisonSet) -> Iterable[Caution]:
-    failed = _arms_of(chosen, lambda run: run.certificate == "failed")
-    if failed:
-        listed = words.listing([_where(arm, runs) for arm, runs in failed])
-        yield Caution("certificate", f"The optimizer failed its certificate on this engine: {listed}.")
 
 
 def _steps(chosen: ComparisonSet) -> Iterable[Caution]:
@@ -132,35 +122,26 @@ def _steps(chosen: ComparisonSet) -> Iterable[Caution]:
         hit = [f"{label} {words.grouped(n)}" for label, n in arms if n]
         if hit:
             yield Caution(key, f"{words.listing(hit)} {word}.", grave)
-    resumed = _arms_of(chosen, lambda run: any(note.startswith("resumed") for note in run.notes))
-    if resumed:
-        listed = words.listing([_where(arm, runs) for arm, runs in resumed])
-        yield Caution("resumed", f"Resumed after an interruption: {listed}.", False)
 
 
 def _records(chosen: ComparisonSet) -> Iterable[Caution]:
     for line in chosen.set_aside:
         yield Caution("set_aside", f"{line}.", False)
-    for run in chosen.runs:
-        for note in run.notes:
-            if not note.startswith("resumed"):
-                yield Caution("record", f"{run.where}: {note}.", False)
-    said: dict[str, list[Run]] = {}
+    said: dict[tuple[str, str], list[Run]] = {}
     for run in chosen.runs:
         listed = run.summary.get("warnings")
+        for note in run.notes:
+            said.setdefault(("record", f"{note}."), []).append(run)
         for line in listed if isinstance(listed, list) else ():
-            said.setdefault(str(line), []).append(run)
-    for line, runs in said.items():
-        who = "all runs" if len(runs) == len(chosen.runs) else words.listing([run.where for run in runs[:4]])
-        more = f" and {len(runs) - 4} more" if len(runs) > 4 and len(runs) != len(chosen.runs) else ""
-        yield Caution("run_warning", f"{who}{more}: {line}", False)
+            said.setdefault(("run_warning", str(line)), []).append(run)
+    for (code, line), runs in said.items():
+        everyone = len(runs) == len(chosen.runs) > 1
+        who = "all runs" if everyone else _some([run.where for run in runs])
+        yield Caution(code, f"{who}: {line}", False)
 
 
-def _arms_of(chosen: ComparisonSet, test: Callable[[Run], bool]) -> list[tuple[Arm, list[Run]]]:
-    picked = [(arm, [run for run in arm.runs if test(run)]) for arm in chosen.arms]
-    return [(arm, runs) for arm, runs in picked if runs]
-
-
-def _where(arm: Arm, runs: list[Run]) -> str:
-    seeds = words.listing([str(run.seed) for run in runs])
-    return f"{arm.label} (seed {seeds})" if len(runs) == 1 else f"{arm.label} (seeds {seeds})"
+def _some(names: list[str], most: int = 4) -> str:
+    """``a, b and c``; ``a, b, c, d and 9 more`` where they are many."""
+    if len(names) <= most:
+        return words.listing(names)
+    return words.listing([*names[:most], f"{len(names) - most} more"])

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from analysis.compare import words
 from analysis.compare.comparison import ComparisonSet
 from analysis.compare.plots import Plot, figure
+from analysis.compare.tables import state_kinds
 from harness.record.schema import TIME_PARTS
 
 
@@ -33,10 +34,10 @@ def memory(chosen: ComparisonSet) -> Plot | None:
     kinds: dict[str, list[float]] = {}
     for kind in ("weights", "gradients"):
         kinds[kind] = [arm.mean("memory_bytes", kind) / mib for arm in chosen.arms]
-    states = [(arm.finished or arm.runs)[0].summary.get("state_bytes") for arm in chosen.arms]
-    for name in sorted({str(kind) for state in states if isinstance(state, dict) for kind in state}):
+    states = [state_kinds((arm.finished or arm.runs)[0]) for arm in chosen.arms]
+    for name in sorted({kind for state in states for kind in state}):
         label = f"state: {name.replace('_', ' ')}"
-        kinds[label] = [float(s.get(name, 0)) / mib if isinstance(s, dict) else math.nan for s in states]
+        kinds[label] = [state.get(name, 0.0) / mib if state else math.nan for state in states]
     kinds = {kind: v for kind, v in kinds.items() if any(math.isfinite(x) and x > 0 for x in v)}
     if not kinds:
         return None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from analysis.compare import cautions, comparison, tables, verdict
-from analysis.compare.cautions import Caution
+from analysis.compare.caution import Caution
 from analysis.compare.comparison import ComparisonSet
+from analysis.compare.loading import load
 from analysis.compare.plots import plain
 from analysis.compare.reading import mapping
-from analysis.compare.runs import Run, load
+from analysis.compare.runs import Run
 from analysis.compare.statistics import RESOLUTION
 from analysis.compare.tables import Table
 from analysis.compare.verdict import Verdict
@@ -21,6 +22,7 @@ from analysis.compare.verdict import Verdict
 SCHEMA_VERSION = 1
 ORIGIN = "compare.json"
 """Left in a group's folder by `optbench compare`: its commands and the order of its arms."""
+NO_RUNS = "There are no runs below this folder: nothing is compared."
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Judged:
     verdict: Verdict
     table: Table
     cautions: list[Caution]
+    commands: list[str]
+    """The `optbench compare` commands that made the set, else those of its single runs, as far as recorded."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,19 @@ class Document:
     folder: Path
     runs: list[Run]
     sets: list[Judged]
-    commands: list[str]
-    """The `optbench compare` commands that made the runs; empty if they were made otherwise."""
+    remarks: list[str] = field(default_factory=list)
+    """What was found below the folder and is not in the report, one line each."""
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of all sets."""
+        return list(dict.fromkeys(command for judged in self.sets for command in judged.commands))
 
     @property
     def sentence(self) -> str:
         """The verdict of the only set; of several sets that there is none across them."""
+        if not self.sets:
+            return NO_RUNS
         if len(self.sets) == 1:
             return self.sets[0].verdict.sentence
         return (
@@ -55,17 +66,18 @@ class Document:
 
 
 def read(folder: str | Path) -> Document:
-    """Load all runs below ``folder`` and judge them.
+    """Load all runs below ``folder`` and judge them. A folder without runs makes a document that says so.
 
     Raises:
-        InputError: no such folder, or no runs in it.
+        InputError: no such folder.
     """
     root = Path(folder)
-    runs = load(root)
-    origin = _origin(root)
-    sets = comparison.compare(runs, strings(origin.get("optimizers")))
-    judged = [_judged(chosen) for chosen in sets]
-    return Document(root, runs, judged, strings(origin.get("commands")))
+    remarks: list[str] = []
+    runs = load(root, remarks)
+    origins = _origins(root, runs)
+    order = list(dict.fromkeys(name for origin in origins.values() for name in strings(origin["optimizers"])))
+    judged = [_judged(chosen, origins) for chosen in comparison.compare(runs, order)]
+    return Document(root, runs, judged, remarks)
 
 
 def strings(value: object) -> list[str]:
@@ -73,13 +85,22 @@ def strings(value: object) -> list[str]:
     return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
 
 
-def _judged(chosen: ComparisonSet) -> Judged:
+def _judged(chosen: ComparisonSet, origins: Mapping[Path, Mapping[str, Any]]) -> Judged:
     said = verdict.judge(chosen)
-    return Judged(chosen, said, tables.build(chosen, ranks=said.ranks), cautions.cautions(chosen))
+    commands: dict[str, None] = {}
+    for run in chosen.runs:
+        made_by = strings(origins.get(run.folder.parent, {}).get("commands"))
+        commands |= dict.fromkeys(made_by or [run.text("command")])
+    commands.pop("", None)
+    table = tables.build(chosen, ranks=said.ranks)
+    return Judged(chosen, said, table, cautions.cautions(chosen), list(commands))
 
 
-def _origin(root: Path) -> dict[str, Any]:
-    return mapping(root / ORIGIN, [])
+def _origins(root: Path, runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
+    """What `optbench compare` left beside the runs, by the folder that it lies in."""
+    places = dict.fromkeys([root, *(run.folder.parent for run in runs)])
+    found = {place: mapping(place / ORIGIN, []) for place in places}
+    return {place: {"commands": [], "optimizers": [], **origin} for place, origin in found.items() if origin}
 
 
 def to_json(document: Document) -> dict[str, Any]:
@@ -93,6 +114,10 @@ def to_json(document: Document) -> dict[str, Any]:
             "sets": [_set(judged) for judged in document.sets],
         },
         "warnings": [
+            *({"set": None, **asdict(Caution("remark", remark))} for remark in document.remarks),
+            *([] if document.runs else [{"set": None, **asdict(Caution("no_runs", NO_RUNS))}]),
+        ]
+        + [
             {"set": judged.chosen.key, **asdict(caution)}
             for judged in document.sets
             for caution in judged.cautions
@@ -112,6 +137,7 @@ def _run(run: Run) -> dict[str, Any]:
             "identity": run.text("identity") or None,
             "final_loss": run.final_loss,
             "notes": run.notes,
+            "foreign": run.foreign,
             "summary": run.summary,
         }
     )
@@ -129,6 +155,7 @@ def _set(judged: Judged) -> dict[str, Any]:
             "seeds": chosen.seeds,
             "target": chosen.target,
             "unigram_entropy": chosen.entropy,
+            "commands": judged.commands,
             "resolution": RESOLUTION,
             "arms": [
                 {

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from analysis.compare import words
-from analysis.compare.comparison import ComparisonSet, flat
+from analysis.compare.comparison import Arm, ComparisonSet, flat
 from analysis.compare.reading import number
 from analysis.compare.runs import Run
+from analysis.compare.spectra import block
 
 Grid = tuple[list[str], list[list[str]]]
 """Head and rows of a table of words."""
+LAST = 12
+"""Evaluations that `finish` lists."""
 
 
 def ownership(chosen: ComparisonSet) -> Grid:
@@ -32,24 +36,80 @@ def ownership(chosen: ComparisonSet) -> Grid:
     return ["optimizer", "rule", "tensors", "parameters", "share", "why"], body
 
 
-def config_difference(chosen: ComparisonSet) -> Grid:
-    """Configuration keys whose values differ between arms (seed and names aside), one column per arm."""
+def parameters(chosen: ComparisonSet) -> Grid:
+    """Every parameter with its shape and the rule that each arm gives it; equal blocks share a row."""
+    rules = [_rules(arm) for arm in chosen.arms]
+    shapes = {
+        str(row.get("name")): " × ".join(str(side) for side in row["shape"])
+        for arm in chosen.arms
+        for run in arm.runs
+        for row in run.parameters
+        if isinstance(row.get("shape"), list)
+    }
+    grouped: dict[tuple[str, ...], list[int]] = {}
+    for name in dict.fromkeys(name for own in rules for name in own):
+        number = block(name)
+        pattern = name if number is None else name.replace(f".{number}.", ".{}.", 1)
+        taken = [own.get(name, words.MISSING) for own in rules]
+        numbers = grouped.setdefault((pattern, shapes.get(name, ""), *taken), [])
+        numbers += [] if number is None else [number]
+    body = [
+        [pattern.replace("{}", _range(numbers)) if numbers else pattern, *rest]
+        for (pattern, *rest), numbers in grouped.items()
+    ]
+    return ["parameter", "shape", *(arm.label for arm in chosen.arms)], body
+
+
+def _rules(arm: Arm) -> dict[str, str]:
+    rows = next((run.parameters for run in arm.runs if run.parameters), [])
+    return {str(row.get("name")): str(row.get("rule", "")) for row in rows}
+
+
+def _range(numbers: list[int]) -> str:
+    """``[0–3]``, ``[0, 2]``, ``0``."""
+    ordered = sorted(numbers)
+    if len(ordered) == 1:
+        return str(ordered[0])
+    if ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"[{ordered[0]}–{ordered[-1]}]"
+    return f"[{', '.join(str(number) for number in ordered)}]"
+
+
+def config_difference(chosen: ComparisonSet) -> tuple[Grid, Grid]:
+    """Configuration keys whose values differ between arms (seed and names aside), one column per arm.
+
+    Returns:
+        Keys outside of the optimizer, and the optimizer's own.
+    """
     skipped = {"seed", "name", "group", "optimizer.lr_source", "optimizer.lr_tuned", "optimizer.seed"}
     configs = [flat((arm.finished or arm.runs)[0].config) for arm in chosen.arms]
     keys = list(dict.fromkeys(key for config in configs for key in config if key not in skipped))
-    body = []
+    outside, own = [], []
     for key in keys:
         values = [_shown(config[key]) if key in config else words.MISSING for config in configs]
         if len(set(values)) > 1:
-            body.append([key, *values])
-    return ["key", *(arm.label for arm in chosen.arms)], body
+            (own if key.startswith("optimizer.") else outside).append([key, *values])
+    head = ["key", *(arm.label for arm in chosen.arms)]
+    return (head, outside), (head, own)
+
+
+def finish(chosen: ComparisonSet) -> Grid:
+    """Mean validation losses of the last evaluations, a column per arm: the finish of the plot in numbers."""
+    curves = [(arm.label, arm.curve) for arm in chosen.arms if arm.curve is not None]
+    means = [dict(zip(curve.x["steps"].tolist(), curve.mean.tolist(), strict=True)) for _, curve in curves]
+    steps = sorted({step for found in means for step in found})[-LAST:]
+    body = [[words.grouped(step), *(words.loss(m.get(step, math.nan)) for m in means)] for step in steps]
+    return ["step", *(label for label, _ in curves)], body
 
 
 def environment(runs: Iterable[Run]) -> Grid:
-    """What is recorded of the machines and versions; where runs disagree all values stand."""
+    """What is recorded of the machines and versions; where runs disagree all values stand. Certificates stand in
+    the table of runs.
+    """
     values: dict[str, dict[str, None]] = {}
     for run in runs:
-        for key, value in flat(run.environment).items():
+        recorded = {key: value for key, value in run.environment.items() if key != "certificate"}
+        for key, value in flat(recorded).items():
             values.setdefault(key, {})[_shown(value)] = None
     return ["", "value"], [[key, " | ".join(seen)] for key, seen in values.items()]
 

@@ -1,174 +1,185 @@
-"""Figures of the moments' spectra over training, layers and optimizers."""
+"""Plots of the moments' spectra: over training, over depth, and layer by layer."""
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.compare.comparison import ComparisonSet
 from analysis.compare.curves import Floats
 from analysis.compare.plots import Plot, figure, line
-from analysis.compare.reading import number
+from analysis.compare.spectra import FIGURES, Spectra, block, fold, short, spectra
 
-TITLES = {
-    "condition_number": ("Condition number of the moment", "condition number", True),
-    "effective_rank": ("Effective rank of the moment", "effective rank", False),
-    "stable_rank": ("Stable rank of the moment", "stable rank", False),
-    "orthogonality_error": ("Orthogonality error of the applied factor", "orthogonality error", True),
-    "polar_error": ("Distance of the applied factor from the polar factor", "polar error", True),
-}
-"""Figure of `harness.record.schema.MOMENT_FIGURES` → title, axis title, logarithmic axis."""
-CAPTIONS = {
-    "condition_number": "σ1 over the smallest singular value above the rank cut. Thick: median over layers; "
-    "thin: largest layer. Median over seeds.",
-    "effective_rank": "Singular values above the rank cut. Thick: median over layers; thin: largest layer.",
-    "stable_rank": "‖M‖²_F/σ1². Thick: median over layers; thin: largest layer.",
-    "orthogonality_error": "‖OOᵀ − I‖_F/√k. Small does not mean right: see the polar error.",
-    "polar_error": "‖O − polar(M)‖_F/√k against an exact factor.",
-}
-MAX_STEPS = 120
+STATS = (("median", np.nanmedian, 2.2), ("largest", np.nanmax, 0.9))
+MAX_STEPS, MIN_STEPS = 120, 12
+MAX_CELLS = 150_000
+"""Cells of all heat maps together: they are most of the page's weight."""
+Found = Mapping[int, Spectra]
+"""Index of the arm → its figures; arms that recorded none are absent."""
 
 
-@dataclass(frozen=True)
-class Spectra:
-    """One arm's figures, median over its runs: name → (steps, layers), NaN where none was recorded."""
-
-    steps: Floats
-    layers: list[str]
-    values: dict[str, Floats]
+def find(chosen: ComparisonSet) -> Found:
+    """The figures of all arms of a set."""
+    found = {index: spectra(arm) for index, arm in enumerate(chosen.arms)}
+    return {index: values for index, values in found.items() if values is not None}
 
 
-def moment_plots(chosen: ComparisonSet) -> list[Plot]:
-    """Every spectrum figure over steps that some arm recorded."""
-    found = [spectra(arm) for arm in chosen.arms]
-    plots = [_over_steps(chosen, found, name) for name in TITLES]
-    return [plot for plot in plots if plot is not None]
+def over_steps(chosen: ComparisonSet, found: Found) -> dict[str, Plot]:
+    """Every figure over steps that some arm recorded."""
+    plots = {}
+    for name, shown in FIGURES.items():
+        traces: list[Any] = []
+        for index, values in _having(found, name):
+            for stat, reduce, width in STATS:
+                ys = fold(reduce, values.values[name], 1)
+                kept = np.isfinite(ys)
+                label = chosen.arms[index].label
+                traces.append(_trace(index, label, stat, values.steps[kept], ys[kept], width, "at step"))
+        if traces:
+            built = _lines(traces, name, {"title": {"text": "optimizer steps"}})
+            caption = f"{shown.caption} Thick: median over matrices; thin: the largest. Median over seeds."
+            plots[name] = Plot(f"{name.replace('_', '-')}", shown.title, caption, built, 340)
+    return plots
 
 
-def heat_map(chosen: ComparisonSet) -> Plot | None:
-    """log10 condition number, layer × step, one optimizer at a time; None where nothing was probed."""
-    grids = {arm.label: grid for arm in chosen.arms if (grid := _grid(spectra(arm))) is not None}
-    if not grids:
+def over_depth(chosen: ComparisonSet, found: Found) -> dict[str, Plot]:
+    """Every figure over the blocks of the model, at each arm's last probe; none for a model of one block."""
+    plots = {}
+    for name, shown in FIGURES.items():
+        traces: list[Any] = []
+        steps = set()
+        for index, values in _having(found, name):
+            profile = _profile(values, name)
+            if profile is None:
+                continue
+            step, blocks, by_block = profile
+            steps.add(f"{step:g}")
+            for stat, reduce, width in STATS:
+                ys = np.array([float(reduce(v)) for v in by_block])
+                label = chosen.arms[index].label
+                traces.append(_trace(index, label, stat, np.array(blocks, float), ys, width, "in block"))
+        if traces:
+            blocks = [round(x) for trace in traces for x in trace.x]
+            xaxis = {"title": {"text": "block of the model"}, "dtick": 1 + (max(blocks) - min(blocks)) // 12}
+            built = _lines(traces, name, {**xaxis, "tick0": min(blocks)})
+            at = f"step {steps.pop()}" if len(steps) == 1 else "each optimizer's last probed step"
+            caption = f"At {at}. Thick: median over the matrices of a block; thin: the largest."
+            title = f"{shown.axis.capitalize()} over depth"
+            plots[name] = Plot(f"{name.replace('_', '-')}-depth", title, caption, built, 340)
+    return plots
+
+
+def heat_map(chosen: ComparisonSet, found: Found) -> Plot | None:
+    """A figure of every matrix over steps, one figure and one optimizer at a time; None where nothing was
+    probed.
+    """
+    names = [name for name in FIGURES if any(True for _ in _having(found, name))]
+    if not names:
         return None
-    low = min(float(np.nanmin(values)) for _, _, values in grids.values())
-    high = max(float(np.nanmax(values)) for _, _, values in grids.values())
-    traces = [
-        go.Heatmap(
-            z=np.round(values.T, 3),
-            x=[f"{step:g}" for step in steps],
-            y=[short(layer) for layer in layers],
-            zmin=low,
-            zmax=high,
-            colorscale="Cividis",
-            colorbar={"title": {"text": "log10 κ", "side": "right"}, "thickness": 12},
-            visible=index == 0,
-            hovertemplate="%{y}, step %{x}: log10 κ = %{z}<extra></extra>",
-            meta={"choice": index},
-        )
-        for index, (steps, layers, values) in enumerate(grids.values())
-    ]
+    arms = list(found)
+    room = MAX_CELLS // max(sum(len(found[i].layers) for i in arms) * len(names), 1)
+    steps = min(MAX_STEPS, max(MIN_STEPS, room))
+    traces = []
+    for number, name in enumerate(names):
+        grids = {i: grid for i, values in _having(found, name) if (grid := _grid(values, name, steps))}
+        if not grids:
+            continue
+        low = min(float(np.nanmin(z)) for _, _, z in grids.values())
+        high = max(float(np.nanmax(z)) for _, _, z in grids.values())
+        for index, grid in grids.items():
+            traces.append(_heat(grid, name, (low, high), [number, arms.index(index)]))
+    if not traces:
+        return None
     built = figure(
         traces,
         xaxis={"title": {"text": "optimizer steps"}, "type": "category"},
         yaxis={"autorange": "reversed", "type": "category"},
         meta={"heat": True},
     )
-    caption = (
-        "One row per matrix, first layer on top; one colour scale for all optimizers. Median over seeds."
+    caption = "A row per matrix, first block on top; one colour scale for all optimizers. Median over seeds."
+    rows = max(len(trace.y) for trace in traces)
+    choices = {
+        "Figure": [FIGURES[name].axis for name in names],
+        "Optimizer": [chosen.arms[index].label for index in arms],
+    }
+    return Plot("heat", "Matrix by matrix", caption, built, 130 + min(max(16 * rows, 160), 720), choices)
+
+
+def _having(found: Found, name: str) -> list[tuple[int, Spectra]]:
+    return [(index, values) for index, values in found.items() if name in values.values]
+
+
+def _trace(arm: int, label: str, stat: str, x: Floats, y: Floats, width: float, where: str) -> go.Scatter:
+    return go.Scatter(
+        x=x,
+        y=y,
+        name=label,
+        legendgroup=label,
+        showlegend=stat == "median",
+        mode="lines+markers" if len(x) < 30 and stat == "median" else "lines",
+        marker={"size": 4},
+        line=line(arm, width),
+        hovertemplate=f"{stat}: %{{y:.3~g}} {where} %{{x}}<extra>{label}</extra>",
+        meta={"arm": arm},
     )
-    rows = max(len(layers) for _, layers, _ in grids.values())
-    height = 130 + min(max(16 * rows, 160), 720)
-    return Plot("heat", "Condition number by layer and step", caption, built, height, list(grids))
 
 
-def short(layer: str) -> str:
-    """``model.layers.3.self_attn.q_proj.weight`` → ``3 q_proj``; a name without a number loses its ending
-    only.
-    """
-    stem = re.sub(r"\.weight$", "", layer)
-    numbered = re.search(r"\.(\d+)\.(.*)$", stem)
-    return f"{numbered[1]} {numbered[2].rsplit('.', 1)[-1]}" if numbered else stem
+def _lines(traces: list[Any], name: str, xaxis: dict[str, Any]) -> dict[str, Any]:
+    shown, scale = FIGURES[name], {"rangemode": "tozero"}
+    if shown.logarithmic:
+        values = np.concatenate([np.asarray(trace.y, float) for trace in traces])
+        values = values[values > 0]
+        wide = not len(values) or values.max() > 100 * values.min()
+        scale = {"type": "log", "exponentformat": "power", "dtick": 1 if wide else "D2"}
+    return figure(traces, xaxis=xaxis, yaxis={"title": {"text": shown.axis}, **scale})
 
 
-def spectra(arm: Arm) -> Spectra | None:
-    """The arm's figures folded over its runs; None if no run recorded any. Layers keep the model's order."""
-    frames = [run.moments for run in arm.runs if len(run.moments)]
-    if not frames:
+def _profile(found: Spectra, name: str) -> tuple[float, list[int], list[Floats]] | None:
+    """Last step with any value, the blocks, and the values of each; None for less than two blocks."""
+    values = found.values[name]
+    last = int(np.flatnonzero(np.isfinite(values).any(1))[-1])
+    by_block: dict[int, list[float]] = {}
+    for layer, value in zip(found.layers, values[last], strict=True):
+        number = block(layer)
+        if number is not None and np.isfinite(value):
+            by_block.setdefault(number, []).append(float(value))
+    if len(by_block) < 2:
         return None
-    columns = [{name: frame[name].tolist() for name in frame.columns} for frame in frames]
-    steps = np.unique(np.concatenate([np.asarray(c["step"], float) for c in columns]))
-    layers = list(dict.fromkeys(str(layer) for c in columns for layer in c["layer"]))
-    place = {layer: index for index, layer in enumerate(layers)}
-    values = {}
-    for name in TITLES:
-        cube = np.full((len(columns), len(steps), len(layers)), np.nan)
-        for run, c in enumerate(columns):
-            if name in c:
-                row = np.searchsorted(steps, np.asarray(c["step"], float))
-                cube[run, row, [place[str(layer)] for layer in c["layer"]]] = [number(v) for v in c[name]]
-        cube[~np.isfinite(cube)] = np.nan
-        if np.isfinite(cube).any():
-            values[name] = _fold(np.nanmedian, cube, 0)
-    return Spectra(steps, layers, values)
+    blocks = sorted(by_block)
+    return float(found.steps[last]), blocks, [np.array(by_block[b]) for b in blocks]
 
 
-def _fold(reduce: Callable[..., Floats], values: Floats, axis: int) -> Floats:
-    """``reduce`` over an axis; NaN, without numpy's warning, where there is nothing to reduce."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return reduce(values, axis=axis)
+def _heat(
+    grid: tuple[Floats, list[str], Floats], name: str, limits: tuple[float, float], choice: list[int]
+) -> go.Heatmap:
+    steps, layers, values = grid
+    shown = FIGURES[name]
+    axis = f"log10 {shown.axis}" if shown.logarithmic else shown.axis
+    return go.Heatmap(
+        z=np.round(values.T, 3 if shown.logarithmic else 1),
+        x=[f"{step:g}" for step in steps],
+        y=[short(layer) for layer in layers],
+        zmin=limits[0],
+        zmax=limits[1],
+        colorscale="Cividis",
+        colorbar={"title": {"text": axis, "side": "right"}, "thickness": 12},
+        visible=choice == [0, 0],
+        hovertemplate=f"%{{y}}, step %{{x}}: {axis} %{{z}}<extra></extra>",
+        meta={"choice": choice},
+    )
 
 
-def _over_steps(chosen: ComparisonSet, found: Sequence[Spectra | None], name: str) -> Plot | None:
-    traces: list[Any] = []
-    for index, spectrum in enumerate(found):
-        if spectrum is None or name not in spectrum.values:
-            continue
-        label = chosen.arms[index].label
-        for stat, reduce, width in (("median", np.nanmedian, 2.2), ("largest", np.nanmax, 0.9)):
-            values = _fold(reduce, spectrum.values[name], 1)
-            kept = np.isfinite(values)
-            traces.append(
-                go.Scatter(
-                    x=spectrum.steps[kept],
-                    y=values[kept],
-                    name=label,
-                    legendgroup=label,
-                    showlegend=stat == "median",
-                    mode="lines+markers" if kept.sum() < 30 and stat == "median" else "lines",
-                    marker={"size": 4},
-                    line=line(index, width),
-                    hovertemplate=f"{stat}: %{{y:.3~g}} at step %{{x}}<extra>{label}</extra>",
-                    meta={"arm": index},
-                )
-            )
-    if not traces:
-        return None
-    title, axis, logarithmic = TITLES[name]
-    yaxis: dict[str, Any] = {"title": {"text": axis}}
-    if logarithmic:
-        yaxis |= {"type": "log", "exponentformat": "power", "dtick": 1}
-    else:
-        yaxis |= {"rangemode": "tozero"}
-    built = figure(traces, xaxis={"title": {"text": "optimizer steps"}}, yaxis=yaxis)
-    return Plot(name.replace("_", "-"), title, CAPTIONS[name], built, 340)
-
-
-def _grid(found: Spectra | None) -> tuple[Floats, list[str], Floats] | None:
-    """Steps, layers and log10 condition numbers (steps, layers), empty rows and columns left out."""
-    if found is None or "condition_number" not in found.values:
-        return None
-    kappa = found.values["condition_number"]
-    logs = np.log10(np.where(kappa > 0, kappa, np.nan))
-    some = np.isfinite(logs)
+def _grid(found: Spectra, name: str, steps: int) -> tuple[Floats, list[str], Floats] | None:
+    """Steps, layers and values (log10 where the axis is logarithmic), empty rows and columns left out."""
+    values = found.values[name]
+    if FIGURES[name].logarithmic:
+        values = np.log10(np.where(values > 0, values, np.nan))
+    some = np.isfinite(values)
     rows, columns = np.flatnonzero(some.any(1)), np.flatnonzero(some.any(0))
     if not len(rows):
         return None
-    rows = rows[:: -(-len(rows) // MAX_STEPS)]
-    return found.steps[rows], [found.layers[i] for i in columns], logs[np.ix_(rows, columns)]
+    rows = rows[:: -(-len(rows) // steps)]
+    return found.steps[rows], [found.layers[i] for i in columns], values[np.ix_(rows, columns)]

@@ -30,6 +30,11 @@ MAX_POINTS = 400
 """Points of a curve in a plot: more than the pixels that tell them apart on a wide screen at half width."""
 ALL_POINTS = 12_000
 """Points of a plot with a line per run: more make a browser stutter."""
+AXIS_WORDS = {"flops": "FLOPs"}
+LABEL_HEIGHT = 17
+"""Pixels from one label to the next at the ends of curves."""
+MAX_LABELS = 60
+"""The lowest curves are labelled; a taller plot than that fits no screen."""
 FINISH = 0.6
 """The zoom on the finish starts at this share of the run."""
 
@@ -43,8 +48,10 @@ class Plot:
     caption: str
     figure: dict[str, Any]
     height: int = 340
-    choices: list[str] = field(default_factory=list)
-    """If not empty one of them is shown at a time: the traces with ``meta.choice`` equal to its index."""
+    choices: dict[str, list[str]] = field(default_factory=dict)
+    """What the reader chooses between, by name: the traces are shown whose ``meta.choice`` lists the chosen
+    indices.
+    """
     axes: list[str] = field(default_factory=list)
     """Horizontal axes that the reader may choose from."""
 
@@ -91,6 +98,8 @@ def main_plot(chosen: ComparisonSet) -> Plot | None:
         traces.append(_mean(index, chosen.arms[index], curve, keep, x, axes[0]))
         ends = {axis: float(curve.x[axis][-1]) for axis in axes}
         labels.append({"arm": index, "text": chosen.arms[index].label, "y": float(curve.mean[-1]), "x": ends})
+    if len(labels) > MAX_LABELS:
+        labels = sorted(labels, key=lambda label: label["y"])[:MAX_LABELS]
     traces += _unfinished(chosen, key, axes)
     word = "validation" if key == "val/loss" else "training"
     built = figure(
@@ -119,7 +128,20 @@ def main_plot(chosen: ComparisonSet) -> Plot | None:
     hidden = [chosen.arms[i].label for i, curve in curves.items() if not any(curve is c for c in learned)]
     above = f" Above the view of the finish: {words.listing(hidden)}." if hidden else ""
     title = f"{word.capitalize()} loss"
-    return Plot("main", title, band + stopped + above, built, 480, axes=axes)
+    caption = band + stopped + above + _absent_axes(chosen, curves, axes)
+    height = max(480, 80 + LABEL_HEIGHT * min(len(labels), MAX_LABELS))
+    return Plot("main", title, caption, built, height, axes=axes)
+
+
+def _absent_axes(chosen: ComparisonSet, curves: dict[int, Curve], axes: list[str]) -> str:
+    """Why an axis can't be chosen: which arms lack it."""
+    said = ""
+    for axis in AXES:
+        lacking = [chosen.arms[i].label for i, curve in curves.items() if axis not in curve.x]
+        if axis not in axes and len(lacking) < len(curves):
+            verb = "record" if len(lacking) > 1 else "records"
+            said += f" Not over {AXIS_WORDS.get(axis, axis)}: {words.listing(lacking[:6])} {verb} none."
+    return said
 
 
 def _learned(chosen: ComparisonSet, curves: dict[int, Curve]) -> list[Curve]:

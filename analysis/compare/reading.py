@@ -25,7 +25,10 @@ def number(value: object) -> float:
     """``value`` as a float; NaN for null, text, lists and all else that is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # JSON knows integers of any length
+        return math.nan
 
 
 def mapping(path: Path, notes: list[str], *, required: bool = False) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def mapping(path: Path, notes: list[str], *, required: bool = False) -> dict[str
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
         data = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         notes.append(f"{path.name} can't be read: {str(error).splitlines()[0]}")
         return {}
     if not isinstance(data, dict):
@@ -54,7 +57,7 @@ def rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         return []
     try:
         data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} can't be read: {str(error).splitlines()[0]}")
         return []
     kept = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
@@ -85,11 +88,11 @@ def metrics(path: Path, notes: list[str]) -> Columns:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             torn.append(index)
             continue
         step = number(row.get("step")) if isinstance(row, dict) else math.nan
-        if math.isnan(step):
+        if not math.isfinite(step):
             torn.append(index)
             continue
         repeated += step in parsed

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.compare import cost_plots, facts, moment_plots, picture, plots, tables
+from analysis.compare import cost_plots, facts, moment_plots, picture, plots, provenance, tables
 from analysis.compare.document import Document, Judged, to_json
 from analysis.compare.plots import DASHES, PALETTES, Plot
 
@@ -25,8 +25,12 @@ PART_PALETTES = {
 """Colours of the parts of a bar, apart from the arms' (a part is no arm)."""
 DASH_PATTERNS = dict(zip(DASHES, ("", "7 4", "2 4", "7 3 2 3", "11 4", "11 3 2 3"), strict=True))
 PICTURE = (1200, 640)
-BENEATH = {"lr": "lr_source", "state": "state_kinds"}
-"""Columns whose words stand in small print below a number, so that the table fits a screen."""
+BESIDE = {"loss": "interval"}
+"""Columns that stand in the cell of another, behind its number."""
+BENEATH = {"loss": "perplexity", "lr": "lr_standing", "state": "state_kinds"}
+"""Columns that stand in small print below a number, so that the table fits a screen."""
+UNSHOWN = ("lr_source",)
+"""Told in the notes below the table."""
 SPANNING = "outcome"
 """Shown across the row of a run that did not finish; of an arm that did, n says it."""
 
@@ -76,7 +80,7 @@ def _replace(path: Path, text: str) -> None:
 def render(document: Document) -> str:
     """The page as text. It loads nothing: plotly.js, styles and data are inside."""
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    sections = [_section(judged, f"set{index}", document) for index, judged in enumerate(document.sets)]
+    sections = [_section(judged, f"set{index}") for index, judged in enumerate(document.sets)]
     return _page("report.html.j2", document=document, sections=sections, made=made)
 
 
@@ -108,35 +112,35 @@ def _page(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**shared, **values)
 
 
-def _section(judged: Judged, key: str, document: Document) -> dict[str, Any]:
+def _section(judged: Judged, key: str) -> dict[str, Any]:
     chosen = judged.chosen
     main = plots.main_plot(chosen)
-    above = [main] if main else []
     training = [plots.wall_clock(chosen), cost_plots.step_time(chosen), cost_plots.memory(chosen)]
-    spectra = [*moment_plots.moment_plots(chosen), moment_plots.heat_map(chosen)]
-    below = [plot for plot in (*training, *spectra) if plot is not None]
+    found = moment_plots.find(chosen)
+    by_step, by_depth = moment_plots.over_steps(chosen, found), moment_plots.over_depth(chosen, found)
+    pairs = [[by_step[name], *([by_depth[name]] if name in by_depth else [])] for name in by_step]
+    heat = moment_plots.heat_map(chosen, found)
+    shown = [main, *training, *(plot for pair in pairs for plot in pair), heat]
+    inside = (*BENEATH.values(), *BESIDE.values(), SPANNING, *UNSHOWN)
     return {
         "key": key,
         "judged": judged,
         "main": main,
-        "columns": [c for c in judged.table.columns if c.key not in (*BENEATH.values(), SPANNING)],
+        "finish": facts.finish(chosen),
+        "columns": [c for c in judged.table.columns if c.key not in inside],
+        "beside": BESIDE,
         "beneath": BENEATH,
         "training": [plot for plot in training if plot is not None],
-        "spectra": [plot for plot in spectra if plot is not None],
+        "pairs": pairs,
+        "heat": heat,
         "matrix": facts.pair_matrix(chosen) if len(chosen.arms) > 1 else [],
-        "commands": _commands(judged, document),
+        "provenance": provenance.provenance(chosen),
         "ownership": facts.ownership(chosen),
+        "parameters": facts.parameters(chosen),
         "difference": facts.config_difference(chosen),
         "environment": facts.environment(chosen.runs),
-        "data": _data(key, [*above, *below]),
+        "data": _data(key, [plot for plot in shown if plot is not None]),
     }
-
-
-def _commands(judged: Judged, document: Document) -> list[str]:
-    if document.commands:
-        return document.commands
-    commands = dict.fromkeys(run.text("command") for run in judged.chosen.runs)
-    return [command for command in commands if command]
 
 
 def _data(key: str, shown: Iterable[Plot]) -> Markup:

@@ -1,15 +1,8 @@
-"""Runs below a folder, as the comparison needs them. The format is described in `harness.record.schema`.
-
-What another trainer leaves is read the same way: `metrics.jsonl` and a `summary.json` with `optimizer`,
-`seed`, `comparison_key` and `state` are enough (docs/report.md).
-"""
+"""One run, as the comparison needs it. `loading` reads it from its folder, `foreign` from a table."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,35 +10,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.compare import reading
 from analysis.compare.reading import Columns, number
-from harness.config.errors import InputError
-from harness.record.schema import SCHEMA_VERSION, STATES
-
-# What may differ between two runs whose losses are compared: the arm, the seed, and what changes no loss.
-NOT_COMPARED = ("optimizer", "seed", "name", "group", "runs_dir", "engine", "world_size", "micro_batch_size")
-NOT_COMPARED += (
-    "log_every",
-    "eval",
-    "moments",
-    "wandb",
-    "overwrite",
-    "checkpoint",
-    "profile",
-    "time_limit",
-    "resume",
-)
-_MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "status.json")
 
 
 @dataclass
 class Run:
-    """One run folder, read. Absent files leave empty containers; every oddity is a line of ``notes``."""
+    """One run, read. Absent files leave empty containers; every oddity is a line of ``notes``."""
 
     folder: Path
-    """The run folder."""
+    """The run folder, or the table that holds a run of another trainer."""
     where: str
-    """Its path relative to the folder that was loaded."""
+    """Its path relative to the folder that was loaded; for a table with what picks the run out of it."""
     config: dict[str, Any]
     summary: dict[str, Any]
     status: dict[str, Any]
@@ -60,6 +35,20 @@ class Run:
     comparison_key: str
     """Runs that share it have equal data, model, budget and precision."""
     notes: list[str] = field(default_factory=list)
+    foreign: bool = False
+    """Read from a table of another trainer: what it says of data and budget is not checked."""
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """What status.json tells of each attempt."""
+        found = self.status.get("attempts")
+        return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """Steps from which later attempts went on; an attempt that began anew has none."""
+        steps = [number(attempt.get("first_step")) for attempt in self.attempts[1:]]
+        return [int(step) for step in steps if math.isfinite(step) and step > 0]
 
     @property
     def optimizer(self) -> str:
@@ -84,7 +73,7 @@ class Run:
     def seed(self) -> int:
         """Seed; −1 where none is recorded."""
         value = number(self.summary.get("seed", self.config.get("seed")))
-        return -1 if math.isnan(value) else int(value)
+        return int(value) if math.isfinite(value) else -1
 
     @property
     def final_loss(self) -> float:
@@ -99,7 +88,7 @@ class Run:
 
     @property
     def steps(self) -> float:
-        """Steps done."""
+        """Steps done; NaN where nothing tells."""
         recorded = number(self.summary.get("steps", self.status.get("step")))
         logged = self.metrics.get("step")
         return float(logged[-1]) if math.isnan(recorded) and logged is not None else recorded
@@ -107,18 +96,36 @@ class Run:
     @property
     def certificate(self) -> str:
         """What is known of its optimizer on its engine (`optbench certify`), in words; empty if not recorded."""
-        found = self.environment.get("certificate")
-        if not isinstance(found, dict):
+        found = self.certified
+        if found is None:
             return ""
         if found.get("passed") is None:
             return f"none: {found.get('reason', 'uncertified cell')}"
         if not found["passed"]:
             return "failed"
-        error = number(found.get("replay_error"))
+        error = self.replay_error
         words = ["passed"] + ([f"replay error {error:.1e}"] if math.isfinite(error) else [])
         if found.get("current") is False:
             words.append("of other sources")
         return ", ".join(words)
+
+    @property
+    def certified(self) -> dict[str, Any] | None:
+        """The certificate as the run recorded it (`harness.verify.certificates.of_run`); None if it did not."""
+        found = self.environment.get("certificate")
+        return found if isinstance(found, dict) else None
+
+    @property
+    def replay_error(self) -> float:
+        """Replay error of its certificate; NaN without one."""
+        return number((self.certified or {}).get("replay_error"))
+
+    @property
+    def commit(self) -> str:
+        """Git commit of the code; empty if not recorded."""
+        found = self.environment.get("git")
+        commit = found.get("commit") if isinstance(found, dict) else None
+        return commit if isinstance(commit, str) else ""
 
     def fact(self, key: str, part: str | None = None) -> float:
         """A number of the summary, or of a table in it (``fact("time_s", "optimizer")``); NaN if absent."""
@@ -146,113 +153,3 @@ class Run:
         """A word of the summary, else of the configuration; empty if absent."""
         value = self.summary.get(key)
         return "" if value is None else str(value)
-
-
-def load(folder: str | Path) -> list[Run]:
-    """All runs below ``folder`` (or ``folder`` itself), in the order of their paths.
-
-    Raises:
-        InputError: the folder does not exist or no run lies below it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError("report", folder, "is not a folder", fix="optbench report runs/GROUP")
-    runs = [_read(path, root) for path in sorted(_run_folders(root))]
-    if not runs:
-        raise InputError(
-            "report", folder, "holds no runs", allowed="a folder of run folders", fix="optbench report runs"
-        )
-    _adopt_keys(runs)
-    return runs
-
-
-def _run_folders(root: Path) -> Iterator[Path]:
-    for directory, below, files in os.walk(root):
-        if any(mark in files for mark in _MARKS):
-            below.clear()
-            yield Path(directory)
-        else:
-            # A run that was replaced is moved aside under a name with a dot.
-            below[:] = sorted(name for name in below if not name.startswith("."))
-
-
-def _read(folder: Path, root: Path) -> Run:
-    notes: list[str] = []
-    config = reading.mapping(folder / "config.yaml", notes, required=True)
-    summary = reading.mapping(folder / "summary.json", notes)
-    status = reading.mapping(folder / "status.json", notes)
-    version = number(summary.get("schema_version", status.get("schema_version")))
-    if version < SCHEMA_VERSION:
-        notes.append(f"written by schema {version:g}, this is {SCHEMA_VERSION}: what it lacks is left blank")
-    elif version > SCHEMA_VERSION:
-        notes.append(
-            f"written by the newer schema {version:g}, this is {SCHEMA_VERSION}: unknown parts are left out"
-        )
-    state, reason = _state(folder, summary, status, notes)
-    relative = folder.relative_to(root).as_posix()
-    run = Run(
-        folder=folder,
-        where=folder.name if relative == "." else relative,
-        config=config,
-        summary=summary,
-        status=status,
-        environment=reading.mapping(folder / "environment.json", notes),
-        parameters=reading.rows(folder / "parameters.json", notes),
-        metrics=reading.metrics(folder / "metrics.jsonl", notes),
-        moments=reading.moments(folder / "moments.parquet", notes),
-        state=state,
-        reason=reason,
-        comparison_key=str(summary.get("comparison_key") or ""),
-        notes=notes,
-    )
-    if state == "finished" and not run.finished:
-        notes.append("finished without a finite validation loss: it counts as failed")
-        run.state, run.reason = "failed", "no finite validation loss at the end"
-    return run
-
-
-def _state(
-    folder: Path, summary: Mapping[str, Any], status: Mapping[str, Any], notes: list[str]
-) -> tuple[str, str]:
-    """What became of the run, and why, from whichever file tells."""
-    attempts = status.get("attempts")
-    attempts = [a for a in attempts if isinstance(a, dict)] if isinstance(attempts, list) else []
-    if len(attempts) > 1:
-        notes.append(f"resumed: {len(attempts)} attempts")
-    last = attempts[-1] if attempts else {}
-    state = str(summary.get("state") or status.get("state") or last.get("state") or "running")
-    reason = str(summary.get("reason") or last.get("reason") or "")
-    if state not in STATES:
-        notes.append(f"state {state!r} is unknown: it counts as failed")
-        return "failed", reason or f"unknown state {state}"
-    if not summary:
-        notes.append("no summary.json: the run is not over, or was killed")
-        if state == "finished":
-            return "failed", "no summary.json"
-        return state, reason or f"no summary; last state: {state}"
-    if state == "finished" and not (folder / "DONE").exists():
-        notes.append("finished, but the DONE file is missing")
-    return state, reason
-
-
-def _adopt_keys(runs: list[Run]) -> None:
-    """Give a run without a comparison key the key of the runs whose configuration agrees where it matters."""
-    known: dict[str, str] = {}
-    for run in runs:
-        if run.comparison_key and run.config:
-            known.setdefault(_fingerprint(run.config), run.comparison_key)
-    for run in runs:
-        if not run.comparison_key:
-            print_ = _fingerprint(run.config)
-            run.comparison_key = known.get(
-                print_, f"config:{print_}" if run.config else f"unknown:{run.where}"
-            )
-            if print_ in known:
-                run.notes.append(
-                    "placed beside runs of the same configuration (it records no comparison key)"
-                )
-
-
-def _fingerprint(config: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
-    return json.dumps(kept, sort_keys=True, default=str)

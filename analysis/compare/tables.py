@@ -16,7 +16,9 @@ from rich.text import Text
 
 from analysis.compare import words
 from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.compare.reading import number
 from analysis.compare.runs import Run
+from analysis.compare.standing_cautions import lr_standing
 from harness.record.schema import TIME_PARTS
 
 
@@ -61,7 +63,7 @@ class Table:
 
 STEP_PARTS = tuple(part for part in TIME_PARTS if part != "probes")
 
-WHOLE, WITH_OUTCOME = 190, 100
+WHOLE, WITH_OUTCOME = 205, 100
 """Terminal widths from which the table stands in one piece, and failures in a column of their own."""
 
 _RESULT, _COST = "result", "cost"
@@ -76,6 +78,14 @@ COLUMNS = [
         "seconds_to_target", "to target", "s", "the same in seconds, with evaluations and probes", _RESULT
     ),
     Column("lr", "lr", "", "peak learning rate", _RESULT),
+    Column(
+        "lr_standing",
+        "lr is",
+        "",
+        "tuned default: found by tuning at this model size; untuned default: at another; given: by the command line",
+        _RESULT,
+        False,
+    ),
     Column("lr_source", "lr from", "", "where the learning rate came from", _RESULT, False),
     Column("outcome", "outcome", "", "how many runs finished, and what became of the others", _RESULT, False),
     Column("state", "state", "MiB", "optimizer state of rank 0, exact", _COST),
@@ -89,6 +99,14 @@ COLUMNS = [
         "MiB",
         "allocator's peak on CUDA, resident set on CPU; max over processes",
         _COST,
+    ),
+    Column(
+        "certificate",
+        "certificate",
+        "",
+        "whether this rule on this engine makes the update that it should (optbench certify), and the replay error",
+        _COST,
+        False,
     ),
 ]
 
@@ -104,10 +122,11 @@ def build(chosen: ComparisonSet, *, ranks: bool) -> Table:
     if ranks:
         ranked = chosen.ranked()
         order = ranked + [i for i in order if i not in ranked]
+    rows_of = {index: _arm(chosen.arms[index], chosen.target) for index in order}
     rows = []
-    for index in order:
+    for index, cells in rows_of.items():
         arm = chosen.arms[index]
-        rows.append(Row(index, False, _arm(arm, chosen.target)))
+        rows.append(Row(index, False, cells))
         rows.extend(Row(index, True, _failure(arm, run)) for run in arm.runs if not run.finished)
     notes = []
     if math.isfinite(chosen.target):
@@ -115,14 +134,20 @@ def build(chosen: ComparisonSet, *, ranks: bool) -> Table:
         notes.append(f"target: {words.loss(chosen.target)} nats/token, the mean final loss of {worst.label}")
     if math.isfinite(chosen.entropy):
         notes.append(f"unigram entropy of the corpus: {words.loss(chosen.entropy)} nats/token")
+    sources: dict[str, list[str]] = {}
+    for index in order:
+        if (source := rows_of[index]["lr_source"].text) not in ("given", words.MISSING):
+            sources.setdefault(source, []).append(chosen.arms[index].label)
+    for source, labels in sources.items():
+        whose = "learning rates" if len(sources) == 1 else f"learning rate of {words.listing(labels)}"
+        notes.append(f"{whose}: {source}")
     return Table(chosen.title, COLUMNS, rows, notes)
 
 
 def _arm(arm: Arm, target: float) -> dict[str, Cell]:
     run = (arm.finished or arm.runs)[0]
-    kinds = run.summary.get("state_bytes")
-    kinds = {str(k): float(v) for k, v in kinds.items()} if isinstance(kinds, dict) else {}
-    mib, finished, curve = 2**20, len(arm.finished), arm.curve
+    kinds, mib = state_kinds(run), 2**20
+    finished, curve = len(arm.finished), arm.curve
     perplexity = math.exp(min(arm.final.mean, 700)) if arm.final.n else math.nan
     steps = curve.first_below(target, "steps") if curve else math.nan
     seconds = curve.first_below(target, "seconds") if curve else math.nan
@@ -136,6 +161,7 @@ def _arm(arm: Arm, target: float) -> dict[str, Cell]:
         "steps_to_target": Cell(words.grouped(steps), steps),
         "seconds_to_target": _number(seconds),
         "lr": _number(run.fact("lr")),
+        "lr_standing": _word(lr_standing(arm)),
         "lr_source": _word(run.text("lr_source")),
         "outcome": _word(f"{finished} of {len(arm.runs)} finished"),
         "state": _number(state),
@@ -146,7 +172,26 @@ def _arm(arm: Arm, target: float) -> dict[str, Cell]:
         "step_ms": _number(arm.mean_time(*STEP_PARTS) * 1000),
         "tokens_per_s": Cell(words.grouped(arm.mean("tokens_per_s")), arm.mean("tokens_per_s")),
         "peak": _number(arm.mean("memory_bytes", "peak") / mib),
+        "certificate": _word(_certificate(arm)),
     }
+
+
+def state_kinds(run: Run) -> dict[str, float]:
+    """Bytes of the optimizer's state by kind, as far as they are numbers."""
+    kinds = run.summary.get("state_bytes")
+    sizes = {str(kind): number(size) for kind, size in kinds.items()} if isinstance(kinds, dict) else {}
+    return {kind: size for kind, size in sizes.items() if math.isfinite(size)}
+
+
+def _certificate(arm: Arm) -> str:
+    """The certificate of the arm's runs: failed if one failed, none if one has none, else the largest error."""
+    found = [run.certified for run in arm.runs]
+    if any(c is not None and c.get("passed") is False for c in found):
+        return "✗ failed"
+    if not all(c is not None and c.get("passed") for c in found):
+        return "none"
+    errors = [run.replay_error for run in arm.runs if math.isfinite(run.replay_error)]
+    return f"✓ {max(errors):.1e}" if errors else "✓"
 
 
 def _failure(arm: Arm, run: Run) -> dict[str, Cell]:
@@ -192,7 +237,7 @@ def print_table(table: Table, console: Console) -> None:
 def _rich(table: Table, columns: list[Column], rows: list[Row], title: str | None) -> RichTable:
     heading = Text(title) if title else None
     drawn = RichTable(title=heading, title_justify="left", header_style="bold", pad_edge=False, box=None)
-    narrow = [c for c in columns if c.key != "lr_source"]
+    narrow = [c for c in columns if c.key not in ("lr_source", "lr_standing")]
     for column in narrow:
         head = f"{column.label}\n{column.unit}" if column.unit else column.label
         justify = "right" if column.numeric else "left"

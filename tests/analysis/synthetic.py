@@ -46,7 +46,7 @@ class Recipe:
         default_factory=lambda: {"moment": 4_800_000, "second_moment": 4_800_000}
     )
     lr: float = 1e-3
-    lr_source: str = "given"
+    lr_source: str = "tuned at 1.3M, 200 steps of 2,048 tokens"
     lr_tuned: bool = True
     epochs: float = 0.4
     options: dict[str, Any] = field(default_factory=dict)
@@ -274,10 +274,22 @@ def _moments(recipe: Recipe, rng: np.random.Generator, last: int) -> pd.DataFram
 
 
 _ENVIRONMENT = {
-    "versions": {"python": "3.11.2", "torch": "2.13.0+cpu", "transformers": "5.0.0", "optbench": "0.1.0"},
+    "python": "3.11.2",
+    "system": "Linux x86_64",
+    "packages": {"optbench": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.0.0"},
     "device": "cpu",
-    "cores": 2,
-    "git_commit": "0123456789abcdef0123456789abcdef01234567",
+    "world_size": 2,
+    "threads_per_process": 1,
+    "cpu_cores": 2,
+    "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "modified": False},
+    "engine": "ddp",
     "corpus_sha256": "c" * 64,
     "tokenizer_sha256": "d" * 64,
+    "certificate": {
+        "cell": "× ddp × fp32 × accumulation 1 × clipping on",
+        "passed": True,
+        "replay_error": 9.6e-7,
+        "coverage": "exact",
+        "current": True,
+    },
 }

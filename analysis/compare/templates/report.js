@@ -13,6 +13,14 @@
     return list[("part" in trace.meta ? trace.meta.part : trace.meta.arm) % list.length];
   };
 
+  const isChosen = (trace, view) => trace.meta.choice.every((c, i) => c === view.choice[i]);
+
+  const pen = document.createElement("canvas").getContext("2d");
+  const textWidth = (text) => {
+    pen.font = `600 13px ${getComputedStyle(document.body).fontFamily}`;
+    return pen.measureText(text).width;
+  };
+
   function traces(figure, view) {
     return figure.data.map((original) => {
       const trace = { ...original };
@@ -23,7 +31,7 @@
       }
       if ("part" in meta) trace.marker = { ...trace.marker, color: colour(trace), line: { width: 1, color: css("--ground") } };
       if (meta.x && view.axis) trace.x = meta.x[view.axis];
-      if ("choice" in meta) trace.visible = meta.choice === view.choice;
+      if ("choice" in meta) trace.visible = isChosen(trace, view);
       if (trace.type === "heatmap") trace.colorbar = { ...trace.colorbar, tickfont: { color: css("--soft") }, outlinewidth: 0 };
       return trace;
     });
@@ -54,16 +62,22 @@
       out.showlegend = true;
       out.margin.t = 44;
     }
-    if (meta.heat) { out.xaxis.nticks = narrow() ? 6 : 14; out.xaxis.showgrid = out.yaxis.showgrid = false; out.yaxis.tickfont.size = 11; }
+    if (meta.heat) { out.xaxis.nticks = narrow() ? 6 : 14; out.xaxis.showgrid = out.yaxis.showgrid = false; out.yaxis.tickfont.size = 11; heatLayout(out, figure, view); }
     if (meta.bars) { out.yaxis.showgrid = false; out.yaxis.tickfont = { size: 13, color: css("--text") }; out.margin.t = 58; }
     if (meta.main) mainLayout(out, meta, view);
     return out;
   }
 
+  // The colour bar takes what the shown figure's name needs; an optimizer that lacks the figure says so.
+  function heatLayout(out, figure, view) {
+    if (figure.data.some((trace) => isChosen(trace, view))) return;
+    out.annotations = [{ xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, text: "not recorded for this optimizer", font: { size: 14, color: css("--soft") } }];
+    out.xaxis.visible = out.yaxis.visible = false;
+  }
+
   function mainLayout(out, meta, view) {
     const range = meta.ranges[view.axis][view.zoom];
-    const longest = Math.max(...meta.labels.map((l) => l.text.length));
-    out.margin.r = Math.min(18 + 7.6 * longest, narrow() ? 110 : 240);
+    out.margin.r = Math.min(14 + Math.max(...meta.labels.map((l) => textWidth(l.text))), narrow() ? 110 : 240);
     out.margin.t = 10;
     out.xaxis.range = range.x.slice();
     out.yaxis.range = range.y.slice();
@@ -134,14 +148,16 @@
   document.querySelectorAll("[data-figure]").forEach((element) => {
     const plot = figures[element.dataset.figure];
     if (!plot) return;
-    drawn.set(element.dataset.figure, { element, view: { axis: plot.axes[0], zoom: "finish", choice: 0 } });
+    drawn.set(element.dataset.figure, { element, view: { axis: plot.axes[0], zoom: "finish", choice: plot.choices ? Object.keys(plot.choices).map(() => 0) : [] } });
     observer.observe(element);
   });
 
   document.addEventListener("change", (event) => {
     const { role, plot } = event.target.dataset;
     if (!role || !drawn.has(plot)) return;
-    drawn.get(plot).view[role] = role === "choice" ? Number(event.target.value) : event.target.value;
+    const { view } = drawn.get(plot);
+    if (role === "choice") view.choice[Number(event.target.dataset.which)] = Number(event.target.value);
+    else view[role] = event.target.value;
     draw(plot);
   });
   const redraw = () => drawn.forEach(({ element }, key) => { if (element.dataset.drawn) draw(key); });

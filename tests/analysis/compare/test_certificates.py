@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from analysis.compare import document, report
-from analysis.compare.runs import load
+from analysis.compare.loading import load
 from tests.analysis import synthetic
 
 PASSED = {"passed": True, "replay_error": 1.2e-6, "current": True}

@@ -7,14 +7,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from plotly.offline import get_plotlyjs
 
-from analysis.compare import document, picture, plots, report
+from analysis.compare import comparison, document, facts, picture, plots, provenance, report, words
 from analysis.compare.cost_plots import memory, step_time
 from analysis.compare.document import Document
-from analysis.compare.moment_plots import heat_map, moment_plots, short
+from analysis.compare.moment_plots import find, heat_map, over_depth, over_steps
+from analysis.compare.spectra import short
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
@@ -212,7 +214,8 @@ def test_thinning_keeps_spikes_and_ends(found: Document) -> None:
 
 def test_bars_and_spectra_carry_the_measured_numbers(found: Document) -> None:
     chosen = found.sets[0].chosen
-    times, sizes, heat = step_time(chosen), memory(chosen), heat_map(chosen)
+    spectra = find(chosen)
+    times, sizes, heat = step_time(chosen), memory(chosen), heat_map(chosen, spectra)
     assert times
     assert sizes
     assert heat
@@ -220,10 +223,142 @@ def test_bars_and_spectra_carry_the_measured_numbers(found: Document) -> None:
     assert optimizer["x"] == pytest.approx([4.0, 11.0, 16.0, 19.0])
     moment = next(trace for trace in sizes.figure["data"] if trace["name"] == "state: moment")
     assert moment["x"] == pytest.approx([b / 2**20 for b in (4_800_000, 1_300_000, 3_100_000, 1_300_000)])
-    assert heat.choices == ["adamw", "galore", "muon", "sumo"]
+    assert heat.choices["Optimizer"] == ["adamw", "galore", "muon", "sumo"]
+    assert heat.choices["Figure"][:2] == ["condition number", "effective rank"]
     assert len(heat.figure["data"][0]["z"]) == 28
-    shown = {plot.key: [t["name"] for t in plot.figure["data"]] for plot in moment_plots(chosen)}
-    assert set(shown["polar-error"]) == {"muon", "sumo"}, "no factor, no error"
+    shown = {
+        plot.key: {t["name"] for t in plot.figure["data"]}
+        for plots in (over_steps(chosen, spectra), over_depth(chosen, spectra))
+        for plot in plots.values()
+    }
+    assert len(shown) == 10
+    for key in ("polar-error", "polar-error-depth", "orthogonality-error"):
+        assert shown[key] == {"muon", "sumo"}, "no factor, no error"
+    assert shown["condition-number-depth"] == set(TYPICAL)
+
+
+def test_figures_over_depth_are_those_of_the_last_probe(tmp_path: Path) -> None:
+    """Block b holds κ = 10^(b+1), the last probe ten times that: median and largest are known."""
+    folder = synthetic.write(tmp_path, Recipe("sumo"))
+    rows = [
+        {"step": step, "layer": f"model.layers.{b}.mlp.{part}.weight", "condition_number": at * x * 10.0**b}
+        for step, at in ((1, 10), (200, 100))
+        for b in (10, 2, 0)
+        for part, x in (("up_proj", 1), ("down_proj", 3), ("gate_proj", 2))
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "moments.parquet")
+    (judged,) = document.read(tmp_path).sets
+    plot = over_depth(judged.chosen, find(judged.chosen))["condition_number"]
+    median, largest = plot.figure["data"]
+    assert median["x"] == [0, 2, 10], "blocks by number, not by letter"
+    assert median["y"] == pytest.approx([200 * 10.0**b for b in (0, 2, 10)])
+    assert largest["y"] == pytest.approx([300 * 10.0**b for b in (0, 2, 10)])
+    assert "At step 200" in plot.caption
+
+
+def test_heat_maps_stay_light_with_many_arms_and_matrices(tmp_path: Path) -> None:
+    for arm in range(12):
+        synthetic.write(tmp_path, Recipe(f"arm{arm}", layers=24, steps=4000, log_every=100))
+    (judged,) = document.read(tmp_path).sets
+    heat = heat_map(judged.chosen, find(judged.chosen))
+    assert heat
+    cells = sum(len(t["z"]) * len(t["z"][0]) for t in heat.figure["data"])
+    assert 50_000 < cells <= 150_000
+    steps = heat.figure["data"][0]["x"]
+    assert steps[0] == "1"
+
+
+def test_every_parameter_is_listed_with_the_rule_of_each_arm(found: Document) -> None:
+    head, body = facts.parameters(found.sets[0].chosen)
+    assert head == ["parameter", "shape", "adamw", "galore", "muon", "sumo"]
+    rows = {row[0]: row[1:] for row in body}
+    assert rows["model.layers.[0–3].self_attn.q_proj.weight"] == [
+        "128 × 128",
+        "adamw",
+        "galore",
+        "muon",
+        "sumo",
+    ]
+    assert rows["model.embed_tokens.weight"] == ["4096 × 128", *["adamw"] * 4]
+    listed = sum(4 if "[0–3]" in name else 1 for name in rows)
+    assert listed == len(found.runs[0].parameters)
+
+
+def test_blocks_with_other_rules_stand_apart(tmp_path: Path) -> None:
+    folder = synthetic.write(tmp_path, Recipe("sumo"))
+    path = folder / "parameters.json"
+    rows = json.loads(path.read_text())
+    for row in rows:
+        if row["name"] == "model.layers.1.mlp.up_proj.weight":
+            row["rule"] = "adamw"
+    path.write_text(json.dumps(rows))
+    (judged,) = document.read(tmp_path).sets
+    body = facts.parameters(judged.chosen)[1]
+    mine = {row[0]: row[2] for row in body if "up_proj" in row[0]}
+    assert mine == {
+        "model.layers.[0, 2, 3].mlp.up_proj.weight": "sumo",
+        "model.layers.1.mlp.up_proj.weight": "adamw",
+    }
+
+
+def test_differences_outside_of_the_optimizer_stand_apart(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw"], [0], overrides={"max_grad_norm": 2.0})
+    synthetic.group(tmp_path, ["sumo"], [0], options={"rank": 32})
+    runs = document.read(tmp_path).runs
+    for run in runs:
+        run.comparison_key = "same"
+    (chosen,) = comparison.compare(runs)
+    outside, own = facts.config_difference(chosen)
+    assert outside == (["key", "adamw", "sumo"], [["max_grad_norm", "2.0", "1.0"]])
+    assert [row[0] for row in own[1]] == ["optimizer.name", "optimizer.lr", "optimizer.rank"]
+
+
+def test_the_finish_stands_in_numbers_too(found: Document) -> None:
+    head, body = facts.finish(found.sets[0].chosen)
+    assert head == ["step", "adamw", "galore", "muon", "sumo"]
+    assert [row[0] for row in body] == [str(step) for step in range(20, 201, 20)]
+    assert body[-1][1:] == [words.loss(arm.final.mean) for arm in found.sets[0].chosen.arms]
+
+
+def test_where_it_came_from_is_said_once_and_where_runs_disagree_twice(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw", "sumo"], [0])
+    path = tmp_path / "sumo-seed0" / "environment.json"
+    changed = {**json.loads(path.read_text()), "git": {"commit": "f" * 40, "modified": True}}
+    path.write_text(json.dumps(changed))
+    (judged,) = document.read(tmp_path).sets
+    told = dict(provenance.provenance(judged.chosen))
+    assert told["code"] == (
+        "optbench 0.1.0, commit 0123456789 | optbench 0.1.0, commit ffffffffff with uncommitted changes"
+    )
+    assert told["versions"] == "Python 3.11.2, torch 2.13.0+cpu"
+    assert told["machine"] == "cpu, 2 processes (ddp)"
+    assert told["corpus"] == "c" * 12
+    assert told["comparison key"] == judged.chosen.key
+    assert "different_code" in {c.code for c in judged.cautions}
+
+
+def test_commands_are_those_that_made_each_set(tmp_path: Path) -> None:
+    """Two groups below one folder, one of them made by `compare`, one run by run."""
+    synthetic.group(tmp_path / "a", ["adamw", "sumo"], [0])
+    synthetic.group(tmp_path / "b", ["muon"], [0])
+    (tmp_path / "a" / "compare.json").write_text(json.dumps({"commands": ["optbench compare adamw sumo"]}))
+    (judged,) = document.read(tmp_path).sets
+    assert judged.commands == [
+        "optbench compare adamw sumo",
+        "optbench train optimizer=muon seed=0 steps=200",
+    ]
+
+
+def test_an_axis_that_an_arm_lacks_is_named(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw"], [0, 1])
+    key = document.read(tmp_path).runs[0].comparison_key
+    (tmp_path / "soap.csv").write_text(f"step,val/loss,comparison_key\n100,4,{key}\n200,3.4,{key}\n")
+    (judged,) = document.read(tmp_path).sets
+    main = plots.main_plot(judged.chosen)
+    assert main
+    assert main.axes == ["steps"]
+    for words_ in ("Not over tokens: soap records none.", "Not over FLOPs: soap records none."):
+        assert words_ in main.caption
 
 
 def test_layer_names_are_shortened_without_merging() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from analysis.compare.comparison import compare
-from analysis.compare.runs import Run, load
+from analysis.compare.loading import load
+from analysis.compare.runs import Run
 from harness.config.errors import InputError
 from tests.analysis import synthetic
 from tests.analysis.synthetic import Recipe
@@ -43,10 +44,20 @@ def test_nested_groups_are_found_and_replaced_runs_are_not(tmp_path: Path) -> No
     assert [run.where for run in load(tmp_path)] == ["a/b/adamw-seed0"]
 
 
-@pytest.mark.parametrize("name", ["", "missing"])
-def test_nothing_to_read_is_bad_input(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"holds no runs|is not a folder"):
-        load(tmp_path / name)
+def test_a_folder_that_does_not_exist_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        load(tmp_path / "missing")
+
+
+def test_an_empty_folder_holds_no_runs(tmp_path: Path) -> None:
+    assert load(tmp_path) == []
+
+
+def test_a_run_that_goes_on_is_not_over_though_an_older_summary_lies_there(tmp_path: Path) -> None:
+    folder = synthetic.write(tmp_path, Recipe(state="interrupted", stop_at=60))
+    assert only(tmp_path).state == "interrupted"
+    edit(folder / "status.json", state="running")
+    assert only(tmp_path).state == "running"
 
 
 def test_a_killed_run_keeps_what_it_wrote(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is concluded from runs, and above all what is not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from analysis.compare.cautions import cautions
 from analysis.compare.comparison import ComparisonSet, compare
-from analysis.compare.runs import load
+from analysis.compare.loading import load
 from analysis.compare.verdict import Verdict, judge
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
@@ -40,7 +41,7 @@ def test_a_clear_winner_is_named_with_interval_n_and_scope(tmp_path: Path) -> No
         assert part in verdict.detail
     for part in ("llama_tiny", "1.31 M parameters", "200 steps", "kjv"):
         assert part in verdict.scope
-    assert not codes(tmp_path, grave=True)
+    assert codes(tmp_path, grave=True) == {"undertrained"}, "0.3 tokens per parameter, and nothing else"
 
 
 def test_one_seed_ranks_nothing(tmp_path: Path) -> None:
@@ -130,7 +131,70 @@ def test_a_run_made_twice_counts_once(tmp_path: Path) -> None:
 def test_cautions_for_what_weakens_the_numbers(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw"], epochs=2.5, lr_tuned=False)
     synthetic.group(tmp_path, ["sumo"], epochs=2.5, summary={"device": "NVIDIA H100", "skipped_steps": 2})
-    assert codes(tmp_path, grave=True) == {"epochs", "untuned_lr", "different_machines", "skipped_steps"}
+    expected = {"epochs", "untuned_lr", "unequal_tuning", "undertrained", "different_machines"}
+    assert codes(tmp_path, grave=True) == {*expected, "skipped_steps"}
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(19.9, True), (20.1, False)])
+def test_undertrained_is_below_twenty_tokens_per_parameter(
+    tmp_path: Path, tokens: float, warned: bool
+) -> None:
+    synthetic.group(tmp_path, ["adamw"], summary={"parameters": 200 * 2048 / tokens})
+    assert ("undertrained" in codes(tmp_path, grave=True)) is warned
+
+
+@pytest.mark.parametrize(
+    ("source", "tuned", "said"),
+    [
+        ("given", True, "adamw tuned default; sumo given"),
+        ("of another size", False, "adamw tuned default; sumo untuned default"),
+        ("tuned at 1 M", True, None),
+        (None, None, "adamw tuned default; sumo not recorded"),
+    ],
+)
+def test_unequal_care_for_learning_rates_is_said(
+    tmp_path: Path, source: str | None, tuned: bool | None, said: str | None
+) -> None:
+    synthetic.group(tmp_path, ["adamw"])
+    synthetic.group(tmp_path, ["sumo"], summary={"lr_source": source, "lr_tuned": tuned})
+    found = [c.message for c in cautions(only(tmp_path)) if c.code == "unequal_tuning"]
+    assert found == ([f"Unequal tuning of the learning rate: {said}."] if said else [])
+
+
+def attempts(folder: Path, *first_steps: int) -> None:
+    path = folder / "status.json"
+    entries = [{"first_step": step, "state": "finished"} for step in first_steps]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attempts": entries}))
+
+
+def test_resumed_is_grave_and_says_where_begun_anew_is_a_note(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1])
+    attempts(tmp_path / "sumo-seed1", 0, 80, 140)
+    attempts(tmp_path / "adamw-seed0", 0, 0)
+    found = {c.code: c for c in cautions(only(tmp_path)) if c.code in ("resumed", "record")}
+    assert found["resumed"].grave
+    assert (
+        found["resumed"].message
+        == "Resumed: sumo seed 1 at step 80 and 140. Seconds are summed over attempts."
+    )
+    assert not found["record"].grave
+    assert found["record"].message.startswith("adamw-seed0: begun anew 1 time")
+
+
+def test_an_uncertified_cell_is_grave(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw", "muon", "sumo"], [0, 1])
+    for folder in sorted(tmp_path.iterdir()):
+        environment = json.loads((folder / "environment.json").read_text())
+        if folder.name.startswith("muon"):
+            environment["certificate"] = {"passed": None, "reason": "options that differ: side"}
+        if folder.name.startswith("sumo"):
+            del environment["certificate"]
+        (folder / "environment.json").write_text(json.dumps(environment))
+    found = [c.message for c in cautions(only(tmp_path)) if c.code == "uncertified" and c.grave]
+    assert found == [
+        "No certificate for muon: options that differ: side.",
+        "No certificate is recorded for sumo.",
+    ]
 
 
 def test_no_finished_run(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""Warnings on what the arms bring along: learning rates, certificates, machines, code, foreign tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from analysis.compare import words
+from analysis.compare.caution import Caution, arm_labels, named
+from analysis.compare.comparison import Arm, ComparisonSet
+
+TUNED, UNTUNED, GIVEN = "tuned default", "untuned default", "given"
+
+
+def lr_standing(arm: Arm) -> str:
+    """How the arm's learning rate came about; empty where that is not recorded."""
+    run = max(arm.runs, key=lambda r: len(r.summary))
+    if run.text("lr_source") == "given":
+        return GIVEN
+    tuned = run.summary.get("lr_tuned")
+    return TUNED if tuned is True else UNTUNED if tuned is False else ""
+
+
+def learning_rates(chosen: ComparisonSet) -> Iterable[Caution]:
+    """Untuned defaults, and arms whose rates had unequal care."""
+    standings = {arm.label: lr_standing(arm) for arm in chosen.arms}
+    untuned = [
+        f"{arm.label} {words.significant(max(run.fact('lr') for run in arm.runs))}"
+        for arm in chosen.arms
+        if standings[arm.label] == UNTUNED
+    ]
+    if untuned:
+        text = f"Default learning rates that were not tuned at this size: {words.listing(untuned)}."
+        yield Caution("untuned_lr", text)
+    unknown = [label for label, standing in standings.items() if not standing]
+    groups = {s: [label for label, own in standings.items() if own == s] for s in (TUNED, UNTUNED, GIVEN)}
+    groups = {standing: labels for standing, labels in groups.items() if labels}
+    if len(groups) > 1 or (groups and unknown):
+        parts = [f"{words.listing(labels)} {standing}" for standing, labels in groups.items()]
+        if unknown:
+            parts.append(f"{words.listing(unknown)} not recorded")
+        yield Caution("unequal_tuning", f"Unequal tuning of the learning rate: {'; '.join(parts)}.")
+
+
+def certificates(chosen: ComparisonSet) -> Iterable[Caution]:
+    """Arms that run a cell (rule, engine, precision …) whose update is not known to be right."""
+    if failed := named(chosen, lambda run: run.certificate == "failed"):
+        yield Caution("certificate", f"The optimizer failed its certificate on this engine: {failed}.")
+    reasons: dict[str, list[str]] = {}
+    for arm in chosen.arms:
+        for run in arm.runs:
+            if run.certified is not None and run.certified.get("passed") is None:
+                reason = str(run.certified.get("reason") or "uncertified cell")
+                labels = reasons.setdefault(reason, [])
+                labels += [arm.label] * (arm.label not in labels)
+    for reason, labels in reasons.items():
+        yield Caution("uncertified", f"No certificate for {words.listing(labels)}: {reason}.")
+    if absent := arm_labels(chosen, lambda run: run.certified is None):
+        who = "any optimizer" if len(absent) == len(chosen.arms) > 1 else words.listing(absent)
+        yield Caution("uncertified", f"No certificate is recorded for {who}.")
+    if stale := arm_labels(chosen, lambda run: (run.certified or {}).get("current") is False):
+        text = f"The certificates of {words.listing(stale)} are of other sources than the runs'."
+        yield Caution("stale_certificate", text, False)
+
+
+def machines(chosen: ComparisonSet) -> Iterable[Caution]:
+    """Devices, engines and world sizes that differ, and the code of the runs."""
+    for key, word in (("device", "devices"), ("engine", "engines"), ("world_size", "world sizes")):
+        values = sorted({run.text(key) for run in chosen.runs if run.text(key)})
+        if len(values) > 1:
+            text = f"Different {word} ({', '.join(values)}): losses compare; times and memory do not."
+            yield Caution("different_machines", text)
+    commits = sorted({run.commit for run in chosen.runs if run.commit})
+    if len(commits) > 1:
+        shown = ", ".join(commit[:10] for commit in commits[:4]) + (", …" if len(commits) > 4 else "")
+        yield Caution("different_code", f"Made at {len(commits)} commits of the code: {shown}.", False)
+
+
+def foreign(chosen: ComparisonSet) -> Iterable[Caution]:
+    """Runs that stand on their table's word."""
+    if who := named(chosen, lambda run: run.foreign):
+        text = (
+            f"Read from tables of other trainers: {who}. That data, budget and evaluation agree with the others' "
+            "is what their comparison_key says; it is not checked."
+        )
+        yield Caution("foreign", text, False)
+    finished = [run for run in chosen.runs if run.finished]
+    silent = [key for key in ("steps", "tokens") if any(math.isnan(run.fact(key)) for run in finished)]
+    if silent:
+        lacking = named(chosen, lambda r: r.finished and any(math.isnan(r.fact(key)) for key in silent))
+        text = f"Equal budgets can't be checked: {lacking} record no {words.listing(silent, 'or')}."
+        yield Caution("unknown_budget", text)
