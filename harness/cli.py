@@ -97,6 +97,26 @@ COMMANDS: dict[str, Command] = {
             ("--out DIR", "write certificates.json and certificates.md there (runs/certificates)"),
         ),
     ),
+    "margin": Command(
+        "analysis.margin.command:main",
+        "how slowly training reaches its robustness margin",
+        "[mode=toy|flow|mlp|head] [key=value …] [NAME.option=value …] [--out DIR] [--json]",
+        (
+            ("", "gradient descent on two neurons and two points: the gap closes as 1/ln t"),
+            ("optimizer=gd,adam,muon,sumo w=1,-3 b=0.5,0 steps=100000", "which optimizers escape that"),
+            ("mode=flow join_at=10000", "the same trajectory to flow time 1e300, checked against the steps"),
+            ("experiment=margin_inits", "many random starts, dead ones counted"),
+        ),
+        (
+            ("--out DIR", "write there instead of runs/margin/<name>"),
+            ("mode", "toy (steps), flow (log-time), mlp (digits), head (a checkpoint); docs/margin.md has all keys"),
+            ("w, b, v", "start of the toy net; v=fixed, v=trained or numbers"),
+            ("data", "a,c for the points -a and c, or a CSV file of points"),
+            ("optimizer", "gd, ngd, sign, spectral, adam, or any of `optbench list`, separated by commas"),
+            ("lr, steps", "of the optimizers; NAME.lr for one of them"),
+            ("join_at, ln_tau_max", "flow: from the state after so many steps, up to this ln τ"),
+        ),
+    ),
     "list": Command(
         "harness.listing:list_command",
         "models, optimizers, engines, data sets",

@@ -44,11 +44,21 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Seconds per part since the last read, and "total", the wall-clock time between the reads. Waits."""
+        seconds = self.peek()
+        self._seconds, self._last_read = defaultdict(float), time.perf_counter()
+        return seconds
+
+    def peek(self) -> dict[str, float]:
+        """What `read` would give, without beginning anew. Waits."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             for name, begin, end in self._events:
                 self._seconds[name] += begin.elapsed_time(end) * 1e-3
-        now = time.perf_counter()
-        seconds = {**self._seconds, "total": now - self._last_read}
-        self._seconds, self._events, self._last_read = defaultdict(float), [], now
-        return seconds
+            self._events = []
+        return {**self._seconds, "total": time.perf_counter() - self._last_read}
+
+    def resume(self, seconds: dict[str, float]) -> None:
+        """Go on counting from what `peek` gave in an earlier process, beginning now."""
+        parts = {name: value for name, value in seconds.items() if name != "total"}
+        self._seconds, self._events = defaultdict(float, parts), []
+        self._last_read = time.perf_counter() - seconds["total"]

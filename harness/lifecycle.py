@@ -1,25 +1,75 @@
-"""Signals: how a run is asked to stop."""
+"""How a run is asked to stop, by signals and by the clock, and how others see that its processes live."""
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import sys
+import threading
+import time
+from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
+
+import psutil
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""USR1 is what SLURM's ``--signal`` sends by convention."""
+REPEAT_S = 3.0
+"""A signal within this time after the first one is the same wish again: SLURM signals each process of a step, the
+launcher among them, which passes it on."""
+KILLED = 128
+"""Exit code of a process that stops at once: this plus the signal's number, as a shell has it."""
+RESERVE_S = 10.0
+"""Seconds before the time limit at which a run begins to stop, besides what its last checkpoint took."""
+BEAT_S = 2.0
+FOLDER = "heartbeat"
+_ROOT = Path(__file__).parent.parent
 
 
-class StopSignal:
-    """Notes SIGINT and SIGTERM instead of dying of them; the loop then finishes its step on all processes.
+class Stop:
+    """Notes that the run is asked to end; the loop then finishes its step on all processes and saves.
 
-    Repeats are ignored: a terminal's Ctrl-C reaches the workers twice, once from the terminal and once from
-    the launcher that passes it on.
+    Signals: the first one asks, a second one (`REPEAT_S` later or more) ends this process at once; whatever it is
+    writing then has a name that nobody reads. The clock: ``time_limit`` counts from the start of this process.
+
+    Args:
+        time_limit_s: seconds; None: none.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, time_limit_s: float | None = None) -> None:
+        self.time_limit_s = time_limit_s
+        self.save_s = 0.0
+        """How long saving takes, as far as it is known."""
+        self.signal: signal.Signals | None = None
+        """The first one that came."""
+        self._noted_at = 0.0
+        self._started = psutil.Process().create_time()
         self._previous = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process has been asked."""
+        return self.signal is not None or self.is_late
+
+    @property
+    def is_late(self) -> bool:
+        """Whether there is just the time left to save."""
+        if self.time_limit_s is None:
+            return False
+        return time.time() - self._started >= self.time_limit_s - RESERVE_S - 2 * self.save_s
+
+    @property
+    def reason(self) -> str:
+        """Who asked, for people."""
+        if self.signal is not None:
+            return self.signal.name
+        return f"time_limit of {self.time_limit_s:g} s" if self.is_late else "a signal to another process"
 
     def install(self) -> None:
         """Take the handlers over (main thread only)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
 
     def restore(self) -> None:
@@ -28,4 +78,94 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._noted_at = signal.Signals(number), now
+        elif now - self._noted_at >= REPEAT_S:
+            os._exit(KILLED + number)
+
+
+class Heartbeat:
+    """A file per process that says, every `BEAT_S` seconds, which step it is in and which line it executes.
+
+    A thread writes it, so it stops where the process was stopped or killed, and shows the place where it hangs. A
+    folder that cannot be written stops nothing.
+
+    Args:
+        folder: the run folder.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = folder / FOLDER / f"rank_{rank:05d}.json"
+        self._main = threading.main_thread().ident
+        self._ended = threading.Event()
+        self.step = 0
+        """That the process is in; set by the loop."""
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; the file stays."""
+        self._ended.set()
+
+    def _beat(self) -> None:
+        while True:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Not synced to the disk: it is of no use after a crash of the machine.
+                part = self._path.with_suffix(".part")
+                part.write_text(json.dumps({"step": self.step, "where": self._where()}))
+                part.replace(self._path)
+            except OSError:
+                return
+            if self._ended.wait(BEAT_S):
+                return
+
+    def _where(self) -> str:
+        frame = sys._current_frames().get(self._main or 0)
+        while frame is not None and not _is_ours(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is None:
+            return ""
+        path = Path(frame.f_code.co_filename)
+        return f"{path.parent.name}/{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+def _is_ours(filename: str) -> bool:
+    return Path(filename).is_relative_to(_ROOT)
+
+
+class Beat(NamedTuple):
+    """The last sign of life of a process."""
+
+    step: int
+    where: str
+    age_s: float
+
+
+def heartbeats(folder: Path) -> dict[int, Beat]:
+    """Rank → last sign of life, of all processes of a run."""
+    found = {}
+    for path in (folder / FOLDER).glob("rank_*.json"):
+        try:
+            content, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
+        except (OSError, ValueError):
+            continue
+        found[int(path.stem.removeprefix("rank_"))] = Beat(content["step"], content["where"], age)
+    return found
+
+
+def silent_ranks(folder: Path) -> str:
+    """A line about processes that gave no sign of life while others did: stopped, killed, or on a dead node. Empty
+    where there are none."""
+    beats = heartbeats(folder)
+    youngest = min((beat.age_s for beat in beats.values()), default=0.0)
+    late = {rank: beat for rank, beat in sorted(beats.items()) if beat.age_s > youngest + 2 * BEAT_S}
+    return "; ".join(
+        f"rank {rank} has given no sign of life for {beat.age_s:.0f} s, since step {beat.step} ({beat.where})"
+        for rank, beat in late.items()
+    )

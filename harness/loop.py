@@ -15,7 +15,7 @@ from harness.clock import Clock
 from harness.config.schema import RunConfig
 from harness.engines import Engine
 from harness.feed import Feed, MicroBatch
-from harness.lifecycle import StopSignal
+from harness.lifecycle import Heartbeat, Stop
 from harness.model import loss_sum
 from harness.probes.flops import FlopCount
 from harness.record.folder import Row
@@ -37,6 +37,63 @@ class Probe(Protocol):
         """Add keys to the row of a step that is due."""
         ...
 
+    def state(self) -> dict[str, Any]:
+        """What it must know to go on in another process: JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """Go on from what `state` gave after ``steps`` steps."""
+        ...
+
+
+class Keeper(Protocol):
+    """Who keeps checkpoints. Runs on every process, which call each method at the same points."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether this process wants a checkpoint now. Does not block."""
+        ...
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process is still writing one. Does not block."""
+        ...
+
+    def before_step(self) -> None:
+        """Called before a step draws random numbers."""
+        ...
+
+    def after_step(self, *, wanted: bool, writing: bool) -> None:
+        """Called after a step, with what any process said of the two properties, up to two steps ago."""
+        ...
+
+    def stop(self) -> None:
+        """Called where the run is asked to stop before its end: nothing that was done may be lost."""
+        ...
+
+    def finish(self) -> None:
+        """Called at the end of the run."""
+        ...
+
+
+class NoKeeper:
+    """Keeps nothing."""
+
+    is_wanted = False
+    is_writing = False
+
+    def before_step(self) -> None:
+        """Nothing."""
+
+    def after_step(self, *, wanted: bool, writing: bool) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
 
 class Sink(Protocol):
     """Somewhere that rows go. Runs on rank 0 alone."""
@@ -56,6 +113,10 @@ class Ledger:
     wall_s: float = 0.0
     skipped: int = 0
     stop: bool = False
+    wanted: bool = False
+    """A checkpoint was wanted, at the last vote that was read."""
+    writing: bool = False
+    """One was being written, at that vote."""
     loss: torch.Tensor | None = None
     """Loss sums of this process since the last row, in nats."""
     loss_tokens: int = 0
@@ -88,9 +149,11 @@ class Run:
     factor: Factor
     feed: Feed
     clock: Clock
-    stop: StopSignal
+    stop: Stop
     probes: Sequence[Probe] = ()
     sinks: Sequence[Sink] = ()
+    checkpoints: Keeper = field(default_factory=NoKeeper)
+    heartbeat: Heartbeat | None = None
     folder: Path | None = None
     """The run folder, where this process is the one that writes it."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -98,9 +161,18 @@ class Run:
 
 def train(run: Run) -> str:
     """Train to the end, to a stop signal or to divergence; returns the state to record (`record.schema.STATES`)."""
-    config, engine, clock, ledger = run.config, run.engine, run.clock, run.ledger
-    for step in range(config.steps):
+    config, engine, clock, ledger, checkpoints = (
+        run.config,
+        run.engine,
+        run.clock,
+        run.ledger,
+        run.checkpoints,
+    )
+    for step in range(ledger.step, config.steps):
+        if run.heartbeat is not None:
+            run.heartbeat.step = step + 1
         due = [probe for probe in run.probes if probe.due(step)]
+        checkpoints.before_step()
         with clock.part("data"):
             micro_batches = run.feed.step(step)
             tokens = run.feed.loss_tokens(step)
@@ -116,8 +188,9 @@ def train(run: Run) -> str:
                 probe.before_update(step)
             set_lr(run.optimizer, run.factor(step))
             ledger.grad_norm, nonfinite = engine.step(config.max_grad_norm)
+            said = (run.stop.requested, checkpoints.is_wanted, checkpoints.is_writing)
             ledger.pending = engine.vote(
-                torch.stack([nonfinite, torch.full_like(nonfinite, run.stop.requested)])
+                torch.stack([nonfinite, *(torch.full_like(nonfinite, word) for word in said)])
             )
         ledger.loss = loss if ledger.loss is None else ledger.loss + loss
         ledger.loss_tokens += tokens
@@ -125,10 +198,14 @@ def train(run: Run) -> str:
         ledger.step = step + 1
         if due:
             write_row(run, step, due)
+        checkpoints.after_step(wanted=ledger.wanted, writing=ledger.writing)
     settle(run)
-    if ledger.skipped > config.max_skipped_steps:
-        return "diverged"
-    return "finished" if ledger.step == config.steps else "interrupted"
+    is_diverged = ledger.skipped > config.max_skipped_steps
+    if ledger.step < config.steps and not is_diverged:
+        checkpoints.stop()
+        return "interrupted"
+    checkpoints.finish()
+    return "diverged" if is_diverged else "finished"
 
 
 def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], weight: float) -> torch.Tensor:
@@ -152,12 +229,12 @@ def settle(run: Run) -> None:
     """Read the last step's vote, if there is one, and let the host catch up with what it says."""
     if run.ledger.pending is None:
         return
-    nonfinite, stop = run.ledger.pending()
+    nonfinite, stop, wanted, writing = run.ledger.pending()
     run.ledger.pending = None
     if nonfinite:
         run.ledger.skipped += 1
         run.engine.retract_step()
-    run.ledger.stop = bool(stop)
+    run.ledger.stop, run.ledger.wanted, run.ledger.writing = bool(stop), bool(wanted), bool(writing)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

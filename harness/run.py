@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.table import Table
 
 from harness import engines, model, schedule
+from harness.checkpoint import resuming
+from harness.checkpoint.saving import Checkpoints
+from harness.checkpoint.store import Store
 from harness.clock import Clock
-from harness.config import deepspeed_config
+from harness.config import deepspeed_config, durations
 from harness.config.engine_checks import ZERO
 from harness.data import Batches, Validation
 from harness.engines import Engine
 from harness.feed import Feed
-from harness.lifecycle import StopSignal
+from harness.lifecycle import Heartbeat, Stop, silent_ranks
 from harness.loop import Run, Whole, train
 from harness.optimizer import build_optimizer, ownership, shard_axes
 from harness.preparation import Prepared
@@ -42,13 +46,45 @@ def execute(prepared: Prepared) -> str:
     engine = engines.start(prepared.config)
     run = assemble(prepared, engine)
     if engine.rank != 0:
+        _keep_alive(run, prepared)
+        keeper, choice = _keeper(run, prepared, attempt=0, say=_to_stderr)
+        resuming.resume(run, keeper.store, choice, lambda line: None)
         state = train(run)
     else:
         with _recording(prepared, run) as recorder:
             state = recorder.train()
+    if run.heartbeat is not None:
+        run.heartbeat.stop()
     # Not after an exception: the other processes are elsewhere then, and waiting for them would hide it.
     engine.close()
     return state
+
+
+def _keep_alive(run: Run, prepared: Prepared) -> None:
+    run.engine.bound_waiting()
+    run.heartbeat = Heartbeat(prepared.folder, run.engine.rank)
+    run.heartbeat.start()
+
+
+def _keeper(
+    run: Run, prepared: Prepared, *, attempt: int, say: Callable[[str], None]
+) -> tuple[Checkpoints, resuming.Choice]:
+    """Hang the checkpoints on a run and find the one to go on from (a collective)."""
+    choice = resuming.choose(run, Store(prepared.folder), identity=prepared.identity, attempt=attempt)
+    facts = {
+        "identity": prepared.identity,
+        "comparison_key": prepared.comparison_key,
+        "attempt": choice.attempt,
+        "engine": run.engine.name,
+        "world_size": run.engine.world_size,
+    }
+    keeper = Checkpoints(run, prepared.folder, facts, say)
+    run.checkpoints = keeper
+    return keeper, choice
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def assemble(prepared: Prepared, engine: Engine) -> Run:
@@ -80,7 +116,8 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         device=engine.device,
     )
     factor = schedule.factor(config.schedule, config.steps)
-    run = Run(config, engine, network, whole, optimizer, factor, feed, Clock(engine.device), StopSignal())
+    stop = Stop(durations.seconds("time_limit", config.time_limit))
+    run = Run(config, engine, network, whole, optimizer, factor, feed, Clock(engine.device), stop)
     run.probes = [
         Evaluation(run, validation),
         Moments(run),
@@ -105,7 +142,15 @@ class _Recorder:
     def train(self) -> str:
         """Announce, train, and note how it ended."""
         run = self.run
+        _keep_alive(run, self.prepared)
+        store = Store(self.folder.path)
+        store.discard_partial()
+        if not run.config.resume:
+            store.set_aside(self.folder.attempt - 1)
+        keeper, choice = _keeper(run, self.prepared, attempt=self.folder.attempt, say=self.log.say)
         self._announce(run)
+        first_step = resuming.resume(run, keeper.store, choice, self.log.say)
+        self.rows = self.folder.begin(first_step)
         progress = ProgressSink(self.log, run.config.steps)
         mirror = self._mirror(run)
         run.sinks = [_Keeper(self), progress, mirror]
@@ -115,6 +160,8 @@ class _Recorder:
             progress.close()
             self.reason = self.reason or summary.reason(self.state, run)
             self._sum_up(run)
+            if self.state == "interrupted":
+                self.folder.ask_to_be_requeued(run.ledger.step)
             mirror.finish(self.facts, exit_code=0 if self.state in ("finished", "interrupted") else 1)
         return self.state
 
@@ -173,12 +220,18 @@ class _Recorder:
             "unigram_entropy": self.prepared.corpus.unigram_entropy,
         }
         mirror = WandbSink(run.config, self.folder.path, self.folder.wandb_run_id, keys, self.log.say)
-        self.folder.set_state("running", step=0)
+        self.folder.set_state("running", step=run.ledger.step)
         return mirror
 
     def _sum_up(self, run: Run) -> None:
         self.facts = summary.build(
-            self.prepared, run, rows=self.rows, state=self.state, reason=self.reason, warnings=self.warnings
+            self.prepared,
+            run,
+            rows=self.rows,
+            state=self.state,
+            reason=self.reason,
+            warnings=self.warnings,
+            resumed_from=self.folder.resumed_from,
         )
         self.folder.write_json("summary.json", self.facts)
 
@@ -205,6 +258,8 @@ def _recording(prepared: Prepared, run: Run) -> Iterator[_Recorder]:
         yield recorder
     except BaseException as error:
         recorder.state, recorder.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        if late := silent_ranks(prepared.folder):
+            recorder.reason = f"{late}; then {recorder.reason}"
         folder.add_log(traceback.format_exc())
         raise
     finally:

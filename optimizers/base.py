@@ -192,6 +192,10 @@ class Optimizer(torch.optim.Optimizer):
         """0-dim int64 on the device: factorizations that needed a fallback, since construction."""
         return self._fallbacks
 
+    def add_fallbacks(self, count: int) -> None:
+        """Count those of an earlier process that this one goes on from."""
+        self._fallbacks = self._fallbacks + count
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; what they are decides their rule, and options in the dict win over the optimizer's.
 

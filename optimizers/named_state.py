@@ -3,7 +3,7 @@ another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -141,22 +141,21 @@ def assemble(parts: Iterable[StatePiece]) -> dict[tuple[str, str], Tensor]:
     return found
 
 
-def load(optimizer: Optimizer, steps: dict[str, int], lookup: Callable[[str, str], Tensor]) -> None:
-    """Fill the state from whole tensors (a collective where matrices are split over ranks).
+def load(optimizer: Optimizer, steps: Mapping[str, int], read: Callable[[StatePiece], Tensor]) -> None:
+    """Fill the state from what was saved (a collective where matrices are split over ranks).
 
     Args:
         optimizer: with the same rules and options as the one that was saved.
         steps: parameter name → steps taken.
-        lookup: (name, kind) → whole tensor; may be a view of a mapped file, of which only this process' interval
-            is read.
+        read: part of the state here → its saved numbers, of the part's shape. From whole tensors:
+            ``lambda part: part.of(whole[part.name, part.kind])``.
 
     Raises:
         KeyError: a parameter is not among `steps`.
-        ValueError: a tensor of another shape.
     """
     for parameter in (p for group in optimizer.parameters_of_groups for p in group):
         optimizer.state[parameter]["step"] = steps[optimizer.name_of(parameter)]
     with torch.no_grad():
         for part in pieces(optimizer):
-            part.tensor.copy_(part.of(lookup(part.name, part.kind)))
+            part.tensor.copy_(read(part))
     optimizer.state_was_replaced()

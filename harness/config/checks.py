@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.config import engine_checks, launcher, learning_rates, model_checks
+from harness.config import durations, engine_checks, launcher, learning_rates, model_checks
 from harness.config.errors import InputError
 from harness.config.keys import word
 from harness.config.model_facts import ModelFacts, facts
@@ -46,6 +46,7 @@ def check(
         InputError: the first thing that cannot work.
     """
     _check_folders(config)
+    durations.seconds("time_limit", config.time_limit)
     shapes = facts(config.model)
     model_checks.check(config, shapes)
     values = config.model_dump()

@@ -124,6 +124,8 @@ class EngineConfig(_Group):
     """hsdp: copies of the sharded weights; divides world_size. The processes of one copy are neighbours."""
     reshard_after_forward: bool = True
     """fsdp2, hsdp: give a layer's whole weights back between its forward and its backward pass."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """A process that makes the others wait longer than this in a collective ends the run."""
     config_file: str | None = None
     """zero0 … zero3: a DeepSpeed JSON file of your own; what our keys decide may not stand in it."""
 
@@ -158,6 +160,22 @@ class MomentsConfig(_Group):
     first and the last step are probed."""
 
 
+class CheckpointConfig(_Group):
+    """What is kept so that a run can go on."""
+
+    every: Every = "auto"
+    """Steps between checkpoints (the last step has one, too); auto: every 15 minutes; null: none but those of a run
+    that is stopped. A run that a signal or its time_limit stops always leaves one."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest stay."""
+    keep_best: bool = False
+    """The one with the lowest validation loss stays, too, of those taken in steps with an evaluation."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Those whose step this divides stay, too."""
+    background: bool = True
+    """Write while training goes on; takes memory for a copy of what is written."""
+
+
 class WandbConfig(_Group):
     """Mirror of the run folder in Weights & Biases."""
 
@@ -179,6 +197,7 @@ class RunConfig(_Group):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     moments: MomentsConfig = Field(default_factory=MomentsConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)
 
     steps: int = Field(default=200, ge=1)
@@ -207,6 +226,12 @@ class RunConfig(_Group):
     """Runs that belong together: folder below runs_dir, W&B group."""
     name: str | None = None
     """Folder of this run; null: model, optimizer, seed and identity."""
+    resume: bool = True
+    """Go on from the newest valid checkpoint of this run, if there is one; false: start again, and set the old
+    checkpoints aside."""
+    time_limit: str | int | float | None = None
+    """Stop with a checkpoint before this much time is over (exit code 75): seconds, or 90m, 2h30m, 1-12:00:00 (as SLURM
+    writes it). null: none."""
     overwrite: bool = False
     """Replace a finished run, or one of another identity, in the same folder (the old one is moved aside,
     not deleted)."""

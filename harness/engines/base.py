@@ -12,6 +12,7 @@ from torch import nn
 
 from harness.config.schema import RunConfig
 from harness.engines.holdings import Layout
+from optimizers.layouts.layout import Layout as ParameterLayout
 
 
 class Engine(Protocol):
@@ -106,6 +107,35 @@ class Engine(Protocol):
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """Whole weights by parameter name on rank 0, nothing elsewhere: fp32 copies on the CPU (a collective)."""
+        ...
+
+    def bound_waiting(self) -> None:
+        """Let no collective wait longer than ``engine.timeout_s``; once everything is prepared."""
+        ...
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, as they are between steps."""
+        ...
+
+    def parameter_layout(self) -> ParameterLayout:
+        """How the trainable parameters lie on the processes, where the optimizer (a plug-in) does not know."""
+        ...
+
+    def weights_were_replaced(self) -> None:
+        """Bring along what the engine derives from the weights, after they were overwritten (a collective)."""
+        ...
+
+    def rehearse(self, step: Callable[[], object]) -> None:
+        """Call ``step`` (forward and backward, gradients of no use) where the engine settles in with its first one, so
+        that what follows adds up in the order of a run that is under way (a collective)."""
+        ...
+
+    def scaler_state(self) -> dict[str, float]:
+        """The loss scale and what decides when it changes; empty without loss scaling."""
+        ...
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Go on from that; an empty one changes nothing."""
         ...
 
     def release(self) -> None:

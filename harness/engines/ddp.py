@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -14,6 +14,7 @@ from harness.config.schema import RunConfig
 from harness.engines.holdings import Layout, tensor_bytes
 from harness.engines.masked import MaskedSteps
 from harness.engines.processes import without_accelerate_plugins
+from optimizers.layouts.replicated import ReplicatedLayout
 
 
 class ReplicatedEngine(MaskedSteps):
@@ -76,6 +77,18 @@ class ReplicatedEngine(MaskedSteps):
             "weights": tensor_bytes([*self._module.parameters(), *self._module.buffers()]),
             "gradients": tensor_bytes(p.grad for p in self._module.parameters() if p.grad is not None),
         }
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+
+    def parameter_layout(self) -> ReplicatedLayout:
+        return ReplicatedLayout(self.process_group())
+
+    def rehearse(self, step: Callable[[], object]) -> None:
+        """DDP orders its buckets by the first backward pass, and with them the sums of three processes or more."""
+        if self.world_size > 1:
+            step()
+            self._optimizer.zero_grad(set_to_none=True)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         if self.rank:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -25,6 +25,8 @@ from harness.engines.ddp import autocast
 from harness.engines.holdings import Layout, tensor_bytes
 from harness.engines.masked import MaskedSteps
 from harness.engines.processes import Processes
+from optimizers.layouts.partitioned import PartitionedLayout
+from optimizers.layouts.replicated import ReplicatedLayout
 
 
 class _DeepSpeed(Processes):
@@ -41,6 +43,10 @@ class _DeepSpeed(Processes):
 
     def exposed_communication(self) -> float | None:
         """DeepSpeed does not measure it."""
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, without the prefix of DeepSpeed's wrapper."""
+        return {name: p for name, p in self._engine.module.named_parameters() if p.requires_grad}
 
     def release(self) -> None:
         """Undo what DeepSpeed did to this process; stage 3 replaces torch's linear function for good."""
@@ -95,6 +101,9 @@ class UnpartitionedEngine(_DeepSpeed, MaskedSteps):
             "gradients": tensor_bytes(self._parameters),
         }
 
+    def parameter_layout(self) -> ReplicatedLayout:
+        return ReplicatedLayout(self.process_group())
+
     def full_weights(self) -> dict[str, torch.Tensor]:
         if self.rank:
             return {}
@@ -122,6 +131,7 @@ class PartitionedEngine(_DeepSpeed):
         self._gradient_bytes = 0
         self.model: nn.Module
         self._zero: Any
+        self._layout: PartitionedLayout
 
     def process_group(self) -> dist.ProcessGroup | None:
         return None
@@ -130,13 +140,14 @@ class PartitionedEngine(_DeepSpeed):
         exact = {}
         if self._config.precision != "fp32":
             exact = {name: p.detach().clone() for name, p in model.named_parameters()}
+        groups = [list(group["params"]) for group in optimizer.param_groups]
         self.model = self._start(model, optimizer, self._config)
         self._zero = self._engine.optimizer
         # DeepSpeed raises the loss scale before it divides the gradients by it, so that they come out halved in
         # that step (0.19.8, measured). Ours comes after the step.
         self._update_loss_scale = self._zero._update_scale
         self._zero._update_scale = lambda overflow: None
-        bind(optimizer, self._engine)
+        self._layout = bind(optimizer, self._engine, groups)
         self._set_masters(exact)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -171,6 +182,36 @@ class PartitionedEngine(_DeepSpeed):
         else:
             held += list(zero.single_partition_of_fp32_groups)
         return {"weights": tensor_bytes(held), "gradients": self._gradient_bytes}
+
+    def parameter_layout(self) -> PartitionedLayout:
+        return self._layout
+
+    def weights_were_replaced(self) -> None:
+        """The weights to compute with, from the fp32 masters, as after a step."""
+        zero = self._zero
+        if self._stage < 3:
+            zero.update_lp_params()
+            return
+        # Small parameters stay whole between steps: given up here, the next forward pass gathers the new ones.
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        for index, master in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[index].data.copy_(master.data)
+            zero._unflatten_partitioned_parameters(index)
+
+    def scaler_state(self) -> dict[str, float]:
+        if self._config.precision != "fp16":
+            return {}
+        scaler = vars(self._zero.loss_scaler)
+        return {key: value for key, value in scaler.items() if isinstance(value, bool | int | float)}
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Of DeepSpeed's scaler, or the scale alone of torch's."""
+        scaler = self._zero.loss_scaler
+        if "cur_scale" in state:
+            vars(scaler).update({key: value for key, value in state.items() if key in vars(scaler)})
+        elif "scale" in state:
+            scaler.cur_scale = state["scale"]
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -207,22 +248,35 @@ class PartitionedEngine(_DeepSpeed):
         return torch.tensor(value, dtype=torch.float32, device=self.device)
 
 
-def bind(optimizer: torch.optim.Optimizer, engine: Any) -> None:
+def bind(
+    optimizer: torch.optim.Optimizer, engine: Any, groups: Sequence[Sequence[torch.Tensor]]
+) -> PartitionedLayout:
     """Let an optimizer that was built on whole parameters find its matrices in DeepSpeed's flat slices.
 
     Optimizers of torch get the slices as they are: the configuration's checks let only those pass that update
     every element by itself.
 
+    Args:
+        optimizer: DeepSpeed's client.
+        engine: DeepSpeed's.
+        groups: the parameters of each group before DeepSpeed put flat slices in their place.
+
+    Returns:
+        How the parameters lie.
+
     Raises:
         RuntimeError: matrices would be stepped as 1-D slices, or not at all.
     """
-    if not isinstance(optimizer, optimizers.Optimizer):
-        return
     from optimizers.layouts import deepspeed_binding
 
+    if not isinstance(optimizer, optimizers.Optimizer):
+        return deepspeed_binding.layout_of(engine, groups)
     deepspeed_binding.attach(optimizer, engine)
     if not optimizer.is_attached:
         raise RuntimeError(f"{type(optimizer).__name__} was not bound to DeepSpeed's slices")
+    layout = optimizer.layout
+    assert isinstance(layout, PartitionedLayout)
+    return layout
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:

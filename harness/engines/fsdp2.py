@@ -17,6 +17,7 @@ from harness.config.schema import RunConfig
 from harness.engines.holdings import Layout, tensor_bytes
 from harness.engines.masked import MaskedSteps, root_sum_square
 from optimizers.layouts.axes import possible_axis
+from optimizers.layouts.sharded import ShardedLayout
 
 
 class ShardedEngine(MaskedSteps):
@@ -106,6 +107,12 @@ class ShardedEngine(MaskedSteps):
             "weights": tensor_bytes([*self._named.values(), *self.model.buffers()]),
             "gradients": tensor_bytes(gradients),
         }
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._named.items() if p.requires_grad}
+
+    def parameter_layout(self) -> ShardedLayout:
+        return ShardedLayout(list(self.named_parameters().items()))
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         whole: dict[str, torch.Tensor] = {}

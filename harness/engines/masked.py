@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -73,6 +75,15 @@ class MaskedSteps(Processes):
         retract = getattr(self._optimizer, "retract_step", None)
         if retract is not None:
             retract()
+
+    def scaler_state(self) -> dict[str, float]:
+        """Of `torch.amp.GradScaler`."""
+        return self._scaler.state_dict()
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Of a run in the same precision, on whichever engine."""
+        if state and self._scaler.is_enabled():
+            self._scaler.load_state_dict(dict(state))
 
     def _apply(self) -> None:
         self._optimizer.step()

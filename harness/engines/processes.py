@@ -6,12 +6,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
@@ -38,8 +40,9 @@ class Processes:
         # torch's own wrappers call collectives under names that it deprecated.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         torch.set_num_threads(config.engine.threads or _threads_per_process())
+        self._timeout = timedelta(seconds=config.engine.timeout_s)
         with without_accelerate_plugins():
-            state = PartialState(cpu=not torch.cuda.is_available())
+            state = PartialState(cpu=not torch.cuda.is_available(), timeout=self._timeout)
         self.name = config.engine.name
         self.rank, self.world_size = state.process_index, state.num_processes
         self.device = torch.device(state.device or "cpu")
@@ -52,10 +55,16 @@ class Processes:
             )
         if needs_group and not dist.is_initialized():
             backend = "gloo" if self.device.type == "cpu" else "nccl"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=self._timeout)
 
     def shard(self, model: nn.Module, axes: Mapping[str, int]) -> None:
         """Nothing: the optimizer is built on whole parameters."""
+
+    def bound_waiting(self) -> None:
+        """Give every process group the configured timeout: meshes and DeepSpeed make groups with the default of
+        half an hour."""
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the processes (a copy)."""
@@ -83,6 +92,12 @@ class Processes:
         done = torch.cuda.Event()
         done.record()
         return lambda: (done.synchronize(), host.tolist())[1]
+
+    def weights_were_replaced(self) -> None:
+        """Nothing: the weights are all there is."""
+
+    def rehearse(self, step: Callable[[], object]) -> None:
+        """Nothing: the first step adds up as every other."""
 
     def release(self) -> None:
         """Undo what the engine did to this process, which stays in the process group."""

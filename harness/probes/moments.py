@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,6 +45,18 @@ class Moments:
 
     def before_update(self, step: int) -> None:
         self._run.optimizer.observe_moments(True)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def state(self) -> dict[str, Any]:
+        """When the next probe is affordable, and what the last ones cost."""
+        return {"next": self._next, "spent": self._spent}
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """Go on from that; rank 0 takes the rows of its file up to there."""
+        self._next, self._spent = state["next"], state["spent"]
+        path = None if self._run.folder is None else self._run.folder / "moments.parquet"
+        if path is not None and path.exists():
+            table = pq.read_table(path, schema=_SCHEMA)
+            self._rows = [row for row in table.to_pylist() if row["step"] <= steps]
 
     def measure(self, step: int, row: Row) -> None:
         begin = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from harness.loop import Run, mean_loss
@@ -31,6 +33,14 @@ class Progress:
 
     def before_update(self, step: int) -> None:
         """Nothing to prepare."""
+
+    def state(self) -> dict[str, Any]:
+        """Where the last row was."""
+        return {"last_step": self._last_step, "last_tokens": self._last_tokens}
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """Go on from that row."""
+        self._last_step, self._last_tokens = state["last_step"], state["last_tokens"]
 
     def measure(self, step: int, row: Row) -> None:
         run = self._run

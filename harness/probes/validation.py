@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -23,6 +24,8 @@ class Evaluation:
         every = run.config.eval.every
         self._every = max(1, run.config.steps // 10) if every == "auto" else every
         self.best: float | None = None
+        self.last: tuple[int, float | None] = (0, None)
+        """Steps done at the last evaluation, and what it gave (None where that was not finite)."""
 
     def due(self, step: int) -> bool:
         return step + 1 == self._run.config.steps or (
@@ -41,6 +44,15 @@ class Evaluation:
         row["val/perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self.best is None or loss < self.best:
             self.best = loss
+        self.last = (step + 1, loss if math.isfinite(loss) else None)
+
+    def state(self) -> dict[str, Any]:
+        """The best loss so far."""
+        return {"best": self.best}
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """Go on from it."""
+        self.best = state["best"]
 
 
 @torch.no_grad()

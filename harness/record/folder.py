@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 from omegaconf import OmegaConf
@@ -18,6 +18,9 @@ from harness.config.identity import differing_keys
 from harness.config.schema import RunConfig
 from harness.record import atomic
 from harness.record.schema import METRICS, SCHEMA_VERSION
+
+REQUEUE = "REQUEUE"
+"""Name of the mark in the folder of a run that was stopped with a checkpoint."""
 
 Row = dict[str, float | int | None]
 
@@ -62,8 +65,9 @@ class RunFolder:
     """The folder of a run that is being written, by rank 0 alone.
 
     Opening it takes a lock that the operating system frees when the process dies, so that two runs never
-    write to one folder. An unfinished run of the same identity is started again as a new attempt; its
-    metrics are kept as ``metrics.attempt<k>.jsonl``.
+    write to one folder. An unfinished run of the same identity is gone on with as a new attempt, which `begin` opens:
+    metrics.jsonl then holds the rows up to the step it goes on from, and all rows of the attempt before stay in
+    ``metrics.attempt<k>.jsonl``.
     """
 
     def __init__(self, path: Path, config: RunConfig, identity: str) -> None:
@@ -88,16 +92,41 @@ class RunFolder:
             "attempts": previous.get("attempts", []),
         }
         self._status["attempts"].append({"started": now(), "world_size": config.world_size, "first_step": 0})
-        metrics = path / "metrics.jsonl"
-        if metrics.exists():
-            metrics.rename(path / f"metrics.attempt{len(self._status['attempts']) - 1}.jsonl")
-        self._metrics = metrics.open("a", encoding="utf-8")
+        (path / REQUEUE).unlink(missing_ok=True)
+        self._metrics: IO[str] | None = None
         self._log = (path / "log.txt").open("a", encoding="utf-8")
+        # At once: whoever finds this process dead must not take the last attempt's end for this one's.
         self.set_state("running", step=0)
         atomic.write_text(path / "config.yaml", compose.to_yaml(config))
         atomic.write_text(
             path / "config.diff.yaml", OmegaConf.to_yaml(OmegaConf.create(compose.difference(config)))
         )
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt, from 1."""
+        return len(self._status["attempts"])
+
+    @property
+    def resumed_from(self) -> list[int]:
+        """Steps after which attempts went on; 0 for those that began anew."""
+        return [int(attempt["first_step"]) for attempt in self._status["attempts"]][1:]
+
+    def begin(self, first_step: int) -> list[Row]:
+        """Open this attempt, which goes on after ``first_step`` steps; returns the rows up to there."""
+        metrics, kept = self.path / "metrics.jsonl", []
+        if metrics.exists():
+            kept = [row for row in read_rows(metrics) if (row["step"] or 0) <= first_step]
+            metrics.rename(self.path / f"metrics.attempt{self.attempt - 1}.jsonl")
+        atomic.write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        self._metrics = metrics.open("a", encoding="utf-8")
+        self._status["attempts"][-1]["first_step"] = first_step
+        self.set_state("running", step=first_step)
+        return kept
+
+    def ask_to_be_requeued(self, step: int) -> None:
+        """Leave the mark of a run that was stopped and can go on; exit codes do not pass every launcher."""
+        atomic.write_text(self.path / REQUEUE, f"{step}\n")
 
     @property
     def wandb_run_id(self) -> str | None:
@@ -118,6 +147,7 @@ class RunFolder:
         """Append a row of metrics.jsonl and flush it; values that are not finite become null."""
         unknown = row.keys() - METRICS.keys()
         assert not unknown, f"keys missing from the table of metrics: {unknown}"
+        assert self._metrics is not None, "the attempt has not begun"
         self._metrics.write(json.dumps({key: finite(value) for key, value in row.items()}) + "\n")
         self._metrics.flush()
 
@@ -134,7 +164,8 @@ class RunFolder:
         """Give the folder free; ``done`` leaves the mark of a finished run."""
         if done:
             (self.path / "DONE").touch()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._log.close()
         self._lock.release()
 

@@ -13,6 +13,9 @@
         summary.json         SUMMARY_KEYS; written at the end, also of a diverged or interrupted run
         status.json          {"schema_version", "state", "step", "steps", "updated", "attempts": [{"started", "ended",
                              "state", "reason", "first_step", "last_step", "world_size"}]}
+        checkpoints/         step_00001000/, latest (harness/checkpoint/store.py)
+        heartbeat/           a file a process: the step it is in, the line it executes; a few seconds old
+        REQUEUE              only in a run that was stopped and can go on: the steps done
         log.txt  wandb/  DONE (empty; only in a finished run)
 
 A run that was killed lacks summary.json and DONE; everything else is readable up to its last row.
@@ -88,6 +91,7 @@ SUMMARY_KEYS: dict[str, str] = {
     "train/loss": "last row",
     "best_val_loss": "lowest val/loss",
     "skipped_steps": "int",
+    "resumed_from": "steps after which the run went on from a checkpoint, one for each restart (0: anew)",
     "tokens_per_s": "median of the rows",
     "step_ms": "mean milliseconds per step after the first row, without evaluation and probes",
     "time_s": "{part: mean seconds per step after the first row}",

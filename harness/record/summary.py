@@ -24,7 +24,7 @@ def reason(state: str, run: Run) -> str:
     ledger = run.ledger
     return {
         "finished": "all steps done",
-        "interrupted": f"stopped by a signal after step {ledger.step}",
+        "interrupted": f"stopped by {run.stop.reason} after step {ledger.step}",
         "diverged": f"{ledger.skipped} steps with non-finite gradients "
         f"(max_skipped_steps={run.config.max_skipped_steps})",
     }.get(state, state)
@@ -46,7 +46,14 @@ def warnings(run: Run, corpus: Corpus) -> list[str]:
 
 
 def build(
-    prepared: Prepared, run: Run, *, rows: Sequence[Row], state: str, reason: str, warnings: Sequence[str]
+    prepared: Prepared,
+    run: Run,
+    *,
+    rows: Sequence[Row],
+    state: str,
+    reason: str,
+    warnings: Sequence[str],
+    resumed_from: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
     config, corpus, ledger = run.config, prepared.corpus, run.ledger
@@ -75,6 +82,7 @@ def build(
         "train/loss": finite(last.get("train/loss")),
         "best_val_loss": min(losses, default=None),
         "skipped_steps": ledger.skipped,
+        "resumed_from": list(resumed_from),
         "tokens_per_s": median(warm, "throughput/tokens_per_s"),
         "step_ms": step_ms(rows),
         "time_s": mean_times(rows),

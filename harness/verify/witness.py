@@ -149,6 +149,13 @@ class Witness:
         self._seen = {}
         self._before = self._traffic()
 
+    def state(self) -> dict[str, Any]:
+        """Nothing: runs of certificates are not resumed."""
+        return {}
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """Nothing."""
+
     def measure(self, step: int, row: Row) -> None:
         """Gather what the step did (a collective)."""
         norm = self._run.ledger.grad_norm

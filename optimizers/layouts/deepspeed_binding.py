@@ -7,7 +7,7 @@ intervals and lays those of a rank end to end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -25,6 +25,19 @@ def attach(optimizer: Optimizer, engine: Any) -> None:
         optimizer: built with ``layout="partitioned"`` over the model's whole parameters, and given to
             `deepspeed.initialize` as client optimizer.
         engine: what that returned.
+
+    Raises:
+        ValueError: a ZeRO setting whose layout is not known here; says which.
+    """
+    optimizer.attach(layout_of(engine, optimizer.parameters_of_groups))
+
+
+def layout_of(engine: Any, parameters: Sequence[Sequence[Tensor]]) -> PartitionedLayout:
+    """How the parameters of a DeepSpeed engine lie.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        parameters: group by group, as its client optimizer had them.
 
     Raises:
         ValueError: a ZeRO setting whose layout is not known here; says which.
@@ -50,7 +63,7 @@ def attach(optimizer: Optimizer, engine: Any) -> None:
         raise ValueError(
             f"{kind}: its layout is not known; known: ZeRO-1, 2 and 3 without fp32 accumulation in bf16"
         )
-    optimizer.attach(PartitionedLayout(flats, optimizer.parameters_of_groups, communicators))
+    return PartitionedLayout(flats, parameters, communicators)
 
 
 def _stage_2(zero: Any, index: int, ranks: Communicator) -> Flat:

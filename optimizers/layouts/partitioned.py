@@ -200,14 +200,19 @@ class PartitionedLayout:
 
     def weight(self, parameter: Tensor) -> Tensor:
         """What this rank has of it, 1-D."""
-        return self._piece(parameter, self._flats[self._places[id(parameter)]].tensor.detach())
+        return self.part_of(parameter, self.flat_of(parameter).detach())
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient of that."""
-        gradient = self._flats[self._places[id(parameter)]].tensor.grad
-        return None if gradient is None else self._piece(parameter, gradient)
+        gradient = self.flat_of(parameter).grad
+        return None if gradient is None else self.part_of(parameter, gradient)
 
-    def _piece(self, parameter: Tensor, flat: Tensor) -> Tensor:
+    def flat_of(self, parameter: Tensor) -> Tensor:
+        """The flat tensor that a parameter's elements here lie in."""
+        return self._flats[self._places[id(parameter)]].tensor
+
+    def part_of(self, parameter: Tensor, flat: Tensor) -> Tensor:
+        """A parameter's elements in a tensor that is laid out like its flat one: a view."""
         place = self._places[id(parameter)]
         slot = self._flats[place].slots[parameter]
         lo, hi = slot.pieces[self._per_flat[place].rank]

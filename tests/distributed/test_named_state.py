@@ -57,7 +57,7 @@ def run(
         optimizer.attach(layout)
     if saved is not None:
         steps, tensors = saved
-        named_state.load(optimizer, steps, lambda name, kind: tensors[name, kind])
+        named_state.load(optimizer, steps, lambda part: part.of(tensors[part.name, part.kind]))
     for step in range(first, last):
         slopes = gradients(SHAPES, step)
         for _, p in named:

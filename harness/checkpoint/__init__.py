@@ -1,0 +1,1 @@
+"""Checkpoints: what a run needs to go on exactly where it was, on any engine and number of processes."""

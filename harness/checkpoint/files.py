@@ -1,0 +1,204 @@
+"""One process' file of a checkpoint, and reading any interval of any tensor out of all of them.
+
+safetensors: nothing in it is ever executed, and a mapped file is read only where it is asked for. The header's
+metadata says where each part lies in its whole tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harness.checkpoint import store
+from harness.checkpoint.store import DamagedCheckpoint
+from harness.record import atomic
+from optimizers.named_state import FLAT, StatePiece
+
+_OWN = "rank/"
+"""Prefix of the tensors that belong to a process and not to a name: its random states."""
+
+
+def write(
+    folder: Path, rank: int, parts: Sequence[StatePiece], own: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Write this process' file and put it on the disk; then, beside it, its size and hash.
+
+    Args:
+        folder: exists.
+        rank: of this process.
+        parts: on the CPU, contiguous, in memory of their own; nobody changes them meanwhile.
+        own: tensors of this process alone.
+        facts: JSON that belongs to them.
+    """
+    tensors, index = {}, {}
+    for i, part in enumerate(parts):
+        key = f"{i:06d}"
+        tensors[key] = part.tensor
+        index[key] = {
+            "name": part.name,
+            "kind": part.kind,
+            "shape": part.shape,
+            "dim": part.dim,
+            "start": part.start,
+        }
+    tensors |= {_OWN + name: tensor for name, tensor in own.items()}
+    path = folder / store.rank_name(rank)
+    save_file(tensors, path, metadata={"index": json.dumps(index), "facts": json.dumps(facts)})
+    store.sync_file(path)
+    atomic.write_json(folder / store.digest_name(rank), store.digest(path))
+
+
+class _Place(NamedTuple):
+    file: int
+    key: str
+    size: tuple[int, ...]
+    part: StatePiece
+    """Of which the tensor is not there yet."""
+
+
+class Saved:
+    """A checkpoint that is read from. All of its files stay mapped until `close`.
+
+    Args:
+        folder: of a checkpoint that `store.verify` accepted.
+
+    Raises:
+        DamagedCheckpoint: a header cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = store.read_manifest(folder)
+        self.facts: list[dict[str, Any]] = []
+        """What each process wrote about itself."""
+        self._files: list[Any] = []
+        self._places: dict[tuple[str, str], list[_Place]] = {}
+        for rank in range(self.manifest["world_size"]):
+            try:
+                file = safe_open(folder / store.rank_name(rank), "pt").__enter__()
+                metadata = file.metadata()
+                self.facts.append(json.loads(metadata["facts"]))
+                index = json.loads(metadata["index"])
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
+                raise DamagedCheckpoint(f"{folder.name}: {store.rank_name(rank)}: {error}") from error
+            self._files.append(file)
+            for key, entry in index.items():
+                size = tuple(file.get_slice(key).get_shape())
+                part = StatePiece(
+                    entry["name"],
+                    entry["kind"],
+                    tuple(entry["shape"]),
+                    entry["dim"],
+                    entry["start"],
+                    torch.empty(0),
+                    True,
+                )
+                self._places.setdefault((part.name, part.kind), []).append(_Place(rank, key, size, part))
+
+    def __contains__(self, name_and_kind: object) -> bool:
+        return name_and_kind in self._places
+
+    def names(self, kind: str) -> list[str]:
+        """Names that have a tensor of this kind."""
+        return [name for name, known in self._places if known == kind]
+
+    def shape(self, name: str, kind: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return self._places[name, kind][0].part.shape
+
+    def dtype(self, name: str, kind: str) -> torch.dtype:
+        """Its dtype."""
+        place = self._places[name, kind][0]
+        return self._files[place.file].get_tensor(place.key).dtype
+
+    def own(self, rank: int) -> dict[str, Tensor]:
+        """The tensors that belonged to a process alone."""
+        file = self._files[rank]
+        keys = [key for key in list(file.keys()) if key.startswith(_OWN)]
+        return {key.removeprefix(_OWN): file.get_tensor(key) for key in keys}
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """A whole tensor."""
+        return self.read(StatePiece(name, kind, self.shape(name, kind), None, 0, torch.empty(0), True))
+
+    def read(self, part: StatePiece) -> Tensor:
+        """The saved numbers of a part, whichever processes wrote them; of the part's shape, to be copied from.
+
+        Raises:
+            DamagedCheckpoint: they are not there, or their tensor has another shape.
+        """
+        places = self._places.get((part.name, part.kind))
+        what = f"{self.folder.name}: {part.kind} of {part.name}"
+        if places is None:
+            raise DamagedCheckpoint(f"{what} is missing")
+        if self.shape(part.name, part.kind) != part.shape:
+            raise DamagedCheckpoint(
+                f"{what} has shape {self.shape(part.name, part.kind)}, expected {part.shape}"
+            )
+        wanted = _elements(part, tuple(part.tensor.shape) if part.dim is not None else part.shape)
+        if wanted is None or any(_elements(place.part, place.size) is None for place in places):
+            return part.of(self._assembled(places, what))
+        found = self._interval(places, wanted, what)
+        return found.view(part.tensor.shape if part.dim is not None else part.shape)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self._files:
+            file.__exit__(None, None, None)
+        self._files = []
+
+    def _interval(self, places: list[_Place], wanted: tuple[int, int], what: str) -> Tensor:
+        lo, hi = wanted
+        chosen = []
+        for place in places:
+            elements = _elements(place.part, place.size)
+            assert elements is not None
+            first, last = max(lo, elements[0]), min(hi, elements[1])
+            if first < last:
+                flat = self._files[place.file].get_tensor(place.key).reshape(-1)
+                chosen.append((first, last, flat[first - elements[0] : last - elements[0]]))
+        if len(chosen) == 1 and chosen[0][:2] == (lo, hi):
+            return chosen[0][2]
+        if sum(last - first for first, last, _ in chosen) != hi - lo:
+            raise DamagedCheckpoint(f"{what} is incomplete")
+        if not chosen:
+            return torch.empty(0, dtype=self._files[places[0].file].get_tensor(places[0].key).dtype)
+        result = torch.empty(hi - lo, dtype=chosen[0][2].dtype)
+        for first, last, numbers in chosen:
+            result[first - lo : last - lo] = numbers
+        return result
+
+    def _assembled(self, places: list[_Place], what: str) -> Tensor:
+        tensors = [self._files[place.file].get_tensor(place.key) for place in places]
+        whole = torch.empty(places[0].part.shape, dtype=tensors[0].dtype)
+        for place, tensor in zip(places, tensors):
+            place.part._replace(tensor=tensor).of(whole).copy_(tensor)
+        if sum(tensor.numel() for tensor in tensors) != whole.numel():
+            raise DamagedCheckpoint(f"{what} is incomplete")
+        return whole
+
+
+def _elements(part: StatePiece, size: tuple[int, ...]) -> tuple[int, int] | None:
+    """The interval of its whole tensor's elements that a part is; None where it is none (columns)."""
+    if part.dim is None:
+        return 0, _count(part.shape)
+    if part.dim == FLAT:
+        return part.start, part.start + _count(size)
+    if part.dim == 0:
+        row = _count(part.shape[1:])
+        return part.start * row, (part.start + size[0]) * row
+    return None
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,95 @@
+"""Where a run stands beside weights and optimizer state: counters, clocks, probes, random states of a process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import optimizers
+from harness.loop import Run
+
+_SEED_STRIDE = 1_000_003
+
+
+def randomness(device: torch.device) -> dict[str, Tensor]:
+    """The random states of this process: copies of a few kB, without waiting for the device."""
+    numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - plug-ins may draw from the global one
+    version, internal, _ = random.getstate()
+    found = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(numpy[1].astype(np.int64)),
+        "numpy_position": torch.tensor(numpy[2:4], dtype=torch.int64),
+        "numpy_cached": torch.tensor(numpy[4], dtype=torch.float64),
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
+    }
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def set_randomness(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the random states back."""
+    torch.set_rng_state(states["torch"].clone())
+    position, has_cached = states["numpy_position"].tolist()
+    keys = states["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_cached, states["numpy_cached"].item()))  # noqa: NPY002
+    version, *internal = states["python"].tolist()
+    random.setstate((version, tuple(internal), None))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].clone(), device)
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Counters of this process, as JSON. Waits for the device."""
+    ledger = run.ledger
+    return {
+        "step": ledger.step,
+        "tokens": ledger.tokens,
+        "wall_s": ledger.wall_s,
+        "skipped": ledger.skipped,
+        "loss": None if ledger.loss is None else ledger.loss.item(),
+        "loss_tokens": ledger.loss_tokens,
+        "clock": run.clock.peek(),
+        "scaler": run.engine.scaler_state(),
+        "fallbacks": int(run.optimizer.fallbacks) if isinstance(run.optimizer, optimizers.Optimizer) else 0,
+        "probes": {type(probe).__name__: probe.state() for probe in run.probes},
+    }
+
+
+def restore(run: Run, all_facts: Sequence[Mapping[str, Any]], own: Mapping[str, Tensor] | None) -> None:
+    """Take the counters over.
+
+    Args:
+        run: about to train.
+        all_facts: `facts` of all processes that saved.
+        own: random states of the process of this rank; None: another number of processes saved, so this one draws
+            numbers of its own from here on (they matter to dropout alone).
+    """
+    engine, ledger = run.engine, run.ledger
+    same = len(all_facts) == engine.world_size
+    mine = all_facts[engine.rank if same else 0]
+    ledger.step, ledger.tokens = int(mine["step"]), int(mine["tokens"])
+    ledger.wall_s, ledger.skipped = float(mine["wall_s"]), int(mine["skipped"])
+    ledger.loss_tokens = int(mine["loss_tokens"])
+    if mine["loss"] is not None:
+        # Sums of this process: those of processes that are no more go to the first one.
+        loss = mine["loss"] if same else sum(f["loss"] for f in all_facts) if engine.rank == 0 else 0.0
+        ledger.loss = torch.tensor(loss, dtype=torch.float32, device=engine.device)
+    run.clock.resume(mine["clock"])
+    engine.load_scaler_state(mine["scaler"])
+    if isinstance(run.optimizer, optimizers.Optimizer):
+        lost = 0 if same else sum(f["fallbacks"] for f in all_facts) if engine.rank == 0 else 0
+        run.optimizer.add_fallbacks(mine["fallbacks"] if same else lost)
+    for probe in run.probes:
+        state = mine["probes"].get(type(probe).__name__)
+        if state is not None:
+            probe.restore(state, ledger.step)
+    if own is not None and same:
+        set_randomness(own, engine.device)
+    else:
+        torch.manual_seed((run.config.seed * _SEED_STRIDE + ledger.step) * _SEED_STRIDE + engine.rank + 1)

@@ -1,0 +1,102 @@
+"""Which checkpoint a run goes on from, and going on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from harness.checkpoint import parts, progress, store
+from harness.checkpoint.files import Saved
+from harness.checkpoint.store import DamagedCheckpoint, Store
+from harness.loop import Run, forward_backward
+
+
+class Choice(NamedTuple):
+    """What rank 0 decided for all.
+
+    Attributes:
+        step: of the checkpoint to go on from; None: start at the beginning.
+        attempt: number of this attempt at the run.
+        rejected: what is wrong with newer checkpoints, a line each.
+    """
+
+    step: int | None
+    attempt: int
+    rejected: tuple[str, ...] = ()
+
+
+def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choice:
+    """The newest checkpoint all of whose files are what they were when they were written (a collective).
+
+    The processes share the work of checking. Rank 0's view of folder and attempt counts.
+
+    Args:
+        run: assembled.
+        checkpoints: of its folder.
+        identity: of the run; a checkpoint of another one is rejected.
+        attempt: number of this attempt, as rank 0 knows it.
+    """
+    steps, attempt = _from_first((checkpoints.steps(), attempt))
+    rejected = []
+    for step in steps if run.config.resume else ():
+        problem = ""
+        try:
+            manifest = store.verify(checkpoints.folder(step), run.engine.rank, run.engine.world_size)
+            if manifest.get("identity") != identity:
+                other = manifest.get("identity")
+                problem = f"{checkpoints.folder(step).name}: belongs to run {other}, this is {identity}"
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problems = [line for line in _from_all(problem) if line]
+        if not problems:
+            return Choice(step, attempt, tuple(rejected))
+        rejected.append(problems[0])
+    return Choice(None, attempt, tuple(rejected))
+
+
+def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], None]) -> int:
+    """Put the run where the chosen checkpoint left it; returns how many steps are done (a collective).
+
+    The same number of processes goes on bit by bit; another number, or another engine, with the same samples and the
+    same numbers, which are then rounded in another order.
+    """
+    for line in choice.rejected:
+        say(f"checkpoint not used: {line}")
+    if choice.step is None:
+        if run.config.resume and choice.rejected:
+            say("no checkpoint can be used: starting at step 0")
+        return 0
+    run.engine.rehearse(lambda: forward_backward(run, run.feed.step(0), weight=0.0))
+    saved = Saved(checkpoints.folder(choice.step))
+    try:
+        with torch.no_grad():
+            parts.load(run, saved)
+        rank, same = run.engine.rank, len(saved.facts) == run.engine.world_size
+        progress.restore(run, saved.facts, saved.own(rank) if same else None)
+        before = saved.manifest
+    finally:
+        saved.close()
+    line = f"resumed after step {choice.step}"
+    if (before["engine"], before["world_size"]) != (run.engine.name, run.engine.world_size):
+        line += f" (saved by {before['world_size']} process(es) under {before['engine']})"
+    say(line)
+    return choice.step
+
+
+def _from_first(value: Any) -> Any:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _from_all(value: str) -> list[str]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,232 @@
+"""When a checkpoint is due, and writing it while training goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.checkpoint import files, parts, progress
+from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
+from harness.config.compose import to_yaml
+from harness.loop import Run, settle
+from harness.record import atomic
+from optimizers.named_state import StatePiece
+
+EVERY_S = 900.0
+"""Seconds of training between checkpoints with ``checkpoint.every=auto``."""
+_HEADROOM = 1.05
+"""Free space asked for, over what the tensors take: headers, block sizes, a metrics file that grows meanwhile."""
+
+
+@dataclass
+class _Write:
+    """A checkpoint that is being written."""
+
+    step: int
+    folder: Path
+    manifest: dict[str, Any]
+    thread: threading.Thread | None
+    began: float
+    problem: str = ""
+
+
+class Checkpoints:
+    """Keeps the checkpoints of one run; every process has one and calls it at the same points of the loop.
+
+    A save copies this process' part to host memory, and from there a thread writes it; the next steps do not wait.
+    When all processes are done, which the loop's vote tells, rank 0 gives the checkpoint its name. A save that
+    fails (full disk, unreadable folder) is said, and the run goes on; older checkpoints are not touched.
+
+    Args:
+        run: assembled.
+        folder: the run folder, the same for all processes.
+        facts: what the manifest says about the run beside its step.
+        say: where rank 0's messages go.
+    """
+
+    def __init__(self, run: Run, folder: Path, facts: dict[str, Any], say: Callable[[str], None]) -> None:
+        self._run, self._facts, self._say = run, facts, say
+        self.store = Store(folder)
+        config = run.config.checkpoint
+        self._every, self._background = config.every, config.background
+        self._retention = Retention(config.keep, config.keep_best, config.keep_every)
+        self._last_began = time.monotonic()
+        self._last_step: int | None = None
+        self._writing: _Write | None = None
+        self._buffers: dict[tuple[str, str, int], Tensor] = {}
+        self._randomness: dict[str, Tensor] = {}
+        self._tries = 0
+        self.duration_s = 0.0
+        """From the beginning of the last save to its name."""
+        self.waited_s = 0.0
+        """How long training waited for the last save."""
+
+    def before_step(self) -> None:
+        """Remember the random states that a stop before this step's update would need."""
+        self._randomness = progress.randomness(self._run.engine.device)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether this process' clock asks for a checkpoint: rank 0's alone, or they would not agree."""
+        is_due = self._every == "auto" and time.monotonic() - self._last_began >= EVERY_S
+        return is_due and self._run.engine.rank == 0
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process is still writing."""
+        thread = self._writing.thread if self._writing else None
+        return thread is not None and thread.is_alive()
+
+    def after_step(self, *, wanted: bool, writing: bool) -> None:
+        """Save where it is due, and name what has been written.
+
+        Args:
+            wanted: any process wanted a checkpoint, as the vote said.
+            writing: any process was still writing.
+        """
+        ledger = self._run.ledger
+        # Two steps on, the vote was cast after that save had begun.
+        if self._writing is not None and not writing and ledger.step >= self._writing.step + 2:
+            self.finish()
+        due = isinstance(self._every, int) and (
+            ledger.step % self._every == 0 or ledger.step == self._run.config.steps
+        )
+        if due or (wanted and time_passed(self._last_step, ledger.step)):
+            settle(self._run)
+            with self._run.clock.part("probes"):
+                self.save(progress.randomness(self._run.engine.device), background=self._background)
+
+    def stop(self) -> None:
+        """Save where the run stands, before its processes end."""
+        if self._last_step != self._run.ledger.step:
+            self.save(self._randomness, background=False)
+        self.finish()
+
+    def save(self, randomness: dict[str, Tensor], *, background: bool) -> None:
+        """Write a checkpoint of the steps that are done (a collective).
+
+        Args:
+            randomness: random states of this process right after the last of them.
+            background: return once the numbers are copied.
+        """
+        self.finish()
+        run, began = self._run, time.monotonic()
+        self._last_began = began
+        pieces = [p for p in (*parts.weights(run), *parts.state(run)) if p.is_primary and p.tensor.numel()]
+        if self._lacks_space(pieces):
+            return
+        self._tries += 1
+        partial = self.store.partial(run.ledger.step, f"{self._facts['attempt']}-{self._tries}")
+        facts = progress.facts(run)
+        if run.engine.rank == 0:
+            facts["optimizer"] = parts.bookkeeping(run)
+        copies = self._copied(pieces)
+        manifest = {**self._facts, "step": run.ledger.step, "tokens": run.ledger.tokens, **self._known_loss()}
+        self._writing = _Write(run.ledger.step, partial, manifest, None, began)
+        write = self._writing
+
+        def work() -> None:
+            try:
+                partial.mkdir(parents=True, exist_ok=True)
+                if run.engine.rank == 0:
+                    atomic.write_text(partial / "config.yaml", to_yaml(run.config))
+                files.write(partial, run.engine.rank, copies, randomness, facts)
+            except Exception as error:
+                # Of any kind: a thread's exception would be lost, and the others must hear of it.
+                write.problem = f"{type(error).__name__}: {error}".splitlines()[0]
+
+        write.thread = threading.Thread(target=work, name="checkpoint")
+        write.thread.start()
+        self._last_step = run.ledger.step
+        if not background:
+            self.finish()
+        self.waited_s = time.monotonic() - began
+
+    def finish(self) -> None:
+        """Wait for what is being written and give it its name, or discard it (a collective)."""
+        write, self._writing = self._writing, None
+        if write is None:
+            return
+        assert write.thread is not None
+        write.thread.join()
+        engine = self._run.engine
+        failed = torch.tensor(float(bool(write.problem)), device=engine.device)
+        if write.problem:
+            # Also where it is not rank 0: only the process that failed knows why.
+            self._say(f"checkpoint of step {write.step} failed on rank {engine.rank}: {write.problem}")
+        if engine.max(failed).item():
+            self._discard(write)
+        elif engine.rank == 0:
+            self._commit(write)
+        self.duration_s = time.monotonic() - write.began
+
+    def _commit(self, write: _Write) -> None:
+        try:
+            self.store.commit(write.step, write.folder, write.manifest)
+            self.store.prune(self._retention)
+        except (OSError, DamagedCheckpoint) as error:
+            self._say(f"checkpoint of step {write.step} failed: {error}")
+            self._discard(write)
+
+    def _discard(self, write: _Write) -> None:
+        if self._run.engine.rank == 0:
+            self.store.discard_partial()
+            self._say("the run goes on; its older checkpoints are as they were")
+
+    def _lacks_space(self, pieces: Sequence[StatePiece]) -> bool:
+        engine = self._run.engine
+        size = torch.tensor(
+            float(sum(p.tensor.nbytes for p in pieces)), dtype=torch.float64, device=engine.device
+        )
+        needed = engine.sum(size).item() * _HEADROOM
+        free = 0.0
+        if engine.rank == 0:
+            try:
+                free = float(self.store.free_bytes())
+            except OSError:
+                free = 0.0
+        free = engine.max(torch.tensor(free, dtype=torch.float64, device=engine.device)).item()
+        if free >= needed:
+            return False
+        if engine.rank == 0:
+            self._say(
+                f"no checkpoint of step {self._run.ledger.step}: it needs {needed / 1e9:.3g} GB, the disk has "
+                f"{free / 1e9:.3g} GB; the run goes on, its older checkpoints are as they were"
+            )
+        return True
+
+    def _copied(self, pieces: Sequence[StatePiece]) -> list[StatePiece]:
+        """The parts in host memory. The memory is kept from save to save: touching new pages costs more than the
+        copy itself."""
+        copies = []
+        is_cuda = self._run.engine.device.type == "cuda"
+        for part in pieces:
+            key = (part.kind, part.name, part.start)
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != part.tensor.shape or buffer.dtype != part.tensor.dtype:
+                buffer = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=is_cuda)
+                self._buffers[key] = buffer
+            buffer.copy_(part.tensor.detach(), non_blocking=True)
+            copies.append(part._replace(tensor=buffer))
+        if is_cuda:
+            torch.cuda.synchronize(self._run.engine.device)
+        return copies
+
+    def _known_loss(self) -> dict[str, float | None]:
+        for probe in self._run.probes:
+            step, loss = getattr(probe, "last", (None, None))
+            if step == self._run.ledger.step:
+                return {"val_loss": loss}
+        return {"val_loss": None}
+
+
+def time_passed(last: int | None, step: int) -> bool:
+    """Whether a wish that was uttered a step ago still stands: the save that it asked for may have been made since."""
+    return last is None or step > last + 1
