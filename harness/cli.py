@@ -100,7 +100,7 @@ COMMANDS: dict[str, Command] = {
     "margin": Command(
         "analysis.margin.command:main",
         "how slowly training reaches its robustness margin",
-        "[mode=toy|flow|mlp|head] [key=value …] [NAME.option=value …] [--out DIR] [--json]",
+        "[mode=toy|flow] [key=value …] [NAME.option=value …] [--out DIR] [--json]",
         (
             ("", "gradient descent on two neurons and two points: the gap closes as 1/ln t"),
             ("optimizer=gd,adam,muon,sumo w=1,-3 b=0.5,0 steps=100000", "which optimizers escape that"),
@@ -109,12 +109,22 @@ COMMANDS: dict[str, Command] = {
         ),
         (
             ("--out DIR", "write there instead of runs/margin/<name>"),
-            ("mode", "toy (steps), flow (log-time), mlp (digits), head (a checkpoint); docs/margin.md has all keys"),
+            ("mode", "toy (steps), flow (log-time); docs/margin.md has all keys"),
             ("w, b, v", "start of the toy net; v=fixed, v=trained or numbers"),
             ("data", "a,c for the points -a and c, or a CSV file of points"),
             ("optimizer", "gd, ngd, sign, spectral, adam, or any of `optbench list`, separated by commas"),
             ("lr, steps", "of the optimizers; NAME.lr for one of them"),
             ("join_at, ln_tau_max", "flow: from the state after so many steps, up to this ln τ"),
+        ),
+    ),
+    "reconstruct": Command(
+        "analysis.reconstruction.command:main",
+        "can training images be reconstructed from weights, and which other images explain them",
+        "[mode=fixture] [experiment=NAME] [key=value …] [OPTIMIZER.option=value …] [--json]",
+        (
+            ("mode=fixture", "a network in closed form: alternatives that are exact, controls that must fail"),
+            ("optimizer=gd,muon seeds=3", "victims, certificates, alternatives, attacks, susceptibility"),
+            ("checkpoint=weights.safetensors batch=batch.npz", "a network of your own, if the theory covers it"),
         ),
     ),
     "list": Command(

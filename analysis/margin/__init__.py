@@ -1,0 +1,1 @@
+"""`optbench margin`: how slowly training reaches its robustness margin (docs/margin.md)."""

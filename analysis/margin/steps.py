@@ -1,0 +1,230 @@
+"""Real optimizer steps on toy nets: which of three equal computations does them, and what is kept.
+
+One fp64 run of two neurons on two points of the line takes `scalar`; everything that has a fast rule takes
+`rules`, many runs at once; what has none takes the class of `optimizers` on a torch module (`real`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.margin import chosen as choice
+from analysis.margin import scalar
+from analysis.margin.chosen import Chosen
+from analysis.margin.gradients import ascent
+from analysis.margin.net import Nets, Problem, log_loss
+
+ABORT_AT = 10_000
+"""Steps after which random starts that don't separate the points are given up."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The nets after `t` steps.
+
+    Attributes:
+        t: steps done.
+        ids: (R,) which runs these are.
+        nets: their weights.
+    """
+
+    t: int
+    ids: NDArray[np.int64]
+    nets: Nets
+
+
+@dataclass
+class Stepped:
+    """What steps leave behind.
+
+    Attributes:
+        snapshots: at the recorded steps.
+        flags: run → (step, reason) from which its numbers mean nothing any more.
+        dead: runs given up at `ABORT_AT`.
+        computed_by: "scalar", "rules" or "optimizers".
+    """
+
+    snapshots: list[Snapshot] = field(default_factory=list)
+    flags: dict[int, tuple[int, str]] = field(default_factory=dict)
+    dead: list[int] = field(default_factory=list)
+    computed_by: str = ""
+
+
+class Stepper(Protocol):
+    """One way to do steps."""
+
+    @property
+    def nets(self) -> Nets:
+        """The weights as they are now."""
+        ...
+
+    def advance(self, first: int, last: int) -> None:
+        """Do the steps first … last - 1."""
+        ...
+
+    def keep(self, mask: NDArray[np.bool_]) -> None:
+        """Go on with the runs that the mask marks."""
+        ...
+
+
+def record_times(steps: int, per_decade: int, also: Sequence[int] = ()) -> list[int]:
+    """0, all powers of ten, `per_decade` steps in between, the last step and `also`, ascending."""
+    decades = int(np.ceil(np.log10(max(steps, 1)))) + 1
+    grid = np.rint(10.0 ** (np.arange(decades * per_decade + 1) / per_decade)).astype(int)
+    wanted = {0, steps, *(10**n for n in range(decades)), *grid.tolist(), *also}
+    return sorted(t for t in wanted if t <= steps)
+
+
+def train(
+    start: Nets,
+    problem: Problem,
+    optimizer: Chosen,
+    at: Sequence[int],
+    *,
+    gives_up: bool,
+    computed_by: str = "auto",
+) -> Stepped:
+    """Do max(at) steps from `start` and keep the nets at the steps `at`.
+
+    Args:
+        start: R runs; not changed.
+        problem: what is minimized.
+        optimizer: with its options.
+        at: ascending steps to record; the first is 0.
+        gives_up: drop, after `ABORT_AT` steps, the runs of which a point is on the wrong side.
+        computed_by: "auto" or one of the three ways; every one that fits gives the same numbers.
+    """
+    ids = np.arange(start.runs)
+    stepper, name = _stepper(start.copy(), problem, optimizer, computed_by)
+    out = Stepped(computed_by=name)
+    done = 0
+    extra = {ABORT_AT} if gives_up and at[-1] >= ABORT_AT else set[int]()
+    for t in sorted(extra.union(at)):
+        if t > done:
+            _one_watched_step(stepper, problem, optimizer, done, ids, out)
+            stepper.advance(done + 1, t)
+            done = t
+        if t in at:
+            out.snapshots.append(Snapshot(t, ids.copy(), stepper.nets.copy()))
+        if gives_up and t == ABORT_AT:
+            alive = ~is_dead(stepper.nets, problem)
+            out.dead += ids[~alive].tolist()
+            if not alive.all():
+                stepper.keep(alive)
+                ids = ids[alive]
+            if not len(ids):
+                break
+    return out
+
+
+def is_dead(nets: Nets, problem: Problem) -> NDArray[np.bool_]:
+    """(R,): the loss is not below that of a net which leaves one point undecided; NaN counts as dead."""
+    total = np.log(1.0 if problem.loss == "exp" else np.log(2.0))
+    if problem.reduction == "mean":
+        total -= np.log(len(problem.points.y))
+    return ~(log_loss(nets, problem) < total)
+
+
+def _one_watched_step(
+    stepper: Stepper, problem: Problem, optimizer: Chosen, t: int, ids: NDArray[np.int64], out: Stepped
+) -> None:
+    """A step that looks for weights which rounding keeps where they are, though their gradient is not 0."""
+    before = stepper.nets.copy()
+    stepper.advance(t, t + 1)
+    pull = ascent(before, problem, scale_free=optimizer.scale_free)
+    pairs = [(before.hidden, stepper.nets.hidden, pull.hidden)]
+    if pull.output is not None:
+        pairs.append((before.output, stepper.nets.output, pull.output))
+    lost = np.zeros(len(ids), dtype=bool)
+    silent = np.ones(len(ids), dtype=bool)
+    for old, new, gradient in pairs:
+        flat = (-1, len(ids))
+        lost |= ((old == new) & (gradient != 0.0)).reshape(flat).any(0)
+        silent &= (gradient == 0.0).reshape(flat).all(0)
+    silent &= ~is_dead(before, problem)
+    for mask, reason in (
+        (lost, "an update is below half a unit in the last place"),
+        (silent, "the gradient underflows to 0"),
+    ):
+        for run in ids[mask].tolist():
+            out.flags.setdefault(run, (t, reason))
+
+
+def _stepper(start: Nets, problem: Problem, optimizer: Chosen, computed_by: str) -> tuple[Stepper, str]:
+    shape = start.hidden.shape[0], start.hidden.shape[1]
+    fast = choice.has_rule(optimizer, shape, train_output=problem.train_output)
+    if (
+        computed_by in ("auto", "scalar")
+        and fast
+        and scalar.fits(start, problem, optimizer.kind, optimizer.weight_decay)
+    ):
+        return _Scalar(start, problem, optimizer), "scalar"
+    if computed_by in ("auto", "rules") and fast:
+        return _Rules(start, problem, optimizer), "rules"
+    from analysis.margin.real import Real
+
+    return Real(start, problem, optimizer), "optimizers"
+
+
+class _Scalar:
+    """`scalar` as a stepper."""
+
+    def __init__(self, start: Nets, problem: Problem, optimizer: Chosen) -> None:
+        self.values = scalar.numbers(start)
+        self._advance = scalar.advance(
+            optimizer.kind, problem, optimizer.lr, optimizer.options, scale_free=optimizer.scale_free
+        )
+
+    @property
+    def nets(self) -> Nets:
+        """The one net."""
+        return scalar.net_of(self.values)
+
+    def advance(self, first: int, last: int) -> None:
+        """Steps; where e^(-z) overflows the numbers become NaN, as in numpy."""
+        try:
+            self.values = self._advance(self.values, first, last)
+        except OverflowError:
+            self.values = [float("nan")] * len(self.values)
+
+    def keep(self, mask: NDArray[np.bool_]) -> None:
+        """Nothing to choose from one run; a dead one goes."""
+        if not mask.all():
+            self.values = [float("nan")] * len(self.values)
+
+
+class _Rules:
+    """`rules` as a stepper."""
+
+    def __init__(self, start: Nets, problem: Problem, optimizer: Chosen) -> None:
+        self.nets = start
+        self._problem, self._optimizer = problem, optimizer
+        self._rule = choice.rule(optimizer, (start.hidden.shape[0], start.hidden.shape[1]))
+
+    def advance(self, first: int, last: int) -> None:
+        """Steps, in place."""
+        lr, decay = self._optimizer.lr, 1.0 - self._optimizer.lr * self._optimizer.weight_decay
+        scale_free = self._optimizer.scale_free
+        hidden, output = self.nets
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            for _ in range(first, last):
+                pull = ascent(self.nets, self._problem, scale_free=scale_free)
+                gradient = [-pull.hidden] if pull.output is None else [-pull.hidden, -pull.output]
+                moved = self._rule.update(gradient)
+                if decay != 1.0:
+                    hidden *= decay
+                    if pull.output is not None:
+                        output *= decay
+                hidden -= lr * moved[0]
+                if pull.output is not None:
+                    output -= lr * moved[1]
+
+    def keep(self, mask: NDArray[np.bool_]) -> None:
+        """Drop runs, and the rule's state of them."""
+        self.nets = Nets(*(np.ascontiguousarray(part) for part in self.nets.chosen(mask)))
+        self._rule.keep(mask)

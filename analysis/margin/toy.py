@@ -1,0 +1,314 @@
+"""Modes `toy` and `flow`: from settings to judged runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from analysis.margin import chosen as choice
+from analysis.margin import points as sites
+from analysis.margin import rates, starts, trajectory
+from analysis.margin.chosen import Chosen
+from analysis.margin.closed_form import Separated, separated
+from analysis.margin.flow import Flowed, flow
+from analysis.margin.net import Nets, Problem
+from analysis.margin.settings import Settings
+from analysis.margin.steps import Stepped, is_dead, record_times, train
+from analysis.margin.trajectory import Run
+from harness.config.errors import InputError
+
+LR, STEPS = 0.01, 100_000
+PER_DECADE, PER_DECADE_FLOW, MANY = 20, 4, 20
+FIRST_DECADE = -2
+HIT_TOLERANCE = 1e-3
+CONSTANT_OF_GD = ("gd", "ngd", "adamw")
+"""|b₂ - b₁| tends to the C of gradient descent; for Adam because ε ends its invariance to scale."""
+CONSTANT_AT_START = ("sign", "spectral", "muon")
+"""|b₂ - b₁| stays what it is."""
+
+Say = Callable[[str], None]
+
+
+def problem_of(settings: Settings) -> Problem:
+    """Points, loss and what is trained.
+
+    Raises:
+        InputError: points that nothing separates.
+    """
+    points = sites.given(
+        list(settings.data) if isinstance(settings.data, tuple) else settings.data, settings.dim
+    )
+    return Problem(points, settings.loss, settings.reduction, settings.train_v or settings.v == "trained")
+
+
+def optimizers_of(settings: Settings, default_lr: float) -> list[Chosen]:
+    """The optimizers of a comparison, with their options.
+
+    Raises:
+        InputError: unknown names or options; options of an optimizer that is not compared.
+    """
+    strangers = [name for name in settings.options if name and name not in settings.optimizer]
+    if strangers:
+        key = next(iter(settings.options[strangers[0]]))
+        raise InputError(
+            f"{strangers[0]}.{key}",
+            settings.options[strangers[0]][key],
+            "is for an optimizer that does not run",
+            fix=f"optimizer={','.join([*settings.optimizer, strangers[0]])}",
+        )
+    found = []
+    for name in settings.optimizer:
+        options = {**settings.options.get("", {}), **settings.options.get(name, {})}
+        lr = options.pop("lr", settings.lr if settings.lr is not None else default_lr)
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0.0 < lr < math.inf:
+            raise InputError(f"{name}.lr", lr, allowed="a number > 0")
+        found.append(choice.choose(name, float(lr), options, settings.grad))
+    return found
+
+
+def run_toy(settings: Settings, say: Say) -> list[Run]:
+    """Optimizer steps.
+
+    Raises:
+        InputError: bad input.
+    """
+    problem, chosen = problem_of(settings), optimizers_of(settings, LR)
+    start = starts.start(settings, problem)
+    steps = settings.steps or STEPS
+    per_decade = settings.record or (PER_DECADE_FLOW if settings.runs > MANY else PER_DECADE)
+    at = record_times(steps, per_decade)
+    runs: list[Run] = []
+    for optimizer in chosen:
+        stepped = train(start, problem, optimizer, at, gives_up=settings.runs > 1)
+        say(f"{optimizer.name}: {steps} steps of {start.runs} run(s), computed by {stepped.computed_by}")
+        runs += [_judged_steps(settings, problem, optimizer, stepped, run) for run in range(start.runs)]
+    return runs
+
+
+def run_flow(settings: Settings, say: Say) -> list[Run]:
+    """Gradient flow, from the start or from where gradient descent is after `join_at` steps.
+
+    Raises:
+        InputError: bad input.
+    """
+    problem, chosen = problem_of(settings), optimizers_of(settings, LR)
+    others = [optimizer.name for optimizer in chosen if optimizer.kind != "gd"]
+    if others:
+        reason = "has no flow here: flow is the limit of gradient descent for small lr"
+        raise InputError("optimizer", others[0], reason, allowed="gd", fix="mode=toy, or optimizer=gd")
+    if settings.dtype != "float64":
+        raise InputError("dtype", settings.dtype, "is for steps", allowed="float64 with mode=flow")
+    start = starts.start(settings, problem)
+    runs = [_flowed(settings, problem, chosen[0], start.one(run), run) for run in range(start.runs)]
+    say(f"flow of {start.runs} run(s) to ln τ = {settings.ln_tau_max:.1f}")
+    return runs
+
+
+def log_time(t: float, optimizer: Chosen, problem: Problem) -> float:
+    """ln τ of step t."""
+    return math.log(t * optimizer.lr * problem.time_per_lr) if t > 0 else -math.inf
+
+
+def _judged_steps(settings: Settings, problem: Problem, optimizer: Chosen, stepped: Stepped, run: int) -> Run:
+    times: list[float] = []
+    states: list[Nets] = []
+    for snapshot in stepped.snapshots:
+        place = int(np.searchsorted(snapshot.ids, run))
+        if place < len(snapshot.ids) and snapshot.ids[place] == run:
+            times.append(float(snapshot.t))
+            states.append(snapshot.nets.one(place))
+    log_taus = [log_time(t, optimizer, problem) for t in times]
+    flag = stepped.flags.get(run)
+    out = Run(optimizer.name, run, "dead" if run in set(stepped.dead) else "ok")
+    out.facts = {
+        "lr": optimizer.lr,
+        "grad": "log" if optimizer.scale_free else "raw",
+        "dtype": settings.dtype,
+        "computed_by": stepped.computed_by,
+        "steps": int(times[-1]),
+        "stagnated_at": flag[0] if flag else None,
+        "stagnation": flag[1] if flag else "",
+    }
+    stop = log_time(flag[0], optimizer, problem) if flag else math.inf
+    return _judge(out, problem, optimizer, list(zip(times, log_taus, states)), stop)
+
+
+def _flowed(settings: Settings, problem: Problem, optimizer: Chosen, start: Nets, run: int) -> Run:
+    out = Run("gd", run, "ok")
+    states: list[tuple[float | None, float, Nets]] = [(0.0, -math.inf, start)]
+    net, joined = start, -math.inf
+    if settings.join_at is not None:
+        at = record_times(settings.join_at, settings.record or PER_DECADE, [settings.join_at // 10])
+        stepped = train(start, problem, optimizer, at, gives_up=False)
+        states = [(float(s.t), log_time(s.t, optimizer, problem), s.nets) for s in stepped.snapshots]
+        net, joined = states[-1][2], states[-1][1]
+        out.facts["join"] = _join_check(problem, optimizer, states, settings.join_at)
+    if settings.ln_tau_max <= joined:
+        reason = f"is before the join at ln τ = {joined:.3f}"
+        raise InputError("ln_tau_max", settings.ln_tau_max, reason, fix="ln_tau_max=690.8")
+    at_flow = _flow_times(joined, settings.ln_tau_max, settings.record or PER_DECADE_FLOW)
+    flowed = flow(net, problem, at_flow, joined)
+    shift = math.log(optimizer.lr * problem.time_per_lr)
+    states += [
+        (_step_of(log_tau - shift), log_tau, state) for log_tau, state in zip(flowed.log_tau, flowed.states)
+    ]
+    out.facts |= {"lr": optimizer.lr, "dtype": "float64", **_flow_facts(flowed)}
+    return _judge(out, problem, optimizer, states, math.inf)
+
+
+def _flow_facts(flowed: Flowed) -> dict[str, object]:
+    return {
+        "flow_steps": flowed.steps,
+        "flow_switches": flowed.switches,
+        "flow_steps_near_kinks": flowed.steps_near_kinks,
+        "flow_stuck": flowed.stuck,
+    }
+
+
+def _flow_times(joined: float, last: float, per_decade: int) -> list[float]:
+    """Powers of ten of τ and steps in between, after the join, and the last time."""
+    unit = math.log(10.0) / per_decade
+    first = FIRST_DECADE * per_decade
+    grid = [n * unit for n in range(first, math.ceil(last / unit) + 1)]
+    near = 1e-9 * max(1.0, abs(last))
+    return [x for x in grid if joined + near < x < last - near] + [last]
+
+
+def _join_check(
+    problem: Problem, optimizer: Chosen, states: Sequence[tuple[float | None, float, Nets]], join_at: int
+) -> dict[str, object]:
+    """Flow from a tenth of the steps on, against the steps themselves.
+
+    A step of gradient descent and flow over the same time differ by ½(lr·e^(-u))² in u, in all by
+    ½ lr·ln(10)/τ over a decade, the same for both points to leading order; 10/T leaves room for inits with larger
+    constants.
+    """
+    tenth = join_at // 10
+    before = next(state for t, _, state in states if t == tenth)
+    _, log_tau, after = states[-1]
+    flowed = flow(before, problem, [log_tau], log_time(tenth, optimizer, problem))
+    if not flowed.states:
+        return {"t": join_at, "passed": False, "why": "the gradient vanished"}
+    by_flow, by_steps = (
+        trajectory.measured(net, problem, None, log_tau)[0]["gap"] for net in (flowed.states[0], after)
+    )
+    difference = abs(by_flow - by_steps)
+    tolerance = (10.0 / join_at) * max(abs(by_steps), 1e-6) + 1e-9
+    return {
+        "t": join_at,
+        "ln_tau": log_tau,
+        "gap_steps": by_steps,
+        "gap_flow": by_flow,
+        "difference": difference,
+        "tolerance": tolerance,
+        "passed": bool(difference <= tolerance),
+    }
+
+
+def _judge(
+    out: Run,
+    problem: Problem,
+    optimizer: Chosen,
+    states: Sequence[tuple[float | None, float, Nets]],
+    stop: float,
+) -> Run:
+    """Fill in rows, status, prediction and rate."""
+    points = problem.points
+    last = states[-1][2]
+    is_finite = all(bool(np.isfinite(part).all()) for _, _, net in states for part in net)
+    if not is_finite:
+        out.status = "diverged"
+        states = [s for s in states if all(bool(np.isfinite(part).all()) for part in s[2])]
+    elif bool(is_dead(last, problem)[0]):
+        out.status = "dead"
+    state = _first_separated(states, problem)
+    out.facts |= {
+        "margin_opt": points.margin_optimum,
+        "margin_inf": state.margin_limit if state and optimizer.kind in CONSTANT_OF_GD else None,
+        "separated_at": next((t for t, log_tau, _ in states if state and log_tau == state.log_tau), None),
+    }
+    found = None
+    for t, log_tau, net in states:
+        row, found = trajectory.measured(net, problem, t, log_tau)
+        out.rows.append(row)
+    if out.status != "ok":
+        return out
+    out.status = "flat" if found is not None and found.flat else "ok"
+    out.predicted = _predicted(optimizer, state, out.rows)
+    limit = out.facts["margin_inf"] if out.facts["margin_inf"] is not None else points.margin_optimum
+    x = np.array([row["ln_tau"] for row in out.rows])
+    gaps = np.abs(limit - np.array([row["margin"] for row in out.rows]))
+    out.rate = rates.classify(x, gaps, _settled(state, out.rows), stop)
+    if not math.isclose(limit, points.margin_optimum, abs_tol=1e-9):
+        out.facts["note"] = (
+            "the margin tends to margin_inf, not to the optimum; the rate is that of margin_inf - margin"
+        )
+    return _with_events(out)
+
+
+def _first_separated(
+    states: Sequence[tuple[float | None, float, Nets]], problem: Problem
+) -> Separated | None:
+    return next((found for _, log_tau, net in states if (found := separated(net, problem, log_tau))), None)
+
+
+def _settled(state: Separated | None, rows: Sequence[trajectory.Row]) -> float:
+    """ln τ from which the start is forgotten; without a closed form from the first row that is right everywhere."""
+    if state is not None:
+        return state.settled
+    right = next((row for row in rows if row["f_min"] > 0.0), None)
+    if right is None:
+        return math.inf
+    biggest = max(abs(value) for key, value in right.items() if key[0] == "f" and key[1:].isdigit())
+    return max(math.log(100.0) + biggest, right["ln_tau"])
+
+
+def _predicted(optimizer: Chosen, state: Separated | None, rows: Sequence[trajectory.Row]) -> float | None:
+    kind = optimizer.kind
+    if state is None or optimizer.weight_decay:
+        return None
+    if kind in CONSTANT_OF_GD:
+        return state.constant if kind == "gd" or _is_standard(state) else None
+    # Newton–Schulz leaves the two rows of unequal length.
+    is_exact = optimizer.options.get("orthogonalizer", "auto") in choice.EXACT
+    if kind in CONSTANT_AT_START and is_exact and _is_standard(state) and "delta_b" in rows[0]:
+        return float(next(row["delta_b"] for row in rows if row["ln_tau"] >= state.log_tau))
+    return None
+
+
+def _is_standard(state: Separated) -> bool:
+    return math.isclose(state.a, 1.0) and math.isclose(state.c, 1.0) and state.log_rate == (0.0, 0.0)
+
+
+def _with_events(out: Run) -> Run:
+    """First step at which both outputs agree to 1e-3 (what convergence looks like), and the largest gap."""
+    rows = out.rows
+    hit = next(
+        (
+            r
+            for r in rows
+            if "f2" in r and "f3" not in r and abs(r["f1"] + r["f2"]) < HIT_TOLERANCE and r["t"]
+        ),
+        None,
+    )
+    right = [row for row in rows if row["f_min"] > 0.0] or rows
+    peak = max(right, key=lambda row: row["gap"])
+    out.facts |= {
+        "t_hit": hit["t"] if hit else None,
+        "gap_peak": peak["gap"],
+        "gap_peak_ln_tau": _plain(peak["ln_tau"]),
+        "gap_last": rows[-1]["gap"],
+        "margin_last": rows[-1]["margin"],
+    }
+    return out
+
+
+def _step_of(log_t: float) -> float | None:
+    """e^x to 12 digits, so that powers of ten are what they are called; None beyond fp64."""
+    return float(f"{math.exp(log_t):.12g}") if log_t < 709.0 else None
+
+
+def _plain(x: float) -> float | None:
+    return x if math.isfinite(x) else None
