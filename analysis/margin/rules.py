@@ -220,11 +220,12 @@ class GaLore(Subspace):
         (beta1, beta2), eps = options["betas"], options["eps"]
         if self.first is None or self.second is None:
             self.first, self.second = np.zeros_like(inside), np.zeros_like(inside)
-        self.first = beta1 * self.first + (1.0 - beta1) * inside
-        self.second = beta2 * self.second + (1.0 - beta2) * inside * inside
+        first = beta1 * self.first + (1.0 - beta1) * inside
+        second = beta2 * self.second + (1.0 - beta2) * inside * inside
+        self.first, self.second = first, second
         bias1, root2 = 1.0 - beta1**self.count, (1.0 - beta2**self.count) ** 0.5
         floor = eps if options["eps_form"] == "raw" else eps * root2
-        moved = self.first / (np.sqrt(self.second) + floor) * (root2 / bias1)
+        moved = first / (np.sqrt(second) + floor) * (root2 / bias1)
         return options["alpha"] * self.lifted(moved)
 
 
