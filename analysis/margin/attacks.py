@@ -28,7 +28,9 @@ def functional_margins(scores: Tensor, labels: Tensor) -> Tensor:
     return own - others.amax(1)
 
 
-def attack(scores: Scores, x: Tensor, labels: Tensor, norm: str, *, rounds: int = ROUNDS, seed: int = 0) -> Tensor:
+def attack(
+    scores: Scores, x: Tensor, labels: Tensor, norm: str, *, rounds: int = ROUNDS, seed: int = 0
+) -> Tensor:
     """(n,) norms of the smallest perturbations found; 0 where the label is wrong already, inf where none was found.
 
     Args:
@@ -85,7 +87,8 @@ def _differences(scores: Scores, at: Tensor, labels: Tensor) -> tuple[Tensor, Te
     others = others[others != labels[:, None]].view(len(labels), classes - 1)
     value = z.gather(1, labels[:, None]) - z.gather(1, others)
     gradients = [
-        torch.autograd.grad(value[:, i].sum(), at, retain_graph=i < classes - 2)[0] for i in range(classes - 1)
+        torch.autograd.grad(value[:, i].sum(), at, retain_graph=i < classes - 2)[0]
+        for i in range(classes - 1)
     ]
     return value.detach(), torch.stack(gradients, dim=1)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from analysis.margin import outputs
+from analysis.margin import outputs, toy, toy_results
+from analysis.margin.mirror import mirror
+from analysis.margin.outputs import Finished
 from analysis.margin.settings import Settings, read
 from analysis.margin.trajectory import Run
 from harness.cli import document
@@ -28,43 +31,24 @@ def main(argv: Sequence[str]) -> int:
     """
     settings, folder, as_json = _words(argv)
     console = Console(stderr=True, highlight=False)
-    say: Callable[[str], None] = lambda text: console.print(text, markup=False, soft_wrap=True)  # noqa: E731
-    runs, notes = _computed(settings, say)
-    files = outputs.write(settings, runs, notes, folder)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    done = _done(settings, say)
+    files = outputs.write(settings, done, folder)
+    code = _code(done.runs)
+    mirror(settings, done, folder, say, code)
     if as_json:
-        print(document(**outputs.document(settings, runs, notes)))
+        print(document(**outputs.document(settings, done)))
     else:
-        _show(runs, notes, files)
-    return _code(runs)
+        _show(done, files)
+    return code
 
 
-def _computed(settings: Settings, say: Callable[[str], None]) -> tuple[list[Run], list[str]]:
-    from analysis.margin import toy
-
+def _done(settings: Settings, say: Callable[[str], None]) -> Finished:
     runs = toy.run_flow(settings, say) if settings.mode == "flow" else toy.run_toy(settings, say)
-    return runs, notes_on(runs)
-
-
-def notes_on(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before believing a number, once per optimizer."""
-    found: list[str] = []
-    for run in runs:
-        name = run.optimizer
-        if run.facts.get("stagnated_at") is not None:
-            found.append(
-                f"{name}: from step {run.facts['stagnated_at']} on {run.facts['stagnation']}; "
-                "nothing after it is used for a rate"
-            )
-        join = run.facts.get("join")
-        if join and not join["passed"]:
-            found.append(
-                f"{name}: flow and steps disagree at step {join['t']}: the learning rate is too large for flow"
-            )
-        if run.facts.get("flow_stuck"):
-            found.append(f"{name}: every neuron is off, so that flow stops")
-        if run.facts.get("note"):
-            found.append(f"{name}: {run.facts['note']}")
-    return list(dict.fromkeys(found))
+    return toy_results.finished(settings, runs)
 
 
 def _words(argv: Sequence[str]) -> tuple[Settings, Path, bool]:
@@ -87,7 +71,8 @@ def _words(argv: Sequence[str]) -> tuple[Settings, Path, bool]:
 
 
 def _folder(settings: Settings) -> Path:
-    name = settings.name or "-".join([settings.mode, *settings.optimizer[:4], f"seed{settings.seed}"])
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
+    name = settings.name or "-".join([settings.mode, *settings.optimizer[:4], digest])
     return Path(settings.runs_dir) / settings.group / name
 
 
@@ -98,11 +83,8 @@ def _code(runs: Sequence[Run]) -> int:
     return NO if all(run.status == "dead" for run in runs) or not all(joins) else DONE
 
 
-def _show(runs: Sequence[Run], notes: Sequence[str], files: Sequence[Path]) -> None:
+def _show(done: Finished, files: Sequence[Path]) -> None:
     # Piped output must not be folded at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(outputs.markdown(outputs.table(runs), outputs.counts(runs)), markup=False, soft_wrap=True)
-    for note in notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
-    for path in files:
-        console.print(str(path), markup=False, soft_wrap=True)
+    for text in (outputs.markdown(done), *(f"note: {note}" for note in done.notes), *map(str, files)):
+        console.print(text, markup=False, soft_wrap=True)

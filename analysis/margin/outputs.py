@@ -1,43 +1,66 @@
-"""What a margin job writes: trajectory.csv, summary.json, table.md and table.csv; and its JSON document."""
+"""What a margin job writes: trajectory.csv, summary.json, table.md, table.csv, report.html; its JSON document."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.compare.plots import Plot
+from analysis.margin import report
 from analysis.margin.settings import Settings
-from analysis.margin.trajectory import Row, Run
+from analysis.margin.trajectory import Run
 from harness.record import atomic
 
 SCHEMA_VERSION = 1
 SHOWN_KEYS = ("t", "ln_tau", "gap", "margin")
-TABLE_STEPS = (10**3, 10**4, 10**5, 10**6)
-TABLE_LOSSES = (-5.0, -10.0, -20.0, -40.0)
-"""ln of the loss at which optimizers are compared beside equal steps."""
 MANY = 20
 
 
-def document(settings: Settings, runs: Sequence[Run], notes: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Finished:
+    """A margin job with all that is said about it.
+
+    Attributes:
+        runs: one per optimizer and start.
+        notes: what a reader must know before believing a number.
+        headline, scope: the result in a sentence, and what it rests on.
+        table: a row per optimizer; values are numbers or words.
+        plots: of the report.
+        more: further tables by name, each a list of rows.
+    """
+
+    runs: Sequence[Run]
+    notes: Sequence[str]
+    headline: str
+    scope: str
+    table: Sequence[Mapping[str, Any]]
+    plots: Sequence[Plot]
+    more: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+
+def document(settings: Settings, done: Finished) -> dict[str, Any]:
     """`{"runs": […], …}` of `--json`; numbers that are not finite are null.
 
     Of more than 20 runs the trajectories hold powers of ten only.
     """
-    many = len(runs) > MANY
+    thin = len(done.runs) > MANY
     return plain(
         {
             "mode": settings.mode,
-            "runs": [described(run, thin=many) for run in runs],
-            "table": table(runs),
-            "counts": counts(runs),
-            "notes": list(notes),
+            "runs": [described(run, thin=thin) for run in done.runs],
+            "table": list(done.table),
+            **done.more,
+            "counts": counts(done.runs),
+            "sentence": done.headline,
+            "notes": list(done.notes),
         }
     )
 
@@ -60,32 +83,61 @@ def described(run: Run, *, thin: bool) -> dict[str, Any]:
     }
 
 
-def write(settings: Settings, runs: Sequence[Run], notes: Sequence[str], folder: Path) -> list[Path]:
+def write(settings: Settings, done: Finished, folder: Path) -> list[Path]:
     """Write the files, each whole, and return them."""
     folder.mkdir(parents=True, exist_ok=True)
-    summary = {
-        "schema_version": SCHEMA_VERSION,
-        "settings": plain(asdict(settings)),
-        "code_version": _version(),
-        "counts": counts(runs),
-        "notes": list(notes),
-        "runs": [
-            {key: value for key, value in described(run, thin=False).items() if key != "trajectory"}
-            for run in runs
-        ],
-    }
-    rows = table(runs)
+    rows = ({"run": run.run, "optimizer": run.optimizer, **row} for run in done.runs for row in run.rows)
     texts = {
-        "trajectory.csv": to_csv(
-            {"run": run.run, "optimizer": run.optimizer, **row} for run in runs for row in run.rows
-        ),
-        "table.csv": to_csv(rows),
-        "table.md": markdown(rows, counts(runs)),
+        "trajectory.csv": to_csv(rows),
+        "table.csv": to_csv(done.table),
+        "table.md": markdown(done),
+        **{f"{name}.csv": to_csv(table) for name, table in done.more.items()},
+        "summary.json": json.dumps(summary(settings, done), indent=2, allow_nan=False) + "\n",
+        "report.html": page(settings, done),
     }
     for name, text in texts.items():
         atomic.write_text(folder / name, text)
-    atomic.write_json(folder / "summary.json", plain(summary))
-    return [folder / name for name in (*texts, "summary.json")]
+    return [folder / name for name in texts]
+
+
+def summary(settings: Settings, done: Finished) -> dict[str, Any]:
+    """summary.json: settings, what was found of each run, and the tables."""
+    runs = [described(run, thin=True) for run in done.runs]
+    return plain(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "settings": asdict(settings),
+            "code_version": _version(),
+            "sentence": done.headline,
+            "counts": counts(done.runs),
+            "notes": list(done.notes),
+            "table": list(done.table),
+            **done.more,
+            "runs": [{key: value for key, value in run.items() if key != "trajectory"} for run in runs],
+        }
+    )
+
+
+def page(settings: Settings, done: Finished) -> str:
+    """report.html."""
+    tables = [report.Table(*cells(done.table))]
+    tables += [report.Table(*cells(rows), title=name.replace("_", " ")) for name, rows in done.more.items()]
+    return report.render(
+        title=settings.mode,
+        headline=done.headline,
+        scope=done.scope,
+        notes=done.notes,
+        tables=tables,
+        plots=done.plots,
+        settings={key: str(value) for key, value in asdict(settings).items()},
+    )
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table, for people: columns without any number are left out, quartiles in brackets."""
+    columns = [key for key in (rows[0] if rows else {}) if any(_word(row[key]) for row in rows)]
+    shown = [key for key in columns if not key.endswith((" q1", " q3"))]
+    return shown, [[_word(row[key]) + _quartiles(row, key) for key in shown] for row in rows]
 
 
 def counts(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
@@ -97,43 +149,21 @@ def counts(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
     return found
 
 
-def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row per optimizer: median and quartiles over the runs that separate the points, at equal steps and at
-    equal loss."""
-    rows = []
-    for name in dict.fromkeys(run.optimizer for run in runs):
-        alive = [run for run in runs if run.optimizer == name and run.status in ("ok", "flat")]
-        classes = [run.rate.rate_class for run in alive]
-        ratios = [run.rate.constant / run.predicted for run in alive if run.rate.constant and run.predicted]
-        row: dict[str, Any] = {
-            "optimizer": name,
-            "runs": sum(run.optimizer == name for run in runs),
-            "separated": len(alive),
-            "rate_class": max(sorted(set(classes)), key=classes.count) if classes else None,
-            "C_predicted": _median([run.predicted for run in alive]),
-            "C_fit": _median([run.rate.constant for run in alive]),
-            "C_fit/C_predicted": _median(ratios),
-        }
-        for t in TABLE_STEPS:
-            row |= _spread(f"gap at {t:.0e}".replace("e+0", "e"), [_at_step(run.rows, t) for run in alive])
-        for level in TABLE_LOSSES:
-            row |= _spread(f"gap at ln L = {level:g}", [_at_loss(run.rows, level) for run in alive])
-        rows.append(row)
-    return rows
-
-
-def markdown(rows: Sequence[Mapping[str, Any]], counted: Mapping[str, Mapping[str, int]]) -> str:
-    """The table for people; columns without any number are left out."""
-    columns = [key for key in (rows[0] if rows else {}) if any(_word(row[key]) for row in rows)]
-    shown = [key for key in columns if not key.endswith((" q1", " q3"))]
-    lines = ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
-    for row in rows:
-        cells = [_word(row[key]) + _quartiles(row, key) for key in shown]
-        lines.append("| " + " | ".join(cells) + " |")
+def markdown(done: Finished) -> str:
+    """The tables, what they say, and how many runs ended how."""
+    lines = [done.headline, "", *_markdown_table(done.table)]
+    for name, rows in done.more.items():
+        lines += ["", f"{name.replace('_', ' ')}:", "", *_markdown_table(rows)]
     lines.append("")
-    for name, by_status in counted.items():
+    for name, by_status in counts(done.runs).items():
         lines.append(f"{name}: " + ", ".join(f"{n} {status}" for status, n in by_status.items()))
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    heads, body = cells(rows)
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return lines + ["| " + " | ".join(row) + " |" for row in body]
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -157,33 +187,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _at_step(rows: Sequence[Row], t: int) -> float | None:
-    return next((row["gap"] for row in rows if row["t"] is not None and abs(row["t"] - t) < 0.5), None)
-
-
-def _at_loss(rows: Sequence[Row], level: float) -> float | None:
-    """The gap where ln L passes a level, interpolated in ln L between two states."""
-    for before, after in pairwise(rows):
-        high, low = before["log_loss"], after["log_loss"]
-        if high > level >= low:
-            share = (high - level) / (high - low)
-            return before["gap"] + share * (after["gap"] - before["gap"])
-    return None
-
-
-def _spread(key: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    found = [value for value in values if value is not None]
-    if len(found) < 2:
-        return {key: found[0] if found else None, f"{key} q1": None, f"{key} q3": None}
-    low, middle, high = (float(q) for q in np.quantile(found, (0.25, 0.5, 0.75)))
-    return {key: middle, f"{key} q1": low, f"{key} q3": high}
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return float(np.median(found)) if found else None
 
 
 def _quartiles(row: Mapping[str, Any], key: str) -> str:

@@ -31,9 +31,23 @@ class WandbSink:
         run_id: str,
         facts: Mapping[str, Any],
         say: Callable[[str], None],
+        *,
+        job_type: str = "train",
+        described: Mapping[str, Any] | None = None,
     ) -> None:
+        """
+        Args:
+            config: says where and how to mirror, and is what the W&B run is described by.
+            folder: of the run.
+            run_id: of the W&B run.
+            facts: recorded beside the configuration.
+            say: takes what the user has to know.
+            job_type: W&B's word for the kind of run.
+            described: stands in the place of the configuration, for jobs that are no training.
+        """
         self._say = say
         self._run: Any = None
+        self._job_type, self._described = job_type, described
         mode = resolve_mode(config.wandb.mode)
         if mode == "disabled":
             return
@@ -95,7 +109,7 @@ class WandbSink:
                 "host": "hidden",
                 "username": "hidden",
                 "email": "hidden",
-                "program": "harness.train",
+                "program": f"optbench {self._job_type}",
             }
         settings: Any = wandb.Settings(
             init_timeout=INIT_TIMEOUT_S, console="off", save_code=False, **facts_off
@@ -105,13 +119,13 @@ class WandbSink:
             project=config.wandb.project,
             entity=config.wandb.entity,
             group=config.group,
-            job_type="train",
+            job_type=self._job_type,
             name=folder.name,
             id=run_id,
             resume="allow",
             dir=folder,
             mode=chosen,
-            config={**_without_places(config.model_dump(mode="json")), **facts},
+            config={**_without_places(self._described or config.model_dump(mode="json")), **facts},
             settings=settings,
         )
         for axis in X_AXES:
