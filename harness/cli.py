@@ -122,9 +122,15 @@ COMMANDS: dict[str, Command] = {
         "can training images be reconstructed from weights, and which other images explain them",
         "[mode=fixture] [experiment=NAME] [key=value …] [OPTIMIZER.option=value …] [--json]",
         (
-            ("mode=fixture", "a network in closed form: alternatives that are exact, controls that must fail"),
+            (
+                "mode=fixture",
+                "a network in closed form: alternatives that are exact, controls that must fail",
+            ),
             ("optimizer=gd,muon seeds=3", "victims, certificates, alternatives, attacks, susceptibility"),
-            ("checkpoint=weights.safetensors batch=batch.npz", "a network of your own, if the theory covers it"),
+            (
+                "checkpoint=weights.safetensors batch=batch.npz",
+                "a network of your own, if the theory covers it",
+            ),
         ),
     ),
     "list": Command(

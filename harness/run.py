@@ -46,7 +46,6 @@ def execute(prepared: Prepared) -> str:
     engine = engines.start(prepared.config)
     run = assemble(prepared, engine)
     if engine.rank != 0:
-        _keep_alive(run, prepared)
         keeper, choice = _keeper(run, prepared, attempt=0, say=_to_stderr)
         resuming.resume(run, keeper.store, choice, lambda line: None)
         state = train(run)
@@ -60,17 +59,15 @@ def execute(prepared: Prepared) -> str:
     return state
 
 
-def _keep_alive(run: Run, prepared: Prepared) -> None:
-    run.engine.bound_waiting()
-    run.heartbeat = Heartbeat(prepared.folder, run.engine.rank)
-    run.heartbeat.start()
-
-
 def _keeper(
     run: Run, prepared: Prepared, *, attempt: int, say: Callable[[str], None]
 ) -> tuple[Checkpoints, resuming.Choice]:
     """Hang the checkpoints on a run and find the one to go on from (a collective)."""
+    run.engine.bound_waiting()
     choice = resuming.choose(run, Store(prepared.folder), identity=prepared.identity, attempt=attempt)
+    # Only now: rank 0 has opened the folder, which must be its own, or empty, until then.
+    run.heartbeat = Heartbeat(prepared.folder, run.engine.rank)
+    run.heartbeat.start()
     facts = {
         "identity": prepared.identity,
         "comparison_key": prepared.comparison_key,
@@ -142,7 +139,6 @@ class _Recorder:
     def train(self) -> str:
         """Announce, train, and note how it ended."""
         run = self.run
-        _keep_alive(run, self.prepared)
         store = Store(self.folder.path)
         store.discard_partial()
         if not run.config.resume:

@@ -11,10 +11,10 @@ from analysis.compare import arguments
 
 
 def report(argv: Sequence[str]) -> int:
-    """``optbench report DIR [--out DIR] [--json]``: compare the runs below DIR; 0.
+    """``optbench report DIR [--out DIR] [--json]``: compare the runs below DIR; 0. Without runs the report says so.
 
     Raises:
-        InputError: no such folder, no runs in it, or words that are not understood.
+        InputError: no such folder, or words that are not understood.
     """
     folder, out, as_json = arguments.report(argv)
     from analysis.compare import conclusion

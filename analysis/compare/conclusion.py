@@ -23,7 +23,7 @@ def write(folder: Path, out: Path, *, as_json: bool) -> None:
     """Compare the runs below ``folder``, write the report into ``out``, and print.
 
     Raises:
-        InputError: no such folder, or no runs in it.
+        InputError: no such folder.
     """
     found = document.read(folder)
     _print(found, report.write(found, out), as_json)
@@ -66,8 +66,10 @@ def _print(found: Document, written: Written, as_json: bool) -> None:
         quiet = sum(not caution.grave for caution in judged.cautions)
         if quiet:
             console.print(Text(f"{quiet} more notes are in the report", style="dim"))
-    if len(found.sets) > 1:
+    if len(found.sets) != 1:
         console.print(Text(f"\n{found.sentence}", style="bold"))
+    for remark in found.remarks:
+        console.print(Text(f"! {remark}", style="red"))
     for remark in written.remarks:
         print(remark)
     print(written.html)

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from analysis.compare import words
 from analysis.compare.comparison import ComparisonSet
-from analysis.compare.plots import Plot, figure
+from analysis.compare.plots import MAX_LEGEND, Plot, figure
 from analysis.compare.tables import state_kinds
 from harness.record.schema import TIME_PARTS
 
@@ -50,7 +50,7 @@ def memory(chosen: ComparisonSet) -> Plot | None:
     caption = "Counted from the tensors: weights and gradients at most over processes, state of rank 0."
     caption += (
         f" Measured peak of the process, activations and libraries included: {', '.join(peaks)}."
-        if peaks
+        if peaks and len(peaks) <= MAX_LEGEND
         else ""
     )
     return Plot("memory", "Memory by kind", caption, built, _bar_height(chosen))
@@ -81,4 +81,4 @@ def _bars(chosen: ComparisonSet, parts: dict[str, list[float]], unit: str, value
 
 
 def _bar_height(chosen: ComparisonSet) -> int:
-    return 150 + 38 * len(chosen.arms)
+    return 150 + (38 if len(chosen.arms) <= MAX_LEGEND else 20) * len(chosen.arms)

@@ -87,23 +87,23 @@ def _take(row: Mapping[str, Any], stem: str, runs: dict[tuple[str, int], _Gather
     seed = foreign_rows.value(row.get("seed")) if row.get("seed") not in (None, "") else named[1]
     if not isinstance(seed, int | float) or not math.isfinite(seed) or seed != int(seed) or seed < 0:
         return [f"seed {row.get('seed')!r} is no whole number from 0 on; the row is left out"]
+    has_step = row.get("step") not in (None, "")
+    step = _number("step", row["step"])[0] if has_step else math.nan
+    if has_step and not (math.isfinite(step) and step >= 0):
+        return [f"step {row['step']!r} is no number from 0 on; the row is left out"]
     found = runs.setdefault((optimizer, int(seed)), _Gathered())
     values: dict[str, float] = {}
     for key, cell in row.items():
         if cell is None or cell == "":
             if key in LOSSES and cell is None:
                 values[key] = math.nan  # JSON's null: a loss that was not finite
-            continue
-        if key in METRICS and key != "step":
+        elif key in METRICS and key != "step":
             values[key], problem = _number(key, cell)
             said += problem
         elif key not in ("optimizer", "seed", "step"):
             said += _fact(key, cell, found)
-    if row.get("step") in (None, ""):
+    if not has_step:
         return [*said, "has losses but no step"] if any(loss in values for loss in LOSSES) else said
-    step, problem = _number("step", row["step"])
-    if problem or not math.isfinite(step) or step < 0:
-        return [*said, f"step {row['step']!r} is no number from 0 on; the row is left out"]
     before = found.rows.setdefault(step, {})
     found.repeated += not values.keys().isdisjoint(before)  # a row of each loss is one step in two rows
     before.update(values)

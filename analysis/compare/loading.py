@@ -123,7 +123,7 @@ def _state(run: Run) -> tuple[str, str]:
         notes.append("no summary.json: the run is not over, or was killed")
         if state == "finished":
             return "failed", "no summary.json"
-        return state, reason or f"no summary; last state: {state}"
+        return state, reason or ("not over, or killed" if state == "running" else "no summary.json")
     if state == "finished" and not (run.folder / "DONE").exists():
         notes.append("finished, but the DONE file is missing")
     return state, reason

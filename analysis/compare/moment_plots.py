@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from analysis.compare.comparison import ComparisonSet
 from analysis.compare.curves import Floats
-from analysis.compare.plots import Plot, figure, line
+from analysis.compare.plots import Plot, figure, legend, line, unnamed
 from analysis.compare.spectra import FIGURES, Spectra, block, fold, short, spectra
 
 STATS = (("median", np.nanmedian, 2.2), ("largest", np.nanmax, 0.9))
@@ -39,8 +39,9 @@ def over_steps(chosen: ComparisonSet, found: Found) -> dict[str, Plot]:
                 label = chosen.arms[index].label
                 traces.append(_trace(index, label, stat, values.steps[kept], ys[kept], width, "at step"))
         if traces:
-            built = _lines(traces, name, {"title": {"text": "optimizer steps"}})
+            built = _lines(chosen, traces, name, {"title": {"text": "optimizer steps"}})
             caption = f"{shown.caption} Thick: median over matrices; thin: the largest. Median over seeds."
+            caption += unnamed(chosen)
             plots[name] = Plot(f"{name.replace('_', '-')}", shown.title, caption, built, 340)
     return plots
 
@@ -64,7 +65,7 @@ def over_depth(chosen: ComparisonSet, found: Found) -> dict[str, Plot]:
         if traces:
             blocks = [round(x) for trace in traces for x in trace.x]
             xaxis = {"title": {"text": "block of the model"}, "dtick": 1 + (max(blocks) - min(blocks)) // 12}
-            built = _lines(traces, name, {**xaxis, "tick0": min(blocks)})
+            built = _lines(chosen, traces, name, {**xaxis, "tick0": min(blocks)})
             at = f"step {steps.pop()}" if len(steps) == 1 else "each optimizer's last probed step"
             caption = f"At {at}. Thick: median over the matrices of a block; thin: the largest."
             title = f"{shown.axis.capitalize()} over depth"
@@ -127,14 +128,14 @@ def _trace(arm: int, label: str, stat: str, x: Floats, y: Floats, width: float, 
     )
 
 
-def _lines(traces: list[Any], name: str, xaxis: dict[str, Any]) -> dict[str, Any]:
+def _lines(chosen: ComparisonSet, traces: list[Any], name: str, xaxis: dict[str, Any]) -> dict[str, Any]:
     shown, scale = FIGURES[name], {"rangemode": "tozero"}
     if shown.logarithmic:
         values = np.concatenate([np.asarray(trace.y, float) for trace in traces])
         values = values[values > 0]
         wide = not len(values) or values.max() > 100 * values.min()
         scale = {"type": "log", "exponentformat": "power", "dtick": 1 if wide else "D2"}
-    return figure(traces, xaxis=xaxis, yaxis={"title": {"text": shown.axis}, **scale})
+    return figure(traces, xaxis=xaxis, yaxis={"title": {"text": shown.axis}, **scale}, **legend(chosen))
 
 
 def _profile(found: Spectra, name: str) -> tuple[float, list[int], list[Floats]] | None:

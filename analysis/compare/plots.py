@@ -30,6 +30,8 @@ MAX_POINTS = 400
 """Points of a curve in a plot: more than the pixels that tell them apart on a wide screen at half width."""
 ALL_POINTS = 12_000
 """Points of a plot with a line per run: more make a browser stutter."""
+MAX_LEGEND = 12
+"""Arms that a legend names; more of them would take the plot's place."""
 AXIS_WORDS = {"flops": "FLOPs"}
 LABEL_HEIGHT = 17
 """Pixels from one label to the next at the ends of curves."""
@@ -77,6 +79,17 @@ def line(arm: int, width: float = 2.2) -> dict[str, Any]:
     """Colour and dash of an arm; the dash goes on changing after the colours are used up."""
     colours = PALETTES["light"]
     return {"color": colours[arm % len(colours)], "dash": DASHES[arm % len(DASHES)], "width": width}
+
+
+def legend(chosen: ComparisonSet) -> dict[str, bool]:
+    """Layout of a plot whose traces are arms."""
+    return {"showlegend": len(chosen.arms) <= MAX_LEGEND}
+
+
+def unnamed(chosen: ComparisonSet) -> str:
+    """What a caption says in place of a legend."""
+    few = len(chosen.arms) <= MAX_LEGEND
+    return "" if few else " Colours and dashes as in the table; the pointer shows names."
 
 
 def main_plot(chosen: ComparisonSet) -> Plot | None:
@@ -266,6 +279,8 @@ def wall_clock(chosen: ComparisonSet) -> Plot | None:
         traces,
         xaxis={"title": {"text": AXIS_TITLES["seconds"]}},
         yaxis={"title": {"text": "training loss (nats/token)"}},
+        **legend(chosen),
     )
     caption = "One line per run. Time is that of training with its evaluations and probes, over all attempts."
+    caption += unnamed(chosen)
     return Plot("wall-clock", "Training loss over wall-clock time", caption, built, 380)

@@ -63,10 +63,10 @@ def write(document: Document, out: Path) -> Written:
     target = out / "comparison.png"
     shown = next((j for j in document.sets if plots.main_plot(j.chosen)), None)
     if shown is None:
-        remark = f"{target.name} is not written: no run logged a loss"
+        remark = f"{target.name} is not written: no run logged a loss" if document.runs else None
     else:
         remark = picture.photograph(render_picture(shown), target, width=PICTURE[0], height=PICTURE[1])
-    files = [*texts, *([target] if remark is None else [])]
+    files = [*texts, *([target] if shown is not None and remark is None else [])]
     return Written(html, files, [remark] if remark else [])
 
 

@@ -95,7 +95,7 @@ COLUMNS = [
     Column("tokens_per_s", "throughput", "tokens/s", "median over rows, all processes together", _COST),
     Column(
         "peak",
-        "peak memory",
+        "peak",
         "MiB",
         "allocator's peak on CUDA, resident set on CPU; max over processes",
         _COST,

@@ -169,7 +169,10 @@ def _leader(chosen: ComparisonSet, needed: int | None) -> tuple[str, str]:
         f"The mean of {label}, {mean}, lies {_size(chosen, best, near)}: {_evidence(chosen, best, near)}."
     )
     if beaten:
-        detail += f" {label} does end below {words.listing([chosen.arms[i].label for i in beaten])}."
+        below = [chosen.arms[i].label for i in beaten[:3]]
+        if len(beaten) > 3:
+            below.append(words.plural(len(beaten) - 3, "other"))
+        detail += f" {label} does end below {words.listing(below)}."
     if needed:
         detail += f" n = {words.grouped(needed)} seeds would show {statistics.RESOLUTION:g} nats/token."
     return f"No difference shown between {label} and {names}.", detail

@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any, Self
 
 import psutil
 
@@ -22,9 +23,10 @@ from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
 from harness.jobs import last_words
+from harness.lifecycle import REPEAT_S, SIGNALS
 from harness.preparation import Prepared, prepare
 from harness.record import atomic
-from harness.record.folder import now
+from harness.record.folder import REQUEUE, now
 from harness.train import ERROR_FILE
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "failed": 3, "interrupted": 75}
@@ -67,20 +69,22 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
     command, extra = launch_command(prepared.config, prepared.overrides)
     with tempfile.TemporaryDirectory() as scratch:
         error = Path(scratch) / "error.json"
-        # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **extra, ERROR_FILE: str(error), last_words.FOLDER: scratch},
-            stdout=output,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        with _forwarding(process):
+        with _Forwarding() as forwarding:
+            # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **extra, ERROR_FILE: str(error), last_words.FOLDER: scratch},
+                stdout=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_ignore_usr1,
+            )
+            forwarding.to(process)
             code = process.wait()
         if error.exists():
             raise InputError(**json.loads(error.read_text()))
         silent = last_words.silent(Path(scratch))
-    return _outcome(prepared.folder, code, silent)
+    return _outcome(prepared.folder, code, silent, forwarding.first)
 
 
 def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -121,47 +125,92 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
     ], extra
 
 
-def _outcome(folder: Path, code: int, silent: list[int]) -> RunOutcome:
+def _outcome(folder: Path, code: int, silent: list[int], asked: signal.Signals | None) -> RunOutcome:
     try:
         status = json.loads((folder / "status.json").read_text())
     except (OSError, json.JSONDecodeError):
+        if asked is not None:
+            return RunOutcome(folder, "interrupted", 75, f"stopped by {asked.name} before the first step")
         return RunOutcome(folder, "failed", 3, f"the processes ended with code {code} before the first step")
-    if status["state"] == "running":
+    attempt = status["attempts"][-1]
+    if status["state"] == "running" and asked is not None:
+        _note(status, "interrupted", f"stopped at once by {asked.name} after step {status['step']}")
+        atomic.write_text(folder / REQUEUE, f"{status['step']}\n")
+    elif status["state"] == "running":
         # Killed from outside: rank 0 could not say so itself.
         reason = f"the processes died (code {code}) after step {status['step']}"
         if silent:
             reason = f"{last_words.told(silent)} after step {status['step']}"
-        status |= {"state": "failed", "updated": now()}
-        status["attempts"][-1] |= {"state": "failed", "ended": now(), "reason": reason}
-        atomic.write_json(folder / "status.json", status)
+        _note(status, "failed", reason)
     elif status["state"] == "failed" and silent:
         # The others only saw their connection break.
-        status["attempts"][-1]["reason"] = (
-            f"{last_words.told(silent)}; then {status['attempts'][-1]['reason']}"
-        )
-        atomic.write_json(folder / "status.json", status)
-    state, reason = status["state"], status["attempts"][-1].get("reason", "")
-    return RunOutcome(folder, state, EXIT_CODES.get(state, 3), reason)
+        attempt["reason"] = f"{last_words.told(silent)}; then {attempt['reason']}"
+    else:
+        return _told(folder, status)
+    atomic.write_json(folder / "status.json", status)
+    return _told(folder, status)
 
 
-@contextmanager
-def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the training processes as SIGTERM and go on waiting for them.
+def _note(status: dict[str, Any], state: str, reason: str) -> None:
+    status |= {"state": state, "updated": now()}
+    status["attempts"][-1] |= {"state": state, "ended": now(), "reason": reason}
+
+
+def _told(folder: Path, status: dict[str, Any]) -> RunOutcome:
+    state = status["state"]
+    return RunOutcome(folder, state, EXIT_CODES.get(state, 3), status["attempts"][-1].get("reason", ""))
+
+
+def _ignore_usr1() -> None:
+    """In the new process, before it runs: a launcher dies of SIGUSR1, which SLURM sends to every process of a step.
+
+    The training processes take the signal over when they are ready to.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+class _Forwarding:
+    """While it is entered, passes signals on to the training processes as SIGTERM and lets them end by themselves.
 
     To them and not to a launcher between: torch's elastic agent would print a traceback, and kill after 30 s
-    what has not ended. Processes that end by themselves with code 0 it accepts.
+    what has not ended. Processes that end by themselves with code 0 it accepts. A second signal, `REPEAT_S` after the
+    first or later, kills them.
+
+    Attributes:
+        first: the first signal that came.
     """
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        for worker in _workers(process.pid) or [process]:
-            worker.send_signal(signal.SIGTERM)
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self._came_at = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._previous = {}
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._forward) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def to(self, process: subprocess.Popen[bytes]) -> None:
+        """Pass them on to this process and those below it, also what came before it was there."""
+        self._process = process
+        if self.first is not None:
+            process.send_signal(signal.SIGTERM)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        passed_on = signal.SIGTERM
+        if self.first is None:
+            self.first, self._came_at = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._came_at >= REPEAT_S:
+            passed_on = signal.SIGKILL
+        else:
+            return
+        if self._process is not None:
+            for worker in _workers(self._process.pid) or [self._process]:
+                worker.send_signal(passed_on)
 
 
 def _workers(pid: int) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def test_a_plug_in_by_import_path_trains(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_stop_vote_ends_the_run_on_the_next_step(corpus: Path, tmp_path: Path) -> None:
     run = _run(small(corpus, tmp_path, "steps=50"))
-    run.stop.requested = True
+    run.stop.signal = signal.SIGTERM
     assert train(run) == "interrupted"
     assert run.ledger.step == 1
 

@@ -21,6 +21,13 @@
     return pen.measureText(text).width;
   };
 
+  const fitted = (text, room) => {
+    if (textWidth(text) <= room) return text;
+    let kept = text.length;
+    while (kept > 1 && textWidth(`${text.slice(0, kept)}…`) > room) kept -= 1;
+    return `${text.slice(0, kept)}…`;
+  };
+
   function traces(figure, view) {
     return figure.data.map((original) => {
       const trace = { ...original };
@@ -58,7 +65,7 @@
       legend: { ...figure.layout.legend, orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     };
-    if (!meta.main && figure.data.some((t) => t.showlegend !== false && t.type !== "heatmap")) {
+    if (!meta.main && figure.layout.showlegend !== false && figure.data.some((t) => t.showlegend !== false && t.type !== "heatmap")) {
       out.showlegend = true;
       out.margin.t = 44;
     }
@@ -77,7 +84,8 @@
 
   function mainLayout(out, meta, view) {
     const range = meta.ranges[view.axis][view.zoom];
-    out.margin.r = Math.min(14 + Math.max(...meta.labels.map((l) => textWidth(l.text))), narrow() ? 110 : 240);
+    view.room = narrow() ? 100 : 230;
+    out.margin.r = 14 + Math.min(Math.max(...meta.labels.map((l) => textWidth(l.text))), view.room);
     out.margin.t = 10;
     out.xaxis.range = range.x.slice();
     out.yaxis.range = range.y.slice();
@@ -127,7 +135,7 @@
     const list = palettes.arms[dark.matches ? "dark" : "light"];
     return shown.map((l, i) => ({
       x: l.x[view.axis], y: l.y, xanchor: "left", yanchor: "middle", xshift: 6, yshift: l.at - places[i], showarrow: false,
-      text: l.text.replace(/</g, "&lt;"), font: { size: 13, color: list[l.arm % list.length], weight: 600 },
+      text: fitted(l.text, view.room).replace(/</g, "&lt;"), hovertext: l.text.replace(/</g, "&lt;"), font: { size: 13, color: list[l.arm % list.length], weight: 600 },
     }));
   }
 

@@ -122,6 +122,15 @@ def test_bad_rows_of_a_csv_are_left_out_and_said(tmp_path: Path) -> None:
     assert "2 more such lines" in said
 
 
+def test_a_row_that_is_left_out_tells_nothing_of_its_run(tmp_path: Path) -> None:
+    text = (
+        "optimizer,seed,step,val/loss,comparison_key,steps_planned\nsoap,0,9,3.0,k,9\nsoap,0,x,3.0,other,99\n"
+    )
+    (tmp_path / "t.csv").write_text(text)
+    run = by_seed(tmp_path)[0]
+    assert (run.comparison_key, run.state) == ("k", "finished")
+
+
 BAD_JSONL = """\
 {"optimizer": "soap", "seed": 0, "step": 1, "val/loss": 8.0, "steps_planned": "many"}
 not json

@@ -14,7 +14,7 @@ from analysis.margin.attacks import attack, functional_margins
 from analysis.margin.boundary import margin
 from analysis.margin.bounds import certified_radius, layers_of, lipschitz_radius
 from analysis.margin.net import Nets
-from tests.analysis.margin.toys import A, I1, net, random_net, states
+from tests.analysis.margin.toys import I1, A, net, random_net, states
 
 
 def classifier(toy: Nets) -> nn.Sequential:
@@ -22,7 +22,10 @@ def classifier(toy: Nets) -> nn.Sequential:
     hidden = torch.tensor(toy.hidden[..., 0])
     v = torch.tensor(toy.output[:, 0])
     k, width = hidden.shape
-    first, last = nn.Linear(width - 1, k, dtype=torch.float64), nn.Linear(k, 2, bias=False, dtype=torch.float64)
+    first, last = (
+        nn.Linear(width - 1, k, dtype=torch.float64),
+        nn.Linear(k, 2, bias=False, dtype=torch.float64),
+    )
     with torch.no_grad():
         first.weight.copy_(hidden[:, :-1])
         assert first.bias is not None
@@ -138,7 +141,10 @@ def test_a_linear_classifier_has_closed_forms() -> None:
         exact = []
         for scores, label in zip(z, labels):
             rows = [
-                float((scores[label] - scores[c]) / torch.linalg.vector_norm(weight[label] - weight[c], ord=order))
+                float(
+                    (scores[label] - scores[c])
+                    / torch.linalg.vector_norm(weight[label] - weight[c], ord=order)
+                )
                 for c in range(4)
                 if c != label
             ]
@@ -146,7 +152,9 @@ def test_a_linear_classifier_has_closed_forms() -> None:
         upper = attack(model, x, labels, norm)
         assert upper.tolist() == pytest.approx(exact, rel=1e-6)
         for method in ("ibp", "crown"):
-            assert certified_radius(model, x, labels, norm, method, upper).tolist() == pytest.approx(exact, rel=1e-6)
+            assert certified_radius(model, x, labels, norm, method, upper).tolist() == pytest.approx(
+                exact, rel=1e-6
+            )
 
 
 def test_misclassified_points_have_no_margin() -> None:
@@ -154,7 +162,10 @@ def test_misclassified_points_have_no_margin() -> None:
     x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     wrong = (model(x).argmax(1) + 1) % 3
     assert attack(model, x, wrong, "l2").tolist() == [0.0] * 5
-    assert certified_radius(model, x, wrong, "l2", "ibp", torch.ones(5, dtype=torch.float64)).tolist() == [0.0] * 5
+    assert (
+        certified_radius(model, x, wrong, "l2", "ibp", torch.ones(5, dtype=torch.float64)).tolist()
+        == [0.0] * 5
+    )
 
 
 def test_other_networks_are_refused() -> None:

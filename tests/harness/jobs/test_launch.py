@@ -148,7 +148,9 @@ def test_ctrl_c_finishes_the_step_and_says_75(world_size: int, corpus: Path, tmp
     assert _state(folder) == "interrupted"
     summary = json.loads((folder / "summary.json").read_text())
     assert 0 < summary["steps"] < 100000
-    assert "stopped by a signal" in summary["reason"]
+    assert "stopped by SIGTERM" in summary["reason"]
+    assert (folder / "REQUEUE").read_text() == f"{summary['steps']}\n"
+    assert (folder / "checkpoints" / "latest").read_text() == f"step_{summary['steps']:08d}\n"
     assert not (folder / "DONE").exists()
     assert not [line for line in output.splitlines() if line.startswith("Traceback")]
 

@@ -20,6 +20,7 @@ def _config(**changes: object) -> RunConfig:
 
 def _finished(path: Path, identity: str = "aaaa") -> None:
     run = folder.RunFolder(path, _config(), identity)
+    run.begin(0)
     run.add_row({"step": 1, "train/loss": 2.0})
     run.set_state("finished", step=1)
     run.close(done=True)
@@ -27,6 +28,7 @@ def _finished(path: Path, identity: str = "aaaa") -> None:
 
 def test_rows_are_complete_lines_and_not_finite_values_are_null(tmp_path: Path) -> None:
     run = folder.RunFolder(tmp_path / "run", _config(), "aaaa")
+    run.begin(0)
     run.add_row({"step": 1, "train/loss": float("nan"), "grad_norm": float("inf")})
     run.add_row({"step": 2, "train/loss": 1.5})
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -85,19 +87,31 @@ def test_overwrite_moves_the_old_run_aside(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "DONE").exists()
 
 
-def test_an_unfinished_run_starts_a_new_attempt_and_keeps_the_old_metrics(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first_step", "kept"), [(0, []), (1, [1]), (5, [1, 2])])
+def test_an_unfinished_run_starts_a_new_attempt_and_keeps_the_old_metrics(
+    first_step: int, kept: list[int], tmp_path: Path
+) -> None:
+    rows: list[folder.Row] = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.5}]
     first = folder.RunFolder(tmp_path / "run", _config(), "aaaa")
-    first.add_row({"step": 1, "train/loss": 2.0})
+    first.begin(0)
+    for row in rows:
+        first.add_row(row)
     first.wandb_run_id = "abc"
-    first.set_state("interrupted", step=1, reason="signal")
+    first.set_state("interrupted", step=2, reason="signal")
+    first.ask_to_be_requeued(2)
     first.close(done=False)
     second = folder.RunFolder(tmp_path / "run", _config(), "aaaa")
     assert second.wandb_run_id == "abc"
+    assert not (tmp_path / "run" / folder.REQUEUE).exists()
+    assert [row["step"] for row in second.begin(first_step)] == kept
+    second.add_row({"step": first_step + 1})
     second.close(done=False)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert [attempt["state"] for attempt in status["attempts"]] == ["interrupted", "running"]
-    assert folder.read_rows(tmp_path / "run" / "metrics.attempt1.jsonl") == [{"step": 1, "train/loss": 2.0}]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    assert [attempt["first_step"] for attempt in status["attempts"]] == [0, first_step]
+    assert folder.read_rows(tmp_path / "run" / "metrics.attempt1.jsonl") == rows
+    now = folder.read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in now] == [*kept, first_step + 1]
 
 
 def _hold(
