@@ -1,0 +1,252 @@
+"""Training sets that satisfy the conditions of the given one and are not it.
+
+Inside one activation pattern Φ and ∇_θΦ are affine in x. So a (label, pattern) group may be replaced by any
+points z_k of the same pattern with multipliers μ_k ≥ 0 where Σμ_k = Σλᵢ and Σμ_k z_k = Σλᵢxᵢ: the weights cannot
+tell. Splits (x → x + αν, x − βν with λβ/(α+β), λα/(α+β)) and merges are special cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from analysis.reconstruction import tasks
+from analysis.reconstruction.certificate import groups
+from analysis.reconstruction.network import Network, forward, input_gradients, outputs
+from analysis.reconstruction.spans import Span
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network at a least margin of 1 with the images and multipliers that explain it.
+
+    Attributes:
+        x: (n, d). labels: (n,). lambdas: (n,) ≥ 0.
+        where: span of x.
+    """
+
+    task: str
+    network: Network
+    x: Tensor
+    labels: Tensor
+    lambdas: Tensor
+    where: Span
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A set of images with multipliers.
+
+    Attributes:
+        kind: how it was made.
+        radius: ‖αν‖ of a split; None where there is none.
+        x: (m, d). labels, lambdas: (m,).
+        parents: (m,): the image whose gates each point should have.
+        basis: (k, d) orthonormal rows: the directions that points moved along where the weights should have no
+            part in them; (0, d) where there are none.
+        is_control: made wrong on purpose: it must not pass.
+    """
+
+    kind: str
+    radius: float | None
+    x: Tensor
+    labels: Tensor
+    lambdas: Tensor
+    parents: Tensor
+    basis: Tensor
+    is_control: bool = False
+
+
+def original(problem: Problem) -> Alternative:
+    """The training set itself: what alternatives are measured against."""
+    every = torch.arange(len(problem.x))
+    return Alternative("original", None, problem.x, problem.labels, problem.lambdas, every, _nowhere(problem))
+
+
+def split(
+    problem: Problem,
+    kind: str,
+    radius: float,
+    directions: Tensor,
+    *,
+    ratio: float = 1.0,
+    basis: Tensor | None = None,
+    is_control: bool = False,
+) -> Alternative:
+    """Every image xᵢ replaced by xᵢ + ανᵢ and xᵢ − βνᵢ, α = radius, β = ratio·radius.
+
+    Args:
+        directions: (n, d) unit vectors ν.
+        ratio: β/α.
+        basis: see `Alternative`.
+    """
+    there = problem.x + radius * directions
+    back = problem.x - ratio * radius * directions
+    share = ratio / (1 + ratio)
+    every = torch.arange(len(problem.x))
+    return Alternative(
+        kind,
+        radius,
+        torch.cat([there, back]),
+        problem.labels.repeat(2),
+        torch.cat([problem.lambdas * share, problem.lambdas * (1 - share)]),
+        every.repeat(2),
+        _nowhere(problem) if basis is None else basis,
+        is_control,
+    )
+
+
+def null_split(problem: Problem, radius: float, seed: int) -> Alternative | None:
+    """Along directions orthogonal to all images; None if the images span the whole space."""
+    return _in_basis(problem, "null_split", radius, problem.where.outside, seed)
+
+
+def dead_pixel_split(problem: Problem, radius: float, seed: int) -> Alternative | None:
+    """Along pixels that are 0 in every image: the one null direction that Adam leaves alone; None without any."""
+    basis = torch.eye(problem.x.shape[1], dtype=problem.x.dtype)[problem.where.dead]
+    return _in_basis(problem, "dead_pixel_split", radius, basis, seed)
+
+
+def in_span_split(problem: Problem, radius: float, seed: int) -> Alternative | None:
+    """Along directions *inside* the images' span that no neuron of layer 1 sees; None if there are none.
+
+    ν ⊥ the row space of W₁ keeps every pre-activation. Weights that are exact combinations of few vectors (the
+    closed form has two) leave far alternatives even if the data span the whole space.
+    """
+    sigma, rows = torch.linalg.svd(problem.network.weights[0] @ problem.where.inside.T)[1:]
+    cut = sigma[0] * max(problem.network.weights[0].shape) * torch.finfo(sigma.dtype).eps
+    rank = int((sigma > cut).sum())
+    return _in_basis(problem, "in_span_split", radius, rows[rank:] @ problem.where.inside, seed)
+
+
+def margin_split(problem: Problem, seed: int) -> Alternative | None:
+    """One small in-span split per image with ν ⊥ ∇ₓΦ, so that the margin stays: for any depth.
+
+    The step is half of what keeps the first layer's pattern along a random direction; None where no image can
+    move (all on kinks in every direction).
+    """
+    c = tasks.coefficients(problem.task, outputs(problem.network, problem.x), problem.labels)
+    slopes = input_gradients(problem.network, problem.x, c)
+    directions = _random(problem, problem.where.inside, seed)
+    unit = slopes / slopes.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    directions = directions - (directions * unit).sum(1, keepdim=True) * unit
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    radius = _pattern_radius(problem, directions)
+    if radius == 0:
+        return None
+    return split(problem, "margin_split", radius, directions)
+
+
+def merge(problem: Problem) -> Alternative | None:
+    """Each (label, pattern) group with a multiplier becomes its λ-weighted mean; None if every group is one image.
+
+    Images without a multiplier are left out: they only had to lie beyond the margin.
+    """
+    number = groups(problem.network, problem.x, problem.labels)
+    active = problem.lambdas > 0
+    kept = number[active].unique()
+    if len(kept) == int(active.sum()):
+        return None
+    points, lambdas, parents = [], [], []
+    for group in kept:
+        members = active & (number == group)
+        weight = problem.lambdas * members
+        points.append(weight @ problem.x / weight.sum())
+        lambdas.append(weight.sum())
+        parents.append(int(members.nonzero()[0]))
+    index = torch.tensor(parents)
+    return Alternative(
+        "merge",
+        None,
+        torch.stack(points),
+        problem.labels[index],
+        torch.stack(lambdas),
+        index,
+        _nowhere(problem),
+    )
+
+
+def muon_family(problem: Problem, seed: int) -> Alternative | None:
+    """X' = D⁺APBᵀ: other images that give W₁ the same orthogonalized gradient (two-layer networks).
+
+    The first layer's u is U₁ = D X with D_ji = λᵢyᵢvⱼg_ij; Muon's KKT condition reads only its polar factor
+    A Bᵀ (U₁ = A S Bᵀ). Every P ≻ 0 in place of S gives an X' with the same factor, for the gates of X. Rows
+    of D⁺ without a multiplier are 0: there X stays. None beyond two layers.
+    """
+    if problem.network.depth != 2 or problem.task != "binary":
+        return None
+    factor = first_layer_factor(problem)
+    rank = factor_rank(problem)
+    a, sigma, b = torch.linalg.svd(factor @ problem.x, full_matrices=False)
+    a, b = a[:, :rank], b[:rank]
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(rank, rank, generator=generator, dtype=problem.x.dtype)
+    # A random positive definite P with the size of S: mostly S itself, bent by a Wishart matrix.
+    root = sigma[:rank].sqrt()
+    p = root.unsqueeze(1) * (0.5 * torch.eye(rank, dtype=g.dtype) + 0.5 * g @ g.T / rank) * root
+    x = torch.linalg.pinv(factor) @ (a @ p @ b)
+    unused = problem.lambdas == 0
+    x = torch.where(unused.unsqueeze(1), problem.x, x)
+    every = torch.arange(len(x))
+    return Alternative("muon_family", None, x, problem.labels, problem.lambdas, every, _nowhere(problem))
+
+
+def first_layer_factor(problem: Problem) -> Tensor:
+    """D (h, n), D_ji = λᵢyᵢvⱼg_ij, of a two-layer network: U₁ = D X."""
+    gates = forward(problem.network, problem.x).gates[0]
+    back = (problem.lambdas * problem.labels).unsqueeze(1) * problem.network.weights[1] * gates
+    return back.T
+
+
+def factor_rank(problem: Problem) -> int:
+    """Rank of U₁ = D X, numpy's cut."""
+    return int(torch.linalg.matrix_rank(first_layer_factor(problem) @ problem.x))
+
+
+def controls(problem: Problem, seed: int) -> list[Alternative]:
+    """Sets that must fail: a random split that breaks patterns, and a small one that only moves margins."""
+    everywhere = torch.eye(problem.x.shape[1], dtype=problem.x.dtype)
+    directions = _random(problem, everywhere, seed)
+    return [split(problem, "random_split", radius, directions, is_control=True) for radius in CONTROL_RADII]
+
+
+CONTROL_RADII = (100.0, 0.05)
+
+BY_RADIUS: tuple[Callable[[Problem, float, int], Alternative | None], ...] = (
+    null_split,
+    in_span_split,
+    dead_pixel_split,
+)
+
+
+def _in_basis(problem: Problem, kind: str, radius: float, basis: Tensor, seed: int) -> Alternative | None:
+    if not basis.shape[0]:
+        return None
+    return split(problem, kind, radius, _random(problem, basis, seed), basis=basis)
+
+
+def _nowhere(problem: Problem) -> Tensor:
+    return problem.x.new_zeros(0, problem.x.shape[1])
+
+
+def _random(problem: Problem, basis: Tensor, seed: int) -> Tensor:
+    """A random unit direction of the basis (k, d) for each image: (n, d)."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(len(problem.x), basis.shape[0], generator=generator, dtype=problem.x.dtype)
+    return mixed / mixed.norm(dim=1, keepdim=True) @ basis
+
+
+def _pattern_radius(problem: Problem, directions: Tensor) -> float:
+    """Half of the largest common step along ±directions that changes no pre-activation's sign in any layer."""
+    base = forward(problem.network, problem.x)
+    radius = 0.5
+    for _ in range(40):
+        moved = [forward(problem.network, problem.x + s * radius * directions) for s in (1.0, -1.0)]
+        same = all(torch.equal(g, h) for m in moved for g, h in zip(m.gates, base.gates))
+        if same:
+            return radius / 2
+        radius /= 2
+    return 0.0

@@ -1,0 +1,180 @@
+"""How near a checkpoint is to a KKT point, in which geometry, and how much freedom it leaves to an attacker."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.reconstruction import multipliers, spans, tasks
+from analysis.reconstruction.alignment_search import best_alignment
+from analysis.reconstruction.geometry import NORMS, Geometry
+from analysis.reconstruction.network import Network, outputs, patterns
+from harness.config.errors import InputError
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One row of the table `certificate`. The network is scaled to a least margin of 1 before all but `margin_min`.
+
+    Attributes:
+        margin_min: least margin of the checkpoint as it is. margin_max: largest margin over the least.
+        normalized_margin: margin_min/‖θ‖^L.
+        residual: ε = ‖θ − Σ λᵢcᵢ∇Φ‖/‖θ‖ with the network's gates and the best λ ≥ 0; for ReLU networks it stays
+            high however long one trains, because images sit on kinks.
+        residual_clarke, residual_clarke_upper, clarke_violation, kinks, pairs: see `multipliers.ClarkeFit`;
+            None beyond two layers.
+        slackness: max λᵢ(margin − 1)/Σλ: 0 where only images on the margin have a multiplier.
+        squared_norm: ‖θ‖². identity_error: |‖θ‖² − L·Σλᵢ·marginᵢ|/‖θ‖²: Euler's identity at stationarity.
+        lambda_sum, support: Σλ, and how many λ exceed 1e-9 of the largest.
+        alignment_l2 … alignment_hybrid: best a found over λ ≥ 0 (`geometry`).
+        outside, update_outside, update_dead: share of W₁, of W₁ − W₁(0), and of its dead-pixel columns
+            outside span{xᵢ} (None without the initial weights).
+        rank, null_dimension, dead_pixels: of the images.
+        split_radius: median over images of the largest pattern-preserving null-space split.
+        groups, largest_group: (label, pattern) groups.
+    """
+
+    margin_min: float
+    margin_max: float
+    normalized_margin: float
+    residual: float
+    residual_clarke: float | None
+    residual_clarke_upper: float | None
+    clarke_violation: float | None
+    kinks: int | None
+    pairs: int | None
+    slackness: float
+    squared_norm: float
+    identity_error: float
+    lambda_sum: float
+    support: int
+    alignment_l2: float
+    alignment_spectral: float
+    alignment_linf: float
+    alignment_hybrid: float
+    outside: float
+    update_outside: float | None
+    update_dead: float | None
+    rank: int
+    null_dimension: int
+    dead_pixels: int
+    split_radius: float | None
+    groups: int
+    largest_group: int
+
+    def row(self) -> dict[str, Any]:
+        """As a row of a table."""
+        return asdict(self)
+
+
+def separated(task: str, network: Network, x: Tensor, labels: Tensor, name: str) -> float:
+    """The least margin, which must be above 0: without it no theorem says anything about the weights.
+
+    Raises:
+        InputError: the network does not separate the images, or its weights are not finite.
+    """
+    if not all(bool(torch.isfinite(p).all()) for p in network.parameters):
+        raise InputError(name, "weights", "are not all finite: nothing can be certified", fix="a smaller lr")
+    margin = multipliers.least_margin(task, network, x, labels)
+    if not margin > 0:
+        raise InputError(
+            name,
+            f"least margin {margin:.3g}",
+            "does not separate its training images, so no certificate is claimed",
+            fix="more steps, a larger width, or a larger init_scale",
+        )
+    return margin
+
+
+def certify(
+    task: str,
+    network: Network,
+    x: Tensor,
+    labels: Tensor,
+    hybrid: Geometry,
+    initial: Network | None = None,
+    seed: int = 0,
+    name: str = "checkpoint",
+) -> Certificate:
+    """The certificate of one checkpoint.
+
+    Args:
+        x: (n, d) float64 training images. labels: (n,).
+        hybrid: the norm of the optimizer that trained it.
+        initial: the network before training.
+        seed: of the random null-space directions.
+        name: for the error.
+
+    Raises:
+        InputError: see `separated`. Regression is exempt: it has no margin, and is certified as it is.
+    """
+    is_margin = task != "regression"
+    margin = separated(task, network, x, labels, name) if is_margin else 1.0
+    unit = network.scaled(margin ** (-1 / network.depth))
+    fit = multipliers.fit(task, unit, x, labels)
+    values = tasks.coefficients(task, outputs(unit, x), labels).mul(outputs(unit, x)).sum(-1)
+    total = float(fit.lambdas.abs().sum())
+    clarke = multipliers.clarke(unit, x, labels) if task == "binary" else None
+    where = spans.span(x)
+    aligned = {
+        norm: best_alignment(
+            task, unit, x, labels, hybrid if norm == "hybrid" else Geometry(norm), fit.lambdas
+        )
+        for norm in NORMS
+    }
+    radii = spans.split_radii(unit, x, where.outside, seed)
+    sizes = Counter(_group_keys(unit, x, labels)).values()
+    change = network.weights[0] - initial.weights[0] if initial is not None else None
+    return Certificate(
+        margin_min=margin if is_margin else multipliers.least_margin(task, network, x, labels),
+        margin_max=float(values.max()),
+        normalized_margin=margin / network.squared_norm ** (network.depth / 2),
+        residual=fit.residual,
+        residual_clarke=clarke.residual if clarke else None,
+        residual_clarke_upper=clarke.upper if clarke else None,
+        clarke_violation=clarke.violation if clarke else None,
+        kinks=clarke.kinks if clarke else None,
+        pairs=clarke.pairs if clarke else None,
+        slackness=float((fit.lambdas * (values - 1)).abs().max()) / max(total, 1e-300) if is_margin else 0.0,
+        squared_norm=unit.squared_norm,
+        identity_error=abs(unit.squared_norm - unit.depth * float(fit.lambdas @ values)) / unit.squared_norm,
+        lambda_sum=float(fit.lambdas.sum()),
+        support=int((fit.lambdas.abs() > 1e-9 * fit.lambdas.abs().max()).sum()),
+        alignment_l2=aligned["l2"],
+        alignment_spectral=aligned["spectral"],
+        alignment_linf=aligned["linf"],
+        alignment_hybrid=aligned["hybrid"],
+        outside=spans.outside_share(network.weights[0], where),
+        update_outside=spans.outside_share(change, where) if change is not None else None,
+        update_dead=_dead_share(change, where.dead) if change is not None else None,
+        rank=where.rank,
+        null_dimension=where.outside.shape[0],
+        dead_pixels=int(where.dead.sum()),
+        split_radius=_finite(float(radii.median())),
+        groups=len(sizes),
+        largest_group=max(sizes),
+    )
+
+
+def groups(network: Network, x: Tensor, labels: Tensor) -> Tensor:
+    """(n,): the number of each image's (label, activation pattern) group, in order of appearance."""
+    numbers: dict[bytes, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in _group_keys(network, x, labels)])
+
+
+def _group_keys(network: Network, x: Tensor, labels: Tensor) -> list[bytes]:
+    gates = torch.cat([labels.unsqueeze(-1).to(x.dtype), *patterns(network, x)], dim=1)
+    return [row.numpy().tobytes() for row in gates]
+
+
+def _dead_share(change: Tensor, dead: Tensor) -> float:
+    size = change.norm()
+    return float(change[:, dead].norm() / size) if size > 0 else 0.0
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None

@@ -1,0 +1,51 @@
+"""`optbench reconstruct [key=value …]`: words in, tables, pictures and exit code out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from analysis.reconstruction import config as configuration
+from analysis.reconstruction.config import Config
+from harness.cli import document
+from harness.config.errors import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; 0 done, 1 if a control passed or an exact alternative failed.
+
+    Raises:
+        InputError: words that are not understood, or a victim that did not separate its images.
+    """
+    words = [word for word in argv if word != "--json"]
+    if flags := [word for word in words if word.startswith("-")]:
+        raise InputError("reconstruct", flags[0], "is not an option", allowed="--json and key=value words")
+    config = configuration.load(words)
+    _precheck(config)
+    return _run(config, is_json="--json" in argv)
+
+
+def _precheck(config: Config) -> None:
+    """What can be known before torch is imported: files, classes, numbers of images, the folder."""
+    from analysis.reconstruction import samples
+
+    if config.checkpoint is None:
+        seed = None if config.mode == "fixture" else config.data_seed
+        samples.load(config.data, config.data_path, config.classes, config.per_class, seed, config.offset)
+
+
+def _run(config: Config, *, is_json: bool) -> int:
+    from analysis.reconstruction import folder, job
+
+    folder.check(config)
+    console = Console(stderr=True, highlight=False)
+    results = job.run(config, lambda line: console.print(line, soft_wrap=True))
+    if is_json:
+        print(document(**results.document()))
+    else:
+        from analysis.reconstruction import page
+
+        page.show(results, Console(width=None if sys.stdout.isatty() else 200))
+    return 0 if results.controls_failed and results.exact_passed else 1

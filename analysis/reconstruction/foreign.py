@@ -1,0 +1,136 @@
+"""A checkpoint of the user's own with its batch: accepted if the theory covers its architecture, else refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.reconstruction.network import Network
+from analysis.reconstruction.samples import Samples
+from harness.config.errors import InputError
+
+_REFUSED = (
+    (r"(norm|\bln\b|ln_|layernorm|bn\d|batchnorm)", "normalization: Φ is not homogeneous in its parameters"),
+    (
+        r"(attn|attention|q_proj|k_proj|qkv)",
+        "attention: Φ is not homogeneous of one degree, nor piecewise affine",
+    ),
+    (r"(embed|wte|wpe)", "embeddings: the input is no vector that could be reconstructed"),
+)
+COVERED = "a chain of linear layers with ReLU between them and biases in the first layer alone"
+
+
+def network(path: str) -> Network:
+    """The network of a state dict (.safetensors, or torch's file of tensors alone).
+
+    Raises:
+        InputError: no such file, more than tensors in it, or an architecture that the theory does not cover.
+    """
+    state = _state(Path(path))
+    for name in state:
+        for pattern, why in _REFUSED:
+            if re.search(pattern, name.lower()):
+                raise InputError("checkpoint", name, f"is {why}", allowed=COVERED)
+    weights = [(name, value) for name, value in state.items() if not name.endswith("bias")]
+    if not weights or any(value.ndim != 2 for _, value in weights):
+        odd = next((f"{name} {tuple(v.shape)}" for name, v in weights if v.ndim != 2), path)
+        raise InputError("checkpoint", odd, "is no matrix of a linear layer", allowed=COVERED)
+    for (one, first), (other, second) in pairwise(weights):
+        if second.shape[1] != first.shape[0]:
+            shapes = f"{one} {tuple(first.shape)} and {other} {tuple(second.shape)}"
+            raise InputError(
+                "checkpoint", shapes, "do not follow each other (a residual or a branch?)", allowed=COVERED
+            )
+    if len(weights) < 2:
+        raise InputError("checkpoint", path, "has one layer, and no ReLU", allowed=COVERED)
+    first_bias = f"{weights[0][0].removesuffix('weight')}bias"
+    for name, value in state.items():
+        is_zero = not bool(value.any())
+        if name.endswith("bias") and name != first_bias and not is_zero:
+            reason = "is a bias past layer 1: Φ is not homogeneous in its parameters"
+            raise InputError("checkpoint", name, reason, allowed=COVERED)
+    bias = state.get(first_bias)
+    found = Network(
+        tuple(value.double().contiguous() for _, value in weights),
+        bias.double() if bias is not None and bool(bias.any()) else None,
+    )
+    if not all(bool(torch.isfinite(p).all()) for p in found.parameters):
+        raise InputError("checkpoint", path, "holds weights that are not finite")
+    return found
+
+
+def samples(path: str, inputs: int, outputs: int) -> Samples:
+    """The training batch of a foreign checkpoint, as it was fed to the network; it has no public pool.
+
+    Args:
+        path: .npz with `x` (n, d) and `y` (n,), ±1 or class numbers; optional `heldout`, `heldout_y`, `shape`.
+        inputs, outputs: of the network.
+
+    Raises:
+        InputError: another format or shape.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {key: file[key] for key in file.files}
+    except (OSError, ValueError) as error:
+        raise InputError("batch", path, f"is no .npz of arrays ({error})") from None
+    missing = [key for key in ("x", "y") if key not in held]
+    if missing:
+        raise InputError("batch", path, f"has no {' and no '.join(missing)}", allowed="x (n, d) and y (n,)")
+    x, y = held["x"].reshape(len(held["x"]), -1).astype(np.float64), held["y"].astype(np.float64).reshape(-1)
+    if x.shape != (len(y), inputs) or not np.isfinite(x).all():
+        raise InputError(
+            "batch", f"x {x.shape}", f"does not fit: {len(y)} labels, {inputs} inputs, finite numbers"
+        )
+    values = sorted({float(v) for v in y}, reverse=True)
+    if outputs == 1 and values == [1.0, 0.0]:
+        y, values = 2 * y - 1, [1.0, -1.0]
+    wanted = [1.0, -1.0] if outputs == 1 else [float(i) for i in range(outputs)]
+    if not set(values) <= set(wanted):
+        raise InputError("batch", f"y {values[:5]}", "does not fit the outputs", allowed=str(wanted))
+    heldout = held.get("heldout", np.zeros((0, inputs)))
+    side = round(inputs**0.5)
+    shape = tuple(int(v) for v in held["shape"]) if "shape" in held else (side, side)
+    if int(np.prod(shape)) != inputs:
+        raise InputError(
+            "batch", f"shape {shape}", f"has not {inputs} pixels", fix="shape=(h, w) in the .npz"
+        )
+    return Samples(
+        images=x,
+        labels=y,
+        heldout=heldout.reshape(len(heldout), -1).astype(np.float64),
+        heldout_labels=held.get("heldout_y", np.zeros(len(heldout))).astype(np.float64),
+        mean=np.zeros(inputs),
+        offset=0.0,
+        shape=shape,
+        names={label: f"{label:+g}" for label in wanted},
+    )
+
+
+def _state(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise InputError("checkpoint", path, "does not exist", fix="checkpoint=FILE.safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        held: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many types for a bad file
+        raise InputError(
+            "checkpoint", path, f"cannot be read as tensors ({str(error).splitlines()[0]})"
+        ) from None
+    for key in ("state_dict", "model"):
+        held = held[key] if isinstance(held, Mapping) and isinstance(held.get(key), Mapping) else held
+    if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
+        raise InputError(
+            "checkpoint", path, "is no state dict: name → tensor", fix="torch.save(model.state_dict(), …)"
+        )
+    return held

@@ -1,0 +1,184 @@
+"""Homogeneous ReLU networks and Σ cᵢ∇_θΦ(xᵢ), with gates that are recomputed, inherited or smoothed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Gates = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(pre-activations (…, n, h), layer from 0) → (activations, gates), both of the pre-activations' shape."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Φ(x) = W_L·relu(… relu(W₁x + b)): of degree L in its parameters, which needs biases past layer 1 absent.
+
+    Attributes:
+        weights: (h₁, d), (h₂, h₁), …, (k, h): float64.
+        bias: (h₁,) of the first layer, or None.
+    """
+
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None = None
+
+    @property
+    def depth(self) -> int:
+        """L, the degree of homogeneity: the number of layers."""
+        return len(self.weights)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Weights in order, then the bias if there is one: the order of every gradient here."""
+        return self.weights if self.bias is None else (*self.weights, self.bias)
+
+    @property
+    def squared_norm(self) -> float:
+        """‖θ‖²."""
+        return float(sum(p.square().sum() for p in self.parameters))
+
+    def scaled(self, factor: float) -> Network:
+        """All parameters times a factor: Φ times its L-th power."""
+        bias = None if self.bias is None else self.bias * factor
+        return Network(tuple(w * factor for w in self.weights), bias)
+
+    def copied(self) -> Network:
+        """Copies that need no gradient."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return Network(tuple(w.detach().clone() for w in self.weights), bias)
+
+    def with_first(self, weight: Tensor) -> Network:
+        """Another first-layer weight."""
+        return replace(self, weights=(weight, *self.weights[1:]))
+
+
+def recomputed(h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """The network's own gates, 1 where h > 0."""
+    gate = (h > 0).to(h.dtype)
+    return h * gate, gate
+
+
+def inherited(gates: Sequence[Tensor]) -> Gates:
+    """Gates held as they are (n, h) per layer, whatever the pre-activations."""
+    return lambda h, layer: (h * gates[layer], gates[layer])
+
+
+class _SmoothedReLU(torch.autograd.Function):
+    """relu forward, multiplication by σ(αh) backward (Haim et al. 2022, public code)."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, h: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(gate)
+        return h.relu()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        (gate,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0] * gate, None
+
+
+def smoothed(alpha: Tensor | float) -> Gates:
+    """Gates σ(αh), through which derivatives pass; the forward activation stays relu(h).
+
+    Args:
+        alpha: sharpness; a tensor broadcasts over (…, n, h).
+    """
+
+    def gates(h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        gate = torch.sigmoid(alpha * h)
+        activation = _SmoothedReLU.apply(h, gate.detach())
+        assert isinstance(activation, Tensor)
+        return activation, gate
+
+    return gates
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass: what enters each layer, its gates, pre-activations, and Φ.
+
+    Attributes:
+        inputs: (…, n, h_{l-1}) for each layer.
+        gates, hidden: (…, n, h_l) for each hidden layer.
+        outputs: (…, n, k).
+    """
+
+    inputs: list[Tensor]
+    gates: list[Tensor]
+    hidden: list[Tensor]
+    outputs: Tensor
+
+
+def forward(network: Network, x: Tensor, gates: Gates = recomputed) -> Pass:
+    """Run x (…, n, d) through the network."""
+    inputs, kept, hidden = [x], [], []
+    for layer, weight in enumerate(network.weights[:-1]):
+        h = inputs[-1] @ weight.mT
+        if layer == 0 and network.bias is not None:
+            h = h + network.bias
+        activation, gate = gates(h, layer)
+        inputs.append(activation)
+        kept.append(gate)
+        hidden.append(h)
+    return Pass(inputs, kept, hidden, inputs[-1] @ network.weights[-1].mT)
+
+
+def combination(network: Network, done: Pass, coefficients: Tensor) -> tuple[Tensor, ...]:
+    """u = Σᵢ ∇_θ⟨cᵢ, Φ(xᵢ)⟩ with the gates of a pass.
+
+    Args:
+        network: the network of the pass.
+        done: a forward pass of x (…, n, d).
+        coefficients: cᵢ (…, n, k).
+
+    Returns:
+        A tensor (…, *shape) for each of `network.parameters`.
+    """
+    delta = coefficients
+    found: list[Tensor] = []
+    for layer in range(network.depth - 1, -1, -1):
+        found.append(delta.mT @ done.inputs[layer])
+        if layer:
+            delta = (delta @ network.weights[layer]) * done.gates[layer - 1]
+    found.reverse()
+    if network.bias is not None:
+        found.append(delta.sum(-2))
+    return tuple(found)
+
+
+def outputs(network: Network, x: Tensor) -> Tensor:
+    """Φ(x) (…, n, k)."""
+    return forward(network, x).outputs
+
+
+def patterns(network: Network, x: Tensor) -> list[Tensor]:
+    """The network's gates at x, (n, h) per hidden layer."""
+    return forward(network, x).gates
+
+
+def input_gradients(network: Network, x: Tensor, coefficients: Tensor) -> Tensor:
+    """∇ₓ⟨cᵢ, Φ(xᵢ)⟩ at each xᵢ: (n, d), for x (n, d) and coefficients (n, k)."""
+    gates = patterns(network, x)
+    delta = coefficients
+    for layer in range(network.depth - 1, 0, -1):
+        delta = (delta @ network.weights[layer]) * gates[layer - 1]
+    return delta @ network.weights[0]
+
+
+def flat(parts: Sequence[Tensor], lead: int = 0) -> Tensor:
+    """Parameters or gradients as one vector; the first `lead` dimensions are kept."""
+    return torch.cat([part.flatten(lead) for part in parts], dim=-1)
+
+
+def per_sample(network: Network, x: Tensor, coefficients: Tensor, gates: Gates = recomputed) -> Tensor:
+    """Rows ∇_θ⟨cᵢ, Φ(xᵢ)⟩: (n, p), for x (n, d) and coefficients (n, k)."""
+    done = forward(network, x, gates)
+    single = Pass(
+        [a.unsqueeze(-2) for a in done.inputs],
+        [g.unsqueeze(-2) for g in done.gates],
+        [h.unsqueeze(-2) for h in done.hidden],
+        done.outputs.unsqueeze(-2),
+    )
+    return flat(combination(network, single, coefficients.unsqueeze(-2)), lead=1)

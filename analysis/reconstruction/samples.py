@@ -1,0 +1,122 @@
+"""The private training set, the public pool beside it, and labels. Torch-free: it is checked before torch loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis.reconstruction.image_files import read
+from harness.config.errors import InputError
+
+HELDOUT_PER_CLASS = 200
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows are images; all of them had the training set's mean subtracted.
+
+    Attributes:
+        images: (n, d) float64, class by class. labels: (n,): ±1, or class numbers, or ±1 as targets.
+        heldout: (k, d): images of the same classes that were not trained on. heldout_labels: (k,).
+        mean: (d,) that was subtracted (the attacker is not told). offset: what was added on top of it.
+        shape: of an image. classes: label → words for people.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    heldout: np.ndarray
+    heldout_labels: np.ndarray
+    mean: np.ndarray
+    offset: float
+    shape: tuple[int, ...]
+    names: dict[float, str]
+
+    @property
+    def outputs(self) -> int:
+        """k, the network's outputs: 1 for ±1 labels, else one per class."""
+        return 1 if set(self.names) == {1.0, -1.0} else len(self.names)
+
+
+def load(
+    data: str,
+    path: str | None,
+    classes: str | list[int],
+    per_class: int,
+    seed: int | None,
+    offset: float = 0.0,
+) -> Samples:
+    """Choose a training set.
+
+    Args:
+        data: "digits" (scikit-learn's 8×8 digits, in its wheel), "mnist", "cifar10".
+        path: of the file or folder; None for digits.
+        classes: "odd_even", "vehicles_animals" (CIFAR-10), or class numbers: two of them are +1 and −1 in this
+            order, more are a multiclass problem.
+        per_class: images of each class.
+        seed: of the permutation that decides which; None: the first ones, in the data's order.
+        offset: added to every pixel of training and public images after the mean was subtracted.
+
+    Raises:
+        InputError: unknown class, or more images asked for than there are.
+    """
+    images, digits, shape = _raw(data, path)
+    groups = _groups(data, classes, sorted({int(v) for v in digits}))
+    order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
+    chosen, labels, spare, spare_labels = [], [], [], []
+    for label, (name, members) in groups.items():
+        rows = order[np.isin(digits[order], members)]
+        if len(rows) <= per_class:
+            most = min(int(np.isin(digits, m).sum()) for _, m in groups.values()) - 1
+            reason = (
+                f"images of class {name} are not there beside at least one held out ({len(rows)} in {data})"
+            )
+            raise InputError("per_class", per_class, reason, allowed=f"1 to {most}", fix=f"per_class={most}")
+        chosen.append(rows[:per_class])
+        labels.append(np.full(per_class, label))
+        spare.append(rows[per_class : per_class + HELDOUT_PER_CLASS])
+        spare_labels.append(np.full(len(spare[-1]), label))
+    train = images[np.concatenate(chosen)]
+    mean = train.mean(0)
+    return Samples(
+        images=train - mean + offset,
+        labels=np.concatenate(labels),
+        heldout=images[np.concatenate(spare)] - mean + offset,
+        heldout_labels=np.concatenate(spare_labels),
+        mean=mean,
+        offset=offset,
+        shape=shape,
+        names={label: name for label, (name, _) in groups.items()},
+    )
+
+
+def _raw(data: str, path: str | None) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        return np.asarray(images) / 16.0, np.asarray(labels), (8, 8)
+    if path is None:
+        raise InputError("data_path", "null", f"names no file of {data}", fix=f"data={data} data_path=FILE")
+    return read(data, Path(path))
+
+
+def _groups(data: str, classes: str | list[int], known: list[int]) -> dict[float, tuple[str, list[int]]]:
+    """label → (name, the data's class numbers)."""
+    if classes == "odd_even" and data != "cifar10":
+        odd, even = [k for k in known if k % 2], [k for k in known if k % 2 == 0]
+        return {1.0: ("odd", odd), -1.0: ("even", even)}
+    if classes == "vehicles_animals" and data == "cifar10":
+        vehicles = [0, 1, 8, 9]
+        return {1.0: ("vehicles", vehicles), -1.0: ("animals", [k for k in known if k not in vehicles])}
+    word = "vehicles_animals" if data == "cifar10" else "odd_even"
+    allowed = f"{word}, or two or more of {', '.join(map(str, known))}, as in classes=[0,4]"
+    if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) != len(classes):
+        raise InputError("classes", classes, allowed=allowed, fix=f"classes={word}")
+    if wrong := [c for c in classes if c not in known]:
+        raise InputError(
+            "classes", wrong[0], f"is no class of {data}", allowed=allowed, fix=f"classes={word}"
+        )
+    labels = [1.0, -1.0] if len(classes) == 2 else [float(i) for i in range(len(classes))]
+    return {label: (str(c), [c]) for label, c in zip(labels, classes)}
