@@ -25,7 +25,8 @@ RESERVE_S = 10.0
 """Seconds before the time limit at which a run begins to stop, besides what its last checkpoint took."""
 BEAT_S = 2.0
 FOLDER = "heartbeat"
-_ROOT = Path(__file__).parent.parent
+SILENT = "has given no sign of life"
+_HARNESS = Path(__file__).parent
 
 
 class Stop:
@@ -136,7 +137,7 @@ class Heartbeat:
 
 
 def _is_ours(filename: str) -> bool:
-    return Path(filename).is_relative_to(_ROOT)
+    return Path(filename).parent.is_relative_to(_HARNESS)
 
 
 class Beat(NamedTuple):
@@ -166,6 +167,6 @@ def silent_ranks(folder: Path) -> str:
     youngest = min((beat.age_s for beat in beats.values()), default=0.0)
     late = {rank: beat for rank, beat in sorted(beats.items()) if beat.age_s > youngest + 2 * BEAT_S}
     return "; ".join(
-        f"rank {rank} has given no sign of life for {beat.age_s:.0f} s, since step {beat.step} ({beat.where})"
+        f"rank {rank} {SILENT} for {beat.age_s:.0f} s, since step {beat.step} ({beat.where})"
         for rank, beat in late.items()
     )

@@ -20,6 +20,7 @@ from harness.model import loss_sum
 from harness.probes.flops import FlopCount
 from harness.record.folder import Row
 from harness.schedule import Factor
+from harness.spikes import SpikeGuard
 
 
 class Probe(Protocol):
@@ -154,6 +155,7 @@ class Run:
     sinks: Sequence[Sink] = ()
     checkpoints: Keeper = field(default_factory=NoKeeper)
     heartbeat: Heartbeat | None = None
+    spikes: SpikeGuard | None = None
     folder: Path | None = None
     """The run folder, where this process is the one that writes it."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -187,6 +189,8 @@ def train(run: Run) -> str:
             for probe in due:
                 probe.before_update(step)
             set_lr(run.optimizer, run.factor(step))
+            if run.spikes is not None:
+                run.spikes.check(loss, tokens)
             ledger.grad_norm, nonfinite = engine.step(config.max_grad_norm)
             said = (run.stop.requested, checkpoints.is_wanted, checkpoints.is_writing)
             ledger.pending = engine.vote(
@@ -217,7 +221,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], weight: floa
     total = torch.zeros((), device=run.engine.device)
     for index, (ids, labels) in enumerate(micro_batches):
         with run.engine.micro_step(last=index == len(micro_batches) - 1):
-            with run.engine.autocast():
+            with run.clock.part("forward"), run.engine.autocast():
                 logits = run.engine.model(input_ids=ids).logits
             loss = loss_sum(logits, labels)
             run.engine.backward(loss * weight)

@@ -25,6 +25,7 @@ from harness.lifecycle import Heartbeat, Stop, silent_ranks
 from harness.loop import Run, Whole, train
 from harness.optimizer import build_optimizer, ownership, shard_axes
 from harness.preparation import Prepared
+from harness.probes.balance import Balance
 from harness.probes.flops import FORMULA, FlopCount
 from harness.probes.memory import MemoryMeter
 from harness.probes.moments import Moments
@@ -34,6 +35,7 @@ from harness.record import environment, summary
 from harness.record.folder import Row, RunFolder
 from harness.record.log import Log, ProgressSink
 from harness.record.wandb import WandbSink
+from harness.spikes import SpikeGuard
 from harness.verify import certificates
 
 
@@ -115,9 +117,12 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     factor = schedule.factor(config.schedule, config.steps)
     stop = Stop(durations.seconds("time_limit", config.time_limit))
     run = Run(config, engine, network, whole, optimizer, factor, feed, Clock(engine.device), stop)
+    if config.max_loss_rise is not None:
+        run.spikes = SpikeGuard(engine, config.max_loss_rise)
     run.probes = [
         Evaluation(run, validation),
         Moments(run),
+        Balance(run),
         Progress(run, MemoryMeter(engine, optimizer)),
     ]
     run.stop.install()

@@ -55,6 +55,7 @@ def facts(run: Run) -> dict[str, Any]:
         "loss": None if ledger.loss is None else ledger.loss.item(),
         "loss_tokens": ledger.loss_tokens,
         "clock": run.clock.peek(),
+        "spikes": run.spikes.state() if run.spikes else None,
         "scaler": run.engine.scaler_state(),
         "fallbacks": int(run.optimizer.fallbacks) if isinstance(run.optimizer, optimizers.Optimizer) else 0,
         "probes": {type(probe).__name__: probe.state() for probe in run.probes},
@@ -82,6 +83,8 @@ def restore(run: Run, all_facts: Sequence[Mapping[str, Any]], own: Mapping[str, 
         ledger.loss = torch.tensor(loss, dtype=torch.float32, device=engine.device)
     run.clock.resume(mine["clock"])
     engine.load_scaler_state(mine["scaler"])
+    if run.spikes is not None:
+        run.spikes.restore(mine["spikes"])
     if isinstance(run.optimizer, optimizers.Optimizer):
         lost = 0 if same else sum(f["fallbacks"] for f in all_facts) if engine.rank == 0 else 0
         run.optimizer.add_fallbacks(mine["fallbacks"] if same else lost)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from harness.checkpoint import parts, progress, store
 from harness.checkpoint.files import Saved
 from harness.checkpoint.store import DamagedCheckpoint, Store
+from harness.config import compose
+from harness.config.errors import InputError
+from harness.config.identity import differing_keys
 from harness.loop import Run, forward_backward
 
 
@@ -36,8 +40,11 @@ def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choi
     Args:
         run: assembled.
         checkpoints: of its folder.
-        identity: of the run; a checkpoint of another one is rejected.
+        identity: of the run.
         attempt: number of this attempt, as rank 0 knows it.
+
+    Raises:
+        InputError: a checkpoint is one of another run; says in which keys they differ.
     """
     steps, attempt = _from_first((checkpoints.steps(), attempt))
     rejected = []
@@ -45,9 +52,8 @@ def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choi
         problem = ""
         try:
             manifest = store.verify(checkpoints.folder(step), run.engine.rank, run.engine.world_size)
-            if manifest.get("identity") != identity:
-                other = manifest.get("identity")
-                problem = f"{checkpoints.folder(step).name}: belongs to run {other}, this is {identity}"
+            if manifest["identity"] != identity:
+                raise _foreign(run, checkpoints.folder(step), manifest["identity"], identity)
         except DamagedCheckpoint as error:
             problem = str(error)
         problems = [line for line in _from_all(problem) if line]
@@ -84,6 +90,20 @@ def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], No
         line += f" (saved by {before['world_size']} process(es) under {before['engine']})"
     say(line)
     return choice.step
+
+
+def _foreign(run: Run, folder: Path, theirs: str, ours: str) -> InputError:
+    try:
+        keys = differing_keys(compose.load_file(folder / "config.yaml"), run.config)
+    except (OSError, InputError):
+        keys = []
+    what = ", ".join(keys[:5]) or "their data or tokenizer"
+    return InputError(
+        "resume",
+        folder.name,
+        f"is a checkpoint of run {theirs}, this is run {ours}; they differ in {what}",
+        fix="resume=false, or another name=",
+    )
 
 
 def _from_first(value: Any) -> Any:

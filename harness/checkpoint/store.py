@@ -20,6 +20,7 @@ from typing import Any
 from harness.record import atomic
 
 MANIFEST = "manifest.json"
+CHECKSUM = "manifest.sha256"
 SCHEMA_VERSION = 1
 _PREFIX = "step_"
 
@@ -99,6 +100,7 @@ class Store:
             if path.suffix == ".yaml":
                 files[path.name] = digest(path)
         atomic.write_json(partial / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest, "files": files})
+        atomic.write_text(partial / CHECKSUM, digest(partial / MANIFEST)["sha256"] + "\n")
         for rank in range(manifest["world_size"]):
             (partial / digest_name(rank)).unlink()
         sync_folder(partial)
@@ -165,13 +167,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} is missing") from error
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} is no manifest")
+        content, checksum = path.read_bytes(), (folder / CHECKSUM).read_bytes()
+    except OSError as error:
+        name = Path(error.filename or MANIFEST).name
+        raise DamagedCheckpoint(f"{folder.name}: {name} cannot be read ({error.strerror})") from error
+    if checksum != hashlib.sha256(content).hexdigest().encode() + b"\n":
+        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} has changed since it was written (SHA-256)")
+    manifest = json.loads(content)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         version = manifest.get("schema_version")
         raise DamagedCheckpoint(

@@ -60,6 +60,8 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         "eval": {"tokens": values["eval"]["tokens"]},
     }
     scalars = ("steps", "seed", "batch_size", "seq_len", "precision", "max_grad_norm")
+    if values["max_loss_rise"] is not None:
+        facts["max_loss_rise"] = values["max_loss_rise"]
     return {**facts, **{name: values[name] for name in scalars}}
 
 

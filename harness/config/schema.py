@@ -218,6 +218,9 @@ class RunConfig(_Group):
     """Clip the global gradient norm, before the rule; null: off."""
     max_skipped_steps: int = Field(default=10, ge=0)
     """Stop as diverged after this many steps with non-finite gradients."""
+    max_loss_rise: float | None = Field(default=None, gt=0)
+    """Skip a step (as one with a non-finite gradient) whose training loss lies this much above its running mean, in
+    nats per token; null: off."""
     log_every: int = Field(default=10, ge=1)
     """Steps between rows of metrics.jsonl (the only regular wait for the device)."""
     runs_dir: str = "runs"

@@ -5,6 +5,7 @@ Labels are shifted already: ``labels[t]`` is the token after ``input_ids[t]``; â
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ class _Split:
         # As plain arrays: a slice of numpy's memmap class costs ten times a slice of an array.
         tokens, boundaries = np.asarray(corpus.tokens()), np.asarray(corpus.boundaries())
         self.tokens = tokens[:cut] if train else tokens[cut:]
+        self._file = corpus.open_tokens()
+        self._bytes = os.fstat(self._file.fileno()).st_size
         self.starts = boundaries[: first + 1] if train else boundaries[first:] - cut
         if self.packed:
             # The last label of a block is the first token of the next: each token but the first is a label.
@@ -44,7 +47,16 @@ class _Split:
             self.length = len(self.starts) - 1
 
     def rows(self, indices: Ids) -> tuple[Ids, Ids]:
-        """(input_ids, labels) of the rows ``indices``: two (n, seq_len) int64 arrays, C-contiguous."""
+        """(input_ids, labels) of the rows ``indices``: two (n, seq_len) int64 arrays, C-contiguous.
+
+        Raises:
+            OSError: the file of tokens was cut short meanwhile; reading its lost pages would kill the process.
+        """
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self._bytes:
+            raise OSError(
+                f"{self.corpus.folder.name}/tokens.bin had {self._bytes} bytes when the run began and has {size} now"
+            )
         return self._packed(indices) if self.packed else self._padded(indices)
 
     def loss_tokens(self, indices: Ids) -> Ids:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -79,6 +79,10 @@ class Corpus:
     def tokens(self) -> NDArray[np.uint16] | NDArray[np.uint32]:
         """All tokens, training then validation: 1-D read-only memory map, uint16 or uint32."""
         return np.memmap(self.folder / "tokens.bin", dtype=np.dtype(self.manifest["dtype"]), mode="r")
+
+    def open_tokens(self) -> BinaryIO:
+        """The file of `tokens`, for whoever watches over its size."""
+        return (self.folder / "tokens.bin").open("rb")
 
     def boundaries(self) -> NDArray[np.int64]:
         """Where each document starts in `tokens`, and the end: (documents + 1,) int64 memory map."""

@@ -31,6 +31,8 @@ class Engine(Protocol):
     shards: int
     """Processes over which `shard` cuts one copy of the weights; 1 where it does nothing."""
     device: torch.device
+    forward_is_local: bool
+    """Whether forward passes communicate nothing, so that their time is this process' own."""
     model: nn.Module
     """The model as it must be called in the forward pass."""
 
@@ -61,6 +63,11 @@ class Engine(Protocol):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add this micro-batch's gradients."""
+        ...
+
+    def void_gradients(self, where: torch.Tensor) -> None:
+        """Make the gradient non-finite where ``where`` (0-dim bool, equal on all processes) is true, so that the
+        next `step` is masked. Does not wait for the device."""
         ...
 
     def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from harness.config.errors import InputError
 from harness.config.schema import RunConfig
 from harness.engines.ddp import autocast
 from harness.engines.holdings import Layout, tensor_bytes
-from harness.engines.masked import MaskedSteps
+from harness.engines.masked import MaskedSteps, void
 from harness.engines.processes import Processes
 from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.layouts.replicated import ReplicatedLayout
@@ -128,6 +128,7 @@ class PartitionedEngine(_DeepSpeed):
         _check_precision(config)
         self._config = config
         self._stage = int(config.engine.name[-1])
+        self.forward_is_local = self._stage < 3
         self._gradient_bytes = 0
         self.model: nn.Module
         self._zero: Any
@@ -157,6 +158,9 @@ class PartitionedEngine(_DeepSpeed):
     def backward(self, loss: torch.Tensor) -> None:
         # The loss already carries its weight in the whole batch: no division by the accumulation steps.
         self._engine.backward(loss, scale_wrt_gas=False)
+
+    def void_gradients(self, where: torch.Tensor) -> None:
+        void(self._gradients(), where)
 
     def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert max_norm == self._config.max_grad_norm, "DeepSpeed was told at its start where to clip"

@@ -30,6 +30,7 @@ class ShardedEngine(MaskedSteps):
     """
 
     layout: Layout = "sharded"
+    forward_is_local = False
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config, needs_group=True)

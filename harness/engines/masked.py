@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,10 @@ class MaskedSteps(Processes):
     def backward(self, loss: torch.Tensor) -> None:
         """Add this micro-batch's gradients."""
         self._scaler.scale(loss).backward()
+
+    def void_gradients(self, where: torch.Tensor) -> None:
+        """See `harness.engines.base.Engine.void_gradients`; under fp16 the loss scale takes it for an overflow."""
+        void(self._local_gradients(), where)
 
     def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip, then step; see `harness.engines.base.Engine.step`."""
@@ -95,6 +100,13 @@ class MaskedSteps(Processes):
     def _total_norm(self, local: torch.Tensor) -> torch.Tensor:
         """The global gradient norm from that of `_local_gradients`: the same where these are whole."""
         return local
+
+
+def void(gradients: Iterable[torch.Tensor], where: torch.Tensor) -> None:
+    """Multiply the first element of each tensor by NaN where ``where`` is true, else by 1."""
+    factor = torch.where(where, math.nan, 1.0)
+    for gradient in gradients:
+        gradient.view(-1)[:1].mul_(factor)
 
 
 def root_sum_square(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Processes:
     rank: int
     world_size: int
     shards: int = 1
+    forward_is_local: bool = True
     device: torch.device
 
     def __init__(self, config: RunConfig, *, needs_group: bool = False) -> None:

@@ -23,7 +23,7 @@ from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
 from harness.jobs import last_words
-from harness.lifecycle import REPEAT_S, SIGNALS
+from harness.lifecycle import REPEAT_S, SIGNALS, SILENT
 from harness.preparation import Prepared, prepare
 from harness.record import atomic
 from harness.record.folder import REQUEUE, now
@@ -142,8 +142,8 @@ def _outcome(folder: Path, code: int, silent: list[int], asked: signal.Signals |
         if silent:
             reason = f"{last_words.told(silent)} after step {status['step']}"
         _note(status, "failed", reason)
-    elif status["state"] == "failed" and silent:
-        # The others only saw their connection break.
+    elif status["state"] == "failed" and silent and SILENT not in attempt["reason"]:
+        # The others only saw their connection break. One that hung was killed because of that.
         attempt["reason"] = f"{last_words.told(silent)}; then {attempt['reason']}"
     else:
         return _told(folder, status)

@@ -11,6 +11,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from harness.record.folder import Row
 
 Say = Callable[[str], None]
+SLOW = 1.5
+"""Ratio to the median of the others from which a process is called slow: clocks and caches differ by less."""
+SLOW_ROWS = 3
+"""In so many rows one after the other: any process has a slow moment."""
 
 
 class Log:
@@ -46,6 +50,7 @@ class ProgressSink:
         self._log, self._steps = log, steps
         self._bar: Progress | None = None
         self._val: float | None = None
+        self._slow: list[int] = []
         if log.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -73,6 +78,19 @@ class ProgressSink:
             self._log.keep_only(line)
         else:
             self._log.say(line)
+        self._watch_balance(row)
+
+    def _watch_balance(self, row: Row) -> None:
+        ratio = row.get("balance/ratio")
+        if ratio is None:
+            return
+        slowest = int(row["balance/slowest_rank"] or 0)
+        self._slow = [*self._slow, slowest] if ratio >= SLOW and set(self._slow) <= {slowest} else []
+        if len(self._slow) == SLOW_ROWS:
+            self._log.say(
+                f"rank {slowest} is slow: its data and forward passes take {ratio:.1f} times as long as those of the "
+                "others, who wait for it"
+            )
 
     def close(self) -> None:
         """Leave the terminal as it was."""

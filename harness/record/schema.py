@@ -54,6 +54,10 @@ METRICS: dict[str, Metric] = {
     "throughput/mfu": Metric(
         "", "model FLOP/s over the devices' dense peak; absent where the peak is unknown"
     ),
+    "balance/ratio": Metric(
+        "", "own time (data, forward passes) of the slowest process over the median of the others"
+    ),
+    "balance/slowest_rank": Metric("", "which process that was"),
     "flops": Metric("FLOP", "model FLOPs so far (forward and backward)"),
     **{
         f"time/{part}_s": Metric("s", f"per step, {part.replace('_', ' and ')}, mean since the previous row")
