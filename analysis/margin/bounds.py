@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 Layer = tuple[Tensor, Tensor]
 """Weight (m, n) and bias (m,)."""
-BISECTIONS = 60
+BISECTIONS = 45
 FARTHEST = 1e6
 """Where bisection begins for inputs that no attack succeeded on."""
 _DUAL = {"l2": 2.0, "linf": 1.0}

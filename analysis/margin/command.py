@@ -47,6 +47,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _done(settings: Settings, say: Callable[[str], None]) -> Finished:
+    if settings.mode == "mlp":
+        # torch is imported here: the toy does without.
+        from analysis.margin import mlp, net_results
+
+        return net_results.mlp(settings, mlp.run_mlp(settings, say))
     runs = toy.run_flow(settings, say) if settings.mode == "flow" else toy.run_toy(settings, say)
     return toy_results.finished(settings, runs)
 
