@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,7 +53,7 @@ def _versions(run: Run) -> str:
 def _machine(run: Run) -> str:
     parts = [run.text("device")]
     size = run.fact("world_size")
-    if size == size:
+    if math.isfinite(size):
         engine = f" ({run.text('engine')})" if run.text("engine") else ""
         parts.append(words.plural(round(size), "process", "processes") + engine)
     return ", ".join(part for part in parts if part)
