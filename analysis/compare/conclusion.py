@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from analysis.compare import document, reading, report, tables
+from analysis.compare import document, reading, renderings, report
 from analysis.compare.arguments import Plan
 from analysis.compare.document import ORIGIN, SCHEMA_VERSION, Document
 from analysis.compare.report import Written
@@ -55,7 +55,7 @@ def _print(found: Document, written: Written, as_json: bool) -> None:
         console = Console(highlight=False, width=max(console.width, NARROWEST))
     for judged in found.sets:
         console.print()
-        tables.print_table(judged.table, console)
+        renderings.print_table(judged.table, console)
         console.print()
         console.print(Text(judged.verdict.headline, style="bold"))
         if judged.verdict.detail:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.compare import cost_plots, facts, moment_plots, picture, plots, provenance, tables
+from analysis.compare import cost_plots, facts, moment_plots, picture, plots, provenance, renderings
 from analysis.compare.document import Document, Judged, to_json
 from analysis.compare.plots import DASHES, PALETTES, Plot
 
@@ -54,8 +54,8 @@ def write(document: Document, out: Path) -> Written:
     judged = [(j.table, f"{j.verdict.sentence} {j.verdict.scope}") for j in document.sets]
     texts = {
         html: render(document),
-        out / "comparison.md": tables.markdown(judged),
-        out / "comparison.csv": tables.to_csv(table for table, _ in judged),
+        out / "comparison.md": renderings.markdown(judged),
+        out / "comparison.csv": renderings.to_csv(table for table, _ in judged),
         out / "comparison.json": json.dumps(to_json(document), indent=1, allow_nan=False) + "\n",
     }
     for path, text in texts.items():

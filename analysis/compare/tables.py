@@ -1,18 +1,11 @@
-"""The comparison table: one model, three renderings (terminal, Markdown, CSV) and the cells of the HTML
-report.
+"""The comparison table as a model: columns, and a row per arm and per run that did not finish. `renderings`
+writes it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from analysis.compare import words
 from analysis.compare.comparison import Arm, ComparisonSet
@@ -62,9 +55,6 @@ class Table:
 
 
 STEP_PARTS = tuple(part for part in TIME_PARTS if part != "probes")
-
-WHOLE, WITH_OUTCOME = 205, 100
-"""Terminal widths from which the table stands in one piece, and failures in a column of their own."""
 
 _RESULT, _COST = "result", "cost"
 COLUMNS = [
@@ -212,73 +202,3 @@ def _word(text: str) -> Cell:
 
 def _number(value: float, digits: int = 3) -> Cell:
     return Cell(words.significant(value, digits), value)
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print to a terminal: in one piece where it fits, else results, failures in words, and costs below."""
-    if console.width >= WHOLE:
-        console.print(_rich(table, table.columns, table.rows, table.title))
-    else:
-        spelled = console.width < WITH_OUTCOME
-        kept = [row for row in table.rows if not row.failed]
-        result = [c for c in table.columns if c.block != "cost" and not (spelled and c.key == "outcome")]
-        console.print(_rich(table, result, kept if spelled else table.rows, table.title))
-        for row in table.rows if spelled else ():
-            if row.failed:
-                console.print(
-                    Text(f"{row.cells['optimizer'].text}: {row.cells['outcome'].text}", style="red")
-                )
-        console.print()
-        console.print(_rich(table, [c for c in table.columns if c.block != "result"], kept, None))
-    for note in table.notes:
-        console.print(Text(note, style="dim"))
-
-
-def _rich(table: Table, columns: list[Column], rows: list[Row], title: str | None) -> RichTable:
-    heading = Text(title) if title else None
-    drawn = RichTable(title=heading, title_justify="left", header_style="bold", pad_edge=False, box=None)
-    narrow = [c for c in columns if c.key not in ("lr_source", "lr_standing")]
-    for column in narrow:
-        head = f"{column.label}\n{column.unit}" if column.unit else column.label
-        justify = "right" if column.numeric else "left"
-        drawn.add_column(head, justify=justify, no_wrap=column.numeric, overflow="fold")
-    for row in rows:
-        # Text, not str: rich would read [brackets] in a name as markup.
-        drawn.add_row(*(Text(row.cells[c.key].text) for c in narrow), style="red" if row.failed else None)
-    return drawn
-
-
-def markdown(tables: Iterable[tuple[Table, str]]) -> str:
-    """GitHub-flavoured Markdown of tables with the verdict above each."""
-    parts = []
-    for table, verdict in tables:
-        head = [f"{c.label} ({c.unit})" if c.unit else c.label for c in table.columns]
-        lines = [f"## {table.title}", "", verdict, "", _line(head)]
-        lines.append(_line(["---:" if c.numeric else ":---" for c in table.columns]))
-        lines += [_line([row.cells[c.key].text for c in table.columns]) for row in table.rows]
-        lines += ["", *(f"- {note}" for note in table.notes)]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def to_csv(tables: Iterable[Table]) -> str:
-    """One header and all rows, the set's title in the first column; numbers in full precision, blanks where
-    missing.
-    """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["set", *(f"{c.key} [{c.unit}]" if c.unit else c.key for c in COLUMNS)])
-    for table in tables:
-        for row in table.rows:
-            writer.writerow([table.title, *(_plain(row.cells[c.key].value) for c in table.columns)])
-    return out.getvalue()
-
-
-def _plain(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if math.isnan(value) else repr(float(value)).removesuffix(".0")

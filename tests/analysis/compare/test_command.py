@@ -171,6 +171,23 @@ def test_report_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 8
 
 
+def test_an_empty_folder_is_reported_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: Launcher
+) -> None:
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    assert command.report([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "There are no runs below this folder: nothing is compared." in lines
+    assert any(line.startswith("! notes.csv is not read") for line in lines)
+    assert lines[-1] == str(tmp_path / "report.html")
+    assert command.report([str(tmp_path), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["runs"], data["comparison"]["sets"]) == ([], [])
+    assert [warning["code"] for warning in data["warnings"]] == ["remark", "no_runs"]
+    for name in ("report.html", "comparison.md", "comparison.csv", "comparison.json"):
+        assert (tmp_path / name).is_file()
+
+
 def test_a_report_of_reports_does_not_grow(tmp_path: Path, launcher: Launcher) -> None:
     """The files of a report in the same folder are no runs."""
     synthetic.group(tmp_path, seeds=[0])

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from analysis.compare import document, report, tables
+from analysis.compare import document, renderings, report
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
@@ -72,9 +72,9 @@ def test_junk_of_every_type_costs_no_report(root: Path, trial: int) -> None:
     assert report.render(found).rstrip().endswith("</html>")
     json.dumps(document.to_json(found), allow_nan=False)
     for judged in found.sets:
-        tables.print_table(judged.table, Console(file=io.StringIO(), width=120))
-        tables.markdown([(judged.table, judged.verdict.sentence)])
-        tables.to_csv([judged.table])
+        renderings.print_table(judged.table, Console(file=io.StringIO(), width=120))
+        renderings.markdown([(judged.table, judged.verdict.sentence)])
+        renderings.to_csv([judged.table])
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "config.yaml"])

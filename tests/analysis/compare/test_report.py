@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -370,6 +372,56 @@ def test_layer_names_are_shortened_without_merging() -> None:
     assert [short(name) for name in names[:2]] == ["0 q_proj", "0 up_proj"]
     assert len({short(name) for name in names}) == len(names)
     assert short("lm_head.weight") == "lm_head"
+
+
+def test_what_is_wrong_with_runs_is_on_the_page_beside_the_rest(tmp_path: Path) -> None:
+    """A torn line, a killed run, an older schema, a NaN loss, a missing seed, a resumed run: each is said."""
+    synthetic.group(tmp_path, ["adamw", "galore", "muon", "sumo"])
+    shutil.rmtree(tmp_path / "sumo-seed2")
+    killed = Recipe(**{**vars(TYPICAL["muon"]), "seed": 3, "state": "running", "stop_at": 90})
+    with (synthetic.write(tmp_path, killed) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 100, "train/lo')
+    for name, path, changes in (
+        ("adamw-seed0", "summary.json", {"schema_version": 0}),
+        ("adamw-seed1", "status.json", {"attempts": [{"first_step": 0}, {"first_step": 80}]}),
+        ("galore-seed2", "summary.json", {"val/loss": math.nan}),
+    ):
+        target = tmp_path / name / path
+        target.write_text(json.dumps({**json.loads(target.read_text()), **changes}))
+    found = document.read(tmp_path)
+    page = report.render(found)
+    grave = [caution.message for caution in document.grave(found)]
+    for text in (
+        "No winner is named: 2 of 12 runs did not finish.",
+        "sumo has no run with seed 2 or 3; pairs use common seeds only.",
+        "1 run not over (or killed): muon (seed 3).",
+        "1 run failed: galore (seed 2).",
+        "Resumed: adamw seed 1 at step 80.",
+    ):
+        assert text in page
+        assert any(text in message for message in grave) or text == found.sets[0].verdict.headline
+    for text in (
+        "the last line of metrics.jsonl is torn",
+        "muon-seed3: no summary.json: the run is not over, or was killed.",
+        "adamw-seed0: written by schema 0, this is 1: what it lacks is left blank.",
+        "galore-seed2: finished without a finite validation loss: it counts as failed.",
+    ):
+        assert text in page
+    labels = [arm.label for arm in found.sets[0].chosen.arms]
+    assert [(arm.label, arm.final.n) for arm in found.sets[0].chosen.arms] == list(
+        zip(labels, [3, 2, 3, 2], strict=True)
+    )
+
+
+def test_many_commands_and_pairs_are_folded(tmp_path: Path) -> None:
+    for arm in range(13):
+        synthetic.write(tmp_path, Recipe("sumo", options={"rank": arm}, has_moments=False), f"{arm}")
+    page = report.render(document.read(tmp_path))
+    assert "<summary>78 pairs of 13 optimizers</summary>" in page
+    (judged,) = document.read(tmp_path).sets
+    judged.commands[:] = [f"optbench train seed={seed}" for seed in range(9)]
+    again = document.Document(tmp_path, [], [judged])
+    assert "<summary>9 commands</summary>" in report.render(again)
 
 
 def test_runs_without_measurements_still_make_a_page(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from analysis.compare import document, tables
+from analysis.compare import document, renderings
 from analysis.compare.tables import COLUMNS, Table
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
@@ -70,12 +70,12 @@ def test_the_target_is_the_worst_finishing_mean(mixed: Table) -> None:
 
 
 def test_markdown_and_csv_hold_every_cell(mixed: Table) -> None:
-    text = tables.markdown([(mixed, "The verdict.")])
+    text = renderings.markdown([(mixed, "The verdict.")])
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
     assert shown == [[row.cells[c.key].text for c in COLUMNS] for row in mixed.rows]
     assert "The verdict." in text
-    parsed = list(csv.reader(io.StringIO(tables.to_csv([mixed]))))
+    parsed = list(csv.reader(io.StringIO(renderings.to_csv([mixed]))))
     assert len(parsed) == 1 + len(mixed.rows)
     for line, row in zip(parsed[1:], mixed.rows, strict=True):
         for text, column in zip(line[1:], COLUMNS, strict=True):
@@ -90,7 +90,7 @@ def test_markdown_and_csv_hold_every_cell(mixed: Table) -> None:
 @pytest.mark.parametrize("width", [80, 110, 240])
 def test_the_terminal_shows_every_number_at_any_width(mixed: Table, width: int) -> None:
     out = io.StringIO()
-    tables.print_table(mixed, Console(file=out, width=width))
+    renderings.print_table(mixed, Console(file=out, width=width))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     words = out.getvalue().split()
@@ -105,6 +105,6 @@ def test_names_of_markup_and_pipes_are_harmless(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["[red]x|y"], seeds=[0, 1])
     found = table(tmp_path)
     out = io.StringIO()
-    tables.print_table(found, Console(file=out, width=240))
+    renderings.print_table(found, Console(file=out, width=240))
     assert "[red]x|y" in out.getvalue()
-    assert "[red]x\\|y" in tables.markdown([(found, "")])
+    assert "[red]x\\|y" in renderings.markdown([(found, "")])
