@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analysis.reconstruction import geometry, tasks
 from analysis.reconstruction.geometry import Geometry
-from analysis.reconstruction.network import Network, combination, forward
+from analysis.reconstruction.network import Network, factors, forward
 
 STEPS = 200
 
@@ -35,10 +35,11 @@ def best_alignment(
     """
     done = forward(network, x)
     c = tasks.coefficients(task, done.outputs, labels)
+    size = geometry.norm(chosen, network)
 
     def value(lambdas: Tensor) -> Tensor:
-        u = combination(network, done, lambdas.unsqueeze(-1) * c)
-        return geometry.alignment(chosen, network.parameters, u, network.depth)
+        u = factors(network, done, lambdas.unsqueeze(-1) * c)
+        return geometry.alignment(chosen, network, u, size)
 
     best = float(value(start))
     if chosen.norm == "l2" or task == "regression":

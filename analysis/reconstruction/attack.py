@@ -18,7 +18,7 @@ from torch import Tensor
 
 from analysis.reconstruction import geometry, tasks
 from analysis.reconstruction.geometry import Geometry
-from analysis.reconstruction.network import Network, combination, forward, recomputed, smoothed
+from analysis.reconstruction.network import Network, factors, forward, recomputed, smoothed
 
 BOX_WEIGHT, RADIUS_WEIGHT, LAMBDA_WEIGHT = 1.0, 1.0, 5.0
 
@@ -137,7 +137,7 @@ def run(
         points: grid points; those with equal `candidates` share a batch.
         settings: what they share.
         start: initial values for all points.
-        progress: called with (step, steps) about twenty times a batch.
+        progress: called with (step, steps) four times a batch.
     """
     order = sorted(range(len(points)), key=lambda i: points[i].candidates)
     found: dict[int, Candidates] = {}
@@ -171,8 +171,8 @@ class _Batch:
         self.alpha = _column([p.alpha for p in points]).unsqueeze(-1)
         self.lambda_min = _column([p.lambda_min for p in points])
         self.radii = _column([p.radius * prior.typical_norm for p in points])
-        self.theta = network.parameters
         self.scale = network.squared_norm
+        self.size = geometry.norm(settings.geometry or Geometry("l2"), network)
         rates = _column([p.lr for p in points])
         self.x_rate = (rates * _column([max(1.0, p.radius) for p in points])).unsqueeze(-1)
         self.lambda_rate = rates
@@ -196,7 +196,7 @@ class _Batch:
 
     def run(self, progress: Callable[[int, int], None] | None) -> list[Candidates]:
         steps = self.settings.steps
-        every = max(1, steps // 20)
+        every = max(1, steps // 60)
         history: list[Tensor] = []
         at: list[int] = []
         reached = torch.zeros(len(self.points), dtype=torch.long)
@@ -214,7 +214,7 @@ class _Batch:
                 if step % every == 1 or every == 1:
                     history.append(residual.detach().clone())
                     at.append(step)
-                    if progress:
+                    if progress and len(at) % 15 == 0:
                         progress(step, steps)
             slopes = torch.autograd.grad(loss.sum(), (self.x, self.lambdas))
             with torch.no_grad():
@@ -225,24 +225,14 @@ class _Batch:
         """(objective, K) of each grid point, (B,)."""
         done = forward(self.network, self.x, smoothed(self.alpha))
         c = tasks.coefficients(self.settings.task, done.outputs, self.labels)
-        u = combination(self.network, done, self.lambdas.unsqueeze(-1) * c)
-        residual = self._residual(u)
-        if self.settings.geometry is None:
-            loss = residual
-        else:
-            # 1 − a does not see the length of u: without this, λ would drift to 0 or away.
-            loss = 1 - geometry.alignment(self.settings.geometry, self.theta, u, self.network.depth)
+        u = factors(self.network, done, self.lambdas.unsqueeze(-1) * c)
+        residual = geometry.squared_distance(self.network, u, self.scale) / self.scale
+        loss = residual
+        if self.settings.geometry is not None:
+            loss = 1 - geometry.alignment(self.settings.geometry, self.network, u, self.size)
         if self.settings.task != "regression":
             loss = loss + LAMBDA_WEIGHT * (self.lambda_min - self.lambdas).relu().square().sum(-1)
         return loss + self._prior_loss(), residual
-
-    def _residual(self, u: Sequence[Tensor]) -> Tensor:
-        depth = self.network.depth
-        gaps = [
-            (t - part).square().sum((-2, -1) if i < depth else -1)
-            for i, (t, part) in enumerate(zip(self.theta, u))
-        ]
-        return torch.stack(gaps).sum(0) / self.scale
 
     def _prior_loss(self) -> Tensor | float:
         if self.prior.kind == "box":
@@ -274,11 +264,10 @@ class _Batch:
         for gates in (smoothed(self.alpha), recomputed):
             done = forward(self.network, x, gates)
             c = tasks.coefficients(self.settings.task, done.outputs, self.labels)
-            u = combination(self.network, done, lambdas.unsqueeze(-1) * c)
+            u = factors(self.network, done, lambdas.unsqueeze(-1) * c)
             chosen = self.settings.geometry or Geometry("l2")
-            measured.append(
-                (self._residual(u), geometry.alignment(chosen, self.theta, u, self.network.depth))
-            )
+            residual = geometry.squared_distance(self.network, u, self.scale) / self.scale
+            measured.append((residual, geometry.alignment(chosen, self.network, u)))
         (residual, aligned), (hard, _) = measured
         return [
             Candidates(

@@ -3,6 +3,8 @@
 Steepest descent in a norm ‖·‖ ends at a KKT point of min ½‖θ‖² in that norm (Tsilivis et al. 2024, arXiv
 2410.22069): u lies in the subdifferential of ½‖·‖² at θ, so that ⟨θ, u⟩ = ‖θ‖·‖u‖_* exactly there. The
 alignment a = ⟨θ, u⟩ / (‖θ‖·‖u‖_*) ∈ [0, 1] measures how nearly.
+
+Gradients come as factors δᵀa over n images, and n is small: no matrix of the weights' size is differentiated.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from analysis.reconstruction.network import Factor, Network
+
 NORMS = ("l2", "spectral", "linf", "hybrid")
-_FLOOR = 1e-28
-"""Relative floor of squared singular values: below, they count as zero."""
 
 
 @dataclass(frozen=True)
@@ -31,81 +33,94 @@ class Geometry:
     norm: str
     scales: tuple[float, ...] = ()
 
-    def pieces(self, parts: Sequence[Tensor], depth: int) -> list[tuple[str, float]]:
-        """("l2" | "spectral" | "linf", scale) of each parameter."""
-        scales = self.scales or (1.0,) * len(parts)
+    def pieces(self, network: Network) -> list[tuple[str, float]]:
+        """("spectral" | "linf", scale) of each parameter; not of ℓ2, which is one piece."""
+        count = len(network.parameters)
         if self.norm != "hybrid":
-            return [(self.norm, 1.0)] * len(parts)
-        return [("spectral" if i < depth - 1 else "linf", s) for i, s in enumerate(scales)]
+            return [(self.norm, 1.0)] * count
+        scales = self.scales or (1.0,) * count
+        return [("spectral" if i < network.depth - 1 else "linf", s) for i, s in enumerate(scales)]
 
 
-def norm(geometry: Geometry, parts: Sequence[Tensor], depth: int) -> Tensor:
-    """‖θ‖ (…) over the last one (bias) or two dimensions of each part."""
+def norm(geometry: Geometry, network: Network) -> Tensor:
+    """‖θ‖, 0-dim."""
     if geometry.norm == "l2":
-        return _squares(parts, depth).sqrt()
-    pieces = geometry.pieces(parts, depth)
-    found = [_one_norm(kind, part, i < depth) / s for i, (part, (kind, s)) in enumerate(zip(parts, pieces))]
-    return torch.stack(found).amax(0)
+        return torch.stack([p.square().sum() for p in network.parameters]).sum().sqrt()
+    found = [
+        (matrix.abs().max() if kind == "linf" else torch.linalg.matrix_norm(matrix, 2)) / scale
+        for matrix, (kind, scale) in zip(network.matrices, geometry.pieces(network))
+    ]
+    return torch.stack(found).max()
 
 
-def dual(geometry: Geometry, parts: Sequence[Tensor], depth: int) -> Tensor:
-    """‖u‖_* (…), differentiable: its gradient is the maximizer of ⟨u, ·⟩ on the unit ball.
-
-    Dual of a maximum is a sum: Σ sₗ·(nuclear or ℓ₁ norm).
-    """
+def dual(geometry: Geometry, network: Network, u: Sequence[Factor]) -> Tensor:
+    """‖u‖_* (…), differentiable: the dual of a maximum is a sum, Σ sₗ·(nuclear or ℓ₁ norm)."""
     if geometry.norm == "l2":
-        return _squares(parts, depth).sqrt()
-    pieces = geometry.pieces(parts, depth)
-    found = [_one_dual(kind, part, i < depth) * s for i, (part, (kind, s)) in enumerate(zip(parts, pieces))]
+        return torch.stack([factor.squared_norm() for factor in u]).sum(0).clamp_min(0).sqrt()
+    found = [
+        (_absolute(factor) if kind == "linf" else nuclear(factor)) * scale
+        for factor, (kind, scale) in zip(u, geometry.pieces(network))
+    ]
     return torch.stack(found).sum(0)
 
 
-def alignment(geometry: Geometry, theta: Sequence[Tensor], found: Sequence[Tensor], depth: int) -> Tensor:
-    """a (…) = ⟨θ, u⟩ / (‖θ‖·‖u‖_*)."""
-    inner = _inner(theta, found, depth)
-    scale = norm(geometry, theta, depth) * dual(geometry, found, depth)
-    return inner / scale.clamp_min(torch.finfo(inner.dtype).tiny)
+def alignment(
+    geometry: Geometry, network: Network, u: Sequence[Factor], size: Tensor | None = None
+) -> Tensor:
+    """a (…) = ⟨θ, u⟩ / (‖θ‖·‖u‖_*).
+
+    Args:
+        size: ‖θ‖, if it is known.
+    """
+    inner = torch.stack([factor.inner(matrix) for matrix, factor in zip(network.matrices, u)]).sum(0)
+    size = norm(geometry, network) if size is None else size
+    return inner / (size * dual(geometry, network, u)).clamp_min(torch.finfo(inner.dtype).tiny)
+
+
+def squared_distance(network: Network, u: Sequence[Factor], total: float | None = None) -> Tensor:
+    """‖θ − u‖² (…), expanded: rounding is 1e-16 of ‖θ‖², far below any residual of an attack.
+
+    Args:
+        total: ‖θ‖², if it is known.
+    """
+    parts = [factor.squared_norm() - 2 * factor.inner(matrix) for matrix, factor in zip(network.matrices, u)]
+    total = network.squared_norm if total is None else total
+    return (total + torch.stack(parts).sum(0)).clamp_min(0)
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """UVᵀ of the singular value decomposition without directions of singular value 0: (…, m, n).
+    """UVᵀ of the singular value decomposition, directions of singular value 0 left out: (…, m, n)."""
+    u, sigma, v = torch.linalg.svd(matrix, full_matrices=False)
+    cut = sigma[..., :1] * (max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps)
+    return (u * (sigma > cut).unsqueeze(-2)) @ v
 
-    By the eigenvalues of the smaller Gram matrix, which keeps batches of tall matrices cheap; singular values
-    below 1e-14 of the largest count as 0.
+
+def nuclear(factor: Factor) -> Tensor:
+    """Nuclear norm (…) of δᵀa with its gradient, the polar factor, all in the n images' space.
+
+    With aᵀ = QL: δᵀa = (Lδ)ᵀQᵀ has the singular values of Lδ, and its polar factor is δᵀa·R with
+    R = Q(L δδᵀ Lᵀ)^(-1/2)Qᵀ. With all but the first factor of each held fixed, ½⟨δδᵀ, aRaᵀ⟩ has the gradient in
+    δ and ⟨a, δδᵀaR⟩ the one in a; both are the norm or half of it.
     """
-    if matrix.shape[-2] < matrix.shape[-1]:
-        return polar(matrix.mT).mT
-    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
-    # The Gram matrix knows squares to a relative 1e-16: what lies below is rounding.
-    cut = values[..., -1:].clamp_min(_FLOOR) * (matrix.shape[-1] * torch.finfo(matrix.dtype).eps)
-    root = torch.where(values > cut, values.clamp_min(_FLOOR).rsqrt(), 0.0)
-    return matrix @ (vectors * root.unsqueeze(-2)) @ vectors.mT
-
-
-def _squares(parts: Sequence[Tensor], depth: int) -> Tensor:
-    return torch.stack([_sum(part.square(), i < depth) for i, part in enumerate(parts)]).sum(0)
-
-
-def _inner(theta: Sequence[Tensor], found: Sequence[Tensor], depth: int) -> Tensor:
-    return torch.stack([_sum(t * u, i < depth) for i, (t, u) in enumerate(zip(theta, found))]).sum(0)
-
-
-def _sum(values: Tensor, is_matrix: bool) -> Tensor:
-    return values.sum((-2, -1)) if is_matrix else values.sum(-1)
-
-
-def _one_norm(kind: str, part: Tensor, is_matrix: bool) -> Tensor:
-    if kind == "linf":
-        return part.abs().amax((-2, -1) if is_matrix else -1)
-    return torch.linalg.matrix_norm(part, 2) if is_matrix else torch.linalg.vector_norm(part, dim=-1)
-
-
-def _one_dual(kind: str, part: Tensor, is_matrix: bool) -> Tensor:
-    if kind == "linf":
-        return _sum(part.abs(), is_matrix)
-    if not is_matrix:
-        return torch.linalg.vector_norm(part, dim=-1)
+    delta, a = factor
     with torch.no_grad():
-        direction = polar(part)
-    # ⟨U, polar(U)⟩ is the nuclear norm, and with polar(U) held it has the nuclear norm's gradient, polar(U).
-    return _sum(part * direction, True)
+        q, triangle = torch.linalg.qr(a.mT)
+        gram = delta @ delta.mT
+        values, vectors = torch.linalg.eigh(triangle @ gram @ triangle.mT)
+        # The Gram matrix knows squares to a relative 1e-16: what lies below is rounding.
+        cut = values[..., -1:] * (values.shape[-1] * torch.finfo(values.dtype).eps)
+        kept = (values > cut) & (values > 0)
+        root = torch.where(kept, values, 1.0).rsqrt() * kept
+        right = (vectors * root.unsqueeze(-2)) @ vectors.mT
+        of_images = triangle.mT @ right @ triangle
+        a_root = triangle.mT @ right @ q.mT
+    of_delta = 0.5 * ((delta @ delta.mT) * of_images).sum((-2, -1))
+    of_inputs = (a * (gram @ a_root)).sum((-2, -1))
+    return of_delta + of_inputs - 0.5 * of_inputs.detach()
+
+
+def _absolute(factor: Factor) -> Tensor:
+    """ℓ₁ norm (…) of δᵀa; with the signs held its gradient is theirs."""
+    with torch.no_grad():
+        signs = factor.product().sign()
+    return factor.inner(signs)

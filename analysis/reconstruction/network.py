@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Network:
     def parameters(self) -> tuple[Tensor, ...]:
         """Weights in order, then the bias if there is one: the order of every gradient here."""
         return self.weights if self.bias is None else (*self.weights, self.bias)
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """`parameters`, the bias as a column."""
+        return self.weights if self.bias is None else (*self.weights, self.bias.unsqueeze(1))
 
     @property
     def squared_norm(self) -> float:
@@ -125,26 +131,50 @@ def forward(network: Network, x: Tensor, gates: Gates = recomputed) -> Pass:
     return Pass(inputs, kept, hidden, inputs[-1] @ network.weights[-1].mT)
 
 
-def combination(network: Network, done: Pass, coefficients: Tensor) -> tuple[Tensor, ...]:
-    """u = Σᵢ ∇_θ⟨cᵢ, Φ(xᵢ)⟩ with the gates of a pass.
+class Factor(NamedTuple):
+    """A gradient of one parameter as δᵀa, summed over n: δ (…, n, h), a (…, n, d); a bias has a = 1 (…, n, 1)."""
+
+    delta: Tensor
+    inputs: Tensor
+
+    def product(self) -> Tensor:
+        """δᵀa, (…, h, d)."""
+        return self.delta.mT @ self.inputs
+
+    def inner(self, matrix: Tensor) -> Tensor:
+        """⟨matrix, δᵀa⟩ (…) without forming the product; matrix (…, h, d)."""
+        return ((self.delta @ matrix) * self.inputs).sum((-2, -1))
+
+    def squared_norm(self) -> Tensor:
+        """‖δᵀa‖² (…), by the two n × n Gram matrices."""
+        return ((self.delta @ self.delta.mT) * (self.inputs @ self.inputs.mT)).sum((-2, -1))
+
+
+def factors(network: Network, done: Pass, coefficients: Tensor) -> list[Factor]:
+    """u = Σᵢ ∇_θ⟨cᵢ, Φ(xᵢ)⟩ with the gates of a pass, factored: one for each of `network.parameters`.
 
     Args:
         network: the network of the pass.
         done: a forward pass of x (…, n, d).
         coefficients: cᵢ (…, n, k).
-
-    Returns:
-        A tensor (…, *shape) for each of `network.parameters`.
     """
     delta = coefficients
-    found: list[Tensor] = []
+    found: list[Factor] = []
     for layer in range(network.depth - 1, -1, -1):
-        found.append(delta.mT @ done.inputs[layer])
+        found.append(Factor(delta, done.inputs[layer]))
         if layer:
             delta = (delta @ network.weights[layer]) * done.gates[layer - 1]
     found.reverse()
     if network.bias is not None:
-        found.append(delta.sum(-2))
+        found.append(Factor(delta, torch.ones_like(delta[..., :1])))
+    return found
+
+
+def combination(network: Network, done: Pass, coefficients: Tensor) -> tuple[Tensor, ...]:
+    """`factors`, multiplied: a tensor (…, *shape) for each of `network.parameters`."""
+    found = [factor.product() for factor in factors(network, done, coefficients)]
+    if network.bias is not None:
+        found[-1] = found[-1].squeeze(-1)
     return tuple(found)
 
 

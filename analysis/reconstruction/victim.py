@@ -25,7 +25,7 @@ EPS = 1e-12
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # Chosen for separating digits in a few thousand steps; nothing else was tuned. Decay is 0 because it changes
     # the limit: a bound on the norm in place of the largest margin.
-    "adamw": {"lr": 1e-3, "weight_decay": 0.0, "eps": EPS},
+    "adamw": {"lr": 1e-2, "weight_decay": 0.0, "eps": EPS},
     "muon": {"lr": 2e-2, "aux_lr": 2e-3, "aux_eps": EPS},
     "sumo": {"lr": 2e-2, "aux_lr": 2e-3, "aux_eps": EPS, "rank": 8, "side": "long", "update_scale": "none"},
     "galore": {"lr": 2e-3, "aux_lr": 2e-3, "eps": EPS, "aux_eps": EPS, "rank": 8, "alpha": 1.0},
