@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from analysis.compare import cost_plots, facts, moment_plots, picture, plots, provenance, renderings
 from analysis.compare.document import Document, Judged, to_json
+from analysis.compare.main_plot import main_plot
 from analysis.compare.plots import DASHES, PALETTES, Plot
 
 PART_PALETTES = {
@@ -61,7 +62,7 @@ def write(document: Document, out: Path) -> Written:
     for path, text in texts.items():
         _replace(path, text)
     target = out / "comparison.png"
-    shown = next((j for j in document.sets if plots.main_plot(j.chosen)), None)
+    shown = next((j for j in document.sets if main_plot(j.chosen)), None)
     if shown is None:
         remark = f"{target.name} is not written: no run logged a loss" if document.runs else None
     else:
@@ -86,7 +87,7 @@ def render(document: Document) -> str:
 
 def render_picture(judged: Judged) -> str:
     """The page that is photographed: verdict and main plot of one set."""
-    main = plots.main_plot(judged.chosen)
+    main = main_plot(judged.chosen)
     return _page("picture.html.j2", judged=judged, main=main, data=_data("main", [main] if main else []))
 
 
@@ -114,7 +115,7 @@ def _page(template: str, **values: Any) -> str:
 
 def _section(judged: Judged, key: str) -> dict[str, Any]:
     chosen = judged.chosen
-    main = plots.main_plot(chosen)
+    main = main_plot(chosen)
     training = [plots.wall_clock(chosen), cost_plots.step_time(chosen), cost_plots.memory(chosen)]
     found = moment_plots.find(chosen)
     by_step, by_depth = moment_plots.over_steps(chosen, found), moment_plots.over_depth(chosen, found)

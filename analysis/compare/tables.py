@@ -94,7 +94,8 @@ COLUMNS = [
         "certificate",
         "certificate",
         "",
-        "whether this rule on this engine makes the update that it should (optbench certify), and the replay error",
+        "whether this rule on this engine makes the update that it should (optbench certify), and the replay error; "
+        "stale: found with other sources than the run's",
         _COST,
         False,
     ),
@@ -181,7 +182,8 @@ def _certificate(arm: Arm) -> str:
     if not all(c is not None and c.get("passed") for c in found):
         return "none"
     errors = [run.replay_error for run in arm.runs if math.isfinite(run.replay_error)]
-    return f"✓ {max(errors):.1e}" if errors else "✓"
+    stale = " (stale)" if any(c is not None and c.get("current") is False for c in found) else ""
+    return (f"✓ {max(errors):.1e}" if errors else "✓") + stale
 
 
 def _failure(arm: Arm, run: Run) -> dict[str, Cell]:

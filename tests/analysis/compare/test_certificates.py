@@ -49,3 +49,22 @@ def test_the_report_shows_it_and_a_failed_one_is_grave(tmp_path: Path) -> None:
     page = report.render(found)
     assert "<td>passed, replay error 1.2e-06</td>" in page
     assert grave[0] in page
+
+
+@pytest.mark.parametrize(
+    ("certificates", "text"),
+    [
+        ([PASSED, {**PASSED, "replay_error": 3e-6}], "✓ 3.0e-06"),
+        ([PASSED, {**PASSED, "current": False}], "✓ 1.2e-06 (stale)"),
+        ([PASSED, {"passed": None, "reason": "uncertified cell"}], "none"),
+        ([PASSED, None], "none"),
+        ([{"passed": None, "reason": "uncertified cell"}, {"passed": False}], "✗ failed"),
+    ],
+)
+def test_an_arm_is_as_certified_as_its_worst_run(
+    certificates: list[dict[str, Any] | None], text: str, tmp_path: Path
+) -> None:
+    for seed, certificate in enumerate(certificates):
+        certify(synthetic.write(tmp_path, synthetic.Recipe(seed=seed)), certificate)
+    (judged,) = document.read(tmp_path).sets
+    assert judged.table.rows[0].cells["certificate"].text == text

@@ -14,9 +14,10 @@ import pytest
 import yaml
 from plotly.offline import get_plotlyjs
 
-from analysis.compare import comparison, document, facts, picture, plots, provenance, report, words
+from analysis.compare import comparison, document, facts, picture, provenance, report, words
 from analysis.compare.cost_plots import memory, step_time
 from analysis.compare.document import Document
+from analysis.compare.main_plot import main_plot
 from analysis.compare.moment_plots import find, heat_map, over_depth, over_steps
 from analysis.compare.spectra import short
 from tests.analysis import synthetic
@@ -170,7 +171,7 @@ def test_the_finish_shows_all_arms_that_learned_and_no_more(tmp_path: Path) -> N
     synthetic.group(tmp_path, seeds=[0, 1])
     synthetic.group(tmp_path, ["stuck"], seeds=[0, 1], end=8.0)
     (judged,) = document.read(tmp_path).sets
-    main = plots.main_plot(judged.chosen)
+    main = main_plot(judged.chosen)
     assert main
     meta = main.figure["layout"]["meta"]
     low, high = meta["ranges"]["tokens"]["finish"]["y"]
@@ -182,7 +183,7 @@ def test_the_finish_shows_all_arms_that_learned_and_no_more(tmp_path: Path) -> N
 
 
 def test_bands_span_the_seeds(found: Document) -> None:
-    main = plots.main_plot(found.sets[0].chosen)
+    main = main_plot(found.sets[0].chosen)
     assert main
     bands = [trace for trace in main.figure["data"] if trace["meta"].get("band")]
     assert len(bands) == 4
@@ -196,7 +197,7 @@ def test_bands_span_the_seeds(found: Document) -> None:
 def test_a_run_that_was_evaluated_once_shows_its_training_loss(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw", "sumo"], eval_every=1000)
     (judged,) = document.read(tmp_path).sets
-    main = plots.main_plot(judged.chosen)
+    main = main_plot(judged.chosen)
     assert main
     assert main.title == "Training loss"
 
@@ -356,7 +357,7 @@ def test_an_axis_that_an_arm_lacks_is_named(tmp_path: Path) -> None:
     key = document.read(tmp_path).runs[0].comparison_key
     (tmp_path / "soap.csv").write_text(f"step,val/loss,comparison_key\n100,4,{key}\n200,3.4,{key}\n")
     (judged,) = document.read(tmp_path).sets
-    main = plots.main_plot(judged.chosen)
+    main = main_plot(judged.chosen)
     assert main
     assert main.axes == ["steps"]
     for words_ in ("Not over tokens: soap records none.", "Not over FLOPs: soap records none."):

