@@ -64,7 +64,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         "analysis.compare.command:report",
-        "comparison of the runs below a folder",
+        "comparison of the runs below a folder, those of other trainers (CSV, JSONL) too",
         "DIR [--out DIR] [--json]",
         (("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),),
         (("--out DIR", "write there instead"),),
@@ -100,7 +100,7 @@ COMMANDS: dict[str, Command] = {
     "margin": Command(
         "analysis.margin.command:main",
         "how slowly training reaches its robustness margin",
-        "[mode=toy|flow] [key=value …] [NAME.option=value …] [--out DIR] [--json]",
+        "[mode=toy|flow|mlp|head] [key=value …] [NAME.option=value …] [--out DIR] [--json]",
         (
             ("", "gradient descent on two neurons and two points: the gap closes as 1/ln t"),
             ("optimizer=gd,adam,muon,sumo w=1,-3 b=0.5,0 steps=100000", "which optimizers escape that"),
@@ -109,7 +109,7 @@ COMMANDS: dict[str, Command] = {
         ),
         (
             ("--out DIR", "write there instead of runs/margin/<name>"),
-            ("mode", "toy (steps), flow (log-time); docs/margin.md has all keys"),
+            ("mode", "toy (steps), flow (log-time), mlp (digits), head (a checkpoint); docs/margin.md has all keys"),
             ("w, b, v", "start of the toy net; v=fixed, v=trained or numbers"),
             ("data", "a,c for the points -a and c, or a CSV file of points"),
             ("optimizer", "gd, ngd, sign, spectral, adam, or any of `optbench list`, separated by commas"),

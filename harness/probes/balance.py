@@ -10,6 +10,9 @@ import torch
 from harness.loop import Run
 from harness.record.folder import Row
 
+LONG_ENOUGH_S = 0.2
+"""Time of a process' own since the last row, below which a ratio says more about the scheduler than about the process."""
+
 
 class Balance:
     """Adds the slowest process and by how much it is slower, from what each does alone: data and forward passes.
@@ -44,4 +47,4 @@ class Balance:
         slowest = max(range(len(times)), key=times.__getitem__)
         others = statistics.median(time for rank, time in enumerate(times) if rank != slowest)
         row["balance/slowest_rank"] = slowest
-        row["balance/ratio"] = times[slowest] / others if others else None
+        row["balance/ratio"] = times[slowest] / others if others >= LONG_ENOUGH_S else None

@@ -55,7 +55,8 @@ METRICS: dict[str, Metric] = {
         "", "model FLOP/s over the devices' dense peak; absent where the peak is unknown"
     ),
     "balance/ratio": Metric(
-        "", "own time (data, forward passes) of the slowest process over the median of the others"
+        "",
+        "own time (data, forward passes) of the slowest process over the median of the others; null below 0.2 s",
     ),
     "balance/slowest_rank": Metric("", "which process that was"),
     "flops": Metric("FLOP", "model FLOPs so far (forward and backward)"),

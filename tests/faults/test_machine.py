@@ -1,0 +1,125 @@
+"""Disks that are full, folders that cannot be written, files that shrink, processes that hang."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.checkpoints import assert_same, assert_whole, status
+from tests.faults.forked import Training, trained
+from tests.harness.running import small
+
+ENDLESS = ["steps=100000", "eval.every=null", "moments.every=null", "schedule=constant", "name=run"]
+
+
+def _wait_for_step(run: Path, step: int, training: Training) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            if status(run)["step"] >= step:
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.01)
+    raise AssertionError(f"the run did not get going: {training.said()[-2000:]}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_refuses_a_checkpoint_ends_nothing(ranks: int, corpus: Path, tmp_path: Path) -> None:
+    """The kernel's own refusal in the middle of a write (EFBIG stands for ENOSPC: a full disk cannot be had without
+    mounting one)."""
+    words = small(corpus, tmp_path, "steps=6", "checkpoint.every=2", f"world_size={ranks}", "name=run")
+    limits = {"RLIMIT_FSIZE": 100_000}  # a checkpoint has 500 kB, every other file less than 40
+    assert trained(words, ranks, tmp_path / "said.txt", limits=limits) == [0] * ranks
+    run = tmp_path / "default" / "run"
+    assert status(run)["state"] == "finished"
+    said = (tmp_path / "said.txt").read_text()
+    assert "checkpoint of step 2 failed on rank 0" in said
+    assert "File too large" in said
+    assert "the run goes on" in said
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_older_checkpoints_outlive_a_disk_that_fills_up(corpus: Path, tmp_path: Path) -> None:
+    words = small(corpus, tmp_path, *ENDLESS, "checkpoint.every=4", "checkpoint.keep=1")
+    run = tmp_path / "default" / "run"
+    first = Training(words, 1, tmp_path / "first.txt")
+    _wait_for_step(run, 12, first)
+    first.kill(signal.SIGKILL)
+    first.wait()
+    before = assert_whole(run)
+    second = Training(words, 1, tmp_path / "second.txt", {"RLIMIT_FSIZE": 100_000})
+    _wait_for_step(run, before[0] + 12, second)
+    second.kill(signal.SIGTERM)
+    assert second.wait() == [0]
+    assert assert_whole(run) == before
+
+
+def test_a_folder_that_cannot_be_written_ends_nothing(corpus: Path, tmp_path: Path) -> None:
+    """A file in its place: the tests may run as root, whom permissions do not stop."""
+    words = small(corpus, tmp_path, *ENDLESS, "checkpoint.every=3")
+    training = Training(words, 1, tmp_path / "said.txt")
+    run = tmp_path / "default" / "run"
+    _wait_for_step(run, 4, training)
+    os.replace(run / "checkpoints", run / "elsewhere")
+    (run / "checkpoints").write_text("in the way")
+    now = status(run)["step"]
+    _wait_for_step(run, now + 10, training)
+    training.kill(signal.SIGTERM)
+    assert training.wait() == [0], training.said()
+    assert "no checkpoint" in training.said() or "failed" in training.said()
+
+
+def test_a_corpus_that_is_cut_short_stops_the_run_and_says_which(corpus: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    words = small(corpus, tmp_path, "steps=60", "checkpoint.every=3", "name=run", f"data.cache_dir={cache}")
+    assert trained([*words[:-2], "name=whole", words[-1]], 1, tmp_path / "whole.txt") == [0]
+    training = Training(words, 1, tmp_path / "said.txt")
+    run = tmp_path / "default" / "run"
+    _wait_for_step(run, 5, training)
+    (tokens,) = cache.glob("*/tokens.bin")
+    shutil.copy(tokens, tmp_path / "kept")
+    os.truncate(tokens, tokens.stat().st_size // 2)
+    assert training.wait() == [1], training.said()
+    assert status(run)["state"] == "failed"
+    assert "tokens.bin had" in status(run)["attempts"][-1]["reason"]
+    assert assert_whole(run)
+    shutil.copy(tmp_path / "kept", tokens)
+    assert trained(words, 1, tmp_path / "again.txt") == [0]
+    assert status(run)["attempts"][-1]["first_step"] > 0
+    assert_same(tmp_path / "default" / "whole", run, 60)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(
+    engine: str, corpus: Path, tmp_path: Path
+) -> None:
+    words = small(
+        corpus,
+        tmp_path,
+        *ENDLESS,
+        "world_size=2",
+        f"engine={engine}",
+        "engine.timeout_s=6",
+        "checkpoint.every=3",
+    )
+    training = Training(words, 2, tmp_path / "said.txt")
+    run = tmp_path / "default" / "run"
+    _wait_for_step(run, 5, training)
+    begin = time.monotonic()
+    training.kill(signal.SIGSTOP, ranks=[1])
+    training.processes[0].join(30)
+    assert training.processes[0].exitcode == 1
+    assert time.monotonic() - begin < 25
+    training.kill(signal.SIGKILL, ranks=[1])
+    training.wait()
+    now = status(run)
+    assert now["state"] == "failed"
+    assert "rank 1 has given no sign of life" in now["attempts"][-1]["reason"]
+    assert "rank 0" not in now["attempts"][-1]["reason"]
+    assert assert_whole(run)
