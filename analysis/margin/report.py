@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -25,6 +26,17 @@ class Table:
     caption: str = ""
 
 
+class Picture(Protocol):
+    """A PNG with its words."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def png(self) -> bytes: ...
+
+
 def render(
     *,
     title: str,
@@ -34,8 +46,17 @@ def render(
     tables: Sequence[Table],
     plots: Sequence[Plot],
     settings: Mapping[str, Any],
+    kicker: str = "Robustness margin",
+    command: str = "margin",
+    pictures: Sequence[Picture] = (),
 ) -> str:
-    """The page as text. It loads nothing: plotly.js, styles and data are inside."""
+    """The page as text. It loads nothing: plotly.js, styles, data and pictures are inside.
+
+    Args:
+        kicker: small print above the headline.
+        command: whose page it is; names the figures.
+        pictures: shown before the plots.
+    """
     loader = ChoiceLoader([PackageLoader("analysis.margin"), PackageLoader("analysis.compare")])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
@@ -49,13 +70,16 @@ def render(
         notes=notes,
         tables=tables,
         plots=plots,
+        kicker=kicker,
+        command=command,
+        pictures=[(p.title, p.caption, base64.b64encode(p.png).decode()) for p in pictures],
         settings={key: value for key, value in settings.items() if value not in (None, {}, "")},
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         css=raw("report.css"),
         script=raw("report.js"),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         palettes=_embedded({"arms": PALETTES, "parts": PALETTES}),
-        data=_embedded({f"margin-{plot.key}": asdict(plot) for plot in plots}),
+        data=_embedded({f"{command}-{plot.key}": asdict(plot) for plot in plots}),
     )
 
 

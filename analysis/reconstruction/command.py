@@ -37,15 +37,24 @@ def _precheck(config: Config) -> None:
 
 
 def _run(config: Config, *, is_json: bool) -> int:
-    from analysis.reconstruction import folder, job
+    from analysis.reconstruction import folder, job, mirror, report
 
     folder.check(config)
     console = Console(stderr=True, highlight=False)
-    results = job.run(config, lambda line: console.print(line, soft_wrap=True))
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    results = job.run(config, say)
+    code = 0 if results.controls_failed and results.exact_passed else 1
+    files = report.write(results)
+    mirror.mirror(results, files[1:], say, code)
     if is_json:
         print(document(**results.document()))
     else:
         from analysis.reconstruction import page
 
         page.show(results, Console(width=None if sys.stdout.isatty() else 200))
-    return 0 if results.controls_failed and results.exact_passed else 1
+        print(report.headline(results))
+        print(files[0])
+    return code

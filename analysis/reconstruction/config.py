@@ -116,7 +116,7 @@ class Config(_Model):
     )
     seed: int = Field(default=0, ge=0, description="first seed of victims and attacks")
     seeds: int = Field(default=1, ge=1, description="victims per optimizer")
-    radius: list[float] = Field(default=[10.0, 1000.0], description="radii of splits")
+    radius: list[float] = Field(default=[1.0, 10.0, 1000.0], description="radii of splits")
     neurons: int = Field(default=8, ge=2, description="hidden units of the fixture")
     checkpoint: str | None = Field(
         default=None, description="weights of your own (.safetensors, .pt) in place of a victim"

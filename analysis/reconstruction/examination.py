@@ -10,12 +10,22 @@ from typing import Any
 
 import torch
 
-from analysis.reconstruction import attack, baselines, certificate, multipliers, spans, verification
+from analysis.reconstruction import (
+    attack,
+    baselines,
+    certificate,
+    multipliers,
+    scoring,
+    spans,
+    tasks,
+    verification,
+)
 from analysis.reconstruction.alternatives import Problem
 from analysis.reconstruction.attack import Candidates, Point, Prior, Settings
 from analysis.reconstruction.config import Config
 from analysis.reconstruction.folder import Folder
 from analysis.reconstruction.geometry import Geometry
+from analysis.reconstruction.network import outputs
 from analysis.reconstruction.scoring import Score, Target, score
 from analysis.reconstruction.subjects import Images, Subject
 from analysis.reconstruction.tables import Row, plain
@@ -117,14 +127,7 @@ def run_attack(
     """Rows of the table `attack`: each grid point, then the baselines."""
     known = prior(config, images)
     rows: list[Row] = []
-    target = Target(
-        images.task,
-        subject.network,
-        images.x,
-        images.labels,
-        torch.from_numpy(images.samples.mean),
-        images.samples.shape,
-    )
+    against = target(images, subject)
     truth = {
         alpha: baselines.true_residual(images.task, subject.network, images.x, images.labels, alpha)
         for alpha in config.attack.alpha
@@ -137,8 +140,46 @@ def run_attack(
         if found is None:
             found = attack.run(subject.network, known, points, settings, progress=progress)
             folder.keep_candidates(key, found)
-        rows += [_attack_row(subject, name, known, target, c, truth[c.point.alpha]) for c in found]
-    return rows + _baseline_rows(config, images, subject, target, known, truth)
+        rows += [_attack_row(subject, name, known, against, c, truth[c.point.alpha]) for c in found]
+    return rows + _baseline_rows(config, images, subject, against, known, truth)
+
+
+def target(images: Images, subject: Subject) -> Target:
+    """What candidates are scored against."""
+    mean = torch.from_numpy(images.samples.mean)
+    return Target(images.task, subject.network, images.x, images.labels, mean, images.samples.shape)
+
+
+def matches(config: Config, images: Images, subject: Subject, folder: Folder) -> list[Row]:
+    """A row per training image: how well the attack of least initial radius and least K found it."""
+    rows: list[Row] = []
+    against = target(images, subject)
+    margins = tasks.margins(images.task, outputs(subject.network, images.x), images.labels)
+    for name in objectives(config, subject):
+        best = min(folder.candidates(f"{subject.key}-{name}") or (), key=_first, default=None)
+        if best is None:
+            continue
+        found = scoring.matches(against, best.x)
+        least = float(margins.min())
+        rows += [
+            plain(
+                {
+                    **who(subject),
+                    "objective": name,
+                    "image": i,
+                    "margin": float(margins[i]) / least,
+                    "ncc": float(found.ncc[i]),
+                    "ssim": float(found.ssim[i]),
+                    "is_buddy": bool(found.buddies[i]),
+                }
+            )
+            for i in range(len(images.x))
+        ]
+    return rows
+
+
+def _first(found: Candidates) -> tuple[float, float]:
+    return found.point.radius, found.residual
 
 
 def _settings(config: Config, images: Images, geometry: Geometry | None) -> Settings:

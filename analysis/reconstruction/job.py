@@ -23,6 +23,7 @@ class Results:
     Attributes:
         tables: name → rows, in the order of `tables.TABLES`.
         examined: the checkpoints that were certified.
+        matches: a row per training image and attack (also a file, `matches`).
         warnings: sentences.
     """
 
@@ -31,7 +32,17 @@ class Results:
     folder: Folder
     tables: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in tables.TABLES})
     examined: list[Subject] = field(default_factory=list)
+    matches: list[Row] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def latest(self) -> list[Subject]:
+        """The last checkpoint of each optimizer, first seed."""
+        found: dict[str, Subject] = {}
+        for subject in self.examined:
+            held = found.setdefault(subject.optimizer, subject)
+            if subject.seed == held.seed and subject.step > held.step:
+                found[subject.optimizer] = subject
+        return list(found.values())
 
     @property
     def controls_failed(self) -> bool:
@@ -83,7 +94,9 @@ def run(config: Config, say: Say) -> Results:
     if not results.examined:
         raise refusals[0] if refusals else InputError("stages", config.stages, "left nothing to examine")
     results.tables["susceptibility"] = susceptibility.rows(results.tables["attack"])
-    tables.write(folder.path, results.tables)
+    for subject in results.latest() if results.tables["attack"] else ():
+        results.matches += examination.matches(config, images, subject, folder)
+    tables.write(folder.path, {**results.tables, "matches": results.matches})
     return results
 
 

@@ -41,13 +41,12 @@ COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def show(results: Results, console: Console) -> None:
-    """Print the tables that have rows, what was found wrong, and where the files are."""
+    """Print the tables that have rows, and what they are a claim about."""
     for name, rows in results.tables.items():
         if rows:
             console.print(_table(name, rows))
     if results.tables["susceptibility"]:
         console.print(results.document()["scope"])
-    console.print(str(results.folder.path), highlight=False, soft_wrap=True)
 
 
 def cell(value: Any) -> str:

@@ -70,6 +70,12 @@ class WandbSink:
                 )
             )
 
+    def attach(self, action: Callable[[Any], object]) -> None:
+        """Hand the W&B run to ``action``, for tables, images and artifacts; a failure ends the mirror alone."""
+        if self._run is not None:
+            run = self._run
+            self._try(lambda: action(run))
+
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Hand the summary over and close, giving up on a server that does not answer."""
         if self._run is None:

@@ -1,4 +1,4 @@
-"""The attack: where it works, where a wrong prior fits better than the truth, and what it may know. Acceptance 10, 11."""
+"""The attack: where it works, where a wrong prior fits better, and what it may know. Acceptance 10 and 11."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_same_seed_same_weights() -> None:
         begin = victim.initial(Architecture(64, (20,), 1, True, 1e-2), seed)
         settings = victim.options("sumo", {})
         found.append(
-            list(victim.train("sumo", settings, begin, data.x, data.labels, "binary", [30]))[0].network
+            next(iter(victim.train("sumo", settings, begin, data.x, data.labels, "binary", [30]))).network
         )
     assert all(torch.equal(a, b) for a, b in zip(found[0].parameters, found[1].parameters))
     assert not torch.equal(found[0].weights[0], found[2].weights[0])

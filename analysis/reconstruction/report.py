@@ -1,0 +1,124 @@
+"""report.html, pictures and the sentence at the top: what a reader takes home, and how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from analysis.compare.plots import Plot
+from analysis.margin import report as shared
+from analysis.margin.report import Table
+from analysis.reconstruction import examination, pictures, plots, susceptibility
+from analysis.reconstruction.job import Results
+from analysis.reconstruction.page import COLUMNS, cell
+from analysis.reconstruction.pictures import Picture
+from analysis.reconstruction.tables import Row
+from harness.record import atomic
+
+TITLES = {
+    "susceptibility": "Susceptibility",
+    "certificate": "Certificates",
+    "alternatives": "Alternatives",
+    "attack": "Attacks and baselines",
+}
+CAPTIONS = {
+    "susceptibility": susceptibility.SCOPE,
+    "certificate": "Networks are scaled to a least margin of 1. a: alignment with the multipliers' gradient in a norm, "
+    "1 at a KKT point of that norm.",
+    "alternatives": "A set passes if it explains the weights as the training set does. Controls are wrong on purpose "
+    "and must not pass.",
+    "attack": "K: relative squared residual. NN: distance of training images to the nearest candidate, mean of the "
+    "five best; on margin: candidates scaled to the least margin. NCC: correlation, mean of the five best.",
+}
+
+
+def write(results: Results) -> list[Path]:
+    """Write the report and its pictures into the job's folder; returns their paths."""
+    images, figures = make_pictures(results), plots.all_plots(results.tables, results.matches)
+    written = []
+    for picture in images:
+        written.append(results.folder.path / "images" / f"{picture.key}.png")
+        atomic.write_bytes(written[-1], picture.png)
+    path = results.folder.path / "report.html"
+    atomic.write_text(path, render(results, figures, images))
+    return [path, *written]
+
+
+def render(results: Results, figures: Sequence[Plot], images: Sequence[Picture]) -> str:
+    """The page as text, self-contained."""
+    return shared.render(
+        title=results.config.mode,
+        headline=headline(results),
+        scope=susceptibility.SCOPE
+        if results.config.mode == "victim"
+        else "Exact statements about one network.",
+        notes=results.warnings,
+        tables=[_table(name, results.tables[name]) for name in TITLES if results.tables[name]],
+        plots=figures,
+        settings=results.config.model_dump(
+            mode="json", exclude={"out", "overwrite", "data_path", "checkpoint", "batch"}
+        ),
+        kicker="Reconstruction of training images",
+        command="reconstruct",
+        pictures=images,
+    )
+
+
+def headline(results: Results) -> str:
+    """The result in a sentence or two, from the tables alone."""
+    rows = results.tables["alternatives"]
+    good = [row for row in rows if not row["is_control"] and row["passed"]]
+    controls = [row for row in rows if row["is_control"]]
+    sentence = ""
+    if rows:
+        far = max((row["nn_distance"] for row in good), default=0.0)
+        refused = sum(not row["passed"] for row in controls)
+        sentence = (
+            f"{len(good)} other training sets explain the weights, the farthest {far:.3g} away from any training "
+            f"image; {refused} of {len(controls)} controls are refused."
+        )
+    found = [row for row in results.tables["attack"] if row["kind"] == "attack"]
+    if found:
+        far = [row for row in found if row["radius"] == max(r["radius"] for r in found)]
+        below = fmean(row["residual"] < row["residual_true"] for row in far)
+        sentence += (
+            f" With candidates started at {far[0]['radius']:g} times the usual norm, {below:.0%} of the attacks fit "
+            f"the weights better than the training images do."
+        )
+    return sentence.strip() or "Certificates only."
+
+
+def make_pictures(results: Results) -> list[Picture]:
+    """Grids of the last checkpoint of each optimizer, first seed."""
+    config, images = results.config, results.images
+    mean = torch.from_numpy(images.samples.mean)
+    found = []
+    for subject in results.latest():
+        if "alternatives" in config.stages and images.task != "regression":
+            posed = examination.problem(images, subject)
+            found.append(
+                pictures.of_alternatives(
+                    posed, config.radius, mean, images.samples.shape, subject.optimizer, config.seed
+                )
+            )
+        for objective in examination.objectives(config, subject) if results.tables["attack"] else ():
+            candidates = results.folder.candidates(f"{subject.key}-{objective}")
+            if candidates:
+                best = min(candidates, key=lambda c: (c.point.radius, c.residual))
+                target = examination.target(images, subject)
+                who = f"{subject.optimizer}-{objective}"
+                found.append(
+                    pictures.of_reconstructions(
+                        target, best, images.heldout, images.heldout_labels, who, config.seed
+                    )
+                )
+    return found
+
+
+def _table(name: str, rows: Sequence[Row]) -> Table:
+    columns = COLUMNS[name]
+    shown = [[cell(row.get(key)) for key, _ in columns] for row in rows]
+    return Table([words for _, words in columns], shown, TITLES[name], CAPTIONS[name])
