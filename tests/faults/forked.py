@@ -66,9 +66,11 @@ class Training:
         return self.output.read_text() if self.output.exists() else ""
 
 
-def trained(words: Sequence[str], world_size: int, output: Path, **more: Any) -> list[int | None]:
+def trained(
+    words: Sequence[str], world_size: int, output: Path, *, timeout_s: float = 60, **more: Any
+) -> list[int | None]:
     """Run one attempt to its end."""
-    return Training(words, world_size, output, **more).wait()
+    return Training(words, world_size, output, **more).wait(timeout_s)
 
 
 def _train(

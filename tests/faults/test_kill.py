@@ -26,7 +26,7 @@ RULE = ["optimizer=sumo", "optimizer.rank=8", "optimizer.refresh_interval=7", "o
 
 def rounds(engine: str, count: int, corpus: Path, folder: Path, seed: int) -> tuple[int, int]:
     """Kill a run ``count`` times and let it end; how many kills were inside of a save, how many steps were lost."""
-    steps = 20 * count
+    steps = 12 * count
     words = small(
         corpus,
         folder,
@@ -38,7 +38,7 @@ def rounds(engine: str, count: int, corpus: Path, folder: Path, seed: int) -> tu
         "moments.every=null",
     )
     world = 1 if engine == "single" else 2
-    assert trained([*words, "name=whole"], world, folder / "whole.txt") == [0] * world
+    assert trained([*words, "name=whole"], world, folder / "whole.txt", timeout_s=600) == [0] * world
     run, whole = folder / "default" / "killed", folder / "default" / "whole"
     generator = random.Random(seed)
     inside = lost = 0
@@ -58,7 +58,7 @@ def rounds(engine: str, count: int, corpus: Path, folder: Path, seed: int) -> tu
         done = status(run)["step"]
         saved = assert_whole(run)
         lost = max(lost, done - (saved[0] if saved else 0))
-    assert trained([*words, "name=killed"], world, folder / "killed.txt") == [0] * world
+    assert trained([*words, "name=killed"], world, folder / "killed.txt", timeout_s=600) == [0] * world
     attempts = status(run)["attempts"]
     assert len(attempts) == count + 1
     assert any(attempt["first_step"] for attempt in attempts), "nothing was ever resumed"

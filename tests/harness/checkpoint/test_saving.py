@@ -1,0 +1,168 @@
+"""When a checkpoint is made, what it costs the loop, and what happens where there is no room for one."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import engines
+from harness.checkpoint import files, saving
+from harness.checkpoint.saving import Checkpoints
+from harness.checkpoint.store import Store
+from harness.loop import Run, train
+from harness.preparation import prepare
+from harness.run import assemble
+from tests.harness.running import small, write_documents
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("text"))
+
+
+def kept(corpus: Path, folder: Path, *words: str) -> tuple[Run, Checkpoints, list[str]]:
+    prepared = prepare(small(corpus, folder, *words), say=lambda text: None, worker=True, writes_folder=False)
+    run = assemble(prepared, engines.start(prepared.config))
+    run.stop.restore()
+    said: list[str] = []
+    facts = {"identity": prepared.identity, "attempt": 1, "engine": "single", "world_size": 1}
+    run.checkpoints = keeper = Checkpoints(run, folder / "run", facts, said.append)
+    return run, keeper, said
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["checkpoint.every=3"], [8, 6]),
+        (["checkpoint.every=3", "checkpoint.keep=9"], [8, 6, 3]),
+        (["checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_every=4"], [8, 4]),
+        (["checkpoint.every=3", "checkpoint.background=false"], [8, 6]),
+        (["checkpoint.every=auto"], []),
+        (["checkpoint.every=null"], []),
+    ],
+)
+def test_every_so_many_steps_and_after_the_last(
+    words: list[str], steps: list[int], corpus: Path, tmp_path: Path
+) -> None:
+    run, _, said = kept(corpus, tmp_path, "steps=8", *words)
+    assert train(run) == "finished"
+    assert Store(tmp_path / "run").steps() == steps
+    assert said == []
+
+
+def test_the_best_one_stays(corpus: Path, tmp_path: Path) -> None:
+    """With a learning rate that lets the loss rise at the end."""
+    run, _, _ = kept(
+        corpus,
+        tmp_path,
+        "steps=8",
+        "eval.every=2",
+        "checkpoint.every=2",
+        "checkpoint.keep=1",
+        "checkpoint.keep_best=true",
+        "checkpoint.background=false",
+    )
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 5.0}
+    probe: Any = run.probes[0]
+    measure = probe.measure
+
+    def measured(step: int, row: Any) -> None:
+        measure(step, row)
+        probe.last = (step + 1, losses[step + 1])
+
+    probe.measure = measured
+    train(run)
+    assert Store(tmp_path / "run").steps() == [8, 4]
+
+
+def test_the_clock_asks_for_one_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vote is read a step late; a wish that has been fulfilled meanwhile must not be fulfilled again."""
+    rarely = ["log_every=100", "eval.every=null", "moments.every=null"]
+    run, keeper, _ = kept(corpus, tmp_path, "steps=12", "checkpoint.every=auto", "checkpoint.keep=9", *rarely)
+    now = [0.0]
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    keeper._last_began = 0.0
+    before = keeper.before_step
+
+    def before_step() -> None:
+        before()
+        if run.ledger.step == 4:
+            now[0] += saving.EVERY_S
+
+    monkeypatch.setattr(keeper, "before_step", before_step)
+    train(run)
+    assert Store(tmp_path / "run").steps() == [6]
+
+
+def test_the_loop_does_not_wait_for_the_disk(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that takes for ever: the steps go on until the next save has to wait for it."""
+    run, _, _ = kept(corpus, tmp_path, "steps=12", "checkpoint.every=4")
+    gate, write = threading.Event(), files.write
+    reached: list[int] = []
+
+    def slow(*args: Any) -> None:
+        gate.wait(30)
+        write(*args)
+
+    monkeypatch.setattr(files, "write", slow)
+    give = run.feed.step
+
+    def step(number: int) -> Any:
+        reached.append(number)
+        if number == 6:
+            assert Store(tmp_path / "run").steps() == []
+            gate.set()
+        return give(number)
+
+    monkeypatch.setattr(run.feed, "step", step)
+    assert train(run) == "finished"
+    assert reached[:7] == list(range(7))
+    assert Store(tmp_path / "run").steps() == [12, 8]
+
+
+def test_what_is_written_is_the_state_of_its_own_step(corpus: Path, tmp_path: Path) -> None:
+    """Training goes on while it is written; the copy must not follow. In the foreground nothing can."""
+    numbers = {}
+    for name in ("background", "foreground"):
+        background = str(name == "background").lower()
+        run, _, _ = kept(
+            corpus,
+            tmp_path / name,
+            "steps=9",
+            "checkpoint.every=4",
+            f"checkpoint.background={background}",
+            "optimizer=sumo",
+            "optimizer.rank=8",
+        )
+        (tmp_path / name / "run").mkdir(parents=True)
+        train(run)
+        saved = files.Saved(Store(tmp_path / name / "run").folder(8))
+        numbers[name] = {key: saved.whole(*key) for key in saved._places}
+    assert numbers["background"].keys() == numbers["foreground"].keys()
+    for key, tensor in numbers["foreground"].items():
+        assert tensor.equal(numbers["background"][key]), key
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size of the disk is a stand-in: filling a real one needs a mount. `tests/faults` has a real refusal."""
+    run, _, said = kept(corpus, tmp_path, "steps=8", "checkpoint.every=2", "checkpoint.background=false")
+    real = shutil.disk_usage
+
+    def usage(path: Path) -> Any:
+        free = 10**12 if run.ledger.step < 4 else 1000
+        return real(path)._replace(free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert train(run) == "finished"
+    assert Store(tmp_path / "run").steps() == [2]
+    assert len(said) == 3
+    assert said[0].startswith("no checkpoint of step 4: it needs 0.000")
+    assert not list(Store(tmp_path / "run").path.glob(".*"))
