@@ -55,7 +55,7 @@ def write(document: Document, out: Path) -> Written:
     judged = [(j.table, f"{j.verdict.sentence} {j.verdict.scope}") for j in document.sets]
     texts = {
         html: render(document),
-        out / "comparison.md": renderings.markdown(judged),
+        out / "comparison.md": renderings.markdown(judged) if judged else f"{document.sentence}\n",
         out / "comparison.csv": renderings.to_csv(table for table, _ in judged),
         out / "comparison.json": json.dumps(to_json(document), indent=1, allow_nan=False) + "\n",
     }

@@ -69,6 +69,8 @@ def judge(chosen: ComparisonSet) -> Verdict:
     if missing or unequal:
         obstacles = [*missing, *unequal]
         headline = f"No winner is named: {words.listing(obstacles)}."
+        if leading.startswith(("No ", "Only ")):
+            leading = leading[0].lower() + leading[1:]
         said = "" if unequal else f"Among the runs that finished: {leading} {detail}".strip()
         return Verdict("withheld", headline, said, scope, None, common, needed, obstacles, not unequal)
     best = int(statistics.winners(chosen.tests, len(chosen.arms)))

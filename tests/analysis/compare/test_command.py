@@ -186,6 +186,7 @@ def test_an_empty_folder_is_reported_as_such(
     assert [warning["code"] for warning in data["warnings"]] == ["remark", "no_runs"]
     for name in ("report.html", "comparison.md", "comparison.csv", "comparison.json"):
         assert (tmp_path / name).is_file()
+    assert (tmp_path / "comparison.md").read_text().startswith("There are no runs")
 
 
 def test_a_report_of_reports_does_not_grow(tmp_path: Path, launcher: Launcher) -> None:

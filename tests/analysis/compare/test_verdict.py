@@ -78,6 +78,22 @@ def test_a_run_that_did_not_finish_withholds_the_winner(tmp_path: Path, state: s
     assert state in codes(tmp_path, grave=True)
 
 
+def test_a_sentence_within_a_sentence_starts_small(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, end=3.4, noise=0.02)
+    write(tmp_path, "galore", 3, state="diverged", stop_at=70)
+    assert judged(tmp_path).detail.startswith("Among the runs that finished: no difference shown between")
+
+
+def test_the_lead_over_many_names_three(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["sumo", "muon"], end=3.31)
+    for index in range(5):
+        synthetic.group(tmp_path, [f"worse{index}"], end=3.8 + 0.1 * index, noise=0.0005)
+    detail = judged(tmp_path).detail
+    assert "does end below" in detail
+    assert detail.count("worse") == 3
+    assert "and 2 others." in detail
+
+
 def test_unequal_budgets_withhold_and_rank_nothing(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw"])
     synthetic.group(tmp_path, ["sumo"], summary={"steps": 150, "tokens": 150 * 2048})
