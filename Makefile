@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart test test-full lint format bench certify lock clean
+.PHONY: help setup quickstart test test-full lint format bench certify faults lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,10 @@ bench: setup ## the ratios of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.layouts
 	$(BIN)/python -m benchmarks.polar
+	$(BIN)/python -m benchmarks.checkpoint
+
+faults: setup ## kills, damage, signals, full disks and hanging ranks, with the long ones (about 20 minutes)
+	$(BIN)/python -m pytest tests/faults
 
 certify: setup ## every optimizer on every engine, proven: docs/certificates.md and what runs are told (8 minutes)
 	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates

@@ -1,0 +1,115 @@
+"""What checkpoints cost: how long training waits for one, and whether resuming takes longer the later it happens.
+
+    python -m benchmarks.checkpoint [--rounds N] [key=value …]
+
+Default: LLaMA-9M under SUMO, one process, the packaged text. Saves with and without a background thread alternate;
+medians over the rounds. The first save is told apart: it also touches the memory of the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import engines
+from harness.checkpoint import progress, resuming
+from harness.checkpoint.saving import Checkpoints
+from harness.checkpoint.store import Store
+from harness.loop import Run, train
+from harness.preparation import prepare
+from harness.run import assemble
+
+WORDS = ["model=llama_9m", "optimizer=sumo", "batch_size=2", "seq_len=64", "eval.tokens=64"]
+QUIET = ["moments.every=null", "checkpoint.every=null", "wandb.mode=disabled", "world_size=1"]
+STEPS = (10, 100_000)
+
+
+def started(words: Sequence[str], folder: Path, steps: int) -> tuple[Run, Checkpoints]:
+    """A run that is about to train, with its checkpoints."""
+    prepared = prepare(
+        [*WORDS, *QUIET, f"steps={steps}", f"runs_dir={folder}", *words],
+        say=print,
+        worker=True,
+        writes_folder=False,
+    )
+    run = assemble(prepared, engines.start(prepared.config))
+    run.stop.restore()
+    facts = {"identity": "benchmark", "attempt": 1, "engine": run.engine.name, "world_size": 1}
+    return run, Checkpoints(run, folder / "run", facts, print)
+
+
+def seconds(action: Any) -> float:
+    """Wall time of a call."""
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def saves(run: Run, keeper: Checkpoints, rounds: int) -> dict[str, float]:
+    """Medians: a save in the foreground, and what training waits for one in the background."""
+    state = progress.randomness(run.engine.device)
+    found: dict[str, list[float]] = {"foreground": [], "background": []}
+    first = seconds(lambda: keeper.save(state, background=True))
+    keeper.finish()
+    for _ in range(rounds):
+        found["foreground"].append(seconds(lambda: keeper.save(state, background=False)))
+        found["background"].append(seconds(lambda: keeper.save(state, background=True)))
+        keeper.finish()
+    return {"first": first, **{name: statistics.median(times) for name, times in found.items()}}
+
+
+def resumes(words: Sequence[str], folder: Path, step: int, rounds: int) -> float:
+    """Median time from an assembled run to its next batch, from a checkpoint after ``step`` steps."""
+    run, keeper = started(words, folder / str(step), step + 10)
+    (folder / str(step) / "run").mkdir(parents=True)
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            run.optimizer.state[parameter]["step"] = step
+    run.ledger.step = step
+    keeper.save(progress.randomness(run.engine.device), background=False)
+    times = []
+    for _ in range(rounds):
+        run, keeper = started(words, folder / str(step), step + 10)
+
+        def resume(run: Run = run, keeper: Checkpoints = keeper) -> None:
+            choice = resuming.choose(run, keeper.store, identity="benchmark", attempt=2)
+            assert resuming.resume(run, keeper.store, choice, lambda line: None) == step
+            run.feed.step(run.ledger.step)
+
+        times.append(seconds(resume))
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments, words = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        run, keeper = started(words, folder, 2)
+        (folder / "run").mkdir(parents=True)
+        train(run)
+        times = saves(run, keeper, arguments.rounds)
+        size = sum(path.stat().st_size for path in Store(folder / "run").folder(run.ledger.step).iterdir())
+        print(f"checkpoint of {size / 1e6:.1f} MB, {torch.get_num_threads()} thread(s)")
+        print(f"in the foreground            {times['foreground'] * 1e3:8.1f} ms")
+        print(f"training waits (background)  {times['background'] * 1e3:8.1f} ms", end="  ")
+        print(
+            f"{times['background'] / times['foreground']:.1%} of it; the first time {times['first'] * 1e3:.1f} ms"
+        )
+        for step in STEPS:
+            print(
+                f"resume at step {step:>7,}: {resumes(words, folder, step, arguments.rounds) * 1e3:8.1f} ms"
+            )
+
+
+if __name__ == "__main__":
+    main()
