@@ -20,6 +20,7 @@ from analysis.reconstruction import (
     tasks,
     verification,
 )
+from analysis.reconstruction.alignment_search import best_alignment
 from analysis.reconstruction.alternatives import Problem
 from analysis.reconstruction.attack import Candidates, Point, Prior, Settings
 from analysis.reconstruction.config import Config
@@ -91,10 +92,12 @@ def alternatives(config: Config, images: Images, subject: Subject, folder: Folde
 
 def objectives(config: Config, subject: Subject) -> dict[str, Geometry | None]:
     """Objective → its geometry (None: the published residual). In ℓ2 the two are one."""
-    chosen = {"l2": None, "matched": subject.hybrid}
+    wanted = config.attack.geometry
+    matched = subject.hybrid if wanted in ("auto", "hybrid") else Geometry(wanted)
+    chosen = {"l2": None, "matched": matched}
     if config.attack.objective != "both":
         chosen = {config.attack.objective: chosen[config.attack.objective]}
-    return chosen if subject.hybrid.norm != "l2" else {"l2": None}
+    return chosen if matched.norm != "l2" else {"l2": None}
 
 
 def grid(config: Config, images: int) -> list[Point]:
@@ -140,7 +143,8 @@ def run_attack(
         if found is None:
             found = attack.run(subject.network, known, points, settings, progress=progress)
             folder.keep_candidates(key, found)
-        rows += [_attack_row(subject, name, known, against, c, truth[c.point.alpha]) for c in found]
+        best = _true_alignment(images, subject, geometry or Geometry("l2"))
+        rows += [_attack_row(subject, name, known, against, c, truth[c.point.alpha], best) for c in found]
     return rows + _baseline_rows(config, images, subject, against, known, truth)
 
 
@@ -187,8 +191,20 @@ def _settings(config: Config, images: Images, geometry: Geometry | None) -> Sett
     return Settings(images.task, tuple(images.samples.names), a.steps, a.method, geometry, a.level)
 
 
+def _true_alignment(images: Images, subject: Subject, geometry: Geometry) -> float:
+    """The best that the training images reach in the objective's norm, with the network's own gates."""
+    fit = multipliers.fit(images.task, subject.network, images.x, images.labels)
+    return best_alignment(images.task, subject.network, images.x, images.labels, geometry, fit.lambdas)
+
+
 def _attack_row(
-    subject: Subject, objective: str, known: Prior, target: Target, found: Candidates, truth: float
+    subject: Subject,
+    objective: str,
+    known: Prior,
+    target: Target,
+    found: Candidates,
+    truth: float,
+    true_alignment: float,
 ) -> Row:
     figures, _ = score(target, found.x, found.labels)
     level: dict[str, Any] = dict.fromkeys(_AT_LEVEL)
@@ -212,6 +228,8 @@ def _attack_row(
             "residual_hard": found.hard_residual,
             "residual_true": truth,
             "alignment": found.alignment,
+            "alignment_true": true_alignment,
+            "beats_truth": found.residual < truth if objective == "l2" else found.alignment > true_alignment,
             "level_step": found.level_step,
             **figures.row(),
             **level,

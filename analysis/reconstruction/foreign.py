@@ -105,7 +105,7 @@ def samples(path: str, inputs: int, outputs: int) -> Samples:
     return Samples(
         images=x,
         labels=y,
-        heldout=heldout.reshape(len(heldout), -1).astype(np.float64),
+        heldout=heldout.reshape(len(heldout), inputs).astype(np.float64),
         heldout_labels=held.get("heldout_y", np.zeros(len(heldout))).astype(np.float64),
         mean=np.zeros(inputs),
         offset=0.0,

@@ -76,9 +76,9 @@ def of_alternatives(
         if made is not None:
             n = len(problem.x)
             lines.append(
-                Line(f"x + αν, α = {radius:g}\nν ⊥ all images", _shown(made.x[:n][order], mean, shape))
+                Line(f"moved by {radius:g},\northogonal to all", _shown(made.x[:n][order], mean, shape))
             )
-            lines.append(Line(f"x − βν, β = {radius:g}", _shown(made.x[n:][order], mean, shape)))
+            lines.append(Line(f"moved by {radius:g},\nthe other way", _shown(made.x[n:][order], mean, shape)))
     merged = alternatives.merge(problem)
     if merged is not None:
         number = certificate.groups(problem.network, problem.x, problem.labels)
