@@ -109,7 +109,10 @@ COMMANDS: dict[str, Command] = {
         ),
         (
             ("--out DIR", "write there instead of runs/margin/<name>"),
-            ("mode", "toy (steps), flow (log-time), mlp (digits), head (a checkpoint); docs/margin.md has all keys"),
+            (
+                "mode",
+                "toy (steps), flow (log-time), mlp (digits), head (a checkpoint); docs/margin.md has all keys",
+            ),
             ("w, b, v", "start of the toy net; v=fixed, v=trained or numbers"),
             ("data", "a,c for the points -a and c, or a CSV file of points"),
             ("optimizer", "gd, ngd, sign, spectral, adam, or any of `optbench list`, separated by commas"),
@@ -132,6 +135,18 @@ COMMANDS: dict[str, Command] = {
                 "a network of your own, if the theory covers it",
             ),
         ),
+    ),
+    "doctor": Command(
+        "harness.doctor:main",
+        "what this machine can run, and what is missing",
+        "[--json]",
+        (("", "packages, GPUs, engines, folders, W&B, SLURM; exit code 1 where something is broken"),),
+    ),
+    "completion": Command(
+        "harness.completion:main",
+        "a script that completes commands, keys and values on TAB",
+        "bash|zsh|fish",
+        (("bash >> ~/.bash_completion", "for every shell to come"),),
     ),
     "list": Command(
         "harness.listing:list_command",

@@ -8,17 +8,33 @@ boundary. Every radius returned belongs to an input that was evaluated and has a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Scores = Callable[[Tensor], Tensor]
 """(n, …) inputs → (n, c) scores."""
-DEEPFOOL_STEPS = 50
 OVERSHOOT = 1.02
-ROUNDS = 12
-PGD_STEPS = 20
-SEGMENT = 50
+
+
+class Effort(NamedTuple):
+    """How hard the search is.
+
+    Attributes:
+        deepfool_steps: linearizations; each takes a gradient per class.
+        rounds: of projected gradient ascent, each in balls of 0.9 of the smallest radius so far.
+        pgd_steps: in each round.
+        segment: bisections on the segment to what was found.
+    """
+
+    deepfool_steps: int = 50
+    rounds: int = 12
+    pgd_steps: int = 20
+    segment: int = 50
+
+
+THOROUGH = Effort()
 
 
 def functional_margins(scores: Tensor, labels: Tensor) -> Tensor:
@@ -29,7 +45,7 @@ def functional_margins(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def attack(
-    scores: Scores, x: Tensor, labels: Tensor, norm: str, *, rounds: int = ROUNDS, seed: int = 0
+    scores: Scores, x: Tensor, labels: Tensor, norm: str, *, effort: Effort = THOROUGH, seed: int = 0
 ) -> Tensor:
     """(n,) norms of the smallest perturbations found; 0 where the label is wrong already, inf where none was found.
 
@@ -38,18 +54,20 @@ def attack(
         x: (n, …), floating.
         labels: (n,).
         norm: "l2" or "linf".
-        rounds: of projected gradient ascent, each in balls of 0.9 of the smallest radius so far.
+        effort: how hard to search.
         seed: of the random starts in those balls.
     """
     right = functional_margins(scores(x).detach(), labels) > 0.0
-    found = _onto_boundary(scores, x, _deepfool(scores, x, labels, norm), labels)
+    found = _onto_boundary(scores, x, _deepfool(scores, x, labels, norm, effort), labels, effort)
     best, at = _size(found - x, norm), found
     generator = torch.Generator().manual_seed(seed)
-    for turn in range(rounds):
+    for turn in range(effort.rounds):
         # Where nothing was found yet balls grow.
         radius = torch.where(torch.isfinite(best), 0.9 * best, 0.25 * 2.0**turn)
         start = _start(x, at, radius, norm, generator, from_best=turn % 2 == 0)
-        tried = _onto_boundary(scores, x, _ascend(scores, x, start, labels, radius, norm), labels)
+        tried = _onto_boundary(
+            scores, x, _ascend(scores, x, start, labels, radius, norm, effort.pgd_steps), labels, effort
+        )
         size = _size(tried - x, norm)
         better = size < best
         best = torch.where(better, size, best)
@@ -57,10 +75,10 @@ def attack(
     return torch.where(right, best, 0.0)
 
 
-def _deepfool(scores: Scores, x: Tensor, labels: Tensor, norm: str) -> Tensor:
+def _deepfool(scores: Scores, x: Tensor, labels: Tensor, norm: str, effort: Effort) -> Tensor:
     """(n, …) inputs beyond the nearest boundary of successive linearizations."""
     at = x.clone()
-    for _ in range(DEEPFOOL_STEPS):
+    for _ in range(effort.deepfool_steps):
         value, gradients = _differences(scores, at, labels)
         open_ = value.amin(1) > 0.0
         if not open_.any():
@@ -103,17 +121,19 @@ def _start(
     return x + _projected(delta, radius, norm)
 
 
-def _ascend(scores: Scores, x: Tensor, start: Tensor, labels: Tensor, radius: Tensor, norm: str) -> Tensor:
+def _ascend(
+    scores: Scores, x: Tensor, start: Tensor, labels: Tensor, radius: Tensor, norm: str, steps: int
+) -> Tensor:
     """Projected gradient descent on the functional margin inside balls; stays where it has succeeded."""
     at = start
-    for step in range(PGD_STEPS):
+    for step in range(steps):
         at = at.detach().requires_grad_()
         margins = functional_margins(scores(at), labels)
         (gradient,) = torch.autograd.grad(margins.sum(), at)
         flat = gradient.flatten(1)
         size = torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp_min(1e-300)
         unit = (flat / size if norm == "l2" else flat.sign()).view_as(at)
-        share = 0.5 * (1.0 - step / PGD_STEPS) + 0.02
+        share = 0.5 * (1.0 - step / steps) + 0.02
         moved = x + _projected(at.detach() - share * _shaped(radius, x) * unit - x, radius, norm)
         at = torch.where(_shaped(margins.detach() > 0.0, x), moved, at.detach())
     return at.detach()
@@ -128,13 +148,13 @@ def _projected(delta: Tensor, radius: Tensor, norm: str) -> Tensor:
     return delta * _shaped((radius / size.clamp_min(1e-300)).clamp_max(1.0), delta)
 
 
-def _onto_boundary(scores: Scores, x: Tensor, there: Tensor, labels: Tensor) -> Tensor:
+def _onto_boundary(scores: Scores, x: Tensor, there: Tensor, labels: Tensor, effort: Effort) -> Tensor:
     """The nearest point to x on the segment to `there` with another label; inf where `there` has none."""
     delta = there - x
     with torch.no_grad():
         succeeded = functional_margins(scores(there), labels) <= 0.0
         low, high = torch.zeros_like(succeeded, dtype=x.dtype), torch.ones_like(succeeded, dtype=x.dtype)
-        for _ in range(SEGMENT):
+        for _ in range(effort.segment):
             middle = 0.5 * (low + high)
             wrong = functional_margins(scores(x + _shaped(middle, x) * delta), labels) <= 0.0
             low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)

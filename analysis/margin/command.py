@@ -52,6 +52,10 @@ def _done(settings: Settings, say: Callable[[str], None]) -> Finished:
         from analysis.margin import mlp, net_results
 
         return net_results.mlp(settings, mlp.run_mlp(settings, say))
+    if settings.mode == "head":
+        from analysis.margin import head, net_results
+
+        return net_results.head(settings, head.run_head(settings, say))
     runs = toy.run_flow(settings, say) if settings.mode == "flow" else toy.run_toy(settings, say)
     return toy_results.finished(settings, runs)
 

@@ -24,7 +24,9 @@ Floats = NDArray[np.float64]
 STEP = 0.02
 STRETCH = 5.0
 CALM = 50
-"""Steps without a switch before steps become long (again)."""
+"""Steps without a switch before steps become long (again). Sooner, a neuron may be sliding along a kink."""
+AT_SWITCH = 1e-9
+"""Arc length within which a switch is located."""
 NEAR_KINK = 10.0
 """A preactivation within this many steps of 0 is reported: there the order of the method is lost."""
 LANDED = 1e-12
@@ -80,6 +82,11 @@ def flow(
         there = field(after)
         if length > step and (there.on != here.on).any():
             length = step
+            after, passed = field.runge_kutta(theta, here, length)
+            there = field(after)
+        if calm >= CALM and (there.on != here.on).any():
+            # A step across a kink would be of order 1: end just beyond it.
+            length = field.to_switch(theta, here, length)
             after, passed = field.runge_kutta(theta, here, length)
             there = field(after)
         then = float(np.logaddexp(now, passed))
@@ -159,6 +166,18 @@ class _Field:
         exponents = _SIMPSON + np.array([stage.log_time for stage in (first, second, third, fourth)])
         top = float(exponents.max())
         return after, math.log(ds) + top + math.log(np.exp(exponents - top).sum())
+
+    def to_switch(self, theta: Floats, first: _Slope, length: float) -> float:
+        """The shortest step, to `AT_SWITCH`, after which another set of neurons is on."""
+        low, high = 0.0, length
+        while high - low > AT_SWITCH:
+            middle = 0.5 * (low + high)
+            place, _ = self.runge_kutta(theta, first, middle)
+            if (self(place).on != first.on).any():
+                high = middle
+            else:
+                low = middle
+        return high
 
     def land(
         self, theta: Floats, first: _Slope, length: float, now: float, then: float, target: float

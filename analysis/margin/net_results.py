@@ -130,10 +130,52 @@ def _bands(runs: Sequence[Run], norm: str) -> Plot:
         )  # fmt: skip
     traces += curves(runs, log10_t, lambda r: r.get(f"upper_{norm}_q50"))
     word = {"l2": "ℓ2", "linf": "ℓ∞"}[norm]
-    caption = "Lines: attack, an upper bound. Bands reach down to the certified radius. Medians over test points."
+    caption = (
+        "Lines: attack, an upper bound. Bands reach down to the certified radius. Medians over test points."
+    )
     built = figure(traces, **_axes(STEPS, f"{word} radius"))
     return Plot(f"band-{norm}", f"Input margin, {word}", caption, plain(built), 360)
 
 
 def _axes(x: str, y: str) -> dict[str, Any]:
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+
+
+def head(settings: Settings, runs: Sequence[Run]) -> Finished:
+    """Heads of language models."""
+    last = {run.optimizer: run.rows[-1] for run in runs}
+    hidden = ("gap", "ln_tau", "margin")
+    table = [
+        {"optimizer": name, **{key: value for key, value in row.items() if key not in hidden}}
+        for name, row in last.items()
+    ]
+    own = [
+        {"checkpoints of": run.optimizer, "descent": descent, **found}
+        for run in runs
+        for descent, found in run.facts.get("own_norms", {}).items()
+    ]
+    notes = [
+        f"{run.optimizer}: no token is predicted: there is no margin" for run in runs if run.status == "dead"
+    ]
+    norm = settings.norms[0]
+    key = f"head_{norm}_q50"
+    parts = [f"{name} {significant(row[key])}" for name, row in last.items() if row.get(key) is not None]
+    word = {"l2": "ℓ2", "linf": "ℓ∞"}[norm]
+    headline = (
+        f"Median exact {word} margin of the head: {listing(parts)}." if parts else "No token is predicted."
+    )
+    scope = (
+        "Exact for the last layer on frozen features, over the tokens that are predicted. Radii in embedding space are "
+        "upper bounds from an attack, divided by the median size of an embedding; nothing certifies the body. "
+        + OBSERVED
+    )
+    plots = [
+        Plot(
+            "head",
+            f"Exact {word} margin of the head",
+            "Median over predicted tokens.",
+            figure(curves(runs, log10_t, lambda r: r.get(key)), **_axes(STEPS, "margin")),
+            320,
+        )
+    ]
+    return Finished(runs, notes, headline, scope, table, plots, {"own_norms": own} if own else {})

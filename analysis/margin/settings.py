@@ -15,7 +15,7 @@ from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
 from optimizers.presets import names
 
-MODES = ("toy", "flow", "mlp")
+MODES = ("toy", "flow", "mlp", "head")
 LN_TAU_MAX = 300.0 * math.log(10.0)
 RANDOM = ("he", "gauss")
 

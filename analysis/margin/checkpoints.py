@@ -1,0 +1,166 @@
+"""Checkpoints of language models for mode `head`: ours, or local Hugging Face folders; safetensors alone, fp64."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from analysis.margin.settings import Settings
+from harness.config.errors import InputError
+
+ROWS = 8
+SEQ_LEN = 64
+
+
+class Loaded(NamedTuple):
+    """A model and what it is measured on.
+
+    Attributes:
+        step: optimizer steps it was trained for.
+        optimizer: that trained it.
+        model: fp64, evaluation mode.
+        ids, labels: (rows, seq_len) input tokens, and the token that follows each (-100: none).
+    """
+
+    step: int
+    optimizer: str
+    model: nn.Module
+    ids: Tensor
+    labels: Tensor
+
+
+def find(settings: Settings) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints, ascending in step.
+
+    Raises:
+        InputError: no pattern, no folder that matches, a folder that is no checkpoint or has no step; other
+            architectures among them.
+    """
+    if settings.checkpoints is None:
+        raise InputError("checkpoints", "null", "is needed", fix="checkpoints='runs/*/*/checkpoints/step_*'")
+    paths = sorted(Path(path) for path in glob.glob(settings.checkpoints) if Path(path).is_dir())
+    if not paths:
+        raise InputError(
+            "checkpoints", settings.checkpoints, "matches no folder", allowed="a pattern of folders"
+        )
+    found = sorted((_step(path), path) for path in paths)
+    shapes = {path: _architecture(path) for _, path in found}
+    first = found[0][1]
+    for _, path in found:
+        if shapes[path] != shapes[first]:
+            differing = [k for k in shapes[first] if shapes[path].get(k) != shapes[first][k]] or ["keys"]
+            reason = f"mixes architectures: {first.name} and {path.name} differ in {', '.join(differing[:4])}"
+            raise InputError(
+                "checkpoints", settings.checkpoints, reason, fix="a pattern that matches one run"
+            )
+    return found
+
+
+def load(path: Path, step: int, settings: Settings, say: Callable[[str], None]) -> Loaded:
+    """One checkpoint with its tokens.
+
+    Raises:
+        InputError: damaged files, no tokens to measure on.
+    """
+    if _is_ours(path):
+        return _ours(path, step, settings, say)
+    return _hugging_face(path, step, settings)
+
+
+def _is_ours(path: Path) -> bool:
+    return (path / "manifest.json").is_file()
+
+
+def _step(path: Path) -> int:
+    if _is_ours(path):
+        return int(json.loads((path / "manifest.json").read_text())["step"])
+    if not (path / "config.json").is_file():
+        reason = "is no checkpoint: it has neither manifest.json (ours) nor config.json (Hugging Face)"
+        raise InputError("checkpoints", path, reason)
+    numbers = re.findall(r"\d+", path.name)
+    if not numbers:
+        reason = "has no step: its name holds no number"
+        raise InputError("checkpoints", path, reason, fix=f"rename it to {path.name}_step1000 or alike")
+    return int(numbers[-1])
+
+
+def _architecture(path: Path) -> dict[str, Any]:
+    """What has to be equal for margins to be comparable."""
+    if _is_ours(path):
+        config = _run_config(path).model
+        return {"model_type": config.model_type, **config.config}
+    values = json.loads((path / "config.json").read_text())
+    ignored = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+    return {key: value for key, value in values.items() if key not in ignored}
+
+
+def _run_config(path: Path) -> Any:
+    from harness.config.compose import load_file
+
+    return load_file(path / "config.yaml")
+
+
+def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None]) -> Loaded:
+    from harness import data
+    from harness import model as models
+    from harness.checkpoint import store
+    from harness.checkpoint.files import Saved
+    from harness.checkpoint.parts import WEIGHT
+
+    config = _run_config(path)
+    try:
+        store.verify(path)
+        saved = Saved(path)
+        model: Any = models.build(config.model, seed=0, precision="fp32").double()
+        names = saved.names(WEIGHT)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in names:
+                    parameter.copy_(saved.whole(name, WEIGHT))
+                elif parameter.requires_grad:
+                    raise store.DamagedCheckpoint(f"{path.name}: {WEIGHT} of {name} is missing")
+        saved.close()
+    except store.DamagedCheckpoint as error:
+        raise InputError("checkpoints", path, f"is damaged: {error}") from None
+    corpus = data.check(config.data, config.seq_len, 1, 1, None, say=say)
+    validation = data.Validation(corpus, config.seq_len, config.data.mode)
+    ids, labels = validation.batch(0, min(ROWS, validation.length))
+    label = settings.optimizer_label or config.optimizer.name
+    return Loaded(step, label, model.eval(), torch.from_numpy(ids), torch.from_numpy(labels))
+
+
+def _hugging_face(path: Path, step: int, settings: Settings) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not isinstance(settings.data, str):
+        raise InputError(
+            "data", settings.data, "is no text to measure a Hugging Face folder on", fix="data=text.txt"
+        )
+    text_file = Path(settings.data)
+    if not text_file.is_file():
+        raise InputError("data", text_file, "does not exist", allowed="a text file")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float64,
+            attn_implementation="eager",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError("checkpoints", path, f"cannot be loaded: {str(error).splitlines()[0]}") from None
+    tokens = tokenizer(text_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
+    rows = min(ROWS, (len(tokens) - 1) // SEQ_LEN)
+    if rows < 1:
+        raise InputError("data", text_file, f"holds fewer than {SEQ_LEN + 1} tokens", allowed="a longer text")
+    ids = tokens[: rows * SEQ_LEN].view(rows, SEQ_LEN)
+    labels = tokens[1 : rows * SEQ_LEN + 1].view(rows, SEQ_LEN)
+    return Loaded(step, settings.optimizer_label or path.parent.name, model.eval(), ids, labels)
