@@ -35,6 +35,9 @@ class AttackConfig(_Model):
         default="both",
         description="l2: the published residual; matched: alignment in the optimizer's own norm",
     )
+    geometry: Literal["auto", "l2", "spectral", "linf", "hybrid"] = Field(
+        default="auto", description="norm of the matched objective; auto: the optimizer's own"
+    )
     alpha: list[float] = Field(default=[50.0], description="sharpness of the smoothed ReLU")
     lambda_min: list[float] = Field(
         default=[0.005], description="least λ (no factor 1/m: the published 0.5 is 0.5/m here)"

@@ -89,6 +89,6 @@ def test_batches(tmp_path: Path) -> None:
         ({"x": x * np.inf, "y": [0, 1] * 3}, "finite"),
         ({"x": x, "y": [0, 2] * 3}, "does not fit the outputs"),
     ):
-        np.savez(path, **arrays)
+        np.savez(path, allow_pickle=False, **arrays)
         with pytest.raises(InputError, match=f"^batch: .*{reason}"):
             foreign.samples(path, 4, 1)

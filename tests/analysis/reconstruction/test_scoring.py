@@ -117,7 +117,7 @@ def test_susceptibility_chooses_by_the_attackers_criterion_alone() -> None:
         "objective": "l2",
         "prior": "none",
         "radius": 0.1,
-        "residual_true": 0.5,
+        "beats_truth": True,
     }
     rows = [
         {**base, "seed": 0, "kind": "heldout", "nn_top5": 2.0, "nn_top5_margin": 2.0, "ncc_top5": 0.5},
@@ -144,7 +144,7 @@ def test_susceptibility_chooses_by_the_attackers_criterion_alone() -> None:
     (row,) = susceptibility.rows(rows)
     assert row["advantage_nn_top5"] == 0
     assert row["advantage_ncc_top5"] == 0
-    assert row["below_true_residual"] == 1
+    assert row["beats_truth"] == 1
     assert row["half_width_nn_top5"] is None
     rows[1]["residual"] = 1.0
     (row,) = susceptibility.rows(rows)
