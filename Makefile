@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart test test-full lint format bench certify faults lock clean
+.PHONY: help setup quickstart test test-full lint format bench certify faults reconstruct lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ certify: setup ## every optimizer on every engine, proven: docs/certificates.md 
 	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates
 	cp runs/certificates/certificates.md docs/certificates.md
 	cp runs/certificates/certificates.json harness/verify/certificates.json
+
+reconstruct: setup ## which training images can be told from weights: 18 victims' checkpoints, 81 attacks (5 to 10 minutes)
+	$(BIN)/optbench reconstruct mode=fixture out=runs/reconstruction/fixture
+	$(BIN)/optbench reconstruct experiment=reconstruct_digits out=runs/reconstruction/digits
 
 lock: setup ## rewrite requirements.lock from what is installed
 	$(BIN)/python .ci/lock.py > requirements.lock.new
