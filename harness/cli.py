@@ -29,6 +29,7 @@ class Command(NamedTuple):
         examples: (words, what they do).
         options: (flag, meaning) besides --json.
         takes_keys: it takes `key=value` words of a run.
+        keys: "module:function" of the text about keys of the command's own; empty: none.
     """
 
     target: str
@@ -37,6 +38,7 @@ class Command(NamedTuple):
     examples: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, str], ...] = ()
     takes_keys: bool = False
+    keys: str = ""
 
 
 COMMANDS: dict[str, Command] = {
@@ -135,6 +137,7 @@ COMMANDS: dict[str, Command] = {
                 "a network of your own, if the theory covers it",
             ),
         ),
+        keys="analysis.reconstruction.keys:text",
     ),
     "doctor": Command(
         "harness.doctor:main",
@@ -147,6 +150,39 @@ COMMANDS: dict[str, Command] = {
         "a script that completes commands, keys and values on TAB",
         "bash|zsh|fish",
         (("bash >> ~/.bash_completion", "for every shell to come"),),
+    ),
+    "submit": Command(
+        "analysis.compare.submit_command:main",
+        "a run, a comparison or another command as SLURM jobs",
+        "[train|compare|COMMAND] [words of it] [cluster=NAME] [cluster.key=value …] [--dry-run] [--json]",
+        (
+            ("model=llama_60m optimizer=sumo cluster=generic_gpu --dry-run", "print the script"),
+            ("model=llama_1b engine=fsdp2 cluster.nodes=4 cluster.time=12h", "one run on four nodes"),
+            ("compare adamw sumo seeds=3 cluster.throttle=4", "an array, one row per run, and the report after it"),
+            ("margin optimizer=gd,sumo --after 12", "any other command, after job 12"),
+        ),
+        (
+            ("--dry-run", "print the script, queue nothing"),
+            ("--after JOB,…", "begin when these jobs have ended"),
+            ("--then 'COMMAND …'", "one more job after it, also if it failed"),
+            ("cluster.KEY", "partition, account, nodes, gpus, time, container …: optbench show generic_gpu"),
+        ),
+    ),
+    "status": Command(
+        "harness.jobs.status_command:main",
+        "what the runs below a folder are doing",
+        "[DIR] [--watch] [--cancel NAME] [--resubmit NAME] [--json]",
+        (
+            ("", "all runs below runs/"),
+            ("runs/mine --watch", "again every two seconds, as long as something happens"),
+            ("--cancel sumo-seed0", "end its job; the run saves and can go on later"),
+            ("--resubmit sumo-seed0", "queue its script again"),
+        ),
+        (
+            ("--watch", "keep the table up to date"),
+            ("--cancel NAME", "end the job of a run"),
+            ("--resubmit NAME", "queue a run again, from its last checkpoint"),
+        ),
     ),
     "list": Command(
         "harness.listing:list_command",
@@ -291,6 +327,9 @@ def _help(name: str, command: Command) -> str:
     options = (*command.options, ("--json", "one JSON document on standard output, nothing else"))
     width = max(len(flag) for flag, _ in options)
     lines += ["", "options:", *(f"  {flag:<{width}}  {meaning}" for flag, meaning in options)]
+    if command.keys:
+        module, _, function = command.keys.partition(":")
+        lines += ["", getattr(import_module(module), function)()]
     if command.takes_keys:
         from harness.listing import keys_text
 

@@ -195,6 +195,7 @@ class _Batch:
         return torch.stack(xs), torch.stack(lambdas)
 
     def run(self, progress: Callable[[int, int], None] | None) -> list[Candidates]:
+        """All steps of all grid points of the batch."""
         steps = self.settings.steps
         every = max(1, steps // 60)
         history: list[Tensor] = []

@@ -236,3 +236,10 @@ def test_wandb_offline_holds_tables_images_and_artifacts(
     for word in ("reconstruction", "victims", "candidates", "alternatives"):
         assert word in content
     assert str(tmp_path) not in content.replace(str(out / "wandb"), "")
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reconstruct", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {key}=" in text for key, _, _ in config.describe())
+    assert "attack.radius=[0.1,1,3]" in text
