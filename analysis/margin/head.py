@@ -26,11 +26,11 @@ QUANTILES = {"q05": 0.05, "q50": 0.5}
 RIVALS = 4
 """Other tokens that an embedding attack aims at: the likeliest ones. A change to any of them is a change."""
 ATTACKED = 4
-EFFORT = Effort(deepfool_steps=10, rounds=3, pgd_steps=8, segment=25)
+EFFORT = Effort(deepfool_steps=6, rounds=3, pgd_steps=8, segment=14)
 """Of the embedding attack: each of its evaluations is a pass through the model."""
 FIRST_PLACE = 4
 """Places before this one have next to no context."""
-DESCENT_STEPS = 300
+DESCENT_STEPS = 2000
 
 Say = Callable[[str], None]
 

@@ -182,7 +182,7 @@ def _join_check(
     """Flow from a tenth of the steps on, against the steps themselves.
 
     A step of gradient descent and flow over the same time differ by ½(lr·e^(-u))² in u, in all by
-    ½ lr·ln(10)/τ over a decade, the same for both points to leading order; 10/T leaves room for inits with larger
+    ½ lr·ln(10)/τ over a decade, the same for both points to leading order; 1/T leaves room for inits with larger
     constants.
     """
     tenth = join_at // 10
@@ -195,7 +195,7 @@ def _join_check(
         trajectory.measured(net, problem, None, log_tau)[0]["gap"] for net in (flowed.states[0], after)
     )
     difference = abs(by_flow - by_steps)
-    tolerance = (10.0 / join_at) * max(abs(by_steps), 1e-6) + 1e-9
+    tolerance = max(abs(by_steps), 1e-6) / join_at + 1e-9
     return {
         "t": join_at,
         "ln_tau": log_tau,
