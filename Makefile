@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart test test-full lint format bench certify faults reconstruct lock clean
+.PHONY: help setup quickstart test test-full docs-check lint format bench certify faults reconstruct lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ test: setup ## the tests (about 5 minutes on 2 cores)
 
 test-full: setup ## the tests and the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs-check: setup ## are the commands, links and pictures of the documentation true
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/optimizers/test_use_elsewhere.py
 
 lint: setup ## ruff and basedpyright
 	$(BIN)/ruff check .

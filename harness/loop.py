@@ -96,6 +96,14 @@ class NoKeeper:
         """Nothing."""
 
 
+class StepObserver(Protocol):
+    """Something that follows the steps of this process from outside, e.g. a profiler."""
+
+    def step(self) -> None:
+        """Called after every step. Issues no collectives."""
+        ...
+
+
 class Sink(Protocol):
     """Somewhere that rows go. Runs on rank 0 alone."""
 
@@ -156,6 +164,7 @@ class Run:
     checkpoints: Keeper = field(default_factory=NoKeeper)
     heartbeat: Heartbeat | None = None
     spikes: SpikeGuard | None = None
+    observer: StepObserver | None = None
     folder: Path | None = None
     """The run folder, where this process is the one that writes it."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -203,6 +212,8 @@ def train(run: Run) -> str:
         if due:
             write_row(run, step, due)
         checkpoints.after_step(wanted=ledger.wanted, writing=ledger.writing)
+        if run.observer is not None:
+            run.observer.step()
     settle(run)
     is_diverged = ledger.skipped > config.max_skipped_steps
     if ledger.step < config.steps and not is_diverged:

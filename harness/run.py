@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from rich.table import Table
 
-from harness import engines, model, schedule
+from harness import engines, memory_errors, model, schedule
 from harness.checkpoint import resuming
 from harness.checkpoint.saving import Checkpoints
 from harness.checkpoint.store import Store
@@ -31,6 +31,7 @@ from harness.probes.memory import MemoryMeter
 from harness.probes.moments import Moments
 from harness.probes.throughput import Progress
 from harness.probes.validation import Evaluation
+from harness.profiling import StepProfile
 from harness.record import environment, summary
 from harness.record.folder import Row, RunFolder
 from harness.record.log import Log, ProgressSink
@@ -156,7 +157,13 @@ class _Recorder:
         mirror = self._mirror(run)
         run.sinks = [_Keeper(self), progress, mirror]
         try:
-            self.state = train(run)
+            with self._profiled(run):
+                self.state = train(run)
+        except Exception as error:
+            if memory_errors.is_one(error):
+                self.reason = memory_errors.explained(run)
+                self.log.say(self.reason)
+            raise
         finally:
             progress.close()
             self.reason = self.reason or summary.reason(self.state, run)
@@ -165,6 +172,18 @@ class _Recorder:
                 self.folder.ask_to_be_requeued(run.ledger.step)
             mirror.finish(self.facts, exit_code=0 if self.state in ("finished", "interrupted") else 1)
         return self.state
+
+    @contextlib.contextmanager
+    def _profiled(self, run: Run) -> Iterator[None]:
+        if not run.config.profile:
+            yield
+            return
+        profiler = run.observer = StepProfile(self.folder.path, run.engine.device, self.log.say)
+        profiler.start()
+        try:
+            yield
+        finally:
+            profiler.stop()
 
     def _announce(self, run: Run) -> None:
         config, corpus = run.config, self.prepared.corpus
@@ -258,7 +277,8 @@ def _recording(prepared: Prepared, run: Run) -> Iterator[_Recorder]:
     try:
         yield recorder
     except BaseException as error:
-        recorder.state, recorder.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        recorder.state = "failed"
+        recorder.reason = recorder.reason or f"{type(error).__name__}: {error}".splitlines()[0]
         if late := silent_ranks(prepared.folder):
             recorder.reason = f"{late}; then {recorder.reason}"
         folder.add_log(traceback.format_exc())

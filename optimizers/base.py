@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from optimizers import groups, rules
 from optimizers.fused import Block
@@ -291,7 +292,8 @@ class Optimizer(torch.optim.Optimizer):
             active = [p for p in parameters if self._layout.gradient(p) is not None]
             if not active:
                 continue
-            with without_autocast(active[0].device.type):
+            named = record_function(f"optimizer/{group['rule']}")
+            with named, without_autocast(active[0].device.type):
                 if group["rule"] == "adamw":
                     self._step_adamw(section, active, observe)
                 else:
@@ -375,10 +377,12 @@ class Optimizer(torch.optim.Optimizer):
                 if number == 0 and position + 1 < len(lanes):
                     # The next lane's gradients travel while this one computes.
                     lanes[position + 1].begin()
-                updates = rule.step([stack for _, _, stack in batch], lane.rows)
+                with record_function(f"{group['rule']}/rule"):
+                    updates = rule.step([stack for _, _, stack in batch], lane.rows)
                 for (bank, active, stack), update in zip(batch, updates):
                     self._take(rule, stack, update, lane.rows, observe)
-                    lane.apply(stack, update.delta, descent)
+                    with record_function(f"{group['rule']}/apply"):
+                        lane.apply(stack, update.delta, descent)
                     bank.write_back(active, stack.state)
                     bank.watch(all_of=bool(stack.due))
                     stack.release()

@@ -223,6 +223,8 @@ class RunConfig(_Group):
     nats per token; null: off."""
     log_every: int = Field(default=10, ge=1)
     """Steps between rows of metrics.jsonl (the only regular wait for the device)."""
+    profile: bool = False
+    """Record a few steps of rank 0 with torch's profiler into the run folder's profile/."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     group: str = "default"

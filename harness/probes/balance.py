@@ -11,7 +11,7 @@ from harness.loop import Run
 from harness.record.folder import Row
 
 LONG_ENOUGH_S = 0.2
-"""Time of a process' own since the last row, below which a ratio says more about the scheduler than about the process."""
+"""Own time since the last row below which a ratio says more about the scheduler than about the process."""
 
 
 class Balance:

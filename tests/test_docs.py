@@ -1,0 +1,121 @@
+"""The documentation is true: its commands are accepted, its links lead somewhere, its pictures are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+from harness.config import checks, compose
+from harness.config.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+_BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`(optbench [a-z][^`]*)`")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_PLACES = ("files", "path", "config_file", "model", "runs_dir")
+"""Keys that name files and folders of the reader's, which are not here."""
+_ELLIPSIS = ("…", "...", "[", "|", "NAME", "DIR", "N ", "PATH", "<", "FILE")
+
+
+def commands(page: Path) -> list[str]:
+    """Every command line of a page that stands whole, comments taken off, continued lines joined."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in _BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.sub(r"\s+#.*$", "", line).strip() for line in lines] + _INLINE.findall(text)
+    return [line.removeprefix("$ ") for line in found if line and not line.startswith("#")]
+
+
+ALL = sorted({(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)})
+OURS = [
+    (page, line)
+    for page, line in ALL
+    if line.startswith("optbench ") and not any(e in line for e in _ELLIPSIS)
+]
+
+
+@pytest.mark.parametrize(("page", "line"), OURS, ids=[f"{page}: {line}"[:90] for page, line in OURS])
+def test_a_command_of_ours_is_one(page: str, line: str) -> None:
+    """The command exists; the keys of a run compose, and pass all checks that need no data and no GPU."""
+    words = shlex.split(re.split(r"\s(?:>>?|2>|\||&&|;)\s?", line)[0])[1:]
+    if not words or words[0].startswith("-"):
+        return
+    command = cli.COMMANDS[words[0]]
+    if not command.takes_keys or words[0] not in ("train", "plan"):
+        return
+    keys = [word for word in words[1:] if "=" in word]
+    try:
+        checks.check(compose.load(keys), environ={}, devices=8)
+    except InputError as error:
+        if not any(place in error.key for place in _PLACES):
+            raise
+
+
+@pytest.mark.parametrize(
+    "target",
+    sorted({t for _, line in ALL for t in re.findall(r"\bmake (?:[A-Z_]+=\S+ )*([a-z][a-z-]+)", line)}),
+)
+def test_a_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+_MODULE = re.compile(r"python -m ((?:benchmarks|analysis|harness)[\w.]+)")
+
+
+@pytest.mark.parametrize(
+    "module", sorted({m for page in PAGES for m in _MODULE.findall(page.read_text(encoding="utf-8"))})
+)
+def test_a_module_exists(module: str) -> None:
+    assert importlib.util.find_spec(module) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    for link in _LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in link or link.startswith(("#", "mailto:")):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve()
+        assert path.exists(), f"{link} in {page.name}"
+        if anchor and path.suffix == ".md":
+            headings = re.findall(r"^#+\s+(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {_anchor(heading) for heading in headings}, f"{link} in {page.name}"
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    seen, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in seen:
+            continue
+        seen.add(page)
+        for link in _LINK.findall(page.read_text(encoding="utf-8")):
+            path = (page.parent / link.partition("#")[0]).resolve()
+            if path.suffix == ".md" and path.exists():
+                todo.append(path)
+    assert {page.name for page in PAGES} <= {page.name for page in seen} | {"CONTRIBUTING.md"}
+
+
+def test_every_command_is_documented() -> None:
+    text = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
+    missing = [name for name in cli.COMMANDS if f"optbench {name}" not in text]
+    assert missing == []
+
+
+def test_control_a_wrong_key_in_the_docs_would_be_seen() -> None:
+    with pytest.raises(InputError, match="unknown key"):
+        test_a_command_of_ours_is_one("page", "optbench train optimizer=sumo stepz=3")
