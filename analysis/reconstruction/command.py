@@ -13,8 +13,11 @@ from harness.cli import document
 from harness.config.errors import InputError
 
 
+INTERRUPTED = 75
+
+
 def main(argv: Sequence[str]) -> int:
-    """Run the job; 0 done, 1 if a control passed or an exact alternative failed.
+    """Run the job; 0 done, 1 if a control passed or an exact alternative failed, 75 interrupted.
 
     Raises:
         InputError: words that are not understood, or a victim that did not separate its images.
@@ -45,7 +48,11 @@ def _run(config: Config, *, is_json: bool) -> int:
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    results = job.run(config, say)
+    try:
+        results = job.run(config, say)
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on from {config.folder}")
+        return INTERRUPTED
     code = 0 if results.controls_failed and results.exact_passed else 1
     files = report.write(results)
     mirror.mirror(results, files[1:], say, code)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from analysis.reconstruction.job import Results
 from harness.config.schema import RunConfig
@@ -21,7 +22,6 @@ def mirror(results: Results, pictures: Sequence[Path], say: Callable[[str], None
     keys = results.config.wandb
     if keys.mode == "disabled":
         return
-    described = results.config.model_dump(mode="json", exclude=_PLACES)
     config = RunConfig.model_validate({"wandb": keys.model_dump(), "group": "reconstruction"})
     name = f"{results.config.mode}-{results.config.identity}"
     sink = WandbSink(
@@ -31,12 +31,16 @@ def mirror(results: Results, pictures: Sequence[Path], say: Callable[[str], None
         {"identity": results.config.identity},
         say,
         job_type="reconstruction",
-        described=described,
+        described=_described(results),
     )
     for row in _over_steps(results):
         sink.write(row)
     sink.attach(lambda run: _attach(run, results, pictures, name))
     sink.finish({"controls_failed": results.controls_failed, "exact_passed": results.exact_passed}, exit_code)
+
+
+def _described(results: Results) -> dict[str, Any]:
+    return results.config.model_dump(mode="json", exclude=_PLACES)
 
 
 def _over_steps(results: Results) -> list[dict[str, Any]]:
@@ -67,5 +71,7 @@ def _attach(run: Any, results: Results, pictures: Sequence[Path], name: str) -> 
                 artifact.add_file(str(path))
             run.log_artifact(artifact)
     artifact = wandb.Artifact(f"{name}-config", type="config")
-    artifact.add_file(str(results.folder.path / "config.yaml"))
+    # Not the folder's own file: that one names places on this machine.
+    with artifact.new_file("config.yaml") as file:
+        file.write(yaml.safe_dump(_described(results), sort_keys=False, allow_unicode=True))
     run.log_artifact(artifact)

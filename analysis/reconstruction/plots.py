@@ -171,7 +171,11 @@ def _susceptibility(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
             go.Bar(
                 x=[r["optimizer"] for r in mine],
                 y=[r["advantage_nn_top5_margin"] for r in mine],
-                error_y={"array": [h or 0 for h in halves], "visible": any(h is not None for h in halves)},
+                error_y={
+                    "color": "#6b7280",
+                    "array": [h or 0 for h in halves],
+                    "visible": any(h is not None for h in halves),
+                },
                 name=f"{objective} objective",
                 marker={"color": _colour(part + 1)},
                 meta={"part": part + 1},

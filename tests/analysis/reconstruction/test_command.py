@@ -238,6 +238,20 @@ def test_wandb_offline_holds_tables_images_and_artifacts(
     assert str(tmp_path) not in content.replace(str(out / "wandb"), "")
 
 
+def test_an_interrupted_job_says_that_it_can_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(examination, "run_attack", interrupted)
+    words = [*SMALL, f"out={tmp_path / 'job'}"]
+    assert cli.main(["reconstruct", *words]) == 75
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(["reconstruct", *words]) == 0
+
+
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reconstruct", "--help"]) == 0
     text = capsys.readouterr().out
