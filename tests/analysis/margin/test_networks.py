@@ -153,7 +153,12 @@ def hugging_face(folder: Path, size: int = 16) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    shape = {"hidden_size": size, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": size,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=6, num_key_value_heads=2, **shape))
     ids = torch.arange(5).repeat(40)[None] % 5
     stepper = torch.optim.Adam(model.parameters(), lr=0.02)
