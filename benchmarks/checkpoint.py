@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from harness import engines
-from harness.checkpoint import progress, resuming
+from harness.checkpoint import resuming
+from harness.checkpoint.progress import Randomness
 from harness.checkpoint.saving import Checkpoints
 from harness.checkpoint.store import Store
 from harness.loop import Run, train
@@ -54,7 +55,7 @@ def seconds(action: Any) -> float:
 
 def saves(run: Run, keeper: Checkpoints, rounds: int) -> dict[str, float]:
     """Medians: a save in the foreground, and what training waits for one in the background."""
-    state = progress.randomness(run.engine.device)
+    state = Randomness.now(run.engine.device)
     found: dict[str, list[float]] = {"foreground": [], "background": []}
     first = seconds(lambda: keeper.save(state, background=True))
     keeper.finish()
@@ -73,7 +74,7 @@ def resumes(words: Sequence[str], folder: Path, step: int, rounds: int) -> float
         for parameter in group["params"]:
             run.optimizer.state[parameter]["step"] = step
     run.ledger.step = step
-    keeper.save(progress.randomness(run.engine.device), background=False)
+    keeper.save(Randomness.now(run.engine.device), background=False)
     times = []
     for _ in range(rounds):
         run, keeper = started(words, folder / str(step), step + 10)

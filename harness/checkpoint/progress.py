@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,20 +16,33 @@ from harness.loop import Run
 _SEED_STRIDE = 1_000_003
 
 
-def randomness(device: torch.device) -> dict[str, Tensor]:
-    """The random states of this process: copies of a few kB, without waiting for the device."""
-    numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - plug-ins may draw from the global one
-    version, internal, _ = random.getstate()
-    found = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(numpy[1].astype(np.int64)),
-        "numpy_position": torch.tensor(numpy[2:4], dtype=torch.int64),
-        "numpy_cached": torch.tensor(numpy[4], dtype=torch.float64),
-        "python": torch.tensor([version, *internal], dtype=torch.int64),
-    }
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
+class Randomness(NamedTuple):
+    """The random states of a process, as their generators give them."""
+
+    torch: Tensor
+    cuda: Tensor | None
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def now(cls, device: torch.device) -> Randomness:
+        """A copy of a few kB, taken in microseconds and without waiting for the device."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        # Plug-ins may draw from numpy's global generator.
+        numpy = np.random.get_state(legacy=True)  # noqa: NPY002
+        return cls(torch.get_rng_state(), cuda, numpy, random.getstate())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `set_randomness` takes."""
+        version, internal, _ = self.python
+        found = {
+            "torch": self.torch,
+            "numpy": torch.from_numpy(self.numpy[1].astype(np.int64)),
+            "numpy_position": torch.tensor(self.numpy[2:4], dtype=torch.int64),
+            "numpy_cached": torch.tensor(self.numpy[4], dtype=torch.float64),
+            "python": torch.tensor([version, *internal], dtype=torch.int64),
+        }
+        return found if self.cuda is None else {**found, "cuda": self.cuda}
 
 
 def set_randomness(states: Mapping[str, Tensor], device: torch.device) -> None:

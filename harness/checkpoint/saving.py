@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint import files, parts, progress
+from harness.checkpoint.progress import Randomness
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
 from harness.config.compose import to_yaml
 from harness.loop import Run, settle
@@ -61,7 +62,7 @@ class Checkpoints:
         self._last_step: int | None = None
         self._writing: _Write | None = None
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
-        self._randomness: dict[str, Tensor] = {}
+        self._randomness: Randomness | None = None
         self._tries = 0
         self.duration_s = 0.0
         """From the beginning of the last save to its name."""
@@ -70,7 +71,7 @@ class Checkpoints:
 
     def before_step(self) -> None:
         """Remember the random states that a stop before this step's update would need."""
-        self._randomness = progress.randomness(self._run.engine.device)
+        self._randomness = Randomness.now(self._run.engine.device)
 
     @property
     def is_wanted(self) -> bool:
@@ -101,15 +102,16 @@ class Checkpoints:
         if due or (wanted and time_passed(self._last_step, ledger.step)):
             settle(self._run)
             with self._run.clock.part("probes"):
-                self.save(progress.randomness(self._run.engine.device), background=self._background)
+                self.save(Randomness.now(self._run.engine.device), background=self._background)
 
     def stop(self) -> None:
         """Save where the run stands, before its processes end."""
         if self._last_step != self._run.ledger.step:
+            assert self._randomness is not None
             self.save(self._randomness, background=False)
         self.finish()
 
-    def save(self, randomness: dict[str, Tensor], *, background: bool) -> None:
+    def save(self, randomness: Randomness, *, background: bool) -> None:
         """Write a checkpoint of the steps that are done (a collective).
 
         Args:
@@ -137,7 +139,7 @@ class Checkpoints:
                 partial.mkdir(parents=True, exist_ok=True)
                 if run.engine.rank == 0:
                     atomic.write_text(partial / "config.yaml", to_yaml(run.config))
-                files.write(partial, run.engine.rank, copies, randomness, facts)
+                files.write(partial, run.engine.rank, copies, randomness.tensors(), facts)
             except Exception as error:
                 # Of any kind: a thread's exception would be lost, and the others must hear of it.
                 write.problem = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -166,6 +168,7 @@ class Checkpoints:
         elif engine.rank == 0:
             self._commit(write)
         self.duration_s = time.monotonic() - write.began
+        self._run.stop.save_s = self.duration_s
 
     def _commit(self, write: _Write) -> None:
         try:

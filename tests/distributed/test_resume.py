@@ -195,7 +195,7 @@ def pools(two_ranks: RankPool, four_ranks: RankPool) -> dict[int, RankPool]:
 def same_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a row says beside times and memory."""
     return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/", "wall_s"))}
+        {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/", "balance/", "wall_s"))}
         for row in rows
     ]
 
