@@ -238,8 +238,10 @@ class _Recorder:
             "comparison_key": self.prepared.comparison_key,
             "parameters": run.whole.parameters,
             "unigram_entropy": self.prepared.corpus.unigram_entropy,
+            "certificate": certificates.of_run(run.config),
         }
         mirror = WandbSink(run.config, self.folder.path, self.folder.wandb_run_id, keys, self.log.say)
+        mirror.catch_up(self.rows)
         self.folder.set_state("running", step=run.ledger.step)
         return mirror
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import netrc
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.config.schema import RunConfig
 from harness.record.folder import Row
+from harness.record.places import without_places
 
 X_AXES = ("step", "tokens", "wall_s", "flops")
 INIT_TIMEOUT_S = 20
@@ -19,6 +22,9 @@ FINISH_TIMEOUT_S = 60
 
 class WandbSink:
     """One W&B run per job, under the id that the run folder keeps.
+
+    A job that goes on (the same id) adds to its run what the run lacks: the rows that a killed process had not sent
+    (`catch_up`) and the new ones. Rows of steps that W&B has are left out: they repeat, and W&B takes none back.
 
     Every failure (no server, no disk, no package) is said once and ends the mirror, not the run. What could
     not be sent stays in ``<run folder>/wandb`` for ``wandb sync``.
@@ -47,6 +53,8 @@ class WandbSink:
         """
         self._say = say
         self._run: Any = None
+        self._first_step = 0
+        self._lowest_loss = math.inf
         self._job_type, self._described = job_type, described
         mode = resolve_mode(config.wandb.mode)
         if mode == "disabled":
@@ -61,14 +69,26 @@ class WandbSink:
             else:
                 self._say(f"W&B: not available ({_first_line(error)}); the run folder has everything")
 
+    def catch_up(self, rows: Iterable[Row]) -> None:
+        """Log the rows that the folder holds from before, as far as W&B lacks them.
+
+        W&B's service sends rows in batches, and dies with a process that is killed; offline, its file ends torn. So the
+        rows of earlier attempts come out of the folder.
+        """
+        for row in rows:
+            self.write(row)
+
     def write(self, row: Row) -> None:
         """Log a row: all x axes in the same call, so that any of them can be a chart's axis."""
-        if self._run is not None:
-            self._try(
-                lambda: self._run.log(
-                    {k: v for k, v in row.items() if v is not None}, step=int(row["step"] or 0)
-                )
-            )
+        if self._run is None:
+            return
+        step, loss = int(row["step"] or 0), row.get("val/loss")
+        if step >= self._first_step:
+            self._try(lambda: self._run.log({k: v for k, v in row.items() if v is not None}, step=step))
+        if loss is not None and loss < self._lowest_loss and self._run is not None:
+            # Not by define_metric(summary="min"), which forgets at a resume what was logged before it.
+            self._lowest_loss = loss
+            self._try(lambda: self._run.summary.update({"best_val_loss": loss}))
 
     def attach(self, action: Callable[[Any], object]) -> None:
         """Hand the W&B run to ``action``, for tables, images and artifacts; a failure ends the mirror alone."""
@@ -83,8 +103,9 @@ class WandbSink:
         run = self._run
 
         def close() -> None:
-            # The command line may hold paths of this machine; the configuration says the same without them.
-            run.summary.update({key: value for key, value in summary.items() if key != "command"})
+            # The configuration says what the command line does.
+            kept = {key: value for key, value in summary.items() if key != "command" and value is not None}
+            run.summary.update(without_places(kept))
             run.finish(exit_code=exit_code)
 
         worker = threading.Thread(target=lambda: self._try(close), daemon=True)
@@ -109,8 +130,12 @@ class WandbSink:
             "x_disable_meta": hide,
             "x_disable_stats": hide,
             "x_disable_machine_info": hide,
+            "x_save_requirements": not hide,
         }
         if hide:
+            wandb.setup()
+            # Its debug.log, which lies in the run folder, would begin with the folder's absolute path.
+            logging.getLogger("wandb").setLevel(logging.WARNING)
             facts_off |= {
                 "host": "hidden",
                 "username": "hidden",
@@ -121,6 +146,7 @@ class WandbSink:
             init_timeout=INIT_TIMEOUT_S, console="off", save_code=False, **facts_off
         )
         chosen: Any = mode
+        _supersede_offline_files(folder, run_id)
         run = wandb.init(
             project=config.wandb.project,
             entity=config.wandb.entity,
@@ -131,12 +157,13 @@ class WandbSink:
             resume="allow",
             dir=folder,
             mode=chosen,
-            config={**_without_places(self._described or config.model_dump(mode="json")), **facts},
+            config=without_places({**(self._described or config.model_dump(mode="json")), **facts}),
             settings=settings,
         )
         for axis in X_AXES:
             run.define_metric(axis, hidden=True)
         run.define_metric("*", step_metric="step")
+        self._first_step = run.starting_step
         return run
 
     def _restart_offline(
@@ -172,13 +199,14 @@ def _logged_in() -> bool:
     return any("wandb" in host for host in hosts)
 
 
-def _without_places(value: Any) -> Any:
-    """The configuration with every path cut to its last part: where things lie on a machine is nobody's business."""
-    if isinstance(value, dict):
-        return {key: _without_places(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_places(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+def _supersede_offline_files(folder: Path, run_id: str) -> None:
+    """Put a dot before W&B's offline folders of earlier attempts: `catch_up` makes the new one hold their rows, too.
+
+    ``wandb sync`` would append them to each other, and stops at a file whose end is torn. Those that were synced stay.
+    """
+    for old in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
+        if not list(old.glob("*.synced")):
+            old.rename(old.with_name(f".{old.name}"))
 
 
 def _first_line(error: Exception) -> str:
