@@ -12,7 +12,6 @@ from analysis.reconstruction.config import Config
 from harness.cli import document
 from harness.config.errors import InputError
 
-
 INTERRUPTED = 75
 
 

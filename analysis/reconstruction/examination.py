@@ -76,7 +76,9 @@ def alternatives(config: Config, images: Images, subject: Subject, folder: Folde
     """Rows of the table `alternatives`; the sets themselves go to the folder."""
     posed = problem(images, subject)
     rows, arrays = [], {}
-    for made in verification.build(posed, config.radius, config.seed, with_muon=not subject.is_exact):
+    for made in verification.build(
+        posed, config.radius, config.seed, with_muon=subject.hybrid.norm == "hybrid"
+    ):
         if made.kind != "original":
             row = verification.verify(posed, made, subject.is_exact)
             rows.append(plain({**who(subject), **row.row()}))
@@ -145,6 +147,8 @@ def run_attack(
             folder.keep_candidates(key, found)
         best = _true_alignment(images, subject, geometry or Geometry("l2"))
         rows += [_attack_row(subject, name, known, against, c, truth[c.point.alpha], best) for c in found]
+        if len(found) > 1:
+            rows.append(_pooled_row(subject, name, known, against, found))
     return rows + _baseline_rows(config, images, subject, against, known, truth)
 
 
@@ -189,6 +193,15 @@ def _first(found: Candidates) -> tuple[float, float]:
 def _settings(config: Config, images: Images, geometry: Geometry | None) -> Settings:
     a = config.attack
     return Settings(images.task, tuple(images.samples.names), a.steps, a.method, geometry, a.level)
+
+
+def _pooled_row(
+    subject: Subject, objective: str, known: Prior, target: Target, found: Sequence[Candidates]
+) -> Row:
+    """All grid points' candidates together, as the published post-processing has them."""
+    x, labels = torch.cat([c.x for c in found]), torch.cat([c.labels for c in found])
+    whose = {"kind": "pooled", "objective": objective, "prior": known.kind, "candidates": len(x)}
+    return plain({**who(subject), **whose, **score(target, x, labels)[0].row()})
 
 
 def _true_alignment(images: Images, subject: Subject, geometry: Geometry) -> float:
@@ -254,7 +267,8 @@ def _baseline_rows(
 ) -> list[Row]:
     rows = []
     seed = config.seed
-    for count in sorted({p.candidates for p in grid(config, len(images.x))}):
+    sizes = [p.candidates for p in grid(config, len(images.x))]
+    for count in sorted({*sizes, sum(sizes)}):
         labels = attack.label_row(tuple(images.samples.names), count)
         sets = {
             "gaussian": baselines.gaussians(target, labels, known.typical_norm, OTHER_DRAWS, seed),

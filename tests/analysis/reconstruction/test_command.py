@@ -71,7 +71,7 @@ def test_a_job_writes_its_files_and_takes_them_up_again(
     assert len(first["warnings"]) == 2
     assert "no certificate is claimed" in first["warnings"][0]
     kinds = {row["kind"] for row in first["attack"]}
-    assert kinds == {"attack", "heldout", "gaussian", "pair_means", "oracle"}
+    assert kinds == {"attack", "pooled", "heldout", "gaussian", "pair_means", "oracle"}
     assert {row["seeds"] for row in first["susceptibility"]} == {2}
     assert all(row["half_width_nn_top5"] is not None for row in first["susceptibility"])
     for name in ("certificate", "alternatives", "attack", "susceptibility"):
