@@ -152,7 +152,7 @@ def _delta(runs: Sequence[Run]) -> Plot | None:
     level = _level(float(first.predicted), f"C = {first.predicted:.4g}") if first and first.predicted else {}
     built = figure(traces, **_axes(STEPS, "|b₂ − b₁|"), **level)
     caption = (
-        "Sign, spectral descent and Muon leave the difference of the biases as it is; gradient descent moves it to C. "
+        "Sign and spectral descent leave the difference of the biases as it is; gradient descent moves it to C. "
         "Adam does, too, once gradients are smaller than its ε."
     )
     return Plot("delta-b", "Difference of the biases", caption, built, 340)
