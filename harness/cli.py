@@ -67,9 +67,17 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "analysis.compare.command:report",
         "comparison of the runs below a folder, those of other trainers (CSV, JSONL) too",
-        "DIR [--out DIR] [--json]",
-        (("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),),
-        (("--out DIR", "write there instead"),),
+        "DIR [--out DIR] [--wandb] [--json] | ENTITY/PROJECT[/GROUP] --export DIR [--json]",
+        (
+            ("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),
+            ("runs/quickstart --wandb", "and a workspace, a report and its files as artifacts in W&B"),
+            ("team/optbench/quickstart --export runs/back", "run folders out of W&B, compared"),
+        ),
+        (
+            ("--out DIR", "write there instead"),
+            ("--wandb[=ENTITY/PROJECT]", "dashboards in W&B; without a login their definition is written as a file"),
+            ("--export DIR", "read runs from W&B into run folders below DIR, then compare them"),
+        ),
     ),
     "plan": Command(
         "harness.plan.command:main",
@@ -139,6 +147,15 @@ COMMANDS: dict[str, Command] = {
         ),
         keys="analysis.reconstruction.keys:text",
     ),
+    "export": Command(
+        "harness.checkpoint.export:main",
+        "trained weights as a Hugging Face model folder",
+        "CHECKPOINT FOLDER [--json]",
+        (
+            ("runs/default/mine model", "the newest checkpoint of a run, with its tokenizer"),
+            ("runs/default/mine/checkpoints/step_00001000 model", "this one"),
+        ),
+    ),
     "doctor": Command(
         "harness.doctor:main",
         "what this machine can run, and what is missing",
@@ -158,7 +175,10 @@ COMMANDS: dict[str, Command] = {
         (
             ("model=llama_60m optimizer=sumo cluster=generic_gpu --dry-run", "print the script"),
             ("model=llama_1b engine=fsdp2 cluster.nodes=4 cluster.time=12h", "one run on four nodes"),
-            ("compare adamw sumo seeds=3 cluster.throttle=4", "an array, one row per run, and the report after it"),
+            (
+                "compare adamw sumo seeds=3 cluster.throttle=4",
+                "an array, one row per run, and the report after it",
+            ),
             ("margin optimizer=gd,sumo --after 12", "any other command, after job 12"),
         ),
         (

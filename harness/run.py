@@ -74,6 +74,7 @@ def _keeper(
     facts = {
         "identity": prepared.identity,
         "comparison_key": prepared.comparison_key,
+        "corpus_sha256": prepared.corpus.sha256,
         "attempt": choice.attempt,
         "engine": run.engine.name,
         "world_size": run.engine.world_size,
