@@ -77,7 +77,11 @@ def run_toy(settings: Settings, say: Say) -> list[Run]:
     for optimizer in chosen:
         stepped = train(start, problem, optimizer, at, gives_up=settings.runs > 1)
         say(f"{optimizer.name}: {steps} steps of {start.runs} run(s), computed by {stepped.computed_by}")
-        runs += [_judged_steps(settings, problem, optimizer, stepped, run) for run in range(start.runs)]
+        dead = set(stepped.dead)
+        runs += [
+            _judged_steps(settings, problem, optimizer, stepped, run, is_dead=run in dead)
+            for run in range(start.runs)
+        ]
     return runs
 
 
@@ -105,17 +109,22 @@ def log_time(t: float, optimizer: Chosen, problem: Problem) -> float:
     return math.log(t * optimizer.lr * problem.time_per_lr) if t > 0 else -math.inf
 
 
-def _judged_steps(settings: Settings, problem: Problem, optimizer: Chosen, stepped: Stepped, run: int) -> Run:
+def _judged_steps(
+    settings: Settings, problem: Problem, optimizer: Chosen, stepped: Stepped, run: int, *, is_dead: bool
+) -> Run:
     times: list[float] = []
     states: list[Nets] = []
-    for snapshot in stepped.snapshots:
+    # Of a run that was given up its last state tells all; there may be thousands of them.
+    for snapshot in reversed(stepped.snapshots):
         place = int(np.searchsorted(snapshot.ids, run))
         if place < len(snapshot.ids) and snapshot.ids[place] == run:
-            times.append(float(snapshot.t))
-            states.append(snapshot.nets.one(place))
+            times.insert(0, float(snapshot.t))
+            states.insert(0, snapshot.nets.one(place))
+            if is_dead:
+                break
     log_taus = [log_time(t, optimizer, problem) for t in times]
     flag = stepped.flags.get(run)
-    out = Run(optimizer.name, run, "dead" if run in set(stepped.dead) else "ok")
+    out = Run(optimizer.name, run, "dead" if is_dead else "ok")
     out.facts = {
         "lr": optimizer.lr,
         "grad": "log" if optimizer.scale_free else "raw",

@@ -78,13 +78,12 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
 
 def headline(runs: Sequence[Run]) -> str:
     """Who closes the gap how fast."""
-    shown = shown_runs(runs)
-    alive = [run for run in shown if run.status in ("ok", "flat")]
-    if not alive:
+    rows = [row for row in table(runs) if row["separated"]]
+    if not rows:
         return "No run separates the points."
-    by_class: dict[str, list[Run]] = {}
-    for run in alive:
-        by_class.setdefault(run.rate.rate_class, []).append(run)
+    by_class: dict[str, list[str]] = {}
+    for row in rows:
+        by_class.setdefault(row["rate_class"], []).append(row["optimizer"])
     parts = []
     for kind, words in (
         ("log", "gap as 1/ln t"),
@@ -93,7 +92,7 @@ def headline(runs: Sequence[Run]) -> str:
         ("undetermined", "no settled rate yet"),
     ):
         if kind in by_class:
-            parts.append(f"{listing([run.optimizer for run in by_class[kind]])}: {words}")
+            parts.append(f"{listing(by_class[kind])}: {words}")
     return "; ".join(parts) + "."
 
 
