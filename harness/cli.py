@@ -75,7 +75,7 @@ COMMANDS: dict[str, Command] = {
         ),
         (
             ("--out DIR", "write there instead"),
-            ("--wandb[=ENTITY/PROJECT]", "dashboards in W&B; without a login their definition is written as a file"),
+            ("--wandb[=ENTITY/PROJECT]", "dashboards in W&B; without a login their definition as a file"),
             ("--export DIR", "read runs from W&B into run folders below DIR, then compare them"),
         ),
     ),

@@ -55,4 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written and the process group is left. The interpreter's own end runs the destructors of torch's native
+    # threads, which abort on a busy machine; a launcher takes that for a crash and kills the other processes.
+    os._exit(code)

@@ -17,6 +17,7 @@ from analysis.compare import foreign, reading, words
 from analysis.compare.reading import number
 from analysis.compare.runs import Run
 from harness.config.errors import InputError
+from harness.record.folder import JOBS
 from harness.record.schema import SCHEMA_VERSION, STATES
 
 # What may differ between two runs whose losses are compared: the arm, the seed, and what changes no loss.
@@ -66,7 +67,7 @@ def _sources(root: Path) -> Iterator[Path]:
             yield Path(directory)
             continue
         # A run that was replaced is moved aside under a name with a dot.
-        below[:] = sorted(name for name in below if not name.startswith("."))
+        below[:] = sorted(name for name in below if not name.startswith(".") and name != JOBS)
         yield from (Path(directory, name) for name in files if foreign.may_be(name))
 
 

@@ -36,7 +36,7 @@ class Session:
             for arm in plan.arms:
                 run = prepare(plan.overrides(arm, seed), say=self.say, writes_folder=False)
                 self.root: Path = run.folder.parent
-                if _is_done(run):
+                if is_done(run):
                     self.say(f"{run.folder} is finished: not repeated")
                 else:
                     self._pending.append(run)
@@ -78,7 +78,7 @@ class Session:
         return {"finished": FINISHED, "interrupted": INTERRUPTED}.get(state, FAILED)
 
 
-def _is_done(run: Prepared) -> bool:
+def is_done(run: Prepared) -> bool:
     status = reading.mapping(run.folder / "status.json", [])
     same = status.get("identity") == run.identity and (run.folder / "DONE").exists()
     return same and not run.config.overwrite

@@ -39,7 +39,12 @@ class Key(NamedTuple):
 @lru_cache(maxsize=1)
 def schema_keys() -> dict[str, Key]:
     """The keys of `RunConfig`, in its order; groups (dicts of keys) are not keys themselves."""
-    return {key.name: key for key in _walk(RunConfig, "")}
+    return keys_of(RunConfig)
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> dict[str, Key]:
+    """The keys of a schema, each with ``prefix`` before its name."""
+    return {key.name: key for key in _walk(model, prefix)}
 
 
 def all_keys(model_fields: Sequence[str] = ()) -> list[str]:
@@ -92,7 +97,9 @@ def meant_key(key: str, known: Sequence[str]) -> str | None:
     return leaves[match] if match else None
 
 
-def normalize(values: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+def normalize(
+    values: dict[str, Any], texts: Mapping[str, str], known: Mapping[str, Key] | None = None
+) -> dict[str, Any]:
     """Values as the schema's types want them, where YAML and Hydra guess otherwise.
 
     A number in a text field becomes the text as typed (`name=007`), and true or false in a number field is
@@ -101,24 +108,28 @@ def normalize(values: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any
     Args:
         values: nested values; not changed.
         texts: dotted key → as typed on the command line.
+        known: keys of the schema; None: those of a run.
 
     Raises:
         InputError: a truth value where a number belongs.
     """
-    normal: dict[str, Any] = {}
-    for name, value in values.items():
-        normal[name] = _normalize(name, value, texts)
-    return normal
+    known = schema_keys() if known is None else known
+    return {name: _normalize(name, value, texts, known) for name, value in values.items()}
 
 
-def translate(error: ValidationError, values: dict[str, Any], source: str | None = None) -> InputError:
-    """The first problem that pydantic found, in our words."""
-    keys = schema_keys()
+def translate(
+    error: ValidationError,
+    values: dict[str, Any],
+    source: str | None = None,
+    known: Mapping[str, Key] | None = None,
+) -> InputError:
+    """The first problem that pydantic found, in our words; ``known``: keys of the schema, None: those of a run."""
+    keys = schema_keys() if known is None else known
     for problem in error.errors():
         key = _key_of(problem["loc"], keys)
         value = _lookup(values, key)
         if problem["type"] == "extra_forbidden":
-            return unknown(key, value, all_keys(), source)
+            return unknown(key, value, all_keys() if known is None else list(keys), source)
         if key in keys:
             return _wrong_value(keys[key], value, source)
         if any(name.startswith(f"{key}.") for name in keys):
@@ -215,10 +226,10 @@ def _bounds(field: FieldInfo, members: list[Any]) -> str:
     return f" {' and '.join(parts)}" if parts else ""
 
 
-def _normalize(key: str, value: Any, texts: Mapping[str, str]) -> Any:
-    known = schema_keys().get(key)
+def _normalize(key: str, value: Any, texts: Mapping[str, str], all_known: Mapping[str, Key]) -> Any:
+    known = all_known.get(key)
     if isinstance(value, dict) and not (key == FREE or key.startswith(f"{FREE}.")):
-        return {name: _normalize(f"{key}.{name}", inner, texts) for name, inner in value.items()}
+        return {name: _normalize(f"{key}.{name}", inner, texts, all_known) for name, inner in value.items()}
     if known is None or value is None:
         return value
     if known.is_text and isinstance(value, (bool, int, float)):

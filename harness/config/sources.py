@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from harness.config.errors import InputError
 
 GROUPS = ("model", "data", "optimizer", "engine", "schedule", "experiment")
+OTHER_GROUPS = ("cluster",)
+"""Groups that describe something else than the run: no part of a `RunConfig`."""
 PRIMARY = "optbench"
 RULES_ENTRY_POINT = "optbench.optimizers"
 
@@ -37,7 +39,7 @@ def search_path(folder: Path | None = None) -> list[Path]:
     """
     own = (folder or Path.cwd()) / "configs"
     shipped = package_root()
-    is_ours = own.resolve() != shipped and any((own / group).is_dir() for group in GROUPS)
+    is_ours = own.resolve() != shipped and any((own / group).is_dir() for group in (*GROUPS, *OTHER_GROUPS))
     return [own, shipped] if is_ours else [shipped]
 
 
@@ -71,6 +73,29 @@ def compose(selections: dict[str, str]) -> Composed:
     Raises:
         InputError: a file that is not YAML, or asks for a file that does not exist.
     """
+    values, chosen = _merged(PRIMARY, selections)
+    files = [next(path for root in search_path() if (path := root / f"{PRIMARY}.yaml").is_file())]
+    for group in GROUPS:
+        if isinstance(option := chosen.get(group), str) and (path := find(group, option)):
+            files.append(path)
+    return Composed(values, files)
+
+
+def compose_one(group: str, option: str) -> dict[str, Any]:
+    """The values of one file of a group, with what its defaults list names.
+
+    Raises:
+        InputError: as `compose`.
+    """
+    values, _ = _merged(f"{group}/{option}", {group: option}, choose=False)
+    inside = values.get(group, {})
+    return inside if isinstance(inside, dict) else {}
+
+
+def _merged(
+    name: str, selections: dict[str, str], *, choose: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file merged by Hydra: its values, and which option every group has in the end."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -82,22 +107,18 @@ def compose(selections: dict[str, str]) -> Composed:
     _register_own_configs()
     # Hydra's own logging settings are not used, and loading them takes half of the time.
     overrides = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
-    overrides += [f"{group}={option}" for group, option in selections.items()]
+    overrides += [f"{group}={option}" for group, option in selections.items()] if choose else []
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(package_root()), version_base="1.3"):
-            config = hydra_compose(PRIMARY, overrides, return_hydra_config=True)
+            config = hydra_compose(name, overrides, return_hydra_config=True)
         chosen = {str(key): value for key, value in dict(config.hydra.runtime.choices).items()}
         body = DictConfig({key: value for key, value in config.items_ex(resolve=False) if key != "hydra"})
         values = OmegaConf.to_container(body, resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise _file_error(error, selections) from None
     assert isinstance(values, dict)
-    files = [next(path for root in search_path() if (path := root / f"{PRIMARY}.yaml").is_file())]
-    for group in GROUPS:
-        if isinstance(option := chosen.get(group), str) and (path := find(group, option)):
-            files.append(path)
-    return Composed({str(key): value for key, value in values.items()}, files)
+    return {str(key): value for key, value in values.items()}, chosen
 
 
 @cache

@@ -84,7 +84,7 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
         if error.exists():
             raise InputError(**json.loads(error.read_text()))
         silent = last_words.silent(Path(scratch))
-    return _outcome(prepared.folder, code, silent, forwarding.first)
+    return outcome(prepared.folder, code, silent, forwarding.first)
 
 
 def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -125,7 +125,15 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
     ], extra
 
 
-def _outcome(folder: Path, code: int, silent: list[int], asked: signal.Signals | None) -> RunOutcome:
+def outcome(folder: Path, code: int, silent: list[int], asked: signal.Signals | None) -> RunOutcome:
+    """What became of a run whose processes have ended; status.json is completed where rank 0 could not do it.
+
+    Args:
+        folder: of the run.
+        code: exit code of the launcher.
+        silent: ranks that started and did not say that they end (`last_words`).
+        asked: the signal that it was told to stop by.
+    """
     try:
         status = json.loads((folder / "status.json").read_text())
     except (OSError, json.JSONDecodeError):

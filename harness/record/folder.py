@@ -22,6 +22,9 @@ from harness.record.schema import METRICS, SCHEMA_VERSION
 REQUEUE = "REQUEUE"
 """Name of the mark in the folder of a run that was stopped with a checkpoint."""
 
+JOBS = "slurm"
+"""Name of the folder of batch scripts and their output, in a run's folder or a group's. It is there before the run."""
+
 Row = dict[str, float | int | None]
 
 
@@ -38,7 +41,7 @@ def check(folder: Path, config: RunConfig, identity: str) -> None:
         InputError: the folder holds a finished run, a run of another identity, or files that are no run;
             unless ``overwrite=true``, which moves the old folder aside.
     """
-    if not folder.exists() or not any(folder.iterdir()) or config.overwrite:
+    if not folder.exists() or _is_empty(folder) or config.overwrite:
         return
     old = _status(folder)
     if old is None:
@@ -170,10 +173,15 @@ class RunFolder:
         self._lock.release()
 
     def _set_aside(self, config: RunConfig) -> None:
-        if config.overwrite and any(self.path.iterdir()):
-            stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-            self.path.rename(self.path.with_name(f".{self.path.name}.replaced-{stamp}"))
+        if config.overwrite and not _is_empty(self.path):
+            set_aside(self.path)
             self.path.mkdir()
+
+
+def set_aside(path: Path) -> None:
+    """Move a run folder to a hidden name beside it."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    path.rename(path.with_name(f".{path.name}.replaced-{stamp}"))
 
 
 def finite(value: float | int | None) -> float | int | None:
@@ -195,6 +203,10 @@ def read_rows(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(entry.name == JOBS for entry in folder.iterdir())
 
 
 def _status(folder: Path) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 CONF = """\
 ClusterName=ci
@@ -28,13 +30,20 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 AccountingStorageType=accounting_storage/none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=2
+SlurmdTimeout=30
+KillWait=20
 MinJobAge=600
 NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=16 RealMemory=4000 State=UNKNOWN
-PartitionName=ci Nodes=node[1-2] Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+PartitionName=ci Nodes=node[1-2] Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=60 State=UP
+PartitionName=hi Nodes=node[1-2] MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
 """
+"""Jobs in ``hi`` push those in ``ci`` aside, which get USR1 and a minute to save."""
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 
 def missing() -> str | None:
@@ -76,7 +85,7 @@ class Cluster:
         self._call("slurmctld", "-f", str(state / "slurm.conf"))
         for node in ("node1", "node2"):
             self._call("slurmd", "-N", node, "-f", str(state / "slurm.conf"))
-        self._until(
+        self.until(
             lambda: self._call("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D").strip() == "2",
             30,
             "idle nodes",
@@ -85,10 +94,12 @@ class Cluster:
 
     def __exit__(self, *details: object) -> None:
         self._call("scancel", "-f", "-u", "root")
-        self._until(lambda: not self._call("squeue", "-h").strip(), 20, "an empty queue")
-        for name in ("slurmd-node1", "slurmd-node2", "slurmctld"):
-            self._stop(self._state / f"{name}.pid")
-        time.sleep(0.5)  # the daemons sign their last messages: munge goes last
+        self.until(lambda: not self._call("squeue", "-h").strip(), 20, "an empty queue")
+        daemons = [
+            self._stop(self._state / f"{name}.pid") for name in ("slurmd-node1", "slurmd-node2", "slurmctld")
+        ]
+        # The daemons sign their last messages: munge goes last.
+        psutil.wait_procs([daemon for daemon in daemons if daemon is not None], timeout=20)
         self._stop(self._state / "munge" / "pid")
 
     def submit(self, *words: str) -> int:
@@ -97,15 +108,33 @@ class Cluster:
 
     def wait(self, job: int, timeout_s: float) -> dict[str, str]:
         """The facts of a job (`scontrol show job`) once it has ended."""
-        facts: dict[str, str] = {}
+        self.until(lambda: self.facts(job)["JobState"] in OVER, timeout_s, f"the end of job {job}")
+        return self.facts(job)
 
-        def ended() -> bool:
-            text = self._call("scontrol", "show", "job", "-o", str(job))
-            facts.update((key, value) for key, sep, value in (w.partition("=") for w in text.split()) if sep)
-            return facts["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+    def facts(self, job: int | str) -> dict[str, str]:
+        """`scontrol show job` of a job or of a row of an array."""
+        text = self._call("scontrol", "show", "job", "-o", str(job)).splitlines()[0]
+        return {key: value for key, sep, value in (word.partition("=") for word in text.split()) if sep}
 
-        self._until(ended, timeout_s, f"the end of job {job}")
-        return facts
+    def control(self, *words: str) -> str:
+        """`scontrol` with these words."""
+        return self._call("scontrol", *words)
+
+    def signal(self, job: int | str, *flags: str) -> None:
+        """`scancel`."""
+        self._call("scancel", *flags, str(job))
+
+    def until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Wait.
+
+        Raises:
+            TimeoutError: it did not come true; the message tells what, and how the queue stands.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {what} within {timeout_s} s\n{self._call('squeue')}")
+            time.sleep(0.2)
 
     def _call(self, *words: str) -> str:
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
@@ -113,17 +142,13 @@ class Cluster:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
         return done.stdout
 
-    def _until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no {what} within {timeout_s} s")
-            time.sleep(0.2)
-
     @staticmethod
-    def _stop(pid_file: Path) -> None:
-        if pid_file.exists():
-            os.kill(int(pid_file.read_text()), 15)
+    def _stop(pid_file: Path) -> psutil.Process | None:
+        if not pid_file.exists():
+            return None
+        process = psutil.Process(int(pid_file.read_text()))
+        process.terminate()
+        return process
 
 
 def _path() -> str:

@@ -1,0 +1,66 @@
+"""The run folder of some words, for a batch script that was submitted by hand. Prepares the data on the way.
+
+    python -m harness.jobs.folder key=value …
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.config.errors import InputError
+from harness.config.schema import RunConfig
+from harness.preparation import prepare
+
+
+def folder_of(words: Sequence[str]) -> Path:
+    """The absolute path of the run folder.
+
+    Raises:
+        InputError: bad input, or words that would have every attempt of the job begin anew.
+    """
+    # The number of processes is not known here and changes no folder.
+    words = [word for word in words if not word.startswith(("world_size=", "micro_batch_size=", "engine"))]
+    run = prepare([*words, "world_size=1"], say=_say, writes_folder=False)
+    check_attempts(run.config)
+    return run.folder.absolute()
+
+
+def check_attempts(config: RunConfig, *, may_overwrite: bool = False) -> None:
+    """Refuse what is meant once and would happen at every attempt of a job.
+
+    Args:
+        config: of the run.
+        may_overwrite: the old folder is moved aside by who submits, not by the job.
+
+    Raises:
+        InputError: it is asked for.
+    """
+    reason = "would begin anew whenever the job is queued again"
+    if not config.resume:
+        raise InputError(
+            "resume", "false", reason, fix="overwrite=true with optbench submit (moves the old run aside)"
+        )
+    if config.overwrite and not may_overwrite:
+        raise InputError("overwrite", "true", reason, fix="optbench submit …, which does it once")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print it; bad input is one line on standard error and code 2."""
+    try:
+        print(folder_of(argv))
+    except InputError as error:
+        _say(str(error))
+        return 2
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

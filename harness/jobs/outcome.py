@@ -1,0 +1,31 @@
+"""How the processes of a run ended, for a batch script: status.json is completed, and the exit code is `optbench`'s.
+
+    python -m harness.jobs.outcome FOLDER CODE [SIGNAL]
+
+CODE is the launcher's; SIGNAL is the one that the script was told to stop by. Torch-free.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.jobs import last_words, launch
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print state and reason in one line; returns the exit code."""
+    folder, code = Path(argv[0]), int(argv[1])
+    asked = signal.Signals[argv[2]] if len(argv) > 2 else None
+    marks = os.environ.get(last_words.FOLDER)
+    silent = last_words.silent(Path(marks)) if marks else []
+    ended = launch.outcome(folder, code, silent, asked)
+    print(" ".join(f"{ended.state}: {ended.reason}".split()))
+    return ended.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""What SLURM is asked and told, by its own commands; never `sacct`, which many clusters do not have. Torch-free."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.config.errors import InputError
+
+TIMEOUT_S = 60
+_KEYS = {
+    "partition": ("partition",),
+    "account": ("account",),
+    "qos": ("qos",),
+    "constraint": ("feature",),
+    "time": ("time limit",),
+    "gpus": ("generic resource", "gres"),
+    "memory": ("memory",),
+    "nodes": ("node count", "node configuration"),
+}
+"""Key of the cluster → what SLURM says when it does not like the value."""
+
+
+class Task(NamedTuple):
+    """A job, or a row of an array, that SLURM knows.
+
+    Attributes:
+        state: PENDING, RUNNING, COMPLETED, CANCELLED …
+        reason: why it waits or ended so; "" if there is none to tell.
+        restarts: how often it was queued again.
+        nodes: its nodes; "" while it waits.
+    """
+
+    state: str
+    reason: str
+    restarts: int
+    nodes: str
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not run again by itself."""
+        return self.state not in _ALIVE
+
+
+_ALIVE = (
+    "PENDING",
+    "RUNNING",
+    "SUSPENDED",
+    "CONFIGURING",
+    "COMPLETING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+)
+_ALIVE += ("SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "REQUEUE_FED")
+
+
+def require() -> None:
+    """Refuse to go on without SLURM's commands.
+
+    Raises:
+        InputError: there is no sbatch.
+    """
+    if shutil.which("sbatch") is None:
+        reason = "is not on PATH: this is no machine of a SLURM cluster"
+        raise InputError(
+            "submit", "sbatch", reason, fix="--dry-run prints the script; submit it on a login node"
+        )
+
+
+def is_here() -> bool:
+    """Whether SLURM can be asked."""
+    return shutil.which("squeue") is not None
+
+
+def try_out(text: str, cluster: dict[str, object]) -> None:
+    """Let SLURM check a script without queueing it (``sbatch --test-only``).
+
+    Args:
+        text: of the script.
+        cluster: `ClusterConfig` as a mapping, to name the key that SLURM does not like.
+
+    Raises:
+        InputError: SLURM would refuse it.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+        file.write(text)
+        file.flush()
+        done = _call("sbatch", "--test-only", file.name)
+    if done.returncode:
+        raise _refusal(done.stderr, cluster)
+
+
+def submit(script: Path, *flags: str, cluster: dict[str, object] | None = None) -> str:
+    """Queue a script; returns the job's number.
+
+    Args:
+        script: a file.
+        flags: of sbatch; they win over the script's own.
+        cluster: as for `try_out`.
+
+    Raises:
+        InputError: SLURM refuses it.
+    """
+    done = _call("sbatch", "--parsable", *flags, str(script))
+    if done.returncode:
+        raise _refusal(done.stderr, cluster or {})
+    return done.stdout.strip().split(";")[0]
+
+
+def cancel(job: str) -> None:
+    """End a job or a row of an array (``12``, ``12_3``).
+
+    Raises:
+        InputError: SLURM refuses.
+    """
+    done = _call("scancel", job)
+    if done.returncode:
+        raise InputError("cancel", job, f"is refused by SLURM ({_line(done.stderr)})")
+
+
+def tasks(jobs: Sequence[str]) -> dict[str, Task]:
+    """Of these jobs and rows, those that SLURM still knows. Nothing where SLURM is not here or does not answer.
+
+    One `squeue` for what waits or runs; `scontrol`, which remembers ended jobs for some minutes, for the rest.
+
+    Args:
+        jobs: ``12`` or ``12_3``.
+    """
+    if not jobs or not is_here():
+        return {}
+    found: dict[str, Task] = {}
+    numbers = sorted({job.partition("_")[0] for job in jobs}, key=int)
+    for number in numbers:
+        text = _call("scontrol", "--all", "show", "job", "-o", number)
+        if text.returncode == 0:
+            for line in text.stdout.splitlines():
+                _take(line, found)
+    return {job: found[job] for job in jobs if job in found}
+
+
+def _take(line: str, found: dict[str, Task]) -> None:
+    facts = dict(re.findall(r"(\w+)=(\S*)", line))
+    reason = facts.get("Reason", "None")
+    restarts = int(facts.get("Restarts") or 0)
+    nodes = facts.get("NodeList", "")
+    nodes = "" if nodes in ("(null)", "None") else nodes
+    task = Task(facts.get("JobState", "UNKNOWN"), "" if reason == "None" else reason, restarts, nodes)
+    if "ArrayJobId" not in facts:
+        found[facts["JobId"]] = task
+        return
+    # Rows that wait together are one line: ArrayTaskId=0-2,5%4.
+    for row in expanded(facts.get("ArrayTaskId", "")):
+        found[f"{facts['ArrayJobId']}_{row}"] = task
+
+
+def expanded(rows: str) -> list[int]:
+    """Rows of an array, as SLURM writes them, as numbers: ``0-2,5%4`` → 0, 1, 2, 5."""
+    numbers: list[int] = []
+    for span in rows.partition("%")[0].split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", span):
+            first, last, stride = match.groups()
+            numbers += range(int(first), int(last or first) + 1, int(stride or 1))
+    return numbers
+
+
+def _refusal(said: str, cluster: dict[str, object]) -> InputError:
+    text = _line(said)
+    key = next((key for key, words in _KEYS.items() if any(word in text.lower() for word in words)), None)
+    if key is None:
+        return InputError("submit", "sbatch", f"refuses the job ({text})", fix="--dry-run shows the script")
+    value = cluster.get(key)
+    allowed = _partitions() if key == "partition" else ()
+    fix = f"cluster.{key}={allowed[0]}" if allowed else f"cluster.{key}=…"
+    shown = "null" if value is None else str(value)
+    return InputError(f"cluster.{key}", shown, f"is refused by SLURM ({text})", allowed=allowed, fix=fix)
+
+
+def _partitions() -> list[str]:
+    done = _call("sinfo", "-h", "-o", "%R")
+    return list(dict.fromkeys(done.stdout.split())) if done.returncode == 0 else []
+
+
+def _line(said: str) -> str:
+    """What a command of SLURM said, in one line without the command's name."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in said.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or "it does not say why"
+
+
+def _call(*words: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(words, 1, "", f"{words[0]}: {error}")

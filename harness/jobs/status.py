@@ -1,0 +1,260 @@
+"""What runs below a folder are doing: from their folders, and from SLURM where it is there. Torch-free.
+
+SLURM knows jobs, not runs, and forgets them some minutes after their end; the run folders know the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.jobs import grid, history, leases, slurm
+from harness.jobs.grid import Row
+from harness.jobs.history import Event
+from harness.jobs.slurm import Task
+from harness.jobs.submission import Submission, Submitted
+from harness.lifecycle import BEAT_S, heartbeats
+from harness.record.folder import JOBS
+
+ACTIVE = ("pending", "requeued", "starting", "running", "stopping")
+"""States in which something will still happen by itself."""
+FRESH_S = 15.0
+"""A process whose last sign of life is older is dead or on a file system that is late."""
+_TAIL = 1 << 16
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run.
+
+    Attributes:
+        name: of the run, with its group.
+        folder: of the run.
+        state: pending (in SLURM's queue), requeued (in it again), starting, running, stopping, finished, interrupted,
+            cancelled, stopped (not queued again: no progress, or too often), failed, diverged or dead (its processes
+            are gone and could not say so).
+        step, steps: done, and in all; None where it is not known yet.
+        loss: last training loss, nats per token.
+        tokens_per_s: last throughput.
+        restarts: attempts after the first.
+        reason: one line; "" if there is nothing to say.
+        job: that trains it or trained it last; None without SLURM.
+        nodes: that it runs on.
+    """
+
+    name: str
+    folder: Path
+    state: str
+    step: int | None
+    steps: int | None
+    loss: float | None
+    tokens_per_s: float | None
+    restarts: int
+    reason: str
+    job: str | None
+    nodes: str
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job that trains nothing: a report, a companion job."""
+
+    job: str
+    command: str
+    state: str
+    reason: str
+    script: str
+
+
+@dataclass
+class _Found:
+    """A run with what speaks about it."""
+
+    folder: Path
+    submitted: list[tuple[str, Submitted]]
+    """(job or row of an array, its entry), oldest first."""
+
+    @property
+    def job(self) -> str | None:
+        """The newest job that has or had to do with it."""
+        lease = leases.holder(leases.path_of(self.folder))
+        jobs = [task for task, _ in self.submitted] + [event.job for event in history.read(self.folder)]
+        jobs += [lease.job] if lease is not None else []
+        return max(jobs, key=lambda job: int(job.partition("_")[0])) if jobs else None
+
+
+def collect(root: Path) -> tuple[list[RunStatus], list[JobStatus]]:
+    """All runs below ``root`` (or ``root`` itself), by path, and the other jobs that were submitted there."""
+    found: dict[Path, _Found] = {}
+    others: list[Submitted] = []
+    for folder in _homes(root):
+        submission = Submission(folder)
+        rows = {row.row: row for row in grid_rows(submission)}
+        if (folder / "status.json").is_file():
+            found.setdefault(folder.absolute(), _Found(folder, []))
+        for entry in submission.jobs():
+            if entry.kind == "train":
+                found.setdefault(folder.absolute(), _Found(folder, [])).submitted.append((entry.job, entry))
+            elif entry.kind == "sweep":
+                for number in entry.rows:
+                    if number in rows:
+                        place = _place(rows[number], folder)
+                        found.setdefault(place.absolute(), _Found(place, [])).submitted.append(
+                            (entry.task(number), entry)
+                        )
+            else:
+                others.append(entry)
+    jobs = [job for run in found.values() if (job := run.job) is not None]
+    tasks = slurm.tasks([*jobs, *(entry.job for entry in others)])
+    runs = [_status(run, tasks) for _, run in sorted(found.items())]
+    return runs, [_other(entry, tasks.get(entry.job)) for entry in others]
+
+
+def grid_rows(submission: Submission) -> list[Row]:
+    """The rows of a group's grid; none without a grid."""
+    return grid.read(submission.path / grid.FILE)
+
+
+def submitted_as(run: RunStatus) -> tuple[Submitted, int | None] | None:
+    """The last entry that a run was submitted by, and its row in that grid; None: not by us."""
+    own = [entry for entry in Submission(run.folder).jobs() if entry.kind == "train"]
+    if own:
+        return own[-1], None
+    group = Submission(run.folder.parent)
+    for row in grid_rows(group):
+        if Path(row.folder).name == run.folder.name:
+            entries = [entry for entry in group.jobs() if entry.kind == "sweep" and row.row in entry.rows]
+            return (entries[-1], row.row) if entries else None
+    return None
+
+
+def _place(row: Row, group: Path) -> Path:
+    """A row's folder, also after the group's folder was moved."""
+    return group / Path(row.folder).name
+
+
+def _homes(root: Path) -> Iterator[Path]:
+    """Folders of runs and of groups that jobs were submitted for."""
+    for directory, below, files in os.walk(root):
+        folder = Path(directory)
+        if "status.json" in files or JOBS in below:
+            yield folder
+        if "status.json" in files:
+            below.clear()
+        below[:] = sorted(name for name in below if not name.startswith(".") and name != JOBS)
+
+
+def _status(run: _Found, tasks: dict[str, Task]) -> RunStatus:
+    content = _json(run.folder / "status.json")
+    attempts = [attempt for attempt in content.get("attempts") or [] if isinstance(attempt, dict)]
+    events = history.read(run.folder)
+    job = run.job
+    task = tasks.get(job) if job is not None else None
+    event = next((event for event in reversed(events) if event.job == job), None)
+    state, reason = _state(run.folder, content, attempts, job, task, event)
+    row = _last_values(run.folder / "metrics.jsonl")
+    beats = heartbeats(run.folder) if state in ("running", "stopping") else {}
+    steps = content.get("steps")
+    return RunStatus(
+        name=f"{run.folder.absolute().parent.name}/{run.folder.absolute().name}",
+        folder=run.folder,
+        state=state,
+        step=max([beat.step for beat in beats.values()] + [int(content["step"])])
+        if "step" in content
+        else None,
+        steps=int(steps) if steps is not None else None,
+        loss=row.get("train/loss"),
+        tokens_per_s=row.get("throughput/tokens_per_s"),
+        restarts=max(0, len(attempts) - 1),
+        reason=reason,
+        job=job,
+        nodes=task.nodes if task is not None and not task.is_over else "",
+    )
+
+
+def _state(
+    folder: Path,
+    content: dict[str, Any],
+    attempts: list[dict[str, Any]],
+    job: str | None,
+    task: Task | None,
+    event: Event | None,
+) -> tuple[str, str]:
+    said = str(attempts[-1].get("reason") or "") if attempts else ""
+    own = str(content.get("state") or "")
+    if (folder / "DONE").exists():
+        return "finished", said
+    if task is not None and not task.is_over:
+        if task.state == "COMPLETING":
+            return "stopping", event.text if event is not None else ""
+        if task.state == "RUNNING":
+            return ("running", "") if _is_alive(folder) else ("starting", f"job {job} on {task.nodes}")
+        again = task.restarts > 0 or (event is not None and event.kind in ("requeued", "preempted"))
+        waits = f"waits: {task.reason}" if task.reason else "waits"
+        return "requeued" if again else "pending", f"{event.text}; {waits}" if again and event else waits
+    if (task is not None and task.state == "CANCELLED") or (event is not None and event.kind == "cancelled"):
+        return "cancelled", f"job {job}" + (f", {event.text}" if event is not None else "")
+    if event is not None and event.kind in ("stopped", "failed", "preflight", "waiting"):
+        named = "stopped" if event.kind in ("stopped", "waiting") else "failed"
+        return own if own in ("failed", "diverged") else named, said if own in (
+            "failed",
+            "diverged",
+        ) else event.text
+    if own == "running":
+        if _is_alive(folder):
+            return "running", ""
+        ended = f"; SLURM: {task.state} {task.reason}".rstrip() if task is not None else ""
+        return "dead", f"{_silence(folder)}{ended}"
+    if own:
+        return own, said
+    ended = f"{task.state} {task.reason}".strip() if task is not None else "no longer known to SLURM"
+    return "failed", f"job {job} left no run: {ended}"
+
+
+def _is_alive(folder: Path) -> bool:
+    return any(beat.age_s < FRESH_S for beat in heartbeats(folder).values())
+
+
+def _silence(folder: Path) -> str:
+    beats = heartbeats(folder).values()
+    if not beats:
+        return "its processes are gone"
+    last = min(beats, key=lambda beat: beat.age_s)
+    return f"no sign of life for {last.age_s - BEAT_S:.0f} s, since step {last.step} ({last.where})"
+
+
+def _other(entry: Submitted, task: Task | None) -> JobStatus:
+    state = task.state.lower() if task is not None else "ended"
+    reason = task.reason if task is not None else "no longer known to SLURM"
+    return JobStatus(entry.job, entry.kind, state, reason, entry.script)
+
+
+def _last_values(path: Path) -> dict[str, float]:
+    """The last value of each metric in the end of a metrics.jsonl."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return {}
+    values: dict[str, float] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut at the beginning, or torn at the end
+        if isinstance(row, dict):
+            values |= {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
+    return values
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

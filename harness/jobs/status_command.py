@@ -1,0 +1,170 @@
+"""``optbench status [DIR] [--watch] [--cancel NAME] [--resubmit NAME] [--json]``. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from harness.config.errors import InputError, closest
+from harness.jobs import history, slurm, status
+from harness.jobs.status import ACTIVE, JobStatus, RunStatus
+from harness.jobs.submission import Submission
+from harness.record.schema import SCHEMA_VERSION
+
+REFRESH_S = 2.0
+NARROWEST = 110
+"""Width of the table where the output is no terminal."""
+_COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "red", "dead": "red"}
+_COLOURS |= {"stopped": "red", "cancelled": "yellow", "interrupted": "yellow", "requeued": "yellow"}
+_FLAGS = ("--watch", "--cancel", "--resubmit", "--json")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    root: Path
+    watch: bool
+    as_json: bool
+    cancel: list[str]
+    resubmit: list[str]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show what the runs below DIR (``runs``) are doing, or end and queue some of them.
+
+    Raises:
+        InputError: no such folder, a run that is not there, or that can't be ended or queued.
+    """
+    asked = _read(argv)
+    runs, jobs = status.collect(asked.root)
+    for name in asked.cancel:
+        print(_cancel(_named(name, runs, "--cancel")), file=sys.stderr)
+    for name in asked.resubmit:
+        print(_resubmit(_named(name, runs, "--resubmit")), file=sys.stderr)
+    if asked.cancel or asked.resubmit:
+        runs, jobs = status.collect(asked.root)
+    if asked.as_json:
+        print(json.dumps(_document(runs, jobs), indent=2, allow_nan=False))
+        return 0
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, NARROWEST))
+    if not asked.watch:
+        console.print(_shown(runs, jobs, asked.root))
+        return 0
+    with Live(_shown(runs, jobs, asked.root), console=console, auto_refresh=False) as live:
+        while any(run.state in ACTIVE for run in runs):
+            time.sleep(REFRESH_S)
+            runs, jobs = status.collect(asked.root)
+            live.update(_shown(runs, jobs, asked.root), refresh=True)
+    return 0
+
+
+def _read(argv: Sequence[str]) -> _Asked:
+    named: dict[str, list[str]] = {"--cancel": [], "--resubmit": []}
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag in named:
+            value = value if equals else next(rest, "")
+            if not value:
+                raise InputError(
+                    flag, "nothing", "needs the name of a run", fix=f"optbench status runs {flag} NAME"
+                )
+            named[flag].append(value)
+        elif word.startswith("-"):
+            if word not in _FLAGS:
+                fix = closest(word, _FLAGS)
+                raise InputError("argument", word, "is not known", allowed=_FLAGS, fix=fix)
+        else:
+            words.append(word)
+    if len(words) > 1:
+        raise InputError("status", " ".join(words), "is not one folder", fix=f"optbench status {words[0]}")
+    root = Path(words[0] if words else "runs")
+    if not root.is_dir():
+        raise InputError("status", root, "is not a folder", fix="optbench status runs")
+    return _Asked(root, "--watch" in argv, "--json" in argv, named["--cancel"], named["--resubmit"])
+
+
+def _named(name: str, runs: Sequence[RunStatus], flag: str) -> RunStatus:
+    """The run of a name: ``group/name``, ``name`` where that is enough, or its job."""
+    matches = [run for run in runs if name in (run.name, run.folder.name, run.job)]
+    if len(matches) == 1:
+        return matches[0]
+    names = [run.name for run in runs]
+    if not matches:
+        guess = closest(name, [*names, *(run.folder.name for run in runs)])
+        fix = f"{flag} {guess}" if guess else None
+        raise InputError(flag, name, "is no run here", allowed=names, suggestion=guess, fix=fix)
+    several = [run.name for run in matches]
+    raise InputError(flag, name, "is several runs", allowed=several, fix=f"{flag} {several[0]}")
+
+
+def _cancel(run: RunStatus) -> str:
+    if run.job is None or run.state not in ACTIVE:
+        reason = f"is {run.state}: there is no job to end"
+        raise InputError("--cancel", run.name, reason, fix="leave it out")
+    slurm.cancel(run.job)
+    if run.state in ("pending", "requeued"):
+        # No script runs that could note it.
+        history.add(run.folder, run.job, 0, "cancelled", "while it waited")
+    return f"cancelled: {run.name} (job {run.job})"
+
+
+def _resubmit(run: RunStatus) -> str:
+    if run.state in (*ACTIVE, "finished"):
+        reason = f"is {run.state}: there is nothing to do" if run.state == "finished" else f"is {run.state}"
+        raise InputError("--resubmit", run.name, reason, fix="leave it out")
+    found = status.submitted_as(run)
+    if found is None:
+        reason = "was not submitted by optbench submit: there is no script"
+        raise InputError("--resubmit", run.name, reason, fix="optbench submit with the words of the run")
+    entry, row = found
+    slurm.require()
+    script = Path(entry.script)
+    if not script.is_file():
+        raise InputError(
+            "--resubmit", run.name, f"was submitted by {script}, which is gone", fix="optbench submit …"
+        )
+    job = slurm.submit(script, *([] if row is None else [f"--array={row}"]))
+    home = run.folder if row is None else run.folder.parent
+    Submission(home).add(job, entry.kind, script, () if row is None else (row,))
+    return f"submitted: {run.name} (job {job if row is None else f'{job}_{row}'})"
+
+
+def _document(runs: Sequence[RunStatus], jobs: Sequence[JobStatus]) -> dict[str, object]:
+    shown = [{**asdict(run), "folder": str(run.folder)} for run in runs]
+    return {"schema_version": SCHEMA_VERSION, "runs": shown, "jobs": [asdict(job) for job in jobs]}
+
+
+def _shown(runs: Sequence[RunStatus], jobs: Sequence[JobStatus], root: Path) -> Group:
+    if not runs and not jobs:
+        return Group(Text(f"no runs below {root}"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    numbers = ("step", "loss", "tokens/s", "restarts")
+    for column in ("run", "state", *numbers, "job", "reason"):
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for run in runs:
+        table.add_row(
+            Text(run.name),
+            Text(run.state, style=_COLOURS.get(run.state, "")),
+            "" if run.step is None else f"{run.step}/{run.steps}",
+            "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+            str(run.restarts or ""),
+            (run.job or "") + (f" {run.nodes}" if run.nodes else ""),
+            Text(run.reason),
+        )
+    parts: list[Table | Text] = [table] if runs else []
+    parts += [Text(f"job {job.job}: {job.command}: {job.state} {job.reason}".rstrip()) for job in jobs]
+    return Group(*parts)

@@ -1,0 +1,97 @@
+"""What is kept of submitted jobs: the folder of their scripts and output, and which job was submitted for what.
+
+``<run folder>/slurm/`` for one run, ``<group folder>/slurm/`` for a grid. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from harness.config.cluster import ClusterConfig
+from harness.config.errors import InputError
+from harness.record.folder import JOBS, now
+
+JOURNAL = "jobs.jsonl"
+SUCCESSORS = "successors"
+DEPENDENTS = "dependents"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was submitted.
+
+    Attributes:
+        job: its number.
+        kind: train, sweep, or the command that it runs.
+        script: file.
+        rows: of the grid that its array has; () for other jobs.
+        submitted: UTC, ISO 8601.
+    """
+
+    job: str
+    kind: str
+    script: str
+    rows: tuple[int, ...]
+    submitted: str
+
+    def task(self, row: int | None) -> str:
+        """The job's name for SLURM, of one row."""
+        return self.job if row is None else f"{self.job}_{row}"
+
+
+class Submission:
+    """The folder of jobs of a run or of a group.
+
+    Args:
+        home: the run's or the group's folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.path = home.absolute() / JOBS
+
+    def jobs(self) -> list[Submitted]:
+        """All that were submitted, oldest first; a damaged line is left out."""
+        found: list[Submitted] = []
+        try:
+            lines = (self.path / JOURNAL).read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return []
+        for line in lines:
+            try:
+                content = json.loads(line)
+                found.append(Submitted(**{**content, "rows": tuple(content["rows"])}))
+            except (ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    def add(self, job: str, kind: str, script: Path, rows: Sequence[int] = ()) -> Submitted:
+        """Note a job."""
+        entry = Submitted(job, kind, str(script), tuple(rows), now())
+        with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(entry)) + "\n")
+        return entry
+
+    def logs(self, cluster: ClusterConfig) -> Path:
+        """Folder of the jobs' output."""
+        return Path(cluster.logs).expanduser().absolute() if cluster.logs else self.path / "logs"
+
+    def prepare(self, cluster: ClusterConfig) -> None:
+        """Make the folders, and see that they can be written: a job whose output can't be written dies without a word.
+
+        Raises:
+            InputError: one cannot.
+        """
+        for key, folder in (("runs_dir", self.path), ("cluster.logs", self.logs(cluster))):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror or error})"
+                raise InputError(
+                    key, folder, reason, fix=f"{key}=a folder that all nodes can write to"
+                ) from None

@@ -1,0 +1,284 @@
+"""Runs and commands as SLURM jobs: checked here, written as a script, tried out by SLURM, then queued. Torch-free."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from harness.config.cluster import ClusterConfig
+from harness.config.errors import InputError
+from harness.jobs import grid, leases, scripts, slurm
+from harness.jobs.folder import check_attempts
+from harness.jobs.grid import Row
+from harness.jobs.scripts import Job, Kind
+from harness.jobs.submission import DEPENDENTS, SUCCESSORS, Submission
+from harness.preparation import Prepared, prepare
+from harness.record import atomic
+from harness.record import folder as run_folder
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for beside the words of the run.
+
+    Attributes:
+        cluster: where.
+        command: the command line, for the script's head.
+        after: numbers of jobs that must have ended before.
+        then: commands (words) that are to run as jobs after it, whatever became of it.
+        dry_run: render only.
+        say: where messages go.
+    """
+
+    cluster: ClusterConfig
+    command: str
+    after: tuple[str, ...] = ()
+    then: tuple[tuple[str, ...], ...] = ()
+    dry_run: bool = False
+    say: Say = print
+
+
+@dataclass
+class Queued:
+    """What became of it.
+
+    Attributes:
+        folder: of the run, the group or the command's jobs.
+        script: file of the first job; it exists unless this was a dry run.
+        text: what stands in it.
+        job: its number; None: dry run, or nothing to do.
+        rows: of a grid, names of the runs that were queued, by row.
+        skipped: name of a run → why it was not queued.
+        then: (job, script) of each job that waits for it.
+    """
+
+    folder: Path
+    script: Path
+    text: str
+    job: str | None = None
+    rows: dict[int, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    then: list[tuple[str, str]] = field(default_factory=list)
+
+
+def prepared(
+    words: Sequence[str], request: Request, *, writes_folder: bool = True
+) -> tuple[Prepared, list[str]]:
+    """Check one run as it will be on the cluster; returns it, and its words as the job gets them.
+
+    The words have the run's name, so that every attempt finds the folder of this one, and no world_size, which the
+    script knows.
+
+    Args:
+        words: of the run.
+        request: for the cluster.
+        writes_folder: refuse a folder that is another run's, or finished.
+
+    Raises:
+        InputError: bad input; nothing was written but the corpus cache.
+    """
+    world_size = request.cluster.world_size
+    given = [word for word in words if word.partition("=")[0] == "world_size"]
+    words = [word for word in words if word not in given]
+    for word in given:
+        _check_world_size(word.partition("=")[2], request.cluster)
+    run = prepare([*words, f"world_size={world_size}"], say=request.say, writes_folder=writes_folder)
+    check_attempts(run.config, may_overwrite=True)
+    kept = [word for word in words if word.lstrip("+").partition("=")[0] != "overwrite"]
+    # From a file: once is enough, and the job must not do it at every attempt.
+    if run.config.overwrite:
+        kept.append("overwrite=false")
+    if run.config.name is None:
+        kept.append(f"name={run.folder.name}")
+    return run, kept
+
+
+def train(words: Sequence[str], request: Request) -> Queued:
+    """Queue one run.
+
+    Raises:
+        InputError: bad input, here or for SLURM; a job for this run that waits or runs.
+    """
+    run, kept = prepared(words, request)
+    folder = run.folder.absolute()
+    submission = Submission(folder)
+    script = submission.path / "submit.sbatch"
+    job = Job(
+        name=folder.name,
+        about=_about(request.command, f"sbatch {shlex.quote(str(script))}"),
+        output=scripts.output_path(submission.logs(request.cluster), "%j.out"),
+        folder=str(Path.cwd()),
+        words=kept,
+        run=str(folder),
+        script=str(script),
+        successors=str(submission.path / SUCCESSORS),
+        dependents=str(submission.path / DEPENDENTS),
+    )
+    queued = Queued(folder, script, scripts.render("train", job, request.cluster))
+    if request.dry_run:
+        return queued
+    _try_out(queued, request)
+    _check_idle(submission, folder)
+    if run.config.overwrite and folder.exists():
+        run_folder.set_aside(folder)
+    return _queue(queued, submission, "train", request)
+
+
+def sweep(
+    rows: Sequence[Row],
+    home: Path,
+    request: Request,
+    *,
+    done: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Queued:
+    """Queue the runs of a grid as one array, without those that are done, wait or run.
+
+    Args:
+        rows: all runs; their numbers do not matter.
+        home: the group's folder.
+        request: the cluster, and what comes after.
+        done: names of runs that are finished.
+        overwrite: move the folders of the queued runs aside.
+
+    Raises:
+        InputError: as `train`.
+    """
+    submission = Submission(home)
+    script, file = submission.path / "sweep.sbatch", submission.path / grid.FILE
+    before = grid.read(file)
+    busy = _busy(submission, before)
+    merged = grid.merged(before, rows, list(busy))
+    skipped = dict.fromkeys(done, "finished")
+    wanted: dict[int, str] = {}
+    places = {row.name: row.row for row in merged}
+    for row in rows:
+        place = places[row.name]
+        if place in busy:
+            skipped[row.name] = f"job {busy[place]} waits or runs"
+        elif row.name not in skipped:
+            wanted[place] = row.name
+    job = Job(
+        name=home.name,
+        about=_about(request.command, f"sbatch --array=ROWS {shlex.quote(str(script))}"),
+        output=scripts.output_path(submission.logs(request.cluster), "%A_%a.out"),
+        folder=str(Path.cwd()),
+        grid=str(file),
+        array=scripts.array_of(wanted or [row.row for row in merged], request.cluster.throttle),
+        script=str(script),
+        successors=str(submission.path / SUCCESSORS),
+        dependents=str(submission.path / DEPENDENTS),
+    )
+    text = scripts.render("sweep", job, request.cluster)
+    queued = Queued(home.absolute(), script, text, rows=wanted, skipped=skipped)
+    if request.dry_run or not wanted:
+        return queued
+    _try_out(queued, request)
+    submission.prepare(request.cluster)
+    for row in merged:
+        if overwrite and row.row in wanted and Path(row.folder).exists():
+            run_folder.set_aside(Path(row.folder))
+    grid.write(file, merged)
+    return _queue(queued, submission, "sweep", request)
+
+
+def command(words: Sequence[str], home: Path, request: Request) -> Queued:
+    """Queue any `optbench` command.
+
+    Args:
+        words: command and its words.
+        home: folder whose ``slurm/`` keeps script and output.
+        request: the cluster, and what comes before and after.
+    """
+    queued = _analysis(words, Submission(home), request)
+    if request.dry_run:
+        return queued
+    _try_out(queued, request)
+    return _queue(queued, Submission(home), words[0], request)
+
+
+def _analysis(words: Sequence[str], submission: Submission, request: Request) -> Queued:
+    name = words[0]
+    script = _free(submission.path, name)
+    job = Job(
+        name=f"{submission.path.parent.name}-{name}",
+        about=_about(f"optbench {shlex.join(words)}", f"sbatch {shlex.quote(str(script))}"),
+        output=scripts.output_path(submission.logs(request.cluster), f"{name}-%j.out"),
+        folder=str(Path.cwd()),
+        words=list(words),
+    )
+    return Queued(submission.path.parent, script, scripts.render("analysis", job, request.cluster))
+
+
+def _try_out(queued: Queued, request: Request) -> None:
+    """Before anything is written: what SLURM would refuse leaves no trace."""
+    slurm.require()
+    slurm.try_out(queued.text, request.cluster.model_dump())
+
+
+def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: Request) -> Queued:
+    """Write the script, queue it and what comes after it."""
+    submission.prepare(request.cluster)
+    atomic.write_text(queued.script, queued.text)
+    flags = [f"--dependency=afterany:{':'.join(request.after)}"] if request.after else []
+    queued.job = slurm.submit(queued.script, *flags, cluster=request.cluster.model_dump())
+    submission.add(queued.job, kind, queued.script, list(queued.rows))
+    for name in (SUCCESSORS, DEPENDENTS):
+        (submission.path / name).unlink(missing_ok=True)
+    for words in request.then:
+        # afterany: also if a run failed; the report says so.
+        one = replace(request, after=(queued.job,), then=())
+        follower = _queue(_analysis(words, submission, one), submission, words[0], one)
+        assert follower.job is not None
+        queued.then.append((follower.job, str(follower.script)))
+    if queued.then:
+        atomic.write_text(submission.path / DEPENDENTS, "".join(f"{job}\n" for job, _ in queued.then))
+    return queued
+
+
+def _busy(submission: Submission, rows: Sequence[Row]) -> dict[int, str]:
+    """Row → job that waits for it or runs it, of the jobs that were submitted here."""
+    tasks = {entry.task(row): row for entry in submission.jobs() for row in entry.rows}
+    known = slurm.tasks(list(tasks))
+    busy = {tasks[task]: task for task, found in known.items() if not found.is_over}
+    held = {row.row: leases.holder(leases.path_of(Path(row.folder))) for row in rows}
+    # Submitted by hand: it holds the run's lease.
+    others = slurm.tasks([lease.job for lease in held.values() if lease is not None])
+    alive = {job for job, task in others.items() if not task.is_over}
+    return busy | {row: lease.job for row, lease in held.items() if lease is not None and lease.job in alive}
+
+
+def _check_idle(submission: Submission, folder: Path) -> None:
+    lease = leases.holder(leases.path_of(folder))
+    jobs = [entry.job for entry in submission.jobs()] + ([lease.job] if lease is not None else [])
+    for job, task in slurm.tasks(jobs).items():
+        if not task.is_over:
+            reason = f"has job {job} already, which is {task.state}"
+            fix = f"optbench status {folder.parent} --cancel {folder.name}"
+            raise InputError("submit", folder, reason, fix=fix)
+
+
+def _check_world_size(given: str, cluster: ClusterConfig) -> None:
+    if given not in ("null", str(cluster.world_size)):
+        product = f"cluster.nodes × processes per node = {cluster.nodes} × {cluster.processes_per_node}"
+        reason = f"disagrees with {product} = {cluster.world_size}"
+        raise InputError(
+            "world_size", given, reason, fix="leave it out, or change cluster.nodes, cluster.gpus"
+        )
+
+
+def _about(command: str, again: str) -> list[str]:
+    return [" ".join(command.split()), f"Submit it again: {again}"]
+
+
+def _free(folder: Path, name: str) -> Path:
+    """``name.sbatch``, or the first ``name-2.sbatch`` … that is not there."""
+    path, number = folder / f"{name}.sbatch", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}.sbatch"
+    return path

@@ -1,0 +1,61 @@
+"""The preflight's verdict: the bad node is named, and no other."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.jobs.preflight import Facts, Limits, judge, rounds
+
+LIMITS = Limits(gpus=8, min_free_gb=10, max_skew_s=2, min_gb_per_s=1)
+NODES = ["n1", "n2", "n3"]
+
+
+def _facts(node: str, **changes: object) -> Facts:
+    return Facts(node, 8, "", {"/tmp": 50.0}, 1000.0, 5.0, {})._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gpus": 7, "broken": "cuda:3: Xid 79"}, "7 of 8 GPUs (cuda:3: Xid 79)"),
+        ({"free_gb": {"/tmp": 3.0}}, "3.0 GB free in /tmp, not 10"),
+        ({"clock_s": 1005.0}, "its clock is +5.0 s off"),
+    ],
+)
+def test_the_bad_node_is_named(changes: dict[str, object], said: str) -> None:
+    facts = [_facts("n1"), _facts("n2", **changes), _facts("n3")]
+    assert judge(facts, NODES, LIMITS) == {"n2": said}
+    assert judge([_facts(node) for node in NODES], NODES, LIMITS) == {}
+
+
+def test_a_node_that_says_nothing_is_named() -> None:
+    assert judge([_facts("n1"), _facts("n3")], NODES, LIMITS) == {"n2": "did not answer"}
+
+
+def test_the_slow_node_is_the_one_without_a_fast_pair() -> None:
+    slow = {"gb_per_s": 0.5}  # an all-reduce is as slow for all as for the slowest
+    facts = [
+        _facts("n1", pairs_gb_per_s={"n2": 0.5, "n3": 4.0}, **slow),
+        _facts("n2", pairs_gb_per_s={"n1": 0.5, "n3": 0.5}, **slow),
+        _facts("n3", pairs_gb_per_s={"n1": 4.0, "n2": 0.5}, **slow),
+    ]
+    assert judge(facts, NODES, LIMITS) == {"n2": "0.5 GB/s with the best of the other nodes, not 1"}
+
+
+def test_slow_together_and_fast_in_pairs_is_nobodys_fault_alone() -> None:
+    fast = {"pairs_gb_per_s": {"other": 4.0}, "gb_per_s": 0.5}
+    assert set(judge([_facts(node, **fast) for node in NODES], NODES, LIMITS)) == set(NODES)
+
+
+@given(st.integers(2, 17))
+def test_every_pair_meets_once_and_nobody_twice_in_a_round(count: int) -> None:
+    schedule = rounds(count)
+    for pairs in schedule:
+        busy = [node for pair in pairs for node in pair]
+        assert len(busy) == len(set(busy))
+    met = sorted(tuple(sorted(pair)) for pairs in schedule for pair in pairs)
+    assert met == sorted(combinations(range(count), 2))

@@ -1,0 +1,142 @@
+"""`optbench submit` without a cluster: what it would submit, and what it refuses before that."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+from harness.jobs import grid
+from harness.preparation import prepare
+from harness.record.folder import RunFolder
+from tests.harness.running import small, write_documents
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    base = small(write_documents(tmp_path, 60), tmp_path / "runs")
+    return [word for word in base if not word.startswith("world_size")] + ["cluster=local_ci"]
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def _submit(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(["submit", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # no SLURM needed
+    before = _files(tmp_path)
+    code, out, _ = _submit(capsys, *words, "optimizer=sumo", "optimizer.rank=4", "--dry-run")
+    assert code == 0
+    assert out.startswith("#!/usr/bin/env bash\n# optbench submit ")
+    block = out[out.index("words=(") : out.index("\nfolder=")]
+    assert "  optimizer=sumo\n" in block
+    # The name that the run would have had, so that a later attempt finds this folder; the script knows the processes.
+    assert "  name=llama_tiny-sumo-seed0-" in block
+    assert "world_size" not in block
+    assert "cluster" not in block
+    assert _files(tmp_path) == before
+
+
+def test_json_is_one_document(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _submit(capsys, *words, "name=a", "--dry-run", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["schema_version"] == 1
+    assert document["job"] is None
+    assert document["script"].endswith("/runs/default/a/slurm/submit.sbatch")
+    assert document["text"].startswith("#!/usr/bin/env bash")
+
+
+def test_a_comparison_is_an_array(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["group=g", "seeds=2", "cluster.throttle=3", "sumo.rank=4", "--dry-run", "--json"]
+    code, out, _ = _submit(capsys, "compare", "adamw", "sumo", *words, *more)
+    assert code == 0
+    document = json.loads(out)
+    names = [row["name"] for row in document["rows"]]
+    assert names == ["adamw-seed0", "sumo-seed0", "adamw-seed1", "sumo-seed1"]
+    assert "#SBATCH --array=0-3%3\n" in document["text"]
+    assert f"/runs/g/slurm/{grid.FILE}" in document["text"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            ["world_size=3"],
+            "disagrees with cluster.nodes × processes per node = 1 × 2 = 2; fix: leave it out",
+        ),
+        (["resume=false"], "resume: false would begin anew whenever the job is queued again"),
+        (["optimzer=sumo"], "optimzer: sumo is for an unknown key; did you mean optimizer?"),
+        (["cluster.nodes=3"], "batch_size: 8 is not divisible by world_size = 6"),
+        (["clustr.nodes=3"], "clustr.nodes: 3 is for an unknown key"),
+        (["--dryrun"], "did you mean --dry-run?"),
+        (["--after", "x"], "--after: x is wrong; allowed: numbers of jobs"),
+        (["--then", "marggin a=1"], "did you mean margin?"),
+        (["--then", "compare adamw"], "is no command of one node"),
+    ],
+)
+def test_refusals(words: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = _submit(capsys, *words, *more, "--dry-run")
+    assert code == 2
+    assert said in err.splitlines()[-1]
+
+
+def test_a_command_that_is_no_job(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = _submit(capsys, "compar", "adamw", "--dry-run")
+    assert code == 2
+    assert "submit: compar is no command that can be a job; did you mean compare?" in err
+
+
+def test_without_slurm_it_says_so(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    before = _files(tmp_path)
+    code, _, err = _submit(capsys, *words)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("submit: sbatch is not on PATH")
+    assert _files(tmp_path) == before
+
+
+def test_a_finished_run_is_refused_and_overwriting_it_is_for_the_submission(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = prepare([*words[:-1], "name=a", "world_size=2"], say=lambda text: None)
+    RunFolder(run.folder, run.config, run.identity).close(done=True)
+    code, _, err = _submit(capsys, *words, "name=a", "--dry-run")
+    assert code == 2
+    assert "is a finished run with these settings" in err
+    code, out, _ = _submit(capsys, *words, "name=a", "overwrite=true", "--dry-run")
+    assert code == 0
+    # In the job it would be done again at every attempt.
+    assert "  overwrite=true\n" not in out
+    assert "  overwrite=false\n" in out
+    assert (tmp_path / "runs/default/a/DONE").exists()
+
+
+def test_any_other_command_with_its_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _submit(capsys, "report", "runs/a b", "--out", "x", "cluster.partition=p", "--dry-run")
+    assert code == 0
+    assert "words=(\n  report\n  'runs/a b'\n  --out\n  x\n)\nours harness.cli" in out
+    assert "#SBATCH --partition=p\n" in out
+
+
+def test_submitting_needs_no_torch() -> None:
+    words = ["submit", "report", "x", "--dry-run"]
+    code = f"import sys; from harness import cli; cli.main({words}); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "False"
