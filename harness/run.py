@@ -160,10 +160,8 @@ class _Recorder:
         try:
             with self._profiled(run):
                 self.state = train(run)
-        except Exception as error:
-            if memory_errors.is_one(error):
-                self.reason = memory_errors.explained(run)
-                self.log.say(self.reason)
+        except BaseException as error:
+            self.reason = self._told(error)
             raise
         finally:
             progress.close()
@@ -173,6 +171,16 @@ class _Recorder:
                 self.folder.ask_to_be_requeued(run.ledger.step)
             mirror.finish(self.facts, exit_code=0 if self.state in ("finished", "interrupted") else 1)
         return self.state
+
+    def _told(self, error: BaseException) -> str:
+        """What happened, in one line."""
+        if memory_errors.is_one(error):
+            reason = memory_errors.explained(self.run)
+            self.log.say(reason)
+            return reason
+        reason = _first_line(error)
+        late = silent_ranks(self.prepared.folder)
+        return f"{late}; then {reason}" if late else reason
 
     @contextlib.contextmanager
     def _profiled(self, run: Run) -> Iterator[None]:
@@ -281,11 +289,13 @@ def _recording(prepared: Prepared, run: Run) -> Iterator[_Recorder]:
         yield recorder
     except BaseException as error:
         recorder.state = "failed"
-        recorder.reason = recorder.reason or f"{type(error).__name__}: {error}".splitlines()[0]
-        if late := silent_ranks(prepared.folder):
-            recorder.reason = f"{late}; then {recorder.reason}"
+        recorder.reason = recorder.reason or _first_line(error)
         folder.add_log(traceback.format_exc())
         raise
     finally:
         folder.set_state(recorder.state, step=run.ledger.step, reason=recorder.reason)
         folder.close(done=recorder.state == "finished")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -7,6 +7,7 @@ last, so that a folder under its final name is complete. What does not match its
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,17 @@ from harness.data.messages import Say
 from harness.record import atomic
 
 FORMAT = 1
+_CANNOT_WRITE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)
+"""What the system says where a folder cannot be written or is full."""
 _FILES = ("tokens.bin", "documents.npy", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
 
 
@@ -124,7 +136,9 @@ def prepare(config: DataConfig, *, say: Say = str) -> Corpus:
                 if folder.exists():
                     say(f"the cached corpus {folder.name} is damaged ({damage}) and is built again")
                 _build(config, source, folder, say)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
         raise InputError(
             "data.cache_dir", root, f"cannot be written ({error.strerror})", fix="data.cache_dir=FOLDER"
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.preparation import prepare
 from tests.faults.checkpoints import assert_same, assert_whole, status
 from tests.faults.forked import Training, trained
 from tests.harness.running import small
@@ -34,6 +35,7 @@ def test_a_disk_that_refuses_a_checkpoint_ends_nothing(ranks: int, corpus: Path,
     """The kernel's own refusal in the middle of a write (EFBIG stands for ENOSPC: a full disk cannot be had without
     mounting one)."""
     words = small(corpus, tmp_path, "steps=6", "checkpoint.every=2", f"world_size={ranks}", "name=run")
+    prepare(words, say=lambda text: None)  # the corpus, which is larger than the limit
     limits = {"RLIMIT_FSIZE": 100_000}  # a checkpoint has 500 kB, every other file less than 40
     assert trained(words, ranks, tmp_path / "said.txt", limits=limits) == [0] * ranks
     run = tmp_path / "default" / "run"
@@ -43,6 +45,15 @@ def test_a_disk_that_refuses_a_checkpoint_ends_nothing(ranks: int, corpus: Path,
     assert "File too large" in said
     assert "the run goes on" in said
     assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_corpus_is_one_clear_line(corpus: Path, tmp_path: Path) -> None:
+    words = small(corpus, tmp_path, "name=run", f"data.cache_dir={tmp_path / 'cache'}")
+    assert trained(words, 1, tmp_path / "said.txt", limits={"RLIMIT_FSIZE": 10_000}) == [2]
+    last = (tmp_path / "said.txt").read_text().splitlines()[-1]
+    assert last.startswith("data.cache_dir: ")
+    assert "cannot be written (File too large)" in last
+    assert not (tmp_path / "default").exists()
 
 
 def test_older_checkpoints_outlive_a_disk_that_fills_up(corpus: Path, tmp_path: Path) -> None:
