@@ -99,7 +99,7 @@ class Checkpoints:
         due = isinstance(self._every, int) and (
             ledger.step % self._every == 0 or ledger.step == self._run.config.steps
         )
-        if due or (wanted and time_passed(self._last_step, ledger.step)):
+        if due or (wanted and wish_stands(self._last_step, ledger.step)):
             settle(self._run)
             with self._run.clock.part("probes"):
                 self.save(Randomness.now(self._run.engine.device), background=self._background)
@@ -230,6 +230,6 @@ class Checkpoints:
         return {"val_loss": None}
 
 
-def time_passed(last: int | None, step: int) -> bool:
+def wish_stands(last: int | None, step: int) -> bool:
     """Whether a wish that was uttered a step ago still stands: the save that it asked for may have been made since."""
     return last is None or step > last + 1
