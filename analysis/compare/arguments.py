@@ -44,6 +44,22 @@ class Plan:
         return [*self.shared, *arm.overrides, *own]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What `optbench report` was asked for."""
+
+    folder: Path
+    """The runs; with ``export`` they are written there first."""
+    out: Path
+    as_json: bool
+    wandb: bool = False
+    """Build the dashboards in W&B."""
+    project: tuple[str | None, str] | None = None
+    """W&B entity (None: one's own) and project for them; None: what the runs name."""
+    export: tuple[str, str, str | None] | None = None
+    """W&B entity, project and group (None: all) to read runs from."""
+
+
 def plan(argv: Sequence[str]) -> Plan:
     """Read the words after ``optbench compare``.
 
@@ -89,35 +105,71 @@ def plan(argv: Sequence[str]) -> Plan:
     )
 
 
-def report(argv: Sequence[str]) -> tuple[Path, Path, bool]:
-    """Read the words after ``optbench report``: the folder, where to write, whether JSON is wanted.
+def report(argv: Sequence[str]) -> Request:
+    """Read the words after ``optbench report``.
 
     Raises:
-        InputError: no folder, more than one, or an unknown flag.
+        InputError: no folder, more than one, an unknown flag, or a W&B project that is not ENTITY/PROJECT.
     """
-    words, out = [], None
+    words: list[str] = []
+    values: dict[str, str] = {}
     rest = iter(argv)
     for word in rest:
-        if word == "--out" or word.startswith("--out="):
-            out = next(rest, "") if word == "--out" else word.removeprefix("--out=")
-            if not out:
-                raise InputError(
-                    "--out", "nothing", "needs a folder", fix="optbench report runs/GROUP --out FOLDER"
-                )
+        flag, _, value = word.partition("=")
+        if flag in _TAKE_FOLDER:
+            values[flag] = value or next(rest, "")
+            if not values[flag] or values[flag].startswith("--"):
+                raise InputError(flag, "nothing", "needs a folder", fix=_USAGE[flag])
+        elif flag == "--wandb":
+            values[flag] = value
         elif word != "--json":
             words.append(word)
-    _check_flags(words, {"--json", "--out"})
+    _check_flags(words, {"--json", "--wandb", *_TAKE_FOLDER})
+    source, given = values.get("--export"), values.get("--wandb")
+    if source is not None:
+        words, given = [*words, *([given] if given else [])], None
     if len(words) != 1:
         shown = " ".join(words) or "nothing"
+        what = "is not one W&B project" if source is not None else "is not one folder"
         raise InputError(
             "report",
             shown,
-            "is not one folder",
-            allowed="DIR [--out DIR] [--json]",
-            fix="optbench report runs",
+            what,
+            allowed="DIR [--out DIR] [--wandb] [--json]; ENTITY/PROJECT[/GROUP] --export DIR [--json]",
+            fix=_USAGE["--export"] if source is not None else "optbench report runs",
         )
-    folder = Path(words[0])
-    return folder, Path(out) if out else folder, "--json" in argv
+    folder = Path(words[0] if source is None else source)
+    return Request(
+        folder=folder,
+        out=Path(values.get("--out", folder)),
+        as_json="--json" in argv,
+        wandb="--wandb" in values and source is None,
+        project=_project(given) if given else None,
+        export=_place(words[0]) if source is not None else None,
+    )
+
+
+_TAKE_FOLDER = ("--out", "--export")
+_USAGE = {
+    "--out": "optbench report runs/GROUP --out FOLDER",
+    "--export": "optbench report ENTITY/PROJECT/GROUP --export FOLDER",
+}
+
+
+def _project(words: str) -> tuple[str | None, str]:
+    parts = words.split("/")
+    if len(parts) > 2 or not all(parts):
+        raise InputError("--wandb", words, allowed="PROJECT or ENTITY/PROJECT", fix="--wandb=ENTITY/PROJECT")
+    return (parts[0] if len(parts) == 2 else None), parts[-1]
+
+
+def _place(words: str) -> tuple[str, str, str | None]:
+    entity, project, group = [*words.split("/", 2), "", ""][:3]
+    if not entity or not project or (words.count("/") > 1 and not group):
+        raise InputError(
+            "--export", words, allowed="ENTITY/PROJECT or ENTITY/PROJECT/GROUP", fix=_USAGE["--export"]
+        )
+    return entity, project, group or None
 
 
 def _check_flags(words: Sequence[str], known: set[str]) -> None:

@@ -5,21 +5,41 @@ Words are checked before pandas, scipy and plotly are imported: a slip of the pe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from analysis.compare import arguments
 
+if TYPE_CHECKING:
+    from analysis.compare.document import Document
+    from analysis.compare.report import Written
+
 
 def report(argv: Sequence[str]) -> int:
-    """``optbench report DIR [--out DIR] [--json]``: compare the runs below DIR; 0. Without runs the report says so.
+    """``optbench report DIR [--out DIR] [--wandb] [--json]``: compare the runs below DIR; 0. Without runs it says so.
+
+    ``ENTITY/PROJECT[/GROUP] --export DIR`` reads them from W&B into DIR first.
 
     Raises:
-        InputError: no such folder, or words that are not understood.
+        InputError: no such folder or W&B project, or words that are not understood.
     """
-    folder, out, as_json = arguments.report(argv)
+    asked = arguments.report(argv)
+    if asked.export is not None:
+        from analysis.dashboards.export import export
+
+        folders, remarks = export(asked.export, asked.folder)
+        for line in (*remarks, f"{len(folders)} runs read from W&B into {asked.folder}"):
+            print(line, file=sys.stderr)
     from analysis.compare import conclusion
 
-    conclusion.write(folder, out, as_json=as_json)
+    def publish(found: Document, written: Written) -> Written:
+        from analysis.dashboards import publishing
+
+        return publishing.publish(found, written, asked.project)
+
+    further = publish if asked.wandb else None
+    conclusion.write(asked.folder, asked.out, as_json=asked.as_json, further=further)
     return 0
 
 

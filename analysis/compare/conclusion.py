@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -19,14 +20,19 @@ NARROWEST = 110
 """Width of tables where the output is no terminal."""
 
 
-def write(folder: Path, out: Path, *, as_json: bool) -> None:
+Further = Callable[[Document, Written], Written]
+"""What else is made of a comparison; returns what was written before and what it added."""
+
+
+def write(folder: Path, out: Path, *, as_json: bool, further: Further | None = None) -> None:
     """Compare the runs below ``folder``, write the report into ``out``, and print.
 
     Raises:
         InputError: no such folder.
     """
     found = document.read(folder)
-    _print(found, report.write(found, out), as_json)
+    written = report.write(found, out)
+    _print(found, written if further is None else further(found, written), as_json)
 
 
 def leave_origin(root: Path, plan: Plan) -> None:
@@ -48,7 +54,8 @@ def _print(found: Document, written: Written, as_json: bool) -> None:
         for remark in written.remarks:
             print(remark, file=sys.stderr)
         files = [str(path) for path in written.files]
-        print(json.dumps({**document.to_json(found), "files": files}, indent=2, allow_nan=False))
+        extra = {"files": files, **({"links": written.links} if written.links else {})}
+        print(json.dumps({**document.to_json(found), **extra}, indent=2, allow_nan=False))
         return
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -72,4 +79,6 @@ def _print(found: Document, written: Written, as_json: bool) -> None:
         console.print(Text(f"! {remark}", style="red"))
     for remark in written.remarks:
         print(remark)
+    for what, address in written.links.items():
+        print(f"{what}: {address}")
     print(written.html)

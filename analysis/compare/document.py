@@ -18,6 +18,7 @@ from analysis.compare.runs import Run
 from analysis.compare.statistics import RESOLUTION
 from analysis.compare.tables import Table
 from analysis.compare.verdict import Verdict
+from harness.record.places import without_places
 
 SCHEMA_VERSION = 1
 ORIGIN = "compare.json"
@@ -65,8 +66,12 @@ class Document:
         )
 
 
-def read(folder: str | Path) -> Document:
+def read(folder: str | Path, *, public: bool = False) -> Document:
     """Load all runs below ``folder`` and judge them. A folder without runs makes a document that says so.
+
+    Args:
+        folder: of runs.
+        public: cut the paths of this machine out of all that is said, for what leaves it.
 
     Raises:
         InputError: no such folder.
@@ -75,6 +80,12 @@ def read(folder: str | Path) -> Document:
     remarks: list[str] = []
     runs = load(root, remarks)
     origins = _origins(root, runs)
+    if public:
+        for run in runs:
+            for name in ("config", "summary", "status", "environment", "reason", "notes"):
+                setattr(run, name, without_places(getattr(run, name)))
+        origins = {place: without_places(origin) for place, origin in origins.items()}
+        remarks = without_places(remarks)
     order = list(dict.fromkeys(name for origin in origins.values() for name in strings(origin["optimizers"])))
     judged = [_judged(chosen, origins) for chosen in comparison.compare(runs, order)]
     return Document(root, runs, judged, remarks)

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ SPANNING = "outcome"
 
 @dataclass(frozen=True)
 class Written:
-    """Files that were written, and remarks on those that could not be."""
+    """Files that were written, remarks on those that could not be, and where the comparison lies elsewhere."""
 
     html: Path
     files: list[Path]
     remarks: list[str]
+    links: dict[str, str] = field(default_factory=dict)
+    """What → its address."""
 
 
 def write(document: Document, out: Path) -> Written:

@@ -27,15 +27,22 @@ class Training:
         world_size: processes.
         output: file that their standard error is appended to.
         limits: `resource` limits by name, e.g. {"RLIMIT_FSIZE": 1000}.
+        environment: variables to set; theirs are those of the server that they are forked from.
     """
 
     def __init__(
-        self, words: Sequence[str], world_size: int, output: Path, limits: dict[str, int] | None = None
+        self,
+        words: Sequence[str],
+        world_size: int,
+        output: Path,
+        limits: dict[str, int] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         port = _free_port()
         self.processes = [
             _CONTEXT.Process(
-                target=_train, args=(list(words), rank, world_size, port, str(output), limits or {})
+                target=_train,
+                args=(list(words), rank, world_size, port, str(output), limits or {}, environment or {}),
             )
             for rank in range(world_size)
         ]
@@ -74,7 +81,13 @@ def trained(
 
 
 def _train(
-    words: list[str], rank: int, world_size: int, port: int, output: str, limits: dict[str, int]
+    words: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    output: str,
+    limits: dict[str, int],
+    environment: dict[str, str],
 ) -> None:
     import resource
 
@@ -84,7 +97,7 @@ def _train(
     for name, value in limits.items():
         number = getattr(resource, name)
         resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
-    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", **environment)
     if world_size > 1:
         os.environ.update(
             RANK=str(rank),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from analysis.compare import arguments
+from analysis.compare.arguments import Request
 from harness.config.errors import InputError
 
 
@@ -77,12 +78,33 @@ def test_words_that_are_refused(words: list[str], message: str) -> None:
 
 
 def test_report_words() -> None:
-    assert arguments.report(["runs/a"]) == (Path("runs/a"), Path("runs/a"), False)
-    assert arguments.report(["runs/a", "--out", "b", "--json"]) == (Path("runs/a"), Path("b"), True)
-    assert arguments.report(["--out=b", "runs/a"]) == (Path("runs/a"), Path("b"), False)
+    assert arguments.report(["runs/a"]) == Request(Path("runs/a"), Path("runs/a"), False)
+    assert arguments.report(["runs/a", "--out", "b", "--json"]) == Request(Path("runs/a"), Path("b"), True)
+    assert arguments.report(["--out=b", "runs/a"]) == Request(Path("runs/a"), Path("b"), False)
 
 
-@pytest.mark.parametrize("words", [[], ["a", "b"], ["a", "--wandb"], ["a", "--out"], ["--json"]])
+def test_report_words_for_wandb() -> None:
+    assert arguments.report(["--wandb", "a"]) == Request(Path("a"), Path("a"), False, wandb=True)
+    assert arguments.report(["a", "--wandb=team/p"]).project == ("team", "p")
+    assert arguments.report(["a", "--wandb=p"]).project == (None, "p")
+    for words in (
+        ["team/p/g", "--export", "a"],
+        ["--wandb", "team/p/g", "--export=a"],
+        ["--wandb=team/p/g", "--export", "a"],
+    ):
+        assert arguments.report(words) == Request(Path("a"), Path("a"), False, export=("team", "p", "g"))
+    assert arguments.report(["team/p", "--export", "a", "--json"]).export == ("team", "p", None)
+    assert arguments.report(["team/p/g/h", "--export", "a"]).export == ("team", "p", "g/h")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["a", "b"], ["a", "--wandbb"], ["a", "--out"], ["--json"], ["a", "--wandb=x/y/z"], ["a", "--wandb=/p"],
+        ["--export", "a"], ["p", "--export", "a"], ["team/p/", "--export", "a"], ["team/p", "--export"],
+        ["team/p", "--export", "--json"], ["team/p", "x", "--export", "a"],
+    ],
+)  # fmt: skip
 def test_report_words_that_are_refused(words: list[str]) -> None:
     with pytest.raises(InputError):
         arguments.report(words)

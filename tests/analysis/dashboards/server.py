@@ -201,6 +201,11 @@ class Server:
         ]
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
 
+    def _artifact_type(self, asked: dict[str, Any]) -> Any:
+        wanted = asked["name"].split(":")[0]
+        kinds = [a.kind for a in self.artifacts.values() if a.name == wanted and a.committed]
+        return {"project": {"artifact": {"artifactType": {"name": kinds[0]}} if kinds else None}}
+
     def _create_artifact(self, asked: dict[str, Any]) -> Any:
         given = asked["input"]
         key = f"QXJ0{len(self.artifacts)}"
@@ -270,7 +275,7 @@ class Server:
 
     def _list_projects(self, asked: dict[str, Any]) -> Any:
         page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
-        made = {"entityName": ENTITY, "createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False}
+        made = {"entityName": ENTITY, "createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False, "user": None}
         nodes = [
             {"__typename": "Project", "id": name, "name": name, **made} for name in sorted(self.projects)
         ]
@@ -347,9 +352,11 @@ _ANSWERS: dict[str, Callable[[Server, dict[str, Any]], Any]] = {
     "Viewer": Server._viewer,
     "GetViewer": Server._viewer,
     "GetDefaultEntity": Server._viewer,
+    "OrganizationCoreWeaveOrganizationID": lambda server, asked: {"entity": None},
     "UpsertBucket": Server._upsert_run,
     "RunResumeStatus": Server._resume_status,
     "CreateRunFiles": Server._run_files,
+    "ArtifactType": Server._artifact_type,
     "CreateArtifact": Server._create_artifact,
     "CreateArtifactManifest": Server._create_manifest,
     "UpdateArtifactManifest": Server._update_manifest,

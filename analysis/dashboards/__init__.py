@@ -1,0 +1,1 @@
+"""The comparison in Weights & Biases: dashboards, the report's files as artifacts, and runs read back into folders."""

@@ -1,0 +1,185 @@
+"""The dashboards' definition drawn here: the same panels over the run folders, in one page, without W&B."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.compare.curves import AXES, mean_curve, thinned
+from analysis.compare.document import Document
+from analysis.compare.plots import AXIS_TITLES
+from analysis.compare.reading import number
+from analysis.compare.runs import Run
+from analysis.dashboards.definition import SECTIONS, Panel, Section
+from analysis.dashboards.scope import Scope
+from analysis.page import dress
+from analysis.page.figures import MAX_POINTS, Plot, colour, figure, line
+
+HEIGHT = 240
+MOST_COMPARED = 12
+"""Runs side by side that a page can hold; W&B shows ten."""
+_AXIS_OF = {metric: axis for axis, metric in AXES.items()}
+
+
+def render(document: Document, scope: Scope) -> str:
+    """The page. Lines and bars are means over the seeds of an arm, bands and whiskers reach from least to most."""
+    titles = dict(scope.sets)
+    shown = [judged.chosen for judged in document.sets if judged.chosen.key in titles]
+    place = f"{scope.entity}/{scope.project}" if scope.entity else scope.project
+    return dress.render(
+        "preview.html.j2",
+        "analysis.dashboards",
+        title=place,
+        scope=f"Project {place}, grouped by {', '.join(f'config.{key}' for key in scope.group_by)}; "
+        "seeds folded to mean and range.",
+        sets=[_set(chosen, f"set{index}") for index, chosen in enumerate(shown)],
+    )
+
+
+def panel_plot(panel: Panel, chosen: ComparisonSet, key: str) -> Plot | None:
+    """One panel over one set; None where no run recorded what it shows."""
+    traces, axes = _bars(panel, chosen) if panel.kind == "bar" else _lines(panel, chosen)
+    if not traces:
+        return None
+    built = figure(traces, margin={"l": 52, "r": 8, "t": 8, "b": 40}, **axes)
+    return Plot(key, panel.title, "", built, HEIGHT)
+
+
+def _set(chosen: ComparisonSet, key: str) -> dict[str, Any]:
+    sections = [_section(section, chosen, f"s{index}") for index, section in enumerate(SECTIONS)]
+    plots = [plot for section in sections for plot in section["plots"]]
+    return {
+        "key": key,
+        "title": chosen.title,
+        "arms": [arm.label for arm in chosen.arms],
+        "sections": sections,
+        "data": dress.plot_data(key, plots),
+    }
+
+
+def _section(section: Section, chosen: ComparisonSet, key: str) -> dict[str, Any]:
+    drawn = {
+        panel: panel_plot(panel, chosen, f"{key}p{index}")
+        for index, panel in enumerate(section.panels)
+        if panel.kind != "comparer"
+    }
+    compared = chosen.runs[:MOST_COMPARED] if len(drawn) < len(section.panels) else []
+    return {
+        "name": section.name,
+        "plots": [plot for plot in drawn.values() if plot is not None],
+        "empty": [key for panel, plot in drawn.items() if plot is None for key in panel.y],
+        "runs": [run.where for run in compared],
+        "difference": _difference(compared),
+    }
+
+
+def _lines(panel: Panel, chosen: ComparisonSet) -> tuple[list[Any], dict[str, Any]]:
+    traces: list[Any] = []
+    axis = _AXIS_OF[panel.x]
+    for index, arm in enumerate(chosen.arms):
+        for metric in panel.y:
+            curve = mean_curve([run for run in arm.runs if metric in run.metrics], metric)
+            if curve is None or axis not in curve.x:
+                continue
+            keep = thinned(curve.mean, MAX_POINTS)
+            x = curve.x[axis][keep]
+            shared = {
+                "legendgroup": arm.label,
+                "meta": {"arm": index},
+                "hoverinfo": "skip",
+                "showlegend": False,
+            }
+            if curve.seeds > 1:
+                edge: dict[str, Any] = {"width": 0}
+                traces.append(go.Scatter(x=x, y=curve.low[keep], mode="lines", line=edge, **shared))
+                traces.append(
+                    go.Scatter(
+                        x=x,
+                        y=curve.high[keep],
+                        mode="lines",
+                        line=edge,
+                        fill="tonexty",
+                        fillcolor=_faint(colour(index)),
+                        **shared,
+                    )
+                )
+            traces.append(
+                go.Scatter(
+                    x=x,
+                    y=curve.mean[keep],
+                    mode="lines" if len(x) > 1 else "markers",
+                    line=line(index, 1.8),
+                    marker={"color": colour(index)},
+                    name=arm.label,
+                    legendgroup=arm.label,
+                    meta={"arm": index},
+                )
+            )
+    scale = {"type": "log"} if panel.log_y else {}
+    title = {"title": {"text": AXIS_TITLES[axis]}}
+    return traces, {"xaxis": title, "yaxis": scale, "showlegend": False}
+
+
+def _bars(panel: Panel, chosen: ComparisonSet) -> tuple[list[Any], dict[str, Any]]:
+    traces: list[Any] = []
+    for index, arm in enumerate(chosen.arms):
+        values = {metric: _last(arm, metric) for metric in panel.y}
+        values = {metric: found for metric, found in values.items() if found}
+        if values:
+            means = [float(np.mean(found)) for found in values.values()]
+            whiskers = {
+                "type": "data",
+                "symmetric": False,
+                "array": [max(f) - m for f, m in zip(values.values(), means, strict=True)],
+                "arrayminus": [m - min(f) for f, m in zip(values.values(), means, strict=True)],
+            }
+            heads = [arm.label] if len(panel.y) == 1 else list(values)
+            look = {"marker": {"color": colour(index)}, "name": arm.label, "meta": {"arm": index}}
+            traces.append(go.Bar(y=heads, x=means, error_x=whiskers, orientation="h", **look))
+    # Losses lie close together, far from 0: bars that began there would all look alike.
+    values = [x for trace in traces for x in trace.x]
+    close = panel.y[0].endswith("loss") and len(values) > 1
+    margin = 0.5 * (max(values) - min(values)) + 0.01 if close else 0.0
+    limits = {"range": [min(values) - margin, max(values) + margin]} if close else {}
+    return traces, {
+        "showlegend": False,
+        "xaxis": limits,
+        "yaxis": {"autorange": "reversed", "automargin": True},
+    }
+
+
+def _last(arm: Arm, metric: str) -> list[float]:
+    """A run's summary value, else its last row's, of every run that has one."""
+    return [value for run in arm.runs if math.isfinite(value := _value(run, metric))]
+
+
+def _value(run: Run, metric: str) -> float:
+    logged = run.metrics.get(metric)
+    finite = logged[np.isfinite(logged)] if logged is not None else np.empty(0)
+    return float(finite[-1]) if len(finite) else number(run.summary.get(metric))
+
+
+def _faint(hexadecimal: str) -> str:
+    red, green, blue = (int(hexadecimal[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.18)"
+
+
+def _difference(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Configuration keys with more than one value, a value a run."""
+    flat = [dict(_flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    table = [(key, [config.get(key, "–") for config in flat]) for key in keys]
+    return [(key, values) for key, values in table if len(set(values)) > 1]
+
+
+def _flat(config: dict[str, Any], start: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, value in config.items():
+        name = f"{start}{key}"
+        found += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, str(value))]
+    return found

@@ -1,0 +1,218 @@
+"""`optbench report DIR --wandb`: the definition as a file, and with a login the dashboards and the report in W&B."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.compare import document, report, words
+from analysis.compare.document import Document
+from analysis.compare.report import Written
+from analysis.dashboards import access, preview, scope, syncing
+from analysis.dashboards.scope import Scope
+from harness.config.schema import RunConfig
+from harness.record import atomic
+from harness.record.wandb import WandbSink
+
+SCHEMA_VERSION = 1
+DEFINITION, PREVIEW = "wandb_dashboards.json", "wandb_preview.html"
+ARTIFACT = "comparison"
+
+
+def publish(found: Document, written: Written, place: tuple[str | None, str] | None) -> Written:
+    """Write the definition beside the report; save it, and log the report's files, where W&B can be reached.
+
+    Args:
+        found: the comparison.
+        written: its report.
+        place: (entity or None, project); None: what the runs' configurations name.
+
+    Returns:
+        ``written`` with the files, links and remarks that were added.
+
+    Raises:
+        InputError: the runs name several projects.
+    """
+    out = written.html.parent
+    # Of what leaves the machine, from here on: without its paths.
+    shown = document.read(found.folder, public=True)
+    where = scope.of(shown, place)
+    remarks = [*written.remarks, *_left_out(found)]
+    if not where.sets:
+        return replace(
+            written, remarks=[*remarks, "W&B: none of these runs was made here; nothing to show there"]
+        )
+    obstacle = access.obstacle()
+    links: dict[str, str] = {}
+    if obstacle is None:
+        remarks += _sync(found)
+        try:
+            where, links = _upload(where, shown, out)
+        except Exception as error:
+            # W&B's client raises many types, some of them bare Exception; the files are there whatever it says.
+            obstacle = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    atomic.write_json(out / DEFINITION, _definition(where, shown, _saved(out)))
+    files = [*written.files, out / DEFINITION]
+    if obstacle is not None:
+        atomic.write_text(out / PREVIEW, preview.render(shown, where))
+        files.append(out / PREVIEW)
+        remarks.append(
+            f"W&B: {obstacle}. What would be saved is in {DEFINITION}, how it looks in {PREVIEW}; "
+            "the same command saves it once W&B can be reached"
+        )
+    return replace(written, files=files, remarks=remarks, links={**written.links, **links})
+
+
+def _left_out(found: Document) -> list[str]:
+    count = sum(run.foreign for run in found.runs)
+    return [f"W&B: {count} runs come from tables and are in the artifact only"] if count else []
+
+
+def _sync(found: Document) -> list[str]:
+    """Send the runs that wait in their folders; what dashboards show must be there."""
+    lines: list[str] = []
+    sent = 0
+    for run in found.runs:
+        if run.foreign or run.state == "running" or not syncing.waiting(run.folder):
+            continue
+        problem = syncing.sync(run.folder)
+        sent += problem is None
+        if problem is not None:
+            lines.append(f"W&B: {run.where} could not be sent: {problem}")
+    return [f"W&B: {words.plural(sent, 'offline run')} sent", *lines] if sent else lines
+
+
+def _definition(where: Scope, shown: Document, saved: dict[str, Any]) -> dict[str, Any]:
+    from analysis.dashboards import workspace
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "entity": where.entity,
+        "project": where.project,
+        "groups": list(where.groups),
+        "group_by": list(where.group_by),
+        "saved": saved,
+        "workspace": workspace.to_json(workspace.workspace(where, _name(where))),
+        "report": workspace.to_json(workspace.report(where, shown, _name(where), online=False)),
+    }
+
+
+def _name(where: Scope) -> str:
+    return f"optbench: {', '.join(where.groups) or where.project}"
+
+
+def _saved(out: Path) -> dict[str, Any]:
+    """Where an earlier call saved the dashboards: they are updated rather than made again."""
+    try:
+        found = json.loads((out / DEFINITION).read_text(encoding="utf-8")).get("saved")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _upload(where: Scope, shown: Document, out: Path) -> tuple[Scope, dict[str, str]]:
+    """Log the files, then save the dashboards; the scope with the entity that W&B took, and the links."""
+    entity, address = _log(where, shown)
+    where = where.at(entity)
+    from analysis.dashboards import workspace
+
+    place = [entity, where.project]
+    saved: dict[str, Any] = _saved(out)
+    if saved.get("place") != place:
+        saved.clear()
+        saved["place"] = place
+    made = workspace.workspace(where, _name(where))
+    made._internal_name, made._internal_id = saved.get("workspace", ["", ""])
+    made.save()
+    saved["workspace"] = [made._internal_name, made._internal_id]
+    # Kept before the next step, which may fail: the one after that must not save a second workspace.
+    atomic.write_json(out / DEFINITION, {"schema_version": SCHEMA_VERSION, "saved": saved})
+    text = workspace.report(where, shown, _name(where), online=True)
+    text.id = saved.get("report", "")
+    text.save()
+    saved["report"] = text.id
+    atomic.write_json(out / DEFINITION, {"schema_version": SCHEMA_VERSION, "saved": saved})
+    return where, {"W&B workspace": made.url, "W&B report": text.url, "W&B run with the files": address}
+
+
+def _log(where: Scope, shown: Document) -> tuple[str, str]:
+    """One W&B run of job type `report`: page and tables to look at, all files as an artifact.
+
+    Returns:
+        Entity and address of that run.
+    """
+    taken: dict[str, str] = {}
+    said: list[str] = []
+    identity = hashlib.sha256("\0".join([where.project, *where.groups, *(k for k, _ in where.sets)]).encode())
+    group = ", ".join(where.groups)[:120] or "default"
+    config = RunConfig.model_validate(
+        {"wandb": {"mode": "online", "project": where.project, "entity": where.entity}, "group": group}
+    )
+    with tempfile.TemporaryDirectory(prefix="optbench-") as scratch:
+        folder = Path(scratch, f"report-{group}".replace("/", "-"))
+        folder.mkdir()
+        files = report.write(shown, folder / "files").files
+        certificates = folder / "files" / "certificates.json"
+        atomic.write_json(certificates, _certificates(shown))
+        sink = WandbSink(
+            config,
+            folder,
+            f"report-{identity.hexdigest()[:10]}",
+            {"comparison_keys": [key for key, _ in where.sets], "groups": list(where.groups)},
+            said.append,
+            job_type="report",
+            described={"report": {"sentence": shown.sentence}},
+        )
+
+        def attach(run: Any) -> None:
+            if run.offline:
+                return
+            _attach(run, shown, [*files, certificates])
+            taken.update(entity=run.entity, address=run.url)
+
+        sink.attach(attach)
+        sink.finish({"sentence": shown.sentence}, exit_code=0)
+    if not taken:
+        raise RuntimeError(said[0].removeprefix("W&B: ") if said else "no answer")
+    return taken["entity"], taken["address"]
+
+
+def _attach(run: Any, shown: Document, files: list[Path]) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(f"{ARTIFACT}-{run.id}", type="comparison")
+    for path in files:
+        artifact.add_file(str(path), name=path.name)
+    run.log_artifact(artifact)
+    page = next(path for path in files if path.suffix == ".html")
+    logged: dict[str, Any] = {"comparison/report": wandb.Html(str(page))}
+    for index, judged in enumerate(shown.sets):
+        columns = judged.table.columns
+        rows = [
+            [row.cells[c.key].text if c.key in row.cells else "" for c in columns]
+            for row in judged.table.rows
+        ]
+        heads = [f"{c.label} ({c.unit})" if c.unit else c.label for c in columns]
+        logged[f"comparison/table{index or ''}"] = wandb.Table(dataframe=pd.DataFrame(rows, columns=heads))
+    logged["comparison/certificates"] = wandb.Table(dataframe=pd.DataFrame(_certificates(shown)).astype(str))
+    run.log(logged)
+
+
+def _certificates(shown: Document) -> list[dict[str, Any]]:
+    """What is known of each run's optimizer on its engine (`optbench certify`)."""
+    return [
+        {
+            "run": run.where,
+            "optimizer": run.optimizer,
+            "seed": run.seed,
+            **(run.certified or {"passed": None}),
+        }
+        for run in shown.runs
+        if not run.foreign
+    ]

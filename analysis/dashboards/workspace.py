@@ -1,0 +1,162 @@
+"""The definition as W&B's own objects: a workspace and a report, made without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import wandb_workspaces.expr as expr
+import wandb_workspaces.reports.v2.interface as wr
+import wandb_workspaces.workspaces as ws
+
+from analysis.compare import renderings
+from analysis.compare.document import Document
+from analysis.dashboards.definition import COLUMNS, SECTIONS, Panel, Section
+from analysis.dashboards.scope import OPTIMIZER, Scope
+
+LONGEST_TITLE = 128
+MOST_RUNS = 100
+"""Runs per panel, of which seeds fold into one curve."""
+WIDTH, HEIGHT, PER_ROW = 8, 6, 3
+"""A panel of a report, in W&B's grid of 24 columns."""
+
+
+def workspace(scope: Scope, name: str) -> ws.Workspace:
+    """The workspace: panels by section, runs of the comparison grouped by arm, seeds folded to mean and range."""
+    runs: Any = ws.RunsetSettings(
+        filters=_filters(scope, [key for key, _ in scope.sets]),
+        groupby=[expr.Config(key) for key in scope.group_by],
+        order=[expr.Ordering(expr.Summary("val/loss"), ascending=True)],
+        # Colours of nested groups would have to name every option; W&B chooses those.
+        group_colors=dict(scope.colours) if scope.group_by == (OPTIMIZER,) else {},
+        pinned_columns=[
+            *(f"config:{_wrapped(key)}" for key in scope.group_by),
+            "config:seed.value",
+            *(f"summary:{key}" for key in COLUMNS),
+        ],
+    )
+    sections: list[Any] = [
+        ws.Section(name=section.name, panels=_panels(section), is_open=True, pinned=section is SECTIONS[0])
+        for section in SECTIONS
+    ]
+    made = ws.Workspace(
+        name=name[:LONGEST_TITLE],
+        entity=scope.entity or "",
+        project=scope.project,
+        sections=sections,
+        settings=ws.WorkspaceSettings(x_axis="step", max_runs=MOST_RUNS),
+        runset_settings=runs,
+        auto_generate_panels=False,
+    )
+    made._internal_runset_id = _identifier("runs", scope.project, *scope.groups)
+    return made
+
+
+def report(scope: Scope, document: Document, name: str, *, online: bool) -> wr.Report:
+    """The report: of each set the verdict, the table and the panels.
+
+    Args:
+        scope: with an entity if ``online``.
+        document: what is said, free of paths.
+        name: its title.
+        online: let W&B look up the project; offline its runs stay unnamed.
+    """
+    blocks: list[Any] = [wr.TableOfContents()]
+    titles = dict(scope.sets)
+    for judged in document.sets:
+        key = judged.chosen.key
+        if key not in titles:
+            continue
+        blocks += [wr.H1(judged.chosen.title), wr.P(judged.verdict.headline)]
+        if judged.verdict.detail:
+            blocks.append(wr.P(judged.verdict.detail))
+        blocks += [wr.P(f"Warning: {caution.message}") for caution in judged.cautions if caution.grave]
+        blocks.append(wr.MarkdownBlock(text=renderings.markdown([(judged.table, judged.verdict.scope)])))
+        for section in SECTIONS:
+            panels = _panels(section, places=True, salt=key)
+            blocks += [
+                wr.H2(section.name),
+                wr.PanelGrid(runsets=[_runset(scope, key, online)], panels=panels),
+            ]
+    return wr.Report(
+        project=scope.project,
+        entity=scope.entity or "",
+        title=name[:LONGEST_TITLE],
+        description="Written by optbench report --wandb; the same comparison in detail is its artifact report.html.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def to_json(made: ws.Workspace | wr.Report) -> dict[str, Any]:
+    """What would be saved, as W&B keeps it."""
+    return json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
+
+
+def _runset(scope: Scope, key: str, online: bool) -> Any:
+    made = wr.Runset(
+        entity=(scope.entity or "") if online else "",
+        project=scope.project if online else "",
+        name="seeds of each arm",
+        filters=_filters(scope, [key]),
+        groupby=[f"config.{key}" for key in scope.group_by],
+        order=[wr.OrderBy(wr.SummaryMetric("val/loss"), ascending=True)],
+    )
+    made._id = _identifier("runset", key)
+    return made
+
+
+def _filters(scope: Scope, keys: list[str]) -> list[Any]:
+    """Training runs of these groups that may be compared: a sweep or a report in the same project stays out."""
+    found: list[Any] = [expr.Metric("JobType") == "train"]
+    if scope.groups:
+        found.append(expr.Metric("Group").isin(list(scope.groups)))
+    if keys:
+        found.append(expr.Config("comparison_key").isin(keys))
+    return found
+
+
+def _panels(section: Section, *, places: bool = False, salt: str = "") -> list[Any]:
+    return list(_made(section, places, salt))
+
+
+def _made(section: Section, places: bool, salt: str) -> Iterator[Any]:
+    for index, panel in enumerate(section.panels):
+        made = _panel(panel)
+        made._id = _identifier(section.name, panel.title, salt)
+        if places:
+            row, column = divmod(index, PER_ROW)
+            wide = 3 * WIDTH if panel.kind == "comparer" else WIDTH
+            made.layout = wr.Layout(x=column * WIDTH, y=row * HEIGHT, w=wide, h=HEIGHT)
+        yield made
+
+
+def _panel(panel: Panel) -> Any:
+    if panel.kind == "comparer":
+        return wr.RunComparer(diff_only="split")
+    folded: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
+    if panel.kind == "bar":
+        metrics: list[Any] = [wr.Metric(key) for key in panel.y]
+        return wr.BarPlot(title=panel.title, metrics=metrics, max_runs_to_show=MOST_RUNS, **folded)
+    return wr.LinePlot(
+        title=panel.title,
+        x=wr.Metric(panel.x),
+        y=[wr.Metric(key) for key in panel.y],
+        log_y=panel.log_y or None,
+        smoothing_type="none",
+        max_runs_to_show=MOST_RUNS,
+        **folded,
+    )
+
+
+def _wrapped(key: str) -> str:
+    """A configuration key as W&B's table of runs addresses it: optimizer.name → optimizer.value.name."""
+    head, _, rest = key.partition(".")
+    return f"{head}.value.{rest}" if rest else f"{head}.value"
+
+
+def _identifier(*words: str) -> str:
+    """W&B draws these at random; drawn from what they stand for, saving twice changes nothing."""
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:11]
