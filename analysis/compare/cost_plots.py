@@ -9,8 +9,9 @@ import plotly.graph_objects as go
 
 from analysis.compare import words
 from analysis.compare.comparison import ComparisonSet
-from analysis.compare.plots import MAX_LEGEND, Plot, figure
+from analysis.compare.plots import MAX_LEGEND
 from analysis.compare.tables import state_kinds
+from analysis.page.figures import Plot, figure
 from harness.record.schema import TIME_PARTS
 
 

@@ -12,12 +12,12 @@ from analysis.compare import cautions, comparison, tables, verdict
 from analysis.compare.caution import Caution
 from analysis.compare.comparison import ComparisonSet
 from analysis.compare.loading import load
-from analysis.compare.plots import plain
 from analysis.compare.reading import mapping
 from analysis.compare.runs import Run
 from analysis.compare.statistics import RESOLUTION
 from analysis.compare.tables import Table
 from analysis.compare.verdict import Verdict
+from analysis.plain import plain
 from harness.record.places import without_places
 
 SCHEMA_VERSION = 1

@@ -10,7 +10,9 @@ import plotly.graph_objects as go
 from analysis.compare import words
 from analysis.compare.comparison import Arm, ComparisonSet
 from analysis.compare.curves import AXES, Curve, Floats, mean_curve, single_curve, thinned
-from analysis.compare.plots import AXIS_TITLES, MAX_POINTS, PALETTES, Plot, figure, line, plain
+from analysis.compare.plots import AXIS_TITLES
+from analysis.page.figures import MAX_POINTS, PALETTES, Plot, figure, line
+from analysis.plain import plain
 
 AXIS_WORDS = {"flops": "FLOPs"}
 LABEL_HEIGHT = 17

@@ -10,8 +10,9 @@ import plotly.graph_objects as go
 
 from analysis.compare.comparison import ComparisonSet
 from analysis.compare.curves import Floats
-from analysis.compare.plots import Plot, figure, legend, line, unnamed
+from analysis.compare.plots import legend, unnamed
 from analysis.compare.spectra import FIGURES, Spectra, block, fold, short, spectra
+from analysis.page.figures import Plot, figure, line
 
 STATS = (("median", np.nanmedian, 2.2), ("largest", np.nanmax, 0.9))
 MAX_STEPS, MIN_STEPS = 120, 12

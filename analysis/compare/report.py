@@ -5,26 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from analysis.compare import cost_plots, facts, moment_plots, picture, plots, provenance, renderings
 from analysis.compare.document import Document, Judged, to_json
 from analysis.compare.main_plot import main_plot
-from analysis.compare.plots import DASHES, PALETTES, Plot
+from analysis.page import dress
+from analysis.page.dress import plot_data
 
-PART_PALETTES = {
-    "light": ["#9aa3ad", "#0072b2", "#d55e00", "#009e73", "#b37a00", "#b0568c", "#3d9bd6", "#7a4f2a"],
-    "dark": ["#87909b", "#5cb3ec", "#ff8c4a", "#35c99c", "#f2bd48", "#eaa0cb", "#a5dbff", "#d2a679"],
-}
-"""Colours of the parts of a bar, apart from the arms' (a part is no arm)."""
-DASH_PATTERNS = dict(zip(DASHES, ("", "7 4", "2 4", "7 3 2 3", "11 4", "11 3 2 3"), strict=True))
 PICTURE = (1200, 640)
 BESIDE = {"loss": "interval"}
 """Columns that stand in the cell of another, behind its number."""
@@ -84,35 +74,18 @@ def render(document: Document) -> str:
     """The page as text. It loads nothing: plotly.js, styles and data are inside."""
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     sections = [_section(judged, f"set{index}") for index, judged in enumerate(document.sets)]
-    return _page("report.html.j2", document=document, sections=sections, made=made)
+    return page("report.html.j2", document=document, sections=sections, made=made)
 
 
 def render_picture(judged: Judged) -> str:
     """The page that is photographed: verdict and main plot of one set."""
     main = main_plot(judged.chosen)
-    return _page("picture.html.j2", judged=judged, main=main, data=_data("main", [main] if main else []))
+    return page("picture.html.j2", judged=judged, main=main, data=plot_data("main", [main] if main else []))
 
 
-def _page(template: str, **values: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("analysis.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    loader = environment.loader
-    assert loader is not None
-
-    def raw(name: str) -> Markup:
-        return Markup(loader.get_source(environment, name)[0])
-
-    shared = {
-        "css": raw("report.css"),
-        "script": raw("report.js"),
-        "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
-        "palettes": _embedded({"arms": PALETTES, "parts": PART_PALETTES}),
-        "dashes": [DASH_PATTERNS[name] for name in DASHES],
-        "colours": PALETTES["light"],
-        "axis_titles": plots.AXIS_TITLES,
-    }
-    return environment.get_template(template).render(**shared, **values)
+def page(template: str, *, package: str = "analysis.compare", **values: Any) -> str:
+    """A page with the report's words for horizontal axes; ``package`` has the template."""
+    return dress.render(template, package, axis_titles=plots.AXIS_TITLES, **values)
 
 
 def _section(judged: Judged, key: str) -> dict[str, Any]:
@@ -142,15 +115,5 @@ def _section(judged: Judged, key: str) -> dict[str, Any]:
         "parameters": facts.parameters(chosen),
         "difference": facts.config_difference(chosen),
         "environment": facts.environment(chosen.runs),
-        "data": _data(key, [plot for plot in shown if plot is not None]),
+        "data": plot_data(key, [plot for plot in shown if plot is not None]),
     }
-
-
-def _data(key: str, shown: Iterable[Plot]) -> Markup:
-    return _embedded({f"{key}-{plot.key}": asdict(plot) for plot in shown})
-
-
-def _embedded(value: object) -> Markup:
-    """JSON that can stand inside a script element whatever words it holds."""
-    text = json.dumps(plots.plain(value), separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from analysis.margin.outputs import Finished, counts, plain
+from analysis.margin.outputs import Finished, counts
 from analysis.margin.plots import shown_runs
 from analysis.margin.settings import Settings
 from analysis.margin.trajectory import Run
+from analysis.plain import plain
 from harness.config.schema import RunConfig
 from harness.record.wandb import WandbSink
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from analysis.compare.plots import PALETTES, Plot, figure, plain
 from analysis.compare.words import listing, significant
 from analysis.margin.outputs import Finished
 from analysis.margin.plots import curves, log10_t, shown_runs
 from analysis.margin.settings import Settings
 from analysis.margin.trajectory import Row, Run
+from analysis.page.figures import Plot, colour, figure
 
 GEOMETRIES = {"norm_margin_l2": "Frobenius", "norm_margin_linf": "max", "norm_margin_spec": "spectral"}
 LOSSES = (-2.0, -5.0, -10.0, -20.0)
@@ -120,11 +120,10 @@ def _bands(runs: Sequence[Run], norm: str) -> Plot:
         x = [log10_t(row) for row in rows]
         low, high = ([row[f"{side}_{norm}_q50"] for row in rows] for side in ("lower", "upper"))
         outline = [*x, *x[::-1]]
-        colour = PALETTES["light"][arm % len(PALETTES["light"])]
         meta = {"arm": arm, "band": True}
         traces.append(
             go.Scatter(
-                x=outline, y=[*high, *low[::-1]], fill="toself", mode="none", opacity=0.2, fillcolor=colour,
+                x=outline, y=[*high, *low[::-1]], fill="toself", mode="none", opacity=0.2, fillcolor=colour(arm),
                 hoverinfo="skip", showlegend=False, meta=meta,
             )
         )  # fmt: skip
@@ -134,7 +133,7 @@ def _bands(runs: Sequence[Run], norm: str) -> Plot:
         "Lines: attack, an upper bound. Bands reach down to the certified radius. Medians over test points."
     )
     built = figure(traces, **_axes(STEPS, f"{word} radius"))
-    return Plot(f"band-{norm}", f"Input margin, {word}", caption, plain(built), 360)
+    return Plot(f"band-{norm}", f"Input margin, {word}", caption, built, 360)
 
 
 def _axes(x: str, y: str) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from analysis.compare.plots import Plot
-from analysis.margin import report
 from analysis.margin.settings import Settings
 from analysis.margin.trajectory import Run
+from analysis.page import job as job_page
+from analysis.page.figures import Plot
+from analysis.plain import plain
 from harness.record import atomic
 
 SCHEMA_VERSION = 1
@@ -120,9 +119,11 @@ def summary(settings: Settings, done: Finished) -> dict[str, Any]:
 
 def page(settings: Settings, done: Finished) -> str:
     """report.html."""
-    tables = [report.Table(*cells(done.table))]
-    tables += [report.Table(*cells(rows), title=name.replace("_", " ")) for name, rows in done.more.items()]
-    return report.render(
+    tables = [job_page.Table(*cells(done.table))]
+    tables += [job_page.Table(*cells(rows), title=name.replace("_", " ")) for name, rows in done.more.items()]
+    return job_page.render(
+        command="margin",
+        kicker="Robustness margin",
         title=settings.mode,
         headline=done.headline,
         scope=done.scope,
@@ -176,17 +177,6 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     for row in listed:
         writer.writerow({key: "" if _is_nothing(value) else value for key, value in row.items()})
     return out.getvalue()
-
-
-def plain(value: Any) -> Any:
-    """JSON data: tuples as lists, numbers that are not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _quartiles(row: Mapping[str, Any], key: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a margin job, as plain dictionaries that the report's page colours (`analysis.compare.plots`)."""
+"""Figures of a margin job, as plain dictionaries that the report's page colours (`analysis.page.figures`)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.compare.plots import Plot, figure, line
 from analysis.margin.trajectory import Row, Run
+from analysis.page.figures import GREY, MAX_POINTS, Plot, figure, line
 
-GREY = "#8a94a3"
 LN10 = math.log(10.0)
-MAX_POINTS = 400
 Value = Callable[[Row], float | None]
 
 

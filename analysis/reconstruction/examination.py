@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from analysis.plain import plain
 from analysis.reconstruction import (
     attack,
     baselines,
@@ -29,7 +30,7 @@ from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import outputs
 from analysis.reconstruction.scoring import Score, Target, score
 from analysis.reconstruction.subjects import Images, Subject
-from analysis.reconstruction.tables import Row, plain
+from analysis.reconstruction.tables import Row
 
 HELDOUT_DRAWS, OTHER_DRAWS = 30, 10
 

@@ -1,4 +1,4 @@
-"""Figures of a reconstruction job, as plain dictionaries that the report's page colours (`analysis.compare.plots`)."""
+"""Figures of a reconstruction job, as plain dictionaries that the report's page colours (`analysis.page.figures`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from analysis.compare.plots import PALETTES, Plot, figure, line
+from analysis.page.figures import GREY, Plot, colour, figure, line
 from analysis.reconstruction.tables import Row
 
 STEPS = {"title": {"text": "training steps"}, "type": "log"}
@@ -139,7 +139,7 @@ def _ssim(matches: Sequence[Row], names: Sequence[str]) -> Plot | None:
                 x=[row["margin"] for row in mine],
                 y=[row["ssim"] for row in mine],
                 mode="markers",
-                marker={"color": _colour(arm), "size": 7, "opacity": 0.75},
+                marker={"color": colour(arm), "size": 7, "opacity": 0.75},
                 name=name,
                 meta={"arm": arm},
             )
@@ -177,7 +177,7 @@ def _susceptibility(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
                     "visible": any(h is not None for h in halves),
                 },
                 name=f"{objective} objective",
-                marker={"color": _colour(part + 1)},
+                marker={"color": colour(part)},
                 meta={"part": part + 1},
             )
         )
@@ -230,7 +230,7 @@ def _grey(x: Sequence[float], y: Sequence[float]) -> Any:
         x=list(x),
         y=list(y),
         mode="lines",
-        line={"color": "#8a94a3", "width": 1.6, "dash": "dot"},
+        line={"color": GREY, "width": 1.6, "dash": "dot"},
         name="held out",
     )
 
@@ -249,7 +249,3 @@ def _pairs(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[str, str]]:
         for name in names
         for p in dict.fromkeys((name, r["objective"]) for r in rows if r["optimizer"] == name)
     ]
-
-
-def _colour(index: int) -> str:
-    return PALETTES["light"][index % len(PALETTES["light"])]

@@ -8,9 +8,9 @@ from statistics import fmean
 
 import torch
 
-from analysis.compare.plots import Plot
-from analysis.margin import report as shared
-from analysis.margin.report import Table
+from analysis.page import job as job_page
+from analysis.page.figures import Plot
+from analysis.page.job import Table
 from analysis.reconstruction import examination, pictures, plots, susceptibility
 from analysis.reconstruction.job import Results
 from analysis.reconstruction.page import COLUMNS, cell
@@ -49,7 +49,7 @@ def write(results: Results) -> list[Path]:
 
 def render(results: Results, figures: Sequence[Plot], images: Sequence[Picture]) -> str:
     """The page as text, self-contained."""
-    return shared.render(
+    return job_page.render(
         title=results.config.mode,
         headline=headline(results),
         scope=susceptibility.SCOPE

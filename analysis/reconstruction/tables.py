@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,3 @@ def write(folder: Path, tables: Mapping[str, Sequence[Row]]) -> list[Path]:
             atomic.write_bytes(path, data)
             written.append(path)
     return written
-
-
-def plain(value: Any) -> Any:
-    """Values that JSON knows: numbers that are not finite are null."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
