@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cli import COMMANDS, document
-from harness.config import checks, keys, learning_rates, sources
+from harness.config import checks, cluster, keys, learning_rates, sources
 from harness.config.compose import load
 from harness.config.errors import InputError, closest
 from harness.config.model_facts import facts
@@ -28,6 +28,7 @@ _KINDS = {
     "data": "data",
     "schedules": "schedule",
     "experiments": "experiment",
+    "clusters": "cluster",
 }
 
 
@@ -54,7 +55,8 @@ def list_command(argv: Sequence[str]) -> int:
 
 
 def show_command(argv: Sequence[str]) -> int:
-    """`optbench show NAME [--json]`: one model, optimizer, engine, data set, schedule, experiment or command.
+    """`optbench show NAME [--json]`: one model, optimizer, engine, data set, schedule, experiment, cluster or
+    command.
 
     Raises:
         InputError: no name, several names, or a name that nothing has.
@@ -79,7 +81,7 @@ def show_command(argv: Sequence[str]) -> int:
     console = _console()
     for label, value in shown.items():
         if not isinstance(value, list):
-            console.print(Text(label, style="bold"), _cell(value), highlight=False)
+            console.print(Text(label, style="bold"), Text(_cell(value)), highlight=False)
     for label, value in shown.items():
         if isinstance(value, list) and value:
             console.print(_table(label.replace("_", " "), value))
@@ -219,7 +221,8 @@ def _show_keys() -> dict[str, Any]:
 
 def _group_keys(group: str | None) -> list[dict[str, Any]]:
     rows = []
-    for key in keys.schema_keys().values():
+    known = cluster.known() if group == cluster.GROUP else keys.schema_keys()
+    for key in known.values():
         if group is None or key.name.startswith(f"{group}."):
             allowed = key.allowed if isinstance(key.allowed, str) else ", ".join(key.allowed)
             rows.append(

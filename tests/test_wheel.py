@@ -86,6 +86,8 @@ def test_what_is_in_it(wheel: Path) -> None:
     for needed in (
         "harness/configs/optbench.yaml",
         "harness/configs/accelerate/ddp_gpu.yaml",
+        "harness/configs/cluster/generic_gpu.yaml",
+        "harness/slurm/templates/train.sbatch.j2",
         "harness/verify/certificates.json",
         "analysis/compare/templates/report.html.j2",
     ):

@@ -71,7 +71,7 @@ class ClusterConfig(_Keys):
     """Per node; null: the cluster's default."""
     memory: str | None = None
     """Per node, as SLURM writes it, e.g. 64G; 0: all of it. null: the cluster's default."""
-    time: str | int | float = "4h"
+    time: str = "4h"
     """Longest time until a job is stopped and queued again: seconds, 90m, 2h30m or 1-12:00:00."""
     exclusive: bool = False
     """Whole nodes."""

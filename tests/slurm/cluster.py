@@ -1,10 +1,13 @@
-"""A real Slurm on this machine: munge, slurmctld and two slurmd in a folder of their own. Needs root."""
+"""A real Slurm on this machine: munge, slurmctld and three slurmd in a folder of their own. Needs root."""
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ ClusterName=ci
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthInfo=socket={state}/munge/munge.socket,cred_expire=5
-SlurmctldPort=16817
+SlurmctldPort={ports[0]}
 SlurmctldPidFile={state}/slurmctld.pid
 SlurmdPidFile={state}/slurmd-%n.pid
 SlurmdSpoolDir={state}/%n
@@ -38,11 +41,13 @@ ReturnToService=2
 SlurmdTimeout=30
 KillWait=20
 MinJobAge=600
-NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=16 RealMemory=4000 State=UNKNOWN
-PartitionName=ci Nodes=node[1-2] Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=60 State=UP
-PartitionName=hi Nodes=node[1-2] MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+{nodes}
+PartitionName=ci Nodes=node[1-3] Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=60 State=UP
+PartitionName=hi Nodes=node[1-3] MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
 """
 """Jobs in ``hi`` push those in ``ci`` aside, which get USR1 and a minute to save."""
+NODE = "NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=4000 State=UNKNOWN"
+NODES = 3
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 
@@ -55,20 +60,33 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Two nodes, one partition. Use as a context manager."""
+    """Three nodes, two partitions, ports of its own. Use as a context manager."""
 
     def __init__(self, state: Path) -> None:
         self._state = state
         self.environment = {**os.environ, "SLURM_CONF": str(state / "slurm.conf"), "PATH": _path()}
 
     def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self._stop_daemons()
+            raise
+        return self
+
+    def _start(self) -> None:
         state = self._state
-        for name in ("ctld", "log", "node1", "node2", "munge"):
+        names = [f"node{number}" for number in range(1, NODES + 1)]
+        for name in ("ctld", "log", "munge", *names):
             (state / name).mkdir(parents=True)
         state.chmod(0o711)
         (state / "munge").chmod(0o711)
         host = self._call("hostname", "-s").strip()
-        (state / "slurm.conf").write_text(CONF.format(host=host, state=state))
+        ports = _free_ports(1 + NODES)
+        nodes = [NODE.format(number=n, host=host, port=ports[n]) for n in range(1, NODES + 1)]
+        (state / "slurm.conf").write_text(
+            CONF.format(host=host, state=state, ports=ports, nodes="\n".join(nodes))
+        )
         key = state / "munge" / "key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
@@ -83,24 +101,36 @@ class Cluster:
             f"--seed-file={munge}/seed",
         )
         self._call("slurmctld", "-f", str(state / "slurm.conf"))
-        for node in ("node1", "node2"):
+        for node in names:
             self._call("slurmd", "-N", node, "-f", str(state / "slurm.conf"))
         self.until(
-            lambda: self._call("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D").strip() == "2",
+            lambda: self._call("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D").strip() == str(NODES),
             30,
             "idle nodes",
         )
-        return self
 
     def __exit__(self, *details: object) -> None:
-        self._call("scancel", "-f", "-u", "root")
-        self.until(lambda: not self._call("squeue", "-h").strip(), 20, "an empty queue")
-        daemons = [
-            self._stop(self._state / f"{name}.pid") for name in ("slurmd-node1", "slurmd-node2", "slurmctld")
-        ]
+        try:
+            self._call("scancel", "-f", "-s", "KILL", "-t", "RUNNING", "-u", "root")
+            self._call("scancel", "-f", "-u", "root")
+            self.until(lambda: not self._call("squeue", "-h").strip(), 40, "an empty queue")
+        finally:
+            self._stop_daemons()
+
+    def _stop_daemons(self) -> None:
+        names = [*(f"slurmd-node{number}" for number in range(1, NODES + 1)), "slurmctld"]
+        daemons = [self._stop(self._state / f"{name}.pid") for name in names]
         # The daemons sign their last messages: munge goes last.
         psutil.wait_procs([daemon for daemon in daemons if daemon is not None], timeout=20)
         self._stop(self._state / "munge" / "pid")
+
+    def python(self, *words: str, code: int = 0) -> tuple[str, str]:
+        """Run Python where SLURM's commands reach this cluster; what it wrote on standard output and standard error."""
+        done = subprocess.run(
+            [sys.executable, *words], env=self.environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == code, f"{words}: code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout, done.stderr
 
     def submit(self, *words: str) -> int:
         """sbatch; returns the job's number."""
@@ -149,6 +179,16 @@ class Cluster:
         process = psutil.Process(int(pid_file.read_text()))
         process.terminate()
         return process
+
+
+def _free_ports(count: int) -> list[int]:
+    """Below those that the system gives to outgoing connections, so that nothing takes them in between."""
+    free: list[int] = []
+    for port in random.sample(range(12000, 32000), 200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) and len(free) < count:
+                free.append(port)
+    return free
 
 
 def _path() -> str:

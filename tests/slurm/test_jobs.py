@@ -1,0 +1,205 @@
+"""`optbench submit` and `status` on a real Slurm: what happens to jobs must not happen to runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness.jobs import history
+from tests.faults.checkpoints import assert_same, assert_whole, status
+from tests.faults.forked import Training
+from tests.slurm.conftest import Lab
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(420)]
+WAIT_S = 240
+QUIET = ("eval.every=null", "moments.every=null", "optimizer=galore", "optimizer.rank=8", "engine.threads=1")
+
+
+def _events(run: Path) -> list[str]:
+    return [event.kind for event in history.read(run)]
+
+
+def _is_training(run: Path, step: int = 1) -> bool:
+    try:
+        return status(run)["step"] >= step and (run / "heartbeat").is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _output(run: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted((run / "slurm" / "logs").glob("*.out")))
+
+
+def _state(lab: Lab, job: str) -> str:
+    return lab.slurm.wait(int(job), WAIT_S)["JobState"]
+
+
+def test_two_nodes_pushed_aside_go_on_and_end_as_if_nothing_had_been(lab: Lab, tmp_path: Path) -> None:
+    words = lab.words(*QUIET, "steps=240", "checkpoint.every=1000", f"runs_dir={tmp_path}", "name=cut")
+    more = ["cluster.nodes=2", "cluster.preflight.enabled=true", "cluster.preflight.min_gb_per_s=0"]
+    queued = lab.submit(*words, *more, "--then", f"report {tmp_path / 'default'}")
+    run = tmp_path / "default" / "cut"
+    lab.slurm.until(lambda: _is_training(run), WAIT_S, "training")
+    lab.slurm.submit("-p", "hi", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    assert _state(lab, queued["job"]) == "COMPLETED", _output(run)
+    assert lab.slurm.facts(queued["job"])["Restarts"] == "1"
+    assert _events(run) == ["started", "requeued", "started", "finished"]
+    assert "preflight: node2: 0 GPUs" in _output(run)
+    (resumed,) = json.loads((run / "summary.json").read_text())["resumed_from"]
+    assert 0 < resumed < 240
+    assert json.loads((run / "summary.json").read_text())["world_size"] == 4
+    (report, _) = queued["then"][0].values()
+    assert _state(lab, report) == "COMPLETED"
+    assert (run.parent / "report.html").exists()
+    whole = [word for word in words if not word.startswith(("cluster", "name"))] + [
+        "name=whole",
+        "world_size=4",
+    ]
+    assert Training(whole, 4, tmp_path / "whole.txt").wait(WAIT_S) == [0, 0, 0, 0]
+    assert_same(run.parent / "whole", run, 240)
+
+
+def test_of_a_grid_only_the_row_that_was_killed_is_queued_again(lab: Lab, tmp_path: Path) -> None:
+    words = ["compare", "adamw", "muon", "galore", "sumo", "seeds=2", "group=grid"]
+    words += lab.words(f"runs_dir={tmp_path}", "galore.rank=4", "sumo.rank=4")
+    words += ["cluster.processes=1", "cluster.cpus=1", "cluster.throttle=4"]
+    queued = lab.submit(*words)
+    group, killed = tmp_path / "grid", tmp_path / "grid" / "galore-seed1"
+    assert [row["name"] for row in queued["rows"]][5:7] == ["muon-seed1", "galore-seed1"]
+    # A second job for a row that waits or runs: it must wait, and then find nothing to do.
+    second = lab.slurm.submit("--array=0", queued["script"])
+    lab.slurm.until(lambda: _training_of(killed) is not None, WAIT_S, "the row to be killed")
+    os.kill(_training_of(killed) or 0, signal.SIGKILL)
+    _state(lab, queued["then"][0]["job"])
+    assert (group / "report.html").exists(), "the report runs although a row failed"
+    found = lab.status(tmp_path)
+    assert {run["state"] for name, run in found.items() if name != "galore-seed1"} == {"finished"}
+    assert found["galore-seed1"]["state"] == "failed"
+    assert "code 137" in found["galore-seed1"]["reason"]
+    _state(lab, str(second))
+    assert len(status(group / "adamw-seed0")["attempts"]) == 1
+    grid = (group / "slurm" / "grid.jsonl").read_text()
+    again = lab.submit(*words)
+    assert again["rows"] == [{"row": 6, "name": "galore-seed1"}]
+    assert {row["reason"] for row in again["skipped"]} == {"finished"}
+    assert len(again["skipped"]) == 7
+    assert (group / "slurm" / "grid.jsonl").read_text() == grid
+    assert lab.submit(*words)["rows"] == [], "a row that waits or runs is not queued twice"
+    _state(lab, again["then"][0]["job"])
+    assert lab.status(tmp_path)["galore-seed1"]["state"] == "finished"
+
+
+def _training_of(run: Path) -> int | None:
+    """The process that trains a run."""
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if (
+            "harness.train" in words
+            and f"name={run.name}" in words
+            and words[0].endswith(("python", "python3"))
+        ):
+            return process.pid
+    return None
+
+
+def test_a_node_that_goes_down_and_a_run_that_is_cancelled(lab: Lab, tmp_path: Path) -> None:
+    words = lab.words(
+        *QUIET, "steps=100000", "schedule=constant", "checkpoint.every=10", f"runs_dir={tmp_path}"
+    )
+    queued = lab.submit(*words, "name=run", "cluster.processes=1", "cluster.cpus=1")
+    run, job = tmp_path / "default" / "run", queued["job"]
+    lab.slurm.until(lambda: bool(list(run.glob("checkpoints/step_*"))), WAIT_S, "a checkpoint")
+    with pytest.raises(AssertionError, match=r"has job \d+ already, which is RUNNING; fix: optbench status"):
+        lab.submit(*words, "name=run", "cluster.processes=1")
+    node = lab.slurm.facts(job)["NodeList"]
+    lab.slurm.control("update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    lab.slurm.until(lambda: len(status(run)["attempts"]) == 2, WAIT_S, "a second attempt")
+    lab.slurm.until(lambda: lab.status(tmp_path)["run"]["state"] == "running", WAIT_S, "signs of life")
+    # Nobody asked for it: SLURM queued it again when it lost the node (which came back when it registered again).
+    assert lab.slurm.facts(job)["Restarts"] == "1"
+    assert _events(run).count("started") == 2
+    assert "requeued" not in _events(run)
+    assert status(run)["attempts"][1]["first_step"] >= 10
+    assert lab.status(tmp_path)["run"]["restarts"] == 1
+    lab.slurm.signal(job)
+    assert _state(lab, job) == "CANCELLED"
+    found = lab.status(tmp_path)["run"]
+    assert found["state"] == "cancelled"
+    # It was saved, and nobody queued it again.
+    assert found["step"] in assert_whole(run)
+    assert _events(run)[-1] == "cancelled"
+    lab.optbench("status", str(tmp_path), "--resubmit", "run")
+    lab.slurm.until(lambda: len(status(run)["attempts"]) == 3, WAIT_S, "a third attempt")
+    lab.optbench("status", str(tmp_path), "--cancel", "default/run")
+
+
+def test_the_time_limit_ends_with_a_checkpoint_and_the_cap_with_a_word(lab: Lab, tmp_path: Path) -> None:
+    words = lab.words(
+        *QUIET, "steps=100000", "schedule=constant", "checkpoint.every=null", f"runs_dir={tmp_path}"
+    )
+    # The signal comes up to a minute early: at once, or after 10 s.
+    more = ["name=run", "cluster.processes=1", "cluster.cpus=1", "cluster.time=2m", "cluster.grace_s=110"]
+    queued = lab.submit(*words, *more, "cluster.max_restarts=0")
+    assert _state(lab, queued["job"]) == "FAILED"
+    run = tmp_path / "default" / "run"
+    assert lab.slurm.facts(queued["job"])["ExitCode"] == "75:0", _output(run)
+    assert status(run)["state"] == "interrupted"
+    assert assert_whole(run) == [status(run)["step"]]
+    assert status(run)["step"] > 0
+    found = lab.status(tmp_path)["run"]
+    assert found["state"] == "stopped"
+    assert found["reason"].endswith("queued again 0 times, which is the most allowed")
+
+
+def test_what_cannot_work_is_said_before_it_costs_anything(lab: Lab, tmp_path: Path) -> None:
+    words = lab.words(f"runs_dir={tmp_path}", "name=run")
+    _, said = lab.optbench("submit", *words, "cluster.partition=nope", code=2)
+    assert said.splitlines()[-1].startswith("cluster.partition: nope is refused by SLURM (invalid partition")
+    assert said.endswith("allowed: ci, hi; fix: cluster.partition=ci\n")
+    _, said = lab.optbench("submit", *words, "cluster.nodes=4", code=2)
+    assert "cluster.nodes: 4 is refused by SLURM" in said
+    (tmp_path / "file").touch()
+    _, said = lab.optbench("submit", *words, f"cluster.logs={tmp_path / 'file' / 'logs'}", code=2)
+    assert "cluster.logs: " in said
+    assert "cannot be written (Not a directory)" in said
+    assert not (tmp_path / "default" / "run" / "slurm" / "submit.sbatch").exists()
+
+
+def test_a_head_node_that_cannot_be_resolved_is_named(lab: Lab, tmp_path: Path) -> None:
+    words = lab.words(f"runs_dir={tmp_path}", "name=run", "batch_size=8")
+    queued = lab.submit(*words, "cluster.nodes=2", "cluster.address_suffix=-ib.invalid")
+    assert _state(lab, queued["job"]) == "FAILED"
+    found = lab.status(tmp_path)["run"]
+    assert found["state"] == "failed"
+    assert "the address 'node1-ib.invalid' of the first node, node1, cannot be resolved" in found["reason"]
+
+
+@pytest.mark.slow
+def test_a_bad_node_is_named_and_left_out(lab: Lab, tmp_path: Path) -> None:
+    """In its container a node starts nothing, so that it does not answer the others."""
+    broken = tmp_path / "container"
+    broken.write_text('#!/bin/bash\n[ "$SLURMD_NODENAME" != node2 ] || exec sleep 60\nexec "$@"\n')
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    words = lab.words(f"runs_dir={tmp_path}", "name=run", "cluster.nodes=2", f"cluster.container=[{broken}]")
+    words += ["cluster.preflight={enabled: true, timeout_s: 20}", "cluster.exclude_bad_nodes=true"]
+    queued = lab.submit(*words, "--then", f"report {tmp_path / 'default'}")
+    run = tmp_path / "default" / "run"
+    assert _state(lab, queued["job"]) == "FAILED"
+    facts: dict[str, Any] = {event.kind: event for event in history.read(run)}
+    assert facts["preflight"].text == "node2: did not answer"
+    again = facts["resubmitted"].text.split(",")[0]
+    assert _state(lab, again) == "COMPLETED", _output(run)
+    assert lab.slurm.facts(again)["NodeList"] == "node[1,3]"
+    assert lab.status(tmp_path)["run"]["state"] == "finished"
+    report = lab.slurm.wait(int(queued["then"][0]["job"]), WAIT_S)
+    assert report["StartTime"] >= lab.slurm.facts(again)["EndTime"], "it waited for the second job, too"
