@@ -74,18 +74,17 @@ def render(document: Document) -> str:
     """The page as text. It loads nothing: plotly.js, styles and data are inside."""
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     sections = [_section(judged, f"set{index}") for index, judged in enumerate(document.sets)]
-    return page("report.html.j2", document=document, sections=sections, made=made)
+    return _page("report.html.j2", document=document, sections=sections, made=made)
 
 
 def render_picture(judged: Judged) -> str:
     """The page that is photographed: verdict and main plot of one set."""
     main = main_plot(judged.chosen)
-    return page("picture.html.j2", judged=judged, main=main, data=plot_data("main", [main] if main else []))
+    return _page("picture.html.j2", judged=judged, main=main, data=plot_data("main", [main] if main else []))
 
 
-def page(template: str, *, package: str = "analysis.compare", **values: Any) -> str:
-    """A page with the report's words for horizontal axes; ``package`` has the template."""
-    return dress.render(template, package, axis_titles=plots.AXIS_TITLES, **values)
+def _page(template: str, **values: Any) -> str:
+    return dress.render(template, "analysis.compare", axis_titles=plots.AXIS_TITLES, **values)
 
 
 def _section(judged: Judged, key: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from analysis.dashboards import access
 from harness.config.errors import InputError
@@ -94,7 +95,7 @@ def _origin(folder: Path) -> str | None:
 def _write(folder: Path, run: Any, origin: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     summary = {key: _plain(run.summary.get(key)) for key in SUMMARY_KEYS if run.summary.get(key) is not None}
-    config = {key: value for key, value in run.config.items() if key in RunConfig.model_fields}
+    config = _config(run.config)
     rows = _rows(run.scan_history(use_cache=False))
     state = summary.get("state")
     ended = state in STATES
@@ -127,6 +128,15 @@ def _write(folder: Path, run: Any, origin: str) -> None:
         atomic.write_text(folder / name, text)
     if state == "finished":
         (folder / "DONE").touch()
+
+
+def _config(sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys of a run's configuration; what W&B drops, empty tables, is filled in where the keys are today's."""
+    kept = {key: value for key, value in sent.items() if key in RunConfig.model_fields}
+    try:
+        return RunConfig.model_validate(kept).model_dump(mode="json")
+    except ValidationError:
+        return kept
 
 
 def _rows(history: Iterable[Mapping[str, Any]]) -> list[dict[str, float | int | None]]:

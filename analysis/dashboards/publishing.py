@@ -70,8 +70,12 @@ def publish(found: Document, written: Written, place: tuple[str | None, str] | N
 
 
 def _left_out(found: Document) -> list[str]:
-    count = sum(run.foreign for run in found.runs)
-    return [f"W&B: {count} runs come from tables and are in the artifact only"] if count else []
+    """Runs that the dashboards cannot show, because W&B does not have them."""
+    foreign = [run for run in found.runs if run.foreign]
+    own = [run.config.get("wandb") for run in found.runs if not run.foreign]
+    silent = sum(isinstance(keys, dict) and keys.get("mode") == "disabled" for keys in own)
+    lines = {"from tables": len(foreign), "trained with wandb.mode=disabled": silent}
+    return [f"W&B: {words.plural(n, 'run')} {what}: in the artifact only" for what, n in lines.items() if n]
 
 
 def _sync(found: Document) -> list[str]:

@@ -108,14 +108,14 @@ def _runset(scope: Scope, key: str, online: bool) -> Any:
     return made
 
 
-def _filters(scope: Scope, keys: list[str]) -> list[Any]:
+def _filters(scope: Scope, keys: list[str]) -> Any:
     """Training runs of these groups that may be compared: a sweep or a report in the same project stays out."""
     found: list[Any] = [expr.Metric("JobType") == "train"]
     if scope.groups:
         found.append(expr.Metric("Group").isin(list(scope.groups)))
     if keys:
         found.append(expr.Config("comparison_key").isin(keys))
-    return found
+    return expr.And(*found)
 
 
 def _panels(section: Section, *, places: bool = False, salt: str = "") -> list[Any]:

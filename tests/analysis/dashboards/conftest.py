@@ -9,7 +9,7 @@ import pytest
 
 from tests.analysis.dashboards.server import Server
 
-KEY = "0123456789abcdef0123456789abcdef01234567"
+KEY = "deadbeef" * 5
 
 
 @pytest.fixture

@@ -1,0 +1,148 @@
+"""The definition: its keys exist, W&B's objects hold all of it, and runs are grouped by what makes an arm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.compare import document
+from analysis.dashboards import preview, scope, workspace
+from analysis.dashboards.definition import COLUMNS, SECTIONS
+from analysis.dashboards.scope import Scope
+from harness.config.errors import InputError
+from harness.record.schema import METRICS, SUMMARY_KEYS
+from harness.record.wandb import X_AXES
+from tests.analysis import synthetic
+from tests.analysis.synthetic import Recipe
+
+PANELS = [panel for section in SECTIONS for panel in section.panels]
+
+
+def _scope(root: Path) -> Scope:
+    return scope.of(document.read(root), None)
+
+
+def test_every_key_is_one_that_runs_record() -> None:
+    for panel in PANELS:
+        known = {**METRICS, **SUMMARY_KEYS} if panel.kind == "bar" else METRICS
+        assert set(panel.y) <= set(known), panel
+        assert panel.x in X_AXES, panel
+    assert set(COLUMNS) <= {*METRICS, *SUMMARY_KEYS}
+    assert {panel.x for panel in PANELS if panel.y == ("val/loss",)} >= {"tokens", "wall_s", "flops"}
+
+
+def test_the_workspace_holds_every_panel_folded_over_seeds(tmp_path: Path) -> None:
+    where = _scope(synthetic.group(tmp_path))
+    spec = workspace.to_json(workspace.workspace(where, "name"))["spec"]["section"]
+    made = [panel for section in spec["panelBankConfig"]["sections"] for panel in section["panels"]]
+    assert [p["config"].get("chartTitle", "Runs side by side") for p in made] == [p.title for p in PANELS]
+    for panel, saved in zip(PANELS, made, strict=True):
+        kinds = {"line": "Run History Line Plot", "bar": "Bar Chart", "comparer": "Run Comparer"}
+        assert saved["viewType"] == kinds[panel.kind]
+        if panel.kind == "comparer":
+            continue
+        assert saved["config"]["metrics"] == list(panel.y)
+        assert (saved["config"]["groupAgg"], saved["config"]["groupArea"]) == ("mean", "minmax")
+        if panel.kind == "line":
+            assert saved["config"]["xAxis"] == panel.x
+            assert saved["config"].get("yLogScale", False) == panel.log_y
+    (runs,) = spec["runSets"]
+    assert runs["grouping"] == [{"section": "config", "name": "optimizer.value.name"}]
+    filters = {f["key"]["name"]: f["value"] for f in runs["filters"]["filters"]}
+    assert filters == {
+        "jobType": "train",
+        "group": ["synthetic"],
+        "comparison_key": [key for key, _ in where.sets],
+    }
+    assert spec["settings"]["useRunsTableGroupingInPanels"] is True
+    assert spec["settings"]["shouldAutoGeneratePanels"] is False
+    assert sorted(spec["customRunColors"].values()) == sorted(colour for _, colour in where.colours)
+
+
+def test_the_report_says_the_verdict_and_shows_every_panel(tmp_path: Path) -> None:
+    shown = document.read(synthetic.group(tmp_path))
+    where = scope.of(shown, ("team", "p"))
+    found = workspace.to_json(workspace.report(where, shown, "name", online=False))
+    assert (found["displayName"], found["project"]) == ("name", {"name": "p", "entityName": "team"})
+    blocks: list[dict[str, Any]] = found["spec"]["blocks"]
+    text = json.dumps(blocks, ensure_ascii=False)
+    assert shown.sets[0].verdict.headline in text
+    assert "| sumo | 3.3" in text
+    grids = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
+    assert len(grids) == len(SECTIONS)
+    made = [panel for grid in grids for panel in grid["panelBankSectionConfig"]["panels"]]
+    assert len(made) == len(PANELS)
+    for grid in grids:
+        assert grid["runSets"][0]["grouping"] == [{"section": "config", "name": "optimizer.value.name"}]
+        places = [(p["layout"]["x"], p["layout"]["y"]) for p in grid["panelBankSectionConfig"]["panels"]]
+        assert len(set(places)) == len(places)
+        assert all(
+            p["layout"]["x"] + p["layout"]["w"] <= 24 for p in grid["panelBankSectionConfig"]["panels"]
+        )
+
+
+def test_the_same_comparison_makes_the_same_definition(tmp_path: Path) -> None:
+    shown = document.read(synthetic.group(tmp_path))
+    where = scope.of(shown, None)
+    for make in (
+        lambda: workspace.workspace(where, "n"),
+        lambda: workspace.report(where, shown, "n", online=False),
+    ):
+        assert workspace.to_json(make()) == workspace.to_json(make())
+
+
+def test_arms_of_one_optimizer_do_not_fold_into_one_curve(tmp_path: Path) -> None:
+    for rank in (32, 64):
+        for seed in (0, 1):
+            options = {"rank": rank, "alpha": 1.0}
+            synthetic.write(tmp_path, Recipe("sumo", seed=seed, options=options), f"r{rank}-{seed}")
+    where = _scope(tmp_path)
+    assert where.group_by == ("optimizer.name", "optimizer.rank")
+    (runs,) = workspace.to_json(workspace.workspace(where, "n"))["spec"]["section"]["runSets"]
+    assert [key["name"] for key in runs["grouping"]] == ["optimizer.value.name", "optimizer.value.rank"]
+
+
+def test_runs_of_two_projects_need_a_word(tmp_path: Path) -> None:
+    for index, project in enumerate(("a", "b")):
+        keys = {"wandb": {"project": project, "entity": None}}
+        synthetic.write(tmp_path, Recipe("sumo", seed=index, overrides=keys), project)
+    shown = document.read(tmp_path)
+    with pytest.raises(InputError, match=r"several W&B projects; fix: .*--wandb=ENTITY/PROJECT"):
+        scope.of(shown, None)
+    assert scope.of(shown, ("team", "a")).project == "a"
+
+
+def test_the_page_draws_what_was_recorded_and_names_what_was_not(tmp_path: Path) -> None:
+    shown = document.read(synthetic.group(tmp_path))
+    where = scope.of(shown, None)
+    chosen = shown.sets[0].chosen
+    recorded = {key for run in shown.runs for key in run.metrics} | {"best_val_loss"}
+    for panel in PANELS:
+        if panel.kind == "comparer":
+            continue
+        plot = preview.panel_plot(panel, chosen, "k")
+        assert (plot is not None) == bool(recorded & set(panel.y)), panel.title
+        if plot is None:
+            continue
+        named = {trace["name"] for trace in plot.figure["data"] if trace.get("name")}
+        assert named == {"adamw", "galore", "muon", "sumo"}
+    page = preview.render(shown, where)
+    for panel in PANELS:
+        missing = panel.kind != "comparer" and not recorded & set(panel.y)
+        assert panel.y[0] in page if missing else panel.title in page or panel.kind == "comparer", panel.title
+
+
+def test_a_mean_and_its_range_are_those_of_the_seeds(tmp_path: Path) -> None:
+    shown = document.read(synthetic.group(tmp_path, ["sumo"]))
+    (judged,) = shown.sets
+    finals = [run.final_loss for run in shown.runs]
+    bar = next(panel for panel in PANELS if panel.title == "Validation loss at the last evaluation")
+    plot = preview.panel_plot(bar, judged.chosen, "k")
+    assert plot is not None
+    (trace,) = plot.figure["data"]
+    assert trace["x"] == pytest.approx([sum(finals) / 3], abs=1e-12)
+    assert trace["x"][0] + trace["error_x"]["array"][0] == pytest.approx(max(finals), abs=1e-12)
+    assert trace["x"][0] - trace["error_x"]["arrayminus"][0] == pytest.approx(min(finals), abs=1e-12)
