@@ -44,10 +44,10 @@ class Task(NamedTuple):
     @property
     def is_over(self) -> bool:
         """Whether it will not run again by itself."""
-        return self.state not in _ALIVE
+        return self.state not in ALIVE
 
 
-_ALIVE = (
+ALIVE = (
     "PENDING",
     "RUNNING",
     "SUSPENDED",
@@ -57,7 +57,8 @@ _ALIVE = (
     "REQUEUE_HOLD",
     "RESIZING",
 )
-_ALIVE += ("SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "REQUEUE_FED")
+ALIVE += ("SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "REQUEUE_FED")
+"""States of a job that is not over."""
 
 
 def require() -> None:

@@ -61,13 +61,26 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job that trains nothing: a report, a companion job."""
+    """A job that trains nothing: a report, a companion job.
+
+    Attributes:
+        job: its number.
+        command: that it runs.
+        state: SLURM's, in small letters; ended: SLURM knows it no more.
+        reason: SLURM's; "" if there is none.
+        script: its file.
+    """
 
     job: str
     command: str
     state: str
     reason: str
     script: str
+
+    @property
+    def is_active(self) -> bool:
+        """Whether something will still happen by itself."""
+        return self.state.upper() in slurm.ALIVE
 
 
 @dataclass

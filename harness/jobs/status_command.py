@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(_shown(runs, jobs, asked.root))
         return 0
     with Live(_shown(runs, jobs, asked.root), console=console, auto_refresh=False) as live:
-        while any(run.state in ACTIVE for run in runs):
+        while any(run.state in ACTIVE for run in runs) or any(job.is_active for job in jobs):
             time.sleep(REFRESH_S)
             runs, jobs = status.collect(asked.root)
             live.update(_shown(runs, jobs, asked.root), refresh=True)

@@ -139,8 +139,18 @@ def test_a_node_that_goes_down_and_a_run_that_is_cancelled(lab: Lab, tmp_path: P
     assert found["step"] in assert_whole(run)
     assert _events(run)[-1] == "cancelled"
     lab.optbench("status", str(tmp_path), "--resubmit", "run")
-    lab.slurm.until(lambda: len(status(run)["attempts"]) == 3, WAIT_S, "a third attempt")
+    lab.slurm.until(lambda: lab.status(tmp_path)["run"]["state"] == "running", WAIT_S, "a third attempt")
+    # What preemption is on clusters that send no USR1: SIGTERM to the steps.
+    again = lab.status(tmp_path)["run"]["job"]
+    assert int(again) > int(job)
+    lab.slurm.signal(again, "-s", "TERM")
+    lab.slurm.until(
+        lambda: lab.status(tmp_path)["run"]["state"] == "requeued", WAIT_S, "a job that waits again"
+    )
+    assert status(run)["attempts"][2]["reason"].startswith("SIGTERM")
     lab.optbench("status", str(tmp_path), "--cancel", "default/run")
+    assert _state(lab, again) == "CANCELLED"
+    assert lab.status(tmp_path)["run"]["state"] == "cancelled"
 
 
 def test_the_time_limit_ends_with_a_checkpoint_and_the_cap_with_a_word(lab: Lab, tmp_path: Path) -> None:
