@@ -38,9 +38,9 @@ def sync(run: Path) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return type(error).__name__
-    if done.returncode == 0:
+    # Its exit code is 0 also where it could read nothing; what was sent has its mark.
+    if done.returncode == 0 and not waiting(run):
         return None
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or [
-        "wandb sync failed"
-    ]
-    return lines[-1].strip()[:200]
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    wrong = [line for line in lines if "ERROR" in line] or lines[-1:] or ["wandb sync failed"]
+    return wrong[-1][:200]

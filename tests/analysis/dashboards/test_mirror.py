@@ -175,3 +175,61 @@ def test_the_check_of_privacy_sees_what_is_sent_when_asked_for(
     assert server.runs["asked"].host == socket.gethostname()
     with pytest.raises(AssertionError):
         _assert_gives_nothing_away(server, folder, tmp_path, environment)
+
+
+def _sink(folder: Path, mode: str) -> WandbSink:
+    folder.mkdir(exist_ok=True)
+    keys = {"wandb": {"mode": mode}, "group": "g"}
+    return WandbSink(RunConfig.model_validate(keys), folder, "again", {}, pytest.fail)
+
+
+def _row(step: int, attempt: int) -> dict[str, Any]:
+    """The lowest loss is at step 20; seconds tell the attempts apart."""
+    return {"step": step, "tokens": 8 * step, "wall_s": step + attempt / 10, "val/loss": abs(step - 20) + 1.0}
+
+
+def test_a_second_attempt_sends_what_is_missing_and_nothing_twice(server: Server, tmp_path: Path) -> None:
+    """Attempt 1 logs up to step 50 and ends; attempt 2 goes on from step 30, and logs other steps than 1 did."""
+    first = _sink(tmp_path / "run", "online")
+    for step in (10, 20, 30, 40, 50):
+        first.write(_row(step, 1))
+    first.finish({"state": "interrupted"}, 0)
+    second = _sink(tmp_path / "run", "online")
+    second.catch_up([_row(step, 1) for step in (10, 20, 30)])
+    for step in (35, 45, 55, 65):
+        second.write(_row(step, 2))
+    second.finish({"state": "finished", "command": "optbench train"}, 0)
+    stored = server.runs["again"]
+    assert [(row["step"], round(10 * row["wall_s"]) % 10) for row in stored.rows] == [
+        (10, 1), (20, 1), (30, 1), (40, 1), (50, 1), (55, 2), (65, 2),
+    ]  # fmt: skip
+    assert stored.summary["best_val_loss"] == 1.0
+    assert stored.summary["val/loss"] == 46.0
+    assert (stored.summary["state"], stored.state) == ("finished", "finished")
+    assert "command" not in stored.summary
+
+
+def test_without_catching_up_rows_of_a_torn_file_would_be_lost(server: Server, tmp_path: Path) -> None:
+    """The control: offline, a second attempt that logs only its own rows leaves W&B without the first ones."""
+    for attempt, steps in ((1, (10, 20)), (2, (30, 40))):
+        sink = _sink(tmp_path / "run", "offline")
+        for step in steps:
+            sink.write(_row(step, attempt))
+        sink.finish({"state": "finished"}, 0)
+    assert len(syncing.waiting(tmp_path / "run")) == 1
+    assert syncing.sync(tmp_path / "run") is None
+    assert [row["step"] for row in server.runs["again"].rows] == [30, 40]
+    assert syncing.waiting(tmp_path / "run") == []
+    # What was synced is not set aside by a third attempt, nor sent again.
+    sink = _sink(tmp_path / "run", "offline")
+    sink.finish({}, 0)
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
+    assert len(syncing.waiting(tmp_path / "run")) == 1
+
+
+def test_a_sync_that_fails_is_said(tmp_path: Path, server: Server) -> None:
+    folder = tmp_path / "run" / "wandb" / "offline-run-20260101_000000-x"
+    folder.mkdir(parents=True)
+    (folder / "run-x.wandb").write_bytes(b"no transaction log")
+    assert "ERROR Failed to read" in str(syncing.sync(tmp_path / "run"))
+    assert server.runs == {}

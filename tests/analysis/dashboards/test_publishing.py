@@ -15,7 +15,7 @@ from tests.analysis import synthetic
 from tests.analysis.dashboards.conftest import KEY
 from tests.analysis.dashboards.server import Server
 
-SECRET = "/home/zaphod-beeblebrox/secret-project"
+SECRET = "/users/zaphod-beeblebrox/secret-project"
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from harness.record.places import without_places
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
-        ("/home/alice/data/text.jsonl", "text.jsonl"),
-        ("/home/alice/My Texts/a.txt", "a.txt"),
-        ("[Errno 2] No such file: '/home/alice/x.bin'", "[Errno 2] No such file: 'x.bin'"),
+        ("/users/alice/data/text.jsonl", "text.jsonl"),
+        ("/users/alice/My Texts/a.txt", "a.txt"),
+        ("[Errno 2] No such file: '/users/alice/x.bin'", "[Errno 2] No such file: 'x.bin'"),
         (
             "optbench train data.files=[/a/b/c.txt,/a/d.txt] runs_dir=/scratch/alice/",
             "optbench train data.files=[c.txt,d.txt] runs_dir=alice",
