@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,26 @@ def test_submitting_needs_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_recipes_of_the_docs_are_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "slurm.md").read_text()
+    lines = [
+        line.removeprefix("$ optbench ") for line in page.splitlines() if line.startswith("$ optbench submit")
+    ]
+    assert len(lines) >= 6
+    clusters = tmp_path / "configs" / "cluster"
+    clusters.mkdir(parents=True)
+    (mine,) = [block for block in page.split("```yaml\n")[1:] if "name: mine" in block]
+    (clusters / "mine.yaml").write_text(mine.split("```")[0])
+    (clusters / "spot.yaml").write_text("defaults: [preemptible, _self_]\nname: spot\n")
+    monkeypatch.chdir(tmp_path)
+    corpus = small(write_documents(tmp_path, 60), tmp_path / "runs")
+    data = [word for word in corpus if word.startswith(("data", "model.config", "eval", "seq_len"))]
+    for line in lines:
+        more = ["sumo.rank=8"] if " compare " in line else ["optimizer.rank=8"]
+        code, out, err = _submit(capsys, *shlex.split(line)[1:], *data, *more, "--dry-run")
+        assert code == 0, err
+        assert "#SBATCH --partition=gpu\n" in out or "cluster=spot" in line

@@ -145,3 +145,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
         atomic.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_folder_of_batch_scripts_may_be_there_before_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    (path / folder.JOBS).mkdir(parents=True)
+    (path / folder.JOBS / "submit.sbatch").touch()
+    _finished(path)
+    assert (path / "DONE").exists()
+    assert (path / folder.JOBS / "submit.sbatch").exists()
+    # Anything else that is no run is still refused.
+    (tmp_path / "other" / folder.JOBS).mkdir(parents=True)
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds files that are not a run"):
+        folder.RunFolder(tmp_path / "other", _config(), "aaaa")
