@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,8 @@ def _state(
         if task.state == "COMPLETING":
             return "stopping", event.text if event is not None else ""
         if task.state == "RUNNING":
-            return ("running", "") if _is_alive(folder) else ("starting", f"job {job} on {task.nodes}")
+            since = event.time if event is not None and event.kind == "started" else None
+            return ("running", "") if _is_alive(folder, since) else ("starting", f"job {job} on {task.nodes}")
         again = task.restarts > 0 or (event is not None and event.kind in ("requeued", "preempted"))
         waits = f"waits: {task.reason}" if task.reason else "waits"
         return "requeued" if again else "pending", f"{event.text}; {waits}" if again and event else waits
@@ -228,8 +230,13 @@ def _state(
     return "failed", f"job {job} left no run: {ended}"
 
 
-def _is_alive(folder: Path) -> bool:
-    return any(beat.age_s < FRESH_S for beat in heartbeats(folder).values())
+def _is_alive(folder: Path, since: str | None = None) -> bool:
+    """Whether a process gave a sign of life just now, and (ISO 8601) after the attempt began: not the last one's."""
+    oldest_s = FRESH_S
+    if since is not None:
+        began = datetime.fromisoformat(since.replace("Z", "+00:00"))
+        oldest_s = min(oldest_s, (datetime.now(UTC) - began).total_seconds())
+    return any(beat.age_s < oldest_s for beat in heartbeats(folder).values())
 
 
 def _silence(folder: Path) -> str:

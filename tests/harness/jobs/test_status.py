@@ -113,6 +113,18 @@ def test_what_the_batch_script_noted_is_told_long_after_slurm_forgot(
     assert _one(tmp_path).state == state
 
 
+def test_signs_of_life_of_the_attempt_before_are_not_this_one_s(
+    tmp_path: Path, queue: dict[str, Task]
+) -> None:
+    run = _run(tmp_path, "a", "interrupted")
+    _beat(run, 8, age_s=3)
+    history.add(run, "12", 1, "started", "attempt 2")
+    queue["12"] = Task("RUNNING", "", 1, "node1")
+    assert _one(tmp_path).state == "starting"
+    os.utime(run / "heartbeat" / "rank_00000.json", (time.time() + 1, time.time() + 1))
+    assert _one(tmp_path).state == "running"
+
+
 def test_an_older_job_says_nothing_about_a_newer_one(tmp_path: Path, queue: dict[str, Task]) -> None:
     run = _run(tmp_path, "a", "interrupted")
     history.add(run, "9", 0, "cancelled", "after step 7")
