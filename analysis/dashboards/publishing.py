@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from analysis.compare import document, report, words
+from analysis.compare import document, words
 from analysis.compare.document import Document
 from analysis.compare.report import Written
-from analysis.dashboards import access, preview, scope, syncing
+from analysis.dashboards import access, artifacts, preview, scope, syncing
 from analysis.dashboards.scope import Scope
-from harness.config.schema import RunConfig
 from harness.record import atomic
-from harness.record.wandb import WandbSink
 
 SCHEMA_VERSION = 1
 DEFINITION, PREVIEW = "wandb_dashboards.json", "wandb_preview.html"
-ARTIFACT = "comparison"
 
 
 def publish(found: Document, written: Written, place: tuple[str | None, str] | None) -> Written:
@@ -122,7 +115,7 @@ def _saved(out: Path) -> dict[str, Any]:
 
 def _upload(where: Scope, shown: Document, out: Path) -> tuple[Scope, dict[str, str]]:
     """Log the files, then save the dashboards; the scope with the entity that W&B took, and the links."""
-    entity, address = _log(where, shown)
+    entity, address = artifacts.log(where, shown)
     where = where.at(entity)
     from analysis.dashboards import workspace
 
@@ -143,80 +136,3 @@ def _upload(where: Scope, shown: Document, out: Path) -> tuple[Scope, dict[str, 
     saved["report"] = text.id
     atomic.write_json(out / DEFINITION, {"schema_version": SCHEMA_VERSION, "saved": saved})
     return where, {"W&B workspace": made.url, "W&B report": text.url, "W&B run with the files": address}
-
-
-def _log(where: Scope, shown: Document) -> tuple[str, str]:
-    """One W&B run of job type `report`: page and tables to look at, all files as an artifact.
-
-    Returns:
-        Entity and address of that run.
-    """
-    taken: dict[str, str] = {}
-    said: list[str] = []
-    identity = hashlib.sha256("\0".join([where.project, *where.groups, *(k for k, _ in where.sets)]).encode())
-    group = ", ".join(where.groups)[:120] or "default"
-    config = RunConfig.model_validate(
-        {"wandb": {"mode": "online", "project": where.project, "entity": where.entity}, "group": group}
-    )
-    with tempfile.TemporaryDirectory(prefix="optbench-") as scratch:
-        folder = Path(scratch, f"report-{group}".replace("/", "-"))
-        folder.mkdir()
-        files = report.write(shown, folder / "files").files
-        certificates = folder / "files" / "certificates.json"
-        atomic.write_json(certificates, _certificates(shown))
-        sink = WandbSink(
-            config,
-            folder,
-            f"report-{identity.hexdigest()[:10]}",
-            {"comparison_keys": [key for key, _ in where.sets], "groups": list(where.groups)},
-            said.append,
-            job_type="report",
-            described={"report": {"sentence": shown.sentence}},
-        )
-
-        def attach(run: Any) -> None:
-            if run.offline:
-                return
-            _attach(run, shown, [*files, certificates])
-            taken.update(entity=run.entity, address=run.url)
-
-        sink.attach(attach)
-        sink.finish({"sentence": shown.sentence}, exit_code=0)
-    if not taken:
-        raise RuntimeError(said[0].removeprefix("W&B: ") if said else "no answer")
-    return taken["entity"], taken["address"]
-
-
-def _attach(run: Any, shown: Document, files: list[Path]) -> None:
-    import wandb
-
-    artifact = wandb.Artifact(f"{ARTIFACT}-{run.id}", type="comparison")
-    for path in files:
-        artifact.add_file(str(path), name=path.name)
-    run.log_artifact(artifact)
-    page = next(path for path in files if path.suffix == ".html")
-    logged: dict[str, Any] = {"comparison/report": wandb.Html(str(page))}
-    for index, judged in enumerate(shown.sets):
-        columns = judged.table.columns
-        rows = [
-            [row.cells[c.key].text if c.key in row.cells else "" for c in columns]
-            for row in judged.table.rows
-        ]
-        heads = [f"{c.label} ({c.unit})" if c.unit else c.label for c in columns]
-        logged[f"comparison/table{index or ''}"] = wandb.Table(dataframe=pd.DataFrame(rows, columns=heads))
-    logged["comparison/certificates"] = wandb.Table(dataframe=pd.DataFrame(_certificates(shown)).astype(str))
-    run.log(logged)
-
-
-def _certificates(shown: Document) -> list[dict[str, Any]]:
-    """What is known of each run's optimizer on its engine (`optbench certify`)."""
-    return [
-        {
-            "run": run.where,
-            "optimizer": run.optimizer,
-            "seed": run.seed,
-            **(run.certified or {"passed": None}),
-        }
-        for run in shown.runs
-        if not run.foreign
-    ]

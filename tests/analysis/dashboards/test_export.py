@@ -16,7 +16,8 @@ from harness.config.schema import RunConfig
 from harness.record.schema import METRICS
 from harness.record.wandb import WandbSink
 from tests.analysis import synthetic
-from tests.analysis.dashboards.server import Server, StoredRun
+from tests.analysis.dashboards.server import Server
+from tests.analysis.dashboards.stored import StoredRun
 
 PLACE = ("team", "optbench", "synthetic")
 

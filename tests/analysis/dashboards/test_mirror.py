@@ -17,7 +17,8 @@ from analysis.dashboards import syncing
 from harness.config.schema import RunConfig
 from harness.record.wandb import WandbSink
 from tests.analysis.dashboards.conftest import KEY
-from tests.analysis.dashboards.server import Server, StoredRun
+from tests.analysis.dashboards.server import Server
+from tests.analysis.dashboards.stored import StoredRun
 from tests.faults.forked import Training, trained
 from tests.harness.running import small, write_documents
 
