@@ -17,7 +17,8 @@ class Event(NamedTuple):
         time: UTC, ISO 8601.
         job: ``12`` or ``12_3``.
         restarts: how often the job had been queued again.
-        kind: started, waiting, preflight, resubmitted, requeued, preempted, cancelled, stopped, finished or failed.
+        kind: started, waiting, preflight, resubmitted, requeued, preempted, cancelled, ended (by SLURM), stopped,
+            finished or failed.
         text: for people.
     """
 

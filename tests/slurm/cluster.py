@@ -176,8 +176,11 @@ class Cluster:
     def _stop(pid_file: Path) -> psutil.Process | None:
         if not pid_file.exists():
             return None
-        process = psutil.Process(int(pid_file.read_text()))
-        process.terminate()
+        try:
+            process = psutil.Process(int(pid_file.read_text()))
+            process.terminate()
+        except psutil.NoSuchProcess:
+            return None
         return process
 
 

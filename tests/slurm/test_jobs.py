@@ -147,7 +147,7 @@ def test_a_node_that_goes_down_and_a_run_that_is_cancelled(lab: Lab, tmp_path: P
     lab.slurm.until(
         lambda: lab.status(tmp_path)["run"]["state"] == "requeued", WAIT_S, "a job that waits again"
     )
-    assert status(run)["attempts"][2]["reason"].startswith("SIGTERM")
+    assert "SIGTERM" in status(run)["attempts"][2]["reason"]
     lab.optbench("status", str(tmp_path), "--cancel", "default/run")
     assert _state(lab, again) == "CANCELLED"
     assert lab.status(tmp_path)["run"]["state"] == "cancelled"
