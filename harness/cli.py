@@ -117,18 +117,8 @@ COMMANDS: dict[str, Command] = {
             ("mode=flow join_at=10000", "the same trajectory to flow time 1e300, checked against the steps"),
             ("experiment=margin_inits", "many random starts, dead ones counted"),
         ),
-        (
-            ("--out DIR", "write there instead of runs/margin/<name>"),
-            (
-                "mode",
-                "toy (steps), flow (log-time), mlp (digits), head (a checkpoint); docs/margin.md has all keys",
-            ),
-            ("w, b, v", "start of the toy net; v=fixed, v=trained or numbers"),
-            ("data", "a,c for the points -a and c, or a CSV file of points"),
-            ("optimizer", "gd, ngd, sign, spectral, adam, or any of `optbench list`, separated by commas"),
-            ("lr, steps", "of the optimizers; NAME.lr for one of them"),
-            ("join_at, ln_tau_max", "flow: from the state after so many steps, up to this ln τ"),
-        ),
+        (("--out DIR", "write there instead of runs/margin/<name>"),),
+        keys="analysis.margin.settings:text",
     ),
     "reconstruct": Command(
         "analysis.reconstruction.command:main",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from analysis.margin import settings
+from analysis.reconstruction import config
 from harness import cli
 from harness.config import checks, compose
 from harness.config.errors import InputError
@@ -44,21 +47,32 @@ OURS = [
 ]
 
 
+COMPANIONS: dict[str, Callable[[list[str]], object]] = {"margin": settings.read, "reconstruct": config.load}
+"""Commands with keys of their own → what reads those keys."""
+
+
 @pytest.mark.parametrize(("page", "line"), OURS, ids=[f"{page}: {line}"[:90] for page, line in OURS])
 def test_a_command_of_ours_is_one(page: str, line: str) -> None:
-    """The command exists; the keys of a run compose, and pass all checks that need no data and no GPU."""
+    """The command exists; the keys of a run compose, and pass all checks that need no data and no GPU; those of a
+    companion job are read by it."""
     words = shlex.split(re.split(r"\s(?:>>?|2>|\||&&|;)\s?", line)[0])[1:]
     if not words or words[0].startswith("-"):
         return
-    command = cli.COMMANDS[words[0]]
-    if not command.takes_keys or words[0] not in ("train", "plan"):
-        return
-    keys = [word for word in words[1:] if "=" in word]
-    try:
-        checks.check(compose.load(keys), environ={}, devices=8)
-    except InputError as error:
-        if not any(place in error.key for place in _PLACES):
-            raise
+    command, keys = words[0], [word for word in words[1:] if "=" in word and not word.startswith("-")]
+    if command in COMPANIONS:
+        COMPANIONS[command](keys)
+    elif cli.COMMANDS[command].takes_keys and command in ("train", "plan"):
+        try:
+            checks.check(compose.load(keys), environ={}, devices=8)
+        except InputError as error:
+            if not any(place in error.key for place in _PLACES):
+                raise
+
+
+@pytest.mark.parametrize("command", COMPANIONS)
+def test_examples_of_a_companion_are_words_of_it(command: str) -> None:
+    for words, _ in cli.COMMANDS[command].examples:
+        test_a_command_of_ours_is_one("--help", f"optbench {command} {words}")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +130,7 @@ def test_every_command_is_documented() -> None:
     assert missing == []
 
 
-def test_control_a_wrong_key_in_the_docs_would_be_seen() -> None:
+@pytest.mark.parametrize("words", ["train optimizer=sumo stepz=3", "margin stepz=3", "reconstruct stepz=3"])
+def test_control_a_wrong_key_in_the_docs_would_be_seen(words: str) -> None:
     with pytest.raises(InputError, match="unknown key"):
-        test_a_command_of_ours_is_one("page", "optbench train optimizer=sumo stepz=3")
+        test_a_command_of_ours_is_one("page", f"optbench {words}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,11 +44,15 @@ def find(settings: Settings) -> list[tuple[int, Path]]:
             architectures among them.
     """
     if settings.checkpoints is None:
-        raise InputError("checkpoints", "null", "is needed", fix="checkpoints='runs/*/*/checkpoints/step_*'")
+        fix = "\"checkpoints='runs/GROUP/NAME/checkpoints/step_*'\""
+        raise InputError("checkpoints", "null", "is needed: mode=head measures checkpoints", fix=fix)
     paths = sorted(Path(path) for path in glob.glob(settings.checkpoints) if Path(path).is_dir())
     if not paths:
         raise InputError(
-            "checkpoints", settings.checkpoints, "matches no folder", allowed="a pattern of folders"
+            "checkpoints",
+            settings.checkpoints,
+            "matches no folder",
+            allowed="a pattern of checkpoint folders",
         )
     found = sorted((_step(path), path) for path in paths)
     shapes = {path: _architecture(path) for _, path in found}
@@ -60,7 +64,27 @@ def find(settings: Settings) -> list[tuple[int, Path]]:
             raise InputError(
                 "checkpoints", settings.checkpoints, reason, fix="a pattern that matches one run"
             )
+    _refuse_twins(found, settings)
     return found
+
+
+def _refuse_twins(found: Sequence[tuple[int, Path]], settings: Settings) -> None:
+    """Two checkpoints of one step and optimizer are two runs, which no curve can show as one."""
+    seen: dict[tuple[int, str], Path] = {}
+    for step, path in found:
+        label = _label(path, settings)
+        other = seen.setdefault((step, label), path)
+        if other != path:
+            reason = f"matches two runs of {label}: {other} and {path}"
+            raise InputError(
+                "checkpoints", settings.checkpoints, reason, fix="a pattern that matches one of them"
+            )
+
+
+def _label(path: Path, settings: Settings) -> str:
+    if settings.optimizer_label:
+        return settings.optimizer_label
+    return _run_config(path).optimizer.name if _is_ours(path) else path.parent.name
 
 
 def load(path: Path, step: int, settings: Settings, say: Callable[[str], None]) -> Loaded:
@@ -132,7 +156,7 @@ def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None])
     corpus = data.check(config.data, config.seq_len, 1, 1, None, say=say)
     validation = data.Validation(corpus, config.seq_len, config.data.mode)
     ids, labels = validation.batch(0, min(ROWS, validation.length))
-    label = settings.optimizer_label or config.optimizer.name
+    label = _label(path, settings)
     return Loaded(step, label, model.eval(), torch.from_numpy(ids), torch.from_numpy(labels))
 
 
@@ -163,4 +187,4 @@ def _hugging_face(path: Path, step: int, settings: Settings) -> Loaded:
         raise InputError("data", text_file, f"holds fewer than {SEQ_LEN + 1} tokens", allowed="a longer text")
     ids = tokens[: rows * SEQ_LEN].view(rows, SEQ_LEN)
     labels = tokens[1 : rows * SEQ_LEN + 1].view(rows, SEQ_LEN)
-    return Loaded(step, settings.optimizer_label or path.parent.name, model.eval(), ids, labels)
+    return Loaded(step, _label(path, settings), model.eval(), ids, labels)

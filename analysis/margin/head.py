@@ -61,7 +61,7 @@ def measured(loaded: Loaded, settings: Settings) -> tuple[Row, dict[str, dict[st
     model: Any = loaded.model
     head = model.get_output_embeddings()
     with torch.no_grad():
-        features = model.model(input_ids=loaded.ids).last_hidden_state
+        features = model.base_model(input_ids=loaded.ids).last_hidden_state
         h, labels = features.reshape(-1, features.shape[-1]), loaded.labels.reshape(-1)
         used = labels != IGNORED
         h, labels = h[used], labels[used]
@@ -131,7 +131,7 @@ def _embedding_attack(loaded: Loaded, settings: Settings) -> Row:
 
     def logits(embeddings: Tensor) -> Tensor:
         # Only the scores at one place are needed; the head on all of them would be most of the work.
-        hidden = model.model(inputs_embeds=embeddings).last_hidden_state
+        hidden = model.base_model(inputs_embeds=embeddings).last_hidden_state
         return model.get_output_embeddings()(hidden[where, places])
 
     with torch.no_grad():

@@ -9,7 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from analysis.compare.words import listing, significant
+from analysis.margin.head import DESCENT_STEPS
 from analysis.margin.outputs import Finished
+from analysis.margin.own_norms import wins_in_own_norm
 from analysis.margin.plots import curves, log10_t, shown_runs
 from analysis.margin.settings import Settings
 from analysis.margin.trajectory import Row, Run
@@ -156,17 +158,29 @@ def head(settings: Settings, runs: Sequence[Run]) -> Finished:
     notes = [
         f"{run.optimizer}: no token is predicted: there is no margin" for run in runs if run.status == "dead"
     ]
+    notes += [
+        f"{run.optimizer}: the heads fitted to its features are not ordered by their own norms after "
+        f"{DESCENT_STEPS} steps: the table of own norms is not the limit's"
+        for run in runs
+        if run.facts.get("own_norms") and not wins_in_own_norm(run.facts["own_norms"])
+    ]
     norm = settings.norms[0]
     key = f"head_{norm}_q50"
-    parts = [f"{name} {significant(row[key])}" for name, row in last.items() if row.get(key) is not None]
+    parts = [
+        f"{name} {significant(row[key])} (step {row['t']:g}, {row['accuracy']:.0%} of the tokens)"
+        for name, row in last.items()
+        if row.get(key) is not None
+    ]
     word = {"l2": "ℓ2", "linf": "ℓ∞"}[norm]
     headline = (
-        f"Median exact {word} margin of the head: {listing(parts)}." if parts else "No token is predicted."
+        f"Median exact {word} margin of the head where it predicts the token: {listing(parts)}."
+        if parts
+        else "No token is predicted."
     )
     scope = (
         "Exact for the last layer on frozen features, over the tokens that are predicted. Radii in embedding space are "
-        "upper bounds from an attack, divided by the median size of an embedding; nothing certifies the body. "
-        + OBSERVED
+        "upper bounds from a short attack on few tokens, divided by the median size of an embedding; nothing certifies "
+        "the body. " + OBSERVED
     )
     plots = [
         Plot(

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from analysis.margin.keys import RANDOM
 from analysis.margin.net import Nets, Problem, preactivations
 from analysis.margin.points import Points, sign_changes
-from analysis.margin.settings import RANDOM, Settings
+from analysis.margin.settings import Settings
 from harness.config.errors import InputError
 
 DEFAULT_W, DEFAULT_B = (2.0, -0.5), (0.0, 0.0)

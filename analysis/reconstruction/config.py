@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from analysis import job_keys
 from analysis.reconstruction.keys import STAGES, Config, describe
-from harness.config import sources
 from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
 
@@ -34,12 +33,10 @@ def load(words: Sequence[str]) -> Config:
     Raises:
         InputError: unknown keys, wrong values, values that exclude each other.
     """
-    given = {
-        a.key: a.value for a in parse([_bracketed(word) for word in words], lambda word, following: None)
-    }
+    given = {a.key: a.value for a in parse([job_keys.bracketed(word) for word in words], lambda *_: None)}
     values: dict[str, Any] = {}
     if experiment := given.pop("experiment", None):
-        values = _experiment(str(experiment))
+        values = job_keys.experiment(str(experiment), "reconstruct")
     flat = {k: v for name, value in given.items() for k, v in leaves(name, value).items()}
     mode = flat.get("mode", values.get("mode", "victim"))
     merged = _nested({**_flattened(_FIXTURE if mode == "fixture" else {}), **_flattened(values), **flat})
@@ -51,25 +48,6 @@ def load(words: Sequence[str]) -> Config:
         raise _translated(error) from None
     _check(config)
     return config
-
-
-def _bracketed(word: str) -> str:
-    """`classes=0,4` as `classes=[0,4]`."""
-    key, equals, value = word.partition("=")
-    return f"{key}=[{value}]" if equals and "," in value and value[:1] not in "[{'\"" else word
-
-
-def _experiment(name: str) -> dict[str, Any]:
-    path = sources.find("experiment", name)
-    if path is None:
-        names = [n for n in sources.options("experiment") if n.startswith("reconstruct")]
-        raise InputError("experiment", name, allowed=names, fix=f"experiment={names[0]}" if names else None)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise InputError("experiment", path, "holds no keys")
-    if "defaults" in content:
-        raise InputError("experiment", name, "is for optbench train", fix=f"optbench train experiment={name}")
-    return content
 
 
 def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:

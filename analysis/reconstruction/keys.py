@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from analysis import job_keys
+
 STAGES = ("victim", "certificate", "alternatives", "attack")
 _PLACES = ("out", "overwrite", "wandb", "stages")
 """Keys that change where results go, not what they are."""
@@ -172,14 +174,4 @@ def describe() -> list[tuple[str, Any, str]]:
 
 def text() -> str:
     """Every key, one a line: name, default, meaning (for `optbench reconstruct --help`)."""
-    lines = ["keys (default; meaning); a list is [a,b] or a,b:"]
-    lines += [f"  {key}={_word(default)}  {doc}".rstrip() for key, default, doc in describe()]
-    return "\n".join([*lines, "  OPTIMIZER.option=…  options of an optimizer: optbench show NAME"])
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return job_keys.listed(describe())

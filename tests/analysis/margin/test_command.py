@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 from analysis.margin import command
-from analysis.margin.settings import read
+from analysis.margin.settings import Settings, read
+from harness import cli
 from harness.config import sources
 from harness.config.errors import InputError
 from tests.harness.record import wandb_file
@@ -187,8 +189,9 @@ BAD = [
     (["mode=flow", "dtype=float32"], "is for steps"),
     (["mode=flow", "join_at=1000", "ln_tau_max=1"], "is before the join"),
     (["mode=mlp", "dtype=float32"], "rounds certified radii"),
-    (["mode=head"], "checkpoints: null is needed"),
-    (["experiment=quickstart"], "has no mode"),
+    (["mode=head"], r"checkpoints: null is needed: mode=head measures checkpoints; fix: .*GROUP/NAME"),
+    (["experiment=margin_head"], r"runs/quickstart/\*/checkpoints/step_\* matches no folder"),
+    (["experiment=quickstart"], "is for optbench train"),
     (["experiment=margin_none"], "did you mean margin"),
 ]
 
@@ -205,6 +208,16 @@ def test_shipped_experiments_can_be_read() -> None:
     ours = [name for name in sources.options("experiment") if name.startswith("margin")]
     assert {read([f"experiment={name}"]).mode for name in ours} == {"toy", "flow", "mlp", "head"}
     assert read(["experiment=margin_inits", "runs=7"]).runs == 7
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["margin", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    keys = {f.name.replace("wandb_", "wandb.") for f in fields(Settings)} - {"options"}
+    shown = {line.split("=")[0].strip(): line for line in lines if line.startswith("  ") and "=" in line}
+    assert keys <= set(shown)
+    assert all(len(shown[key].split("  ")) == 3 for key in keys)
+    assert "  norms=[l2,linf]  " in shown["norms"]
 
 
 def test_the_toy_imports_no_torch() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from analysis.margin import checkpoints, digits, head, mlp
+from analysis.margin import checkpoints, command, digits, head, mlp
 from analysis.margin.attacks import functional_margins
 from analysis.margin.settings import Settings, read
 from harness.checkpoint import files, store
@@ -19,6 +20,7 @@ from harness.config import compose
 from harness.config.errors import InputError
 from harness.model import build
 from optimizers.named_state import StatePiece
+from tests.faults import forked
 from tests.harness.running import small, write_documents
 
 
@@ -145,6 +147,35 @@ def test_heads_of_our_checkpoints(tmp_path: Path, config: Any) -> None:
     assert run.rows[1]["accuracy"] == pytest.approx(float(right.double().mean()))
     for row in run.rows:
         assert (row["margin"] is None) == (row["accuracy"] == 0.0)
+
+
+def test_the_head_of_a_run_from_its_training_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that a process trained, in the folder that its users have."""
+    monkeypatch.chdir(tmp_path)
+    corpus = write_documents(tmp_path)
+    keys = ("steps=40", "checkpoint.every=20", "optimizer=adamw", "optimizer.lr=3e-3", "group=g", "name=n")
+    words = small(corpus, tmp_path / "runs", *keys)
+    said = tmp_path / "said.txt"
+    assert forked.trained(words, 1, said) == [0], said.read_text()
+    pattern = "checkpoints='runs/g/n/checkpoints/step_*'"
+    assert command.main(["mode=head", pattern, "wandb.mode=disabled", "--json", "--out", "out"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (run,) = found["runs"]
+    assert (run["optimizer"], run["status"], run["checkpoints"]) == ("adamw", "ok", 2)
+    assert [row["t"] for row in run["trajectory"]] == [20.0, 40.0]
+    (row,) = found["table"]
+    assert row["accuracy"] > 0.0
+    assert 0.0 < row["head_linf_q50"] < row["head_l2_q50"]
+    assert 0.0 < row["embedding_upper_linf_q50"] < row["embedding_upper_l2_q50"]
+    assert "where it predicts the token" in found["sentence"]
+    assert "upper bounds" in (tmp_path / "out" / "report.html").read_text()
+    # A second run of the same optimizer is another curve.
+    copytree(tmp_path / "runs" / "g" / "n", tmp_path / "runs" / "g" / "m")
+    with pytest.raises(InputError, match=r"matches two runs of adamw: .*fix: a pattern that matches one"):
+        command.main(["mode=head", "checkpoints='runs/g/*/checkpoints/step_*'", "wandb.mode=disabled"])
+    assert head.run_head(read(["mode=head", pattern, "optimizer_label=mine"]), quiet)[0].optimizer == "mine"
 
 
 def hugging_face(folder: Path, size: int = 16) -> Path:

