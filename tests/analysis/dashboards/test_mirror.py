@@ -37,10 +37,10 @@ def _words(corpus: Path, folder: Path, mode: str) -> list[str]:
         f"wandb.mode={mode}",
         "optimizer=sumo",
         "optimizer.rank=8",
-        "steps=40",
-        "log_every=3",
-        "eval.every=9",
-        "checkpoint.every=5",
+        "steps=200",
+        "log_every=20",
+        "eval.every=40",
+        "checkpoint.every=60",
         "moments.every=null",
         "group=killed",
         "name=one",
@@ -63,11 +63,11 @@ def _environment(folder: Path, server: Server) -> dict[str, str]:
 
 
 def _killed(words: list[str], folder: Path, environment: dict[str, str]) -> Path:
-    """Start the run and kill it after its second checkpoint; returns its folder."""
+    """Start the run and kill it after its first checkpoint; returns its folder."""
     run = folder / "runs" / "killed" / "one"
     training = Training(words, 1, folder / "said.txt", environment=environment)
     until = time.monotonic() + 60
-    while not (run / "checkpoints" / "step_00000010").exists() and time.monotonic() < until:
+    while not (run / "checkpoints" / "step_00000060").exists() and time.monotonic() < until:
         time.sleep(0.005)
     training.kill(signal.SIGKILL)
     training.wait()
