@@ -83,7 +83,8 @@ def _lines(panel: Panel, chosen: ComparisonSet) -> tuple[list[Any], dict[str, An
     axis = _AXIS_OF[panel.x]
     for index, arm in enumerate(chosen.arms):
         for metric in panel.y:
-            curve = mean_curve([run for run in arm.runs if metric in run.metrics], metric)
+            # A run that is not over would cut the mean of the others where it stands.
+            curve = mean_curve([run for run in arm.finished or arm.runs if metric in run.metrics], metric)
             if curve is None or axis not in curve.x:
                 continue
             keep = thinned(curve.mean, MAX_POINTS)
