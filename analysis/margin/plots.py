@@ -13,6 +13,8 @@ from analysis.margin.trajectory import Row, Run
 from analysis.page.figures import GREY, MAX_POINTS, Plot, figure, line
 
 LN10 = math.log(10.0)
+FEW = 5
+"""Points that a line alone would hide: checkpoints, not a curve."""
 Value = Callable[[Row], float | None]
 
 
@@ -65,7 +67,7 @@ def _trace(arm: int, name: str, points: Sequence[tuple[float, float]], **more: A
     return go.Scatter(
         x=[points[i][0] for i in keep],
         y=[points[i][1] for i in keep],
-        mode="lines",
+        mode="lines" if len(points) > FEW else "lines+markers",
         name=name,
         line=line(arm),
         hovertemplate=f"{name}: %{{y:.5g}}<extra></extra>",
