@@ -206,8 +206,8 @@ def _state(
         if task.state == "COMPLETING":
             return "stopping", event.text if event is not None else ""
         if task.state == "RUNNING":
-            since = event.time if event is not None and event.kind == "started" else None
-            return ("running", "") if _is_alive(folder, since) else ("starting", f"job {job} on {task.nodes}")
+            has_begun = event is not None and _is_alive(folder, event.time)
+            return ("running", "") if has_begun else ("starting", f"job {job} on {task.nodes}")
         again = task.restarts > 0 or (event is not None and event.kind in ("requeued", "preempted"))
         waits = f"waits: {task.reason}" if task.reason else "waits"
         return "requeued" if again else "pending", f"{event.text}; {waits}" if again and event else waits
@@ -219,6 +219,8 @@ def _state(
             "failed",
             "diverged",
         ) else event.text
+    if event is not None and event.kind == "resubmitted":
+        return "requeued", f"as job {event.text}"
     if own == "running":
         if _is_alive(folder):
             return "running", ""
@@ -231,7 +233,7 @@ def _state(
 
 
 def _is_alive(folder: Path, since: str | None = None) -> bool:
-    """Whether a process gave a sign of life just now, and (ISO 8601) after the attempt began: not the last one's."""
+    """Whether a process gave a sign of life just now, and (ISO 8601) after the attempt began: not the one before it."""
     oldest_s = FRESH_S
     if since is not None:
         began = datetime.fromisoformat(since.replace("Z", "+00:00"))

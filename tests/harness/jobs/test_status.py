@@ -102,6 +102,8 @@ def test_a_job_that_waits_runs_and_waits_again(tmp_path: Path, queue: dict[str, 
         ("failed", "diverged", "diverged"),
         ("failed", "interrupted", "failed"),
         ("finished", "finished", "finished"),
+        ("resubmitted", "interrupted", "requeued"),
+        ("ended", "interrupted", "interrupted"),
     ],
 )
 def test_what_the_batch_script_noted_is_told_long_after_slurm_forgot(
@@ -118,8 +120,12 @@ def test_signs_of_life_of_the_attempt_before_are_not_this_one_s(
 ) -> None:
     run = _run(tmp_path, "a", "interrupted")
     _beat(run, 8, age_s=3)
-    history.add(run, "12", 1, "started", "attempt 2")
+    history.add(run, "9", 0, "cancelled", "after step 8")
+    submission = Submission(run)
+    submission.add("12", "train", submission.path / "submit.sbatch")
     queue["12"] = Task("RUNNING", "", 1, "node1")
+    assert _one(tmp_path).state == "starting", "its script has not even begun"
+    history.add(run, "12", 1, "started", "attempt 2")
     assert _one(tmp_path).state == "starting"
     os.utime(run / "heartbeat" / "rank_00000.json", (time.time() + 1, time.time() + 1))
     assert _one(tmp_path).state == "running"
