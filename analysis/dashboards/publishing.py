@@ -56,7 +56,7 @@ def publish(found: Document, written: Written, place: tuple[str | None, str] | N
         atomic.write_text(out / PREVIEW, preview.render(shown, where))
         files.append(out / PREVIEW)
         remarks.append(
-            f"W&B: {obstacle}. What would be saved is in {DEFINITION}, how it looks in {PREVIEW}; "
+            f"W&B: {obstacle.rstrip('.')}. What would be saved is in {DEFINITION}, how it looks in {PREVIEW}; "
             "the same command saves it once W&B can be reached"
         )
     return replace(written, files=files, remarks=remarks, links={**written.links, **links})

@@ -13,6 +13,7 @@ import pytest
 from analysis.compare import command, document, picture
 from analysis.dashboards.publishing import DEFINITION, PREVIEW
 from harness.config.schema import RunConfig
+from harness.record import wandb as mirror
 from harness.record.wandb import WandbSink
 from tests.analysis import synthetic
 from tests.analysis.dashboards.conftest import KEY
@@ -134,6 +135,21 @@ def test_a_refusal_is_said_and_the_files_are_there(
     server.refuse = set()
     lines, _ = _published(capsys, str(runs), "--wandb")
     assert len(server.views) == 2, "the workspace was saved a second time"
+
+
+def test_a_server_that_refuses_the_run_is_said_in_one_line(
+    server: Server, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        mirror, "INIT_TIMEOUT_S", 3
+    )  # W&B's client asks a server that refuses again and again
+    server.refuse = {"RunResumeStatus", "UpsertBucket"}
+    lines, _ = _published(capsys, str(runs), "--wandb")
+    (said,) = [line for line in lines if line.startswith("W&B: ")]
+    assert "is refused by the test" in said
+    assert "offline run" not in said
+    assert server.views == {}
+    assert (runs / PREVIEW).is_file()
 
 
 def test_without_a_login_the_definition_is_a_file(
