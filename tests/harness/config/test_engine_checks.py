@@ -230,4 +230,4 @@ def test_every_engine_has_a_file_and_every_key_an_owner() -> None:
     from harness.config.sources import options
 
     assert set(options("engine")) == set(get_args(EngineName))
-    assert set(EngineConfig.model_fields) == {"name", "threads", "bucket_mb", *_OWNERS}
+    assert set(EngineConfig.model_fields) == {"name", "threads", "bucket_mb", "timeout_s", *_OWNERS}
