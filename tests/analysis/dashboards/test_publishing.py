@@ -175,6 +175,7 @@ def test_a_server_that_does_not_answer_costs_seconds_not_minutes(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     import wandb
+
     from analysis.dashboards import access
 
     wandb.teardown()
