@@ -30,7 +30,8 @@ def sync(run: Path) -> str | None:
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, **quiet},
+            # Without the service of this process, which may be gone.
+            env={**{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}, **quiet},
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,

@@ -97,6 +97,8 @@ def _train(
     for name, value in limits.items():
         number = getattr(resource, name)
         resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
+    # Of a test that used W&B before the server was forked: a service that may be gone.
+    os.environ.pop("WANDB_SERVICE", None)
     os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", **environment)
     if world_size > 1:
         os.environ.update(
