@@ -82,8 +82,3 @@ def listing(words: Sequence[str], last: str = "and") -> str:
 def plural(n: int, word: str, many: str | None = None) -> str:
     """``1 run``, ``2 runs``."""
     return f"{n} {word if n == 1 else many or word + 's'}"
-
-
-def are(n: int) -> str:
-    """``is`` or ``are``."""
-    return "is" if n == 1 else "are"

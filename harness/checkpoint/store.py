@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.record import atomic
+from harness.record.atomic import sync_folder
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"
@@ -214,17 +215,3 @@ def sync_file(path: Path) -> None:
     """Make the operating system put a file on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """The same for the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def described(steps: Iterable[int]) -> str:
-    """Steps for a message."""
-    return ", ".join(str(step) for step in sorted(steps)) or "none"

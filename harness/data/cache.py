@@ -27,9 +27,10 @@ from harness.config.schema import DataConfig
 from harness.data import tokenizer
 from harness.data.build import build
 from harness.data.corpus import Source, open_source
-from harness.data.fingerprints import Fingerprints, file_sha256, sync_folder
+from harness.data.fingerprints import Fingerprints, file_sha256
 from harness.data.messages import Say
 from harness.record import atomic
+from harness.record.atomic import sync_folder
 
 FORMAT = 1
 _CANNOT_WRITE = (

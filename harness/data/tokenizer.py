@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from harness.config.errors import InputError
-from harness.data.fingerprints import file_sha256, sync_folder
+from harness.data.fingerprints import file_sha256
 from harness.data.messages import quiet
 from harness.record import atomic
+from harness.record.atomic import sync_folder
 
 EOS, PAD = "<eos>", "<pad>"
 # Enters the keys of caches: raise it when the same text and vocabulary size would give another tokenizer.

@@ -103,10 +103,11 @@ class MaskedSteps(Processes):
 
 
 def void(gradients: Iterable[torch.Tensor], where: torch.Tensor) -> None:
-    """Multiply the first element of each tensor by NaN where ``where`` is true, else by 1."""
+    """Multiply the first element of each tensor, whatever its strides, by NaN where ``where`` is true, else by 1."""
     factor = torch.where(where, math.nan, 1.0)
     for gradient in gradients:
-        gradient.view(-1)[:1].mul_(factor)
+        if gradient.numel():
+            gradient[(0,) * gradient.ndim].mul_(factor)
 
 
 def root_sum_square(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

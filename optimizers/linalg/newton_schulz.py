@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optimizers.linalg.inverse_root import InverseRoot
-from optimizers.linalg.precision import full_precision
+from optimizers.linalg.precision import full_precision, multiplies
 from optimizers.linalg.robust import flattened
 
 Coefficients = tuple[float, float, float]
@@ -204,11 +204,7 @@ def _emulates(x: Tensor) -> bool:
     A bf16 product accumulates in fp32 and rounds once, so this is the same arithmetic; CPUs without bf16
     units do it 18 times faster (56 matrices of 512×128, one AVX2 thread).
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return not torch.cpu.get_capabilities().get(
-        "amx_bf16" if x.dtype == torch.bfloat16 else "amx_fp16", False
-    )
+    return not multiplies(x.dtype, x.device.type)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, emulated: bool) -> Tensor:

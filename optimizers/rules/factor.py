@@ -15,17 +15,15 @@ from optimizers.linalg.gram_root import GramRoot
 from optimizers.linalg.inverse_root import GRAM_RTOL
 from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
 from optimizers.linalg.polar import Polar, choose_method, default_rtol, polar
+from optimizers.linalg.precision import multiplies
 from optimizers.stacks import Stack
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def iteration_dtype(device: torch.device) -> str:
-    """What orthogonalizer_dtype "auto" stands for: a CPU without bf16 units multiplies bf16 forty times slower."""
-    if device.type != "cpu":
-        return "bfloat16"
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast else "float32"
+    """What orthogonalizer_dtype "auto" stands for: bf16 where the hardware multiplies it."""
+    return "bfloat16" if multiplies(torch.bfloat16, device.type) else "float32"
 
 
 _ITERATIONS = {"newton_schulz": newton_schulz, "cubic": cubic, "polar_express": polar_express}

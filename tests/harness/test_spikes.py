@@ -10,6 +10,7 @@ import torch
 
 from harness.config import compose
 from harness.config.identity import identity
+from harness.engines.masked import void
 from tests.harness.running import small, trained, write_documents
 
 if TYPE_CHECKING:
@@ -83,3 +84,13 @@ def test_the_guard_is_part_of_a_run_s_identity_where_it_is_on() -> None:
         for words in (["steps=3"], ["steps=3", "max_loss_rise=1.0"], ["steps=3", "max_loss_rise=null"])
     )
     assert on != off == same
+
+
+@pytest.mark.parametrize("where", [True, False])
+def test_a_gradient_is_voided_whatever_its_strides(where: bool) -> None:
+    """Columns of a shard are no contiguous memory; an empty shard has no first element."""
+    whole = torch.ones(4, 6)
+    gradients = [whole[:, 2:4], torch.empty(0, 3), torch.ones(()), torch.ones(5)]
+    void(gradients, torch.tensor(where))
+    assert [bool(g.isfinite().all()) for g in gradients] == [not where, True, not where, not where]
+    assert int(whole.isfinite().sum()) == 24 - where
