@@ -9,6 +9,7 @@ medians over the rounds. The first save is told apart: it also touches the memor
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -42,8 +43,8 @@ def started(words: Sequence[str], folder: Path, steps: int) -> tuple[Run, Checkp
     )
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
-    facts = {"identity": "benchmark", "attempt": 1, "engine": run.engine.name, "world_size": 1}
-    return run, Checkpoints(run, folder / "run", facts, print)
+    here = dataclasses.replace(prepared, folder=folder / "run", identity="benchmark")
+    return run, Checkpoints(run, here, 1, print)
 
 
 def seconds(action: Any) -> float:

@@ -71,16 +71,7 @@ def _keeper(
     # Only now: rank 0 has opened the folder, which must be its own, or empty, until then.
     run.heartbeat = Heartbeat(prepared.folder, run.engine.rank)
     run.heartbeat.start()
-    facts = {
-        "identity": prepared.identity,
-        "comparison_key": prepared.comparison_key,
-        "corpus_sha256": prepared.corpus.sha256,
-        "attempt": choice.attempt,
-        "engine": run.engine.name,
-        "world_size": run.engine.world_size,
-    }
-    keeper = Checkpoints(run, prepared.folder, facts, say)
-    run.checkpoints = keeper
+    keeper = run.checkpoints = Checkpoints(run, prepared, choice.attempt, say)
     return keeper, choice
 
 

@@ -74,6 +74,8 @@ def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], No
     if choice.step is None:
         if run.config.resume and choice.rejected:
             say("no checkpoint can be used: starting at step 0")
+        elif run.config.resume:
+            say("no checkpoint: starting at step 0")
         return 0
     run.engine.rehearse(lambda: forward_backward(run, run.feed.step(0), weight=0.0))
     saved = Saved(checkpoints.folder(choice.step))

@@ -17,6 +17,7 @@ from harness.checkpoint.progress import Randomness
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
 from harness.config.compose import to_yaml
 from harness.loop import Run, settle
+from harness.preparation import Prepared
 from harness.record import atomic
 from optimizers.named_state import StatePiece
 
@@ -47,14 +48,22 @@ class Checkpoints:
 
     Args:
         run: assembled.
-        folder: the run folder, the same for all processes.
-        facts: what the manifest says about the run beside its step.
-        say: where rank 0's messages go.
+        prepared: as prepared; its folder is the same for all processes.
+        attempt: number of this attempt, the same for all processes.
+        say: where this process' messages go.
     """
 
-    def __init__(self, run: Run, folder: Path, facts: dict[str, Any], say: Callable[[str], None]) -> None:
-        self._run, self._facts, self._say = run, facts, say
-        self.store = Store(folder)
+    def __init__(self, run: Run, prepared: Prepared, attempt: int, say: Callable[[str], None]) -> None:
+        self._run, self._say, self._attempt = run, say, attempt
+        self._facts = {
+            "identity": prepared.identity,
+            "comparison_key": prepared.comparison_key,
+            "corpus_sha256": prepared.corpus.sha256,
+            "attempt": attempt,
+            "engine": run.engine.name,
+            "world_size": run.engine.world_size,
+        }
+        self.store = Store(prepared.folder)
         config = run.config.checkpoint
         self._every, self._background = config.every, config.background
         self._retention = Retention(config.keep, config.keep_best, config.keep_every)
@@ -125,7 +134,7 @@ class Checkpoints:
         if self._lacks_space(pieces):
             return
         self._tries += 1
-        partial = self.store.partial(run.ledger.step, f"{self._facts['attempt']}-{self._tries}")
+        partial = self.store.partial(run.ledger.step, f"{self._attempt}-{self._tries}")
         facts = progress.facts(run)
         if run.engine.rank == 0:
             facts["optimizer"] = parts.bookkeeping(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,14 +89,8 @@ def attempt(
     said: list[str] = []
     try:
         choice = resuming.choose(run, _store(folder), identity=prepared.identity, attempt=1)
-        facts = {
-            "identity": prepared.identity,
-            "comparison_key": prepared.comparison_key,
-            "attempt": choice.attempt,
-            "engine": run.engine.name,
-            "world_size": run.engine.world_size,
-        }
-        keeper = run.checkpoints = Checkpoints(run, folder, facts, said.append)
+        here = dataclasses.replace(prepared, folder=folder)
+        keeper = run.checkpoints = Checkpoints(run, here, choice.attempt, said.append)
         with _wrong(change):
             first = resuming.resume(run, keeper.store, choice, said.append)
         if stop_after is not None:

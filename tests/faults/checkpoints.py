@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,26 @@ def assert_whole(run: Path) -> list[int]:
     for step in steps:
         store.verify(Store(run).folder(step))
     return steps
+
+
+def wait_for_step(run: Path, step: int, said: Path | None = None) -> None:
+    """Until the run has got that far.
+
+    Args:
+        run: its folder.
+        step: steps done.
+        said: file of its output, for the message where it does not.
+    """
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        try:
+            if status(run)["step"] >= step:
+                return
+        except (OSError, ValueError):
+            pass  # not there yet
+        time.sleep(0.01)
+    text = said.read_text()[-2000:] if said is not None and said.exists() else ""
+    raise AssertionError(f"the run did not get to step {step}: {text}")
 
 
 def status(run: Path) -> dict[str, Any]:

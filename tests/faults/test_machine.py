@@ -11,23 +11,11 @@ from pathlib import Path
 import pytest
 
 from harness.preparation import prepare
-from tests.faults.checkpoints import assert_same, assert_whole, status
+from tests.faults.checkpoints import assert_same, assert_whole, status, wait_for_step
 from tests.faults.forked import Training, trained
 from tests.harness.running import small
 
 ENDLESS = ["steps=100000", "eval.every=null", "moments.every=null", "schedule=constant", "name=run"]
-
-
-def _wait_for_step(run: Path, step: int, training: Training) -> None:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            if status(run)["step"] >= step:
-                return
-        except (OSError, ValueError):
-            pass
-        time.sleep(0.01)
-    raise AssertionError(f"the run did not get going: {training.said()[-2000:]}")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -60,12 +48,12 @@ def test_older_checkpoints_outlive_a_disk_that_fills_up(corpus: Path, tmp_path: 
     words = small(corpus, tmp_path, *ENDLESS, "checkpoint.every=4", "checkpoint.keep=1")
     run = tmp_path / "default" / "run"
     first = Training(words, 1, tmp_path / "first.txt")
-    _wait_for_step(run, 12, first)
+    wait_for_step(run, 12, first.output)
     first.kill(signal.SIGKILL)
     first.wait()
     before = assert_whole(run)
     second = Training(words, 1, tmp_path / "second.txt", {"RLIMIT_FSIZE": 100_000})
-    _wait_for_step(run, before[0] + 12, second)
+    wait_for_step(run, before[0] + 12, second.output)
     second.kill(signal.SIGTERM)
     assert second.wait() == [0]
     assert assert_whole(run) == before
@@ -76,11 +64,11 @@ def test_a_folder_that_cannot_be_written_ends_nothing(corpus: Path, tmp_path: Pa
     words = small(corpus, tmp_path, *ENDLESS, "checkpoint.every=3")
     training = Training(words, 1, tmp_path / "said.txt")
     run = tmp_path / "default" / "run"
-    _wait_for_step(run, 4, training)
+    wait_for_step(run, 4, training.output)
     os.replace(run / "checkpoints", run / "elsewhere")
     (run / "checkpoints").write_text("in the way")
     now = status(run)["step"]
-    _wait_for_step(run, now + 10, training)
+    wait_for_step(run, now + 10, training.output)
     training.kill(signal.SIGTERM)
     assert training.wait() == [0], training.said()
     assert "no checkpoint" in training.said() or "failed" in training.said()
@@ -92,7 +80,7 @@ def test_a_corpus_that_is_cut_short_stops_the_run_and_says_which(corpus: Path, t
     assert trained([*words[:-2], "name=whole", words[-1]], 1, tmp_path / "whole.txt") == [0]
     training = Training(words, 1, tmp_path / "said.txt")
     run = tmp_path / "default" / "run"
-    _wait_for_step(run, 5, training)
+    wait_for_step(run, 5, training.output)
     (tokens,) = cache.glob("*/tokens.bin")
     shutil.copy(tokens, tmp_path / "kept")
     os.truncate(tokens, tokens.stat().st_size // 2)
@@ -121,7 +109,7 @@ def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(
     )
     training = Training(words, 2, tmp_path / "said.txt")
     run = tmp_path / "default" / "run"
-    _wait_for_step(run, 5, training)
+    wait_for_step(run, 5, training.output)
     begin = time.monotonic()
     training.kill(signal.SIGSTOP, ranks=[1])
     training.processes[0].join(30)

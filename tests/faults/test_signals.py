@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.checkpoints import assert_same, assert_whole, status
+from tests.faults.checkpoints import assert_same, assert_whole, status, wait_for_step
 from tests.faults.forked import Training, trained
 from tests.harness.running import small
 
@@ -21,18 +21,6 @@ STEPS = 60
 BASE = [f"steps={STEPS}", "eval.every=null", "moments.every=null", "optimizer=galore", "optimizer.rank=8"]
 ENDLESS = ["steps=100000", "eval.every=null", "moments.every=null", "schedule=constant"]
 LIMIT_S = 90
-
-
-def _wait_for_step(run: Path, step: int) -> None:
-    until = time.monotonic() + LIMIT_S
-    while time.monotonic() < until:
-        try:
-            if status(run)["step"] >= step:
-                return
-        except (OSError, ValueError):
-            pass
-        time.sleep(0.01)
-    raise AssertionError("the run did not get going")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +38,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(
     assert trained([*words, "name=whole"], 2, tmp_path / "whole.txt") == [0, 0]
     training = Training([*words, "name=cut"], 2, tmp_path / "cut.txt")
     run = tmp_path / "default" / "cut"
-    _wait_for_step(run, 4)
+    wait_for_step(run, 4)
     training.kill(number, ranks=[1])
     assert training.wait() == [0, 0], training.said()
     now = status(run)
@@ -66,7 +54,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(
 def test_the_same_signal_twice_at_once_is_one_wish(corpus: Path, tmp_path: Path) -> None:
     """SLURM signals the processes, and so does the launcher that it signals as well."""
     training = Training(small(corpus, tmp_path, *ENDLESS, "name=run"), 1, tmp_path / "said.txt")
-    _wait_for_step(tmp_path / "default" / "run", 2)
+    wait_for_step(tmp_path / "default" / "run", 2)
     for _ in range(3):
         training.kill(signal.SIGTERM)
     assert training.wait() == [0]
@@ -91,7 +79,7 @@ def test_a_second_signal_ends_a_run_that_hangs_and_harms_no_checkpoint(corpus: P
     command = [sys.executable, "-m", "harness.cli", "train", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = tmp_path / "default" / "run"
-    _wait_for_step(run, 6)
+    wait_for_step(run, 6)
     (stuck,) = [
         p
         for p in psutil.Process(process.pid).children(recursive=True)
@@ -122,7 +110,7 @@ def test_usr1_to_every_process_of_a_step_as_slurm_sends_it(corpus: Path, tmp_pat
         text=True,
     )
     run = tmp_path / "default" / "run"
-    _wait_for_step(run, 2)
+    wait_for_step(run, 2)
     # The launcher puts its processes into sessions of their own; SLURM signals by job step, whatever the session.
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         member.send_signal(signal.SIGUSR1)
@@ -153,7 +141,7 @@ def test_sigterm_under_torchrun(corpus: Path, tmp_path: Path) -> None:
         text=True,
     )
     run = tmp_path / "default" / "run"
-    _wait_for_step(run, 2)
+    wait_for_step(run, 2)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=LIMIT_S)
     # torchrun's own exit code says nothing: it reports the signal that it got, whatever its processes made of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 from pathlib import Path
@@ -29,8 +30,8 @@ def kept(corpus: Path, folder: Path, *words: str) -> tuple[Run, Checkpoints, lis
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
     said: list[str] = []
-    facts = {"identity": prepared.identity, "attempt": 1, "engine": "single", "world_size": 1}
-    run.checkpoints = keeper = Checkpoints(run, folder / "run", facts, said.append)
+    here = dataclasses.replace(prepared, folder=folder / "run")
+    run.checkpoints = keeper = Checkpoints(run, here, 1, said.append)
     return run, keeper, said
 
 
