@@ -104,7 +104,8 @@ def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(
         *ENDLESS,
         "world_size=2",
         f"engine={engine}",
-        "engine.timeout_s=6",
+        # Long enough for several missed signs of life of 2 s: a process is called silent after more than two.
+        "engine.timeout_s=10",
         "checkpoint.every=3",
     )
     training = Training(words, 2, tmp_path / "said.txt")
