@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 from optimizers.presets import OPTIONS, PRESETS, Option, OptionError, Preset, names, rank_limit_check, resolve
 
 if TYPE_CHECKING:
-    from optimizers.base import SUMO, AdamW, GaLore, Muon, Optimizer, Route
+    from optimizers.base import Optimizer
+    from optimizers.classes import SUMO, AdamW, GaLore, Muon
     from optimizers.linalg.polar import Polar, polar
     from optimizers.registry import build, plugin
+    from optimizers.routing import Route
 
 _LAZY = {
     "build": "optimizers.registry",
     "plugin": "optimizers.registry",
     "Optimizer": "optimizers.base",
-    "SUMO": "optimizers.base",
-    "GaLore": "optimizers.base",
-    "Muon": "optimizers.base",
-    "AdamW": "optimizers.base",
+    "SUMO": "optimizers.classes",
+    "GaLore": "optimizers.classes",
+    "Muon": "optimizers.classes",
+    "AdamW": "optimizers.classes",
     "Route": "optimizers.routing",
     "polar": "optimizers.linalg.polar",
     "Polar": "optimizers.linalg.polar",

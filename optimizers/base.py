@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial as bound
 from typing import Any, ClassVar
 
 import torch
@@ -12,20 +13,12 @@ from torch.profiler import record_function
 
 from optimizers import groups, rules
 from optimizers.fused import Block
-from optimizers.inspection import (
-    Figures,
-    Observation,
-    Share,
-    kind_bytes,
-    moment_share,
-    singular_values,
-    split_singular_values,
-)
+from optimizers.inspection import Figures, Share, kind_bytes, moment_share, singular_values
+from optimizers.journal import Journal
 from optimizers.layouts.lanes import Lane
 from optimizers.layouts.layout import Layout, Section
 from optimizers.layouts.partitioned import PartitionedLayout, Unattached
 from optimizers.layouts.replicated import ReplicatedLayout
-from optimizers.layouts.rows import Rows
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
 from optimizers.linalg.precision import without_autocast
 from optimizers.members import Member
@@ -34,7 +27,7 @@ from optimizers.presets import resolve
 from optimizers.rounding import Rounding
 from optimizers.routing import Modules, Route
 from optimizers.rules import adamw
-from optimizers.stacks import Descent, Stack
+from optimizers.stacks import Descent
 from optimizers.state_io import compact, restore_exactly, validate
 
 Params = Iterable[Any]
@@ -68,7 +61,7 @@ class Optimizer(torch.optim.Optimizer):
         found_inf: torch's AMP protocol: a 1-element float tensor on the device; above 0, the next step
             changes neither weights nor state. The host need not know: `retract_step` later takes back its
             counters.
-        orthogonalizations: matrices that were orthogonalized in the last step.
+        journal: what the last step left behind beside weights and state.
 
     Raises:
         OptionError: see `optimizers.build`.
@@ -106,22 +99,12 @@ class Optimizer(torch.optim.Optimizer):
             raise OptionError("work", work, "is unknown", ("replicated", "split"))
         named = [] if isinstance(params, Tensor) else groups.named_tensors(params)
         self._layout: Layout = Unattached() if layout else _layout_of(named, process_group, work)
-        self._reset_caches()
+        self._lanes: dict[Any, list[Lane]] = {}
+        self.journal = Journal()
         super().__init__(params, {"lr": self.options["lr"], "weight_decay": self.options["weight_decay"]})
         # A reference to the model would travel with every pickle and deepcopy.
         self._modules = None
         groups.require_matrices(self.preset, self.routes)
-
-    def _reset_caches(self) -> None:
-        self._lanes: dict[Any, list[Lane]] = {}
-        self._stepped: list[Tensor] = []
-        self._spectra: dict[str, tuple[Tensor, int]] = {}  # name → spectra of its stack, and which of them
-        self._observation = Observation()
-        self._observe = False
-        self._observing = False
-        self._seen: set[Any] = set()  # sections that this logical step has stepped
-        self._fallbacks: Tensor = torch.zeros((), dtype=torch.int64)
-        self.orthogonalizations = 0
 
     @property
     def routes(self) -> list[Route]:
@@ -167,9 +150,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_was_replaced(self) -> None:
         """Look at the state anew, after it was written from outside (a collective where it is split)."""
-        self._spectra = {}
-        self._observation = Observation()
-        self._stepped = []
+        self.journal.forget_step()
         for section in self._layout.all_sections(self._groups):
             if self._groups[section.group]["rule"] != "adamw":
                 for lane in self._lanes_of(section):
@@ -184,18 +165,24 @@ class Optimizer(torch.optim.Optimizer):
     def attach(self, layout: Layout) -> None:
         """Step the parameters as `layout` says they lie; allocates the state."""
         self._layout = layout
-        self._reset_caches()
+        self._lanes = {}
+        self.journal.clear()
         for index in range(len(self._groups)):
             self._allocate(index)
 
     @property
     def fallbacks(self) -> Tensor:
         """0-dim int64 on the device: factorizations that needed a fallback, since construction."""
-        return self._fallbacks
+        return self.journal.fallbacks
+
+    @property
+    def orthogonalizations(self) -> int:
+        """Matrices that were orthogonalized in the last step."""
+        return self.journal.orthogonalizations
 
     def add_fallbacks(self, count: int) -> None:
         """Count those of an earlier process that this one goes on from."""
-        self._fallbacks = self._fallbacks + count
+        self.journal.fallbacks = self.journal.fallbacks + count
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; what they are decides their rule, and options in the dict win over the optimizer's.
@@ -284,8 +271,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         sections = list(self._layout.sections(self.param_groups))
-        self._begin({section.key for section in sections})
-        observe = self._observing
+        self.journal.begin({section.key for section in sections})
         for section in sections:
             group = self._groups[section.group]
             parameters = [self._parameters[section.group][position] for position in section.positions]
@@ -295,27 +281,15 @@ class Optimizer(torch.optim.Optimizer):
             named = record_function(f"optimizer/{group['rule']}")
             with named, without_autocast(active[0].device.type):
                 if group["rule"] == "adamw":
-                    self._step_adamw(section, active, observe)
+                    self._step_adamw(section, active)
                 else:
-                    self._step_matrices(section, observe)
+                    self._step_matrices(section)
             for parameter in active:
                 self.state[parameter]["step"] += 1
-            self._stepped += active
+            self.journal.stepped(active)
         return loss
 
-    def _begin(self, keys: set[Any]) -> None:
-        """Begin a logical step with the first call of `step` that belongs to it: ZeRO calls once per flat tensor."""
-        if self._seen and self._seen.isdisjoint(keys):
-            self._seen |= keys
-            return
-        self._seen = keys
-        self.orthogonalizations = 0
-        self._stepped = []
-        self._observing, self._observe = self._observe, False
-        if self._observing:
-            self._observation = Observation()
-
-    def _step_adamw(self, section: Section, active: list[Tensor], observe: bool) -> None:
+    def _step_adamw(self, section: Section, active: list[Tensor]) -> None:
         group = self._groups[section.group]
         settings = adamw.Settings(
             _lr(group), _decay(group), group["betas"], group["eps"], group["eps_form"], _rounding(group)
@@ -328,9 +302,9 @@ class Optimizer(torch.optim.Optimizer):
             [self.name_of(p) for p in active],
             self.found_inf,
         )
-        if observe and self.preset_rule == "adamw":
-            for names_, moments, share in self._first_moments(section):
-                self._observation.add(names_, moments, share=share)
+        if self.journal.observing and self.preset_rule == "adamw":
+            for names, moments, share in self._first_moments(section):
+                self.journal.observe(names, moments, share)
 
     def _routed(self, section: Section) -> list[tuple[Tensor, Route]]:
         pairs = list(zip(self._parameters[section.group], self._routes[section.group]))
@@ -364,7 +338,7 @@ class Optimizer(torch.optim.Optimizer):
         """The rule of the hidden matrices."""
         return groups.rule_name(self.preset)
 
-    def _step_matrices(self, section: Section, observe: bool) -> None:
+    def _step_matrices(self, section: Section) -> None:
         group = self._groups[section.group]
         rule = rules.load(group["rule"])
         descent = Descent(_lr(group), _decay(group), group.get("decay_order") == "after", _rounding(group))
@@ -380,7 +354,7 @@ class Optimizer(torch.optim.Optimizer):
                 with record_function(f"{group['rule']}/rule"):
                     updates = rule.step([stack for _, _, stack in batch], lane.rows)
                 for (bank, active, stack), update in zip(batch, updates):
-                    self._take(rule, stack, update, lane.rows, observe)
+                    self.journal.enter(rule, stack, update, lane.rows)
                     with record_function(f"{group['rule']}/apply"):
                         lane.apply(stack, update.delta, descent)
                     bank.write_back(active, stack.state)
@@ -390,43 +364,17 @@ class Optimizer(torch.optim.Optimizer):
                 lanes[position + 1].begin()
             lane.end(descent)
 
-    def _take(self, rule: rules.Rule, stack: Stack, update: rules.Update, rows: Rows, observe: bool) -> None:
-        """Book what an update says beside its delta."""
-        if update.factor is not None:
-            self.orthogonalizations += len(stack.members)
-        if update.fallbacks is not None:
-            count = update.fallbacks
-            if stack.masked is not None:
-                count = torch.where(stack.masked, 0, count)
-            if self._fallbacks.device != count.device:
-                self._fallbacks = self._fallbacks.to(count.device)
-            self._fallbacks = self._fallbacks + count
-        known = update.singular_values if rule.spectrum_of_state(stack.options) else None
-        for position, name in enumerate(stack.names):
-            if known is not None:
-                self._spectra[name] = known, position
-            else:
-                self._spectra.pop(name, None)
-        if observe:
-            moment = stack.state["moment"] if update.moment is None else update.moment
-            share = moment_share(rule, stack.shape, stack.split, stack.options, rows)
-            self._observation.add(stack.names, moment, update.factor, update.singular_values, share)
-
     def retract_step(self) -> None:
         """Take back the host's counters of the last step, which `found_inf` masked on the device.
 
         Call it before the next step, once the host knows. The optimizer is then as if it had never seen the
         step.
         """
-        for parameter in self._stepped:
-            self.state[parameter]["step"] -= 1
-        self._stepped = []
-        self._spectra = {}
-        self._observation = Observation()
+        self.journal.retract(self.state)
 
     def observe_moments(self, on: bool = True) -> None:
         """Let the next step compute `moment_figures`."""
-        self._observe = on
+        self.journal.observe_next(on)
 
     def moment_figures(self) -> dict[str, Figures]:
         """Figures of each matrix in the last observed step, as 0-dim fp64 tensors on the device.
@@ -434,11 +382,11 @@ class Optimizer(torch.optim.Optimizer):
         condition_number, effective_rank, stable_rank of what the rule orthogonalized or normalized; where it
         applied a factor also orthogonality_error and polar_error. Empty if that step was retracted.
         """
-        return self._observation.figures
+        return self.journal.figures
 
     def observation_seconds(self) -> float:
         """What `moment_figures` cost the last observed step, for whoever keeps a budget. Waits for the device."""
-        return self._observation.seconds()
+        return self.journal.seconds()
 
     def moment_spectra(self) -> dict[str, Tensor]:
         """Name → singular values of the moment, descending, detached, for every matrix on the rule.
@@ -450,25 +398,15 @@ class Optimizer(torch.optim.Optimizer):
         for section in self._layout.all_sections(self._groups):
             if self._groups[section.group]["rule"] != "adamw":
                 rule = rules.load(self._groups[section.group]["rule"])
-                for lane, bank in [(owner, b) for owner in self._lanes_of(section) for b in owner.banks]:
-                    bank.bind(self.state)
-                    names = [m.block.name for m in bank.members]
-                    if not all(name in self._spectra for name in names):
-                        moment = bank.stacked("moment")
+                for lane in self._lanes_of(section):
+                    for bank in lane.banks:
+                        bank.bind(self.state)
                         share = moment_share(rule, bank.shape, bank.split, bank.options, lane.rows)
-                        values = (
-                            singular_values(moment) if share is None else split_singular_values(moment, share)
-                        )
-                        self._spectra.update({name: (values, i) for i, name in enumerate(names)})
-                    for name in names:
-                        values, i = self._spectra[name]
-                        found[name] = values[i].detach().clone()
+                        values = bound(singular_values, bank.stacked("moment"), share)
+                        found.update(self.journal.spectra([m.block.name for m in bank.members], values))
             elif self.preset_rule == "adamw":
                 for names, moments, share in self._first_moments(section):
-                    values = (
-                        singular_values(moments) if share is None else split_singular_values(moments, share)
-                    )
-                    found.update(zip(names, values.unbind(0)))
+                    found.update(zip(names, singular_values(moments, share).unbind(0)))
         return found
 
     def bytes_sent(self) -> dict[str, float]:
@@ -524,9 +462,7 @@ class Optimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         restore_exactly(self, state_dict)
         self._lanes = {}
-        self._spectra = {}
-        self._observation = Observation()
-        self._stepped = []
+        self.journal.forget_step()
         for index in range(len(self._groups)):
             self._allocate(index)
 
@@ -551,7 +487,8 @@ class Optimizer(torch.optim.Optimizer):
             self._names = {id(p): r.name for group, routes in pairs for p, r in zip(group, routes)}
             named = [(self._names[id(p)], p) for group in self._parameters for p in group]
             self._layout = _layout_of(named, None, "replicated")
-            self._reset_caches()
+            self._lanes = {}
+            self.journal = Journal()
 
 
 def _layout_of(named: list[tuple[str, Tensor]], process_group: dist.ProcessGroup | None, work: str) -> Layout:
@@ -573,30 +510,3 @@ def _decay(group: Mapping[str, Any]) -> float:
 
 def _rounding(group: Mapping[str, Any]) -> Rounding:
     return Rounding(group["rounding"], group["seed"])
-
-
-class SUMO(Optimizer):
-    """SUMO (Refael et al. 2025, arXiv 2505.24749); preset "sumo" unless another of its presets is named."""
-
-    default_preset = "sumo"
-
-
-class GaLore(Optimizer):
-    """GaLore (Zhao et al. 2024, arXiv 2403.03507)."""
-
-    default_preset = "galore"
-
-
-class Muon(Optimizer):
-    """Muon (Jordan et al. 2024); preset "muon" unless another of its presets is named."""
-
-    default_preset = "muon"
-
-
-class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
-
-    default_preset = "adamw"
-
-
-CLASSES: dict[str, type[Optimizer]] = {"sumo": SUMO, "galore": GaLore, "muon": Muon, "adamw": AdamW}

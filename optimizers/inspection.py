@@ -57,14 +57,11 @@ def moment_share(
     return Share((m, n), along.index(split) - 2, rows.total)
 
 
-def split_singular_values(moment: Tensor, share: Share) -> Tensor:
-    """As `singular_values`, of a moment of which each rank holds an interval (a collective)."""
-    return _values(share.gram(moment), moment.dtype)[..., : min(share.shape)]
-
-
-def singular_values(moment: Tensor) -> Tensor:
+def singular_values(moment: Tensor, share: Share | None = None) -> Tensor:
     """(b, m, n) → (b, min(m, n)) descending, in the moment's dtype; from the fp64 Gram, so accurate above
-    1e-6 σ1."""
+    1e-6 σ1. With `share` of a moment of which each rank holds an interval (a collective)."""
+    if share is not None:
+        return _values(share.gram(moment), moment.dtype)[..., : min(share.shape)]
     wide = moment.detach().double()
     with full_precision(moment.device.type):
         gram = wide @ wide.mT if wide.shape[-2] <= wide.shape[-1] else wide.mT @ wide

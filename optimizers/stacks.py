@@ -101,9 +101,10 @@ class Stack:
         """state ← decay·state + weight·value, unless masked; returns the state as it then is (or would
         be)."""
         old = self.state[kind]
+        average = weight == 1.0 - decay
         if self.masked is None:
-            return old.mul_(decay).add_(value, alpha=weight)
-        new = torch.add(decay * old, value, alpha=weight)
+            return old.lerp_(value, weight) if average else old.mul_(decay).add_(value, alpha=weight)
+        new = torch.lerp(old, value, weight) if average else torch.add(decay * old, value, alpha=weight)
         torch.where(self.masked, old, new, out=old)
         return new
 

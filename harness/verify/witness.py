@@ -129,16 +129,17 @@ class Witness:
             return step(*args, **kwargs)
 
         optimizer.step = watched_step
-        book = getattr(optimizer, "_take", None)
-        if book is None:
+        journal = getattr(optimizer, "journal", None)
+        if journal is None:
             return
+        enter = journal.enter
 
-        def watched_book(rule: Any, stack: Any, update: Any, *rest: Any) -> None:
+        def watched_enter(rule: Any, stack: Any, update: Any, *rest: Any) -> None:
             if update.factor is not None:
                 self._counts.update(stack.names)
-            book(rule, stack, update, *rest)
+            enter(rule, stack, update, *rest)
 
-        optimizer._take = watched_book
+        journal.enter = watched_enter
 
     def due(self, step: int) -> bool:
         """Every step."""

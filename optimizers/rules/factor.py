@@ -39,10 +39,9 @@ def orthogonalize(moment: Tensor, options: Mapping[str, Any]) -> Polar:
     if moment.dtype == torch.float64 and dtype == torch.float32:
         dtype = torch.float64
     factor = _ITERATIONS[method](moment, options["orthogonalizer_steps"], dtype=dtype)
-    # NaN and Inf spread over their own matrix, so one element tells; looking at the factor is as good as at
-    # M.
-    finite = torch.isfinite(factor).all(-1).all(-1)
-    return Polar(torch.where(finite[:, None, None], factor, 0.0), None, None, (~finite).sum())
+    # The norm and the first product spread a NaN or Inf over every row of its own matrix: one row tells.
+    broken = ~torch.isfinite(factor[:, 0]).all(-1)
+    return Polar(factor.masked_fill_(broken[:, None, None], 0.0), None, None, broken.sum())
 
 
 def subspace_factors(

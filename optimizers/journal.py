@@ -1,0 +1,110 @@
+"""What a step leaves behind beside weights and state: counters, spectra that it computed anyway, observed figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers.inspection import Figures, Observation, moment_share
+from optimizers.layouts.rows import Rows
+from optimizers.rules.rule import Rule, Update
+from optimizers.stacks import Stack
+
+
+class Journal:
+    """Kept for the last logical step, which may come in several calls: ZeRO calls once per flat tensor.
+
+    Attributes:
+        orthogonalizations: matrices that were orthogonalized in the last step.
+        fallbacks: 0-dim int64 on the device: factorizations that needed a fallback, since `clear`.
+        observing: whether this step's moments are looked at.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, also what was counted since construction."""
+        self.orthogonalizations = 0
+        self.fallbacks: Tensor = torch.zeros((), dtype=torch.int64)
+        self.observing = False
+        self._is_to_observe = False
+        self._begun: set[Any] = set()
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Forget the last step: the state is not what it left."""
+        self._stepped: list[Tensor] = []
+        self._spectra: dict[str, tuple[Tensor, int]] = {}  # name → spectra of its stack, and which of them
+        self._observation = Observation()
+
+    def begin(self, parts: set[Any]) -> None:
+        """Begin a logical step with the first call that steps one of its parts again."""
+        if self._begun and self._begun.isdisjoint(parts):
+            self._begun |= parts
+            return
+        self._begun = parts
+        self.orthogonalizations = 0
+        self._stepped = []
+        self.observing, self._is_to_observe = self._is_to_observe, False
+        if self.observing:
+            self._observation = Observation()
+
+    def observe_next(self, on: bool) -> None:
+        """Whether the next step's moments are looked at."""
+        self._is_to_observe = on
+
+    def enter(self, rule: Rule, stack: Stack, update: Update, rows: Rows) -> None:
+        """What an update says beside its delta."""
+        if update.factor is not None:
+            self.orthogonalizations += len(stack.members)
+        if update.fallbacks is not None:
+            count = update.fallbacks
+            if stack.masked is not None:
+                count = torch.where(stack.masked, 0, count)
+            self.fallbacks = self.fallbacks.to(count.device) + count
+        known = update.singular_values if rule.spectrum_of_state(stack.options) else None
+        for position, name in enumerate(stack.names):
+            if known is not None:
+                self._spectra[name] = known, position
+            else:
+                self._spectra.pop(name, None)
+        if self.observing:
+            moment = stack.state["moment"] if update.moment is None else update.moment
+            share = moment_share(rule, stack.shape, stack.split, stack.options, rows)
+            self._observation.add(stack.names, moment, update.factor, update.singular_values, share)
+
+    def observe(self, names: Sequence[str], moments: Tensor, share: Any) -> None:
+        """Look at moments (b, m, n) that no rule returned, if this step is observed."""
+        if self.observing:
+            self._observation.add(names, moments, share=share)
+
+    def stepped(self, parameters: Sequence[Tensor]) -> None:
+        """These took a step."""
+        self._stepped += parameters
+
+    def retract(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Take back the step counters of the parameters that took the last step."""
+        for parameter in self._stepped:
+            state[parameter]["step"] -= 1
+        self.forget_step()
+
+    def spectra(self, names: Sequence[str], compute: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Name → singular values, those of the last step or else (b, k) of `compute`."""
+        if not all(name in self._spectra for name in names):
+            values = compute()
+            self._spectra.update({name: (values, i) for i, name in enumerate(names)})
+        found = {name: self._spectra[name] for name in names}
+        return {name: values[i].detach().clone() for name, (values, i) in found.items()}
+
+    @property
+    def figures(self) -> dict[str, Figures]:
+        """Of the last observed step."""
+        return self._observation.figures
+
+    def seconds(self) -> float:
+        """What they cost. Waits for the device."""
+        return self._observation.seconds()
