@@ -90,6 +90,22 @@ COMMANDS: dict[str, Command] = {
         (("--world-size N", "processes to plan for"),),
         takes_keys=True,
     ),
+    "paper": Command(
+        "analysis.paper.command:main",
+        "a published table: published, predicted, measured",
+        "TABLE [runs=DIR] [--commands] [--out DIR] [--json] | [--list] [--json]",
+        (
+            ("", "the tables that are known"),
+            ("sumo_table3", "its memory counted on our optimizers; its perplexities from runs/sumo_table3"),
+            ("sumo_table3 runs=runs/mine --out runs/paper", "from finished runs elsewhere, written as files"),
+            ("sumo_table9 --commands", "the runs that would fill what is not measured"),
+        ),
+        (
+            ("--list", "the tables that are known"),
+            ("--commands", "commands of the missing runs, with the paper's protocol, instead of the table"),
+            ("--out DIR", "write TABLE.json, .md, .csv and .html there"),
+        ),
+    ),
     "certify": Command(
         "harness.verify.command:main",
         "does an optimizer on an engine compute what its rule computes on whole matrices",

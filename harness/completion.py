@@ -31,6 +31,7 @@ _optbench() {{
         *" $command "*) ;;
         *)
             [[ "$command" == show ]] && COMPREPLY=($(compgen -W "$named" -- "$word"))
+            [[ "$command" == paper ]] && COMPREPLY=($(compgen -W "{tables}" -- "$word"))
             return ;;
     esac
     local found=($(compgen -W "{words}" -- "$word"))
@@ -56,6 +57,7 @@ complete -c optbench -n __fish_use_subcommand -a "{commands}"
 complete -c optbench -n "__fish_seen_subcommand_from {with_keys}" -a "{words}"
 complete -c optbench -n "__fish_seen_subcommand_from compare" -a "{optimizers}"
 complete -c optbench -n "__fish_seen_subcommand_from show" -a "{named}"
+complete -c optbench -n "__fish_seen_subcommand_from paper" -a "{tables}"
 """
 
 
@@ -88,6 +90,7 @@ def script(shell: str) -> str:
         "words": " ".join(dict.fromkeys(words)),
         "optimizers": " ".join(choices["optimizer"]),
         "named": " ".join(names),
+        "tables": " ".join(sources.options("paper")),
     }
     template = {"bash": _BASH, "zsh": _ZSH + _BASH, "fish": _FISH}[shell]
     return template.format(**filled)

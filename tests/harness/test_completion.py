@@ -41,6 +41,7 @@ def completed(line: str) -> list[str]:
         ("optbench train time_l", ["time_limit="]),
         ("optbench compare sumo gal", ["galore", "galore_muon"]),
         ("optbench show llama_7", ["llama_7b"]),
+        ("optbench paper sumo_table3", ["sumo_table3"]),
         ("optbench report ru", []),
         ("optbench train nothing_like_it", []),
     ],

@@ -1,0 +1,1 @@
+"""`optbench paper`: a published table, cell by cell beside what is predicted and what was measured."""

@@ -1,0 +1,167 @@
+"""A filled table for people, for programs and as files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from analysis.page import job
+from analysis.paper.cells import STATUSES, Cell, Filled
+from analysis.plain import plain
+from harness.cli import document as whole_document
+from harness.record import atomic
+
+HEADS = ("row", "column", "published", "predicted", "measured", "unit", "status")
+_STYLES = {"differs": "red", "differs_known": "yellow", "not_run": "dim", "not_predictable": "dim"}
+
+
+def document(filled: Filled) -> dict[str, Any]:
+    """``{"table", "cells": […], …}`` of ``--json``, plain values; numbers that there are not are null."""
+    table = filled.table
+    return plain(
+        {
+            "table": filled.name,
+            "title": table.title,
+            "source": table.source.model_dump(),
+            "provenance": table.provenance,
+            "cells": [_cell(cell) for cell in filled.cells],
+            "counts": filled.counts,
+            "disagrees": filled.disagrees,
+            "statuses": STATUSES,
+            "runs": None if filled.runs is None else filled.runs.as_posix(),
+            "remarks": filled.remarks,
+            "notes": table.notes,
+        }
+    )
+
+
+def show(filled: Filled, console: Console) -> None:
+    """Print the table, the reasons below it, and what is left to run."""
+    console.print(_title(filled), style="bold", markup=False, soft_wrap=True)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in HEADS:
+        drawn.add_column(head, justify="right" if head in ("published", "predicted", "measured") else "left")
+    for cell, words in zip(filled.cells, _rows(filled), strict=True):
+        drawn.add_row(*(Text(word) for word in words), style=_STYLES.get(cell.status))
+    console.print(drawn)
+    for line in (*_remarks(filled), sentence(filled)):
+        console.print(line, markup=False, soft_wrap=True)
+    if filled.commands:
+        runs = f"{len(filled.commands)} runs" if len(filled.commands) > 1 else "one run"
+        hint = f"{runs} would fill more: optbench paper {filled.name} --commands"
+        console.print(hint, markup=False, soft_wrap=True)
+
+
+def sentence(filled: Filled) -> str:
+    """How many cells have which status, and what was looked at."""
+    counts = ", ".join(f"{count} {status}" for status, count in filled.counts.items())
+    where = f"runs below {filled.runs}" if filled.runs else "no runs (runs=DIR)"
+    return f"{len(filled.cells)} cells: {counts}. Looked at {where}."
+
+
+def command_lines(filled: Filled) -> list[str]:
+    """The commands of the missing runs, each below a comment that names its cells; the lines are a shell script."""
+    return [line for run, cells in filled.commands.items() for line in (f"# {'; '.join(cells)}", run)]
+
+
+def write(filled: Filled, folder: Path) -> list[Path]:
+    """Write NAME.json, NAME.md, NAME.csv and NAME.html, each whole, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "json": whole_document(**document(filled)) + "\n",
+        "md": _markdown(filled),
+        "csv": _csv(filled),
+        "html": _page(filled),
+    }
+    paths = [folder / f"{filled.name}.{ending}" for ending in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        atomic.write_text(path, text)
+    return paths
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    return {
+        "row": cell.row,
+        "column": cell.column,
+        "published": cell.published.value,
+        "predicted": cell.predicted,
+        "measured": cell.measured,
+        "status": cell.status,
+        "unit": cell.quantity.unit,
+        "printed": cell.published.text,
+        "kind": cell.quantity.kind,
+        "tolerance": cell.quantity.tolerance,
+        "reason": cell.reason,
+        "command": cell.command,
+        "runs": cell.runs,
+    }
+
+
+def _title(filled: Filled) -> str:
+    source = filled.table.source
+    return f"{source.paper}, arXiv {source.arxiv}, Table {source.table}: {filled.table.title}"
+
+
+def _rows(filled: Filled) -> list[list[str]]:
+    def words(cell: Cell) -> list[str]:
+        ours = ("–" if v is None else cell.published.like(v) for v in (cell.predicted, cell.measured))
+        return [cell.row, cell.column, cell.published.text, *ours, cell.quantity.unit, cell.status]
+
+    return [words(cell) for cell in filled.cells]
+
+
+def _remarks(filled: Filled) -> list[str]:
+    """Reasons, each once with its cells, then runs that were not taken, then notes of the file."""
+    places: dict[str, list[str]] = {}
+    for cell in filled.cells:
+        if cell.reason:
+            places.setdefault(cell.reason, []).append(f"{cell.row}, {cell.column}")
+    reasons = [f"{_places(cells)}: {reason}" for reason, cells in places.items()]
+    return [*reasons, *filled.remarks, *(f"note: {note}" for note in filled.table.notes)]
+
+
+def _places(cells: Sequence[str]) -> str:
+    return "; ".join(cells) if len(cells) <= 3 else f"{cells[0]} and {len(cells) - 1} more"
+
+
+def _markdown(filled: Filled) -> str:
+    def line(words: Sequence[str]) -> str:
+        return f"| {' | '.join(words)} |"
+
+    sides = ("---:" if head in ("published", "predicted", "measured") else ":---" for head in HEADS)
+    table = [line(HEADS), line(list(sides)), *map(line, _rows(filled))]
+    below = [f"- {remark}" for remark in _remarks(filled)]
+    return "\n".join([f"# {_title(filled)}", "", *table, "", *below, "", sentence(filled), ""])
+
+
+def _csv(filled: Filled) -> str:
+    buffer = io.StringIO()
+    rows = [{**entry, "runs": " ".join(entry["runs"])} for entry in map(_cell, filled.cells)]
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _page(filled: Filled) -> str:
+    source = filled.table.source
+    meanings = job.Table(["status", "means"], [[name, STATUSES[name]] for name in filled.counts])
+    return job.render(
+        command="paper",
+        kicker=f"{source.paper}, arXiv {source.arxiv}, Table {source.table}",
+        title=filled.name,
+        headline=filled.table.title,
+        scope=sentence(filled),
+        notes=_remarks(filled),
+        tables=[job.Table(list(HEADS), _rows(filled)), meanings],
+        plots=[],
+        settings=filled.table.provenance,
+    )
