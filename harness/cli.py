@@ -103,7 +103,7 @@ COMMANDS: dict[str, Command] = {
         (
             ("--list", "the tables that are known"),
             ("--commands", "commands of the missing runs, with the paper's protocol, instead of the table"),
-            ("--out DIR", "write TABLE.json, .md, .csv and .html there"),
+            ("--out DIR", "write TABLE.json, TABLE.md and TABLE.csv there"),
         ),
     ),
     "certify": Command(

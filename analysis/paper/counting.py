@@ -17,7 +17,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Counted:
-    """One process that holds everything.
+    """One process; with ``single`` and ``ddp`` it holds everything.
 
     Attributes:
         planned: its model and optimizer.
@@ -59,11 +59,7 @@ class Counted:
 
 
 def count(config: RunConfig) -> Counted | None:
-    """Count a checked configuration of one process; None for an optimizer by import path, which nobody can plan.
-
-    Args:
-        config: with ``world_size`` 1.
-    """
+    """Count rank 0 of a checked configuration; None for an optimizer by import path, which nobody can plan."""
     if config.optimizer.target is not None:
         return None
     planned = rank.simulate(config, 0)

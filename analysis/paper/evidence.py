@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from analysis.compare import loading
 from analysis.compare.runs import Run
@@ -16,14 +15,13 @@ from harness.config import compose
 from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.config.keys import word
+from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
 
 _GIB = 2**30
 _SEEDS = ("seed", "optimizer.seed")
 # The identity of a run has the hash of its corpus in their place.
 _TEXT = ("source", "package", "files", "dataset", "subset", "split", "field", "tokenizer", "vocab_size")
-_WHOLE_STATE = ("single", "ddp")
-"""Engines whose processes each hold everything, as the figures of papers mean it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +30,12 @@ class Finished:
 
     run: Run
     config: RunConfig
+
+    @property
+    def holds_everything(self) -> bool:
+        """Each of its processes held all weights and all state, as the figures of papers mean it."""
+        engine = self.config.engine
+        return engine.name in ("single", "ddp") and engine.optimizer_work == "replicated"
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,30 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What runs say about a cell.
+class Chosen:
+    """The runs that speak for a row and column: one setting, its seeds.
 
     Attributes:
-        value: in the unit of the quantity.
-        runs: folders of the runs it is made of.
-        note: how they were chosen, where the paper leaves keys open; else empty.
+        runs: at least one.
+        note: which of several settings it is, where the paper leaves keys open; else empty.
     """
 
-    value: float
-    runs: list[str]
-    note: str = ""
+    runs: list[Finished]
+    note: str
+
+    def measured(self, quantity: Quantity) -> float | None:
+        """The figure in the quantity's unit; None where the runs do not have it.
+
+        Perplexity is exp of the mean loss. Memory is the largest of any process, weights and state as held.
+        """
+        if quantity.kind == "perplexity":
+            return math.exp(fmean(found.run.final_loss for found in self.runs))
+        if quantity.kind == "state_numbers":
+            return None
+        kinds = {"weights": "weights", "state": "optimizer_state"}
+        whole = (found for found in self.runs if found.holds_everything)
+        sizes = [sum(f.run.fact("memory_bytes", kinds[kind]) for kind in quantity.counts) for f in whole]
+        return max((size / _GIB for size in sizes if math.isfinite(size)), default=None)
 
 
 def read(folder: Path) -> tuple[list[Finished], list[str]]:
@@ -97,26 +113,22 @@ def read(folder: Path) -> tuple[list[Finished], list[str]]:
     return finished, remarks
 
 
-def measure(runs: Sequence[Finished], quantity: Quantity, unstated: Sequence[str]) -> Measured | None:
-    """The figure of matching runs; None where they do not have it.
+def choose(matching: Sequence[Finished], unstated: Sequence[str]) -> Chosen | None:
+    """One setting out of runs that match a target: of several values of ``unstated`` keys, the lowest mean loss.
 
-    Perplexity is exp of the mean loss over seeds; of several settings of what the paper leaves open, that with the
-    lowest, which the note says. Memory is the largest of any process, weights and state as held.
+    A seed counts once in a setting. None without runs.
     """
-    if quantity.kind == "memory":
-        return _memory(runs, quantity)
-    if quantity.kind != "perplexity" or not runs:
-        return None
-    settings: dict[tuple[str, ...], dict[int, Finished]] = {}
-    for found in runs:
-        setting = tuple(f"{key}={word(_value(found.config, key))}" for key in unstated)
+    settings: dict[str, dict[int, Finished]] = {}
+    for found in matching:
+        values = leaves("", found.config.model_dump(mode="json"))
+        setting = " ".join(f"{key}={word(values.get(key))}" for key in unstated)
         settings.setdefault(setting, {}).setdefault(found.run.seed, found)
-    losses = {s: fmean(f.run.final_loss for f in seeds.values()) for s, seeds in settings.items()}
+    if not settings:
+        return None
+    losses = {s: fmean(found.run.final_loss for found in seeds.values()) for s, seeds in settings.items()}
     best = min(losses, key=lambda setting: losses[setting])
-    others = len(losses) - 1
-    note = f"the best of {others + 1} settings: {' '.join(best)}" if others else ""
-    taken = [found.run.where for found in settings[best].values()]
-    return Measured(math.exp(losses[best]), taken, note)
+    note = f"the best of {len(settings)} settings: {best}" if len(settings) > 1 else ""
+    return Chosen(list(settings[best].values()), note)
 
 
 def remark(found: Finished, targets: Sequence[Target]) -> str:
@@ -126,21 +138,3 @@ def remark(found: Finished, targets: Sequence[Target]) -> str:
     apart = [(target.label, target.differences(found)) for target in targets]
     label, keys = min(apart, key=lambda entry: len(entry[1]))
     return f"{found.run.where}: not taken; closest to {label}, differs in {', '.join(keys)}"
-
-
-def _memory(runs: Sequence[Finished], quantity: Quantity) -> Measured | None:
-    kinds = {"weights": "weights", "state": "optimizer_state"}
-    sizes = {
-        found.run.where: sum(found.run.fact("memory_bytes", kinds[kind]) for kind in quantity.counts) / _GIB
-        for found in runs
-        if found.config.engine.name in _WHOLE_STATE and found.config.engine.optimizer_work == "replicated"
-    }
-    known = {where: size for where, size in sizes.items() if math.isfinite(size)}
-    return Measured(max(known.values()), list(known)) if known else None
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config.model_dump(mode="json")
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value

@@ -10,12 +10,13 @@ from pathlib import Path
 from analysis.paper import evidence, tables
 from analysis.paper.cells import Cell, Filled
 from analysis.paper.counting import Counted, count
-from analysis.paper.evidence import Finished, Measured
+from analysis.paper.evidence import Chosen, Finished
 from analysis.paper.judging import Value, judge
 from analysis.paper.numbers import Printed
 from analysis.paper.tables import PaperTable, Quantity
 from harness.config import checks, compose
 from harness.config.errors import InputError
+from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
 
 
@@ -42,9 +43,9 @@ def fill(name: str, runs: Path | None = None) -> Filled:
     for place in places:
         matching = place.matching(finished)
         taken += matching
-        counted = place.counted()
+        counted, chosen = place.counted(), evidence.choose(matching, table.rows[place.row].unstated)
         cells += [
-            place.cell(quantity, printed, counted, matching)
+            place.cell(quantity, printed, counted, chosen)
             for quantity, printed in table.published(place.row, place.column).items()
         ]
     targets = [place.target for place in places if place.target is not None]
@@ -78,16 +79,18 @@ class _Place:
         kinds = {self.table.quantities[q].kind for q in self.table.published(self.row, self.column)}
         return None if self.config is None or kinds == {"perplexity"} else count(self.config)
 
-    def cell(
-        self, name: str, printed: Printed, counted: Counted | None, matching: Sequence[Finished]
-    ) -> Cell:
+    def cell(self, name: str, printed: Printed, counted: Counted | None, chosen: Chosen | None) -> Cell:
+        """The cell of one quantity."""
         row, quantity = self.table.rows[self.row], self.table.quantities[name]
         predicted = self._predicted(quantity, counted)
-        measured = evidence.measure(matching, quantity, row.unstated)
+        measured = chosen.measured(quantity) if chosen else None
         values = [] if predicted is None else [Value(predicted, self._known(name, predicted))]
-        values += [] if measured is None else [Value(measured.value, _held(measured, quantity, counted))]
+        notes: list[str] = []
+        if chosen and measured is not None:
+            values.append(Value(measured, _held(chosen, measured, quantity)))
+            notes.append(chosen.note)
         status, reasons = judge(printed, values, quantity.tolerance)
-        notes = [*reasons, measured.note if measured else "", row.note or ""]
+        notes += [*reasons, row.note or ""]
         if row.absent is not None:
             status, notes = "not_predictable", [row.absent]
         several = len(self.table.quantities) > 1
@@ -97,11 +100,11 @@ class _Place:
             quantity=quantity,
             published=printed,
             predicted=predicted,
-            measured=measured.value if measured else None,
+            measured=measured,
             status=status,
             reason="; ".join(filter(None, notes)),
             command=self._command() if quantity.kind == "perplexity" and row.words else None,
-            runs=measured.runs if measured else [],
+            runs=[found.run.where for found in chosen.runs] if chosen and measured is not None else [],
         )
 
     def _command(self) -> str:
@@ -120,7 +123,10 @@ class _Place:
             raise _wrong(self.name, f"column {self.column}", str(error)) from None
         stated = sorted(column.values[side] for side in ("m", "n") if side in column.values)
         if stated and stated != sorted(shape):
-            what = f"states {stated[1]}×{stated[0]}; {column.parameter} has {max(shape)}×{min(shape)}"
+            sides = " and ".join(
+                f"{side}={column.values[side]}" for side in ("m", "n") if side in column.values
+            )
+            what = f"has {sides}; {column.parameter} is {' × '.join(map(str, shape))}"
             raise _wrong(self.name, f"column {self.column}", what)
         return float(numbers)
 
@@ -148,15 +154,17 @@ def _place(name: str, table: PaperTable, row: str, column: str) -> _Place:
         raise InputError(
             error.key, error.value, reason, allowed=error.allowed, suggestion=error.suggestion, fix=error.fix
         ) from None
+    keys = leaves("", config.model_dump(mode="json"))
+    for key in table.rows[row].unstated:
+        if key not in keys:
+            raise _wrong(name, f"row {row}", f"has {key} as unstated, which is no key of its run")
     return _Place(name, table, row, column, config)
 
 
-def _held(measured: Measured, quantity: Quantity, counted: Counted | None) -> str | None:
+def _held(chosen: Chosen, measured: float, quantity: Quantity) -> str | None:
     """Why measured memory is another one than the table counts: because it is what `optbench plan` says."""
-    if quantity.kind != "memory" or counted is None:
-        return None
-    held = counted.held_memory(quantity)
-    if abs(measured.value - held) > 1e-3 * held:
+    counted = count(chosen.runs[0].config) if quantity.kind == "memory" else None
+    if counted is None or abs(measured - counted.held_memory(quantity)) > 1e-3 * measured:
         return None
     return "the run holds what optbench plan says: optbench keeps optimizer state in fp32"
 

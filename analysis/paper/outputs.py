@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis.page import job
 from analysis.paper.cells import STATUSES, Cell, Filled
 from analysis.plain import plain
 from harness.cli import document as whole_document
@@ -73,13 +72,12 @@ def command_lines(filled: Filled) -> list[str]:
 
 
 def write(filled: Filled, folder: Path) -> list[Path]:
-    """Write NAME.json, NAME.md, NAME.csv and NAME.html, each whole, and return their paths."""
+    """Write NAME.json, NAME.md and NAME.csv, each whole, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "json": whole_document(**document(filled)) + "\n",
         "md": _markdown(filled),
         "csv": _csv(filled),
-        "html": _page(filled),
     }
     paths = [folder / f"{filled.name}.{ending}" for ending in texts]
     for path, text in zip(paths, texts.values(), strict=True):
@@ -149,19 +147,3 @@ def _csv(filled: Filled) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
-
-
-def _page(filled: Filled) -> str:
-    source = filled.table.source
-    meanings = job.Table(["status", "means"], [[name, STATUSES[name]] for name in filled.counts])
-    return job.render(
-        command="paper",
-        kicker=f"{source.paper}, arXiv {source.arxiv}, Table {source.table}",
-        title=filled.name,
-        headline=filled.table.title,
-        scope=sentence(filled),
-        notes=_remarks(filled),
-        tables=[job.Table(list(HEADS), _rows(filled)), meanings],
-        plots=[],
-        settings=filled.table.provenance,
-    )

@@ -67,8 +67,9 @@ def test_every_printed_command_is_a_run(name: str, home: Path, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     runs = [shlex.split(line) for line in lines if line and not line.startswith("#")]
     assert len(runs) == {"sumo_table1": 0, "sumo_table3": 12, "sumo_table6": 2, "sumo_table9": 24}[name]
-    for words in runs:
-        assert words[:2] == ["optbench", "train"]
+    assert all(words[:2] == ["optbench", "train"] for words in runs)
+    # Each has been composed when its cell was filled; every fourth goes through the shell's words again.
+    for words in runs[::4]:
         composed = compose.load(words[2:])
         for devices in (1, 8):
             config = checks.check(composed, environ={}, devices=devices)
@@ -92,7 +93,7 @@ def test_commands_as_a_document(home: Path, capsys: pytest.CaptureFixture[str]) 
 def test_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sumo_table6", "--out", "written"]) == 1
     err = capsys.readouterr().err.split()
-    assert err == [f"written/sumo_table6.{ending}" for ending in ("json", "md", "csv", "html")]
+    assert err == [f"written/sumo_table6.{ending}" for ending in ("json", "md", "csv")]
     rows = list(csv.DictReader((home / "written/sumo_table6.csv").open()))
     document = json.loads((home / "written/sumo_table6.json").read_text())
     assert [row["status"] for row in rows] == [cell["status"] for cell in document["cells"]]
@@ -100,9 +101,6 @@ def test_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "| AdamW | 350M memory | 1.37 | 1.371 | – | GiB | agrees |"
         in (home / "written/sumo_table6.md").read_text()
     )
-    page = (home / "written/sumo_table6.html").read_text()
-    assert "1.371" in page
-    assert "differs_known" in page
 
 
 @pytest.mark.parametrize(
@@ -158,6 +156,11 @@ GOOD = (
             "needs words, or absent with the reason, and not both",
         ),
         ("published: read", "published: guessed", "provenance.published"),
+        (
+            "words: [optimizer",
+            "unstated: [optimizer.lrr]\n    words: [optimizer",
+            "optimizer.lrr as unstated",
+        ),
     ],
 )
 def test_a_wrong_table_is_named(

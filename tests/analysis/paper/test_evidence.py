@@ -221,6 +221,20 @@ def test_of_several_values_of_a_key_that_is_left_open_the_best_is_taken_and_name
     assert cell.reason == "the best of 2 settings: optimizer.lr=0.5"
 
 
+def test_memory_is_that_of_the_setting_whose_perplexity_stands_beside_it(home: Path) -> None:
+    """Where the rank itself is left open, memory of one rank beside the loss of another would be no run's."""
+    path = home / "configs/paper/tiny.yaml"
+    path.write_text(path.read_text().replace("- optimizer.lr\n", "- optimizer.lr\n    - optimizer.rank\n"))
+    shutil.copytree(home / "runs/g/run1", home / "runs/g/other")
+    edit(home / "runs/g/other", _set("optimizer", "rank", to=4))
+    summary(home / "runs/g/other", memory_bytes={"weights": 0, "optimizer_state": 2**30}, **{"val/loss": 1.0})
+    found = cells(fill("tiny", home / "runs"))
+    assert found["SUMO", "small perplexity"].runs == found["SUMO", "small memory"].runs == ["g/other"]
+    assert found["SUMO", "small memory"].measured == 1.0
+    summary(home / "runs/g/other", **{"val/loss": 9.0})
+    assert cells(fill("tiny", home / "runs"))["SUMO", "small memory"].runs == ["g/run0", "g/run1"]
+
+
 def test_engines_that_share_a_state_measure_no_memory(home: Path) -> None:
     for name in ("run0", "run1"):
         edit(home / "runs/g" / name, _set("engine", "name", to="fsdp2"))

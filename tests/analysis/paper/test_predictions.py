@@ -11,6 +11,7 @@ from analysis.paper.cells import Cell
 from analysis.paper.counting import count
 from analysis.paper.filling import fill
 from harness.config import checks, compose
+from harness.config.errors import InputError
 
 # hidden, feed-forward, layers, rank of the GaLore protocol; vocabulary 32,000, embedding and head untied
 SIZES = {
@@ -198,6 +199,14 @@ def test_control_a_wrong_side_differs_although_another_value_has_a_reason(home: 
 def test_control_another_accounting_differs(home: Path) -> None:
     cells = changed(home, ("bytes_per_number: 2", "bytes_per_number: 4"))
     assert {cell.status for cell in cells.values() if cell.predicted is not None} == {"differs"}
+
+
+def test_control_a_column_of_another_matrix_is_refused(home: Path) -> None:
+    text = tables.path_of("sumo_table1").read_text(encoding="utf-8")
+    (home / "configs" / "paper").mkdir(parents=True)
+    (home / "configs/paper/mine.yaml").write_text(text.replace("{m: 11008,", "{m: 11000,"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"has m=11000 and n=4096; model.*gate_proj.weight is 11008 × 4096"):
+        fill("mine")
 
 
 def test_every_table_says_where_it_is_from() -> None:
