@@ -12,8 +12,6 @@ from harness.plan import rank
 from harness.plan.rank import PlannedRank
 from harness.plan.state import held_bytes
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Counted:
@@ -28,19 +26,19 @@ class Counted:
     held: dict[str, int]
 
     def memory(self, quantity: Quantity) -> float:
-        """GiB in the table's accounting: its bytes for every number, whatever optbench keeps it in."""
+        """Memory in the table's accounting: its bytes for every number, whatever optbench keeps it in."""
         parameters = list(self.planned.network.parameters())
         numbers = {
             "weights": sum(p.numel() for p in parameters),
             "state": sum(self._state(p) for p in parameters),
         }
-        return sum(numbers[kind] for kind in quantity.counts) * quantity.bytes_per_number / GIB
+        return quantity.in_unit(sum(numbers[kind] for kind in quantity.counts) * quantity.bytes_per_number)
 
     def held_memory(self, quantity: Quantity) -> float:
-        """GiB of the same kinds in optbench's dtypes, as in `optbench plan`."""
+        """Memory of the same kinds in optbench's dtypes, as in `optbench plan`."""
         state = sum(size for kind, size in self.held.items() if kind.startswith("optimizer/"))
         sizes = {"weights": self.held["weights"], "state": state}
-        return sum(sizes[kind] for kind in quantity.counts) / GIB
+        return quantity.in_unit(sum(sizes[kind] for kind in quantity.counts))
 
     def matrix(self, name: str) -> tuple[tuple[int, ...], int]:
         """Shape of a parameter, and how many numbers its state has.

@@ -18,7 +18,8 @@ from harness.config.keys import word
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
 
-_GIB = 2**30
+_SHOWN = 6
+"""Differing keys that a remark names."""
 _SEEDS = ("seed", "optimizer.seed")
 # The identity of a run has the hash of its corpus in their place.
 _TEXT = ("source", "package", "files", "dataset", "subset", "split", "field", "tokenizer", "vocab_size")
@@ -87,7 +88,7 @@ class Chosen:
         kinds = {"weights": "weights", "state": "optimizer_state"}
         whole = (found for found in self.runs if found.holds_everything)
         sizes = [sum(f.run.fact("memory_bytes", kinds[kind]) for kind in quantity.counts) for f in whole]
-        return max((size / _GIB for size in sizes if math.isfinite(size)), default=None)
+        return max((quantity.in_unit(size) for size in sizes if math.isfinite(size)), default=None)
 
 
 def read(folder: Path) -> tuple[list[Finished], list[str]]:
@@ -137,4 +138,5 @@ def remark(found: Finished, targets: Sequence[Target]) -> str:
         return f"{found.run.where}: not taken, no run fills a cell of this table"
     apart = [(target.label, target.differences(found)) for target in targets]
     label, keys = min(apart, key=lambda entry: len(entry[1]))
-    return f"{found.run.where}: not taken; closest to {label}, differs in {', '.join(keys)}"
+    shown = ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
+    return f"{found.run.where}: not taken; closest to {label}, differs in {shown}"

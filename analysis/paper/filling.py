@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from harness.config import checks, compose
 from harness.config.errors import InputError
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
+
+_BUFFERS = 1e-3
+"""Share of the weights that a model's buffers (rotary frequencies) may be: the plan counts parameters only."""
 
 
 def fill(name: str, runs: Path | None = None) -> Filled:
@@ -162,9 +166,13 @@ def _place(name: str, table: PaperTable, row: str, column: str) -> _Place:
 
 
 def _held(chosen: Chosen, measured: float, quantity: Quantity) -> str | None:
-    """Why measured memory is another one than the table counts: because it is what `optbench plan` says."""
+    """Why measured memory is another one than the table counts: optbench's dtypes, if the plan says the same."""
     counted = count(chosen.runs[0].config) if quantity.kind == "memory" else None
-    if counted is None or abs(measured - counted.held_memory(quantity)) > 1e-3 * measured:
+    if counted is None:
+        return None
+    held = counted.held_memory(quantity)
+    is_as_planned = math.isclose(measured, held, rel_tol=_BUFFERS)
+    if not is_as_planned or math.isclose(held, counted.memory(quantity), rel_tol=_BUFFERS):
         return None
     return "the run holds what optbench plan says: optbench keeps optimizer state in fp32"
 

@@ -14,6 +14,8 @@ from harness.config import sources
 from harness.config.errors import InputError, closest
 
 GROUP = "paper"
+BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "GB": 1e9, "MB": 1e6}
+"""Unit of memory → bytes."""
 
 
 class _Part(BaseModel):
@@ -34,12 +36,23 @@ class Quantity(_Part):
     kind: Literal["perplexity", "memory", "state_numbers"]
     """perplexity: on the validation split, measured only; memory: counted; state_numbers: of one matrix, counted."""
     unit: str = ""
+    """memory: a key of `BYTES`; else any word."""
     tolerance: float = Field(default=0.0, ge=0)
     """Relative, on top of the rounding of the printed digits: what still counts as close."""
     counts: list[Literal["weights", "state"]] = ["weights", "state"]
     """memory: what the figure is made of."""
     bytes_per_number: int = Field(default=2, ge=1)
     """memory: of every weight and state number."""
+
+    @model_validator(mode="after")
+    def _unit_is_one(self) -> Quantity:
+        if self.kind == "memory" and self.unit not in BYTES:
+            raise ValueError(f"unit {self.unit or 'nothing'!r} is none of memory: {', '.join(BYTES)}")
+        return self
+
+    def in_unit(self, size: float) -> float:
+        """Bytes in the unit of memory."""
+        return size / BYTES[self.unit]
 
 
 class Column(_Part):

@@ -144,6 +144,7 @@ GOOD = (
         ("{memory: '0.3'}", "{perplexity: '0.3'}", "row SUMO has 60M, perplexity, which is no column"),
         ("$rank", "$rnk", "row SUMO column 60M has no value rnk"),
         ("optimizer.rank", "optimizer.rnak", "row SUMO, column 60M of .*mine.yaml"),
+        ("unit: GiB", "unit: KiB", "unit 'KiB' is none of memory: GiB, MiB, GB, MB"),
         ("kind: memory", "kind: state_numbers", "the model has no parameter"),
         (
             "published: {60M",

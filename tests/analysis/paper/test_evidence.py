@@ -145,6 +145,22 @@ def test_measured_memory_that_differs_is_excused_only_if_the_plan_says_the_same(
     assert cells(fill("tiny", home / "runs"))["SUMO", "small memory"].status == "differs"
 
 
+def test_fp32_is_no_excuse_where_the_table_counts_four_bytes_itself(home: Path) -> None:
+    path = home / "configs/paper/tiny.yaml"
+    path.write_text(path.read_text().replace("kind: memory", "kind: memory\n    bytes_per_number: 4"))
+    for folder in ("run0", "run1"):
+        held = json.loads((home / "runs/g" / folder / "summary.json").read_text())["memory_bytes"]
+        predicted = cells(fill("tiny"))["SUMO", "small memory"].predicted
+        assert predicted is not None
+        held["weights"] = predicted * 2**30 - held["optimizer_state"]
+        summary(home / "runs/g" / folder, memory_bytes=held)
+        edit(home / "runs/g" / folder, _set("precision", to="fp32"))
+    path.write_text(path.read_text().replace("precision=bf16_pure", "precision=fp32"))
+    found = cells(fill("tiny", home / "runs"))["SUMO", "small memory"]
+    assert found.measured == pytest.approx(found.predicted, rel=1e-9)
+    assert (found.status, found.reason) == ("differs", "")
+
+
 def _set(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
     def change(config: dict[str, Any]) -> None:
         for part in path[:-1]:
@@ -241,6 +257,16 @@ def test_engines_that_share_a_state_measure_no_memory(home: Path) -> None:
     found = cells(fill("tiny", home / "runs"))
     assert found["SUMO", "small memory"].measured is None
     assert found["SUMO", "small perplexity"].measured is not None
+
+
+def test_a_run_that_is_far_from_every_cell_is_named_in_one_line(home: Path) -> None:
+    shutil.rmtree(home / "runs/g/run1")
+    for path in (("steps",), ("seq_len",), ("batch_size",), ("eval", "tokens"), ("optimizer", "rank")):
+        edit(home / "runs/g/run0", _set(*path, to=16))
+    edit(home / "runs/g/run0", _set("data", "mode", to="padded"))
+    edit(home / "runs/g/run0", _set("precision", to="fp32"))
+    (line,) = fill("tiny", home / "runs").remarks
+    assert line.endswith(" and 1 more")
 
 
 def test_a_folder_that_is_not_there(home: Path) -> None:

@@ -201,6 +201,12 @@ def test_control_another_accounting_differs(home: Path) -> None:
     assert {cell.status for cell in cells.values() if cell.predicted is not None} == {"differs"}
 
 
+@pytest.mark.parametrize(("unit", "size"), [("GiB", 2**30), ("MiB", 2**20), ("GB", 10**9), ("MB", 10**6)])
+def test_units_of_memory(unit: str, size: int) -> None:
+    quantity = tables.Quantity(kind="memory", unit=unit)
+    assert quantity.in_unit(3 * size) == pytest.approx(3, rel=1e-15)
+
+
 def test_control_a_column_of_another_matrix_is_refused(home: Path) -> None:
     text = tables.path_of("sumo_table1").read_text(encoding="utf-8")
     (home / "configs" / "paper").mkdir(parents=True)
