@@ -64,6 +64,31 @@ COMMANDS: dict[str, Command] = {
         ),
         takes_keys=True,
     ),
+    "sweep": Command(
+        "analysis.tuning.command:main",
+        "tune several optimizers with equal budgets, then compare the best of each on fresh seeds",
+        "OPTIMIZER … | study=NAME [trials=5] [seeds=3] [[OPTIMIZER.]option=A,B,…|LOW..HIGH] [extend=N] "
+        "[OPTIMIZER.key=value …] [key=value …] [--dry-run] [--json]",
+        (
+            ("adamw muon galore sumo preset=quickstart", "five learning rates each, around its default"),
+            (
+                "adamw sumo lr=1e-3..1e-1 sumo.rank=16,32 trials=6 seeds=5 model=llama_9m",
+                "spaces of your own",
+            ),
+            ("study=quickstart", "a study from a file: configs/study/NAME.yaml"),
+            ("adamw sumo trials=3 steps=1000 --dry-run", "which trials there would be, and how many tokens"),
+        ),
+        (
+            ("trials=N", "settings for every optimizer (5, or as many as a list has)"),
+            ("seed=K, seeds=N", "the trials' seed (0); the comparison runs seeds K+1 to K+N (3 of them)"),
+            (
+                "extend=N",
+                "while a best lies on an edge, up to N more trials for every optimizer (2; own space: 0)",
+            ),
+            ("--dry-run", "the trials and what they would cost; start nothing"),
+        ),
+        takes_keys=True,
+    ),
     "report": Command(
         "analysis.compare.command:report",
         "comparison of the runs below a folder, those of other trainers (CSV, JSONL) too",

@@ -35,7 +35,7 @@ _optbench() {{
             return ;;
     esac
     local found=($(compgen -W "{words}" -- "$word"))
-    [[ "$command" == compare ]] && found+=($(compgen -W "{optimizers}" -- "$word"))
+    [[ "$command" == compare || "$command" == sweep ]] && found+=($(compgen -W "{optimizers}" -- "$word"))
     # Only what comes after the last "=" is replaced.
     local head=""
     [[ "$word" == *=* && "$COMP_WORDBREAKS" == *=* ]] && head="${{word%=*}}="
@@ -55,7 +55,7 @@ _FISH = """\
 complete -c optbench -f
 complete -c optbench -n __fish_use_subcommand -a "{commands}"
 complete -c optbench -n "__fish_seen_subcommand_from {with_keys}" -a "{words}"
-complete -c optbench -n "__fish_seen_subcommand_from compare" -a "{optimizers}"
+complete -c optbench -n "__fish_seen_subcommand_from compare sweep" -a "{optimizers}"
 complete -c optbench -n "__fish_seen_subcommand_from show" -a "{named}"
 complete -c optbench -n "__fish_seen_subcommand_from paper" -a "{tables}"
 """

@@ -60,8 +60,8 @@ class Request:
     """W&B entity, project and group (None: all) to read runs from."""
 
 
-def plan(argv: Sequence[str]) -> Plan:
-    """Read the words after ``optbench compare``.
+def plan(argv: Sequence[str], command: str = "compare") -> Plan:
+    """Read the words after ``optbench compare`` (or those of another ``command`` with the same grammar).
 
     ``NAME`` is an arm; ``seeds=N`` runs the seeds ``seed``, ``seed`` + 1, …; ``NAME.key=value`` sets an
     optimizer option for that arm only (``NAME.name=PRESET`` or ``NAME.target=import.path`` makes NAME a label
@@ -75,12 +75,12 @@ def plan(argv: Sequence[str]) -> Plan:
     _check_flags(argv, {"--json"})
     if not labels:
         said = " ".join(argv) or "nothing"
-        fix = "optbench compare adamw sumo"
-        raise InputError("compare", said, "names no optimizer", allowed=presets.names(), fix=fix)
+        fix = f"optbench {command} adamw sumo"
+        raise InputError(command, said, "names no optimizer", allowed=presets.names(), fix=fix)
     for label in labels:
         if labels.count(label) > 1:
             fix = "once each; for two settings of one optimizer: a.name=sumo a.rank=32 b.name=sumo b.rank=64"
-            raise InputError("compare", label, "is named twice", fix=fix)
+            raise InputError(command, label, "is named twice", fix=fix)
     own: dict[str, dict[str, str]] = {label: {} for label in labels}
     shared: list[str] = []
     given: dict[str, str] = {}
@@ -94,13 +94,13 @@ def plan(argv: Sequence[str]) -> Plan:
                 raise InputError(key, value, f"was given as {given[key]} before")
             given[key] = value
         else:
-            shared.append(_shared(key.removeprefix("+"), word, labels))
+            shared.append(_shared(key.removeprefix("+"), word, labels, command))
     return Plan(
-        arms=[_arm(label, own[label]) for label in labels],
+        arms=[_arm(label, own[label], command) for label in labels],
         seeds=_seeds(given),
         shared=shared,
-        group=given.get("group") or f"compare-{datetime.now():%Y%m%d-%H%M%S}",
-        command=shlex.join(["optbench", "compare", *(word for word in argv if word != "--json")]),
+        group=given.get("group") or f"{command}-{datetime.now():%Y%m%d-%H%M%S}",
+        command=shlex.join(["optbench", command, *(word for word in argv if word != "--json")]),
         as_json="--json" in argv,
     )
 
@@ -180,14 +180,13 @@ def _check_flags(words: Sequence[str], known: set[str]) -> None:
             raise InputError("argument", word, "is not known", allowed=sorted(known), fix=fix)
 
 
-def _shared(key: str, word: str, labels: Sequence[str]) -> str:
+def _shared(key: str, word: str, labels: Sequence[str], command: str) -> str:
     if key == "name":
         raise InputError("name", word, "would be the same for all runs", fix="group=… names the comparison")
     if key in ("optimizer", "optimizer.name", "optimizer.target"):
         value = word.partition("=")[2]
-        raise InputError(
-            key, value, "would be the same for all runs", fix=f"optbench compare {labels[0]} {value}"
-        )
+        fix = f"optbench {command} {labels[0]} {value}"
+        raise InputError(key, value, "would be the same for all runs", fix=fix)
     if key == "preset":
         return f"experiment={word.partition('=')[2]}"
     head, _, option = key.partition(".")
@@ -197,19 +196,19 @@ def _shared(key: str, word: str, labels: Sequence[str]) -> str:
             word.partition("=")[2],
             f"belongs to {head}, which is not compared",
             allowed=[f"{label}.{option}" for label in labels],
-            fix=f"optbench compare {head} …",
+            fix=f"optbench {command} {head} …",
         )
     return word
 
 
-def _arm(label: str, options: Mapping[str, str]) -> Arm:
+def _arm(label: str, options: Mapping[str, str], command: str) -> Arm:
     name = options.get("name", label)
     if "target" in options:
         words = [f"optimizer.name={name}", f"optimizer.target={options['target']}"]
     elif name in presets.names():
         words = [f"optimizer={name}"]
     else:
-        key = "compare" if name == label else f"{label}.name"
+        key = command if name == label else f"{label}.name"
         fix = closest(name, presets.names()) or f"{label}.target=your.module.Optimizer"
         raise InputError(key, name, "is not an optimizer", allowed=presets.names(), fix=fix)
     rest = [f"optimizer.{key}={value}" for key, value in options.items() if key not in ("name", "target")]

@@ -26,6 +26,7 @@ def cautions(chosen: ComparisonSet) -> list[Caution]:
         _undertrained,
         _epochs,
         standing_cautions.learning_rates,
+        standing_cautions.tuning,
         standing_cautions.certificates,
         standing_cautions.machines,
         standing_cautions.foreign,

@@ -60,13 +60,15 @@ def compare(argv: Sequence[str]) -> int:
     plan = arguments.plan(argv)
     from analysis.compare import training
 
-    session = training.Session(plan)
-    code = session.train()
-    if not session.root.is_dir():
-        session.say("no run left a folder: there is nothing to report")
+    say = training.speaker(plan.as_json)
+    runs = training.prepared(plan, say)
+    root = runs[0].folder.parent
+    code = training.Session(runs, group=plan.group, as_json=plan.as_json).train()
+    if not root.is_dir():
+        say("no run left a folder: there is nothing to report")
         return code or training.FAILED
     from analysis.compare import conclusion
 
-    conclusion.leave_origin(session.root, plan)
-    conclusion.write(session.root, session.root, as_json=plan.as_json)
+    conclusion.leave_origin(root, plan)
+    conclusion.write(root, root, as_json=plan.as_json)
     return code

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from analysis.compare import statistics, words
 from analysis.compare.curves import Curve, mean_curve
 from analysis.compare.runs import Run
 from analysis.compare.statistics import Floats, Interval, Pairwise
+
+if TYPE_CHECKING:
+    from analysis.compare.tuning_ledger import Tuned
 
 
 @dataclass
@@ -34,6 +37,11 @@ class Arm:
     def finished(self) -> list[Run]:
         """Runs that reached the end with a finite loss."""
         return [run for run in self.runs if run.finished]
+
+    @property
+    def tuning(self) -> Tuned | None:
+        """The study that chose this arm's setting."""
+        return next((run.tuning for run in self.runs if run.tuning is not None), None)
 
     def losses(self) -> dict[int, float]:
         """Seed → final validation loss of the runs that finished."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -24,15 +24,29 @@ Further = Callable[[Document, Written], Written]
 """What else is made of a comparison; returns what was written before and what it added."""
 
 
-def write(folder: Path, out: Path, *, as_json: bool, further: Further | None = None) -> None:
+def write(
+    folder: Path,
+    out: Path,
+    *,
+    as_json: bool,
+    further: Further | None = None,
+    extra: Mapping[str, object] | None = None,
+) -> None:
     """Compare the runs below ``folder``, write the report into ``out``, and print.
+
+    Args:
+        folder: of the runs.
+        out: where the report goes.
+        as_json: print the JSON document.
+        further: makes something else of the comparison.
+        extra: more keys of that document.
 
     Raises:
         InputError: no such folder.
     """
     found = document.read(folder)
     written = report.write(found, out)
-    _print(found, written if further is None else further(found, written), as_json)
+    _print(found, written if further is None else further(found, written), as_json, extra or {})
 
 
 def leave_origin(root: Path, plan: Plan) -> None:
@@ -48,14 +62,14 @@ def leave_origin(root: Path, plan: Plan) -> None:
     atomic.write_json(root / ORIGIN, {"schema_version": SCHEMA_VERSION, **merged})
 
 
-def _print(found: Document, written: Written, as_json: bool) -> None:
+def _print(found: Document, written: Written, as_json: bool, more: Mapping[str, object]) -> None:
     """The document, or the tables with the report's path as the last line."""
     if as_json:
         for remark in written.remarks:
             print(remark, file=sys.stderr)
         files = [str(path) for path in written.files]
         extra = {"files": files, **({"links": written.links} if written.links else {})}
-        print(json.dumps({**document.to_json(found), **extra}, indent=2, allow_nan=False))
+        print(json.dumps({**document.to_json(found), **more, **extra}, indent=2, allow_nan=False))
         return
     console = Console(highlight=False)
     if not console.is_terminal:

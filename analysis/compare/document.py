@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.compare import cautions, comparison, tables, verdict
+from analysis.compare import cautions, comparison, tables, tuning_ledger, tuning_tables, verdict
 from analysis.compare.caution import Caution
 from analysis.compare.comparison import ComparisonSet
 from analysis.compare.loading import load
@@ -78,7 +78,8 @@ def read(folder: str | Path, *, public: bool = False) -> Document:
     """
     root = Path(folder)
     remarks: list[str] = []
-    runs = load(root, remarks)
+    runs = tuning_ledger.without_trials(load(root, remarks), remarks)
+    tuning_ledger.adopt(runs)
     origins = _origins(root, runs)
     if public:
         for run in runs:
@@ -168,6 +169,7 @@ def _set(judged: Judged) -> dict[str, Any]:
             "unigram_entropy": chosen.entropy,
             "commands": judged.commands,
             "resolution": RESOLUTION,
+            "tuning": tuning_ledger.to_json([arm for _, arm in tuning_tables.of_set(chosen)]),
             "arms": [
                 {
                     "label": arm.label,

@@ -6,11 +6,13 @@ import csv
 import io
 import math
 from collections.abc import Iterable
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from analysis.compare.facts import Grid
 from analysis.compare.tables import COLUMNS, Column, Row, Table
 
 WHOLE, WITH_OUTCOME = 205, 100
@@ -49,6 +51,20 @@ def _rich(table: Table, columns: list[Column], rows: list[Row], title: str | Non
         # Text, not str: rich would read [brackets] in a name as markup.
         drawn.add_row(*(Text(row.cells[c.key].text) for c in narrow), style="red" if row.failed else None)
     return drawn
+
+
+def print_grid(table: Grid, stream: TextIO) -> None:
+    """Print a table of words to a terminal or a file."""
+    # Piped output must not be folded at 80 columns.
+    console = Console(file=stream, width=None if stream.isatty() else 200, highlight=False)
+    head, rows = table
+    drawn = RichTable(header_style="bold", pad_edge=False, box=None)
+    for column in head:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        # Text, not str: rich would read [brackets] in a name as markup.
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
 
 
 def markdown(tables: Iterable[tuple[Table, str]]) -> str:

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.compare import cost_plots, facts, moment_plots, picture, plots, provenance, renderings
+from analysis.compare import (
+    cost_plots,
+    facts,
+    moment_plots,
+    picture,
+    plots,
+    provenance,
+    renderings,
+    tuning_plot,
+    tuning_tables,
+)
 from analysis.compare.document import Document, Judged, to_json
 from analysis.compare.main_plot import main_plot
 from analysis.page import dress
@@ -95,7 +105,8 @@ def _section(judged: Judged, key: str) -> dict[str, Any]:
     by_step, by_depth = moment_plots.over_steps(chosen, found), moment_plots.over_depth(chosen, found)
     pairs = [[by_step[name], *([by_depth[name]] if name in by_depth else [])] for name in by_step]
     heat = moment_plots.heat_map(chosen, found)
-    shown = [main, *training, *(plot for pair in pairs for plot in pair), heat]
+    sensitivity, studies = tuning_plot.sensitivity(chosen), [arm for _, arm in tuning_tables.of_set(chosen)]
+    shown = [main, sensitivity, *training, *(plot for pair in pairs for plot in pair), heat]
     inside = (*BENEATH.values(), *BESIDE.values(), SPANNING, *UNSHOWN)
     return {
         "key": key,
@@ -105,6 +116,9 @@ def _section(judged: Judged, key: str) -> dict[str, Any]:
         "columns": [c for c in judged.table.columns if c.key not in inside],
         "beside": BESIDE,
         "beneath": BENEATH,
+        "tuning": tuning_tables.overview(studies) if studies else None,
+        "trials": tuning_tables.listing(studies),
+        "sensitivity": sensitivity,
         "training": [plot for plot in training if plot is not None],
         "pairs": pairs,
         "heat": heat,

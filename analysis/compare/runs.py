@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.compare.reading import Columns, number
+
+if TYPE_CHECKING:
+    from analysis.compare.tuning_ledger import Tuned
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Run:
     notes: list[str] = field(default_factory=list)
     foreign: bool = False
     """Read from a table of another trainer: what it says of data and budget is not checked."""
+    tuning: Tuned | None = None
+    """The study that chose this run's setting (`tuning_ledger.adopt`); None: no study did."""
 
     @property
     def attempts(self) -> list[dict[str, Any]]:

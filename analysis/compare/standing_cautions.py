@@ -14,6 +14,8 @@ TUNED, UNTUNED, GIVEN = "tuned default", "untuned default", "given"
 
 def lr_standing(arm: Arm) -> str:
     """How the arm's learning rate came about; empty where that is not recorded."""
+    if arm.tuning is not None:
+        return f"tuned ({words.plural(len(arm.tuning.spent), 'trial')})"
     run = max(arm.runs, key=lambda r: len(r.summary))
     if run.text("lr_source") == "given":
         return GIVEN
@@ -33,13 +35,45 @@ def learning_rates(chosen: ComparisonSet) -> Iterable[Caution]:
         text = f"Default learning rates that were not tuned at this size: {words.listing(untuned)}."
         yield Caution("untuned_lr", text)
     unknown = [label for label, standing in standings.items() if not standing]
-    groups = {s: [label for label, own in standings.items() if own == s] for s in (TUNED, UNTUNED, GIVEN)}
+    found = dict.fromkeys([TUNED, UNTUNED, GIVEN, *filter(None, standings.values())])
+    groups = {s: [label for label, own in standings.items() if own == s] for s in found}
     groups = {standing: labels for standing, labels in groups.items() if labels}
     if len(groups) > 1 or (groups and unknown):
         parts = [f"{words.listing(labels)} {standing}" for standing, labels in groups.items()]
         if unknown:
             parts.append(f"{words.listing(unknown)} not recorded")
         yield Caution("unequal_tuning", f"Unequal tuning of the learning rate: {'; '.join(parts)}.")
+
+
+def tuning(chosen: ComparisonSet) -> Iterable[Caution]:
+    """What a tuning study leaves open: a best on an edge, an optimizer without one, its own seed compared."""
+    studies = [(arm, study) for arm in chosen.arms if (study := arm.tuning) is not None]
+    on_edge = [
+        f"{arm.label} {key} {words.significant(float(study.chosen.values[key]))} ({side} tried)"
+        for arm, study in studies
+        if study.chosen is not None
+        for key, side in study.edges.items()
+    ]
+    if on_edge:
+        text = f"Best setting on the edge of its search space, a better one may lie beyond: {words.listing(on_edge)}."
+        yield Caution("edge_of_space", text)
+    if lost := dict.fromkeys(label for _, study in studies for label in study.lost):
+        who = words.listing(list(lost))
+        yield Caution(
+            "no_finite_trial", f"No tuning trial of {who} ended with a finite loss: not in this comparison."
+        )
+    failed = [
+        f"{arm.label} {len(study.trials) - len(study.spent)} of {len(study.trials)}"
+        for arm, study in studies
+        if len(study.spent) < len(study.trials)
+    ]
+    if failed:
+        yield Caution(
+            "failed_trials", f"Tuning trials that failed or were not made: {words.listing(failed)}."
+        )
+    if same := [arm.label for arm, study in studies if study.seed in {run.seed for run in arm.runs}]:
+        text = f"{words.listing(same)} compared on the seed of the tuning trials: the best of several is too low there."
+        yield Caution("tuning_seed", text)
 
 
 def certificates(chosen: ComparisonSet) -> Iterable[Caution]:

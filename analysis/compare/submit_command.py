@@ -23,7 +23,7 @@ from harness.jobs.submit import Queued, Request
 from harness.record import folder as run_folder
 from harness.record.schema import SCHEMA_VERSION
 
-_NOT_AS_JOB = ("submit", "status", "list", "show", "doctor", "completion")
+_NOT_AS_JOB = ("submit", "status", "list", "show", "doctor", "completion", "sweep")
 _FLAGS = ("--dry-run", "--json", "--after", "--then")
 
 
@@ -126,6 +126,10 @@ def _read(argv: Sequence[str]) -> _Asked:
 
 def _command(word: str) -> str:
     allowed = [name for name in COMMANDS if name not in _NOT_AS_JOB]
+    if word == "sweep":
+        reason = "chooses its last runs by its first ones, and runs on one machine"
+        fix = "optbench sweep … in a job of yours (the same command goes on), then optbench submit compare …"
+        raise InputError("submit", word, reason, fix=fix)
     if word not in allowed:
         guess = closest(word, allowed)
         fix = f"optbench submit {guess} …" if guess else "optbench submit compare adamw sumo"

@@ -72,7 +72,8 @@ COLUMNS = [
         "lr_standing",
         "lr is",
         "",
-        "tuned default: found by tuning at this model size; untuned default: at another; given: by the command line",
+        "tuned (n trials): by optbench sweep; tuned default: found by tuning at this model size; untuned default: at "
+        "another; given: by the command line",
         _RESULT,
         False,
     ),

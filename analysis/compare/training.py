@@ -1,11 +1,12 @@
-"""The runs of a comparison, made one after the other. Torch-free: each run trains in processes of its own."""
+"""Runs of a comparison, made one after the other. Torch-free: each run trains in processes of its own."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from analysis.compare import reading
 from analysis.compare.arguments import Plan
@@ -21,41 +22,50 @@ FINISHED, FAILED, INTERRUPTED = 0, 3, 75
 
 
 class Session:
-    """All runs of a plan: checked when it is made, trained by `train`."""
+    """Runs that are made one after the other, without those that are over already."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Compose and check every run of every arm; nothing is started.
+    def __init__(
+        self,
+        runs: Sequence[Prepared],
+        *,
+        group: str,
+        as_json: bool,
+        is_over: Callable[[Prepared], bool] | None = None,
+    ) -> None:
+        """Check the folders of the runs; nothing is started.
+
+        Args:
+            runs: in the order in which they are to be made.
+            group: of the command that goes on after an interruption.
+            as_json: standard output is for one JSON document.
+            is_over: a run that is not to be made again; None: one that finished (`is_done`).
 
         Raises:
-            InputError: the first thing that is wrong with any of them.
+            InputError: a folder that belongs to another run.
         """
-        self._stream = sys.stderr if plan.as_json else sys.stdout
-        self._output = sys.stderr if plan.as_json else None
+        self._group = group
+        self._say = speaker(as_json)
+        self._output = sys.stderr if as_json else None
         self._pending: list[Prepared] = []
-        for seed in plan.seeds:
-            for arm in plan.arms:
-                run = prepare(plan.overrides(arm, seed), say=self.say, writes_folder=False)
-                self.root: Path = run.folder.parent
-                if is_done(run):
-                    self.say(f"{run.folder} is finished: not repeated")
-                else:
-                    self._pending.append(run)
+        is_over = is_over or is_done
+        for run in runs:
+            if is_over(run):
+                self._say(f"{run.folder} is {state_of(run)}: not repeated")
+            else:
+                self._pending.append(run)
         for run in self._pending:
             run_folder.check(run.folder, run.config, run.identity)
 
-    def say(self, text: str) -> None:
-        """A line for the user: on standard output, or on standard error where that is for JSON."""
-        print(text, file=self._stream, flush=True)
-
-    def train(self) -> int:
-        """Make the runs that are not finished yet; the exit code of the whole."""
+    def train(self, after: Callable[[], None] = lambda: None) -> int:
+        """Make the runs that are not over yet; the exit code of the whole. ``after`` is called after each of them."""
         code = FINISHED
         for index, run in enumerate(self._pending, 1):
-            self.say(f"[{index}/{len(self._pending)}] {run.folder.name}")
+            self._say(f"[{index}/{len(self._pending)}] {run.folder.name}")
             ended = self._one(run)
+            after()
             if ended == INTERRUPTED:
-                group = shlex.quote(f"group={run.config.group}")
-                self.say(f"    interrupted: the same command with {group} goes on from here")
+                group = shlex.quote(f"group={self._group}")
+                self._say(f"    interrupted: the same command with {group} goes on from here")
                 return INTERRUPTED
             code = code or ended
         return code
@@ -74,14 +84,42 @@ class Session:
             _record_failed_start(run, state, reason)
         loss = reading.number(reading.mapping(run.folder / "summary.json", []).get("val/loss"))
         result = f"validation loss {loss:.4f}" if state == "finished" else reason
-        self.say(f"    {state} in {time.monotonic() - started:.1f} s: {result}")
+        self._say(f"    {state} in {time.monotonic() - started:.1f} s: {result}")
         return {"finished": FINISHED, "interrupted": INTERRUPTED}.get(state, FAILED)
 
 
+def prepared(plan: Plan, say: Callable[[str], None]) -> list[Prepared]:
+    """All runs of a plan, composed and checked: seeds outside, arms inside.
+
+    Raises:
+        InputError: the first thing that is wrong with any of them.
+    """
+    return [
+        prepare(plan.overrides(arm, seed), say=say, writes_folder=False)
+        for seed in plan.seeds
+        for arm in plan.arms
+    ]
+
+
+def speaker(as_json: bool) -> Callable[[str], None]:
+    """Prints a line for the user: on standard output, or on standard error where that is for JSON."""
+    return partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
 def is_done(run: Prepared) -> bool:
+    """The folder holds this very run, finished, and it is not to be replaced."""
+    return bool(state_of(run)) and (run.folder / "DONE").exists() and not run.config.overwrite
+
+
+def has_ended(run: Prepared) -> bool:
+    """As `is_done`, or this very run diverged, as it would again."""
+    return is_done(run) or (state_of(run) == "diverged" and not run.config.overwrite)
+
+
+def state_of(run: Prepared) -> str:
+    """State of this very run as its folder tells it; empty if that holds no run, or another one."""
     status = reading.mapping(run.folder / "status.json", [])
-    same = status.get("identity") == run.identity and (run.folder / "DONE").exists()
-    return same and not run.config.overwrite
+    return str(status.get("state", "running")) if status.get("identity") == run.identity else ""
 
 
 def _record_failed_start(run: Prepared, state: str, reason: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from harness.config.errors import InputError
 
 GROUPS = ("model", "data", "optimizer", "engine", "schedule", "experiment")
-OTHER_GROUPS = ("cluster", "paper")
+OTHER_GROUPS = ("cluster", "paper", "study")
 """Groups that describe something else than the run: no part of a `RunConfig`."""
 PRIMARY = "optbench"
 RULES_ENTRY_POINT = "optbench.optimizers"

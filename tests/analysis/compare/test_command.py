@@ -1,12 +1,11 @@
 """`optbench compare` and `optbench report` from their words to their exit codes.
 
-Runs are trained by a stand-in for the launcher that writes a synthetic run folder where the real one would;
-all else (composition, checks, data, identity, statistics, report) is real. One test starts real processes.
+Runs are trained by a stand-in for the launcher; all else (composition, checks, data, identity, statistics, report)
+is real. One test starts real processes.
 """
 
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +14,8 @@ import pytest
 from analysis.compare import command, picture
 from harness.config.errors import InputError
 from harness.jobs import launch
-from harness.jobs.launch import RunOutcome
-from harness.preparation import Prepared
 from tests.analysis import synthetic
-from tests.analysis.synthetic import TYPICAL, Recipe
-
-SMALL = [
-    "steps=20",
-    "world_size=1",
-    "engine.threads=1",
-    "batch_size=2",
-    "seq_len=32",
-    "eval.tokens=512",
-    "wandb.mode=disabled",
-]
-
-
-@dataclass
-class Launcher:
-    """Stands in for `harness.jobs.launch.start`; ``fate``: run name → state, or what is raised."""
-
-    started: list[str] = field(default_factory=list)
-    fate: dict[str, Any] = field(default_factory=dict)
-
-    def start(self, run: Prepared, *, output: Any = None) -> RunOutcome:
-        name = run.folder.name
-        self.started.append(name)
-        state = self.fate.get(name, "finished")
-        if isinstance(state, BaseException):
-            raise state
-        if state != "vanished":
-            self._write(run, state)
-        state = "failed" if state == "vanished" else state
-        return RunOutcome(run.folder, state, launch.EXIT_CODES[state], f"{state} by the test")
-
-    def _write(self, run: Prepared, state: str) -> None:
-        shared = {"seed": run.config.seed, "state": state, "stop_at": None if state == "finished" else 70}
-        recipe = Recipe(**{**vars(TYPICAL[run.config.optimizer.name]), **shared})
-        recipe.summary = {"comparison_key": run.comparison_key, "identity": run.identity}
-        folder = synthetic.write(run.folder.parent, recipe, run.folder.name)
-        status = json.loads((folder / "status.json").read_text())
-        (folder / "status.json").write_text(json.dumps({**status, "identity": run.identity}))
+from tests.analysis.stand_in import SMALL, Launcher
 
 
 @pytest.fixture

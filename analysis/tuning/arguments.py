@@ -1,0 +1,189 @@
+"""What `optbench sweep` was told, checked word by word. Torch-free.
+
+The words are those of `optbench compare`; a value that is several (a list or a range) is an option to tune.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from analysis.compare import arguments
+from analysis.compare.arguments import Plan
+from analysis.tuning import space, study_file
+from analysis.tuning.space import Axis
+from harness.config.errors import InputError
+from optimizers import presets
+
+DEFAULT_TRIALS = 5
+MOST_TRIALS = 1000
+DEFAULT_EXTEND = 2
+"""More trials where a best lies on the edge of the default ladder; a space that was given is left as it is."""
+FLAGS = ("--json", "--dry-run")
+_OWN = ("trials", "extend", "seed", "seeds", "study")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be tuned and compared.
+
+    Attributes:
+        plan: of the comparison at the end: arms without what is tuned, fresh seeds, words that all runs get, group.
+        trials: settings that every optimizer gets.
+        seed: of the trials; not among the comparison's.
+        extend: most further trials for every optimizer, one at a time, while a best lies on an edge.
+        spaces: label → tuned options; an empty space is the default ladder of learning rates.
+        dry_run: say what would be done.
+    """
+
+    plan: Plan
+    trials: int
+    seed: int
+    extend: int
+    spaces: dict[str, tuple[Axis, ...]]
+    dry_run: bool
+
+    @property
+    def trials_group(self) -> str:
+        """Group of the trials: a folder apart from the comparison's, so that nothing mixes the two."""
+        return f"{self.plan.group}-trials"
+
+
+def read(argv: Sequence[str]) -> Study:
+    """Read the words after ``optbench sweep``.
+
+    Raises:
+        InputError: what `optbench compare` refuses, a space that does not have as many settings as the others, a key
+            that is both given and tuned, or several values of what is no optimizer's option.
+    """
+    for word in argv:
+        if word.startswith("-") and word not in FLAGS:
+            raise InputError("argument", word, "is not known", allowed=FLAGS, fix=word.lstrip("-"))
+    words = [word for word in argv if word not in FLAGS]
+    for name in _values(words, "study"):
+        words = study_file.words(name, [word for word in words if not word.startswith("study=")])
+    labels = [word for word in words if "=" not in word]
+    own = {key: _whole(words, key) for key in ("trials", "extend", "seed")}
+    shared, tuned = _spaces(labels, [word for word in words if word.partition("=")[0] not in _OWN])
+    seed = own["seed"] or 0
+    seeds = [f"seeds={value}" for value in _values(words, "seeds")]
+    fresh = [f"seed={seed + 1}"] if labels else []
+    plan = arguments.plan([*shared, *seeds, *fresh], "sweep")
+    spaces = {label: tuple(tuned.get(label, {}).values()) for label in labels}
+    trials = own["trials"] or _natural(spaces.values())
+    for label, axes in spaces.items():
+        if axes:
+            space.points(label, axes, trials, seed)
+    command = shlex.join(["optbench", "sweep", *(word for word in argv if word not in FLAGS)])
+    return Study(
+        plan=replace(plan, command=command, as_json="--json" in argv),
+        trials=trials,
+        seed=seed,
+        extend=_extend(own["extend"], spaces),
+        spaces=spaces,
+        dry_run="--dry-run" in argv,
+    )
+
+
+def _values(words: Sequence[str], key: str) -> list[str]:
+    """What was given for one of our own keys; twice the same is once.
+
+    Raises:
+        InputError: two values.
+    """
+    found = list(dict.fromkeys(word.partition("=")[2] for word in words if word.partition("=")[0] == key))
+    if len(found) > 1:
+        raise InputError(key, found[1], f"was given as {found[0]} before")
+    return found
+
+
+_LIMITS = {"trials": (2, MOST_TRIALS), "extend": (0, 20), "seed": (0, 2**63 - 1 - MOST_TRIALS)}
+
+
+def _whole(words: Sequence[str], key: str) -> int | None:
+    """The whole number that was given for one of our own keys.
+
+    Raises:
+        InputError: another word, or a number out of bounds.
+    """
+    low, high = _LIMITS[key]
+    for text in _values(words, key):
+        value = int(text) if text.isdecimal() else -1
+        if not low <= value <= high:
+            fix = "optbench compare runs each optimizer once" if key == "trials" and value == 1 else None
+            raise InputError(key, text or "nothing", allowed=f"a whole number from {low} to {high}", fix=fix)
+        return value
+    return None
+
+
+def _spaces(labels: Sequence[str], words: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Axis]]]:
+    """Words for the comparison, and label → option → axis; an optimizer's own axis wins over the one for all.
+
+    Raises:
+        InputError: several values where one belongs, or an option both given and tuned.
+    """
+    kept: list[str] = []
+    for_all: dict[str, Axis] = {}
+    tuned: dict[str, dict[str, Axis]] = {label: {} for label in labels}
+    fixed: dict[str, dict[str, str]] = {label: {} for label in labels}
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        head, _, option = key.removeprefix("+").rpartition(".")
+        is_own, is_shared = head in tuned, head == "optimizer" or (not head and option in presets.OPTIONS)
+        axis = space.parse(key, option, text) if equals and (is_own or is_shared) else None
+        if axis is not None:
+            place = tuned[head] if is_own else for_all
+            if place.get(option, axis) != axis:
+                raise InputError(key, text, "was given with other values before")
+            place[option] = axis
+        elif head == "optimizer" and option not in ("name", "target"):
+            if given.get(option, text) != text:
+                raise InputError(key, text, f"was given as {given[option]} before")
+            given[option] = text
+        else:
+            kept.append(word)
+            if is_own:
+                fixed[head][option] = text
+            elif equals and head not in presets.names():
+                _refuse_several(key, text)
+    for label in labels:
+        fixed[label] = given | fixed[label]
+        tuned[label] = for_all | tuned[label]
+        for option in tuned[label]:
+            if option in fixed[label]:
+                value = fixed[label][option]
+                raise InputError(
+                    f"{label}.{option}", value, "is given and tuned, too", fix="leave one of them out"
+                )
+        kept += [f"{label}.{option}={text}" for option, text in given.items() if fixed[label][option] == text]
+    return list(dict.fromkeys(kept)), tuned
+
+
+def _refuse_several(key: str, text: str) -> None:
+    if len(space.listed(text)) > 1:
+        allowed = "one value; options of optimizers can be tuned: lr=1e-4,3e-4 or sumo.rank=16,32"
+        fix = f"{key}={text.split(',')[0]}, or {key}=[{text}] where a list is meant"
+        raise InputError(key, text, "is several values of no optimizer's option", allowed=allowed, fix=fix)
+
+
+def _natural(spaces: Iterable[Sequence[Axis]]) -> int:
+    """Trials where none are given: as many as the longest list, else the default."""
+    sizes = [len(axes[0].values) for axes in spaces if len(axes) == 1 and axes[0].values]
+    return max(sizes, default=DEFAULT_TRIALS)
+
+
+def _extend(given: int | None, spaces: dict[str, tuple[Axis, ...]]) -> int:
+    is_ladder = all(not axes or [axis.key for axis in axes] == ["lr"] for axes in spaces.values())
+    if given and not is_ladder:
+        other = next(
+            label for label, axes in spaces.items() if axes and [axis.key for axis in axes] != ["lr"]
+        )
+        reason = f"goes along learning rates, and {other} has another space"
+        raise InputError(
+            "extend", given, reason, fix="extend=0, and a wider space where the best is on an edge"
+        )
+    if given is not None:
+        return given
+    return 0 if any(spaces.values()) else DEFAULT_EXTEND

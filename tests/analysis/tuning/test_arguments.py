@@ -1,0 +1,114 @@
+"""What `optbench sweep` understands, and every word that it refuses before anything is spent."""
+
+from pathlib import Path
+
+import pytest
+
+from analysis.tuning import arguments
+from analysis.tuning.space import Axis
+from harness.config.errors import InputError
+
+
+def test_defaults_are_a_ladder_of_five_and_three_fresh_seeds() -> None:
+    study = arguments.read(["adamw", "sumo", "steps=9", "group=g", "--json"])
+    assert (study.trials, study.seed, study.extend, study.dry_run) == (5, 0, 2, False)
+    assert study.plan.seeds == [1, 2, 3]
+    assert study.spaces == {"adamw": (), "sumo": ()}
+    assert study.plan.shared == ["steps=9"]
+    assert (study.plan.group, study.trials_group, study.plan.as_json) == ("g", "g-trials", True)
+    assert study.plan.command == "optbench sweep adamw sumo steps=9 group=g"
+
+
+def test_the_seed_of_the_trials_is_not_compared() -> None:
+    study = arguments.read(["adamw", "seed=4", "seeds=2"])
+    assert study.seed == 4
+    assert study.plan.seeds == [5, 6]
+
+
+def test_spaces_for_all_and_for_one() -> None:
+    study = arguments.read(["adamw", "sumo", "lr=1e-3,1e-2", "sumo.lr=3e-3,3e-2", "sumo.rank=8", "seeds=1"])
+    assert study.spaces["adamw"] == (Axis("lr", ("1e-3", "1e-2")),)
+    assert study.spaces["sumo"] == (Axis("lr", ("3e-3", "3e-2")),)
+    assert study.trials == 2, "as many as the list has"
+    assert study.extend == 0, "a space that was given is left as it is"
+    assert "optimizer.rank=8" in study.plan.arms[1].overrides
+    assert arguments.read(["adamw", "optimizer.lr=1e-3..1e-1", "trials=4"]).spaces["adamw"][0].high == 0.1
+
+
+def test_an_option_for_all_is_an_option_of_each() -> None:
+    study = arguments.read(["adamw", "sumo", "optimizer.lr=0.01", "sumo.lr=0.02"])
+    assert study.plan.arms[0].overrides == ("optimizer=adamw", "optimizer.lr=0.01")
+    assert study.plan.arms[1].overrides == ("optimizer=sumo", "optimizer.lr=0.02")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"sweep: nothing names no optimizer.*fix: optbench sweep adamw sumo"),
+        (["adamw", "sumoo"], r"sumoo is not an optimizer; did you mean sumo\?"),
+        (["adamw", "trials=1"], r"trials: 1 .*allowed: a whole number from 2"),
+        (["adamw", "trials=few"], r"trials: few"),
+        (["adamw", "trials=3", "trials=4"], r"trials: 4 was given as 3"),
+        (["adamw", "seed=-1"], r"seed: -1"),
+        (["adamw", "seeds=0"], r"seeds: 0"),
+        (["adamw", "--dry"], r"--dry is not known.*did you mean --dry-run"),
+        (["adamw", "steps=10,20"], r"steps: 10,20 is several values of no optimizer's option"),
+        (["adamw", "lr=1e-3,1e-2", "adamw.lr=1e-3"], r"adamw.lr: 1e-3 is given and tuned"),
+        (["adamw", "sumo.lr=1e-3,1e-2"], r"belongs to sumo, which is not compared"),
+        (["adamw", "lr=1e-2..1e-3"], r"lr: 1e-2..1e-3 is no range"),
+        (["adamw", "weight_decay=0,0.1", "extend=1"], r"extend: 1 goes along learning rates, and adamw"),
+        (["adamw", "study=nope"], r"study: nope .*quickstart"),
+    ],
+)
+def test_words_that_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        arguments.read(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adamw", "sumo", "trials=3", "adamw.lr=1e-3,1e-2"],
+        ["adamw", "sumo", "adamw.lr=1e-3,1e-2,1e-1", "sumo.lr=1e-3,1e-2"],
+        ["adamw", "sumo", "trials=4", "lr=1,2,3,4", "adamw.lr=1,2,3,4,5"],
+    ],
+)
+def test_unequal_budgets_are_refused_and_named(words: list[str]) -> None:
+    with pytest.raises(InputError, match=r"(adamw|sumo) space: .* tuning budgets must be equal"):
+        arguments.read(words)
+
+
+def test_a_study_from_a_file_and_the_command_line_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "configs" / "study"
+    folder.mkdir(parents=True)
+    text = "optimizers: [adamw, sumo]\ntrials: 2\nseeds: 4\nrun: {steps: 7, sumo.rank: 8}\nspace: {lr: [0.1, 0.2]}\n"
+    (folder / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    study = arguments.read(["study=mine", "steps=9", "group=g"])
+    assert [arm.label for arm in study.plan.arms] == ["adamw", "sumo"]
+    assert (study.trials, study.plan.seeds) == (2, [1, 2, 3, 4])
+    assert study.plan.shared == ["steps=9"]
+    assert study.spaces["sumo"] == (Axis("lr", ("0.1", "0.2")),)
+    assert [
+        arm.label for arm in arguments.read(["muon", "study=mine", "sumo.name=sumo", "sumo"]).plan.arms
+    ] == [
+        "muon",
+        "sumo",
+    ]
+    for bad, message in (
+        ("trails: 3", "unknown key"),
+        ("optimizers: adamw", "a list"),
+        ("a: [", "YAML"),
+        ("", "keys"),
+    ):
+        (folder / "bad.yaml").write_text(bad)
+        with pytest.raises(InputError, match=message):
+            arguments.read(["adamw", "study=bad"])
+
+
+def test_the_study_that_is_shipped_is_one() -> None:
+    study = arguments.read(["study=quickstart"])
+    assert [arm.label for arm in study.plan.arms] == ["adamw", "muon", "galore", "sumo"]
+    assert study.plan.shared == ["experiment=quickstart"]

@@ -1,0 +1,273 @@
+"""`optbench sweep` from its words to its exit codes.
+
+Runs are trained by a stand-in for the launcher whose final loss is a parabola in the logarithm of the learning rate;
+all else is real. One test trains real runs, and stops one of them with a signal.
+"""
+
+import copy
+import json
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.compare import command as compare_command
+from analysis.compare import picture, tuning_ledger
+from analysis.tuning import command
+from harness.config import compose, sources
+from harness.config.errors import InputError
+from harness.jobs import launch
+from harness.preparation import Prepared
+from tests.analysis.stand_in import SMALL, Launcher
+
+BEST = {"adamw": 0.004, "sumo": 0.064, "muon": 0.02}
+"""Learning rate with the lowest loss. AdamW's default; SUMO's is 0.016, two steps of the ladder lower."""
+
+
+def parabola(run: Prepared) -> float:
+    rate = run.config.optimizer.lr
+    assert rate is not None
+    return 3.0 + 0.2 * math.log2(rate / BEST[run.config.optimizer.name]) ** 2
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    fake = Launcher(end=parabola)
+    monkeypatch.setattr(launch, "start", fake.start)
+    monkeypatch.setattr(picture, "browser", lambda: None)
+    # The files of a test do not change, and merging them is most of what a stand-in's run takes.
+    known: dict[str, sources.Composed] = {}
+
+    def composed(selections: dict[str, str]) -> sources.Composed:
+        key = repr(selections)
+        if key not in known:
+            known[key] = sources.compose(selections)
+        return copy.deepcopy(known[key])
+
+    monkeypatch.setattr(compose, "compose", composed)
+    return fake
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    return ["adamw", "sumo", "trials=3", "seeds=2", "group=g", f"runs_dir={tmp_path / 'runs'}", *SMALL]
+
+
+def sweep(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, Any]:
+    assert command.main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def arms_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {arm["label"]: arm for arm in document["tuning"]["arms"]}
+
+
+def codes(document: dict[str, Any]) -> set[str]:
+    return {warning["code"] for warning in document["warnings"]}
+
+
+def test_equal_budgets_then_the_best_of_each_on_fresh_seeds(
+    launcher: Launcher, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = sweep([*words, "extend=0"], capsys)
+    trials = [f"{label}-trial{n}" for n in (1, 2, 3) for label in ("adamw", "sumo")]
+    fresh = [f"{label}-seed{n}" for n in (1, 2) for label in ("adamw", "sumo")]
+    assert launcher.started == [*trials, *fresh]
+    arms = arms_of(document)
+    assert [arm["budget"]["trials"] for arm in arms.values()] == [3, 3]
+    assert arms["adamw"]["budget"]["seconds"] == pytest.approx(3 * 200 * 0.12)
+    assert [t["values"]["lr"] for t in arms["adamw"]["trials"]] == [0.004, 0.002, 0.008]
+    assert (arms["adamw"]["best"], arms["adamw"]["edges"]) == (1, {})
+    assert (arms["sumo"]["best"], arms["sumo"]["edges"]) == (3, {"lr": "highest"})
+    # Only fresh seeds are compared, at the best setting; the trials are elsewhere.
+    assert {(run["seed"], run["summary"]["lr"]) for run in document["runs"]} == {
+        (seed, lr) for seed in (1, 2) for lr in (0.004, 0.032)
+    }
+    rows = document["comparison"]["sets"][0]["table"]["rows"]
+    assert [row["lr_standing"] for row in rows] == ["tuned (3 trials)"] * 2
+    assert "edge_of_space" in codes(document)
+    assert not codes(document) & {"untuned_lr", "unequal_tuning", "tuning_seed", "failed_trials"}
+    home = tmp_path / "runs" / "g"
+    assert json.loads((home / "tuning.json").read_text()) == document["tuning"]
+    assert "| sumo | 3 | lr=0.032 |" in (home / "tuning.md").read_text()
+    assert "Loss over learning rate" in (home / "report.html").read_text()
+    # `optbench report` knows it, too, also above both folders, and leaves the trials out.
+    assert compare_command.report([str(tmp_path / "runs"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert len(again["runs"]) == 4
+    assert any("6 tuning trials, not compared" in warning["message"] for warning in again["warnings"])
+
+
+def test_on_an_edge_every_optimizer_gets_more_trials_not_only_the_one(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = sweep(words, capsys)
+    arms = arms_of(document)
+    assert [arm["budget"]["trials"] for arm in arms.values()] == [5, 5]
+    assert [t["values"]["lr"] for t in arms["sumo"]["trials"]] == [0.016, 0.008, 0.032, 0.064, 0.128]
+    assert arms["sumo"]["best"] == 4
+    assert arms["sumo"]["edges"] == {}
+    # AdamW's best was inside: its trials go between it and its better neighbour.
+    assert all(0.002 < t["values"]["lr"] < 0.008 for t in arms["adamw"]["trials"][3:])
+    assert "edge_of_space" not in codes(document)
+    # The same command again trains nothing.
+    launcher.started.clear()
+    assert arms_of(sweep(words, capsys)) == arms
+    assert launcher.started == []
+
+
+@pytest.mark.parametrize("place", ["sumo-trial4", "adamw-seed2"])
+def test_what_is_interrupted_goes_on_where_it_was(
+    launcher: Launcher, words: list[str], place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.fate = {place: KeyboardInterrupt()}
+    document = sweep(words, capsys, 75)
+    before = list(launcher.started)
+    assert before[-1] == place
+    assert document["tuning"]["arms"]
+    launcher.fate, launcher.started = {}, []
+    arms = arms_of(sweep(words, capsys))
+    assert launcher.started[0] == place
+    assert set(launcher.started) & set(before) == {place}
+    assert [arm["budget"]["trials"] for arm in arms.values()] == [5, 5]
+
+
+def test_a_diverged_trial_counts_and_is_not_tried_again(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.fate = {"sumo-trial3": "diverged"}
+    arms = arms_of(sweep(words, capsys))
+    assert arms["sumo"]["budget"]["states"] == {"finished": 2, "diverged": 1}
+    assert arms["sumo"]["budget"]["trials"] == 3
+    assert arms["sumo"]["trials"][2]["loss"] is None
+    assert (arms["sumo"]["best"], arms["sumo"]["edges"]) == (1, {}), "what diverged bounds the space"
+    launcher.started.clear()
+    sweep(words, capsys)
+    assert launcher.started == []
+
+
+def test_a_failed_trial_leaves_unequal_budgets_that_are_said_and_mended(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.fate = {"sumo-trial3": "vanished"}
+    document = sweep(words, capsys, 3)
+    assert {"unequal_tuning", "failed_trials"} <= codes(document)
+    (said,) = [w["message"] for w in document["warnings"] if w["code"] == "unequal_tuning"]
+    assert "adamw tuned (3 trials); sumo tuned (2 trials)" in said
+    # Tried again it ends lower than the best so far: the runs of the old best make room.
+    launcher.fate, launcher.started = {}, []
+    folder = next(Path(w.partition("=")[2]) for w in words if w.startswith("runs_dir=")) / "g-trials"
+    (folder / "sumo-trial3").rename(folder / ".sumo-trial3.failed")  # the real launcher goes on in the folder
+    document = sweep(words, capsys)
+    assert launcher.started[0] == "sumo-trial3"
+    assert "sumo-seed1" in launcher.started
+    assert arms_of(document)["sumo"]["best"] == 4
+    assert not codes(document) & {"unequal_tuning", "failed_trials"}
+
+
+def test_an_optimizer_without_a_finite_trial_is_answered_no(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher.fate = {f"sumo-trial{n}": "diverged" for n in range(1, 6)}
+    document = sweep(words, capsys, 1)
+    arms = arms_of(document)
+    assert arms["sumo"]["best"] is None
+    assert [arm["budget"]["trials"] for arm in arms.values()] == [5, 5]
+    assert arms["sumo"]["trials"][3]["values"]["lr"] == 0.004, "lower than all that diverged"
+    assert "no_finite_trial" in codes(document)
+    launcher.fate |= {f"adamw-trial{n}": "diverged" for n in range(1, 6)}
+    document = sweep([word.replace("group=g", "group=h") for word in words], capsys, 1)
+    assert document["runs"] == []
+
+
+def test_a_third_optimizer_joins_later(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep([*words, "extend=0"], capsys)
+    launcher.started.clear()
+    document = sweep(["muon", *words[2:], "extend=0"], capsys)
+    assert launcher.started == [*(f"muon-trial{n}" for n in (1, 2, 3)), "muon-seed1", "muon-seed2"]
+    assert list(arms_of(document)) == ["adamw", "sumo", "muon"]
+    assert "unequal_tuning" not in codes(document)
+    # Muon's second learning rate keeps its ratio to the first.
+    assert {t["values"]["aux_lr"] / t["values"]["lr"] for t in arms_of(document)["muon"]["trials"]} == {0.8}
+
+
+def test_runs_on_the_seed_of_the_trials_are_said(
+    launcher: Launcher, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Negative control: a comparison that takes in the seed that chose the setting."""
+    document = sweep([*words, "extend=0"], capsys)
+    assert "tuning_seed" not in codes(document)
+    plain = [word for word in words if not word.startswith(("trials=", "seeds="))]
+    assert compare_command.compare([*plain, "adamw.lr=0.004", "sumo.lr=0.032", "seeds=1", "--json"]) == 0
+    assert "tuning_seed" in codes(json.loads(capsys.readouterr().out))
+
+
+def test_a_dry_run_trains_and_writes_nothing(
+    launcher: Launcher, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = sweep([*words, "--dry-run"], capsys)
+    assert document["cost"]["runs"] == {"trials": 6, "at_most_added": 4, "fresh": 4}
+    assert document["cost"]["tokens_per_run"] == 20 * 2 * 32
+    assert command.main([*words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "6 trials (seed 0) and 4 runs on fresh seeds 1 and 2, and up to 4 trials more" in out
+    assert launcher.started == []
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "bad", ["sumo.rnak=3,4,5", "sumo.rank=16,32,100000", "stesp=5", "batch_size=0", "betas=1,2,3"]
+)
+def test_bad_input_of_any_trial_starts_nothing_and_leaves_nothing(
+    launcher: Launcher, words: list[str], bad: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError):
+        command.main([*words, bad])
+    assert launcher.started == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_ledger_is_no_ledger(tmp_path: Path) -> None:
+    for text in ("{", "{}", '{"arms": [{"label": "x"}]}', '{"arms": {"a": 1}}', '{"arms": [3]}'):
+        (tmp_path / "tuning.json").write_text(text)
+        assert tuning_ledger.read(tmp_path) == []
+
+
+@pytest.mark.launch
+def test_real_runs_one_of_them_stopped_by_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(picture, "browser", lambda: None)
+    runs = tmp_path / "runs"
+    small = [word for word in SMALL if not word.startswith("steps")]
+    words = ["adamw", "lr=1e-3,4e-3", "seeds=1", "steps=40", "group=g", f"runs_dir={runs}", *small, "--json"]
+    words += ["eval.every=null", "moments.every=null", "log_every=1"]
+    second = runs / "g-trials" / "adamw-trial2" / "metrics.jsonl"
+
+    def stop() -> None:
+        while not (second.exists() and second.stat().st_size):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watching = threading.Thread(target=stop, daemon=True)
+    watching.start()
+    assert command.main(words) == 75
+    watching.join()
+    (arm,) = json.loads(capfd.readouterr().out)["tuning"]["arms"]
+    assert [trial["state"] for trial in arm["trials"]] == ["finished", "interrupted"]
+    assert command.main(words) == 0
+    document = json.loads(capfd.readouterr().out)
+    (arm,) = document["tuning"]["arms"]
+    assert [trial["state"] for trial in arm["trials"]] == ["finished", "finished"]
+    assert all(math.isfinite(trial["loss"]) for trial in arm["trials"])
+    assert len(json.loads((second.parent / "status.json").read_text())["attempts"]) == 2
+    (run,) = document["runs"]
+    assert (run["seed"], run["state"]) == (1, "finished")
+    assert run["summary"]["lr"] == arm["trials"][arm["best"] - 1]["values"]["lr"]
