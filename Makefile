@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart test test-full docs-check lint format bench certify faults reconstruct lock clean
+.PHONY: help setup quickstart test test-full docs-check lint format bench certify faults study reconstruct lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ certify: setup ## every optimizer on every engine, proven: docs/certificates.md 
 	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates
 	cp runs/certificates/certificates.md docs/certificates.md
 	cp runs/certificates/certificates.json harness/verify/certificates.json
+
+study: setup ## tune the quickstart's four optimizers with equal budgets, compare them on fresh seeds (32 to 40 runs)
+	$(BIN)/optbench sweep study=quickstart group=study
 
 reconstruct: setup ## which training images can be told from weights: 18 victims' checkpoints, 81 attacks (5 to 10 minutes)
 	$(BIN)/optbench reconstruct mode=fixture out=runs/reconstruction/fixture

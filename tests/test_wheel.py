@@ -88,6 +88,7 @@ def test_what_is_in_it(wheel: Path) -> None:
         "harness/configs/accelerate/ddp_gpu.yaml",
         "harness/configs/cluster/generic_gpu.yaml",
         "harness/configs/paper/sumo_table3.yaml",
+        "harness/configs/study/quickstart.yaml",
         "harness/slurm/templates/train.sbatch.j2",
         "harness/verify/certificates.json",
         "analysis/compare/templates/report.html.j2",

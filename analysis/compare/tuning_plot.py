@@ -46,16 +46,18 @@ def sensitivity(chosen: ComparisonSet) -> Plot | None:
                 y=shown,
                 mode="lines+markers" if is_line else "markers",
                 line=line(index),
-                marker={"symbol": symbols, "size": [13 if s == "star" else 8 for s in symbols]},
+                marker={"symbol": symbols, "size": [13 if s == "star" else 8 for s in symbols], "opacity": 1},
                 name=label,
                 text=text,
                 hovertemplate="%{text}<extra>" + label + "</extra>",
                 meta={"arm": index},
             )
         )
+    rates = [rate for _, _, points in arms for rate, _ in points]
+    dtick = 1 if max(rates) > 100 * min(rates) else "D2"
     built = figure(
         traces,
-        xaxis={"title": {"text": "learning rate"}, "type": "log", "dtick": 1},
+        xaxis={"title": {"text": "learning rate"}, "type": "log", "dtick": dtick},
         yaxis={"title": {"text": "final validation loss (nats/token)"}},
         **plots.legend(chosen),
     )
