@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from harness.config import keys
+from harness.config import keys, learning_rates
 from harness.config.errors import InputError, closest
 from harness.config.identity import comparison_key, differing_keys, identity
 from harness.config.model_facts import config_fields
@@ -133,6 +133,10 @@ def _derived(config: RunConfig) -> dict[str, Any]:
     derived: dict[str, Any] = {"optimizer.seed": config.seed}
     if config.optimizer.lr_source not in (None, "given"):
         derived["optimizer.lr"] = config.optimizer.lr
+        rows = learning_rates.TABLE.get(config.optimizer.name, ())
+        beside = next((row.aux_lr for row in rows if row.source == config.optimizer.lr_source), None)
+        if beside is not None:
+            derived["optimizer.aux_lr"] = beside
     if config.world_size is not None:
         derived["engine.name"] = "single" if config.world_size == 1 else "ddp"
         derived["micro_batch_size"] = config.batch_size // config.world_size

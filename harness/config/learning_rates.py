@@ -56,7 +56,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(6e9, 8e9, 3e-4, "LLaMA (arXiv 2302.13971), Table 2, 7B"),
     ),
     "galore": (
-        Row(1e6, 4e6, 2e-2, _TINY, tuned=True),
+        Row(1e6, 4e6, 5e-3, _TINY, tuned=True, aux_lr=1.6e-2),
         Row(50e6, 1.5e9, 1e-2, f"{_GALORE}, 60M to 1B", tuned=True),
         Row(6e9, 8e9, 5e-3, f"{_GALORE}/llama_7b.sh"),
     ),
@@ -67,7 +67,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "muon_svd": (Row(100e6, 150e6, 2e-2, f"as muon: {_JORDAN}"),),
     "muon_polar_express": (Row(100e6, 150e6, 2e-2, f"as muon: {_JORDAN}"),),
     "muon_moonlight": (Row(50e6, 1.5e9, 1e-3, _CONDA),),
-    "sumo": (Row(1e6, 4e6, 1.6e-2, _TINY, tuned=True), Row(50e6, 1.5e9, 1e-3, _MATCHED)),
+    "sumo": (
+        Row(1e6, 4e6, 4e-3, _TINY, tuned=True, aux_lr=1.6e-2),
+        Row(50e6, 1.5e9, 1e-3, _MATCHED),
+    ),
     "sumo_paper": (Row(50e6, 1.5e9, 1e-3, _MATCHED),),
     "sumo_ns5": (Row(50e6, 1.5e9, 1e-3, _MATCHED),),
     "sumo_official": (Row(50e6, 1.5e9, 1e-3, "default of SUMO's public code (sumo_optimizer.py)"),),

@@ -105,7 +105,7 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], parts: list[str]) 
 def test_a_checked_run_is_complete_and_stays_the_same() -> None:
     checked = run_check(make(optimizer__name="sumo", world_size=2))
     assert (checked.world_size, checked.micro_batch_size, checked.engine.name) == (2, 8, "ddp")
-    assert checked.optimizer.lr == 0.016
+    assert (checked.optimizer.lr, checked.optimizer.options["aux_lr"]) == (0.004, 0.016)
     assert checked.optimizer.lr_source
     assert checked.optimizer.options["update_scale"] == "rms_max"
     assert "lr" not in checked.optimizer.options

@@ -197,6 +197,8 @@ def test_difference_leaves_out_what_the_checks_derive() -> None:
     assert difference(checked) == {"optimizer.name": "galore", "world_size": 2}
     other = check(load(["micro_batch_size=2", "engine=ddp", "optimizer.lr=0.5", "world_size=2"]), {}, 0)
     assert difference(other) == {"optimizer.lr": 0.5, "world_size": 2, "micro_batch_size": 2}
+    own = check(load(["optimizer=galore", "optimizer.aux_lr=0.5", "world_size=1"]), {}, 0)
+    assert difference(own) == {"optimizer.name": "galore", "world_size": 1, "optimizer.aux_lr": 0.5}
 
 
 def test_difference_names_what_was_changed() -> None:
