@@ -12,6 +12,7 @@ from analysis.compare.tuning_ledger import FILE, SCHEMA_VERSION, TRIALS, Tuned
 from analysis.tuning import trials
 from analysis.tuning.arguments import Study
 from analysis.tuning.trials import Planned, Say
+from harness.config.errors import InputError
 from harness.preparation import Prepared
 from harness.record import atomic
 from harness.record import folder as run_folder
@@ -39,6 +40,7 @@ class Tuning:
         self.home: Path = self.place.with_name(study.plan.group)
         self._before = tuning_ledger.read(self.home)
         self._confirmed: dict[str, list[str]] = {arm.label: list(arm.confirmed) for arm in self._before}
+        self._check_home()
 
     def arms(self) -> list[Tuned]:
         """Every optimizer of this command as it stands, from the run folders."""
@@ -103,6 +105,8 @@ class Tuning:
             "command": self._study.plan.command,
             "trials_group": self._study.trials_group,
             "comparison_key": self.plans[0].run.comparison_key,
+            "steps": self.plans[0].run.config.steps,
+            "world_size": self.plans[0].run.config.world_size,
             "seed": self._study.seed,
             "fresh_seeds": self._study.plan.seeds,
             "arms": rows,
@@ -114,6 +118,20 @@ class Tuning:
         if any(trial.state not in tuning_ledger.SPENT for arm in arms for trial in arm.trials):
             return FAILED
         return NOTHING_FINITE if any(arm.best is None for arm in arms) else DONE
+
+    def _check_home(self) -> None:
+        """Refuse a group with runs of another command in the places of the comparison, before the trials are spent."""
+        own = {identity for known in self._confirmed.values() for identity in known}
+        places = [
+            self.home / f"{arm.label}-seed{s}"
+            for arm in self._study.plan.arms
+            for s in self._study.plan.seeds
+        ]
+        for place in places:
+            old = reading.mapping(place / "status.json", []).get("identity")
+            if old is not None and old not in own and not self.plans[0].run.config.overwrite:
+                reason = f"has {place} of another command, where a run of this one's comparison goes"
+                raise InputError("group", self._study.plan.group, reason, fix="group=… of your own")
 
     def _train(self, session: training.Session) -> int:
         self.write()

@@ -85,16 +85,17 @@ def _centre(study: Study, arm: Arm) -> dict[str, float]:
     A default of a matrix rule may come with an ``aux_lr``, which a given ``lr`` does without: then the middle of the
     ladder would not be the default.
     """
-
-    def resolved(values: Values) -> tuple[float, float | None]:
-        config = compose.load([*study.plan.shared, *with_values(arm, values).overrides])
-        optimizer = checks.check(config).optimizer
-        assert optimizer.lr is not None
-        return optimizer.lr, optimizer.options.get("aux_lr")
-
-    rate, aux = resolved({})
-    without = resolved({"lr": space.spelled(rate)})[1]
+    rate, aux = _rates(study, arm, {})
+    without = _rates(study, arm, {"lr": space.spelled(rate)})[1]
     return {"lr": rate, **({"aux_lr": aux} if aux is not None and aux != without else {})}
+
+
+def _rates(study: Study, arm: Arm, values: Values) -> tuple[float, float | None]:
+    """Learning rate and ``aux_lr`` of the arm with these options set, defaults filled in."""
+    config = compose.load([*study.plan.shared, *with_values(arm, values).overrides])
+    optimizer = checks.check(config).optimizer
+    assert optimizer.lr is not None
+    return optimizer.lr, optimizer.options.get("aux_lr")
 
 
 def read(trial: Planned) -> Trial:

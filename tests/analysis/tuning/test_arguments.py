@@ -1,9 +1,12 @@
 """What `optbench sweep` understands, and every word that it refuses before anything is spent."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from analysis.compare import submit_command
 from analysis.tuning import arguments
 from analysis.tuning.space import Axis
 from harness.config.errors import InputError
@@ -112,3 +115,15 @@ def test_the_study_that_is_shipped_is_one() -> None:
     study = arguments.read(["study=quickstart"])
     assert [arm.label for arm in study.plan.arms] == ["adamw", "muon", "galore", "sumo"]
     assert study.plan.shared == ["experiment=quickstart"]
+
+
+def test_no_torch_is_imported_and_no_scipy_before_it_is_needed() -> None:
+    code = "import sys, analysis.tuning.{}; sys.exit({} in sys.modules)"
+    for module, package in (("running", "'torch'"), ("arguments", "'scipy'")):
+        done = subprocess.run([sys.executable, "-c", code.format(module, package)], check=False)
+        assert done.returncode == 0
+
+
+def test_a_sweep_is_no_job_of_slurm() -> None:
+    with pytest.raises(InputError, match=r"submit: sweep chooses its last runs.*fix: optbench sweep"):
+        submit_command.main(["sweep", "adamw", "sumo", "--dry-run"])

@@ -19,14 +19,14 @@ import pytest
 from analysis.compare import command as compare_command
 from analysis.compare import picture, tuning_ledger
 from analysis.tuning import command
-from harness.config import compose, sources
+from harness.config import compose, learning_rates, sources
 from harness.config.errors import InputError
 from harness.jobs import launch
 from harness.preparation import Prepared
 from tests.analysis.stand_in import SMALL, Launcher
 
 BEST = {"adamw": 0.004, "sumo": 0.064, "muon": 0.02}
-"""Learning rate with the lowest loss. AdamW's default; SUMO's is 0.016, two steps of the ladder lower."""
+"""Learning rate with the lowest loss: AdamW's is the middle of its ladder, SUMO's two steps above it."""
 
 
 def parabola(run: Prepared) -> float:
@@ -55,7 +55,17 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
-    return ["adamw", "sumo", "trials=3", "seeds=2", "group=g", f"runs_dir={tmp_path / 'runs'}", *SMALL]
+    middles = ["adamw.lr=0.004", "sumo.lr=0.016"]
+    return [
+        "adamw",
+        "sumo",
+        "trials=3",
+        "seeds=2",
+        "group=g",
+        f"runs_dir={tmp_path / 'runs'}",
+        *SMALL,
+        *middles,
+    ]
 
 
 def sweep(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, Any]:
@@ -190,12 +200,17 @@ def test_a_third_optimizer_joins_later(
 ) -> None:
     sweep([*words, "extend=0"], capsys)
     launcher.started.clear()
-    document = sweep(["muon", *words[2:], "extend=0"], capsys)
+    document = sweep(["muon", *words[2:-2], "extend=0"], capsys)
     assert launcher.started == [*(f"muon-trial{n}" for n in (1, 2, 3)), "muon-seed1", "muon-seed2"]
     assert list(arms_of(document)) == ["adamw", "sumo", "muon"]
     assert "unequal_tuning" not in codes(document)
-    # Muon's second learning rate keeps its ratio to the first.
-    assert {t["values"]["aux_lr"] / t["values"]["lr"] for t in arms_of(document)["muon"]["trials"]} == {0.8}
+    # The second learning rate that comes with Muon's default keeps its ratio to the first.
+    default = learning_rates.default("muon", 1_840_256)
+    assert default is not None
+    assert default.aux_lr is not None
+    for trial in arms_of(document)["muon"]["trials"]:
+        ratio = trial["values"]["aux_lr"] / trial["values"]["lr"]
+        assert ratio == pytest.approx(default.aux_lr / default.lr, rel=1e-5)
 
 
 def test_runs_on_the_seed_of_the_trials_are_said(
@@ -204,8 +219,8 @@ def test_runs_on_the_seed_of_the_trials_are_said(
     """Negative control: a comparison that takes in the seed that chose the setting."""
     document = sweep([*words, "extend=0"], capsys)
     assert "tuning_seed" not in codes(document)
-    plain = [word for word in words if not word.startswith(("trials=", "seeds="))]
-    assert compare_command.compare([*plain, "adamw.lr=0.004", "sumo.lr=0.032", "seeds=1", "--json"]) == 0
+    plain = [word for word in words[:-1] if not word.startswith(("trials=", "seeds="))]
+    assert compare_command.compare([*plain, "sumo.lr=0.032", "seeds=1", "--json"]) == 0
     assert "tuning_seed" in codes(json.loads(capsys.readouterr().out))
 
 
@@ -232,6 +247,17 @@ def test_bad_input_of_any_trial_starts_nothing_and_leaves_nothing(
         command.main([*words, bad])
     assert launcher.started == []
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_of_another_command_are_found_before_the_trials_are_spent(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = [word for word in words if not word.startswith(("trials=", "seeds="))]
+    assert compare_command.compare([*plain, "seed=2", "seeds=1", "--json"]) == 0
+    launcher.started.clear()
+    with pytest.raises(InputError, match=r"group: g has .*adamw-seed2 of another command"):
+        command.main(words)
+    assert launcher.started == []
 
 
 def test_a_damaged_ledger_is_no_ledger(tmp_path: Path) -> None:
