@@ -85,6 +85,7 @@ def read(folder: str | Path, *, public: bool = False) -> Document:
         for run in runs:
             for name in ("config", "summary", "status", "environment", "reason", "notes"):
                 setattr(run, name, without_places(getattr(run, name)))
+            run.tuning = tuning_ledger.public(run.tuning) if run.tuning is not None else None
         origins = {place: without_places(origin) for place, origin in origins.items()}
         remarks = without_places(remarks)
     order = list(dict.fromkeys(name for origin in origins.values() for name in strings(origin["optimizers"])))

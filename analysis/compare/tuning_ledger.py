@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from analysis.compare import reading
 from analysis.compare.runs import Run
 from analysis.plain import plain
+from harness.record.places import without_places
 
 SCHEMA_VERSION = 1
 FILE = "tuning.json"
@@ -114,25 +117,26 @@ def read(folder: Path) -> list[Tuned]:
     rows = reading.mapping(folder / FILE, []).get("arms")
     arms = [arm for row in (rows if isinstance(rows, list) else []) if (arm := _arm(row)) is not None]
     lost = tuple(arm.label for arm in arms if arm.best is None)
-    return [Tuned(**{**vars(arm), "lost": lost}) for arm in arms]
+    return [replace(arm, lost=lost) for arm in arms]
 
 
 def _arm(row: Any) -> Tuned | None:
+    """One optimizer; None where the row is not what `to_json` writes."""
     try:
-        trials = tuple(
-            Trial(
-                **{
-                    **trial,
-                    "loss": reading.number(trial["loss"]),
-                    "seconds": reading.number(trial["seconds"]),
-                }
-            )
+        trials = [
+            {**trial, "loss": reading.number(trial["loss"]), "seconds": reading.number(trial["seconds"])}
             for trial in row["trials"]
-        )
-        known = {key: row[key] for key in ("label", "optimizer", "space", "best", "edges", "seed")}
-        return Tuned(**known, trials=trials, confirmed=tuple(row["confirmed"]))
-    except (KeyError, TypeError, AttributeError):
+        ]
+        arm = TypeAdapter(Tuned).validate_python({**row, "trials": trials})
+    except (KeyError, TypeError, ValidationError):
         return None
+    known = arm.chosen.values if arm.chosen is not None else {}
+    return arm if (arm.best is None or known) and set(arm.edges) <= set(known) else None
+
+
+def public(arm: Tuned) -> Tuned:
+    """Without the paths of this machine, for what leaves it."""
+    return replace(arm, trials=tuple(replace(t, reason=without_places(t.reason)) for t in arm.trials))
 
 
 def adopt(runs: Sequence[Run]) -> None:

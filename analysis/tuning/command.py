@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from analysis.compare import training
 from analysis.tuning import arguments
 from harness.cli import document
+from harness.record import atomic
 
 if TYPE_CHECKING:
     from analysis.tuning.running import Tuning
@@ -55,7 +56,7 @@ def _conclude(study: arguments.Study, tuning: Tuning, code: int) -> int:
     tuning.write()
     arms = tuning.arms()
     path = tuning.home / "tuning.md"
-    path.write_text(tuning_tables.markdown(arms), encoding="utf-8")
+    atomic.write_text(path, tuning_tables.markdown(arms))
     if not study.plan.as_json:
         renderings.print_grid(tuning_tables.overview(arms), sys.stdout)
         print(path)

@@ -260,10 +260,41 @@ def test_runs_of_another_command_are_found_before_the_trials_are_spent(
     assert launcher.started == []
 
 
-def test_a_damaged_ledger_is_no_ledger(tmp_path: Path) -> None:
-    for text in ("{", "{}", '{"arms": [{"label": "x"}]}', '{"arms": {"a": 1}}', '{"arms": [3]}'):
-        (tmp_path / "tuning.json").write_text(text)
-        assert tuning_ledger.read(tmp_path) == []
+TRIAL = tuning_ledger.Trial(
+    1, {"lr": 0.1, "basis": "svd"}, "failed", f"no {Path.home()}/x", math.nan, math.nan, "a-trial1", "1f"
+)
+ARM = tuning_ledger.Tuned("a", "adamw", {"lr": "ladder"}, (TRIAL,), 1, {"lr": "lowest"}, 0, ("2f",))
+
+
+def test_a_ledger_is_read_as_it_was_written_and_a_damaged_one_is_none(tmp_path: Path) -> None:
+    (row,) = tuning_ledger.to_json([ARM])
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps({"arms": [row]}))
+    (arm,) = tuning_ledger.read(tmp_path)
+    assert tuning_ledger.to_json([arm]) == [row]
+    wrong = [
+        {"best": "x"},
+        {"best": 2},
+        {"edges": {"rank": "highest"}},
+        {"trials": 3},
+        {"trials": [{}]},
+        {"space": 1},
+    ]
+    wrong += [{"trials": [{**row["trials"][0], "values": None}]}]
+    texts = [
+        "{",
+        "{}",
+        '{"arms": {"a": 1}}',
+        '{"arms": [3]}',
+        *(json.dumps({"arms": [{**row, **w}]}) for w in wrong),
+    ]
+    for text in texts:
+        path.write_text(text)
+        assert tuning_ledger.read(tmp_path) == [], text
+
+
+def test_what_leaves_the_machine_names_none_of_its_places() -> None:
+    assert str(Path.home()) not in str(tuning_ledger.public(ARM))
 
 
 @pytest.mark.launch
