@@ -15,7 +15,7 @@ from optimizers import groups, rules
 from optimizers.fused import Block
 from optimizers.inspection import Figures, Share, kind_bytes, moment_share, singular_values
 from optimizers.journal import Journal
-from optimizers.layouts.lanes import Lane
+from optimizers.layouts.lanes import Entry, Lane
 from optimizers.layouts.layout import Layout, Section
 from optimizers.layouts.partitioned import PartitionedLayout, Unattached
 from optimizers.layouts.replicated import ReplicatedLayout
@@ -351,18 +351,24 @@ class Optimizer(torch.optim.Optimizer):
                 if number == 0 and position + 1 < len(lanes):
                     # The next lane's gradients travel while this one computes.
                     lanes[position + 1].begin()
-                with record_function(f"{group['rule']}/rule"):
-                    updates = rule.step([stack for _, _, stack in batch], lane.rows)
-                for (bank, active, stack), update in zip(batch, updates):
-                    self.journal.enter(rule, stack, update, lane.rows)
-                    with record_function(f"{group['rule']}/apply"):
-                        lane.apply(stack, update.delta, descent)
-                    bank.write_back(active, stack.state)
-                    bank.watch(all_of=bool(stack.due))
-                    stack.release()
+                self._step_batch(rule, lane, batch, descent, group["rule"])
             if position + 1 < len(lanes):
                 lanes[position + 1].begin()
             lane.end(descent)
+
+    def _step_batch(
+        self, rule: rules.Rule, lane: Lane, batch: list[Entry], descent: Descent, name: str
+    ) -> None:
+        # A function of its own, so that nothing of one batch is held while the next one is computed.
+        with record_function(f"{name}/rule"):
+            updates = rule.step([stack for _, _, stack in batch], lane.rows)
+        for (bank, active, stack), update in zip(batch, updates):
+            self.journal.enter(rule, stack, update, lane.rows)
+            with record_function(f"{name}/apply"):
+                lane.apply(stack, update.delta, descent)
+            bank.write_back(active, stack.state)
+            bank.watch(all_of=bool(stack.due))
+            stack.release()
 
     def retract_step(self) -> None:
         """Take back the host's counters of the last step, which `found_inf` masked on the device.

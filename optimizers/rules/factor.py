@@ -75,10 +75,9 @@ def subspace_factors(
         x = root.root.to(moments[i].dtype)
         factor = x @ moments[i] if lefts[i] else moments[i] @ x
         # 0·NaN is NaN: the zero root of a matrix that is not finite does not silence it.
-        alive = torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))[:, None, None]
-        results[i] = Polar(
-            torch.where(alive, factor, 0.0), root.singular_values, root.effective_rank, root.fallbacks
-        )
+        broken = ~torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))[:, None, None]
+        factor = factor.masked_fill_(broken, 0.0)
+        results[i] = Polar(factor, root.singular_values, root.effective_rank, root.fallbacks)
     results.update(zip(brought, rows.factors(list(brought.values()))))
     return [results[i] for i in range(len(moments))]
 

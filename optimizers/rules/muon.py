@@ -27,17 +27,12 @@ class Muon(Rule):
     def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
         """One step of each stack; see the module's formula."""
         for stack in stacks:
-            direction = momentum(stack, stack.gradient)
+            direction = momentum(stack, stack.gradient, overwrites=True)
             found = orthogonalize(direction, stack.options)
             s = scale(stack.options["update_scale"], stack.shape, stack.fans, min(stack.shape))
-            factor = found.factor
-            yield Update(
-                factor * (s * stack.options["alpha"]),
-                direction,
-                factor,
-                found.singular_values,
-                found.fallbacks,
-            )
+            size, factor = s * stack.options["alpha"], found.factor
+            delta = factor if size == 1.0 else factor * size
+            yield Update(delta, direction, factor, found.singular_values, found.fallbacks)
 
     def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
         """Not with a look-ahead that is not stored."""

@@ -93,14 +93,14 @@ def compose(stack: Stack, left: bool, gradient: Tensor, factor: Tensor, rows: Ro
     """α (ρ(G - QĜ) + s·QO), as α (ρG + Q(sO - ρĜ)), which never forms the residual.
 
     Args:
-        gradient: Ĝ.
+        gradient: Ĝ; overwritten.
         factor: O.
     """
     options, basis = stack.options, stack.state["basis"]
     s = scale(options["update_scale"], stack.shape, stack.fans, rank_of(stack.shape, options))
     alpha, rho = options["alpha"], options["residual_scale"]
     if not (_limits(options, "residual") or _limits(options, "total")):
-        moved = torch.add(s * alpha * factor, gradient, alpha=-alpha * rho)
+        moved = gradient.mul_(-alpha * rho).add_(factor, alpha=s * alpha)
         return lifted(basis, moved, left, keep=alpha * rho)
     # Block 3 on what only exists as a whole matrix: the target's Frobenius norm grows at most by γ a step.
     residual = lifted(basis, -rho * gradient, left, keep=rho).dense(stack)
