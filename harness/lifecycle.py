@@ -32,8 +32,9 @@ _HARNESS = Path(__file__).parent
 class Stop:
     """Notes that the run is asked to end; the loop then finishes its step on all processes and saves.
 
-    Signals: the first one asks, a second one (`REPEAT_S` later or more) ends this process at once; whatever it is
-    writing then has a name that nobody reads. The clock: ``time_limit`` counts from the start of this process.
+    Signals: the first one asks, a second SIGINT or SIGTERM (`REPEAT_S` later or more) ends this process at once;
+    whatever it is writing then has a name that nobody reads. SIGUSR1 may come again: batch scripts send it until it
+    must have been heard. The clock: ``time_limit`` counts from the start of this process.
 
     Args:
         time_limit_s: seconds; None: none.
@@ -82,7 +83,7 @@ class Stop:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._noted_at = signal.Signals(number), now
-        elif now - self._noted_at >= REPEAT_S:
+        elif number != signal.SIGUSR1 and now - self._noted_at >= REPEAT_S:
             os._exit(KILLED + number)
 
 
