@@ -18,11 +18,11 @@ setup: $(VENV)/.installed ## a virtual environment in .venv, exactly as requirem
 quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each, write runs/quickstart/report.html
 	$(BIN)/optbench compare adamw muon galore sumo preset=quickstart seeds=1 group=quickstart
 
-test: setup ## the tests (about 5 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+test: setup ## the tests (about 12 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-full: setup ## the tests and the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs-check: setup ## are the commands, links and pictures of the documentation true
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/optimizers/test_use_elsewhere.py

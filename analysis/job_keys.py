@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
-
-from harness.config import sources
+from harness.config import sources, yaml_files
 from harness.config.errors import InputError
 
 
@@ -32,10 +30,7 @@ def experiment(name: str, command: str) -> dict[str, Any]:
     if path is None:
         ours = [option for option in sources.options("experiment") if option.startswith(command)]
         raise InputError("experiment", name, allowed=ours, fix=f"experiment={ours[0]}" if ours else None)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError("experiment", path, f"is not YAML ({' '.join(str(error).split())})") from None
+    content = yaml_files.read("experiment", path)
     if not isinstance(content, dict):
         raise InputError("experiment", path, "holds no keys")
     if "defaults" in content:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +18,7 @@ from harness.config.compose import load
 from harness.config.errors import InputError, closest
 from harness.config.model_facts import facts
 from harness.config.schema import ModelConfig
+from harness.console import for_tables
 
 _KINDS = {
     "models": "model",
@@ -47,7 +46,7 @@ def list_command(argv: Sequence[str]) -> int:
     if is_json:
         print(document(**tables))
         return 0
-    console = _console()
+    console = for_tables()
     for kind, rows in tables.items():
         console.print(_table(f"{kind} ({_KINDS[kind]}=NAME)", rows))
     console.print("optbench show NAME: options, defaults, allowed values, source")
@@ -78,7 +77,7 @@ def show_command(argv: Sequence[str]) -> int:
     if is_json:
         print(document(name=name, kind=names.get(name, "command"), **shown))
         return 0
-    console = _console()
+    console = for_tables()
     for label, value in shown.items():
         if not isinstance(value, list):
             console.print(Text(label, style="bold"), Text(_cell(value)), highlight=False)
@@ -255,11 +254,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, (list, dict)):
         return keys.word(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _console() -> Console:
-    # Piped output must not be cut at 80 columns: it is searched with grep.
-    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from analysis.compare.facts import Grid
 from analysis.compare.tables import COLUMNS, Column, Row, Table
+from harness.console import for_tables
 
 WHOLE, WITH_OUTCOME = 205, 100
 """Terminal widths from which the table stands in one piece, and failures in a column of their own."""
@@ -55,8 +56,6 @@ def _rich(table: Table, columns: list[Column], rows: list[Row], title: str | Non
 
 def print_grid(table: Grid, stream: TextIO) -> None:
     """Print a table of words to a terminal or a file."""
-    # Piped output must not be folded at 80 columns.
-    console = Console(file=stream, width=None if stream.isatty() else 200, highlight=False)
     head, rows = table
     drawn = RichTable(header_style="bold", pad_edge=False, box=None)
     for column in head:
@@ -64,7 +63,7 @@ def print_grid(table: Grid, stream: TextIO) -> None:
     for row in rows:
         # Text, not str: rich would read [brackets] in a name as markup.
         drawn.add_row(*map(Text, row))
-    console.print(drawn)
+    for_tables(stream).print(drawn)
 
 
 def markdown(tables: Iterable[tuple[Table, str]]) -> str:

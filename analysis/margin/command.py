@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from analysis.margin.settings import Settings, read
 from analysis.margin.trajectory import Run
 from harness.cli import document
 from harness.config.errors import InputError
+from harness.console import for_tables
 
 DONE, NO, FAILED = 0, 1, 3
 
@@ -93,7 +93,6 @@ def _code(runs: Sequence[Run]) -> int:
 
 
 def _show(done: Finished, files: Sequence[Path]) -> None:
-    # Piped output must not be folded at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = for_tables()
     for text in (outputs.markdown(done), *(f"note: {note}" for note in done.notes), *map(str, files)):
         console.print(text, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from analysis.paper import arguments, tables
 from harness.cli import document
+from harness.console import for_tables
 
 DONE, NO = 0, 1
 
@@ -26,8 +27,7 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input, of the command line or in a table's file.
     """
     asked = arguments.read(argv)
-    # Piped output must not be folded at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = for_tables()
     if asked.table is None:
         _list(asked.as_json, console)
         return DONE

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import Template
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from analysis.paper.numbers import Printed, evaluate
-from harness.config import sources
+from harness.config import sources, yaml_files
 from harness.config.errors import InputError, closest
 
 GROUP = "paper"
@@ -178,10 +177,7 @@ def load(name: str) -> PaperTable:
         InputError: no such table; a file that is not YAML or has a wrong key or value.
     """
     path = path_of(name)
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("paper", path, f"is not YAML ({' '.join(str(error).split())})") from None
+    content = yaml_files.read(GROUP, path)
     try:
         return PaperTable.model_validate(content)
     except ValidationError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from analysis.reconstruction import config as configuration
 from analysis.reconstruction.config import Config
 from harness.cli import document
 from harness.config.errors import InputError
+from harness.console import for_tables
 
 INTERRUPTED = 75
 
@@ -60,7 +60,7 @@ def _run(config: Config, *, is_json: bool) -> int:
     else:
         from analysis.reconstruction import page
 
-        page.show(results, Console(width=None if sys.stdout.isatty() else 200))
+        page.show(results, for_tables())
         print(report.headline(results))
         print(files[0])
     return code

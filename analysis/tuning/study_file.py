@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from harness.config import keys, sources
+from harness.config import keys, sources, yaml_files
 from harness.config.errors import InputError
 
 GROUP = "study"
@@ -44,10 +42,7 @@ def words(name: str, given: Sequence[str]) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(GROUP, path, f"is not YAML ({' '.join(str(error).split())})") from None
+    content = yaml_files.read(GROUP, path)
     if not isinstance(content, dict):
         raise InputError(GROUP, path, "holds no keys", allowed=KNOWN)
     for key, value in content.items():

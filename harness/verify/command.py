@@ -12,6 +12,7 @@ from rich.console import Console
 
 from harness.cli import FAILED, document
 from harness.config.errors import InputError
+from harness.console import for_tables
 from harness.record import atomic
 from harness.verify import cells, page
 from harness.verify.cells import Cell
@@ -50,8 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if is_json:
         print(document(**_content(found)))
     else:
-        # Piped output must not be folded at 80 columns.
-        page.show(found, Console(width=None if sys.stdout.isatty() else 200))
+        page.show(found, for_tables())
         print(out / "certificates.json")
     return 0 if found.passed else 1
 

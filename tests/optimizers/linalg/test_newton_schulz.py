@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -197,3 +200,22 @@ def test_bad_arguments_are_named(call, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         call()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [newton_schulz, cubic, polar_express])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24), (1, 24)])
+def test_what_is_not_finite_reaches_every_row_of_its_own_matrix(
+    function: Callable[..., torch.Tensor], bad: float, shape: tuple[int, int]
+) -> None:
+    # `rules.factor.orthogonalize` looks at one row only.
+    for dtype in (torch.float32, torch.bfloat16):
+        for row, column in ((0, 0), (shape[0] - 1, shape[1] // 2)):
+            matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+            matrices[1, row, column] = bad
+            factors = function(matrices, 1, dtype=dtype)
+            assert not torch.isfinite(factors[1]).all(-1).any()
+            assert torch.isfinite(factors[[0, 2]]).all()
+    # Negative control: without a product an infinite entry stays where it is.
+    if math.isinf(bad):
+        assert torch.isfinite(function(matrices, 0)[1]).all(-1).sum() == shape[0] - 1
