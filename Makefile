@@ -44,6 +44,7 @@ bench: setup ## the ratios of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.layouts
 	$(BIN)/python -m benchmarks.polar
+	$(BIN)/python -m benchmarks.rooflines
 	$(BIN)/python -m benchmarks.checkpoint
 
 faults: setup ## kills, damage, signals, full disks and hanging ranks, with the long ones (about 20 minutes)

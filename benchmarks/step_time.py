@@ -1,7 +1,7 @@
 """Milliseconds per optimizer step against the peers' own packages, on the hidden matrices of LLaMA-60M.
 
     python -m benchmarks.step_time [--rounds 7] [--layers 8] [--threads 2] [--rank 128] [--only sumo,galore]
-    [--quick] [--cpu-time] [--json]
+    [--quick] [--cpu-time] [--json] [--profile "ours: sumo"]
 
 All contestants live in one process and take turns, one step each a round, so that whatever else the machine
 does hits all of them; medians over rounds. On a machine that others use, `--cpu-time --threads 1` counts the
@@ -110,6 +110,17 @@ def gradients(shapes: Shapes, seed: int = 0) -> list[Tensor]:
     return made
 
 
+def warmed(contestant: Contestant, grads: list[Tensor]) -> Any:
+    """Its optimizer on weights of its own, after the steps that are unlike the others."""
+    weights = [nn.Parameter(torch.zeros_like(gradient)) for gradient in grads]
+    for weight, gradient in zip(weights, grads):
+        weight.grad = gradient
+    optimizer = contestant.make(weights)
+    for _ in range(1 if contestant.refreshes else 2):
+        optimizer.step()
+    return optimizer
+
+
 def measure(
     chosen: list[Contestant],
     shapes: Shapes,
@@ -118,14 +129,7 @@ def measure(
 ) -> dict[str, float]:
     """Median milliseconds per step of each contestant, by `clock` (seconds)."""
     grads = gradients(shapes)
-    built: dict[str, Any] = {}
-    for contestant in chosen:
-        weights = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-        for weight, gradient in zip(weights, grads):
-            weight.grad = gradient
-        built[contestant.name] = contestant.make(weights)
-        for _ in range(1 if contestant.refreshes else 2):
-            built[contestant.name].step()
+    built = {contestant.name: warmed(contestant, grads) for contestant in chosen}
     times: dict[str, list[float]] = {c.name: [] for c in chosen}
     for _ in range(rounds):
         for contestant in chosen:
@@ -133,6 +137,14 @@ def measure(
             built[contestant.name].step()
             times[contestant.name].append(1e3 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def profiled(contestant: Contestant, shapes: Shapes) -> str:
+    """The operators of one step of a contestant, those that took longest first."""
+    optimizer = warmed(contestant, gradients(shapes))
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
 
 
 def report(medians: dict[str, float]) -> str:
@@ -162,10 +174,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two tiny layers: that it runs, not how fast")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of this process")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--profile", default="", metavar="NAME", help="operators of one contestant's step instead"
+    )
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     shapes = llama_60m(1, 32, 48) if given.quick else llama_60m(given.layers)
     rank, rounds = (8, 2) if given.quick else (given.rank, given.rounds)
+    if given.profile:
+        known = {c.name: c for c in contestants(rank)}
+        if given.profile not in known:
+            parser.error(f"--profile {given.profile!r}: allowed are {', '.join(known)}")
+        print(profiled(known[given.profile], shapes))
+        return 0
     wanted = set(given.only.split(",")) if given.only else set()
     chosen = [
         c
