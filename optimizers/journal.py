@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.inspection import Figures, Observation, moment_share
+from optimizers.inspection import Figures, Observation, Share, moment_share
 from optimizers.layouts.rows import Rows
 from optimizers.rules.rule import Rule, Update
 from optimizers.stacks import Stack
@@ -77,10 +77,9 @@ class Journal:
             share = moment_share(rule, stack.shape, stack.split, stack.options, rows)
             self._observation.add(stack.names, moment, update.factor, update.singular_values, share)
 
-    def observe(self, names: Sequence[str], moments: Tensor, share: Any) -> None:
-        """Look at moments (b, m, n) that no rule returned, if this step is observed."""
-        if self.observing:
-            self._observation.add(names, moments, share=share)
+    def observe(self, names: Sequence[str], moments: Tensor, share: Share | None) -> None:
+        """Look at moments (b, m, n) that no rule returned."""
+        self._observation.add(names, moments, share=share)
 
     def stepped(self, parameters: Sequence[Tensor]) -> None:
         """These took a step."""
