@@ -155,7 +155,7 @@ class WandbSink:
             name=folder.name,
             id=run_id,
             resume="allow",
-            dir=folder,
+            dir=folder.absolute(),  # wandb-core lives as long as this process, in the directory that it began in
             mode=chosen,
             config=without_places({**(self._described or config.model_dump(mode="json")), **facts}),
             settings=settings,

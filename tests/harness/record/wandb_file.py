@@ -8,33 +8,55 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
+HEADER = 7
 BLOCK = 32768
+WITHIN_S = 30
 
 
-def records(path: Path) -> Iterator[Any]:
-    """The protobuf records of a file."""
+def written(path: Path) -> list[Any]:
+    """The protobuf records that are whole in the file now; one whose end is not yet written ends the list."""
     from wandb.proto import wandb_internal_pb2 as protocol
 
     data = path.read_bytes()
+    if len(data) < HEADER:
+        return []
     assert data[:4] == b":W&B"
-    position, whole = 7, b""
+    position, whole, found = HEADER, b"", []
     while position + 7 <= len(data):
         left = BLOCK - position % BLOCK
         if left < 7:
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if kind == 0 or position + 7 + length > len(data):
+            break
         whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
             record = protocol.Record()  # pyright: ignore[reportAttributeAccessIssue]
             record.ParseFromString(whole)
-            yield record
+            found.append(record)
             whole = b""
+    return found
+
+
+def records(path: Path) -> list[Any]:
+    """The protobuf records of a run that has ended, its `exit` among them.
+
+    wandb-core, a process of its own, writes the file, and on a busy machine is not done when the run is.
+    """
+    until = time.monotonic() + WITHIN_S
+    while True:
+        found = written(path)
+        kinds = [record.WhichOneof("record_type") for record in found]
+        if "exit" in kinds:
+            return found
+        assert time.monotonic() < until, f"no exit record in {path} within {WITHIN_S} s, only {kinds}"
+        time.sleep(0.1)
 
 
 def history(path: Path) -> list[dict[str, Any]]:
