@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from analysis.compare import document, picture, report
 from tests.analysis import synthetic
@@ -97,8 +98,9 @@ def narrow(browser: Any, page_file: Path) -> Visit:
 
 
 GROUNDS = {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 21, 27)"}
-OPENS_WITHIN = 3.0
-"""Seconds from the address to a drawn main plot: what the project promises for 12 runs of 2,000 points."""
+OPENS_WITHIN = 1.5
+"""Times the opening of a page with one small plot: the library's own time is most of it (1.1 was measured for 12 runs
+of 2,000 points), since figures are drawn when they come into view."""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -110,23 +112,40 @@ def test_the_page_is_clean_at_every_width_in_every_scheme(
     visit.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     visit.scroll_through()
     visit.check_clean()
+    assert visit.page.locator("[data-figure]").count() >= 10
     assert visit.ground() == GROUNDS[scheme]
     visit.context.close()
 
 
-def test_the_page_opens_in_time(browser: Any, page_file: Path) -> None:
-    """The best of up to five: other work on the machine is not the page's doing."""
-    took: list[float] = []
-    while len(took) < 5 and min(took, default=math.inf) >= OPENS_WITHIN:
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
-        page = context.new_page()
-        start = time.perf_counter()
-        page.goto(page_file.as_uri())
-        page.wait_for_selector("#set0-main-figure .canvas[data-drawn] .main-svg")
-        took.append(time.perf_counter() - start)
-        assert page.locator("[data-figure]").count() >= 10
-        context.close()
-    assert min(took) < OPENS_WITHIN
+def test_the_page_opens_in_time(browser: Any, page_file: Path, tmp_path: Path) -> None:
+    """Against a page with one small plot by the same library, in turn; the best of each: other work on the machine is
+    not the page's doing."""
+    bare = tmp_path / "bare.html"
+    bare.write_text(
+        f"<!doctype html><div id=plot></div><script>{get_plotlyjs()}</script>"
+        "<script>Plotly.newPlot('plot', [{y: [1, 3, 2]}])</script>"
+    )
+    report_s, bare_s = math.inf, math.inf
+    for _ in range(5):
+        bare_s = min(bare_s, opening_seconds(browser, bare, "#plot .main-svg"))
+        report_s = min(
+            report_s, opening_seconds(browser, page_file, "#set0-main-figure .canvas[data-drawn] .main-svg")
+        )
+        if report_s < OPENS_WITHIN * bare_s:
+            return
+    pytest.fail(f"{report_s:.2f} s, {bare_s:.2f} s for a single plot; at most {OPENS_WITHIN} times that")
+
+
+def opening_seconds(browser: Any, file: Path, drawn: str) -> float:
+    """Until the element `drawn` is there."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    start = time.perf_counter()
+    page.goto(file.as_uri())
+    page.wait_for_selector(drawn)
+    took = time.perf_counter() - start
+    context.close()
+    return took
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
