@@ -98,9 +98,11 @@ def narrow(browser: Any, page_file: Path) -> Visit:
 
 
 GROUNDS = {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 21, 27)"}
-OPENS_WITHIN = 1.5
-"""Times the opening of a page with one small plot: the library's own time is most of it (1.1 was measured for 12 runs
-of 2,000 points), since figures are drawn when they come into view."""
+OPENS_WITHIN_S = 3.0
+"""From the address to a drawn main plot: what the project promises for 12 runs of 2,000 points."""
+OVER_THE_LIBRARY = 1.25
+"""What counts where the machine needs most of that time for a page with one small plot by the same library (1.1 was
+measured): figures are drawn when they come into view, so that reading the library is most of it."""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -118,8 +120,8 @@ def test_the_page_is_clean_at_every_width_in_every_scheme(
 
 
 def test_the_page_opens_in_time(browser: Any, page_file: Path, tmp_path: Path) -> None:
-    """Against a page with one small plot by the same library, in turn; the best of each: other work on the machine is
-    not the page's doing."""
+    """The best of up to five, in turn with a page of one small plot: a slow machine or other work on it is not the
+    page's doing."""
     bare = tmp_path / "bare.html"
     bare.write_text(
         f"<!doctype html><div id=plot></div><script>{get_plotlyjs()}</script>"
@@ -131,9 +133,9 @@ def test_the_page_opens_in_time(browser: Any, page_file: Path, tmp_path: Path) -
         report_s = min(
             report_s, opening_seconds(browser, page_file, "#set0-main-figure .canvas[data-drawn] .main-svg")
         )
-        if report_s < OPENS_WITHIN * bare_s:
+        if report_s < max(OPENS_WITHIN_S, OVER_THE_LIBRARY * bare_s):
             return
-    pytest.fail(f"{report_s:.2f} s, {bare_s:.2f} s for a single plot; at most {OPENS_WITHIN} times that")
+    pytest.fail(f"the report opened in {report_s:.2f} s, a page with a single plot in {bare_s:.2f} s")
 
 
 def opening_seconds(browser: Any, file: Path, drawn: str) -> float:
