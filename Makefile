@@ -53,7 +53,7 @@ faults: setup ## kills, damage, signals, full disks and hanging ranks, with the 
 certify: setup ## every optimizer on every engine, proven: docs/certificates.md and what runs are told (8 minutes)
 	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates
 	cp runs/certificates/certificates.md docs/certificates.md
-	cp runs/certificates/certificates.json harness/verify/certificates.json
+	cp runs/certificates/certificates.json harness/record/certificates.json
 
 study: setup ## tune the quickstart's four optimizers with equal budgets, compare them on fresh seeds (32 to 40 runs)
 	$(BIN)/optbench sweep study=quickstart group=study

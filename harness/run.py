@@ -32,12 +32,11 @@ from harness.probes.moments import Moments
 from harness.probes.throughput import Progress
 from harness.probes.validation import Evaluation
 from harness.profiling import StepProfile
-from harness.record import environment, summary
+from harness.record import certificates, environment, summary
 from harness.record.folder import Row, RunFolder
 from harness.record.log import Log, ProgressSink
 from harness.record.wandb import WandbSink
 from harness.spikes import SpikeGuard
-from harness.verify import certificates
 
 
 def execute(prepared: Prepared) -> str:

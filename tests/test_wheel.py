@@ -90,7 +90,7 @@ def test_what_is_in_it(wheel: Path) -> None:
         "harness/configs/paper/sumo_table3.yaml",
         "harness/configs/study/quickstart.yaml",
         "harness/slurm/templates/train.sbatch.j2",
-        "harness/verify/certificates.json",
+        "harness/record/certificates.json",
         "analysis/compare/templates/report.html.j2",
     ):
         assert needed in names

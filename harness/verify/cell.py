@@ -16,9 +16,10 @@ from harness.config.schema import RunConfig
 from harness.loop import Run, train
 from harness.preparation import prepare
 from harness.record import environment
+from harness.record.certificates import Cell
 from harness.run import assemble
 from harness.schedule import Factor
-from harness.verify.cells import EXAMPLE_RULE, REFERENCE_STEPS, Cell, is_rounded, overrides
+from harness.verify.cells import EXAMPLE_RULE, REFERENCE_STEPS, is_rounded, overrides
 from harness.verify.replay import Build, of_preset, relative_error, replayed, update_error
 from harness.verify.witness import Gradients, OfLayout, Witness, replica_digests
 

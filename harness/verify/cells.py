@@ -7,33 +7,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from harness.config.errors import InputError, closest
+from harness.record.certificates import CROSSED, ENGINES, Cell
 from optimizers import presets
 
 EXAMPLE_RULE = "unit_momentum"
 """The plug-in rule that is certified like ours: `harness.verify.example_rule`, found by its entry point."""
 
-ENGINES: Mapping[str, int] = {
-    "single": 1,
-    "ddp": 2,
-    "fsdp2": 2,
-    "hsdp": 4,
-    "zero0": 2,
-    "zero1": 2,
-    "zero2": 2,
-    "zero3": 2,
-}
-"""Engine → processes of its cells."""
-
 DTYPES = ("fp32", "bf16")
 ACCUMULATIONS = (1, 2)
 CLIPPINGS = ("off", "on")
-CROSSED = ("sumo", "muon", "adamw")
-"""Rules that between them meet every (engine, dtype, accumulation, clipping)."""
-
 STEPS = 6
 REFRESH_INTERVAL = 3
 REFERENCE_STEPS = 4
@@ -73,49 +58,6 @@ _OTHER_LR, _AUX_LR = 0.05, 0.05
 
 _BATCH = 24
 _POLYNOMIAL = ("newton_schulz", "cubic", "polar_express")
-
-
-@dataclass(frozen=True, order=True)
-class Cell:
-    """One combination that is certified by a run.
-
-    Attributes:
-        rule: preset, plug-in rule, or the name of a peer.
-        engine: as in ``engine=``.
-        dtype: "fp32", or "bf16" (mixed precision over fp32 weights).
-        accumulation: micro-batches per process and step.
-        clipping: "on": `MAX_NORM` bites in every step; "off".
-        world_size: processes.
-        variant: "" or "split" (``engine.optimizer_work=split``).
-        control: name of the defect that is put in (`harness.verify.controls`); "": none.
-        is_peer: another implementation, shown beside ours and never counted.
-    """
-
-    rule: str
-    engine: str
-    dtype: str = "fp32"
-    accumulation: int = 1
-    clipping: str = "on"
-    world_size: int = 2
-    variant: str = ""
-    control: str = ""
-    is_peer: bool = False
-
-    def __str__(self) -> str:
-        words = [f"{self.rule} × {self.engine} × {self.dtype} × accumulation {self.accumulation}"]
-        words.append(f"clipping {self.clipping}")
-        extras = [self.variant, self.control, f"{self.world_size} ranks"]
-        return " × ".join(words) + f" ({', '.join(word for word in extras if word)})"
-
-    @property
-    def is_base(self) -> bool:
-        """The cell of its (rule, engine) in the plainest setting."""
-        return self == Cell(self.rule, self.engine, world_size=ENGINES.get(self.engine, 2))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Its keys in the JSON document."""
-        found = asdict(self)
-        return {**found, "is_control": bool(self.control)}
 
 
 def rules() -> list[str]:

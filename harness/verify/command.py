@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from harness.cli import FAILED, document
 from harness.config.errors import InputError
 from harness.console import for_tables
 from harness.record import atomic
+from harness.record.certificates import Cell
 from harness.verify import cells, page
-from harness.verify.cells import Cell
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, certify
 from harness.verify.verdict import Result
@@ -107,5 +108,14 @@ def _content(found: Certified) -> dict[str, object]:
 
 
 def _write(found: Certified, out: Path) -> None:
-    atomic.write_text(out / "certificates.json", document(**_content(found)) + "\n")
+    atomic.write_text(out / "certificates.json", _one_line_a_cell(_content(found)))
     atomic.write_text(out / "certificates.md", page.markdown(found))
+
+
+def _one_line_a_cell(content: dict[str, object]) -> str:
+    """Return the JSON document with each cell on a line of its own, so that a committed file has small diffs."""
+    cells_ = content["cells"]
+    assert isinstance(cells_, list)
+    lines = [json.dumps(cell, ensure_ascii=False, allow_nan=False) for cell in cells_]
+    text = document(**{**content, "cells": []}) + "\n"
+    return text.replace('"cells": []', '"cells": [\n' + ",\n".join(lines) + "\n]")

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.record.certificates import Cell
 from harness.verify import cells, verdict
-from harness.verify.cells import Cell
 from harness.verify.session import Certified
 from harness.verify.verdict import Result
 

@@ -19,9 +19,9 @@ from harness.config import deepspeed_config
 from harness.config.schema import RunConfig
 from harness.engines import deepspeed as deepspeed_engine
 from harness.loop import Run
+from harness.record.certificates import Cell
 from harness.verify import cells
 from harness.verify.cell import Defect, build_of, figures, report, trained
-from harness.verify.cells import Cell
 from harness.verify.replay import replayed, update_error
 from harness.verify.witness import OfParameters, Witness
 from optimizers.routing import route

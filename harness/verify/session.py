@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.record.certificates import Cell, sources_sha256
 from harness.verify import cells, verdict
-from harness.verify.cells import Cell
-from harness.verify.certificates import sources_sha256
 from harness.verify.pool import RankLost, RankPool, RanksFailed
 from harness.verify.verdict import Result
 

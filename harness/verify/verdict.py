@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.verify.cells import MAX_NORM, Cell, orthogonalizes
+from harness.record.certificates import Cell
+from harness.verify.cells import MAX_NORM, orthogonalizes
 
 REPLAY_BOUND = 5e-6
 """Of the replay error, in any dtype: what the optimizer receives is the same to the last bit on both sides, and

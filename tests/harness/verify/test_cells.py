@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from harness.config.errors import InputError
+from harness.record.certificates import Cell
 from harness.verify import cells
-from harness.verify.cells import Cell
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = set(itertools.product(cells.DTYPES, cells.ACCUMULATIONS, cells.CLIPPINGS))
@@ -94,7 +94,8 @@ def test_a_cell_is_a_run_that_composes(rule: str, engine: str, tmp_path: Path) -
 def test_choosing_cells_imports_no_torch() -> None:
     probe = (
         "import sys; from harness.cli import main; code = main(['certify', 'rule=sumoo']);"
-        "from harness.verify import certificates, command; print(code, 'torch' in sys.modules)"
+        "from harness.record import certificates; from harness.verify import command;"
+        "print(code, 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True

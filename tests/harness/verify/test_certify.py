@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harness.verify.certificates import sources_sha256
 
 from harness import cli
+from harness.record.certificates import Cell
 from harness.verify import cells, command
-from harness.verify.cells import Cell
-from harness.verify.certificates import sources_sha256
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, Say, certify
 from harness.verify.verdict import FIGURES, Result

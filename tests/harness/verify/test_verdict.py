@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from harness.record.certificates import Cell
 from harness.verify import verdict
-from harness.verify.cells import MAX_NORM, Cell
+from harness.verify.cells import MAX_NORM
 from harness.verify.session import Certified
 from harness.verify.verdict import Result, judge
 

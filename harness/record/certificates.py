@@ -1,28 +1,87 @@
-"""The certificates that are shipped with the package, and which of them a run has. Torch-free."""
+"""Look up which shipped certificate covers a run, and whether the code has changed since. Torch-free."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from harness.config.schema import RunConfig
-from harness.verify.cells import CROSSED, Cell
 from optimizers import presets
 
 SHIPPED = Path(__file__).with_name("certificates.json")
 """Written by `make certify`."""
 
 _SOURCES = ("optimizers", "harness/engines", "harness/loop.py", "harness/feed.py", "harness/optimizer.py")
-"""What a certificate speaks of."""
+"""Files and folders that a certificate covers."""
+
+ENGINES: Mapping[str, int] = {
+    "single": 1,
+    "ddp": 2,
+    "fsdp2": 2,
+    "hsdp": 4,
+    "zero0": 2,
+    "zero1": 2,
+    "zero2": 2,
+    "zero3": 2,
+}
+"""Engine → processes of its cells."""
+
+CROSSED = ("sumo", "muon", "adamw")
+"""Rules that between them meet every (engine, dtype, accumulation, clipping)."""
 
 _NUMBERS = ("float", "int", "betas")
 _FREE = ("rank", "aux_lr", "orthogonalizer_dtype", "rounding", "seed")
 """Options that may differ from the preset's whatever they are: sizes, and what a certificate fixes itself."""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One combination that is certified by a run.
+
+    Attributes:
+        rule: preset, plug-in rule, or the name of a peer.
+        engine: as in ``engine=``.
+        dtype: "fp32", or "bf16" (mixed precision over fp32 weights).
+        accumulation: micro-batches per process and step.
+        clipping: "on": `MAX_NORM` bites in every step; "off".
+        world_size: processes.
+        variant: "" or "split" (``engine.optimizer_work=split``).
+        control: name of the defect that is put in (`harness.verify.controls`); "": none.
+        is_peer: another implementation, shown beside ours and never counted.
+    """
+
+    rule: str
+    engine: str
+    dtype: str = "fp32"
+    accumulation: int = 1
+    clipping: str = "on"
+    world_size: int = 2
+    variant: str = ""
+    control: str = ""
+    is_peer: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{self.rule} × {self.engine} × {self.dtype} × accumulation {self.accumulation}"]
+        words.append(f"clipping {self.clipping}")
+        extras = [self.variant, self.control, f"{self.world_size} ranks"]
+        return " × ".join(words) + f" ({', '.join(word for word in extras if word)})"
+
+    @property
+    def is_base(self) -> bool:
+        """The cell of its (rule, engine) in the plainest setting."""
+        return self == Cell(self.rule, self.engine, world_size=ENGINES.get(self.engine, 2))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its keys in the JSON document."""
+        found = asdict(self)
+        return {**found, "is_control": bool(self.control)}
 
 
 def of_run(config: RunConfig, document: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -60,7 +119,7 @@ def of_run(config: RunConfig, document: Mapping[str, Any] | None = None) -> dict
         ),
         "coverage": "exact" if len(parts) == 1 else "pairwise",
         "by": parts,
-        "current": document.get("sources_sha256") == sources_sha256(),
+        "current": document.get("sources_sha256") == _imported_sources_sha256(),
     }
 
 
@@ -90,15 +149,55 @@ def cell_of(config: RunConfig) -> Cell:
 
 
 def sources_sha256() -> str:
-    """Hash of the source files that a certificate speaks of."""
+    """Return the hash of the code that a certificate covers, without its comments, docstrings and layout.
+
+    A corrected sentence must not cost eight minutes of certification, so the hash is taken of the syntax trees.
+    """
     total = hashlib.sha256()
     for name in _SOURCES:
         place = _package(name.partition("/")[0]).parent / name
         for path in [place] if place.suffix else sorted(place.rglob("*.py")):
-            total.update(
-                path.relative_to(place.parent).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
-            )
+            relative = path.relative_to(place.parent).as_posix()
+            total.update(f"{relative}\0{code_sha256(path.read_text(encoding='utf-8'))}\0".encode())
     return total.hexdigest()
+
+
+def code_sha256(source: str) -> str:
+    """Return the hash of a module's syntax tree without docstrings and other string statements."""
+    total = hashlib.sha256()
+    for part in _canonical(ast.parse(source)):
+        total.update(part.encode() + b"\0")
+    return total.hexdigest()
+
+
+def _canonical(node: object) -> Iterator[str]:
+    """Yield a syntax tree's node names and values in order, the same under every Python version.
+
+    `ast.dump` is not used: which empty fields it prints, and which fields a node has, differs between versions.
+    """
+    if isinstance(node, ast.AST):
+        yield type(node).__name__
+        for field, value in ast.iter_fields(node):
+            # Absent and empty fields are left out: newer Pythons add such fields (type_params). `kind` only says
+            # whether a string was written with a u prefix.
+            if value is not None and value != [] and field not in ("kind", "type_comment", "ctx"):
+                yield field
+                yield from _canonical(value)
+    elif isinstance(node, list):
+        for item in node:
+            if not _is_string_statement(item):
+                yield from _canonical(item)
+        yield "]"
+    else:
+        yield repr(node)
+
+
+def _is_string_statement(node: object) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def _package(name: str) -> Path:
@@ -106,6 +205,12 @@ def _package(name: str) -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent
+
+
+@lru_cache(maxsize=1)
+def _imported_sources_sha256() -> str:
+    # Read once: the code of a running process does not change, and `certify` asks `sources_sha256` afresh.
+    return sources_sha256()
 
 
 @lru_cache(maxsize=1)

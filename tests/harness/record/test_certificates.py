@@ -10,8 +10,9 @@ import pytest
 
 from harness.config import checks, compose
 from harness.config.schema import RunConfig
-from harness.verify import cells, certificates
-from harness.verify.cells import Cell
+from harness.record import certificates
+from harness.record.certificates import Cell
+from harness.verify import cells
 from harness.verify.verdict import Result
 from tests.harness.running import small, write_documents
 
@@ -94,6 +95,55 @@ def test_other_sources_are_said(tmp_path: Path) -> None:
     run = config(tmp_path, "optimizer=muon", "engine=ddp", "world_size=2")
     old = {**document(green(Cell("muon", "ddp"))), "sources_sha256": "0" * 64}
     assert certificates.of_run(run, old)["current"] is False
+
+
+SOURCE = '''
+"""A module."""
+LIMIT = 3
+"""What the limit is."""
+
+
+def step(x: float) -> float:
+    """Return the step."""
+    # The reason.
+    return x * f"{LIMIT}".count("3")
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"""A module."""\n', ""),
+        ('"""What the limit is."""', '"""Another sentence."""'),
+        ("# The reason.", "# A better reason,\n    # on two lines."),
+        ("return x * f", "return (\n        x * f"),
+    ],
+    ids=["module docstring", "attribute docstring", "comment", "layout"],
+)
+def test_prose_and_layout_do_not_change_the_hash_of_the_code(old: str, new: str) -> None:
+    changed = SOURCE.replace(old, new)
+    if "(\n" in new:
+        changed = changed.rstrip() + "\n    )\n"
+    assert changed != SOURCE
+    assert certificates.code_sha256(changed) == certificates.code_sha256(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("LIMIT = 3", "LIMIT = 4"),
+        ("LIMIT = 3", "LIMIT = 3.0"),
+        ("x * f", "x + f"),
+        ('count("3")', 'count("4")'),
+        ("def step(x: float)", "def step(y: float)"),
+        ('f"{LIMIT}"', 'f"{LIMIT!r}"'),
+        ("    return x", "    x = -x\n    return x"),
+    ],
+)
+def test_a_change_of_the_code_changes_its_hash(old: str, new: str) -> None:
+    changed = SOURCE.replace(old, new)
+    assert changed != SOURCE
+    assert certificates.code_sha256(changed) != certificates.code_sha256(SOURCE)
 
 
 def test_what_is_shipped_is_green_and_complete() -> None:
