@@ -10,9 +10,11 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 import psutil
+
+from harness.record import readers
+from harness.record.readers import HEARTBEAT, Beat
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """USR1 is what SLURM's ``--signal`` sends by convention."""
@@ -24,7 +26,6 @@ KILLED = 128
 RESERVE_S = 10.0
 """Seconds before the time limit at which a run begins to stop, besides what its last checkpoint took."""
 BEAT_S = 2.0
-FOLDER = "heartbeat"
 SILENT = "has given no sign of life"
 _HARNESS = Path(__file__).parent
 
@@ -99,7 +100,7 @@ class Heartbeat:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._path = folder / FOLDER / f"rank_{rank:05d}.json"
+        self._path = folder / HEARTBEAT / f"rank_{rank:05d}.json"
         self._main = threading.main_thread().ident
         self._ended = threading.Event()
         self.step = 0
@@ -141,24 +142,9 @@ def _is_ours(filename: str) -> bool:
     return Path(filename).parent.is_relative_to(_HARNESS)
 
 
-class Beat(NamedTuple):
-    """The last sign of life of a process."""
-
-    step: int
-    where: str
-    age_s: float
-
-
 def heartbeats(folder: Path) -> dict[int, Beat]:
-    """Rank → last sign of life, of all processes of a run."""
-    found = {}
-    for path in (folder / FOLDER).glob("rank_*.json"):
-        try:
-            content, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
-        except (OSError, ValueError):
-            continue
-        found[int(path.stem.removeprefix("rank_"))] = Beat(content["step"], content["where"], age)
-    return found
+    """Rank → last sign of life, of all processes of a run; files that cannot be read are left out."""
+    return readers.heartbeats(folder)[0]
 
 
 def silent_ranks(folder: Path) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from harness import bounded_files
+from harness.bounded_files import UnreadableFile
 from harness.config import keys, learning_rates
 from harness.config.errors import InputError, closest
 from harness.config.identity import comparison_key, differing_keys, identity
@@ -79,12 +81,11 @@ def load_file(path: str | Path) -> RunConfig:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = bounded_files.read_yaml(path, [])
     except FileNotFoundError:
         raise InputError("config", str(path), "does not exist", fix="give the config.yaml of a run") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = f"cannot be read ({' '.join(str(error).split())})"
-        raise InputError("config", str(path), reason) from None
+    except UnreadableFile as error:
+        raise InputError("config", str(path), f"cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise InputError("config", str(path), "holds no keys", fix="give the config.yaml of a run")
     known = [*keys.all_keys(list(_model_fields(values))), *FILLED_IN]
