@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config import checks, compose
+from harness.config import checks, compose, evaluation_budget
 from harness.config.identity import comparison_key, identity
 from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
@@ -50,9 +50,8 @@ def prepare(
     from harness import data
 
     vocabulary = facts(config.model).vocab_size
-    corpus = data.check(
-        config.data, config.seq_len, config.batch_size, config.eval.tokens, vocabulary, say=say
-    )
+    evaluated = evaluation_budget.tokens(config)
+    corpus = data.check(config.data, config.seq_len, config.batch_size, evaluated, vocabulary, say=say)
     run_identity = identity(config, corpus.sha256, corpus.tokenizer_sha256)
     key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
     folder = run_folder.path_of(config, run_identity)

@@ -16,7 +16,7 @@ from harness.checkpoint import resuming
 from harness.checkpoint.saving import Checkpoints
 from harness.checkpoint.store import Store
 from harness.clock import Clock
-from harness.config import deepspeed_config, durations
+from harness.config import deepspeed_config, durations, evaluation_budget
 from harness.config.engine_checks import ZERO
 from harness.data import Batches, Validation
 from harness.engines import Engine
@@ -224,7 +224,7 @@ class _Recorder:
         )
         self.log.say(
             f"corpus {corpus.sha256[:12]}: {corpus.train_tokens:,} training tokens, unigram entropy "
-            f"{corpus.unigram_entropy:.3f} nats; evaluation on {config.eval.tokens:,} tokens"
+            f"{corpus.unigram_entropy:.3f} nats; evaluation on {evaluation_budget.tokens(config):,} tokens"
         )
         for warning in self.warnings:
             self.log.say(f"warning: {warning}")

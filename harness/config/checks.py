@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.config import durations, engine_checks, launcher, learning_rates, model_checks
+from harness.config import durations, engine_checks, evaluation_budget, launcher, learning_rates, model_checks
 from harness.config.errors import InputError
 from harness.config.keys import word
 from harness.config.model_facts import ModelFacts, facts
@@ -56,9 +56,10 @@ def check(
     values["world_size"] = world_size
     values["engine"] = engine_checks.check(config, environ, world_size)
     values["micro_batch_size"] = _micro_batch(config, world_size)
-    if config.eval.tokens < config.seq_len:
+    values["eval"]["tokens"] = evaluation_tokens = evaluation_budget.tokens(config)
+    if evaluation_tokens < config.seq_len:
         reason = f"is less than one sequence of seq_len = {config.seq_len} tokens"
-        raise InputError("eval.tokens", config.eval.tokens, reason, fix=f"eval.tokens={config.seq_len}")
+        raise InputError("eval.tokens", evaluation_tokens, reason, fix=f"eval.tokens={config.seq_len}")
     return RunConfig.model_validate(values)
 
 

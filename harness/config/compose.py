@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from harness import bounded_files
 from harness.bounded_files import UnreadableFile
-from harness.config import keys, learning_rates
+from harness.config import evaluation_budget, keys, learning_rates
 from harness.config.errors import InputError, closest
 from harness.config.identity import comparison_key, differing_keys, identity
 from harness.config.model_facts import config_fields
@@ -131,7 +131,10 @@ def difference(config: RunConfig) -> dict[str, Any]:
 
 def _derived(config: RunConfig) -> dict[str, Any]:
     """What `checks.check` puts where nothing was given, as far as this configuration is checked."""
-    derived: dict[str, Any] = {"optimizer.seed": config.seed}
+    derived: dict[str, Any] = {
+        "optimizer.seed": config.seed,
+        "eval.tokens": evaluation_budget.default_tokens(config),
+    }
     if config.optimizer.lr_source not in (None, "given"):
         derived["optimizer.lr"] = config.optimizer.lr
         rows = learning_rates.TABLE.get(config.optimizer.name, ())

@@ -147,9 +147,11 @@ class EvalConfig(_Group):
     """Validation on a fixed token budget."""
 
     every: Every = "auto"
-    """Steps between evaluations; auto: ten over the run; null: at the end only (always evaluated)."""
-    tokens: int = Field(default=32768, ge=1)
-    """Tokens per evaluation, always the first ones of the validation split."""
+    """Steps between evaluations; auto: up to ten over the run, fewer where they would take more than a tenth of the
+    training compute; null: at the end only (always evaluated)."""
+    tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tokens per evaluation, always the first ones of the validation split; auto: 32768, fewer in a run so short that
+    the last evaluation alone would take a quarter of the training compute."""
 
 
 class MomentsConfig(_Group):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from harness.config import evaluation_budget
 from harness.data.batches import Validation
 from harness.engines import Engine
 from harness.feed import to_device
@@ -20,9 +21,8 @@ class Evaluation:
 
     def __init__(self, run: Run, validation: Validation) -> None:
         self._run, self._validation = run, validation
-        self._rows = validation.count(run.config.eval.tokens)
-        every = run.config.eval.every
-        self._every = max(1, run.config.steps // 10) if every == "auto" else every
+        self._rows = validation.count(evaluation_budget.tokens(run.config))
+        self._every = evaluation_budget.every(run.config)
         self.best: float | None = None
         self.last: tuple[int, float | None] = (0, None)
         """Steps done at the last evaluation, and what it gave (None where that was not finite)."""
