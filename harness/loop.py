@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from harness.config.schema import RunConfig
 from harness.engines import Engine
 from harness.feed import Feed, MicroBatch
 from harness.lifecycle import Heartbeat, Stop
-from harness.model import loss_sum
+from harness.model import attention_mask, aux_loss_sum, loss_sum, router_coefficient
 from harness.probes.flops import FlopCount
 from harness.record.folder import Row
 from harness.schedule import Factor
@@ -128,6 +128,8 @@ class Ledger:
     """One was being written, at that vote."""
     loss: torch.Tensor | None = None
     """Loss sums of this process since the last row, in nats."""
+    aux_loss: torch.Tensor | None = None
+    """The same for the routers' load-balancing loss; None: the model has none."""
     loss_tokens: int = 0
     """Tokens of all processes since the last row."""
     grad_norm: torch.Tensor | None = None
@@ -190,7 +192,7 @@ def train(run: Run) -> str:
         with clock.part("forward_backward"):
             # Not right after the update: a row in between counts the gradients' bytes.
             run.optimizer.zero_grad(set_to_none=True)
-            loss = forward_backward(run, micro_batches, weight=engine.world_size / tokens)
+            loss, aux_loss = forward_backward(run, micro_batches, weight=engine.world_size / tokens)
         with clock.part("optimizer"):
             settle(run)
             if ledger.stop or ledger.skipped > config.max_skipped_steps:
@@ -206,6 +208,8 @@ def train(run: Run) -> str:
                 torch.stack([nonfinite, *(torch.full_like(nonfinite, word) for word in said)])
             )
         ledger.loss = loss if ledger.loss is None else ledger.loss + loss
+        if aux_loss is not None:
+            ledger.aux_loss = aux_loss if ledger.aux_loss is None else ledger.aux_loss + aux_loss
         ledger.loss_tokens += tokens
         ledger.tokens += tokens
         ledger.step = step + 1
@@ -223,21 +227,43 @@ def train(run: Run) -> str:
     return "diverged" if is_diverged else "finished"
 
 
-def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], weight: float) -> torch.Tensor:
-    """Accumulate the gradient of the token-weighted mean loss; returns this process' loss sum (0-dim, nats).
+class LossSums(NamedTuple):
+    """What one process saw in one step: 0-dim sums over its loss tokens.
+
+    Attributes:
+        loss: cross-entropy, nats.
+        aux: load-balancing loss before its coefficient; None where the model has none.
+    """
+
+    loss: torch.Tensor
+    aux: torch.Tensor | None
+
+
+def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], weight: float) -> LossSums:
+    """Accumulate the gradient of the token-weighted mean loss; return this process' loss sums.
 
     ``weight`` is world_size over the loss tokens of the *global* batch. The engine averages gradients over
-    processes, so what comes out is the mean over all tokens of the step, however it was cut.
+    processes, so what comes out is the mean over all tokens of the step, however it was cut. The routers' loss of a
+    micro-batch is weighted with the micro-batch's tokens (`harness.model.loss`).
     """
+    coefficient = router_coefficient(run.model)
+    is_padded = run.config.data.mode == "padded"
     total = torch.zeros((), device=run.engine.device)
+    aux_total = torch.zeros_like(total) if coefficient else None
     for index, (ids, labels) in enumerate(micro_batches):
+        # Causal attention never looks at padding on the right; the routers' loss would count it.
+        mask = {"attention_mask": attention_mask(labels)} if coefficient and is_padded else {}
         with run.engine.micro_step(last=index == len(micro_batches) - 1):
             with run.clock.part("forward"), run.engine.autocast():
-                logits = run.engine.model(input_ids=ids).logits
-            loss = loss_sum(logits, labels)
-            run.engine.backward(loss * weight)
+                outputs = run.engine.model(input_ids=ids, **mask)
+            loss = objective = loss_sum(outputs.logits, labels)
+            if aux_total is not None:
+                aux_loss = aux_loss_sum(outputs, labels)
+                objective = loss + coefficient * aux_loss
+                aux_total += aux_loss.detach()
+            run.engine.backward(objective * weight)
         total += loss.detach()
-    return total
+    return LossSums(total, aux_total)
 
 
 def settle(run: Run) -> None:
@@ -270,10 +296,18 @@ def write_row(run: Run, step: int, due: Sequence[Probe]) -> None:
         sink.write(row)
 
 
-def mean_loss(run: Run) -> float:
-    """Token-weighted mean training loss since this was last asked (a collective)."""
+def mean_losses(run: Run) -> dict[str, float]:
+    """Return token-weighted means over all processes since this was last asked, and start anew (a collective).
+
+    Returns:
+        metric key → mean; what is not finite is NaN.
+    """
     ledger = run.ledger
     assert ledger.loss is not None
-    mean = run.engine.sum(ledger.loss).item() / ledger.loss_tokens
-    ledger.loss, ledger.loss_tokens = None, 0
-    return mean if math.isfinite(mean) else math.nan
+    sums = {"train/loss": ledger.loss}
+    if ledger.aux_loss is not None:
+        sums["train/aux_loss"] = ledger.aux_loss
+    totals = run.engine.sum(torch.stack(list(sums.values()))).tolist()
+    means = {key: total / ledger.loss_tokens for key, total in zip(sums, totals)}
+    ledger.loss, ledger.aux_loss, ledger.loss_tokens = None, None, 0
+    return {key: mean if math.isfinite(mean) else math.nan for key, mean in means.items()}

@@ -66,6 +66,7 @@ def facts(run: Run) -> dict[str, Any]:
         "wall_s": ledger.wall_s,
         "skipped": ledger.skipped,
         "loss": None if ledger.loss is None else ledger.loss.item(),
+        "aux_loss": None if ledger.aux_loss is None else ledger.aux_loss.item(),
         "loss_tokens": ledger.loss_tokens,
         "clock": run.clock.peek(),
         "spikes": run.spikes.state() if run.spikes else None,
@@ -90,10 +91,11 @@ def restore(run: Run, all_facts: Sequence[Mapping[str, Any]], own: Mapping[str, 
     ledger.step, ledger.tokens = int(mine["step"]), int(mine["tokens"])
     ledger.wall_s, ledger.skipped = float(mine["wall_s"]), int(mine["skipped"])
     ledger.loss_tokens = int(mine["loss_tokens"])
-    if mine["loss"] is not None:
-        # Sums of this process: those of processes that are no more go to the first one.
-        loss = mine["loss"] if same else sum(f["loss"] for f in all_facts) if engine.rank == 0 else 0.0
-        ledger.loss = torch.tensor(loss, dtype=torch.float32, device=engine.device)
+    for key in ("loss", "aux_loss"):
+        if mine.get(key) is not None:
+            # Sums of this process: those of processes that are no more go to the first one.
+            own_sum = mine[key] if same else sum(f[key] for f in all_facts) if engine.rank == 0 else 0.0
+            setattr(ledger, key, torch.tensor(own_sum, dtype=torch.float32, device=engine.device))
     run.clock.resume(mine["clock"])
     engine.load_scaler_state(mine["scaler"])
     if run.spikes is not None:

@@ -25,6 +25,7 @@ from harness.engines.ddp import autocast
 from harness.engines.holdings import Layout, tensor_bytes
 from harness.engines.masked import MaskedSteps, void
 from harness.engines.processes import Processes
+from harness.model.precision import exact_buffers
 from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.layouts.replicated import ReplicatedLayout
 
@@ -60,7 +61,9 @@ class _DeepSpeed(Processes):
         # DeepSpeed reads it throughout, also in a process that no launcher started.
         self._was_without_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", "0")
-        self._engine = _initialize(model, optimizer, config)
+        # DeepSpeed casts the whole module to bf16 or fp16, rotary frequencies included.
+        with exact_buffers(model):
+            self._engine = _initialize(model, optimizer, config)
         return self._engine
 
 

@@ -1,6 +1,13 @@
 """Causal language models from their `transformers` configuration, and the loss."""
 
 from harness.model.build import build, count_parameters
-from harness.model.loss import loss_sum
+from harness.model.loss import attention_mask, aux_loss_sum, loss_sum, router_coefficient
 
-__all__ = ["build", "count_parameters", "loss_sum"]
+__all__ = [
+    "attention_mask",
+    "aux_loss_sum",
+    "build",
+    "count_parameters",
+    "loss_sum",
+    "router_coefficient",
+]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from harness.config.errors import InputError
 from harness.config.schema import ModelConfig, Precision
+from harness.model.precision import cast_parameters
 
 
 def build(config: ModelConfig, *, seed: int, precision: Precision = "fp32", device: str = "cpu") -> nn.Module:
@@ -23,7 +24,8 @@ def build(config: ModelConfig, *, seed: int, precision: Precision = "fp32", devi
     Args:
         config: what to build.
         seed: seeds torch's global CPU generator right before initialization.
-        precision: ``bf16_pure`` gives bf16 parameters, all others fp32 (mixed precision is the engine's).
+        precision: ``bf16_pure`` gives bf16 parameters, all others fp32 (mixed precision is the engine's); buffers
+            keep the dtype that the model gives them.
         device: ``"meta"`` builds without memory, to count or plan; else where the model is moved to.
 
     Raises:
@@ -33,13 +35,13 @@ def build(config: ModelConfig, *, seed: int, precision: Precision = "fp32", devi
     dtype = torch.bfloat16 if precision == "bf16_pure" else torch.float32
     model: Any
     if config.path is not None:
-        model = _from_folder(config, dtype)
+        model = _from_folder(config)
     else:
         hf_config = configuration(config)
         with torch.device("meta" if device == "meta" else "cpu"):
             torch.manual_seed(seed)
             model = _construct(hf_config, config)
-        model = model.to(dtype)
+    cast_parameters(model, dtype)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -87,7 +89,7 @@ def _construct(hf_config: PretrainedConfig, config: ModelConfig) -> nn.Module:
         raise InputError("model", config.name, f"cannot be built: {str(error).splitlines()[0]}") from error
 
 
-def _from_folder(config: ModelConfig, dtype: torch.dtype) -> Any:
+def _from_folder(config: ModelConfig) -> Any:
     folder = Path(str(config.path))
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -98,7 +100,7 @@ def _from_folder(config: ModelConfig, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             attn_implementation=config.attention,
-            dtype=dtype,
+            dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
         )

@@ -1,12 +1,24 @@
-"""The training and validation loss: a sum, so that whoever knows the global token count can weight it right."""
+"""The training and validation loss: a sum, so that whoever knows the global token count can weight it right.
+
+Models with routed experts add a load-balancing loss to the training objective (never to the evaluation). It is not
+linear in the tokens, so its value depends on how the batch is cut into forward passes. Here the loss of one forward
+pass is weighted with the pass's share of the global batch's loss tokens. The weights of a step sum to 1 for any number
+of processes, any cut and any padding, and a step of one forward pass has the objective of `transformers`. The number
+of processes changes nothing at a fixed ``micro_batch_size``, which is part of the identity of such a run.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 IGNORED = -100
 """Label of a position that carries no loss (padding)."""
+ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+"""Names that `transformers` configurations give to the coefficient of the load-balancing loss."""
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -25,3 +37,40 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def router_coefficient(model: nn.Module) -> float:
+    """Return the coefficient of the model's load-balancing loss; 0.0 where the model computes none.
+
+    `transformers` models compute it (``outputs.aux_loss``) if their configuration says ``output_router_logits``.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not (getattr(config, "output_router_logits", False) or getattr(text, "output_router_logits", False)):
+        return 0.0
+    owners_and_names = ((owner, name) for owner in (model, text) for name in ROUTER_COEFFICIENTS)
+    found = (getattr(owner, name, None) for owner, name in owners_and_names)
+    return float(next((value for value in found if value is not None), 0.0))
+
+
+def aux_loss_sum(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return the load-balancing loss of a forward pass times its number of loss tokens, as a 0-dim fp32 tensor.
+
+    Args:
+        outputs: of a `transformers` model with ``output_router_logits``.
+        labels: ``(batch, seq_len)`` int64 of that pass.
+    """
+    auxiliary = outputs.aux_loss
+    if not torch.is_tensor(auxiliary):
+        # A model whose layers are all dense gives the number 0 or None.
+        auxiliary = torch.zeros((), device=labels.device)
+    return auxiliary.float() * (labels != IGNORED).sum()
+
+
+def attention_mask(labels: torch.Tensor) -> torch.Tensor:
+    """Return the mask of the inputs that are not padding, ``(batch, seq_len)`` int64, from right-padded labels.
+
+    The last token of a row is an input without a label, so one more position than there are labels is real.
+    """
+    real = (labels != IGNORED).sum(1, keepdim=True) + 1
+    return (torch.arange(labels.shape[1], device=labels.device) < real).long()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from harness.loop import Run, mean_loss
+from harness.loop import Run, mean_losses
 from harness.probes.memory import MemoryMeter
 from harness.record.folder import Row
 
@@ -44,7 +44,7 @@ class Progress:
 
     def measure(self, step: int, row: Row) -> None:
         run = self._run
-        loss = mean_loss(run)
+        losses = mean_losses(run)
         seconds = run.clock.read()
         steps, self._last_step = step + 1 - self._last_step, step + 1
         tokens, self._last_tokens = run.ledger.tokens - self._last_tokens, run.ledger.tokens
@@ -53,7 +53,7 @@ class Progress:
         total = seconds.pop("total")
         training = max(total - probes, 1e-9)
         row["wall_s"] = run.ledger.wall_s
-        row["train/loss"] = loss
+        row.update(losses)
         row["lr"] = matrix_lr(run.optimizer)
         row["grad_norm"] = None if run.ledger.grad_norm is None else run.ledger.grad_norm.item()
         row["skipped_steps"] = run.ledger.skipped

@@ -43,6 +43,11 @@ METRICS: dict[str, Metric] = {
     "tokens": Metric("tokens", "tokens that carried loss, over all processes"),
     "wall_s": Metric("s", "training seconds, summed over attempts; evaluation and probes included"),
     "train/loss": Metric("nats/token", "token-weighted mean since the previous row"),
+    "train/aux_loss": Metric(
+        "",
+        "load-balancing loss of the routers before its coefficient, weighted as train/loss, which does not hold it; "
+        "absent where the model computes none",
+    ),
     "val/loss": Metric("nats/token", "token-weighted mean over the fixed validation tokens"),
     "val/perplexity": Metric("", "exp(val/loss)"),
     "lr": Metric("", "learning rate of the matrix rule in this step"),
