@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import optimizers
-from tests.oracles.galore import Adam
+from optimizers.reference import AdamW
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -59,7 +59,7 @@ def test_parameters_that_missed_steps_keep_their_own_count() -> None:
 def test_fp64_oracle() -> None:
     params = parameters(torch.float64)
     optimizer = optimizers.AdamW(params, lr=0.01, eps=1e-3)
-    oracles = [Adam(p.detach().numpy(), 0.01, (0.9, 0.95), 1e-3, decay=0.1) for p in params]
+    oracles = [AdamW(p.detach().numpy(), 0.01, (0.9, 0.95), 1e-3, decay=0.1) for p in params]
     random = np.random.default_rng(0)
     for _ in range(30):
         for p, oracle in zip(params, oracles):

@@ -10,8 +10,8 @@ import torch
 
 import optimizers
 from optimizers.linalg.subspace import canonical_signs
+from optimizers.reference import AdamW, GaLore
 from tests.optimizers.problems import run_both
-from tests.oracles.galore import Adam, GaLore
 from tests.oracles.galore_torch import galore_adamw
 from tests.oracles.streams import Stream
 
@@ -99,7 +99,7 @@ def test_the_aux_parameters_follow_the_public_code_s_adam() -> None:
     bias = torch.nn.Parameter(torch.ones(3, 1, 1, dtype=torch.float64))
     weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float64))
     optimizer = optimizers.build("galore", [("w", weight), ("b.bias", bias)], lr=0.1, rank=2)
-    oracle = Adam(np.ones((3, 1, 1)), 0.1, (0.9, 0.999), 1e-6, raw_eps=True)
+    oracle = AdamW(np.ones((3, 1, 1)), 0.1, (0.9, 0.999), 1e-6, raw_eps=True)
     for t in range(10):
         bias.grad = torch.full_like(bias, 1e-6 * (t + 1))
         weight.grad = torch.eye(4, dtype=torch.float64)

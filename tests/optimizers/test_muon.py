@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import optimizers
+from optimizers.reference import Muon
 from tests.optimizers.problems import run_both
-from tests.oracles.muon import Muon
 from tests.oracles.streams import Stream
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]

@@ -12,9 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import optimizers
+from optimizers.reference import Sumo
+from optimizers.reference.matrices import polar
 from tests.optimizers.problems import run_both
 from tests.oracles.streams import Stream
-from tests.oracles.sumo import Sumo, polar
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
 RANK, LR, INTERVAL, STEPS = 4, 0.05, 7, 30

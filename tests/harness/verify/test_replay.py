@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.verify.replay import of_preset, relative_error, replayed, update_error
-from tests.oracles.muon import Muon
+from optimizers.reference import Muon
 
 
 def test_a_replay_is_the_oracle_on_the_recorded_gradients() -> None:

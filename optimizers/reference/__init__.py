@@ -1,0 +1,12 @@
+"""Each rule again, for one matrix in fp64 and as plain as its paper: the text to read first, and the tests' oracle.
+
+Nothing here is batched, sharded or fast, and nothing here is imported by the rules in `optimizers.rules`; the two are
+written independently and tests hold them against each other. numpy only.
+"""
+
+from optimizers.reference.adamw import AdamW
+from optimizers.reference.galore import GaLore
+from optimizers.reference.muon import Muon
+from optimizers.reference.sumo import Sumo
+
+__all__ = ["AdamW", "GaLore", "Muon", "Sumo"]
