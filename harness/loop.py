@@ -68,12 +68,17 @@ class Keeper(Protocol):
         """Called after a step, with what any process said of the two properties, up to two steps ago."""
         ...
 
+    @property
+    def problem(self) -> str:
+        """Why the last step is not on the disk, one line; empty where it is, or where nobody asked for it."""
+        ...
+
     def stop(self) -> None:
         """Called where the run is asked to stop before its end: nothing that was done may be lost."""
         ...
 
     def finish(self) -> None:
-        """Called at the end of the run."""
+        """Called after the last step, also that of a run that diverged."""
         ...
 
 
@@ -82,6 +87,7 @@ class NoKeeper:
 
     is_wanted = False
     is_writing = False
+    problem = ""
 
     def before_step(self) -> None:
         """Nothing."""
@@ -224,7 +230,10 @@ def train(run: Run) -> str:
         checkpoints.stop()
         return "interrupted"
     checkpoints.finish()
-    return "diverged" if is_diverged else "finished"
+    if is_diverged:
+        return "diverged"
+    # A finished run promises its weights: without them the same command has to be able to go on.
+    return "failed" if checkpoints.problem else "finished"
 
 
 class LossSums(NamedTuple):

@@ -51,7 +51,8 @@ def write(
     tensors |= {_OWN + name: tensor for name, tensor in own.items()}
     path = folder / store.rank_name(rank)
     save_file(tensors, path, metadata={"index": json.dumps(index), "facts": json.dumps(facts)})
-    store.sync_file(path)
+    path.chmod(atomic.default_mode(folder))  # safetensors gives 0600, which hides it from a group
+    atomic.sync_file(path)
     atomic.write_json(folder / store.digest_name(rank), store.digest(path))
 
 

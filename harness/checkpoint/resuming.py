@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from harness.checkpoint import parts, progress, store
+from harness.checkpoint.agreement import from_all, from_first
 from harness.checkpoint.files import Saved
 from harness.checkpoint.store import DamagedCheckpoint, Store
 from harness.config import compose
@@ -46,7 +46,7 @@ def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choi
     Raises:
         InputError: a checkpoint is one of another run; says in which keys they differ.
     """
-    steps, attempt = _from_first((checkpoints.steps(), attempt))
+    steps, attempt = from_first((checkpoints.steps(), attempt))
     rejected = []
     for step in steps if run.config.resume else ():
         problem = ""
@@ -56,7 +56,7 @@ def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choi
                 raise _foreign(run, checkpoints.folder(step), manifest["identity"], identity)
         except DamagedCheckpoint as error:
             problem = str(error)
-        problems = [line for line in _from_all(problem) if line]
+        problems = [line for line in from_all(problem) if line]
         if not problems:
             return Choice(step, attempt, tuple(rejected))
         rejected.append(problems[0])
@@ -106,19 +106,3 @@ def _foreign(run: Run, folder: Path, theirs: str, ours: str) -> InputError:
         f"is a checkpoint of run {theirs}, this is run {ours}; they differ in {what}",
         fix="resume=false, or another name=",
     )
-
-
-def _from_first(value: Any) -> Any:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _from_all(value: str) -> list[str]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

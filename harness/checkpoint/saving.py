@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.checkpoint import files, parts, progress
+from harness.checkpoint import agreement, files, parts, progress
 from harness.checkpoint.progress import Randomness
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
 from harness.config.compose import to_yaml
@@ -23,6 +23,10 @@ from optimizers.named_state import StatePiece
 
 EVERY_S = 900.0
 """Seconds of training between checkpoints with ``checkpoint.every=auto``."""
+LAST_TRIES = 2
+"""How often the last step is tried to be saved."""
+RETRY_S = 1.0
+"""Seconds between these tries: a quota or a full disk may have changed meanwhile."""
 _HEADROOM = 1.05
 """Free space asked for, over what the tensors take: headers, block sizes, a metrics file that grows meanwhile."""
 
@@ -44,16 +48,26 @@ class Checkpoints:
 
     A save copies this process' part to host memory, and from there a thread writes it; the next steps do not wait.
     When all processes are done, which the loop's vote tells, rank 0 gives the checkpoint its name. A save that
-    fails (full disk, unreadable folder) is said, and the run goes on; older checkpoints are not touched.
+    fails (full disk, unreadable folder) is said, and the run goes on; older checkpoints are not touched. The last
+    step is tried again (`LAST_TRIES`); what still fails then is the run's `problem`.
 
     Args:
         run: assembled.
         prepared: as prepared; its folder is the same for all processes.
         attempt: number of this attempt, the same for all processes.
         say: where this process' messages go.
+        saved_step: step of the checkpoint that the run goes on from; None: it begins.
     """
 
-    def __init__(self, run: Run, prepared: Prepared, attempt: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        prepared: Prepared,
+        attempt: int,
+        say: Callable[[str], None],
+        *,
+        saved_step: int | None = None,
+    ) -> None:
         self._run, self._say, self._attempt = run, say, attempt
         self._facts = {
             "identity": prepared.identity,
@@ -69,6 +83,12 @@ class Checkpoints:
         self._retention = Retention(config.keep, config.keep_best, config.keep_every)
         self._last_began = time.monotonic()
         self._last_step: int | None = None
+        """Of the last save that began."""
+        self._saved_step = saved_step
+        """Of the last save that got its name, the same on all processes."""
+        self._reason = ""
+        """Why the last save failed, the same on all processes."""
+        self.problem = ""
         self._writing: _Write | None = None
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
         self._randomness: Randomness | None = None
@@ -104,21 +124,47 @@ class Checkpoints:
         ledger = self._run.ledger
         # Two steps on, the vote was cast after that save had begun.
         if self._writing is not None and not writing and ledger.step >= self._writing.step + 2:
-            self.finish()
-        due = isinstance(self._every, int) and (
-            ledger.step % self._every == 0 or ledger.step == self._run.config.steps
-        )
+            self._name()
+        due = isinstance(self._every, int) and ledger.step % self._every == 0
         if due or (wanted and wish_stands(self._last_step, ledger.step)):
             settle(self._run)
             with self._run.clock.part("probes"):
                 self.save(Randomness.now(self._run.engine.device), background=self._background)
 
     def stop(self) -> None:
-        """Save where the run stands, before its processes end."""
-        if self._last_step != self._run.ledger.step:
-            assert self._randomness is not None
-            self.save(self._randomness, background=False)
-        self.finish()
+        """Save the steps that are done before the processes end."""
+        self._save_last()
+
+    def finish(self) -> None:
+        """Save the last step, unless nobody wants checkpoints (``checkpoint.every=null``)."""
+        if self._every is None:
+            self._name()
+        else:
+            self._save_last()
+
+    def _save_last(self) -> None:
+        ledger = self._run.ledger
+        self._name()
+        for number in range(LAST_TRIES):
+            if self._saved_step == ledger.step:
+                return
+            if number:
+                time.sleep(RETRY_S)
+            if ledger.step == self._run.config.steps:
+                randomness = Randomness.now(self._run.engine.device)
+            else:
+                # The step that was broken off has drawn numbers since.
+                assert self._randomness is not None
+                randomness = self._randomness
+            # As a probe's time, should the run be gone on with: it is no training.
+            with self._run.clock.part("probes"):
+                self.save(randomness, background=False)
+        if self._saved_step != ledger.step:
+            goes_on = "the beginning" if self._saved_step is None else f"step {self._saved_step}"
+            self.problem = (
+                f"the checkpoint of step {ledger.step} could not be written ({self._reason}); "
+                f"the same command goes on from {goes_on}"
+            )
 
     def save(self, randomness: Randomness, *, background: bool) -> None:
         """Write a checkpoint of the steps that are done (a collective).
@@ -127,7 +173,7 @@ class Checkpoints:
             randomness: random states of this process right after the last of them.
             background: return once the numbers are copied.
         """
-        self.finish()
+        self._name()
         run, began = self._run, time.monotonic()
         self._last_began = began
         pieces = [p for p in (*parts.weights(run), *parts.state(run)) if p.is_primary and p.tensor.numel()]
@@ -148,19 +194,20 @@ class Checkpoints:
                 partial.mkdir(parents=True, exist_ok=True)
                 if run.engine.rank == 0:
                     atomic.write_text(partial / "config.yaml", to_yaml(run.config))
+                    self._sync_rows()
                 files.write(partial, run.engine.rank, copies, randomness.tensors(), facts)
             except Exception as error:
                 # Of any kind: a thread's exception would be lost, and the others must hear of it.
-                write.problem = f"{type(error).__name__}: {error}".splitlines()[0]
+                write.problem = _first_line(error)
 
         write.thread = threading.Thread(target=work, name="checkpoint")
         write.thread.start()
         self._last_step = run.ledger.step
         if not background:
-            self.finish()
+            self._name()
         self.waited_s = time.monotonic() - began
 
-    def finish(self) -> None:
+    def _name(self) -> None:
         """Wait for what is being written and give it its name, or discard it (a collective)."""
         write, self._writing = self._writing, None
         if write is None:
@@ -168,29 +215,46 @@ class Checkpoints:
         assert write.thread is not None
         write.thread.join()
         engine = self._run.engine
-        failed = torch.tensor(float(bool(write.problem)), device=engine.device)
-        if write.problem:
-            # Also where it is not rank 0: only the process that failed knows why.
-            self._say(f"checkpoint of step {write.step} failed on rank {engine.rank}: {write.problem}")
-        if engine.max(failed).item():
-            self._discard(write)
-        elif engine.rank == 0:
-            self._commit(write)
+        if not self._is_agreed_failure(write):
+            if engine.rank == 0:
+                self._commit(write)
+            if not self._is_agreed_failure(write):
+                self._saved_step = write.step
         self.duration_s = time.monotonic() - write.began
         self._run.stop.save_s = self.duration_s
+
+    def _is_agreed_failure(self, write: _Write) -> bool:
+        """Whether the save failed on any process (a collective); says so and cleans up if it did."""
+        engine = self._run.engine
+        failed = torch.tensor(float(bool(write.problem)), device=engine.device)
+        if not engine.max(failed).item():
+            return False
+        problems = agreement.from_all(write.problem)
+        rank, self._reason = next((r, line) for r, line in enumerate(problems) if line)
+        if engine.rank == 0:
+            self.store.discard_partial()
+            self._say(f"checkpoint of step {write.step} failed on rank {rank}: {self._reason}")
+            self._say("its older checkpoints are as they were")
+        return True
 
     def _commit(self, write: _Write) -> None:
         try:
             self.store.commit(write.step, write.folder, write.manifest)
-            self.store.prune(self._retention)
         except (OSError, DamagedCheckpoint) as error:
-            self._say(f"checkpoint of step {write.step} failed: {error}")
-            self._discard(write)
+            write.problem = _first_line(error)
+            return
+        try:
+            self.store.point_to(write.step)
+            self.store.prune(self._retention)
+        except OSError as error:
+            self._say(
+                f"checkpoint of step {write.step} is written; what it replaces stays ({_first_line(error)})"
+            )
 
-    def _discard(self, write: _Write) -> None:
-        if self._run.engine.rank == 0:
-            self.store.discard_partial()
-            self._say("the run goes on; its older checkpoints are as they were")
+    def _sync_rows(self) -> None:
+        """Put the rows up to this step on the disk: a checkpoint that outlives a power failure needs them."""
+        if self._run.folder is not None and (rows := self._run.folder / "metrics.jsonl").exists():
+            atomic.sync_file(rows)
 
     def _lacks_space(self, pieces: Sequence[StatePiece]) -> bool:
         engine = self._run.engine
@@ -198,19 +262,20 @@ class Checkpoints:
             float(sum(p.tensor.nbytes for p in pieces)), dtype=torch.float64, device=engine.device
         )
         needed = engine.sum(size).item() * _HEADROOM
-        free = 0.0
+        free, why = 0.0, ""
         if engine.rank == 0:
             try:
                 free = float(self.store.free_bytes())
-            except OSError:
-                free = 0.0
+            except OSError as error:
+                why = f": {_first_line(error)}"
         free = engine.max(torch.tensor(free, dtype=torch.float64, device=engine.device)).item()
         if free >= needed:
             return False
+        self._reason = f"it needs {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB" + why
         if engine.rank == 0:
             self._say(
-                f"no checkpoint of step {self._run.ledger.step}: it needs {needed / 1e9:.3g} GB, the disk has "
-                f"{free / 1e9:.3g} GB; the run goes on, its older checkpoints are as they were"
+                f"no checkpoint of step {self._run.ledger.step}: {self._reason}; "
+                "its older checkpoints are as they were"
             )
         return True
 
@@ -242,3 +307,7 @@ class Checkpoints:
 def wish_stands(last: int | None, step: int) -> bool:
     """Whether a wish that was uttered a step ago still stands: the save that it asked for may have been made since."""
     return last is None or step > last + 1
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -110,7 +110,10 @@ class Store:
             self._remove(folder)  # a damaged one, which the run had gone back behind
         os.replace(partial, folder)
         sync_folder(self.path)
-        atomic.write_text(self.path / "latest", folder.name + "\n")
+
+    def point_to(self, step: int) -> None:
+        """Write the name of the newest checkpoint into ``latest``."""
+        atomic.write_text(self.path / "latest", self.folder(step).name + "\n")
 
     def prune(self, retention: Retention) -> list[int]:
         """Remove what need not stay; returns the removed steps."""
@@ -209,9 +212,3 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> dict[str, Any]:
         if found != expected:
             raise DamagedCheckpoint(f"{folder.name}: {name} has changed since it was written (SHA-256)")
     return manifest
-
-
-def sync_file(path: Path) -> None:
-    """Make the operating system put a file on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

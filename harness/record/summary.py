@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 def reason(state: str, run: Run) -> str:
     """Why a run ended, in one line."""
     ledger = run.ledger
-    return {
+    what = {
         "finished": "all steps done",
         "interrupted": f"stopped by {run.stop.reason} after step {ledger.step}",
         "diverged": f"{ledger.skipped} steps with non-finite gradients "
         f"(max_skipped_steps={run.config.max_skipped_steps})",
-    }.get(state, state)
+    }.get(state, "")
+    return "; ".join(part for part in (what, run.checkpoints.problem) if part) or state
 
 
 def warnings(run: Run, corpus: Corpus) -> list[str]:

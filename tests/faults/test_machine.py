@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,20 +20,29 @@ ENDLESS = ["steps=100000", "eval.every=null", "moments.every=null", "schedule=co
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_disk_that_refuses_a_checkpoint_ends_nothing(ranks: int, corpus: Path, tmp_path: Path) -> None:
+def test_a_disk_that_refuses_checkpoints_lets_the_steps_be_done_and_the_run_fail(
+    ranks: int, corpus: Path, tmp_path: Path
+) -> None:
     """The kernel's own refusal in the middle of a write (EFBIG stands for ENOSPC: a full disk cannot be had without
-    mounting one)."""
+    mounting one). Where the disk takes the file again, the same command finishes the run."""
     words = small(corpus, tmp_path, "steps=6", "checkpoint.every=2", f"world_size={ranks}", "name=run")
     prepare(words, say=lambda text: None)  # the corpus, which is larger than the limit
     limits = {"RLIMIT_FSIZE": 100_000}  # a checkpoint has 500 kB, every other file less than 40
-    assert trained(words, ranks, tmp_path / "said.txt", limits=limits) == [0] * ranks
+    assert trained(words, ranks, tmp_path / "said.txt", limits=limits) == [3] * ranks
     run = tmp_path / "default" / "run"
-    assert status(run)["state"] == "finished"
+    assert status(run)["state"] == "failed"
+    assert status(run)["step"] == 6
+    assert "checkpoint of step 6 could not be written" in status(run)["attempts"][-1]["reason"]
+    assert json.loads((run / "summary.json").read_text())["state"] == "failed"
+    assert not (run / "DONE").exists()
     said = (tmp_path / "said.txt").read_text()
     assert "checkpoint of step 2 failed on rank 0" in said
     assert "File too large" in said
-    assert "the run goes on" in said
     assert list((run / "checkpoints").iterdir()) == []
+    assert trained(words, ranks, tmp_path / "again.txt") == [0] * ranks
+    assert status(run)["state"] == "finished"
+    assert (run / "DONE").exists()
+    assert assert_whole(run) == [6, 4]
 
 
 def test_a_disk_without_room_for_the_corpus_is_one_clear_line(corpus: Path, tmp_path: Path) -> None:

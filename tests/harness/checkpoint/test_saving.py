@@ -42,7 +42,9 @@ def kept(corpus: Path, folder: Path, *words: str) -> tuple[Run, Checkpoints, lis
         (["checkpoint.every=3", "checkpoint.keep=9"], [8, 6, 3]),
         (["checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_every=4"], [8, 4]),
         (["checkpoint.every=3", "checkpoint.background=false"], [8, 6]),
-        (["checkpoint.every=auto"], []),
+        (["checkpoint.every=4"], [8, 4]),
+        (["checkpoint.every=100"], [8]),
+        (["checkpoint.every=auto"], [8]),
         (["checkpoint.every=null"], []),
     ],
 )
@@ -96,7 +98,7 @@ def test_the_clock_asks_for_one_once(corpus: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(keeper, "before_step", before_step)
     train(run)
-    assert Store(tmp_path / "run").steps() == [6]
+    assert Store(tmp_path / "run").steps() == [12, 6]
 
 
 def test_the_loop_does_not_wait_for_the_disk(
@@ -162,8 +164,116 @@ def test_a_disk_without_room_is_found_before_anything_is_written(
         return real(path)._replace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    assert train(run) == "finished"
+    monkeypatch.setattr(saving, "RETRY_S", 0.0)
+    assert train(run) == "failed"
     assert Store(tmp_path / "run").steps() == [2]
-    assert len(said) == 3
+    assert [line.split(":")[0] for line in said] == [f"no checkpoint of step {n}" for n in (4, 6, 8, 8, 8)]
     assert said[0].startswith("no checkpoint of step 4: it needs 0.000")
+    assert run.checkpoints.problem.startswith("the checkpoint of step 8 could not be written (it needs 0.000")
+    assert run.checkpoints.problem.endswith("the same command goes on from step 2")
     assert not list(Store(tmp_path / "run").path.glob(".*"))
+
+
+@pytest.mark.parametrize("words", [["checkpoint.every=auto"], ["checkpoint.every=4"], ["checkpoint.every=3"]])
+def test_a_last_step_that_could_not_be_saved_is_tried_again(
+    words: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, said = kept(corpus, tmp_path, "steps=8", *words)
+    write, refused = files.write, []
+
+    def once(folder: Path, *rest: Any) -> None:
+        if run.ledger.step == 8 and not refused:
+            refused.append(folder.name)
+            raise OSError(28, "No space left on device")
+        write(folder, *rest)
+
+    monkeypatch.setattr(files, "write", once)
+    monkeypatch.setattr(saving, "RETRY_S", 0.0)
+    assert train(run) == "finished"
+    assert len(refused) == 1
+    assert Store(tmp_path / "run").steps()[0] == 8
+    assert run.checkpoints.problem == ""
+    assert "No space left on device" in said[0]
+
+
+@pytest.mark.parametrize("where", ["files.write", "commit"])
+def test_a_run_whose_last_step_is_not_on_the_disk_has_failed(
+    where: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused where a process writes, and where rank 0 gives the name; the older checkpoint is as it was."""
+    run, _, _ = kept(corpus, tmp_path, "steps=8", "checkpoint.every=5")
+    target, name = (files, "write") if where == "files.write" else (Store, "commit")
+    real = getattr(target, name)
+
+    def refusing(*args: Any) -> None:
+        if run.ledger.step == 8:
+            raise OSError(122, "Disk quota exceeded")
+        real(*args)
+
+    monkeypatch.setattr(target, name, refusing)
+    monkeypatch.setattr(saving, "RETRY_S", 0.0)
+    assert train(run) == "failed"
+    assert Store(tmp_path / "run").steps() == [5]
+    assert "step 8 could not be written (OSError: [Errno 122] Disk quota exceeded)" in run.checkpoints.problem
+
+
+def test_nobody_who_wants_no_checkpoint_fails_for_one(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, said = kept(corpus, tmp_path, "steps=4", "checkpoint.every=null")
+    (tmp_path / "run").write_text("no folder can be made here")
+    assert train(run) == "finished"
+    assert said == []
+
+
+def test_what_a_checkpoint_replaces_may_stay_but_the_checkpoint_counts(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, said = kept(corpus, tmp_path, "steps=4")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Store, "prune", refuse)
+    assert train(run) == "finished"
+    assert Store(tmp_path / "run").steps() == [4]
+    assert "is written; what it replaces stays" in said[0]
+
+
+def test_the_last_save_is_no_training_time(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, _ = kept(corpus, tmp_path, "steps=4")
+    write, slept = files.write, 0.3
+
+    def slow(*args: Any) -> None:
+        saving.time.sleep(slept)
+        write(*args)
+
+    monkeypatch.setattr(files, "write", slow)
+    rows: list[Any] = []
+    run.sinks = [type("Rows", (), {"write": staticmethod(rows.append)})()]
+    begin = saving.time.monotonic()
+    assert train(run) == "finished"
+    # The same clock measures both, whatever the machine's speed is.
+    assert saving.time.monotonic() - begin >= rows[-1]["wall_s"] + slept
+    assert run.ledger.wall_s == rows[-1]["wall_s"]
+
+
+def test_a_run_that_diverges_keeps_its_last_state(corpus: Path, tmp_path: Path) -> None:
+    run, _, _ = kept(corpus, tmp_path, "steps=8", "max_skipped_steps=1")
+    step = run.engine.step
+
+    def never(max_norm: float) -> Any:
+        if run.ledger.step >= 3:
+            for p in run.model.parameters():
+                if p.grad is not None:
+                    p.grad.fill_(float("nan"))
+        return step(max_norm)
+
+    run.engine.step = never  # type: ignore[method-assign]
+    assert train(run) == "diverged"
+    (last,) = Store(tmp_path / "run").steps()
+    saved = files.Saved(Store(tmp_path / "run").folder(last))
+    assert last == run.ledger.step < 8
+    assert all(saved.whole(name, "weight").isfinite().all() for name in saved.names("weight"))
