@@ -42,8 +42,8 @@ class Probe(Protocol):
         """What it must know to go on in another process: JSON."""
         ...
 
-    def restore(self, state: dict[str, Any], steps: int) -> None:
-        """Go on from what `state` gave after ``steps`` steps."""
+    def restore(self, state: dict[str, Any], steps: int) -> str | None:
+        """Go on from what `state` gave after ``steps`` steps; returns what of its own files is lost, one line."""
         ...
 
 

@@ -70,9 +70,7 @@ def _keeper(
     # Only now: rank 0 has opened the folder, which must be its own, or empty, until then.
     run.heartbeat = Heartbeat(prepared.folder, run.engine.rank)
     run.heartbeat.start()
-    keeper = run.checkpoints = Checkpoints(
-        run, prepared, choice.attempt, say, saved_step=choice.step
-    )
+    keeper = run.checkpoints = Checkpoints(run, prepared, choice.attempt, say, saved_step=choice.step)
     return keeper, choice
 
 

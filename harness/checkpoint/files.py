@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.bounded_files import JsonDecoder
 from harness.checkpoint import store
 from harness.checkpoint.store import DamagedCheckpoint
 from harness.record import atomic
@@ -56,6 +58,33 @@ def write(
     atomic.write_json(folder / store.digest_name(rank), store.digest(path))
 
 
+Size = Annotated[int, Field(ge=0)]
+
+
+class _Entry(BaseModel):
+    """What a header says about one tensor."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    kind: str
+    shape: list[Size]
+    dim: int | None = Field(ge=FLAT)
+    start: Size
+
+
+class _Facts(BaseModel):
+    """What of a process' facts everybody reads; `progress.facts` has the rest."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: Size
+    tokens: Size
+
+
+_INDEX = TypeAdapter(dict[str, _Entry])
+
+
 class _Place(NamedTuple):
     file: int
     key: str
@@ -81,27 +110,39 @@ class Saved:
         """What each process wrote about itself."""
         self._files: list[Any] = []
         self._places: dict[tuple[str, str], list[_Place]] = {}
-        for rank in range(self.manifest["world_size"]):
-            try:
-                file = safe_open(folder / store.rank_name(rank), "pt").__enter__()
-                metadata = file.metadata()
-                self.facts.append(json.loads(metadata["facts"]))
-                index = json.loads(metadata["index"])
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
-                raise DamagedCheckpoint(f"{folder.name}: {store.rank_name(rank)}: {error}") from error
+        try:
+            for rank in range(self.manifest["world_size"]):
+                self._open(rank)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, rank: int) -> None:
+        """Map the file of a process and take over what its header says."""
+        name = store.rank_name(rank)
+        try:
+            file = safe_open(self.folder / name, "pt").__enter__()
             self._files.append(file)
-            for key, entry in index.items():
-                size = tuple(file.get_slice(key).get_shape())
-                part = StatePiece(
-                    entry["name"],
-                    entry["kind"],
-                    tuple(entry["shape"]),
-                    entry["dim"],
-                    entry["start"],
-                    torch.empty(0),
-                    True,
-                )
-                self._places.setdefault((part.name, part.kind), []).append(_Place(rank, key, size, part))
+            metadata = file.metadata() or {}
+            decoder = JsonDecoder()
+            facts, index = (
+                decoder.decode(metadata["facts"]),
+                _INDEX.validate_python(decoder.decode(metadata["index"])),
+            )
+            _Facts.model_validate(facts)
+            if facts["step"] != self.manifest["step"]:
+                raise ValueError(f"it was written after step {facts['step']}")
+            sizes = {key: tuple(file.get_slice(key).get_shape()) for key in index}
+        except KeyError as error:
+            raise DamagedCheckpoint(f"{self.folder.name}: {name} has no {error} in its header") from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise DamagedCheckpoint(f"{self.folder.name}: {name}: {_one_line(error)}") from error
+        self.facts.append(facts)
+        for key, entry in index.items():
+            part = StatePiece(
+                entry.name, entry.kind, tuple(entry.shape), entry.dim, entry.start, torch.empty(0), True
+            )
+            self._places.setdefault((part.name, part.kind), []).append(_Place(rank, key, sizes[key], part))
 
     def __contains__(self, name_and_kind: object) -> bool:
         return name_and_kind in self._places
@@ -196,6 +237,13 @@ def _elements(part: StatePiece, size: tuple[int, ...]) -> tuple[int, int] | None
         row = _count(part.shape[1:])
         return part.start * row, (part.start + size[0]) * row
     return None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False)[0]
+        return f"its header is wrong ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+    return " ".join(str(error).split())
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -46,8 +46,15 @@ class Randomness(NamedTuple):
 
 
 def set_randomness(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put the random states back."""
-    torch.set_rng_state(states["torch"].clone())
+    """Put the random states back.
+
+    Raises:
+        ValueError: they are none of this version of torch.
+    """
+    try:
+        torch.set_rng_state(states["torch"].clone())
+    except RuntimeError as error:
+        raise ValueError(f"random state: {error}") from error
     position, has_cached = states["numpy_position"].tolist()
     keys = states["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, position, has_cached, states["numpy_cached"].item()))  # noqa: NPY002
@@ -76,8 +83,8 @@ def facts(run: Run) -> dict[str, Any]:
     }
 
 
-def restore(run: Run, all_facts: Sequence[Mapping[str, Any]], own: Mapping[str, Tensor] | None) -> None:
-    """Take the counters over.
+def restore(run: Run, all_facts: Sequence[Mapping[str, Any]], own: Mapping[str, Tensor] | None) -> list[str]:
+    """Take the counters over; returns what could not be, a line each.
 
     Args:
         run: about to train.
@@ -103,11 +110,13 @@ def restore(run: Run, all_facts: Sequence[Mapping[str, Any]], own: Mapping[str, 
     if isinstance(run.optimizer, optimizers.Optimizer):
         lost = 0 if same else sum(f["fallbacks"] for f in all_facts) if engine.rank == 0 else 0
         run.optimizer.add_fallbacks(mine["fallbacks"] if same else lost)
+    lost = []
     for probe in run.probes:
         state = mine["probes"].get(type(probe).__name__)
-        if state is not None:
-            probe.restore(state, ledger.step)
+        if state is not None and (problem := probe.restore(state, ledger.step)):
+            lost.append(problem)
     if own is not None and same:
         set_randomness(own, engine.device)
     else:
         torch.manual_seed((run.config.seed * _SEED_STRIDE + ledger.step) * _SEED_STRIDE + engine.rank + 1)
+    return lost

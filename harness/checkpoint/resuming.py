@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,9 @@ from harness.config import compose
 from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.loop import Run, forward_backward
+
+_ODD = (DamagedCheckpoint, KeyError, IndexError, TypeError, ValueError, AttributeError)
+"""What a checkpoint raises that is whole, and yet holds something else than `progress.facts` and `parts` wrote."""
 
 
 class Choice(NamedTuple):
@@ -54,6 +58,8 @@ def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choi
             manifest = store.verify(checkpoints.folder(step), run.engine.rank, run.engine.world_size)
             if manifest["identity"] != identity:
                 raise _foreign(run, checkpoints.folder(step), manifest["identity"], identity)
+            if run.engine.rank == 0:
+                Saved(checkpoints.folder(step)).close()  # headers: one process is enough to see odd ones
         except DamagedCheckpoint as error:
             problem = str(error)
         problems = [line for line in from_all(problem) if line]
@@ -78,15 +84,28 @@ def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], No
             say("no checkpoint: starting at step 0")
         return 0
     run.engine.rehearse(lambda: forward_backward(run, run.feed.step(0), weight=0.0))
-    saved = Saved(checkpoints.folder(choice.step))
+    folder = checkpoints.folder(choice.step)
     try:
-        with torch.no_grad():
-            parts.load(run, saved)
-        rank, same = run.engine.rank, len(saved.facts) == run.engine.world_size
-        progress.restore(run, saved.facts, saved.own(rank) if same else None)
-        before = saved.manifest
-    finally:
-        saved.close()
+        saved = Saved(folder)
+        try:
+            with torch.no_grad():
+                parts.load(run, saved)
+            rank, same = run.engine.rank, len(saved.facts) == run.engine.world_size
+            lost = progress.restore(run, saved.facts, saved.own(rank) if same else None)
+            before = saved.manifest
+        finally:
+            saved.close()
+    except _ODD as error:
+        # Weights may be half replaced by now, so an older checkpoint is for the next start.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(
+            "resume",
+            folder,
+            f"holds something else than this run wrote ({reason})",
+            fix=f"resume=false, or without this checkpoint: rm -r {shlex.quote(str(folder))}",
+        ) from error
+    for problem in lost:
+        say(problem)
     line = f"resumed after step {choice.step}"
     if (before["engine"], before["world_size"]) != (run.engine.name, run.engine.world_size):
         line += f" (saved by {before['world_size']} process(es) under {before['engine']})"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.checkpoint import agreement, files, parts, progress
+from harness.checkpoint import agreement, files, parts, progress, store
 from harness.checkpoint.progress import Randomness
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
 from harness.config.compose import to_yaml
@@ -193,7 +193,7 @@ class Checkpoints:
             try:
                 partial.mkdir(parents=True, exist_ok=True)
                 if run.engine.rank == 0:
-                    atomic.write_text(partial / "config.yaml", to_yaml(run.config))
+                    atomic.write_text(partial / store.CONFIG, to_yaml(run.config))
                     self._sync_rows()
                 files.write(partial, run.engine.rank, copies, randomness.tensors(), facts)
             except Exception as error:

@@ -12,16 +12,22 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from harness import bounded_files
+from harness.bounded_files import UnreadableFile
 from harness.record import atomic
 from harness.record.atomic import sync_folder
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"
+CONFIG = "config.yaml"
 SCHEMA_VERSION = 1
 _PREFIX = "step_"
 
@@ -63,10 +69,13 @@ class Store:
         self.path = run_folder / "checkpoints"
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, newest first; whether it is valid, `verify` tells."""
-        names = [path.name for path in self.path.glob(f"{_PREFIX}*") if path.is_dir()]
-        numbers = [name.removeprefix(_PREFIX) for name in names]
-        return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+        """Return the steps that have a checkpoint, newest first; whether it is valid, `verify` tells."""
+        found = []
+        for path in self.path.glob(f"{_PREFIX}*"):
+            number = path.name.removeprefix(_PREFIX)
+            if number.isascii() and number.isdecimal() and path == self.folder(int(number)) and path.is_dir():
+                found.append(int(number))
+        return sorted(found, reverse=True)
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint after ``step`` steps lies."""
@@ -163,31 +172,84 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+class _FileFacts(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Manifest(BaseModel):
+    """What of manifest.json is relied upon; other keys are allowed."""
+
+    model_config = ConfigDict(strict=True)
+
+    schema_version: Literal[1]
+    identity: str
+    engine: str
+    step: int = Field(ge=0)
+    world_size: int = Field(ge=1)
+    val_loss: float | None = Field(default=None, allow_inf_nan=False)
+    files: dict[str, _FileFacts]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json of a checkpoint.
+    """Return manifest.json of a checkpoint, which lists the file of every process.
 
     Raises:
-        DamagedCheckpoint: it is missing, is not JSON, or was written by another version.
+        DamagedCheckpoint: it is missing, is no manifest, or was written by another version.
     """
-    path = folder / MANIFEST
     try:
-        content, checksum = path.read_bytes(), (folder / CHECKSUM).read_bytes()
-    except OSError as error:
-        name = Path(error.filename or MANIFEST).name
+        content = bounded_files.read_bytes(folder / MANIFEST, bounded_files.JSON_LIMIT)
+        checksum = bounded_files.read_bytes(folder / CHECKSUM, bounded_files.MIB)
+        if checksum != hashlib.sha256(content).hexdigest().encode() + b"\n":
+            raise UnreadableFile(f"{MANIFEST} has changed since it was written (SHA-256)")
+        manifest = bounded_files.JsonDecoder().decode(content.decode())
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
         raise DamagedCheckpoint(f"{folder.name}: {name} cannot be read ({error.strerror})") from error
-    if checksum != hashlib.sha256(content).hexdigest().encode() + b"\n":
-        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} has changed since it was written (SHA-256)")
-    manifest = json.loads(content)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        version = manifest.get("schema_version")
+    except UnreadableFile as error:
+        raise DamagedCheckpoint(f"{folder.name}: {error}") from error
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} is no JSON ({error})") from error
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version != SCHEMA_VERSION:
         raise DamagedCheckpoint(
             f"{folder.name}: written in format {version}, this version reads {SCHEMA_VERSION}"
         )
+    try:
+        facts = _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part)[:40] for part in first["loc"]) or "the whole"
+        raise DamagedCheckpoint(
+            f"{folder.name}: {MANIFEST} is no manifest of a checkpoint ({where}: {first['msg']})"
+        ) from error
+    _check_names(folder, facts)
     return manifest
 
 
+def _check_names(folder: Path, facts: _Manifest) -> None:
+    """Refuse a manifest that lists other files than the configuration and one of each process."""
+    # Before a set of that many names is made.
+    if facts.world_size > len(facts.files):
+        raise DamagedCheckpoint(
+            f"{folder.name}: {MANIFEST} lists {len(facts.files)} files of {facts.world_size} processes"
+        )
+    expected = {CONFIG, *(rank_name(rank) for rank in range(facts.world_size))}
+    if missing := sorted(expected - facts.files.keys()):
+        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} does not list {missing[0]}")
+    if strange := sorted(facts.files.keys() - expected):
+        raise DamagedCheckpoint(
+            f"{folder.name}: {MANIFEST} lists {strange[0][:80]!a}, no file of a checkpoint"
+        )
+    number = folder.name.removeprefix(_PREFIX)
+    if number != folder.name and number.isdecimal() and int(number) != facts.step:
+        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} is that of step {facts.step}")
+
+
 def verify(folder: Path, share: int = 0, of: int = 1) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all what they were when they were written.
+    """Return the manifest of a checkpoint whose files are all what they were when they were written.
 
     Args:
         folder: of the checkpoint.
@@ -198,11 +260,14 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     for name, expected in sorted(manifest["files"].items())[share::of]:
-        path = folder / Path(name).name
         try:
-            found = {"bytes": path.stat().st_size}
+            # A link may lead out of the folder, opening a pipe would wait for ever.
+            status = (folder / name).lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise DamagedCheckpoint(f"{folder.name}: {name} is no regular file")
+            found = {"bytes": status.st_size}
             if found["bytes"] == expected["bytes"]:
-                found = digest(path)
+                found = digest(folder / name)
         except OSError as error:
             raise DamagedCheckpoint(f"{folder.name}: {name} cannot be read ({error.strerror})") from error
         if found["bytes"] != expected["bytes"]:

@@ -166,10 +166,10 @@ class CheckpointConfig(_Group):
     """What is kept so that a run can go on."""
 
     every: Every = "auto"
-    """Steps between checkpoints (the last step has one, too); auto: every 15 minutes; null: none but those of a run
-    that is stopped. A run that a signal or its time_limit stops always leaves one."""
+    """Steps between checkpoints; auto: every 15 minutes; the last step has one with both. null: none but those of a
+    run that is stopped. A run that a signal or its time_limit stops always leaves one."""
     keep: int = Field(default=2, ge=1)
-    """How many of the newest stay."""
+    """How many of the newest stay. Each takes the bytes of weights and optimizer state (AdamW: 12 per parameter)."""
     keep_best: bool = False
     """The one with the lowest validation loss stays, too, of those taken in steps with an evaluation."""
     keep_every: int | None = Field(default=None, ge=1)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from harness.loop import Run
+from harness.record import atomic
 from harness.record.folder import Row
 from harness.record.schema import MOMENT_FIGURES
 
@@ -50,13 +51,24 @@ class Moments:
         """When the next probe is affordable, and what the last ones cost."""
         return {"next": self._next, "spent": self._spent}
 
-    def restore(self, state: dict[str, Any], steps: int) -> None:
-        """Go on from that; rank 0 takes the rows of its file up to there."""
+    def restore(self, state: dict[str, Any], steps: int) -> str | None:
+        """Go on from that; rank 0 takes the rows of its file up to there, and says if they cannot be read."""
         self._next, self._spent = state["next"], state["spent"]
         path = None if self._run.folder is None else self._run.folder / "moments.parquet"
-        if path is not None and path.exists():
-            table = pq.read_table(path, schema=_SCHEMA)
-            self._rows = [row for row in table.to_pylist() if row["step"] <= steps]
+        if path is None or not path.exists():
+            return None
+        try:
+            if not path.is_file():
+                raise OSError("it is no file")
+            rows = pq.read_table(path, schema=_SCHEMA).to_pylist()
+            self._rows = [row for row in rows if row["step"] is not None and row["step"] <= steps]
+        except (OSError, pa.ArrowException) as error:
+            # The rows are a record of the past; the run itself does not need them.
+            aside = path.with_name(f"{path.name}.unreadable")
+            path.replace(aside)
+            reason = " ".join(str(error).split())[:200]
+            return f"{path.name} cannot be read ({reason}): it is now {aside.name}"
+        return None
 
     def measure(self, step: int, row: Row) -> None:
         begin = time.perf_counter()
@@ -133,4 +145,5 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
     # Whole file each time: parquet cannot be appended to, and a killed run must leave a readable one.
     temporary = path.with_name(f".{path.name}.part")
     pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), temporary)
+    atomic.sync_file(temporary)
     temporary.replace(path)

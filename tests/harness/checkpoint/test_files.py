@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from harness.checkpoint import files, store
 from harness.checkpoint.files import Saved
@@ -41,8 +43,11 @@ def saved(folder: Path, parts: list[StatePiece], **facts: Any) -> Path:
     partial.mkdir(parents=True)
     for rank, part in enumerate(parts):
         own = {"torch": torch.get_rng_state()}
-        files.write(partial, rank, [part] if part.tensor.numel() else [], own, {"rank": rank, **facts})
-    checkpoints.commit(1, partial, {"world_size": len(parts)})
+        told = {"rank": rank, "step": 1, "tokens": 8, **facts}
+        files.write(partial, rank, [part] if part.tensor.numel() else [], own, told)
+    atomic.write_text(partial / store.CONFIG, "seed: 0\n")
+    manifest = {"identity": "aaaa", "engine": "single", "step": 1, "world_size": len(parts)}
+    checkpoints.commit(1, partial, manifest)
     return checkpoints.folder(1)
 
 
@@ -128,8 +133,56 @@ def test_a_name_in_a_manifest_cannot_leave_its_folder(tmp_path: Path) -> None:
     folder = saved(tmp_path, cut(torch.ones(4, 4), None, 1))
     (tmp_path / "secret").write_text("secret")
     manifest = store.read_manifest(folder)
-    manifest["files"] = {"../../secret": store.digest(tmp_path / "secret")}
+    manifest["files"]["../../secret"] = store.digest(tmp_path / "secret")
     atomic.write_json(folder / "manifest.json", manifest)
     atomic.write_text(folder / "manifest.sha256", store.digest(folder / "manifest.json")["sha256"] + "\n")
-    with pytest.raises(DamagedCheckpoint, match="cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match="no file of a checkpoint"):
         store.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        (None, "has no 'facts' in its header"),
+        ({"facts": "{}"}, "has no 'index' in its header"),
+        ({"facts": "{}", "index": "{}"}, "its header is wrong"),
+        ({"facts": "[]", "index": "{}"}, "its header is wrong"),
+        ({"facts": '{"step": 2, "tokens": 8}', "index": "{}"}, "was written after step 2"),
+        ({"facts": '{"step": "1", "tokens": 8}', "index": "{}"}, "its header is wrong"),
+        ({"index": "[]"}, "its header is wrong"),
+        ({"index": "[" * 5000}, "nested deeper"),
+        ({"index": '{"a": {"name": "w", "kind": "k", "shape": "44", "dim": 0, "start": 0}}'}, "a.shape"),
+        ({"index": '{"a": {"name": "w", "kind": "k", "shape": [4], "dim": -7, "start": 0}}'}, "a.dim"),
+        ({"index": '{"b": {"name": "w", "kind": "k", "shape": [4], "dim": null, "start": 0}}'}, "b"),
+    ],
+)
+def test_an_odd_header_is_one_line(metadata: dict[str, str] | None, problem: str, tmp_path: Path) -> None:
+    """Forged whole: size, checksum and manifest are right; what the header says is not."""
+    folder = saved(tmp_path, cut(torch.ones(4, 4), None, 1))
+    path = folder / "rank_00000.safetensors"
+    facts = {} if metadata is None else {"facts": '{"step": 1, "tokens": 8}'}
+    save_file({"a": torch.ones(4)}, path, metadata=None if metadata is None else facts | metadata)
+    manifest = store.read_manifest(folder)
+    manifest["files"][path.name] = store.digest(path)
+    atomic.write_json(folder / "manifest.json", manifest)
+    atomic.write_text(folder / "manifest.sha256", store.digest(folder / "manifest.json")["sha256"] + "\n")
+    store.verify(folder)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        Saved(folder)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_who_may_read_a_checkpoint_is_the_umasks_choice(umask: int, tmp_path: Path) -> None:
+    """safetensors and tempfile write 0600 whatever the umask is, which hides a run from the rest of a group."""
+    before = os.umask(umask)
+    try:
+        folder = saved(tmp_path, cut(torch.ones(4, 4), None, 1))
+        (tmp_path / "control").touch()
+    finally:
+        os.umask(before)
+    expected = (tmp_path / "control").stat().st_mode
+    assert {path.name: path.stat().st_mode for path in folder.iterdir()} == {
+        path.name: expected for path in folder.iterdir()
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ def write(checkpoints: Store, step: int, world_size: int = 1, **manifest: Any) -
         path = partial / store.rank_name(rank)
         path.write_bytes(b"numbers" * (rank + 1))
         atomic.write_json(partial / store.digest_name(rank), store.digest(path))
-    checkpoints.commit(step, partial, {"world_size": world_size, "step": step, **manifest})
+    atomic.write_text(partial / store.CONFIG, "seed: 0\n")
+    facts = {"identity": "aaaa", "engine": "single", "world_size": world_size, "step": step}
+    checkpoints.commit(step, partial, {**facts, **manifest})
+    checkpoints.point_to(step)
 
 
 def test_a_checkpoint_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
@@ -31,7 +35,7 @@ def test_a_checkpoint_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in checkpoints.path.iterdir()) == ["latest", "step_00000007"]
     assert (checkpoints.path / "latest").read_text() == "step_00000007\n"
     manifest = store.verify(checkpoints.folder(7))
-    assert sorted(manifest["files"]) == ["rank_00000.safetensors", "rank_00001.safetensors"]
+    assert sorted(manifest["files"]) == ["config.yaml", "rank_00000.safetensors", "rank_00001.safetensors"]
 
 
 def test_a_process_whose_file_is_not_there_is_named(tmp_path: Path) -> None:
@@ -64,15 +68,101 @@ def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert store.verify(checkpoints.folder(7))["step"] == 7
 
 
+def forge(folder: Path, content: object) -> None:
+    """Put another manifest into a checkpoint, with the checksum that belongs to it."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "manifest.json").write_text(text)
+    (folder / "manifest.sha256").write_text(store.digest(folder / "manifest.json")["sha256"] + "\n")
+
+
 def test_another_format_is_refused_with_both_versions(tmp_path: Path) -> None:
     checkpoints = Store(tmp_path)
     write(checkpoints, 7)
     folder = checkpoints.folder(7)
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"schema_version": 99}
-    atomic.write_json(folder / "manifest.json", manifest)
-    atomic.write_text(folder / "manifest.sha256", store.digest(folder / "manifest.json")["sha256"] + "\n")
+    forge(folder, json.loads((folder / "manifest.json").read_text()) | {"schema_version": 99})
     with pytest.raises(DamagedCheckpoint, match="format 99, this version reads 1"):
         store.verify(folder)
+
+
+FACTS = {"bytes": 7, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"files": {}}, "lists 0 files of 2 processes"),
+        ({"files": []}, "files: Input should be"),
+        (
+            {"files": {"config.yaml": FACTS, "rank_00000.safetensors": FACTS}},
+            "does not list rank_00001.safetensors",
+        ),
+        ({"world_size": 10**9}, "of 1000000000 processes"),
+        ({"world_size": 10**30}, "world_size: "),
+        ({"world_size": 0}, "world_size: "),
+        ({"world_size": -1}, "world_size: "),
+        ({"world_size": "2"}, "world_size: "),
+        ({"world_size": True}, "world_size: "),
+        ({"world_size": None}, "world_size: "),
+        ({"world_size": 1}, "'rank_00001.safetensors', no file of a checkpoint"),
+        ({"world_size": 3}, "does not list rank_00002.safetensors"),
+        ({"+": {"../../other/rank_00000.safetensors": FACTS}}, "no file of a checkpoint"),
+        ({"+": {"/etc/passwd": FACTS}}, "no file of a checkpoint"),
+        ({"+": {"rank_00001.safetensors": []}}, "rank_00001.safetensors"),
+        ({"+": {"rank_00001.safetensors": FACTS | {"bytes": -1}}}, "bytes"),
+        ({"+": {"rank_00001.safetensors": FACTS | {"sha256": "../x"}}}, "sha256"),
+        ({"-": "config.yaml"}, "does not list config.yaml"),
+        ({"step": 8}, "is that of step 8"),
+        ({"step": "7"}, "step: "),
+        ({"identity": 5}, "identity: "),
+        ({"val_loss": "low"}, "val_loss: "),
+    ],
+)
+def test_a_manifest_that_is_none_is_one_line(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    checkpoints = Store(tmp_path)
+    write(checkpoints, 7, world_size=2)
+    folder = checkpoints.folder(7)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    forge(folder, manifest)
+    store.verify(folder)  # the control: the same manifest, forged to say the truth
+    manifest["files"] |= change.pop("+", {})
+    manifest["files"].pop(change.pop("-", ""), None)
+    forge(folder, manifest | change)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        store.verify(folder)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+    checkpoints.prune(Retention(1, best=True))  # what reads it beside others does not stop either
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "7", '"files"', "[" * 100_000, '{"step": ' + "9" * 5000 + "}", "", "\ud800"]
+)
+def test_a_manifest_that_holds_no_object_is_one_line(content: str, tmp_path: Path) -> None:
+    checkpoints = Store(tmp_path)
+    write(checkpoints, 7)
+    forge(checkpoints.folder(7), content.encode("utf-8", "replace").decode())
+    with pytest.raises(DamagedCheckpoint) as caught:
+        store.verify(checkpoints.folder(7))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["rank_00000.safetensors", "config.yaml", "manifest.json", "manifest.sha256"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_is_no_file_is_not_opened(name: str, kind: str, tmp_path: Path) -> None:
+    checkpoints = Store(tmp_path)
+    write(checkpoints, 7)
+    path = checkpoints.folder(7) / name
+    path.rename(tmp_path / "elsewhere")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DamagedCheckpoint, match=name):
+        store.verify(checkpoints.folder(7))
 
 
 @pytest.mark.parametrize(
