@@ -56,8 +56,9 @@ def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choi
         problem = ""
         try:
             manifest = store.verify(checkpoints.folder(step), run.engine.rank, run.engine.world_size)
-            if manifest["identity"] != identity:
-                raise _foreign(run, checkpoints.folder(step), manifest["identity"], identity)
+            theirs = manifest.get("identity", "")
+            if theirs != identity:
+                raise _foreign(run, checkpoints.folder(step), theirs, identity)
             if run.engine.rank == 0:
                 Saved(checkpoints.folder(step)).close()  # headers: one process is enough to see odd ones
         except DamagedCheckpoint as error:
@@ -107,8 +108,8 @@ def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], No
     for problem in lost:
         say(problem)
     line = f"resumed after step {choice.step}"
-    if (before["engine"], before["world_size"]) != (run.engine.name, run.engine.world_size):
-        line += f" (saved by {before['world_size']} process(es) under {before['engine']})"
+    if (before.get("engine"), before["world_size"]) != (run.engine.name, run.engine.world_size):
+        line += f" (saved by {before['world_size']} process(es) under {before.get('engine')})"
     say(line)
     return choice.step
 

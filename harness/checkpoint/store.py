@@ -185,8 +185,8 @@ class _Manifest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     schema_version: Literal[1]
-    identity: str
-    engine: str
+    identity: str = ""
+    engine: str = ""
     step: int = Field(ge=0)
     world_size: int = Field(ge=1)
     val_loss: float | None = Field(default=None, allow_inf_nan=False)
@@ -236,7 +236,9 @@ def _check_names(folder: Path, facts: _Manifest) -> None:
         raise DamagedCheckpoint(
             f"{folder.name}: {MANIFEST} lists {len(facts.files)} files of {facts.world_size} processes"
         )
-    expected = {CONFIG, *(rank_name(rank) for rank in range(facts.world_size))}
+    expected = {rank_name(rank) for rank in range(facts.world_size)}
+    if (folder / CONFIG).exists() or CONFIG in facts.files:
+        expected.add(CONFIG)
     if missing := sorted(expected - facts.files.keys()):
         raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} does not list {missing[0]}")
     if strange := sorted(facts.files.keys() - expected):

@@ -146,10 +146,11 @@ def _wrong(change: str) -> Any:
     if change == "data from the beginning":
         restore = progress.restore
 
-        def forgetful(run: Any, *args: Any) -> None:
-            restore(run, *args)
+        def forgetful(run: Any, *args: Any) -> list[str]:
+            lost = restore(run, *args)
             feed, before = run.feed.step, run.ledger.step
             run.feed.step = lambda step: feed(step - before)
+            return lost
 
         return mock.patch.object(progress, "restore", forgetful)
     if change == "no randomness":
