@@ -20,6 +20,7 @@ import pandas as pd
 from analysis.compare import foreign_rows, words
 from analysis.compare.reading import Columns
 from analysis.compare.runs import Run
+from harness.bounded_files import UnreadableFile
 from harness.record.schema import METRICS, STATES
 
 ALIASES = {"val_loss": "val/loss", "train_loss": "train/loss", "seconds": "wall_s"}
@@ -60,8 +61,8 @@ def read(path: Path, root: Path, remarks: list[str]) -> list[Run]:
     complaints: list[str] = []
     try:
         lines = list(foreign_rows.rows(path, complaints))
-    except OSError as error:
-        remarks.append(f"{where} is not read: {error.strerror or type(error).__name__}")
+    except (FileNotFoundError, UnreadableFile) as error:
+        remarks.append(f"{where} is not read: {error}")
         return []
     lines = [(line, {ALIASES.get(key, key): value for key, value in row.items()}) for line, row in lines]
     keys = dict.fromkeys(key for _, row in lines for key in row)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness import bounded_files
+from harness.bounded_files import MIB, JsonDecoder, UnreadableValue
+
 DELIMITERS = ",;\t"
+LIMIT = 512 * MIB
+"""Bytes of a table."""
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "+inf": math.inf, "-inf": -math.inf, "infinity": math.inf}
 _NOT_FINITE |= {"-infinity": -math.inf, "null": math.nan, "none": math.nan, "na": math.nan}
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -20,10 +24,10 @@ def rows(path: Path, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any
     """Number (from 1) and cells of each line that can be read; a complaint for each that can't.
 
     Raises:
-        OSError: the file can't be opened.
+        FileNotFoundError: no such file.
+        UnreadableFile: it is no file, too large, or can't be opened.
     """
-    # A spreadsheet's byte-order mark would else become part of the first column's name.
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = bounded_files.read_text(path, LIMIT, complaints)
     yield from (_csv if path.suffix.lower() == ".csv" else _jsonl)(text, complaints)
 
 
@@ -44,13 +48,13 @@ def _csv(text: str, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any]
 
 
 def _jsonl(text: str, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = text.split("\n")
+    lines, decoder = text.split("\n"), JsonDecoder()
     for index, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = decoder.decode(line)
+        except UnreadableValue:
             torn = " (torn: the file ends within it)" if index == len(lines) else ""
             complaints.append(f"line {index}: no JSON{torn}")
             continue

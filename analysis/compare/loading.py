@@ -18,6 +18,7 @@ from analysis.compare.reading import number
 from analysis.compare.runs import Run
 from harness.config.errors import InputError
 from harness.record.folder import JOBS
+from harness.record.readers import Environment, Status, Summary
 from harness.record.schema import SCHEMA_VERSION, STATES
 
 # What may differ between two runs whose losses are compared: the arm, the seed, and what changes no loss.
@@ -41,7 +42,8 @@ def load(folder: str | Path, remarks: list[str] | None = None) -> list[Run]:
 
     Args:
         folder: where to look.
-        remarks: gets a line for each table that looks like runs of another trainer and is none.
+        remarks: gets a line for each table that looks like runs of another trainer and is none, and for each folder
+            that can't be listed.
 
     Raises:
         InputError: the folder does not exist.
@@ -50,18 +52,23 @@ def load(folder: str | Path, remarks: list[str] | None = None) -> list[Run]:
     if not root.is_dir():
         raise InputError("report", folder, "is not a folder", fix="optbench report runs/GROUP")
     runs: list[Run] = []
-    for path in sorted(_sources(root)):
+    remarks = [] if remarks is None else remarks
+    for path in sorted(_sources(root, remarks)):
         if path.is_dir():
             runs.append(_read(path, root))
         else:
-            runs.extend(foreign.read(path, root, [] if remarks is None else remarks))
+            runs.extend(foreign.read(path, root, remarks))
     _adopt_keys(runs)
     return runs
 
 
-def _sources(root: Path) -> Iterator[Path]:
+def _sources(root: Path, remarks: list[str]) -> Iterator[Path]:
     """Run folders, and tables that lie outside of them."""
-    for directory, below, files in os.walk(root):
+
+    def note(error: OSError) -> None:
+        remarks.append(f"{error.filename} can't be listed ({error.strerror})")
+
+    for directory, below, files in os.walk(root, onerror=note):
         if any(mark in files for mark in _MARKS):
             below.clear()
             yield Path(directory)
@@ -74,8 +81,8 @@ def _sources(root: Path) -> Iterator[Path]:
 def _read(folder: Path, root: Path) -> Run:
     notes: list[str] = []
     config = reading.mapping(folder / "config.yaml", notes, required=True)
-    summary = reading.mapping(folder / "summary.json", notes)
-    status = reading.mapping(folder / "status.json", notes)
+    summary = reading.record(folder / "summary.json", Summary, notes)
+    status = reading.record(folder / "status.json", Status, notes)
     version = number(summary.get("schema_version", status.get("schema_version")))
     if version < SCHEMA_VERSION:
         notes.append(f"written by schema {version:g}, this is {SCHEMA_VERSION}: what it lacks is left blank")
@@ -90,8 +97,8 @@ def _read(folder: Path, root: Path) -> Run:
         config=config,
         summary=summary,
         status=status,
-        environment=reading.mapping(folder / "environment.json", notes),
-        parameters=reading.rows(folder / "parameters.json", notes),
+        environment=reading.record(folder / "environment.json", Environment, notes),
+        parameters=reading.rows(folder, notes),
         metrics=reading.metrics(folder / "metrics.jsonl", notes),
         moments=reading.moments(folder / "moments.parquet", notes),
         state="running",

@@ -5,20 +5,28 @@ Every reader takes the list of notes of its run and adds one line for each oddit
 
 from __future__ import annotations
 
-import json
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
+
+from harness import bounded_files
+from harness.bounded_files import MIB, UnreadableFile
+from harness.record import readers
+from harness.record.readers import Record, Row
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Columns = dict[str, NDArray[np.float64]]
+MOMENTS_LIMIT = 1024 * MIB
+"""Bytes of a moments.parquet."""
+MOMENTS_VALUES = 200_000_000
+"""Rows × columns of a moments.parquet, whose size on disk says little of them."""
 
 
 def number(value: object) -> float:
@@ -35,35 +43,25 @@ def mapping(path: Path, notes: list[str], *, required: bool = False) -> dict[str
     """A JSON or YAML file that holds one object; ``{}`` and a note if it is damaged (or required and
     absent).
     """
-    if not path.is_file():
-        if required:
-            notes.append(f"{path.name} is missing")
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        data = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        notes.append(f"{path.name} can't be read: {str(error).splitlines()[0]}")
-        return {}
-    if not isinstance(data, dict):
-        notes.append(f"{path.name} holds no object")
-        return {}
-    return data
+    content, problems = (readers.config if path.suffix == ".yaml" else readers.json_object)(path)
+    notes += problems
+    if content is None and not problems and required:
+        notes.append(f"{path.name} is missing")
+    return content or {}
 
 
-def rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """A JSON file that holds a list of objects (parameters.json)."""
-    if not path.is_file():
-        return []
-    try:
-        data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"{path.name} can't be read: {str(error).splitlines()[0]}")
-        return []
-    kept = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
-    if not isinstance(data, list) or len(kept) < len(data):
-        notes.append(f"{path.name} holds something else than a list of objects")
-    return kept
+def record(path: Path, kind: type[Record], notes: list[str]) -> dict[str, Any]:
+    """The values of the right type in a JSON file of a known kind; ``{}`` if it is absent or damaged."""
+    content, problems = readers.record(path, kind)
+    notes += problems
+    return {} if content is None else content.facts()
+
+
+def rows(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The entries of parameters.json."""
+    found, problems = readers.parameters(folder)
+    notes += problems
+    return [parameter.facts() for parameter in found]
 
 
 def metrics(path: Path, notes: list[str]) -> Columns:
@@ -72,48 +70,24 @@ def metrics(path: Path, notes: list[str]) -> Columns:
 
     A run that was resumed may have logged a step twice: the later row holds.
     """
-    if not path.is_file():
-        notes.append("metrics.jsonl is missing")
+    table, problems = readers.metrics(path)
+    notes += problems
+    if not table:
+        if not problems:
+            notes.append("metrics.jsonl holds no rows" if path.exists() else "metrics.jsonl is missing")
         return {}
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        notes.append(f"metrics.jsonl can't be read: {error}")
-        return {}
-    parsed: dict[float, Mapping[str, Any]] = {}
-    torn: list[int] = []
-    repeated = 0
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            torn.append(index)
-            continue
-        step = number(row.get("step")) if isinstance(row, dict) else math.nan
-        if not math.isfinite(step):
-            torn.append(index)
-            continue
-        repeated += step in parsed
-        parsed[step] = row
-    if torn == [len(lines) - 1]:
-        notes.append("the last line of metrics.jsonl is torn (the run was killed while writing it)")
-    elif torn:
-        notes.append(f"{len(torn)} lines of metrics.jsonl can't be read")
+    by_step = {row["step"] or 0: row for row in table}
+    repeated = len(table) - len(by_step)
     if repeated:
         notes.append(f"{repeated} steps were logged twice; the later row is used")
-    if not parsed:
-        notes.append("metrics.jsonl holds no rows")
-        return {}
-    return _columns([parsed[step] for step in sorted(parsed)], notes)
+    return _columns([by_step[step] for step in sorted(by_step)], notes)
 
 
-def _columns(table: list[Mapping[str, Any]], notes: list[str]) -> Columns:
+def _columns(table: Sequence[Row], notes: list[str]) -> Columns:
     keys = {key for row in table for key in row}
     columns = {key: np.array([number(row.get(key)) for row in table]) for key in keys}
     for key in ("train/loss", "val/loss"):
-        lost = sum(key in row and not math.isfinite(number(row[key])) for row in table)
+        lost = sum(key in row and row[key] is None for row in table)
         if lost:
             notes.append(f"{key} is not finite in {lost} row{'s' if lost > 1 else ''}")
     return columns
@@ -122,13 +96,25 @@ def _columns(table: list[Mapping[str, Any]], notes: list[str]) -> Columns:
 def moments(path: Path, notes: list[str]) -> pd.DataFrame:
     """moments.parquet (step, layer, rule and the spectrum figures); an empty frame where there is none."""
     import pandas as pd  # half a second, which a command that only trains does not owe
+    import pyarrow.parquet as pq
 
-    if not path.is_file():
+    try:
+        content = bounded_files.read_bytes(path, MOMENTS_LIMIT)
+    except FileNotFoundError:
+        return pd.DataFrame()
+    except UnreadableFile as error:
+        notes.append(str(error))
         return pd.DataFrame()
     try:
-        frame = pd.read_parquet(path)
+        # Repeated values are packed so well that a file of some kB can hold a billion rows.
+        shape = pq.ParquetFile(io.BytesIO(content)).metadata
+        if shape.num_rows * shape.num_columns > MOMENTS_VALUES:
+            notes.append(f"moments.parquet holds more than {MOMENTS_VALUES:,} values: left out")
+            return pd.DataFrame()
+        frame = pd.read_parquet(io.BytesIO(content))
     except Exception as error:  # pyarrow raises its own hierarchy, OSError and ValueError for damaged files
-        notes.append(f"moments.parquet can't be read: {str(error).splitlines()[0]}")
+        reason = " ".join(str(error).split())[:200]
+        notes.append(f"moments.parquet can't be read: {reason}")
         return pd.DataFrame()
     if not {"step", "layer"} <= set(frame.columns):
         notes.append("moments.parquet lacks step or layer")

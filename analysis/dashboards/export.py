@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from analysis.dashboards import access
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
-from harness.record import atomic
+from harness.record import atomic, readers
 from harness.record.schema import METRICS, SCHEMA_VERSION, STATES, SUMMARY_KEYS
 
 STATE_OF = {"finished": "finished", "running": "running", "pending": "running", "preempting": "interrupted"}
@@ -85,11 +85,8 @@ def _place(out: Path, run: Any, taken: Mapping[Path, None]) -> Path:
 
 
 def _origin(folder: Path) -> str | None:
-    try:
-        found = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found.get("wandb_run_id") if isinstance(found, dict) and "exported_from" in found else None
+    status, _ = readers.status(folder)
+    return status.wandb_run_id if status is not None and "exported_from" in status.facts() else None
 
 
 def _write(folder: Path, run: Any, origin: str) -> None:

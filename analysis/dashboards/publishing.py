@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from analysis.compare.document import Document
 from analysis.compare.report import Written
 from analysis.dashboards import access, artifacts, preview, scope, syncing
 from analysis.dashboards.scope import Scope
-from harness.record import atomic
+from harness.record import atomic, readers
 
 SCHEMA_VERSION = 1
 DEFINITION, PREVIEW = "wandb_dashboards.json", "wandb_preview.html"
@@ -106,10 +105,7 @@ def _name(where: Scope) -> str:
 
 def _saved(out: Path) -> dict[str, Any]:
     """Where an earlier call saved the dashboards: they are updated rather than made again."""
-    try:
-        found = json.loads((out / DEFINITION).read_text(encoding="utf-8")).get("saved")
-    except (OSError, ValueError, AttributeError):
-        return {}
+    found = (readers.json_object(out / DEFINITION)[0] or {}).get("saved")
     return found if isinstance(found, dict) else {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from analysis.margin.settings import Settings
 from harness.config.errors import InputError
+from harness.record import readers
 
 ROWS = 8
 SEQ_LEN = 64
@@ -36,12 +36,16 @@ class Loaded(NamedTuple):
     labels: Tensor
 
 
-def find(settings: Settings) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints, ascending in step.
+class UnreadableCheckpoint(InputError):
+    """One checkpoint that cannot be read; the others are measured without it."""
+
+
+def find(settings: Settings, say: Callable[[str], None]) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints, ascending in step; those that cannot be read are said and left out.
 
     Raises:
         InputError: no pattern, no folder that matches, a folder that is no checkpoint or has no step; other
-            architectures among them.
+            architectures among them; no checkpoint that can be read.
     """
     if settings.checkpoints is None:
         fix = "\"checkpoints='runs/GROUP/NAME/checkpoints/step_*'\""
@@ -54,8 +58,21 @@ def find(settings: Settings) -> list[tuple[int, Path]]:
             "matches no folder",
             allowed="a pattern of checkpoint folders",
         )
-    found = sorted((_step(path), path) for path in paths)
-    shapes = {path: _architecture(path) for _, path in found}
+    found: list[tuple[int, Path]] = []
+    shapes: dict[Path, dict[str, Any]] = {}
+    problems: list[UnreadableCheckpoint] = []
+    for path in paths:
+        try:
+            step, shapes[path] = _step(path), _architecture(path)
+        except UnreadableCheckpoint as error:
+            problems.append(error)
+            continue
+        found.append((step, path))
+    if not found:
+        raise problems[0]
+    for problem in problems:
+        say(f"left out: {problem}")
+    found.sort()
     first = found[0][1]
     for _, path in found:
         if shapes[path] != shapes[first]:
@@ -104,7 +121,12 @@ def _is_ours(path: Path) -> bool:
 
 def _step(path: Path) -> int:
     if _is_ours(path):
-        return int(json.loads((path / "manifest.json").read_text())["step"])
+        from harness.checkpoint import store
+
+        try:
+            return int(store.read_manifest(path)["step"])
+        except (store.DamagedCheckpoint, ValueError, KeyError, TypeError) as error:
+            raise UnreadableCheckpoint("checkpoints", path, f"is damaged: {_line(error)}") from None
     if not (path / "config.json").is_file():
         reason = "is no checkpoint: it has neither manifest.json (ours) nor config.json (Hugging Face)"
         raise InputError("checkpoints", path, reason)
@@ -120,7 +142,9 @@ def _architecture(path: Path) -> dict[str, Any]:
     if _is_ours(path):
         config = _run_config(path).model
         return {"model_type": config.model_type, **config.config}
-    values = json.loads((path / "config.json").read_text())
+    values, problems = readers.json_object(path / "config.json")
+    if values is None:
+        raise UnreadableCheckpoint("checkpoints", path, f"cannot be read: {'; '.join(problems)}")
     ignored = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
     return {key: value for key, value in values.items() if key not in ignored}
 
@@ -128,7 +152,14 @@ def _architecture(path: Path) -> dict[str, Any]:
 def _run_config(path: Path) -> Any:
     from harness.config.compose import load_file
 
-    return load_file(path / "config.yaml")
+    try:
+        return load_file(path / "config.yaml")
+    except InputError as error:
+        raise UnreadableCheckpoint("checkpoints", path, f"cannot be read: {error}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None]) -> Loaded:
@@ -152,7 +183,7 @@ def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None])
                     raise store.DamagedCheckpoint(f"{path.name}: {WEIGHT} of {name} is missing")
         saved.close()
     except store.DamagedCheckpoint as error:
-        raise InputError("checkpoints", path, f"is damaged: {error}") from None
+        raise UnreadableCheckpoint("checkpoints", path, f"is damaged: {error}") from None
     corpus = data.check(config.data, config.seq_len, 1, 1, None, say=say)
     validation = data.Validation(corpus, config.seq_len, config.data.mode)
     ids, labels = validation.batch(0, min(ROWS, validation.length))
@@ -180,7 +211,7 @@ def _hugging_face(path: Path, step: int, settings: Settings) -> Loaded:
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError("checkpoints", path, f"cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UnreadableCheckpoint("checkpoints", path, f"cannot be loaded: {_line(error)}") from None
     tokens = tokenizer(text_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
     rows = min(ROWS, (len(tokens) - 1) // SEQ_LEN)
     if rows < 1:

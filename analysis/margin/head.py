@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from analysis.margin import own_norms
 from analysis.margin.attacks import Effort, attack, functional_margins
-from analysis.margin.checkpoints import Loaded, find, load
+from analysis.margin.checkpoints import Loaded, UnreadableCheckpoint, find, load
 from analysis.margin.settings import Settings
 from analysis.margin.trajectory import Row, Run
 from harness.model.loss import IGNORED
@@ -42,10 +42,16 @@ def run_head(settings: Settings, say: Say) -> list[Run]:
         InputError: bad input.
     """
     runs: dict[str, Run] = {}
-    for step, path in find(settings):
-        with full_precision("cpu"):
-            loaded = load(path, step, settings, say)
-            row, own = measured(loaded, settings)
+    for step, path in (found := find(settings, say)):
+        try:
+            with full_precision("cpu"):
+                loaded = load(path, step, settings, say)
+                row, own = measured(loaded, settings)
+        except UnreadableCheckpoint as error:
+            if not runs and path == found[-1][1]:
+                raise
+            say(f"left out: {error}")
+            continue
         run = runs.setdefault(loaded.optimizer, Run(loaded.optimizer, 0, "ok"))
         run.rows.append(row)
         run.facts |= {"dtype": "float64", "checkpoints": len(run.rows), "own_norms": own}

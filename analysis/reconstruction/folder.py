@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from analysis.reconstruction.config import Config
 from analysis.reconstruction.network import Network
 from analysis.reconstruction.tables import Row
 from analysis.reconstruction.victim import Checkpoint
+from harness import bounded_files
+from harness.bounded_files import UnreadableFile
 from harness.config.errors import InputError
-from harness.record import atomic
+from harness.record import atomic, readers
 
 CONFIG = "config.yaml"
 _OURS = ("victims", "candidates", "alternatives", "parts", "images", CONFIG)
@@ -41,10 +44,10 @@ def check(config: Config) -> None:
     path = out / CONFIG
     if not path.is_file():
         raise InputError("out", out, "holds files that are no reconstruction job", fix="another out=")
-    held = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    held = readers.config(path)[0] or {}
     if held.get("identity") != config.identity:
         now = config.model_dump(mode="json")
-        before = held.get("keys", {})
+        before = keys if isinstance(keys := held.get("keys"), dict) else {}
         keys = ", ".join(
             k for k in now if k not in ("out", "overwrite", "wandb", "stages") and now[k] != before.get(k)
         )
@@ -75,8 +78,10 @@ class Folder:
     def rows(self, key: str, compute: Callable[[], Sequence[Row]]) -> list[Row]:
         """Rows that were computed before under this key, else computed now."""
         path = self.path / "parts" / f"{key}.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+        with suppress(FileNotFoundError, UnreadableFile):  # a damaged one is computed again
+            kept = bounded_files.read_json(path, [])
+            if isinstance(kept, list) and all(isinstance(row, dict) for row in kept):
+                return kept
         found = list(compute())
         atomic.write_text(path, json.dumps(found) + "\n")
         return found

@@ -13,11 +13,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from harness import bounded_files
+from harness.bounded_files import MIB, JsonDecoder, UnreadableFile
 from harness.config.errors import InputError
 from harness.jobs.folder import folder_of
 from harness.record import atomic
 
 FILE = "grid.jsonl"
+_LIMIT = 64 * MIB
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,26 @@ class Row:
     identity: str = ""
 
 
+_ROW, _DECODER = TypeAdapter(Row), JsonDecoder()
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a grid; none if there is no file.
 
     Raises:
         InputError: the file is damaged.
     """
-    if not path.exists():
+    try:
+        text = bounded_files.read_text(path, _LIMIT, [])
+    except FileNotFoundError:
         return []
+    except UnreadableFile as error:
+        raise InputError(str(path), "the grid", f"can't be read: {error}", fix=f"remove {path}") from None
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(text.rstrip("\n").split("\n") if text else ()):
         try:
-            content = json.loads(line)
-            rows.append(Row(**{"row": number, **content, "words": tuple(content["words"])}))
-        except (ValueError, KeyError, TypeError):
+            rows.append(_ROW.validate_python({"row": number, **_DECODER.decode(line)}))
+        except (ValueError, TypeError):
             raise InputError(
                 str(path), f"line {number + 1}", "is no row of a grid", fix=f"remove {path}"
             ) from None

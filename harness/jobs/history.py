@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from harness import bounded_files
+from harness.bounded_files import MIB, UnreadableFile
 from harness.record.folder import JOBS, now
 
 FILE = "events.tsv"
+JOB = "[0-9]{1,18}(_[0-9]{1,9})?"
+"""Regular expression of the number of a job, or of a row of an array: ``12``, ``12_3``."""
+_LIMIT = 16 * MIB
 
 
 class Event(NamedTuple):
@@ -30,13 +37,21 @@ class Event(NamedTuple):
 
 
 def read(run: Path) -> list[Event]:
-    """All events of a run, oldest first; a torn line is left out."""
+    """All events of a run, oldest first; a line that is torn or damaged is left out."""
     try:
-        lines = (run / JOBS / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        text = bounded_files.read_text(run / JOBS / FILE, _LIMIT, [])
+    except (FileNotFoundError, UnreadableFile):
         return []
-    parts = [line.split("\t") for line in lines]
-    return [Event(p[0], p[1], int(p[2]), p[3], p[4]) for p in parts if len(p) == 5 and p[2].isdecimal()]
+    parts = [line.split("\t") for line in text.split("\n")]
+    return [Event(p[0], p[1], int(p[2]), p[3], p[4]) for p in parts if len(p) == 5 and _is_event(p)]
+
+
+def _is_event(parts: list[str]) -> bool:
+    try:
+        datetime.fromisoformat(parts[0])
+    except ValueError:
+        return False
+    return re.fullmatch(JOB, parts[1]) is not None and re.fullmatch("[0-9]{1,9}", parts[2]) is not None
 
 
 def add(run: Path, job: str, restarts: int, kind: str, text: str) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from harness import bounded_files
+from harness.bounded_files import UnreadableFile
 from harness.record import atomic
 
 FRESH_S = 90.0
@@ -42,9 +44,9 @@ def path_of(run_folder: Path) -> Path:
 def holder(path: Path) -> Lease | None:
     """Whose lease it is, fresh or not; None: nobody's."""
     try:
-        content = json.loads(path.read_text())
+        content = bounded_files.read_json(path, [])
         return Lease(str(content["job"]), str(content["token"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, UnreadableFile, KeyError, TypeError):
         return None
 
 

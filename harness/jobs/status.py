@@ -5,27 +5,30 @@ SLURM knows jobs, not runs, and forgets them some minutes after their end; the r
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from harness.config.errors import InputError
 from harness.jobs import grid, history, leases, slurm
 from harness.jobs.grid import Row
 from harness.jobs.history import Event
 from harness.jobs.slurm import Task
 from harness.jobs.submission import Submission, Submitted
 from harness.lifecycle import BEAT_S, heartbeats
+from harness.record import readers
 from harness.record.folder import JOBS
+from harness.record.readers import METRICS, STATUS, Status
+from harness.record.schema import STATES
 
 ACTIVE = ("pending", "requeued", "starting", "running", "stopping")
 """States in which something will still happen by itself."""
 FRESH_S = 15.0
 """A process whose last sign of life is older is dead or on a file system that is late."""
-_TAIL = 1 << 16
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,17 @@ class RunStatus:
         name: of the run, with its group.
         folder: of the run.
         state: pending (in SLURM's queue), requeued (in it again), starting, running, stopping, finished, interrupted,
-            cancelled, stopped (not queued again: no progress, or too often), failed, diverged or dead (its processes
-            are gone and could not say so).
+            cancelled, stopped (not queued again: no progress, or too often), failed, diverged, dead (its processes
+            are gone and could not say so) or unreadable (reason says why).
         step, steps: done, and in all; None where it is not known yet.
         loss: last training loss, nats per token.
+        val_loss: last validation loss, nats per token.
         tokens_per_s: last throughput.
         restarts: attempts after the first.
         reason: one line; "" if there is nothing to say.
         job: that trains it or trained it last; None without SLURM.
         nodes: that it runs on.
+        problems: what in its folder cannot be read, one line each.
     """
 
     name: str
@@ -53,11 +58,13 @@ class RunStatus:
     step: int | None
     steps: int | None
     loss: float | None
+    val_loss: float | None
     tokens_per_s: float | None
     restarts: int
     reason: str
     job: str | None
     nodes: str
+    problems: list[str]
 
 
 @dataclass(frozen=True)
@@ -97,26 +104,34 @@ class _Found:
         """The newest job that has or had to do with it."""
         lease = leases.holder(leases.path_of(self.folder))
         jobs = [task for task, _ in self.submitted] + [event.job for event in history.read(self.folder)]
-        jobs += [lease.job] if lease is not None else []
+        jobs += [lease.job] if lease is not None and re.fullmatch(history.JOB, lease.job) else []
         return max(jobs, key=lambda job: int(job.partition("_")[0])) if jobs else None
 
 
 def collect(root: Path) -> tuple[list[RunStatus], list[JobStatus]]:
-    """All runs below ``root`` (or ``root`` itself), by path, and the other jobs that were submitted there."""
+    """All runs below ``root`` (or ``root`` itself), by path, and the other jobs that were submitted there.
+
+    What cannot be read is a run in the state ``unreadable`` and takes nothing else down.
+    """
     found: dict[Path, _Found] = {}
     others: list[Submitted] = []
-    for folder in _homes(root):
+    unreadable: list[RunStatus] = []
+    for folder in _homes(root, unreadable):
         submission = Submission(folder)
-        rows = {row.row: row for row in grid_rows(submission)}
-        if (folder / "status.json").is_file():
+        try:
+            rows = {row.row: row for row in grid_rows(submission)}
+        except InputError as error:
+            rows = {}
+            unreadable.append(_unreadable(submission.path / grid.FILE, f"{error.value} {error.reason}"))
+        if os.path.lexists(folder / STATUS):
             found.setdefault(folder.absolute(), _Found(folder, []))
         for entry in submission.jobs():
             if entry.kind == "train":
                 found.setdefault(folder.absolute(), _Found(folder, [])).submitted.append((entry.job, entry))
             elif entry.kind == "sweep":
                 for number in entry.rows:
-                    if number in rows:
-                        place = _place(rows[number], folder)
+                    place = _place(rows[number], folder) if number in rows else None
+                    if place is not None:
                         found.setdefault(place.absolute(), _Found(place, [])).submitted.append(
                             (entry.task(number), entry)
                         )
@@ -125,7 +140,20 @@ def collect(root: Path) -> tuple[list[RunStatus], list[JobStatus]]:
     jobs = [job for run in found.values() if (job := run.job) is not None]
     tasks = slurm.tasks([*jobs, *(entry.job for entry in others)])
     runs = [_status(run, tasks) for _, run in sorted(found.items())]
+    runs = sorted([*runs, *unreadable], key=lambda run: run.folder.absolute())
     return runs, [_other(entry, tasks.get(entry.job)) for entry in others]
+
+
+def _unreadable(path: Path, reason: str) -> RunStatus:
+    """A folder or file that cannot be read."""
+    return RunStatus(
+        _name(path), path, UNREADABLE, None, None, None, None, None, 0, reason, None, "", [reason]
+    )
+
+
+def _name(folder: Path) -> str:
+    place = folder.absolute()
+    return f"{place.parent.name}/{place.name}"
 
 
 def grid_rows(submission: Submission) -> list[Row]:
@@ -146,60 +174,77 @@ def submitted_as(run: RunStatus) -> tuple[Submitted, int | None] | None:
     return None
 
 
-def _place(row: Row, group: Path) -> Path:
-    """A row's folder, also after the group's folder was moved."""
-    return group / Path(row.folder).name
+def _place(row: Row, group: Path) -> Path | None:
+    """A row's folder, also after the group's folder was moved; None: the row names none."""
+    name = Path(row.folder).name
+    return None if name in ("", "..") or "\0" in name else group / name
 
 
-def _homes(root: Path) -> Iterator[Path]:
-    """Folders of runs and of groups that jobs were submitted for."""
-    for directory, below, files in os.walk(root):
+def _homes(root: Path, unreadable: list[RunStatus]) -> Iterator[Path]:
+    """Folders of runs and of groups that jobs were submitted for; folders that cannot be listed are added to
+    ``unreadable``.
+    """
+
+    def note(error: OSError) -> None:
+        unreadable.append(_unreadable(Path(error.filename), f"can't be listed ({error.strerror})"))
+
+    for directory, below, files in os.walk(root, onerror=note):
         folder = Path(directory)
-        if "status.json" in files or JOBS in below:
+        is_run = STATUS in files or STATUS in below
+        if is_run or JOBS in below:
             yield folder
-        if "status.json" in files:
-            below.clear()
-        below[:] = sorted(name for name in below if not name.startswith(".") and name != JOBS)
+        below[:] = sorted(name for name in below if not is_run and not name.startswith(".") and name != JOBS)
 
 
 def _status(run: _Found, tasks: dict[str, Task]) -> RunStatus:
-    content = _json(run.folder / "status.json")
-    attempts = [attempt for attempt in content.get("attempts") or [] if isinstance(attempt, dict)]
+    content, problems = readers.status(run.folder)
     events = history.read(run.folder)
     job = run.job
     task = tasks.get(job) if job is not None else None
     event = next((event for event in reversed(events) if event.job == job), None)
-    state, reason = _state(run.folder, content, attempts, job, task, event)
-    row = _last_values(run.folder / "metrics.jsonl")
+    if content is not None and content.state not in STATES:
+        problems = [
+            *problems,
+            f"{STATUS} holds {f'the unknown state {content.state}' if content.state else 'no state'}",
+        ]
+        content = content.model_copy(update={"state": ""})
+    is_over = task is None or task.is_over
+    if problems and is_over and (content is None or not content.state) and not (run.folder / "DONE").exists():
+        state, reason = UNREADABLE, problems[-1]
+    else:
+        state, reason = _state(run.folder, content or Status(), job, task, event)
+    row: dict[str, float | int | None] = {}
+    for values in readers.last_rows(run.folder / METRICS):
+        row |= {key: value for key, value in values.items() if value is not None}
     beats = heartbeats(run.folder) if state in ("running", "stopping") else {}
-    steps = content.get("steps")
+    content = content or Status()
+    steps = [beat.step for beat in beats.values()] + ([] if content.step is None else [content.step])
     return RunStatus(
-        name=f"{run.folder.absolute().parent.name}/{run.folder.absolute().name}",
+        name=_name(run.folder),
         folder=run.folder,
         state=state,
-        step=max([beat.step for beat in beats.values()] + [int(content["step"])])
-        if "step" in content
-        else None,
-        steps=int(steps) if steps is not None else None,
+        step=max(steps) if content.step is not None else None,
+        steps=content.steps,
         loss=row.get("train/loss"),
+        val_loss=row.get("val/loss"),
         tokens_per_s=row.get("throughput/tokens_per_s"),
-        restarts=max(0, len(attempts) - 1),
+        restarts=max(0, len(content.attempts) - 1),
         reason=reason,
         job=job,
         nodes=task.nodes if task is not None and not task.is_over else "",
+        problems=problems,
     )
 
 
 def _state(
     folder: Path,
-    content: dict[str, Any],
-    attempts: list[dict[str, Any]],
+    content: Status,
     job: str | None,
     task: Task | None,
     event: Event | None,
 ) -> tuple[str, str]:
-    said = str(attempts[-1].get("reason") or "") if attempts else ""
-    own = str(content.get("state") or "")
+    said = content.attempts[-1].reason if content.attempts else ""
+    own = content.state
     if (folder / "DONE").exists():
         return "finished", said
     if task is not None and not task.is_over:
@@ -236,7 +281,8 @@ def _is_alive(folder: Path, since: str | None = None) -> bool:
     """Whether a process gave a sign of life just now, and (ISO 8601) after the attempt began: not the one before it."""
     oldest_s = FRESH_S
     if since is not None:
-        began = datetime.fromisoformat(since.replace("Z", "+00:00"))
+        began = datetime.fromisoformat(since)
+        began = began if began.tzinfo is not None else began.replace(tzinfo=UTC)
         oldest_s = min(oldest_s, (datetime.now(UTC) - began).total_seconds())
     return any(beat.age_s < oldest_s for beat in heartbeats(folder).values())
 
@@ -253,30 +299,3 @@ def _other(entry: Submitted, task: Task | None) -> JobStatus:
     state = task.state.lower() if task is not None else "ended"
     reason = task.reason if task is not None else "no longer known to SLURM"
     return JobStatus(entry.job, entry.kind, state, reason, entry.script)
-
-
-def _last_values(path: Path) -> dict[str, float]:
-    """The last value of each metric in the end of a metrics.jsonl."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return {}
-    values: dict[str, float] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut at the beginning, or torn at the end
-        if isinstance(row, dict):
-            values |= {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
-    return values
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

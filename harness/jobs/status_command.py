@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from harness.config.errors import InputError, closest
+from harness.console import cell, for_tables
 from harness.jobs import history, slurm, status
 from harness.jobs.status import ACTIVE, JobStatus, RunStatus
 from harness.jobs.submission import Submission
@@ -24,7 +25,16 @@ from harness.record.schema import SCHEMA_VERSION
 REFRESH_S = 2.0
 NARROWEST = 110
 """Width of the table where the output is no terminal."""
-_COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "red", "dead": "red"}
+_LONGEST = 300
+"""Characters of a reason in the table; --json has all of it."""
+_COLOURS = {
+    "finished": "green",
+    "running": "cyan",
+    "failed": "red",
+    "diverged": "red",
+    "dead": "red",
+    "unreadable": "red",
+}
 _COLOURS |= {"stopped": "red", "cancelled": "yellow", "interrupted": "yellow", "requeued": "yellow"}
 _FLAGS = ("--watch", "--cancel", "--resubmit", "--json")
 
@@ -55,9 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if asked.as_json:
         print(json.dumps(_document(runs, jobs), indent=2, allow_nan=False))
         return 0
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, NARROWEST))
+    console = for_tables(width=NARROWEST)
     if not asked.watch:
         console.print(_shown(runs, jobs, asked.root))
         return 0
@@ -149,22 +157,30 @@ def _document(runs: Sequence[RunStatus], jobs: Sequence[JobStatus]) -> dict[str,
 
 def _shown(runs: Sequence[RunStatus], jobs: Sequence[JobStatus], root: Path) -> Group:
     if not runs and not jobs:
-        return Group(Text(f"no runs below {root}"))
+        return Group(cell(f"no runs below {root}"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    numbers = ("step", "loss", "tokens/s", "restarts")
+    numbers = ("step", "train loss", "val loss", "tokens/s", "restarts")
     for column in ("run", "state", *numbers, "job", "reason"):
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for run in runs:
         table.add_row(
-            Text(run.name),
-            Text(run.state, style=_COLOURS.get(run.state, "")),
-            "" if run.step is None else f"{run.step}/{run.steps}",
+            cell(run.name),
+            cell(run.state, _COLOURS.get(run.state, "")),
+            "" if run.step is None else f"{run.step}/{'?' if run.steps is None else run.steps}",
             "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.val_loss is None else f"{run.val_loss:.4f}",
             "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
             str(run.restarts or ""),
-            (run.job or "") + (f" {run.nodes}" if run.nodes else ""),
-            Text(run.reason),
+            cell((run.job or "") + (f" {run.nodes}" if run.nodes else "")),
+            cell(_reason(run)),
         )
     parts: list[Table | Text] = [table] if runs else []
-    parts += [Text(f"job {job.job}: {job.command}: {job.state} {job.reason}".rstrip()) for job in jobs]
+    parts += [cell(f"job {job.job}: {job.command}: {job.state} {job.reason}".rstrip()) for job in jobs]
     return Group(*parts)
+
+
+def _reason(run: RunStatus) -> str:
+    """Why the run is in its state, and what in its folder cannot be read."""
+    more = [problem for problem in run.problems if problem != run.reason]
+    text = "; ".join([run.reason, *more[:1]] if run.reason else more[:1])
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

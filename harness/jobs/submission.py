@@ -10,14 +10,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field, TypeAdapter
+
+from harness import bounded_files
+from harness.bounded_files import MIB, UnreadableFile
 from harness.config.cluster import ClusterConfig
 from harness.config.errors import InputError
+from harness.jobs import history
 from harness.record.folder import JOBS, now
 
 JOURNAL = "jobs.jsonl"
 SUCCESSORS = "successors"
 DEPENDENTS = "dependents"
+_LIMIT = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Submitted:
         submitted: UTC, ISO 8601.
     """
 
-    job: str
+    job: Annotated[str, Field(pattern=f"^{history.JOB}$")]
     kind: str
     script: str
     rows: tuple[int, ...]
@@ -41,6 +48,9 @@ class Submitted:
     def task(self, row: int | None) -> str:
         """The job's name for SLURM, of one row."""
         return self.job if row is None else f"{self.job}_{row}"
+
+
+_SUBMITTED = TypeAdapter(Submitted)
 
 
 class Submission:
@@ -55,16 +65,15 @@ class Submission:
 
     def jobs(self) -> list[Submitted]:
         """All that were submitted, oldest first; a damaged line is left out."""
-        found: list[Submitted] = []
         try:
-            lines = (self.path / JOURNAL).read_text(encoding="utf-8").splitlines()
-        except OSError:
+            text = bounded_files.read_text(self.path / JOURNAL, _LIMIT, [])
+        except (FileNotFoundError, UnreadableFile):
             return []
-        for line in lines:
+        found: list[Submitted] = []
+        for line in text.split("\n"):
             try:
-                content = json.loads(line)
-                found.append(Submitted(**{**content, "rows": tuple(content["rows"])}))
-            except (ValueError, KeyError, TypeError):
+                found.append(_SUBMITTED.validate_json(line))
+            except ValueError:
                 continue
         return found
 

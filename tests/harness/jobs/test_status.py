@@ -35,7 +35,7 @@ def _run(root: Path, name: str, state: str | None, reason: str = "", step: int =
     folder = RunFolder(path, RunConfig(steps=9, world_size=1, micro_batch_size=1), "id")
     folder.begin(0)
     folder.add_row({"step": 5, "train/loss": 2.5, "throughput/tokens_per_s": 100.0})
-    folder.add_row({"step": 7, "train/loss": 2.25})
+    folder.add_row({"step": 7, "train/loss": 2.25, "val/loss": 3.5})
     folder.set_state(state, step=step, reason=reason)
     folder.close(done=state == "finished")
     return path
@@ -189,11 +189,13 @@ def test_the_command_and_its_refusals(tmp_path: Path, capsys: pytest.CaptureFixt
         "step": 7,
         "steps": 9,
         "loss": 2.25,
+        "val_loss": 3.5,
         "tokens_per_s": 100.0,
         "restarts": 0,
         "reason": "all steps done",
         "job": None,
         "nodes": "",
+        "problems": [],
     }
     for words, said in (
         (["--cancel", "a"], "is finished: there is no job to end"),
