@@ -7,14 +7,13 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from analysis.compare import document, reading, renderings, report
 from analysis.compare.arguments import Plan
 from analysis.compare.document import ORIGIN, SCHEMA_VERSION, Document
 from analysis.compare.report import Written
+from harness.console import cell, for_tables
 from harness.record import atomic
+from harness.visible import visible
 
 NARROWEST = 110
 """Width of tables where the output is no terminal."""
@@ -66,33 +65,32 @@ def _print(found: Document, written: Written, as_json: bool, more: Mapping[str, 
     """The document, or the tables with the report's path as the last line."""
     if as_json:
         for remark in written.remarks:
-            print(remark, file=sys.stderr)
+            print(visible(remark), file=sys.stderr)
         files = [str(path) for path in written.files]
         extra = {"files": files, **({"links": written.links} if written.links else {})}
         print(json.dumps({**document.to_json(found), **more, **extra}, indent=2, allow_nan=False))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, NARROWEST))
+    console = for_tables(width=NARROWEST)
     for judged in found.sets:
         console.print()
         renderings.print_table(judged.table, console)
         console.print()
-        console.print(Text(judged.verdict.headline, style="bold"))
+        console.print(cell(judged.verdict.headline, "bold"))
         if judged.verdict.detail:
-            console.print(Text(judged.verdict.detail))
+            console.print(cell(judged.verdict.detail))
         for caution in judged.cautions:
             if caution.grave:
-                console.print(Text(f"! {caution.message}", style="red"))
+                console.print(cell(f"! {caution.message}", "red"))
         quiet = sum(not caution.grave for caution in judged.cautions)
         if quiet:
-            console.print(Text(f"{quiet} more notes are in the report", style="dim"))
+            console.print(cell(f"{quiet} more notes are in the report", "dim"))
     if len(found.sets) != 1:
-        console.print(Text(f"\n{found.sentence}", style="bold"))
+        console.print()
+        console.print(cell(found.sentence, "bold"))
     for remark in found.remarks:
-        console.print(Text(f"! {remark}", style="red"))
+        console.print(cell(f"! {remark}", "red"))
     for remark in written.remarks:
-        print(remark)
+        print(visible(remark))
     for what, address in written.links.items():
-        print(f"{what}: {address}")
-    print(written.html)
+        print(visible(f"{what}: {address}"))
+    print(visible(written.html))

@@ -10,11 +10,11 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from analysis.compare.facts import Grid
 from analysis.compare.tables import COLUMNS, Column, Row, Table
-from harness.console import for_tables
+from harness import visible
+from harness.console import cell, for_tables
 
 WHOLE, WITH_OUTCOME = 205, 100
 """Terminal widths from which the table stands in one piece, and failures in a column of their own."""
@@ -31,17 +31,15 @@ def print_table(table: Table, console: Console) -> None:
         console.print(_rich(table, result, kept if spelled else table.rows, table.title))
         for row in table.rows if spelled else ():
             if row.failed:
-                console.print(
-                    Text(f"{row.cells['optimizer'].text}: {row.cells['outcome'].text}", style="red")
-                )
+                console.print(cell(f"{row.cells['optimizer'].text}: {row.cells['outcome'].text}", "red"))
         console.print()
         console.print(_rich(table, [c for c in table.columns if c.block != "result"], kept, None))
     for note in table.notes:
-        console.print(Text(note, style="dim"))
+        console.print(cell(note, "dim"))
 
 
 def _rich(table: Table, columns: list[Column], rows: list[Row], title: str | None) -> RichTable:
-    heading = Text(title) if title else None
+    heading = cell(title) if title else None
     drawn = RichTable(title=heading, title_justify="left", header_style="bold", pad_edge=False, box=None)
     narrow = [c for c in columns if c.key not in ("lr_source", "lr_standing")]
     for column in narrow:
@@ -49,8 +47,7 @@ def _rich(table: Table, columns: list[Column], rows: list[Row], title: str | Non
         justify = "right" if column.numeric else "left"
         drawn.add_column(head, justify=justify, no_wrap=column.numeric, overflow="fold")
     for row in rows:
-        # Text, not str: rich would read [brackets] in a name as markup.
-        drawn.add_row(*(Text(row.cells[c.key].text) for c in narrow), style="red" if row.failed else None)
+        drawn.add_row(*(cell(row.cells[c.key].text) for c in narrow), style="red" if row.failed else None)
     return drawn
 
 
@@ -59,10 +56,9 @@ def print_grid(table: Grid, stream: TextIO) -> None:
     head, rows = table
     drawn = RichTable(header_style="bold", pad_edge=False, box=None)
     for column in head:
-        drawn.add_column(column, overflow="fold")
+        drawn.add_column(cell(column), overflow="fold")
     for row in rows:
-        # Text, not str: rich would read [brackets] in a name as markup.
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*map(cell, row))
     for_tables(stream).print(drawn)
 
 
@@ -71,16 +67,16 @@ def markdown(tables: Iterable[tuple[Table, str]]) -> str:
     parts = []
     for table, verdict in tables:
         head = [f"{c.label} ({c.unit})" if c.unit else c.label for c in table.columns]
-        lines = [f"## {table.title}", "", verdict, "", _line(head)]
+        lines = [f"## {visible.markdown(table.title)}", "", visible.markdown(verdict), "", _line(head)]
         lines.append(_line(["---:" if c.numeric else ":---" for c in table.columns]))
         lines += [_line([row.cells[c.key].text for c in table.columns]) for row in table.rows]
-        lines += ["", *(f"- {note}" for note in table.notes)]
+        lines += ["", *(f"- {visible.markdown(note)}" for note in table.notes)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
 def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(map(visible.markdown, cells)) + " |"
 
 
 def to_csv(tables: Iterable[Table]) -> str:
@@ -92,11 +88,13 @@ def to_csv(tables: Iterable[Table]) -> str:
     writer.writerow(["set", *(f"{c.key} [{c.unit}]" if c.unit else c.key for c in COLUMNS)])
     for table in tables:
         for row in table.rows:
-            writer.writerow([table.title, *(_plain(row.cells[c.key].value) for c in table.columns)])
+            writer.writerow(
+                [visible.csv_cell(table.title), *(_plain(row.cells[c.key].value) for c in table.columns)]
+            )
     return out.getvalue()
 
 
 def _plain(value: float | str) -> str:
     if isinstance(value, str):
-        return value
+        return visible.csv_cell(value)
     return "" if math.isnan(value) else repr(float(value)).removesuffix(".0")

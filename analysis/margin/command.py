@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from analysis.margin import outputs, toy, toy_results
 from analysis.margin.mirror import mirror
 from analysis.margin.outputs import Finished
@@ -30,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input; nothing was computed.
     """
     settings, folder, as_json = _words(argv)
-    console = Console(stderr=True, highlight=False)
+    console = for_tables(stderr=True)
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)

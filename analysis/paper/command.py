@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from analysis.paper import arguments, tables
 from harness.cli import document
-from harness.console import for_tables
+from harness.console import cell, for_tables
+from harness.visible import visible
 
 DONE, NO = 0, 1
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     filled = fill(asked.table, asked.runs)
     if asked.out is not None:
         for path in outputs.write(filled, asked.out):
-            print(path, file=sys.stderr)
+            print(visible(path), file=sys.stderr)
     if asked.commands:
         runs = [{"command": run, "cells": cells} for run, cells in filled.commands.items()]
         lines = outputs.command_lines(filled)
@@ -65,6 +65,6 @@ def _list(as_json: bool, console: Console) -> None:
         drawn.add_column(head)
     for name, table in loaded.items():
         source = f"arXiv {table.source.arxiv}, Table {table.source.table}"
-        drawn.add_row(Text(name), Text(source), Text(table.title))
+        drawn.add_row(cell(name), cell(source), cell(table.title))
     console.print(drawn)
     console.print("optbench paper TABLE: published, predicted, measured")

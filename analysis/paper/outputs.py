@@ -17,6 +17,7 @@ from analysis.paper.cells import STATUSES, Cell, Filled
 from analysis.plain import plain
 from harness.cli import document as whole_document
 from harness.record import atomic
+from harness.visible import visible
 
 HEADS = ("row", "column", "published", "predicted", "measured", "unit", "status")
 _STYLES = {"differs": "red", "differs_known": "yellow", "not_run": "dim", "not_predictable": "dim"}
@@ -49,7 +50,7 @@ def show(filled: Filled, console: Console) -> None:
     for head in HEADS:
         drawn.add_column(head, justify="right" if head in ("published", "predicted", "measured") else "left")
     for cell, words in zip(filled.cells, _rows(filled), strict=True):
-        drawn.add_row(*(Text(word) for word in words), style=_STYLES.get(cell.status))
+        drawn.add_row(*(Text(visible(word)) for word in words), style=_STYLES.get(cell.status))
     console.print(drawn)
     for line in (*_remarks(filled), sentence(filled)):
         console.print(line, markup=False, soft_wrap=True)

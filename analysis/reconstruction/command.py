@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from analysis.reconstruction import config as configuration
 from analysis.reconstruction.config import Config
 from harness.cli import document
@@ -42,7 +40,7 @@ def _run(config: Config, *, is_json: bool) -> int:
     from analysis.reconstruction import folder, job, mirror, report
 
     folder.check(config)
-    console = Console(stderr=True, highlight=False)
+    console = for_tables(stderr=True)
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)

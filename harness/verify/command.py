@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
-
 from harness.cli import FAILED, document
 from harness.config.errors import InputError
 from harness.console import for_tables
@@ -35,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = _chosen(words, flags)
     _check_folder(out)
     is_json = "--json" in flags
-    console = Console(stderr=True, highlight=False)
+    console = for_tables(stderr=True)
 
     def say(result: Result, number: int, total: int) -> None:
         console.print(page.line(result, number, total), soft_wrap=True)

@@ -7,13 +7,43 @@ import os
 import random
 from pathlib import Path
 
-JUNK = [None, True, -1, 10**400, 1e308, "x", "", "\x1b[2J", "‮abc", "\ud800", [], [1], {}, {"a": [{}]}, "NaN", 2**63]
-WORDS = ["attempts", "step", "state", "reason", "steps", "job", "where", "seed", "val/loss", "train/loss", "optimizer"]
+JUNK = [
+    None,
+    True,
+    -1,
+    10**400,
+    1e308,
+    "x",
+    "",
+    "\x1b[2J",
+    "‮abc",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": [{}]},
+    "NaN",
+    2**63,
+]
+WORDS = [
+    "attempts",
+    "step",
+    "state",
+    "reason",
+    "steps",
+    "job",
+    "where",
+    "seed",
+    "val/loss",
+    "train/loss",
+    "optimizer",
+]
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
-HOSTILE = [b"", b"{", b"[" * 100_000, b"null", b"7", b"[]", b"\x00" * 500, b"\xff\xfe{", BOMB.encode(), b"a: &a {b: *a}"]
-HOSTILE += [b'{"a":' * 5000 + b"1" + b"}" * 5000, b'{"step": ' + b"9" * 5000 + b"}", b"step,val/loss\n1,=1+1\n", b"\n" * 999]
+HOSTILE = [b"", b"{", b"[" * 100_000, b"null", b"7", b"[]", b"\x00" * 500, b"\xff\xfe{", BOMB.encode()]
+HOSTILE += [b"a: &a {b: *a}", b'{"a":' * 5000 + b"1" + b"}" * 5000, b'{"step": ' + b"9" * 5000 + b"}"]
+HOSTILE += [b"step,val/loss\n1,=1+1\n", b"\n" * 999]
 
 
 def mutate(folder: Path, rng: random.Random) -> str:
