@@ -88,7 +88,13 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     # From here on the processes draw different numbers (dropout): their rows are different, too.
     torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
     parameters = model.count_parameters(network)
-    flops = FlopCount.of(network, seq_len=config.seq_len, precision=config.precision, device=engine.device)
+    flops = FlopCount.of(
+        network,
+        seq_len=config.seq_len,
+        precision=config.precision,
+        device=engine.device,
+        peak_flops=config.peak_flops,
+    )
     if engine.layout == "sharded":
         engine.shard(network, shard_axes(config, network, engine.shards))
     optimizer = build_optimizer(config, network, engine)

@@ -53,9 +53,14 @@ def launched(environ: Mapping[str, str]) -> Launch | None:
     return launch
 
 
+def cpu_is_requested(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return True if ACCELERATE_USE_CPU asks for training on the CPU."""
+    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
 def visible_devices(environ: Mapping[str, str] = os.environ) -> int:
     """NVIDIA GPUs that this process may use, from the driver and CUDA_VISIBLE_DEVICES."""
-    if environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if cpu_is_requested(environ):
         return 0
     present = _present_devices()
     visible = environ.get("CUDA_VISIBLE_DEVICES")

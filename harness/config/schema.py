@@ -227,6 +227,8 @@ class RunConfig(_Group):
     """Steps between rows of metrics.jsonl (the only regular wait for the device)."""
     profile: bool = False
     """Record a few steps of rank 0 with torch's profiler into the run folder's profile/."""
+    peak_flops: float | None = Field(default=None, gt=0)
+    """Dense peak of one device in FLOP/s, which throughput/mfu is a share of; null: by the GPU's name."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     group: str = "default"

@@ -22,6 +22,7 @@ from harness.config import deepspeed_config
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
 from harness.engines.ddp import autocast
+from harness.engines.devices import uses_cuda
 from harness.engines.holdings import Layout, tensor_bytes
 from harness.engines.masked import MaskedSteps, void
 from harness.engines.processes import Processes
@@ -289,7 +290,7 @@ def bind(
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
     """DeepSpeed's engine around a model on its device, over the process group that is already there."""
     deepspeed = _library()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if uses_cuda() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_config.effective(config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -299,7 +300,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
 
 def _library() -> Any:
     """The package, told which device to use: it decides at its first import."""
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not uses_cuda()
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed

@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.engines.devices import claim_gpu, uses_cuda
 
 
 class Processes:
@@ -27,7 +28,7 @@ class Processes:
         needs_group: a process group exists also where there is one process.
 
     Raises:
-        InputError: the launcher started another number of processes than ``world_size``.
+        InputError: the launcher started another number of processes than ``world_size``, or more than there are GPUs.
     """
 
     name: str
@@ -42,8 +43,11 @@ class Processes:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         torch.set_num_threads(config.engine.threads or _threads_per_process())
         self._timeout = timedelta(seconds=config.engine.timeout_s)
+        on_gpu = uses_cuda()
+        if on_gpu:
+            claim_gpu()
         with without_accelerate_plugins():
-            state = PartialState(cpu=not torch.cuda.is_available(), timeout=self._timeout)
+            state = PartialState(cpu=not on_gpu, timeout=self._timeout)
         self.name = config.engine.name
         self.rank, self.world_size = state.process_index, state.num_processes
         self.device = torch.device(state.device or "cpu")

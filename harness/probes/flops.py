@@ -9,25 +9,12 @@ import torch
 from torch import nn
 
 from harness.config.schema import Precision
+from harness.probes.device_peaks import bf16_peak
 
 FORMULA = (
     "6*(matrix parameters without input embedding) + 6*layers*heads*head_dim*seq_len per token, "
     "forward and backward, causal attention"
 )
-
-_HALF_PRECISION_PEAK = {
-    # Dense bf16/fp16 tensor-core peaks from the vendor's data sheets, FLOP/s. The first name that the
-    # device's name contains counts, so longer names come first.
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-}
 
 
 @dataclass(frozen=True)
@@ -38,12 +25,27 @@ class FlopCount:
     peak: float | None
 
     @classmethod
-    def of(cls, model: nn.Module, *, seq_len: int, precision: Precision, device: torch.device) -> FlopCount:
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        seq_len: int,
+        precision: Precision,
+        device: torch.device,
+        peak_flops: float | None = None,
+    ) -> FlopCount:
         """Count for a `transformers` model: PaLM's formula (Chowdhery et al. 2022, appendix B) with causal attention.
 
         Every weight matrix costs 2 FLOPs per parameter and token forward and 4 backward; looking an
         embedding up costs none, a tied head does. Scores and values cost 2·2·heads·head_dim·seq_len/2
         forward per layer (a causal token sees half of the sequence), three times that with the backward pass.
+
+        Args:
+            model: with its `config`.
+            seq_len: tokens of a sequence.
+            precision: of the run; the peaks that are known are those of bf16.
+            device: that the model is trained on.
+            peak_flops: dense peak of the device in FLOP/s; None: by its name, where that is known.
         """
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -57,11 +59,10 @@ class FlopCount:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         attention = config.num_hidden_layers * heads * head_dim * seq_len
-        return cls(6.0 * (matrices + attention), _peak(precision, device))
+        return cls(6.0 * (matrices + attention), peak_flops or _peak(precision, device))
 
 
 def _peak(precision: Precision, device: torch.device) -> float | None:
     if device.type != "cuda" or precision == "fp32":
         return None  # fp32 may run on tensor cores (TF32) or not: no honest peak
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _HALF_PRECISION_PEAK.items() if key in name), None)
+    return bf16_peak(torch.cuda.get_device_name(device))

@@ -43,6 +43,9 @@ def warnings(run: Run, corpus: Corpus) -> list[str]:
         found.append(
             f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
         )
+    if run.engine.device.type == "cuda" and config.precision != "fp32" and run.whole.flops.peak is None:
+        name = environment.device_name(run.engine.device)
+        found.append(f"no throughput/mfu: the peak of {name} is unknown (peak_flops=… FLOP/s gives it)")
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from harness.data import Validation
 from harness.model import loss_sum
 from harness.preparation import prepare
 from harness.probes import memory
+from harness.probes.device_peaks import bf16_peak
 from harness.probes.flops import FlopCount
 from harness.probes.validation import evaluate
 from tests.distributed.pool import RankPool
@@ -87,10 +90,37 @@ def test_validation_loss_does_not_depend_on_how_rows_are_dealt(
     assert pair[0] == pair[1] == pytest.approx(direct, rel=1e-5)
 
 
-def test_known_peaks_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("AMD Instinct MI300X", 1307e12),
+        # Names that hold a shorter known one.
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A1000", None),
+        ("Quadro RTX 4000", None),
+    ],
+)
+def test_peaks_are_found_by_whole_words_of_the_name(name: str, peak: float | None) -> None:
+    assert bf16_peak(name) == peak
+
+
+def test_the_peak_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     # The card cannot exist on this machine; the lookup is by its name alone.
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     network = model.build(compose.load(["model=llama_tiny"]).model, seed=0, device="meta")
-    device = types.SimpleNamespace(type="cuda")
-    assert FlopCount.of(network, seq_len=8, precision="bf16", device=device).peak == 989e12  # pyright: ignore[reportArgumentType]
-    assert FlopCount.of(network, seq_len=8, precision="fp32", device=device).peak is None  # pyright: ignore[reportArgumentType]
+    device: Any = types.SimpleNamespace(type="cuda")
+    count = functools.partial(FlopCount.of, network, seq_len=8, device=device)
+    assert count(precision="bf16").peak == 989e12
+    assert count(precision="fp32").peak is None
+    assert count(precision="fp32", peak_flops=67e12).peak == 67e12

@@ -1,0 +1,43 @@
+"""Which device a process trains on: its own GPU, or the CPU if asked for or if there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from harness.config.errors import InputError
+from harness.config.launcher import cpu_is_requested
+
+
+def uses_cuda(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return True if training runs on GPUs: there is one, and ACCELERATE_USE_CPU does not ask for the CPU.
+
+    Accelerate's `PartialState` does not read that variable, so every choice of device or backend must ask here.
+    """
+    return torch.cuda.is_available() and not cpu_is_requested(environ)
+
+
+def claim_gpu(environ: Mapping[str, str] = os.environ) -> None:
+    """Make this process' GPU the current one, before anything creates a process group.
+
+    NCCL guesses a device for collectives that come before `torch.cuda.set_device`, and two processes on one GPU end
+    in "Duplicate GPU detected" minutes later.
+
+    Raises:
+        InputError: this machine has fewer visible GPUs than processes.
+    """
+    local_rank = int(environ.get("LOCAL_RANK", "0"))
+    processes = max(int(environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
+    visible = torch.cuda.device_count()
+    if processes > visible:
+        raise InputError(
+            "world_size",
+            processes,
+            f"is the number of processes on this machine, which shows them {visible} GPU(s): one process needs one GPU",
+            allowed=f"at most {visible} processes a machine",
+            fix=f"world_size={visible}, CUDA_VISIBLE_DEVICES with {processes} GPUs in every process, "
+            "or ACCELERATE_USE_CPU=true",
+        )
+    torch.cuda.set_device(local_rank)
