@@ -4,16 +4,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart test test-full docs-check lint format bench certify faults study reconstruct lock clean
+.PHONY: help setup quickstart test test-full docs-check lint format bench certify faults study reconstruct lock sbom vulnerabilities clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(VENV)/.installed: requirements.lock pyproject.toml .ci/install.py
+LOCKS := requirements-torch.txt requirements.lock requirements-dev.lock requirements-oracles.lock
+
+$(VENV)/.installed: $(LOCKS) pyproject.toml .ci/install.py
 	$(PYTHON) .ci/install.py $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@touch $@
 
-setup: $(VENV)/.installed ## a virtual environment in .venv, exactly as requirements.lock says
+# Release tools live apart: their own dependencies must not decide ours.
+TOOLS := $(VENV)-tools
+$(TOOLS)/.installed: requirements-tools.lock
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --require-hashes --no-deps -r requirements-tools.lock
+	@touch $@
+
+setup: $(VENV)/.installed ## a virtual environment in .venv, exactly as the lock files say (pip checks every hash)
 
 quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each, write runs/quickstart/report.html
 	$(BIN)/optbench compare adamw muon galore sumo preset=quickstart seeds=1 group=quickstart
@@ -62,9 +71,15 @@ reconstruct: setup ## which training images can be told from weights: 18 victims
 	$(BIN)/optbench reconstruct mode=fixture out=runs/reconstruction/fixture
 	$(BIN)/optbench reconstruct experiment=reconstruct_digits out=runs/reconstruction/digits
 
-lock: setup ## rewrite requirements.lock from what is installed
-	$(BIN)/python .ci/lock.py > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+lock: $(TOOLS)/.installed ## rewrite the lock files from pyproject.toml; UPGRADE=--upgrade takes newer versions
+	$(TOOLS)/bin/python .ci/lock.py $(UPGRADE)
 
-clean: ## remove the virtual environment
-	rm -rf $(VENV)
+sbom: setup $(TOOLS)/.installed ## a CycloneDX bill of materials of the environment: dist/sbom.json
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --of JSON -o dist/sbom.json
+
+vulnerabilities: $(TOOLS)/.installed ## compare the locked versions with the public advisories (needs the network)
+	$(TOOLS)/bin/pip-audit --disable-pip --require-hashes -r requirements.lock -r requirements-dev.lock
+
+clean: ## remove the virtual environments
+	rm -rf $(VENV) $(TOOLS)

@@ -1,4 +1,4 @@
-"""Create the virtual environment from requirements.lock.
+"""Create the virtual environment from the lock files, whose hashes pip checks.
 
 Only the standard library: it runs before anything is installed.
 
@@ -19,11 +19,12 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "requirements.lock"
+TORCH = ROOT / "requirements-torch.txt"
+LOCKS = [ROOT / f"requirements{part}.lock" for part in ("", "-dev", "-oracles")]
 
 
 def main() -> int:
-    """Install; returns the exit code of the process."""
+    """Install everything and return the exit code of the process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("venv", type=Path)
     parser.add_argument("--torch-index", help="package index to take torch from")
@@ -43,8 +44,8 @@ def main() -> int:
         "install",
         "--no-deps",
     ]
-    torch = re.search(r"^torch==\S+", LOCK.read_text(), re.MULTILINE)
-    assert torch is not None, "requirements.lock pins no torch"
+    torch = re.search(r"^torch==\S+", TORCH.read_text(), re.MULTILINE)
+    assert torch is not None, "requirements-torch.txt pins no torch"
     index = ["--index-url", arguments.torch_index] if arguments.torch_index else []
     if not index and not has_gpu() and would_be_cuda(pip, torch.group()):
         print(
@@ -55,7 +56,10 @@ def main() -> int:
         )
         return 2
     subprocess.run([*pip, "--quiet", *index, torch.group()], check=True)
-    subprocess.run([*pip, "--quiet", "-r", str(LOCK)], check=True)
+    # A package whose hash is not in its lock file stops the installation here. torch cannot be among them: the
+    # machine decides which build of it is taken, and pip exempts no single package.
+    locks = [word for lock in LOCKS for word in ("-r", str(lock))]
+    subprocess.run([*pip, "--quiet", "--require-hashes", *locks], check=True)
     subprocess.run([*pip, "--quiet", "--no-build-isolation", "-e", str(ROOT)], check=True)
     return 0
 
