@@ -187,6 +187,9 @@ def train(run: Run) -> str:
         run.ledger,
         run.checkpoints,
     )
+    if ledger.step == 0:
+        # Since the clock was made the run folder was opened and W&B was started.
+        clock.read()
     for step in range(ledger.step, config.steps):
         if run.heartbeat is not None:
             run.heartbeat.step = step + 1

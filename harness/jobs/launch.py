@@ -12,7 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
@@ -31,6 +33,9 @@ from harness.train import ERROR_FILE
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "failed": 3, "interrupted": 75}
 """Of `optbench`, by the state that a run ended in."""
+
+SHARED: ContextVar[Callable[[Prepared], RunOutcome | None] | None] = ContextVar("shared", default=None)
+"""Trains a run in processes that other runs share, or returns None where it must have its own."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,30 @@ def run(overrides: Sequence[str], *, say: Callable[[str], None], output: IO[str]
 
 
 def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
-    """Train a prepared run in processes of its own."""
+    """Train a prepared run in processes of its own, or in those that it shares with others (`harness.jobs.warm`).
+
+    Args:
+        prepared: the run.
+        output: where standard output and standard error of the processes go (None: each to ours).
+    """
+    shared = SHARED.get()
+    if shared is not None and (shared_outcome := shared(prepared)) is not None:
+        return shared_outcome
     command, extra = launch_command(prepared.config, prepared.overrides)
     with tempfile.TemporaryDirectory() as scratch:
         error = Path(scratch) / "error.json"
-        with _Forwarding() as forwarding:
+        with Forwarding() as forwarding:
             # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
             process = subprocess.Popen(
                 command,
                 env={**os.environ, **extra, ERROR_FILE: str(error), last_words.FOLDER: scratch},
                 stdout=output,
+                stderr=output,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_ignore_usr1,
+                preexec_fn=ignore_usr1,
             )
-            forwarding.to(process)
+            forwarding.to(partial(_signal_workers, process))
             code = process.wait()
         if error.exists():
             raise InputError(**json.loads(error.read_text()))
@@ -95,9 +109,7 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
     start one process, silently; ``--multi_gpu`` with ACCELERATE_USE_CPU starts them all, over gloo.
     """
     assert config.world_size is not None
-    training = ["harness.train", *overrides]
-    if not any(word.startswith("world_size=") for word in overrides):
-        training.append(f"world_size={config.world_size}")
+    training = ["harness.train", *training_words(config, overrides)]
     if config.world_size == 1:
         return [sys.executable, "-m", *training], {}
     flags = [
@@ -111,9 +123,9 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
         "--dynamo_backend",
         "no",
         "--main_process_port",
-        str(_free_port()),
+        str(free_port()),
     ]
-    extra = {} if visible_devices() else {"ACCELERATE_USE_CPU": "true"}
+    extra = {} if visible_devices() else cpu_environment()
     extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     return [
         sys.executable,
@@ -123,6 +135,18 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
         "-m",
         *training,
     ], extra
+
+
+def training_words(config: RunConfig, overrides: Sequence[str]) -> list[str]:
+    """Return the words of each of the run's processes."""
+    if any(word.startswith("world_size=") for word in overrides):
+        return list(overrides)
+    return [*overrides, f"world_size={config.world_size}"]
+
+
+def cpu_environment() -> dict[str, str]:
+    """Return the environment variables of several processes on CPUs."""
+    return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
 def outcome(folder: Path, code: int, silent: list[int], asked: signal.Signals | None) -> RunOutcome:
@@ -169,7 +193,7 @@ def _told(folder: Path, status: dict[str, Any]) -> RunOutcome:
     return RunOutcome(folder, state, EXIT_CODES.get(state, 3), status["attempts"][-1].get("reason", ""))
 
 
-def _ignore_usr1() -> None:
+def ignore_usr1() -> None:
     """In the new process, before it runs: a launcher dies of SIGUSR1, which SLURM sends to every process of a step.
 
     The training processes take the signal over when they are ready to.
@@ -177,7 +201,7 @@ def _ignore_usr1() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-class _Forwarding:
+class Forwarding:
     """While it is entered, passes signals on to the training processes as SIGTERM and lets them end by themselves.
 
     To them and not to a launcher between: torch's elastic agent would print a traceback, and kill after 30 s
@@ -191,7 +215,7 @@ class _Forwarding:
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
         self._came_at = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._send: Callable[[signal.Signals], None] | None = None
         self._previous = {}
 
     def __enter__(self) -> Self:
@@ -202,11 +226,11 @@ class _Forwarding:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def to(self, process: subprocess.Popen[bytes]) -> None:
-        """Pass them on to this process and those below it, also what came before it was there."""
-        self._process = process
+    def to(self, send: Callable[[signal.Signals], None]) -> None:
+        """Pass them on through ``send``, also what came before the processes were there."""
+        self._send = send
         if self.first is not None:
-            process.send_signal(signal.SIGTERM)
+            send(signal.SIGTERM)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         passed_on = signal.SIGTERM
@@ -216,9 +240,13 @@ class _Forwarding:
             passed_on = signal.SIGKILL
         else:
             return
-        if self._process is not None:
-            for worker in _workers(self._process.pid) or [self._process]:
-                worker.send_signal(passed_on)
+        if self._send is not None:
+            self._send(passed_on)
+
+
+def _signal_workers(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    for worker in _workers(process.pid) or [process]:
+        worker.send_signal(number)
 
 
 def _workers(pid: int) -> list[psutil.Process]:
@@ -234,7 +262,7 @@ def _workers(pid: int) -> list[psutil.Process]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,0 +1,142 @@
+"""A process of `harness.jobs.warm`: trains the runs that come through its pipe, and is as it was after each of them.
+
+python -m harness.jobs.warm_worker FILE_DESCRIPTOR
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from harness import train
+from harness.jobs.warm import PEAK_RESET
+from harness.lifecycle import BEAT_S, SIGNALS
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train runs until the pipe is closed; returns the exit code.
+
+    A run that ended in an exception ends this process, too: its threads and its process group are in no known state.
+    """
+    pipe = Connection(int(argv[0]))
+    warm_up()
+    before = ProcessState()
+    while True:
+        try:
+            words, environment = pipe.recv()
+        except EOFError:
+            return 0
+        before.reset_peak()
+        os.environ.update(environment)
+        try:
+            with warnings.catch_warnings():
+                code = train.main(words)
+        except BaseException:
+            traceback.print_exc()
+            return 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pipe.send((code, code in train.EXIT_CODES.values() and before.restore()))
+
+
+def warm_up() -> None:
+    """Load what torch loads at first use, so that the first run's steps take no longer than those of later runs."""
+    import torch
+
+    state = torch.get_rng_state()
+    layer = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    torch.nn.functional.cross_entropy(layer(torch.randn(64, 64)), torch.arange(64)).backward()
+    optimizer.step()
+    for decompose in (torch.linalg.svd, torch.linalg.qr, torch.linalg.eigh, torch.linalg.inv):
+        decompose(torch.eye(64) + torch.ones(64, 64))
+    torch.set_rng_state(state)
+
+
+class ProcessState:
+    """What a run may change in its process, as it was before the first one."""
+
+    def __init__(self) -> None:
+        import numpy as np
+        import torch
+
+        self._environment = dict(os.environ)
+        self._folder = os.getcwd()
+        self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self._threads = set(threading.enumerate())
+        self._random: Any = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        self._torch = self._settings()
+
+    def restore(self) -> bool:
+        """Put it back; returns whether that succeeded."""
+        import numpy as np
+        import torch
+        import torch.distributed as dist
+        from accelerate import state
+
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(self._environment)
+        os.chdir(self._folder)
+        # The engine left the process group; Accelerate's singletons still describe it.
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+        python, numpy, generator = self._random
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(generator)
+        self._release_memory()
+        return not dist.is_initialized() and self._settings() == self._torch and self._has_quiet_threads()
+
+    def reset_peak(self) -> None:
+        """Begin the peak of the resident memory anew, so that a run's figure is its own."""
+        self._release_memory()
+        PEAK_RESET.write_text("5")
+
+    @staticmethod
+    def _release_memory() -> None:
+        gc.collect()
+        # Freed blocks stay in glibc's arenas, and the next run's peak would count them.
+        ctypes.CDLL(None).malloc_trim(0)
+
+    @staticmethod
+    def _settings() -> tuple[Any, ...]:
+        """Global settings of torch that change results."""
+        import torch
+
+        return (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.nn.functional.linear,
+        )
+
+    def _has_quiet_threads(self) -> bool:
+        """Wait for the run's threads; False if one goes on that is not a daemon."""
+        end = time.monotonic() + 2 * BEAT_S
+        while any(not t.daemon for t in set(threading.enumerate()) - self._threads):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As in `harness.train`: the destructors of torch's native threads may abort at the interpreter's own end.
+    os._exit(code)
