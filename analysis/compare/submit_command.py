@@ -17,10 +17,11 @@ from analysis.compare import arguments, training
 from harness.cli import COMMANDS
 from harness.config import cluster
 from harness.config.errors import InputError, closest
-from harness.jobs import slurm, submit
+from harness.jobs import scripts, slurm, submit
 from harness.jobs.grid import Row
 from harness.jobs.submit import Queued, Request
 from harness.record import folder as run_folder
+from harness.record.redaction import redact_argv
 from harness.record.schema import SCHEMA_VERSION
 
 _NOT_AS_JOB = ("submit", "status", "list", "show", "doctor", "completion", "sweep")
@@ -51,9 +52,11 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input, here or for SLURM; nothing was queued.
     """
     asked = _read(argv)
+    # All of them now: a later job's script is written when the first one is queued already.
+    scripts.check_words([word for words in (argv, *asked.then) for word in words])
     request = Request(
         cluster=cluster.load(asked.cluster_words),
-        command=shlex.join(["optbench", "submit", *argv]),
+        command=shlex.join(["optbench", "submit", *redact_argv(argv)]),
         after=asked.after,
         then=asked.then,
         dry_run=asked.dry_run,

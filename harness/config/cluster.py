@@ -6,7 +6,8 @@ It says where a run happens, not what the run is: no key of it is part of a run'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from harness.config import durations, keys, sources
 from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
+from harness.record.redaction import REDACTED, is_secret_name, secret_in
 
 GROUP = "cluster"
 DEFAULT = "generic_gpu"
 _RESERVED = ("output", "error", "array", "requeue", "no-requeue", "open-mode", "signal", "ntasks", "job-name")
 _RESERVED += ("ntasks-per-node", "dependency", "chdir", "parsable", "wrap", "wait")
 """Flags of sbatch that the scripts rely on."""
+_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Overrides of the writing direction: what a terminal shows is then not what is in the file."""
 
 
 class _Keys(BaseModel):
@@ -92,7 +96,7 @@ class ClusterConfig(_Keys):
     modules: list[str] = Field(default_factory=list)
     """Loaded with `module load`, in this order."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines before everything else."""
+    """Shell lines before everything else, one an entry."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables, e.g. NCCL_SOCKET_IFNAME. No secrets: the script is kept."""
     extra: dict[str, str | int | bool | None] = Field(default_factory=dict)
@@ -189,20 +193,82 @@ def _checked(config: ClusterConfig) -> ClusterConfig:
     if config.gpu_type is not None and config.gpus == 0:
         raise InputError(f"{GROUP}.gpu_type", config.gpu_type, "without GPUs", fix=f"{GROUP}.gpus=1")
     for flag, value in config.extra.items():
-        if flag.lstrip("-") in _RESERVED:
-            reason = "is decided by the script"
-            raise InputError(f"{GROUP}.extra.{flag}", value, reason, fix=f"remove {GROUP}.extra.{flag}")
+        _check_flag(flag, value)
     for name in config.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise InputError(
-                f"{GROUP}.env", name, "is no name of an environment variable", fix="letters, digits and _"
+                f"{GROUP}.env",
+                ascii(name),
+                "is no name of an environment variable",
+                fix="letters, digits and _",
             )
-        if re.search(r"(API_KEY|TOKEN|PASSWORD|SECRET)$", name):
-            reason = "would stand in the script, which is kept and readable"
-            raise InputError(
-                f"{GROUP}.env", name, reason, fix=f"export {name} in your shell: jobs inherit it"
-            )
+        if is_secret_name(name):
+            raise _open(f"{GROUP}.env", name)
+    for key, text in _texts(GROUP, config.model_dump()):
+        check_text(key, text)
+        check_open(key, text)
     return config
+
+
+def check_text(key: str, text: str) -> None:
+    """Refuse characters that leave the line of a script that a value is written to, or hide what is in it.
+
+    Args:
+        key: configuration key or name of the value, for the message.
+        text: the value.
+
+    Raises:
+        InputError: it holds a control character, a line or paragraph separator, an override of the writing direction
+            or half of a surrogate pair.
+    """
+    if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp", "Cs") or letter in _BIDI for letter in text):
+        reason = "holds a line break or a control character, which no batch script may"
+        raise InputError(key, ascii(text), reason, allowed="printable characters", fix=f"{key}=… in one line")
+
+
+def check_open(key: str, text: str) -> None:
+    """Refuse a secret in a value that is written to a script.
+
+    Raises:
+        InputError: its name or its form shows a secret; the message does not repeat it.
+    """
+    name = secret_in(text)
+    if name is not None:
+        raise _open(key, name)
+
+
+def _open(key: str, name: str) -> InputError:
+    reason = "would be in the script, which is kept and readable"
+    variable = name if name.isidentifier() else "NAME"
+    return InputError(
+        key, f"{name}={REDACTED}", reason, fix=f"export {variable} in your shell: jobs inherit it"
+    )
+
+
+def _check_flag(flag: str, value: object) -> None:
+    """Refuse what is no flag of sbatch, or one that the scripts rely on, also abbreviated as sbatch allows."""
+    name = flag.lstrip("-")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+        raise InputError(
+            f"{GROUP}.extra", ascii(flag), "is no flag of sbatch", allowed="letters, digits and -"
+        )
+    if any(reserved.startswith(name) for reserved in _RESERVED):
+        reason = "is decided by the script"
+        raise InputError(f"{GROUP}.extra.{flag}", value, reason, fix=f"remove {GROUP}.extra.{flag}")
+
+
+def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield (key, text) of every text below a value; the words of a list are one text, too."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield key, str(name)
+            yield from _texts(f"{key}.{name}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(key, inner)
+        yield key, " ".join(map(str, value))
 
 
 def _check_known(key: str, value: Any, schema: Mapping[str, keys.Key], source: str | None) -> None:

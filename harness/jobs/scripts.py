@@ -64,7 +64,11 @@ def render(kind: Kind, job: Job, cluster: ClusterConfig, *, by_hand: bool = Fals
         cluster: what it asks for.
         by_hand: an example for people to adapt: processes are counted on the node, and ``python`` is whichever comes
             first there.
+
+    Raises:
+        InputError: a value that must not be in a script: it would leave its line, or it is a secret.
     """
+    _check(job)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template_root()),
         undefined=jinja2.StrictUndefined,
@@ -73,6 +77,8 @@ def render(kind: Kind, job: Job, cluster: ClusterConfig, *, by_hand: bool = Fals
         keep_trailing_newline=True,
         autoescape=False,  # what goes to the shell is quoted by q and words
     )
+    # sbatch, other than a shell, takes a backslash inside of quotes for an escape.
+    environment.filters["directive"] = lambda value: shlex.quote(str(value)).replace("\\", "\\\\")
     environment.filters["q"] = lambda value: shlex.quote(str(value))
     environment.filters["words"] = lambda values: shlex.join(map(str, values))
     environment.filters["inner"] = lambda text: text.replace("'", "'\\''")
@@ -103,6 +109,37 @@ def array_of(rows: Iterable[int], throttle: int | None) -> str:
 def output_path(folder: Path, pattern: str) -> str:
     """A file of a job's output: ``pattern`` is SLURM's, a % of the folder is not."""
     return f"{str(folder).replace('%', '%%')}/{pattern}"
+
+
+def check_words(words: Iterable[str]) -> None:
+    """Refuse words of a run or a command that no script may hold.
+
+    Raises:
+        InputError: a control character or a secret.
+    """
+    for word in words:
+        key = ascii(word.partition("=")[0])[1:-1] if "=" in word else "argument"
+        cluster_config.check_text(key, word)
+        cluster_config.check_open(key, word)
+
+
+def check_folder(folder: Path | str) -> None:
+    """Refuse a folder of a run or a group whose path no script may hold.
+
+    Raises:
+        InputError: a control character or a secret.
+    """
+    cluster_config.check_text("runs_dir", str(folder))
+    cluster_config.check_open("runs_dir", str(folder))
+
+
+def _check(job: Job) -> None:
+    check_words([*(job.words or ()), *job.about])
+    for path in (job.output, job.run, job.grid, job.script, job.successors, job.dependents):
+        if path is not None:
+            check_folder(path)
+    cluster_config.check_text("name", job.name)
+    cluster_config.check_text("working folder", job.folder or "")
 
 
 def _facts(kind: Kind, cluster: ClusterConfig, *, by_hand: bool) -> dict[str, Any]:
@@ -166,15 +203,12 @@ def _flags(kind: Kind, cluster: ClusterConfig) -> dict[str, str | int | None]:
                 f"cluster.extra.{flag}", value, reason, fix=f"the cluster key that stands for --{name}"
             )
         flags[name] = None if value is True or value is None else value
-    for flag, value in flags.items():
-        if any(ord(letter) < 32 for letter in f"{flag}{value}"):
-            raise InputError(f"cluster.{flag}", repr(value), "holds a line break or a control character")
     return flags
 
 
 def _without_double_blanks(text: str) -> str:
     lines: list[str] = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if line.strip() or (lines and lines[-1].strip()):
             lines.append(line.rstrip())
     return "\n".join(lines).rstrip() + "\n"

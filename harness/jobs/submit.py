@@ -17,6 +17,7 @@ from harness.jobs.submission import DEPENDENTS, SUCCESSORS, Submission
 from harness.preparation import Prepared, prepare
 from harness.record import atomic
 from harness.record import folder as run_folder
+from harness.record.redaction import redact_argv
 
 Say = Callable[[str], None]
 
@@ -81,6 +82,7 @@ def prepared(
     Raises:
         InputError: bad input; nothing was written but the corpus cache.
     """
+    scripts.check_words(words)
     world_size = request.cluster.world_size
     given = [word for word in words if word.partition("=")[0] == "world_size"]
     words = [word for word in words if word not in given]
@@ -149,6 +151,9 @@ def sweep(
         InputError: as `train`.
     """
     submission = Submission(home)
+    for row in rows:
+        scripts.check_words(row.words)
+        scripts.check_folder(row.folder)
     script, file = submission.path / "sweep.sbatch", submission.path / grid.FILE
     before = grid.read(file)
     busy = _busy(submission, before)
@@ -206,7 +211,7 @@ def _analysis(words: Sequence[str], submission: Submission, request: Request) ->
     script = _free(submission.path, name)
     job = Job(
         name=f"{submission.path.parent.name}-{name}",
-        about=_about(f"optbench {shlex.join(words)}", f"sbatch {shlex.quote(str(script))}"),
+        about=_about(shlex.join(["optbench", *redact_argv(words)]), f"sbatch {shlex.quote(str(script))}"),
         output=scripts.output_path(submission.logs(request.cluster), f"{name}-%j.out"),
         folder=str(Path.cwd()),
         words=list(words),

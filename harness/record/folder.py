@@ -17,6 +17,7 @@ from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.config.schema import RunConfig
 from harness.record import atomic
+from harness.record.redaction import redact_text
 from harness.record.schema import METRICS, SCHEMA_VERSION
 
 REQUEUE = "REQUEUE"
@@ -156,7 +157,7 @@ class RunFolder:
 
     def add_log(self, text: str) -> None:
         """Append to log.txt."""
-        self._log.write(text.rstrip("\n") + "\n")
+        self._log.write(redact_text(text).rstrip("\n") + "\n")
         self._log.flush()
 
     def write_json(self, name: str, data: Mapping[str, Any] | list[Any]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.probes.memory import state_bytes
 from harness.record import environment
 from harness.record.folder import Row, finite
+from harness.record.redaction import redact_argv
 from harness.record.schema import MEMORY_KINDS, SCHEMA_VERSION, TIME_PARTS
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def build(
         "device": environment.device_name(run.engine.device),
         "engine": run.engine.name,
         "precision": config.precision,
-        "command": shlex.join(["optbench", "train", *prepared.overrides]),
+        "command": shlex.join(["optbench", "train", *redact_argv(prepared.overrides)]),
         "warnings": list(warnings),
     }
 
