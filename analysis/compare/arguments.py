@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from harness.config.errors import InputError, closest
+from harness.record.redaction import redact_argv
 from optimizers import presets
 
 DEFAULT_SEEDS = 3
@@ -100,7 +101,7 @@ def plan(argv: Sequence[str], command: str = "compare") -> Plan:
         seeds=_seeds(given),
         shared=shared,
         group=given.get("group") or f"{command}-{datetime.now():%Y%m%d-%H%M%S}",
-        command=shlex.join(["optbench", command, *(word for word in argv if word != "--json")]),
+        command=shlex.join(["optbench", command, *redact_argv(word for word in argv if word != "--json")]),
         as_json="--json" in argv,
     )
 

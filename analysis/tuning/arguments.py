@@ -14,6 +14,7 @@ from analysis.compare.arguments import Plan
 from analysis.tuning import space, study_file
 from analysis.tuning.space import Axis
 from harness.config.errors import InputError
+from harness.record.redaction import redact_argv
 from optimizers import presets
 
 DEFAULT_TRIALS = 5
@@ -75,7 +76,7 @@ def read(argv: Sequence[str]) -> Study:
     for label, axes in spaces.items():
         if axes:
             space.points(label, axes, trials, seed)
-    command = shlex.join(["optbench", "sweep", *(word for word in argv if word not in FLAGS)])
+    command = shlex.join(["optbench", "sweep", *redact_argv(word for word in argv if word not in FLAGS)])
     return Study(
         plan=replace(plan, command=command, as_json="--json" in argv),
         trials=trials,

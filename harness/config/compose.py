@@ -25,6 +25,7 @@ from harness.config.model_facts import config_fields
 from harness.config.overrides import Assignment, leaves, parse
 from harness.config.schema import FILLED_IN, RunConfig
 from harness.config.sources import GROUPS, compose, find, options, plugin_rules
+from harness.record.redaction import redact_secrets
 
 __all__ = [
     "comparison_key",
@@ -96,9 +97,9 @@ def load_file(path: str | Path) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML, keys in the schema's order, readable by `load_file`."""
+    """The whole configuration as YAML without secrets, keys in the schema's order, readable by `load_file`."""
     return yaml.safe_dump(
-        config.model_dump(mode="json"),
+        redact_secrets(config.model_dump(mode="json")),
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=None,
@@ -107,7 +108,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def difference(config: RunConfig) -> dict[str, Any]:
-    """What differs from the defaults: dotted key → value, in the schema's order.
+    """What differs from the defaults, without secrets: dotted key → value, in the schema's order.
 
     Optimizer options are compared with those of the preset, everything else with a run without any words.
     What the checks derive from other keys (learning rate, engine, micro-batch) counts only where it differs
@@ -122,11 +123,12 @@ def difference(config: RunConfig) -> dict[str, Any]:
         defaults |= {f"optimizer.{name}": value for name, value in options_now.items()}
     current = _all_leaves(config.model_dump(mode="json"))
     derived = {**defaults, **_derived(config)}
-    return {
+    different = {
         key: value
         for key, value in current.items()
         if key not in FILLED_IN and value not in (defaults.get(key, _MISSING), derived.get(key, _MISSING))
     }
+    return redact_secrets(different)
 
 
 def _derived(config: RunConfig) -> dict[str, Any]:

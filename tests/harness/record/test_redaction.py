@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from harness.config import cluster, keys
+from harness.config import cluster, compose, keys
+from harness.record.folder import RunFolder
+from harness.record.places import without_places
 from harness.record.redaction import (
     REDACTED,
     is_secret_name,
@@ -120,3 +124,18 @@ def test_a_word_of_a_command_line_loses_its_whole_value() -> None:
     assert redact_argv(words) == [
         "train", f"cluster.env.DB_PASSWD={REDACTED}", "steps=5", f"+model.config.api_key={REDACTED}", "x.token=$TOKEN",
     ]  # fmt: skip
+
+
+def test_a_run_keeps_no_secret_in_any_of_its_texts(tmp_path: Path) -> None:
+    """config.yaml, config.diff.yaml, log.txt and what W&B gets; numbers and other keys stay."""
+    words = ["optimizer.target=torch.optim.SGD", "+optimizer.auth_token=s3cr3t", "optimizer.lr=0.125"]
+    config = compose.load([*words, f"runs_dir={tmp_path}", "wandb.entity=https://me:s3cr3t@host"])
+    folder = RunFolder(tmp_path / "run", config, "0" * 12)
+    folder.add_log("RuntimeError: HTTP 401 with Authorization: Bearer s3cr3t0123456789")
+    folder.set_state("failed", step=0, reason="x")
+    folder.close(done=False)
+    kept = "".join(path.read_text() for path in sorted((tmp_path / "run").iterdir()))
+    assert "s3cr3t" not in kept
+    assert "0.125" in kept
+    assert compose.load_file(tmp_path / "run" / "config.yaml").optimizer.auth_token == REDACTED  # pyright: ignore[reportAttributeAccessIssue]
+    assert "s3cr3t" not in str(without_places(config.model_dump(mode="json")))
