@@ -51,7 +51,15 @@ def prepare(
 
     vocabulary = facts(config.model).vocab_size
     evaluated = evaluation_budget.tokens(config)
-    corpus = data.check(config.data, config.seq_len, config.batch_size, evaluated, vocabulary, say=say)
+    corpus = data.check(
+        config.data,
+        config.seq_len,
+        config.batch_size,
+        evaluated,
+        vocabulary,
+        say=say,
+        trust_remote_code=config.trust_remote_code,
+    )
     run_identity = identity(config, corpus.sha256, corpus.tokenizer_sha256)
     key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
     folder = run_folder.path_of(config, run_identity)

@@ -231,6 +231,7 @@ class _Recorder:
         self.log.say(
             f"corpus {corpus.sha256[:12]}: {corpus.train_tokens:,} training tokens, unigram entropy "
             f"{corpus.unigram_entropy:.3f} nats; evaluation on {evaluation_budget.tokens(config):,} tokens"
+            f"{corpus.left_out}"
         )
         for warning in self.warnings:
             self.log.say(f"warning: {warning}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from analysis.margin.settings import Settings
 from harness.config.errors import InputError
+from harness.data.paths import expand
 from harness.record import readers
 
 ROWS = 8
@@ -50,7 +50,7 @@ def find(settings: Settings, say: Callable[[str], None]) -> list[tuple[int, Path
     if settings.checkpoints is None:
         fix = "\"checkpoints='runs/GROUP/NAME/checkpoints/step_*'\""
         raise InputError("checkpoints", "null", "is needed: mode=head measures checkpoints", fix=fix)
-    paths = sorted(Path(path) for path in glob.glob(settings.checkpoints) if Path(path).is_dir())
+    paths = [path for path in expand(settings.checkpoints) if path.is_dir()]
     if not paths:
         raise InputError(
             "checkpoints",
@@ -184,7 +184,8 @@ def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None])
         saved.close()
     except store.DamagedCheckpoint as error:
         raise UnreadableCheckpoint("checkpoints", path, f"is damaged: {error}") from None
-    corpus = data.check(config.data, config.seq_len, 1, 1, None, say=say)
+    trusted = config.trust_remote_code
+    corpus = data.check(config.data, config.seq_len, 1, 1, None, say=say, trust_remote_code=trusted)
     validation = data.Validation(corpus, config.seq_len, config.data.mode)
     ids, labels = validation.batch(0, min(ROWS, validation.length))
     label = _label(path, settings)
@@ -208,8 +209,9 @@ def _hugging_face(path: Path, step: int, settings: Settings) -> Loaded:
             use_safetensors=True,
             dtype=torch.float64,
             attn_implementation="eager",
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnreadableCheckpoint("checkpoints", path, f"cannot be loaded: {_line(error)}") from None
     tokens = tokenizer(text_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]

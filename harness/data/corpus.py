@@ -38,8 +38,8 @@ class Source(NamedTuple):
     """All that decides the documents; JSON."""
     facts: dict[str, Any]
     """Name, licence where known, versions; JSON."""
-    documents: Callable[[], Iterator[str]]
-    """Starts reading; blank documents may occur."""
+    documents: Callable[[], Iterator[str | None]]
+    """Starts reading; blank documents may occur, and None for a row without text."""
 
 
 def open_source(config: DataConfig, fingerprints: Fingerprints) -> Source:
@@ -96,7 +96,12 @@ def _chapters(path: Path) -> Iterator[str]:
 
 def _local(config: DataConfig, fingerprints: Fingerprints) -> Source:
     paths = files.find(config.files, config.source)
-    hashes = fingerprints.of_files(paths)
+    try:
+        hashes = fingerprints.of_files(paths)
+    except OSError as error:
+        raise InputError(
+            "data.files", error.filename, f"cannot be read ({error.strerror or error})"
+        ) from error
     identity: dict[str, Any] = {"format": config.source, "sha256": [sha for _, sha in hashes]}
     if config.source != "text":
         identity["field"] = config.field

@@ -38,7 +38,7 @@ class Fingerprints:
             remembered = json.loads(memo.read_text())
             if remembered["file"] == known:
                 return remembered["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         digest = file_sha256(path)
         try:

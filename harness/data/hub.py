@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
+from harness.data import paths
 from harness.data.fingerprints import Fingerprints
 from harness.data.messages import quiet
 
@@ -30,13 +32,20 @@ def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, 
         )
     identity: dict[str, Any] = {"subset": config.subset, "split": config.split, "field": config.field}
     facts: dict[str, Any] = {"name": config.name, "subset": config.subset, "split": config.split}
-    folder = Path(config.dataset).expanduser()
-    if folder.is_dir():
-        paths = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)))
-        if not paths:
-            raise InputError("data.dataset", config.dataset, "is an empty folder")
-        identity["files"] = fingerprints.of_files(paths, base=folder)
-        return identity, facts | {"files": len(paths)}
+    folder = _folder(config.dataset)
+    if folder is not None:
+        files = _files(folder)
+        try:
+            identity["files"] = fingerprints.of_files(files, base=folder)
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror or error})"
+            raise InputError("data.dataset", error.filename, reason) from error
+        return identity, facts | {"files": len(files)}
+    if os.path.isfile(config.dataset):
+        fix = f"data=jsonl {paths.listed('data.files', config.dataset)}"
+        raise InputError(
+            "data.dataset", config.dataset, "is a file, and a data set is a folder or a name", fix=fix
+        )
     if config.dataset.startswith(("/", ".", "~")):
         raise InputError("data.dataset", config.dataset, "is not a folder")
     if config.max_tokens is None:
@@ -50,8 +59,10 @@ def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, 
     return identity, facts | {"dataset": config.dataset}
 
 
-def stream(config: DataConfig) -> Iterator[str]:
-    """Documents of the data set in its own order, read as they are asked for.
+def stream(config: DataConfig) -> Iterator[str | None]:
+    """Documents of the data set in its own order, read as they are asked for; None for a row without text.
+
+    `datasets` 4 and later run no loading script of a data set, so nothing here has to be trusted.
 
     Raises:
         InputError: out of reach, no such subset, split or field, a value that is not text. One line, which
@@ -60,8 +71,8 @@ def stream(config: DataConfig) -> Iterator[str]:
     import datasets
 
     assert config.dataset is not None
-    folder = Path(config.dataset).expanduser()
-    name = str(folder) if folder.is_dir() else config.dataset
+    folder = _folder(config.dataset)
+    name = str(folder) if folder is not None else config.dataset
     try:
         with quiet():
             for row in datasets.load_dataset(name, config.subset, split=config.split, streaming=True):
@@ -71,17 +82,36 @@ def stream(config: DataConfig) -> Iterator[str]:
     # The library and the file systems below it raise whatever their transport raised (a dozen classes, some
     # of them private): for the user all of them say the same.
     except Exception as error:
-        raise _unreachable(config, error, folder.is_dir()) from error
+        raise _unreachable(config, error, folder is not None) from error
 
 
-def _text(row: Any, config: DataConfig) -> str:
+def _folder(name: str) -> Path | None:
+    path = os.path.expanduser(name)
+    return Path(path) if os.path.isdir(path) else None
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files of a data set, without hidden ones. A pipe among them would make `datasets` wait for ever."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        kind = paths.kind(path)
+        if _hidden(path.relative_to(folder)) or kind == "is a folder":
+            continue
+        if kind is not None:
+            raise InputError("data.dataset", path, kind, allowed="files and folders")
+        found.append(path)
+    if not found:
+        raise InputError("data.dataset", folder, "is an empty folder")
+    return found
+
+
+def _text(row: Any, config: DataConfig) -> str | None:
     if config.field not in row:
         raise InputError("data.field", config.field, f"is no column of {config.dataset}", allowed=list(row))
     value = row[config.field]
-    if not isinstance(value, str):
-        raise InputError(
-            "data.field", config.field, f"holds {type(value).__name__}, not text, in {config.dataset}"
-        )
+    if value is not None and not isinstance(value, str):
+        reason = f"holds {type(value).__name__}, not text, in {config.dataset}"
+        raise InputError("data.field", config.field, reason, allowed="text or null")
     return value
 
 

@@ -30,20 +30,25 @@ class Span(NamedTuple):
 
 
 class Spool:
-    """Documents of a source, in order, each with a 64-bit hash of its text. Blank documents are dropped.
+    """Documents of a source, in order, each with a 64-bit hash of its text; blank ones and nulls are left out.
 
     Args:
         path: the file, created anew.
-        documents: the source.
+        documents: the source; None is a row without text.
         tell: told how much was read, after each document.
+
+    Attributes:
+        bytes: length of the text that was read.
+        null_rows, blank_rows: rows that were left out, because their text is null, or empty or white space.
+        exhausted: the source has ended.
     """
 
-    def __init__(self, path: Path, documents: Iterable[str], tell: Say = str) -> None:
+    def __init__(self, path: Path, documents: Iterable[str | None], tell: Say = str) -> None:
         self._documents, self._tell = iter(documents), tell
         self._file = path.open("w+b")
         self._ends = array("q")
         self._hashes = array("Q")
-        self.bytes = 0
+        self.bytes = self.null_rows = self.blank_rows = 0
         self.exhausted = False
 
     def __len__(self) -> int:
@@ -53,10 +58,16 @@ class Spool:
         """Read on until the spool holds ``until`` bytes or the source ends."""
         self._file.seek(self.bytes)
         while self.bytes < until and not self.exhausted:
-            text = next(self._documents, None)
-            if text is None:
+            try:
+                text = next(self._documents)
+            except StopIteration:
                 self.exhausted = True
-            elif text.strip():
+                break
+            if text is None:
+                self.null_rows += 1
+            elif not text.strip():
+                self.blank_rows += 1
+            else:
                 # JSON can spell lone surrogates, which UTF-8 cannot: they become question marks.
                 data = text.encode("utf-8", errors="replace")
                 self._file.write(data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from harness.config.errors import InputError
+from harness.data import paths
 from harness.data.fingerprints import file_sha256
 from harness.data.messages import quiet
 from harness.record import atomic
@@ -28,7 +30,7 @@ EOS, PAD = "<eos>", "<pad>"
 BPE_VERSION = "byte-level-bpe-1"
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 # Files that a tokenizer may be made of (its folder may hold a model as well).
-_SUFFIXES = (".json", ".txt", ".model", ".vocab")
+_SUFFIXES = (".json", ".txt", ".model", ".vocab", ".py")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 
 
@@ -136,7 +138,7 @@ def cached_bpe(texts: Iterator[str], again: Iterator[str], vocab_size: int, cach
         content = json.loads(path.read_text(encoding="utf-8"))
         if hashlib.sha256(content["tokenizer"].encode()).hexdigest() == content["sha256"]:
             return Encoder(Tokenizer.from_str(content["tokenizer"]), EOS, PAD)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     encoder = train_bpe(again, vocab_size)
     text = encoder.tokenizer.to_str()
@@ -158,19 +160,31 @@ def identity(config_tokenizer: str, vocab_size: int) -> dict[str, Any]:
     path = _local(config_tokenizer)
     if path is None:
         return {"name": config_tokenizer}
-    parts = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES) if path.is_dir() else [path]
-    return {"files": [(p.name, file_sha256(p)) for p in parts]}
+    try:
+        parts = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES) if path.is_dir() else [path]
+        return {"files": [(part.name, file_sha256(_regular(part))) for part in parts]}
+    except OSError as error:
+        raise InputError(
+            "data.tokenizer", error.filename, f"cannot be read ({error.strerror or error})"
+        ) from error
 
 
-def load(name: str) -> Encoder:
+def load(name: str, trust_remote_code: bool = False) -> Encoder:
     """A Hugging Face tokenizer: a ``tokenizer.json``, a folder, or a name on the hub.
 
     `tokenizers` reads it; `transformers.AutoTokenizer` converts one that has no ``tokenizer.json``.
 
+    Args:
+        name: file, folder, or name on the hub.
+        trust_remote_code: run the Python code that the tokenizer brings along (``auto_map``), where it has no
+            ``tokenizer.json``.
+
     Raises:
-        InputError: not found, not reachable, or without a token that ends a document.
+        InputError: not found, not reachable, needs code that is not trusted, or has no token that ends a document.
     """
     path = _local(name)
+    if path is not None:
+        identity(name, 0)  # refuses what is not a file
     try:
         if path is not None and path.is_file():
             return _encoder(Tokenizer.from_file(str(path)), _settings(path.parent), name)
@@ -178,11 +192,22 @@ def load(name: str) -> Encoder:
             folder = path if path is not None else _download(name)
         if folder is not None and (folder / "tokenizer.json").is_file():
             return _encoder(Tokenizer.from_file(str(folder / "tokenizer.json")), _settings(folder), name)
-        return _converted(name)
-    except InputError:
+        return _converted(name if path is None else str(path), trust_remote_code)
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    # `tokenizers` raises bare Exception, the hub and `transformers` a dozen classes of their own.
-    except Exception as error:
+    # `tokenizers` raises bare Exception, and for some damaged files a PanicException that is none; the hub and
+    # `transformers` a dozen classes of their own.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                "data.tokenizer",
+                name,
+                "brings Python code of its own (auto_map), which is not run unless you trust it",
+                allowed="a tokenizer with a tokenizer.json, which needs no code",
+                fix="trust_remote_code=true if you have read that code",
+            ) from error
         lines = str(error).splitlines()
         raise InputError(
             "data.tokenizer",
@@ -194,14 +219,25 @@ def load(name: str) -> Encoder:
 
 
 def _local(name: str) -> Path | None:
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    path = os.path.expanduser(name)
+    if not name.strip():
+        raise InputError(
+            "data.tokenizer", "''", "is empty", allowed="bpe, a folder, a tokenizer.json, a name"
+        )
+    if os.path.lexists(path):
+        return _regular(Path(path), folder=True)
     if name.startswith(("/", ".", "~")) or name.endswith(".json"):
         raise InputError(
             "data.tokenizer", name, "does not exist", allowed="bpe, a folder, a tokenizer.json, a name"
         )
     return None
+
+
+def _regular(path: Path, folder: bool = False) -> Path:
+    kind = paths.kind(path)
+    if kind is None or (folder and kind == "is a folder"):
+        return path
+    raise InputError("data.tokenizer", path, kind, allowed="bpe, a folder, a tokenizer.json, a name")
 
 
 def _download(name: str) -> Path | None:
@@ -254,10 +290,11 @@ def _encoder(tokenizer: Tokenizer, settings: dict[str, Any], name: str) -> Encod
     return Encoder(tokenizer, eos, pick("pad_token", _PAD_NAMES))
 
 
-def _converted(name: str) -> Encoder:
+def _converted(name: str, trust_remote_code: bool) -> Encoder:
     from transformers import AutoTokenizer
 
-    slow = AutoTokenizer.from_pretrained(name)
+    # Said in both cases: left open, `transformers` asks at the terminal.
+    slow = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     backend = getattr(slow, "backend_tokenizer", None)
     if backend is None:
         raise InputError(

@@ -23,7 +23,7 @@ from .conftest import MakeConfig, documents, write_jsonl
 
 
 def read(tmp_path: Path, **fields: Any) -> list[str]:
-    return list(open_source(DataConfig(**fields), Fingerprints(tmp_path)).documents())
+    return list[Any](open_source(DataConfig(**fields), Fingerprints(tmp_path)).documents())
 
 
 def test_king_james_chapters(tmp_path: Path) -> None:
