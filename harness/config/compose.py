@@ -8,7 +8,7 @@ would be dropped is an `InputError` that names the key, the file and the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from harness import bounded_files
-from harness.bounded_files import UnreadableFile
-from harness.config import evaluation_budget, keys, learning_rates
+from harness.config import evaluation_budget, keys, learning_rates, run_file, suggestions, yaml_files
 from harness.config.errors import InputError, closest
 from harness.config.identity import comparison_key, differing_keys, identity
+from harness.config.interpolation import resolve
 from harness.config.model_facts import config_fields
 from harness.config.overrides import Assignment, leaves, parse
+from harness.config.run_file import RunFile
 from harness.config.schema import FILLED_IN, RunConfig
-from harness.config.sources import GROUPS, compose, find, options, plugin_rules
+from harness.config.sources import GROUPS, command_of, compose, find, options, options_of_runs, plugin_rules
 from harness.record.redaction import redact_secrets
 
 __all__ = [
@@ -42,11 +42,12 @@ _NAMED_BY_FILE = ("optimizer", "engine", "schedule")
 
 
 def load(argv: Sequence[str]) -> RunConfig:
-    """Compose a run from command-line words.
+    """Compose a run from the words of a command line.
 
     Args:
-        argv: `group=option` and `key=value` words in Hydra's grammar, in any order. `experiment=NAME` (or
-            `+experiment=NAME`) is merged after the other groups and before values.
+        argv: `group=option` and `key=value` words in Hydra's grammar, in any order, and at most one FILE.yaml
+            (`run_file`). `experiment=NAME` (or `+experiment=NAME`) is merged after the other groups, the file after
+            the experiment, and the values of the words last.
 
     Returns:
         The typed configuration; not yet checked against itself and the machine (`checks.check`).
@@ -54,24 +55,37 @@ def load(argv: Sequence[str]) -> RunConfig:
     Raises:
         InputError: anything that is not understood; see the module.
     """
-    assignments = parse(argv, partial(_meant_assignment, list(argv)))
+    file, words = run_file.split(argv)
+    assignments = parse(words, partial(_meant_assignment, words))
     groups = {a.key: a for a in assignments if a.key in GROUPS and not isinstance(a.value, dict)}
-    selections, direct = _selections(groups)
+    selections, direct = _selections({group: _text_of(a) for group, a in groups.items()})
     _refuse_two_names(groups, assignments)
+    if file is not None:
+        file = _without_derived(file.without(list(groups)), assignments)
+        chosen, named = _selections(file.choices, file)
+        selections, direct = {**chosen, **selections}, {**named, **direct}
     composed = compose(selections)
     values = composed.values
     _refuse_lost_experiment(values.pop("experiment", None), composed.files)
     for group, replacement in direct.items():
         values[group] = replacement
-    texts: dict[str, str] = {}
     given = [a for a in assignments if a.key not in groups]
+    overridden = {key: value for a in given for key, value in leaves(a.key, a.value).items()}
+    origin = partial(_origin, set(overridden), composed.files, file)
+    texts: dict[str, str] = {}
+    if file is not None:
+        if file.is_whole_model:
+            values["model"] = {}
+        texts |= file.texts
+        for key, value in file.values.items():
+            _set(values, key, value)
     for assignment in given:
         texts[assignment.key] = assignment.text
-    _check_known(values, given, composed.files)
-    for assignment in given:
         _set(values, assignment.key, assignment.value)
+    values = resolve(values, RunConfig().model_dump(mode="json"), origin)
+    _check_known(values, origin, recorded=file is not None)
     _name_plugin(values, assignments)
-    return _validate(values, texts, partial(_origin, set(texts), composed.files))
+    return _validate(values, texts, origin)
 
 
 def load_file(path: str | Path) -> RunConfig:
@@ -81,19 +95,15 @@ def load_file(path: str | Path) -> RunConfig:
         InputError: missing or unreadable file, unknown key, wrong value; the file is named.
     """
     path = Path(path)
-    try:
-        values = bounded_files.read_yaml(path, [])
-    except FileNotFoundError:
-        raise InputError("config", str(path), "does not exist", fix="give the config.yaml of a run") from None
-    except UnreadableFile as error:
-        raise InputError("config", str(path), f"cannot be read ({error})") from None
+    values = yaml_files.read("config", path)
     if not isinstance(values, dict):
         raise InputError("config", str(path), "holds no keys", fix="give the config.yaml of a run")
     known = [*keys.all_keys(list(_model_fields(values))), *FILLED_IN]
     for key, value in _all_leaves(values).items():
         if key not in known and not _is_free(key, values):
-            raise keys.unknown(key, value, [name for name in known if name not in FILLED_IN], str(path))
-    return _validate(values, {}, lambda key: str(path))
+            known = [name for name in known if name not in FILLED_IN]
+            raise keys.unknown(key, value, known, yaml_files.at(path, key))
+    return _validate(values, {}, lambda key: yaml_files.at(path, key))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -149,28 +159,71 @@ def _derived(config: RunConfig) -> dict[str, Any]:
     return derived
 
 
-def _selections(groups: Mapping[str, Assignment]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Groups that have a file, and optimizers that have none: plug-in rules and import paths."""
+def _text_of(assignment: Assignment) -> str:
+    return "null" if assignment.value is None else assignment.text.strip("'\"")
+
+
+def _selections(
+    choices: Mapping[str, str], file: RunFile | None = None
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Groups that have a file, and optimizers that have none: plug-in rules and import paths.
+
+    Args:
+        choices: group → option.
+        file: that they come from; None: the command line.
+    """
     selections: dict[str, str] = {}
     direct: dict[str, dict[str, Any]] = {}
-    for group, assignment in groups.items():
-        option = "null" if assignment.value is None else assignment.text.strip("'\"")
-        if group == "experiment" and assignment.value is None:
+    for group, option in choices.items():
+        is_path = "." in option and all(part.isidentifier() for part in option.split("."))
+        if group == "experiment" and option == "null":
             continue
+        if group == "experiment" and (command := command_of(option)) != "train":
+            fix = f"optbench {command} experiment={option}"
+            reason = f"is an experiment of optbench {command}, not of a training run"
+            raise InputError(group, option, reason, allowed=options_of_runs(group), fix=fix)
         if find(group, option) is not None:
             selections[group] = option
         elif group == "optimizer" and option in options(group):
             direct[group] = {"name": option}
-        elif (
-            group == "optimizer" and all(part.isidentifier() for part in option.split(".")) and "." in option
-        ):
+        elif group == "optimizer" and is_path and not option.endswith(".py"):
             direct[group] = {"name": option.rpartition(".")[2], "target": option}
         else:
-            choices = options(group)
-            guess = closest(option, choices) or (choices[0] if choices else None)
-            fix = f"{group}={guess}" if guess else f"add configs/{group}/{option}.yaml"
-            raise InputError(group, option, allowed=choices, fix=fix)
+            raise _wrong_option(group, option, file)
     return selections, direct
+
+
+def _wrong_option(group: str, option: str, file: RunFile | None) -> InputError:
+    choices = options_of_runs(group)
+    meant = suggestions.option(group, option)
+    reason = "is wrong" if file is None else f"is wrong in {yaml_files.at(file.path, group)}"
+    suggestion = (
+        meant.partition("=")[2] if meant and " " not in meant and meant.startswith(f"{group}=") else meant
+    )
+    fix = meant or f"optbench list, or add configs/{group}/{option}.yaml"
+    return InputError(group, option, reason, allowed=choices, suggestion=suggestion, fix=fix)
+
+
+def _without_derived(file: RunFile, assignments: Sequence[Assignment]) -> RunFile:
+    """Leave out of a run's config.yaml what the checks derived, where words may lead to something else.
+
+    Without this, ``config.yaml world_size=2`` would keep engine.name=single, ``seed=1`` the optimizer's old seed, and
+    ``model=llama_60m`` a learning rate of another model size.
+    """
+    if not assignments or not file.is_recorded:
+        return file
+    nested: dict[str, Any] = {}
+    for key, value in file.values.items():
+        _set(nested, key, value)
+    derived = _derived(_validate(nested, file.texts, lambda key: yaml_files.at(file.path, key)))
+    changed = {a.key.partition(".")[0] for a in assignments}
+    is_same_rate = not changed & {"model", "optimizer", "experiment"}
+    dropped = [key for key, value in derived.items() if file.values.get(key) == value]
+    if is_same_rate:
+        dropped = [key for key in dropped if key not in ("optimizer.lr", "optimizer.aux_lr")]
+    if "optimizer.lr" in dropped:
+        dropped += FILLED_IN
+    return file._replace(values={key: value for key, value in file.values.items() if key not in dropped})
 
 
 def _refuse_lost_experiment(values: Any, files: Sequence[Path]) -> None:
@@ -194,27 +247,16 @@ def _refuse_two_names(groups: Mapping[str, Assignment], assignments: Sequence[As
                 raise InputError(group, both, "are two choices for one run", fix=f"{group}={value}")
 
 
-def _check_known(values: Mapping[str, Any], given: Sequence[Assignment], files: Sequence[Path]) -> None:
-    """Every key must exist: those of the files first, then the words."""
-    overridden: dict[str, Any] = {}
-    for assignment in given:
-        overridden |= leaves(assignment.key, assignment.value)
-    merged = {**_all_leaves(values), **overridden}
-    nested = {
-        "optimizer": {
-            "name": merged.get("optimizer.name"),
-            "target": merged.get("optimizer.target"),
-        },
-        "model": {"model_type": merged.get("model.model_type", "llama")},
-    }
-    known = keys.all_keys(list(_model_fields(nested)))
-    for key, value in merged.items():
-        if key in known or _is_free(key, nested):
+def _check_known(values: Mapping[str, Any], origin: Callable[[str], str | None], *, recorded: bool) -> None:
+    """Refuse a key that does not exist; ``recorded``: the keys that the checks fill in may be there."""
+    known = keys.all_keys(list(_model_fields(values)))
+    allowed = {*known, *FILLED_IN} if recorded else set(known)
+    for key, value in _all_leaves(values).items():
+        if key in allowed or _is_free(key, values):
             continue
         if any(name.startswith(f"{key}.") for name in known):
             continue  # a group given as a value: the validation says so in words
-        source = None if key in overridden else _origin(set(), files, key)
-        raise keys.unknown(key, value, known, source)
+        raise keys.unknown(key, value, known, origin(key))
 
 
 def _is_free(key: str, values: Mapping[str, Any]) -> bool:
@@ -272,18 +314,22 @@ def _validate(
         raise keys.translate(error, normal, origin(location)) from None
 
 
-def _origin(overridden: set[str], files: Sequence[Path], location: str) -> str | None:
-    """The last file that holds a key, or None if the command line does."""
-    if any(location == key or location.startswith(f"{key}.") for key in overridden):
+def _origin(overridden: set[str], files: Sequence[Path], file: RunFile | None, location: str) -> str | None:
+    """The last file that holds a key, with the line, or None if the command line does."""
+    if _holds(overridden, location):
         return None
+    if file is not None and _holds(file.values, location):
+        return yaml_files.at(file.path, location)
     for path in reversed(files):
         group = path.parent.name
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        is_global = group not in GROUPS or group == "experiment"
-        inside = _all_leaves(content or {} if is_global else {group: content or {}})
-        if any(key == location or location.startswith(f"{key}.") for key in inside):
-            return str(path)
+        prefix = "" if group not in GROUPS or group == "experiment" else f"{group}."
+        if _holds([f"{prefix}{key}" for key in yaml_files.places(path)], location):
+            return yaml_files.at(path, location.removeprefix(prefix))
     return None
+
+
+def _holds(known: Iterable[str], location: str) -> bool:
+    return any(key == location or location.startswith((f"{key}.", f"{key}[")) for key in known)
 
 
 def _all_leaves(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,25 +340,39 @@ def _jsonable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _meant_assignment(words: list[str], word: str, following: str | None) -> str | None:
-    """The assignment that a stray word was probably meant to be."""
-    known = keys.all_keys()
+def _meant_assignment(words: Sequence[str], word: str, following: str | None) -> str | None:
+    """The assignment (or the command) that a stray word was probably meant to be."""
+    known = [*keys.all_keys(), *GROUPS]
     bare = word.lstrip("-")
-    key, equals, value = bare.partition("=")
-    if not equals:
-        key, colon, value = bare.partition(":")
-        equals = colon
-    if equals:
-        meant = key if key in known or key in GROUPS else keys.meant_key(key, known)
-        return f"{meant}={value}" if meant else None
+    key, separator, value = bare.partition("=")
+    if not separator:
+        key, separator, value = bare.partition(":")
+    if separator:
+        special = suggestions.special(key, value, known)
+        return special or (suggestions.assign(key, value) if key in known else keys.meant(key, value, known))
+    if not bare:
+        return None
+    if not word.startswith("-"):
+        for group in GROUPS:
+            if bare in options_of_runs(group):
+                return f"{group}={bare}"
+        if command := suggestions.run_of(bare):
+            return command
+    follows = following is not None and "=" not in following and not following.startswith("-")
+    if follows and (special := suggestions.special(bare, following, known)):
+        return special
+    if bare in known:
+        return suggestions.assign(bare, following) if follows else f"{bare}={_switched_on(bare)}"
+    is_on = bare in ("help", "h") or word.startswith("--")
+    if (is_on or follows) and (meant := keys.meant(bare, following if follows else None, known)):
+        return meant.replace("=…", f"={_switched_on(meant.removesuffix('=…'))}")
     for group in GROUPS:
-        if bare in options(group):
-            return f"{group}={bare}"
-    meant = bare if bare in known or bare in GROUPS else keys.meant_key(bare, known)
-    takes_next = meant and following is not None and "=" not in following and not following.startswith("-")
-    if takes_next:
-        return f"{meant}={following}"
-    for group in GROUPS:
-        if guess := closest(bare, options(group)):
+        if guess := closest(bare, options_of_runs(group)):
             return f"{group}={guess}"
-    return f"{meant}=…" if meant else None
+    return keys.meant(bare, None, known)
+
+
+def _switched_on(key: str) -> str:
+    """What a flag without a value says about a key."""
+    known = keys.schema_keys().get(key)
+    return "true" if known is not None and "true" in known.allowed and known.is_number is False else "…"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from harness.config import suggestions
 from harness.config.errors import InputError, closest
 from harness.config.schema import FILLED_IN, RunConfig
 
@@ -25,7 +26,8 @@ class Key(NamedTuple):
         allowed: accepted values: a list of choices, or one sentence.
         default: value without any file or override.
         doc: meaning.
-        is_text, is_number: how a bare word is to be understood.
+        is_text, is_number, is_list: how a bare word is to be understood.
+        field: of the schema.
     """
 
     name: str
@@ -34,6 +36,19 @@ class Key(NamedTuple):
     doc: str
     is_text: bool
     is_number: bool
+    is_list: bool
+    field: FieldInfo
+
+    def accepts(self, text: str) -> bool:
+        """Return True if the schema takes a value that is typed like this."""
+        value: Any = {"null": None, "true": True, "false": False}.get(text, text)
+        if self.is_number and isinstance(value, bool):
+            return False
+        try:
+            TypeAdapter(Annotated[self.field.annotation, self.field]).validate_python(value)
+        except (ValidationError, ValueError):
+            return False
+        return True
 
 
 @lru_cache(maxsize=1)
@@ -65,19 +80,45 @@ def unknown(key: str, value: Any, known: Sequence[str], source: str | None = Non
         source: file that holds it; None: the command line.
     """
     groups = dict.fromkeys([*(name.split(".")[0] for name in known if "." in name), "experiment"])
-    meant = meant_key(key, [*known, *groups] if isinstance(value, str) and "." not in key else known)
+    text = None if isinstance(value, dict) else word(value)
+    names = [*known, *groups] if isinstance(value, str) and "." not in key else known
+    assignment = meant(key, text, names) if text is not None else None
+    target = (assignment or "").partition("=")[0] if assignment else meant_key(key, names)
     parent = key.rpartition(".")[0]
-    if meant and not any(name.rpartition(".")[0] == parent for name in known):
-        parent = meant.rpartition(".")[0]
+    if target and not any(name.rpartition(".")[0] == parent for name in known):
+        parent = target.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     if not parent:
         siblings += [f"{group}.…" for group in groups if group != "experiment"]
     shown = "" if isinstance(value, dict) and not value else value
     reason = "is for an unknown key" + (f" in {source}" if source else "")
-    fix = f"{meant}={word(value)}" if meant and not isinstance(value, dict) else f"remove {key}"
-    if source is not None and meant:
-        fix = f"rename it to {meant} in {source}"
-    return InputError(key, shown, reason, allowed=siblings, suggestion=meant, fix=fix)
+    is_key = target in names
+    fix = assignment or (f"{target}=…" if target else f"remove {key}")
+    if source is not None:
+        fix = f"rename it to {target} in {source}" if is_key else f"remove it from {source}"
+    return InputError(
+        key, shown, reason, allowed=siblings, suggestion=target if is_key else assignment, fix=fix
+    )
+
+
+def meant(key: str, value: str | None, known: Sequence[str]) -> str | None:
+    """Return the words that an assignment was probably meant to be, or None.
+
+    Args:
+        key: as typed, without dashes; it does not exist.
+        value: as typed; None: the word has none.
+        known: keys and groups that exist.
+    """
+    if special := suggestions.special(key, value, known):
+        return special
+    leaf = key.rpartition(".")[2]
+    is_leaf_known = any(name.rpartition(".")[2] == leaf for name in known)
+    if not is_leaf_known and (alias := suggestions.alias(key, value, known)):
+        return alias
+    target = meant_key(key, known)
+    if target is None:
+        return None
+    return f"{target}=…" if value is None else suggestions.assign(target, value)
 
 
 def meant_key(key: str, known: Sequence[str]) -> str | None:
@@ -102,8 +143,8 @@ def normalize(
 ) -> dict[str, Any]:
     """Values as the schema's types want them, where YAML and Hydra guess otherwise.
 
-    A number in a text field becomes the text as typed (`name=007`), and true or false in a number field is
-    refused, because Python would take it for 1 or 0.
+    A number in a text field becomes the text as typed (`name=007`), one word in a list field a list of one, and true
+    or false in a number field is refused, because Python would take it for 1 or 0.
 
     Args:
         values: nested values; not changed.
@@ -134,10 +175,11 @@ def translate(
             return _wrong_value(keys[key], value, source)
         if any(name.startswith(f"{key}.") for name in keys):
             inside = [name.rpartition(".")[2] for name in keys if name.startswith(f"{key}.")]
-            fix = f"{key}.{inside[0]}=…"
+            guess = _inside_group(key, word(value), keys)
+            fix = guess or f"{key}.{inside[0]}=…"
             if source is not None:
                 fix = f"in {source}, below defaults: 'override /{key}: {word(value)}'"
-            return InputError(key, word(value), "is a group of keys", allowed=inside, fix=fix)
+            return InputError(key, word(value), "is a group of keys", allowed=inside, suggestion=guess, fix=fix)
     return InputError("configuration", word(values), f"is wrong ({error.errors()[0]['msg']})")
 
 
@@ -156,15 +198,53 @@ def word(value: Any) -> str:
 
 def _wrong_value(key: Key, value: Any, source: str | None) -> InputError:
     reason = "is wrong" + (f" in {source}" if source else "")
-    guess = closest(value, key.allowed) if isinstance(value, str) and isinstance(key.allowed, list) else None
-    remedy = guess or (word(key.default) if key.default not in (None, {}, []) else _example(key, value))
+    text = word(value)
+    if key.name == "resume" and (command := suggestions.run_of(text)):
+        reason = "names a run, and a run goes on by itself when its command is repeated"
+        return InputError(key.name, text, reason, allowed=key.allowed, fix=command)
+    guess = _guess(key, text)
+    example = word(key.default) if key.default not in (None, {}, []) else _example(key, value)
+    fix = suggestions.assign(key.name, guess or example)
     return InputError(
-        key.name, word(value), reason, allowed=key.allowed, suggestion=guess, fix=f"{key.name}={remedy}"
+        key.name, text, reason, allowed=key.allowed, suggestion=guess, fix=fix if guess else f"e.g. {fix}"
     )
 
 
+def _guess(key: Key, text: str) -> str | None:
+    """The accepted value that was probably meant, or None."""
+    choices = key.allowed if isinstance(key.allowed, list) else []
+    candidates = [suggestions.of_choice(key.name, text)]
+    if text.lower() in ("auto", "default"):
+        candidates.append("null")
+    if "true" in choices:
+        candidates.append(suggestions.of_switch(text))
+    if key.is_number:
+        whole = float not in {get_origin(kind) or kind for kind in _members(key.field.annotation)}
+        candidates.append(suggestions.number(key.name, text, whole=whole))
+    if suggestions.is_nothing(text):
+        candidates.append("null")
+    folded = {choice.lower(): choice for choice in choices}
+    near = closest(text.lower(), folded)
+    candidates.append(folded[near] if near else None)
+    return next(
+        (guess for guess in candidates if guess is not None and guess != text and key.accepts(guess)), None
+    )
+
+
+_MAIN = {"wandb": "mode", "eval": "every", "checkpoint": "every", "moments": "every", "schedule": "name"}
+"""Group → its key that a value for the whole group is probably meant for."""
+
+
+def _inside_group(group: str, text: str, keys: Mapping[str, Key]) -> str | None:
+    key = keys.get(f"{group}.{_MAIN.get(group, '')}")
+    if key is None:
+        return None
+    guess = text if key.accepts(text) else _guess(key, text)
+    return suggestions.assign(key.name, guess) if guess else None
+
+
 def _example(key: Key, value: Any) -> str:
-    if key.default == []:
+    if key.is_list:
         return word([value])
     return "1" if key.is_number else "null"
 
@@ -186,13 +266,14 @@ def _key(name: str, field: FieldInfo) -> Key:
     plain = [phrase for kind, phrase in _PHRASES.items() if kind in kinds]
     default = field.get_default(call_default_factory=True)
     doc = " ".join((field.description or "").split())
-    is_text, is_number = str in kinds, bool(kinds & {int, float})
+    allowed: list[str] | str
     if bool in kinds:
-        return Key(name, ["true", "false"], default, doc, is_text, is_number)
-    if not plain:
-        return Key(name, [*choices, *(["null"] if null else [])], default, doc, is_text, is_number)
-    sentence = " or ".join([plain[0] + _bounds(field, members), *choices, *(["null"] if null else [])])
-    return Key(name, sentence, default, doc, is_text, is_number)
+        allowed = ["true", "false"]
+    elif not plain:
+        allowed = [*choices, *(["null"] if null else [])]
+    else:
+        allowed = " or ".join([plain[0] + _bounds(field, members), *choices, *(["null"] if null else [])])
+    return Key(name, allowed, default, doc, str in kinds, bool(kinds & {int, float}), list in kinds, field)
 
 
 _PHRASES: dict[Any, str] = {
@@ -236,6 +317,10 @@ def _normalize(key: str, value: Any, texts: Mapping[str, str], all_known: Mappin
         return texts.get(key, word(value))
     if known.is_number and isinstance(value, bool):
         raise _wrong_value(known, value, None)
+    if known.is_list and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        text = value if isinstance(value, str) else texts.get(key, word(value))
+        # Not where several words may be meant: `cluster.container=apptainer exec` is two of them.
+        return value if " " in text else [text]
     return value
 
 

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString, ValueType
 from hydra.errors import HydraException
 
+from harness.config import suggestions
 from harness.config.errors import InputError
 
 
@@ -78,7 +79,7 @@ def _assignment(
             "",
             "is not an assignment",
             suggestion=meant,
-            allowed="key=value, without dashes",
+            allowed="key=value, without dashes, or a FILE.yaml of keys",
             fix=meant or "write it as key=value, or leave it out",
         )
     home = os.path.expanduser("~")
@@ -89,18 +90,27 @@ def _assignment(
         fix = f"{name.split('@')[0]}={text}"
         raise InputError(name, text, "moves a group, and groups have one place", fix=fix)
     if parsed.value_type is not ValueType.ELEMENT:
-        fix = f"{name}={text.split(',')[0]} (one run for each), or {name}=[{text}] where a list is meant"
-        raise InputError(name, text, "is several values, and a run takes one", allowed="one value", fix=fix)
+        one = suggestions.number(name, text, whole=True) or suggestions.number(name, text, whole=False)
+        fix = (
+            f"{name}={one or text.split(',')[0]} (one run for each), or {name}=[{text}] where a list is meant"
+        )
+        reason = "is several values, and a run takes one"
+        raise InputError(name, text, reason, allowed="one value", suggestion=one, fix=fix)
     return Assignment(name, _plain(parsed._value), text)
 
 
 def _parse(parser: OverridesParser, key: str, text: str) -> Override:
     try:
         return parser.parse_override(f"{key}={text}")
-    except HydraException as error:
-        problem = str(error).splitlines()[0]
-        fix = f"put it in quotes: '{key}=\"{text}\"'"
-        raise InputError(key, text, f"cannot be read ({problem})", fix=fix) from None
+    except (HydraException, ValueError, RecursionError) as error:
+        # ValueError: a number with thousands of digits, text that is not Unicode.
+        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        guess = suggestions.number(key, text, whole=True) or suggestions.number(key, text, whole=False)
+        fix = f"{key}={guess}" if guess else f"put it in quotes: '{key}=\"{text}\"'"
+        if "${" in text:
+            fix = "an interpolation is ${key} or ${oc.env:NAME}; a literal ${ is written '\\${' in quotes"
+        reason = f"cannot be read ({problem})"
+        raise InputError(key, text, reason, suggestion=guess, fix=fix) from None
 
 
 def _plain(value: Any) -> Any:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.config import yaml_files
 from harness.config.errors import InputError
 
 GROUPS = ("model", "data", "optimizer", "engine", "schedule", "experiment")
 OTHER_GROUPS = ("cluster", "paper", "study")
 """Groups that describe something else than the run: no part of a `RunConfig`."""
+COMPANIONS = ("margin", "reconstruct")
+"""Commands with keys of their own; the names of their experiments begin with the command's."""
 PRIMARY = "optbench"
 RULES_ENTRY_POINT = "optbench.optimizers"
 
 
 class Composed(NamedTuple):
-    """Group files merged: the values, and the files that they came from in the order of merging."""
+    """Group files merged: the values (interpolations not filled in), and the files in the order of merging."""
 
     values: dict[str, Any]
     files: list[Path]
@@ -45,8 +49,13 @@ def search_path(folder: Path | None = None) -> list[Path]:
 
 def find(group: str, option: str) -> Path | None:
     """The file of one option, or None."""
+    if ".." in option.split("/") or option.startswith("/"):
+        return None
     candidates = (root / group / f"{option}.yaml" for root in search_path())
-    return next((path for path in candidates if path.is_file()), None)
+    try:
+        return next((path for path in candidates if path.is_file()), None)
+    except OSError:  # a name that is too long for a file
+        return None
 
 
 def plugin_rules() -> list[str]:
@@ -64,6 +73,29 @@ def options(group: str) -> list[str]:
     return sorted(names)
 
 
+def command_of(experiment: str) -> str:
+    """Return the command that an experiment is for: one of `COMPANIONS`, or "train"."""
+    named = next((command for command in COMPANIONS if experiment.startswith(command)), None)
+    path = find("experiment", experiment)
+    if named is None or path is None:
+        return "train"
+    from harness.config.schema import RunConfig
+
+    content = yaml_files.read("experiment", path)
+    own = isinstance(content, dict) and not set(content) <= {"defaults", *RunConfig.model_fields}
+    return named if own else "train"
+
+
+def experiments(command: str) -> list[str]:
+    """Return the names of the experiments that a command can run."""
+    return [name for name in options("experiment") if command_of(name) == command]
+
+
+def options_of_runs(group: str) -> list[str]:
+    """Return what a training run can choose in a group."""
+    return experiments("train") if group == "experiment" else options(group)
+
+
 def compose(selections: dict[str, str]) -> Composed:
     """Merge the chosen group files with Hydra (its defaults lists, packages and overrides of defaults hold).
 
@@ -74,11 +106,8 @@ def compose(selections: dict[str, str]) -> Composed:
         InputError: a file that is not YAML, or asks for a file that does not exist.
     """
     values, chosen = _merged(PRIMARY, selections)
-    files = [next(path for root in search_path() if (path := root / f"{PRIMARY}.yaml").is_file())]
-    for group in GROUPS:
-        if isinstance(option := chosen.get(group), str) and (path := find(group, option)):
-            files.append(path)
-    return Composed(values, files)
+    final = {group: option for group in GROUPS if isinstance(option := chosen.get(group), str)}
+    return Composed(values, list(_files_of(final)))
 
 
 def compose_one(group: str, option: str) -> dict[str, Any]:
@@ -87,8 +116,10 @@ def compose_one(group: str, option: str) -> dict[str, Any]:
     Raises:
         InputError: as `compose`.
     """
+    from harness.config.interpolation import resolve
+
     values, _ = _merged(f"{group}/{option}", {group: option}, choose=False)
-    inside = values.get(group, {})
+    inside = resolve(values, {}, lambda key: str(find(group, option))).get(group, {})
     return inside if isinstance(inside, dict) else {}
 
 
@@ -104,17 +135,21 @@ def _merged(
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    from harness.config.interpolation import only_allowed_variables
+
     _register_own_configs()
+    for path in _files_of(selections):
+        yaml_files.read("configs", path)
     # Hydra's own logging settings are not used, and loading them takes half of the time.
     overrides = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     overrides += [f"{group}={option}" for group, option in selections.items()] if choose else []
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(package_root()), version_base="1.3"):
+        with only_allowed_variables(), initialize_config_dir(str(package_root()), version_base="1.3"):
             config = hydra_compose(name, overrides, return_hydra_config=True)
         chosen = {str(key): value for key, value in dict(config.hydra.runtime.choices).items()}
         body = DictConfig({key: value for key, value in config.items_ex(resolve=False) if key != "hydra"})
-        values = OmegaConf.to_container(body, resolve=True)
+        values = OmegaConf.to_container(body, resolve=False)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise _file_error(error, selections) from None
     assert isinstance(values, dict)
@@ -140,20 +175,15 @@ def _own_roots() -> list[Path]:
     return search_path()[:-1]
 
 
-def _file_error(error: Exception, selections: dict[str, str]) -> InputError:
-    """Name the file that does not parse; else say what Hydra said, in one line."""
-    import yaml
+def _files_of(selections: dict[str, str]) -> Iterable[Path]:
+    """The first file of that name in the search path for each selection, and the primary one."""
+    primary = next(path for root in search_path() if (path := root / f"{PRIMARY}.yaml").is_file())
+    chosen = (find(group, option) for group, option in selections.items())
+    return [primary, *(path for path in chosen if path is not None)]
 
-    primary = [root / f"{PRIMARY}.yaml" for root in search_path()]
-    for path in [*primary, *(find(group, option) for group, option in selections.items())]:
-        try:
-            if path is not None and path.is_file():
-                yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as broken:
-            mark = getattr(broken, "problem_mark", None)
-            line = f"line {mark.line + 1}" if mark else "this file"
-            problem = getattr(broken, "problem", None) or str(broken)
-            return InputError(f"{path}", line, f"is not YAML ({problem})", fix=f"correct {path}")
+
+def _file_error(error: Exception, selections: dict[str, str]) -> InputError:
+    """Say what Hydra said, in one line."""
     text = " ".join(str(error).split())
     chosen = " ".join(f"{group}={option}" for group, option in selections.items())
     return InputError(
