@@ -117,7 +117,7 @@ def _check(key: str, text: str, source: str | None) -> None:
             raise InputError(key, text, reason, allowed=ALLOWED, fix=fix)
 
 
-_ESCAPE = "type the value itself; a literal ${ is written '\\${' in quotes"
+_ESCAPE = "type the value itself; in a file, a literal ${ is written \\${"
 
 
 def _where(reason: str, source: str | None) -> str:

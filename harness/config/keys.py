@@ -112,7 +112,7 @@ def meant(key: str, value: str | None, known: Sequence[str]) -> str | None:
     if special := suggestions.special(key, value, known):
         return special
     leaf = key.rpartition(".")[2]
-    is_leaf_known = any(name.rpartition(".")[2] == leaf for name in known)
+    is_leaf_known = any(name.rpartition(".")[2] == leaf for name in known if not name.startswith(f"{FREE}."))
     if not is_leaf_known and (alias := suggestions.alias(key, value, known)):
         return alias
     target = meant_key(key, known)
@@ -179,7 +179,9 @@ def translate(
             fix = guess or f"{key}.{inside[0]}=…"
             if source is not None:
                 fix = f"in {source}, below defaults: 'override /{key}: {word(value)}'"
-            return InputError(key, word(value), "is a group of keys", allowed=inside, suggestion=guess, fix=fix)
+            return InputError(
+                key, word(value), "is a group of keys", allowed=inside, suggestion=guess, fix=fix
+            )
     return InputError("configuration", word(values), f"is wrong ({error.errors()[0]['msg']})")
 
 
@@ -205,9 +207,7 @@ def _wrong_value(key: Key, value: Any, source: str | None) -> InputError:
     guess = _guess(key, text)
     example = word(key.default) if key.default not in (None, {}, []) else _example(key, value)
     fix = suggestions.assign(key.name, guess or example)
-    return InputError(
-        key.name, text, reason, allowed=key.allowed, suggestion=guess, fix=fix if guess else f"e.g. {fix}"
-    )
+    return InputError(key.name, text, reason, allowed=key.allowed, suggestion=guess, fix=fix)
 
 
 def _guess(key: Key, text: str) -> str | None:
@@ -319,8 +319,9 @@ def _normalize(key: str, value: Any, texts: Mapping[str, str], all_known: Mappin
         raise _wrong_value(known, value, None)
     if known.is_list and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         text = value if isinstance(value, str) else texts.get(key, word(value))
+        is_quoted = texts.get(key, "").startswith(("'", '"'))
         # Not where several words may be meant: `cluster.container=apptainer exec` is two of them.
-        return value if " " in text else [text]
+        return value if " " in text and not is_quoted else [text]
     return value
 
 

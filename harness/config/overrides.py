@@ -91,9 +91,8 @@ def _assignment(
         raise InputError(name, text, "moves a group, and groups have one place", fix=fix)
     if parsed.value_type is not ValueType.ELEMENT:
         one = suggestions.number(name, text, whole=True) or suggestions.number(name, text, whole=False)
-        fix = (
-            f"{name}={one or text.split(',')[0]} (one run for each), or {name}=[{text}] where a list is meant"
-        )
+        fix = f"{name}={text.split(',')[0]} (one run for each), or {name}=[{text}] where a list is meant"
+        fix = f"{name}={one}" if one else fix
         reason = "is several values, and a run takes one"
         raise InputError(name, text, reason, allowed="one value", suggestion=one, fix=fix)
     return Assignment(name, _plain(parsed._value), text)
@@ -108,7 +107,7 @@ def _parse(parser: OverridesParser, key: str, text: str) -> Override:
         guess = suggestions.number(key, text, whole=True) or suggestions.number(key, text, whole=False)
         fix = f"{key}={guess}" if guess else f"put it in quotes: '{key}=\"{text}\"'"
         if "${" in text:
-            fix = "an interpolation is ${key} or ${oc.env:NAME}; a literal ${ is written '\\${' in quotes"
+            fix = f"leave out ${{, or write {key}=${{KEY}} or {key}=${{oc.env:NAME}}"
         reason = f"cannot be read ({problem})"
         raise InputError(key, text, reason, suggestion=guess, fix=fix) from None
 

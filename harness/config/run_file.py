@@ -93,7 +93,10 @@ def read(path: Path) -> RunFile:
                 )
             values[key] = leaf
     places = yaml_files.places(path)
-    return RunFile(path, choices, values, {key: p.text for key, p in places.items() if p.text is not None})
+    texts = {key: place.text for key, place in places.items() if place.text is not None}
+    file = RunFile(path, choices, values, texts)
+    # A run's config.yaml is complete: what a preset holds today is not merged below it.
+    return file._replace(choices={}) if file.is_recorded else file
 
 
 def _defaults(path: Path, entries: Any) -> dict[str, str]:

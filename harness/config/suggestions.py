@@ -39,6 +39,7 @@ _NUMBER = re.compile(
     r"(?:(?:\^|\*\*)(?P<power>\d{1,2}))?(?P<suffix>%|[a-z]*)"
 )
 _UNQUOTED = re.compile(r"[\w./:*?@%+-]*")
+_PLAIN_LIST = re.compile(r"\[[\w./:@%+,-]*\]")
 
 
 def is_run_file(word: str) -> bool:
@@ -51,7 +52,7 @@ def is_run_file(word: str) -> bool:
 def assign(key: str, value: Any) -> str:
     """Return ``key=value`` as a shell wants it, in quotes where Hydra's grammar needs them."""
     text = str(value)
-    if _UNQUOTED.fullmatch(text) or (text.startswith(("[", "{")) and shlex.quote(text) == text):
+    if _UNQUOTED.fullmatch(text) or _PLAIN_LIST.fullmatch(text):
         return f"{key}={text}"
     inside = text.replace("\\", "\\\\").replace('"', '\\"')
     return shlex.quote(f"{key}={text}" if text.startswith(("[", "{")) else f'{key}="{inside}"')

@@ -12,6 +12,9 @@ from harness import bounded_files
 from harness.bounded_files import MAX_DEPTH, UnreadableFile
 from harness.config.errors import InputError
 
+MAX_BYTES = 1 << 18
+_FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 class Scalar(NamedTuple):
     """Where a value is and how it is written.
@@ -41,9 +44,12 @@ def read(key: str, path: Path) -> Any:
 
     problems: list[str] = []
     try:
-        text = bounded_files.read_text(path, bounded_files.YAML_LIMIT, problems)
-        for _ in yaml.parse(text, Loader=yaml.SafeLoader):
-            pass  # syntax first, as its errors know their line
+        text = bounded_files.read_text(path, MAX_BYTES, problems)
+        depth = 0
+        for event in yaml.parse(text, Loader=_FAST_LOADER):  # syntax first, as its errors know their line
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UnreadableFile(f"{path.name} is nested deeper than {MAX_DEPTH}")
         bounded_files.read_yaml(path, [])
         if problems:
             raise UnreadableFile(problems[0])

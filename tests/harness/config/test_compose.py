@@ -69,7 +69,7 @@ BAD_WORDS = [
     (["eval.every=often"], "eval.every: often is wrong", ["or auto or null"]),
     (["eval.every=0"], "eval.every: 0 is wrong", []),
     (["eval=5"], "eval: 5 is a group of keys", ["every, tokens"]),
-    (["data.files=a.txt"], "data.files: a.txt is wrong", ["fix: data.files=[a.txt]"]),
+    (["data.files=true"], "data.files: true is wrong", ["fix: data.files=[true]"]),
     (["overwrite=maybe"], "overwrite: maybe is wrong", ["true, false"]),
     (["schedule.min_lr_ratio=2"], "schedule.min_lr_ratio: 2 is wrong", ["≥ 0 and ≤ 1"]),
 ]
