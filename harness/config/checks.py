@@ -8,13 +8,21 @@ Checks of the data are in `harness.data`, of the run folder in `harness.record`.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.config import durations, engine_checks, evaluation_budget, launcher, learning_rates, model_checks
+from harness.config import (
+    durations,
+    engine_checks,
+    environment_checks,
+    evaluation_budget,
+    launcher,
+    learning_rates,
+    model_checks,
+    optimizer_target,
+)
 from harness.config.errors import InputError
 from harness.config.keys import word
 from harness.config.model_facts import ModelFacts, facts
@@ -52,6 +60,7 @@ def check(
     values = config.model_dump()
     values["optimizer"] = _optimizer(config, shapes)
     _check_schedule(config)
+    environment_checks.check(config, environ)
     world_size = _world_size(config, environ, devices, worker)
     values["world_size"] = world_size
     values["engine"] = engine_checks.check(config, environ, world_size)
@@ -106,7 +115,7 @@ def _optimizer(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
     given = config.optimizer
     section: dict[str, Any] = {"name": given.name, "target": given.target}
     if given.target is not None:
-        _check_target(given.target)
+        optimizer_target.check(given.target)
         options = given.options
     else:
         try:
@@ -148,17 +157,6 @@ def _aux_learning_rate(
         return {}
     default = learning_rates.default(given.name, parameter_count(config.model))
     return {"aux_lr": default.aux_lr} if default is not None and default.aux_lr is not None else {}
-
-
-def _check_target(target: str) -> None:
-    package = target.partition(".")[0]
-    is_path = "." in target and all(part.isidentifier() for part in target.split("."))
-    if not is_path:
-        allowed = "an import path, package.Class"
-        raise InputError("optimizer.target", target, allowed=allowed, fix="optimizer.target=torch.optim.SGD")
-    if importlib.util.find_spec(package) is None:
-        reason = f"names the package {package}, which is not installed"
-        raise InputError("optimizer.target", target, reason, fix=f"pip install {package}")
 
 
 def _option_error(error: Any, name: str) -> InputError:
@@ -215,6 +213,10 @@ def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | No
     if launch is None and worker:
         launcher.check_one_process_was_meant(launcher.parent_command_lines())
         launch = launcher.Launch(1, 0, 0)
+    if launch is not None and not worker and launch.world_size > 1 and wanted != launch.world_size:
+        reason = "in the environment was left by a launcher: this command starts its own processes"
+        fix = f"unset {' '.join(launcher.VARIABLES)}"
+        raise InputError("WORLD_SIZE", launch.world_size, reason, fix=fix)
     if launch is None:
         return wanted or devices or (launcher.visible_devices(environ) if devices is None else 0) or 1
     if wanted is not None and wanted != launch.world_size:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from harness.config import deepspeed_config
 from harness.config.errors import InputError
 from harness.config.keys import word
-from harness.config.schema import EngineConfig, RunConfig
+from harness.config.schema import EngineConfig, Precision, RunConfig
 
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 PARTITIONED = ("zero1", "zero2", "zero3")
@@ -133,57 +133,68 @@ def is_elementwise(target: str) -> bool:
 
 def _check_launcher(config: RunConfig, environ: Mapping[str, str]) -> None:
     name = config.engine.name
+    for variable, engines, what in (
+        ("ACCELERATE_USE_DEEPSPEED", ZERO, "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", SHARDED, "FSDP"),
+    ):
+        if _is_set(environ, variable) and name not in engines:
+            fix = f"unset {variable}, or engine={engines[0] if what == 'FSDP' else 'zero2'}"
+            reason = f"disagrees with the launcher, which asks for {what} ({variable}={environ[variable]})"
+            raise InputError("engine.name", name, reason, fix=fix)
     if _is_set(environ, "ACCELERATE_USE_DEEPSPEED"):
-        if name not in ZERO:
-            _refuse_launcher("engine.name", name, "asks for DeepSpeed", "launch without it: optbench train …")
         _check_launchers_deepspeed(config, environ)
     if _is_set(environ, "ACCELERATE_USE_FSDP"):
-        if name not in SHARDED:
-            _refuse_launcher("engine.name", name, "asks for FSDP", "launch without it: optbench train …")
         _check_launchers_fsdp(config, environ)
-    mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    variable = "ACCELERATE_MIXED_PRECISION"
+    mixed = environ.get(variable, "no") or "no"
     if mixed not in ("no", config.precision):
-        _refuse_launcher(
-            "precision",
-            config.precision,
-            f"was given --mixed_precision {mixed}",
-            f"precision={mixed}, or launch with no",
-        )
+        what = f"was given --mixed_precision {mixed}"
+        fix = f"precision={mixed}" if mixed in get_args(Precision) else "--mixed_precision no"
+        _refuse_launcher("precision", config.precision, what, fix, variable)
 
 
 def _check_launchers_fsdp(config: RunConfig, environ: Mapping[str, str]) -> None:
     name = config.engine.name
     if environ.get("FSDP_VERSION", "2") != "2":
-        _refuse_launcher("engine.name", name, "asks for FSDP 1", "--fsdp_version 2")
-    if _is_set(environ, "FSDP_OFFLOAD_PARAMS"):
-        _refuse_launcher(
-            "engine.name", name, "asks for parameters in host memory", "--fsdp_offload_params false"
-        )
-    wanted = environ.get("FSDP_RESHARD_AFTER_FORWARD", "").lower()
-    ours = config.engine.reshard_after_forward
-    if wanted in ("true", "false") and wanted != word(ours):
-        key = "engine.reshard_after_forward"
-        _refuse_launcher(key, word(ours), f"was given {wanted}", f"{key}={wanted}")
+        _refuse_launcher("engine.name", name, "asks for FSDP 1", "--fsdp_version 2", "FSDP_VERSION")
+    if _is_set(environ, variable := "FSDP_OFFLOAD_PARAMS"):
+        fix = "--fsdp_offload_params false"
+        _refuse_launcher("engine.name", name, "asks for parameters in host memory", fix, variable)
+    switches = {
+        "FSDP_RESHARD_AFTER_FORWARD": ("engine.reshard_after_forward", config.engine.reshard_after_forward),
+        "FSDP_ACTIVATION_CHECKPOINTING": (
+            "model.activation_checkpointing",
+            config.model.activation_checkpointing,
+        ),
+    }
+    for variable, (key, ours) in switches.items():
+        wanted = environ.get(variable, "").lower()
+        # Without its flag the launcher says false for checkpointing: only true is a wish.
+        is_wish = wanted == "true" or (wanted == "false" and "RESHARD" in variable)
+        if is_wish and wanted != word(ours):
+            _refuse_launcher(key, word(ours), f"was given {wanted}", f"{key}={wanted}", variable)
 
 
 def _check_launchers_deepspeed(config: RunConfig, environ: Mapping[str, str]) -> None:
     name = config.engine.name
-    stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    stage = environ.get(variable := "ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     file, ours = _launchers_file(environ), config.engine.config_file
     # Without --zero_stage the launcher says 2, also beside a file with another stage in it.
-    if file is None and stage.isdecimal() and f"zero{stage}" != name:
-        _refuse_launcher("engine.name", name, f"asks for ZeRO stage {stage}", f"engine=zero{stage}")
+    if file is None and stage in ("0", "1", "2", "3") and f"zero{stage}" != name:
+        _refuse_launcher("engine.name", name, f"asks for ZeRO stage {stage}", f"engine=zero{stage}", variable)
     if file is not None and ours is not None and file != ours:
-        _refuse_launcher("engine.config_file", ours, f"was given {file}", "name one of them")
+        variable = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+        _refuse_launcher("engine.config_file", ours, f"was given {file}", "name one of them", variable)
     for part in ("OPTIMIZER", "PARAM"):
-        if environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") not in ("none", ""):
+        variable = f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"
+        if environ.get(variable, "none") not in ("none", ""):
             flag = f"--offload_{part.lower()}_device"
-            _refuse_launcher("engine.name", name, f"asks for {flag}, which is not supported", f"{flag} none")
-    clipping = environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+            what = f"asks for {flag}, which is not supported"
+            _refuse_launcher("engine.name", name, what, f"{flag} none", variable)
+    clipping = environ.get(variable := "ACCELERATE_GRADIENT_CLIPPING", "none")
     if clipping not in ("none", "") and clipping != word(config.max_grad_norm):
-        _refuse_launcher(
-            "max_grad_norm", word(config.max_grad_norm), f"clips at {clipping}", f"max_grad_norm={clipping}"
-        )
+        fix = f"max_grad_norm={clipping}"
+        _refuse_launcher("max_grad_norm", word(config.max_grad_norm), f"clips at {clipping}", fix, variable)
 
 
 def _launchers_file(environ: Mapping[str, str]) -> str | None:
@@ -191,8 +202,10 @@ def _launchers_file(environ: Mapping[str, str]) -> str | None:
     return None if not _is_set(environ, "ACCELERATE_USE_DEEPSPEED") or file.lower() in ("none", "") else file
 
 
-def _refuse_launcher(key: str, value: object, what: str, fix: str) -> None:
-    raise InputError(key, value, f"disagrees with the launcher, which {what}", fix=fix)
+def _refuse_launcher(key: str, value: object, what: str, fix: str, variable: str) -> None:
+    """Refuse what a launcher asked for, or what the environment still holds of a launcher that was here before."""
+    reason = f"disagrees with the launcher, which {what}"
+    raise InputError(key, value, reason, fix=f"{fix}; without a launcher: unset {variable}")
 
 
 def _is_set(environ: Mapping[str, str], variable: str) -> bool:

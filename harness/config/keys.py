@@ -5,10 +5,10 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from harness.config import suggestions
@@ -45,7 +45,8 @@ class Key(NamedTuple):
         if self.is_number and isinstance(value, bool):
             return False
         try:
-            TypeAdapter(Annotated[self.field.annotation, self.field]).validate_python(value)
+            kind: Any = self.field.annotation
+            create_model("Value", value=(kind, self.field)).model_validate({"value": value})
         except (ValidationError, ValueError):
             return False
         return True

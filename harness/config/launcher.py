@@ -26,6 +26,10 @@ _PROGRAMS = (
 )
 
 
+VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""What a launcher tells each process."""
+
+
 class Launch(NamedTuple):
     """What a launcher says about this process."""
 
@@ -38,18 +42,33 @@ def launched(environ: Mapping[str, str]) -> Launch | None:
     """The launcher's WORLD_SIZE, RANK and LOCAL_RANK; None without a launcher.
 
     Raises:
-        InputError: they are not numbers, or contradict each other.
+        InputError: they are not numbers, contradict each other, or are only half there.
     """
-    if "WORLD_SIZE" not in environ:
-        return None
-    numbers = {name: environ.get(name, "0") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    for name, text in numbers.items():
-        if not text.isdecimal():
+    numbers: dict[str, int] = {}
+    for name in VARIABLES:
+        text = environ.get(name)
+        if text is None:
+            continue
+        if not text.isdecimal() or len(text) > 9:
             raise InputError(name, text, "in the environment is not a number", fix=f"unset {name}")
-    launch = Launch(*(int(text) for text in numbers.values()))
-    if launch.rank >= max(1, launch.world_size):
-        both = f"WORLD_SIZE={launch.world_size} RANK={launch.rank}"
-        raise InputError("launcher", both, "contradict each other", fix="unset WORLD_SIZE RANK LOCAL_RANK")
+        numbers[name] = int(text)
+    unset = f"unset {' '.join(name for name in VARIABLES if name in environ)}"
+    world = numbers.get("WORLD_SIZE")
+    if world is None:
+        for name in ("RANK", "LOCAL_RANK"):
+            if numbers.get(name, 0) > 0:
+                reason = "in the environment is one of several processes, and WORLD_SIZE is not set"
+                raise InputError(name, numbers[name], reason, fix=f"{unset}, or export WORLD_SIZE")
+        return None
+    if world > 1 and "RANK" not in numbers:
+        reason = "in the environment is without RANK, so that every process would be the first one"
+        raise InputError("WORLD_SIZE", world, reason, fix=f"{unset}, or start the processes with a launcher")
+    launch = Launch(world, numbers.get("RANK", 0), numbers.get("LOCAL_RANK", 0))
+    local = numbers.get("LOCAL_WORLD_SIZE", launch.world_size)
+    is_consistent = launch.rank < world and launch.local_rank < local <= world
+    if not is_consistent:
+        given = " ".join(f"{name}={value}" for name, value in numbers.items())
+        raise InputError("launcher", given, "contradict each other", fix=unset)
     return launch
 
 

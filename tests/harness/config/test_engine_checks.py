@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,44 @@ def test_a_launcher_that_says_something_else_is_refused(
     environ: dict[str, str], changes: dict[str, Any], part: str
 ) -> None:
     assert part in refusal(environ, **changes)
+
+
+LEFT: list[tuple[dict[str, str], dict[str, Any]]] = [
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}),
+    ({"ACCELERATE_USE_FSDP": "1"}, {}),
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {"engine__name": "zero2"}),
+    ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"engine__name": "fsdp2"}),
+    ({**FSDP, "FSDP_OFFLOAD_PARAMS": "True"}, {"engine__name": "fsdp2"}),
+    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}),
+    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}),
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}),
+    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}),
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}),
+    ({"TORCHDYNAMO_DISABLE": "1"}, {"model": {"compile": True}}),
+    ({"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, {}),
+    ({"WORLD_SIZE": "8"}, {}),
+    ({"WORLD_SIZE": "8", "RANK": "0"}, {}),
+    ({"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, {}),
+    ({"RANK": "3"}, {}),
+    ({"LOCAL_RANK": "1"}, {}),
+    ({"RANK": "9" * 5000}, {}),
+]
+
+
+@pytest.mark.parametrize(("environ", "changes"), LEFT, ids=[" ".join(environ) for environ, _ in LEFT])
+def test_the_fix_unsets_what_is_left_in_the_environment(
+    environ: dict[str, str], changes: dict[str, Any]
+) -> None:
+    fix = refusal(environ, **changes).partition("fix: ")[2]
+    named = [name for name in environ if re.search(rf"unset [A-Z_0-9 ]*\b{name}\b", fix)]
+    assert named, fix
+    assert run_check({name: value for name, value in environ.items() if name not in fix}, **changes)
+
+
+def test_control_variables_that_change_nothing_pass() -> None:
+    harmless = {"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "RANK": "0"}
+    harmless |= {"TORCHDYNAMO_DISABLE": "1", "LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": ""}
+    assert run_check(harmless)
 
 
 def test_a_launcher_that_says_the_same_passes(tmp_path: Path) -> None:
