@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
 
 # Marks that reorder what follows them: the text "cod.exe" can be shown as "exe.doc".
@@ -42,6 +43,11 @@ def markdown(text: object) -> str:
     """Return ``text`` as one line of GitHub-flavoured Markdown that shows it literally, also in a table's cell."""
     safe = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(r"\\\g<0>", safe)
+
+
+def markdown_row(cells: Iterable[object]) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join(map(markdown, cells))} |"
 
 
 def csv_cell(value: object) -> str:

@@ -11,8 +11,6 @@ from pathlib import Path
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
     "--headless=new",
-    # Chromium's own sandbox is not available to root in containers; the page is ours and loads nothing.
-    "--no-sandbox",
     "--disable-gpu",
     "--disable-background-networking",
     "--disable-dev-shm-usage",
@@ -32,6 +30,11 @@ def browser() -> str | None:
     return next((path for path in found if path), None)
 
 
+def sandbox_flags() -> list[str]:
+    """Return the flag without which Chromium refuses to run as root; for all others its sandbox stays on."""
+    return ["--no-sandbox"] if os.geteuid() == 0 else []
+
+
 def photograph(page: str, target: Path, *, width: int, height: int) -> str | None:
     """Render an HTML page and write it as a PNG of twice ``width`` × ``height`` pixels.
 
@@ -44,7 +47,13 @@ def photograph(page: str, target: Path, *, width: int, height: int) -> str | Non
     with tempfile.TemporaryDirectory(prefix="optbench-") as scratch:
         source, shot = Path(scratch, "page.html"), Path(scratch, "shot.png")
         source.write_text(page, encoding="utf-8")
-        command = [chromium, *FLAGS, f"--user-data-dir={scratch}/profile", f"--window-size={width},{height}"]
+        command = [
+            chromium,
+            *FLAGS,
+            *sandbox_flags(),
+            f"--user-data-dir={scratch}/profile",
+            f"--window-size={width},{height}",
+        ]
         try:
             subprocess.run(
                 [*command, f"--screenshot={shot}", source.as_uri()],

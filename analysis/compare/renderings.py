@@ -15,6 +15,7 @@ from analysis.compare.facts import Grid
 from analysis.compare.tables import COLUMNS, Column, Row, Table
 from harness import visible
 from harness.console import cell, for_tables
+from harness.visible import markdown_row
 
 WHOLE, WITH_OUTCOME = 205, 100
 """Terminal widths from which the table stands in one piece, and failures in a column of their own."""
@@ -67,16 +68,12 @@ def markdown(tables: Iterable[tuple[Table, str]]) -> str:
     parts = []
     for table, verdict in tables:
         head = [f"{c.label} ({c.unit})" if c.unit else c.label for c in table.columns]
-        lines = [f"## {visible.markdown(table.title)}", "", visible.markdown(verdict), "", _line(head)]
-        lines.append(_line(["---:" if c.numeric else ":---" for c in table.columns]))
-        lines += [_line([row.cells[c.key].text for c in table.columns]) for row in table.rows]
+        lines = [f"## {visible.markdown(table.title)}", "", visible.markdown(verdict), "", markdown_row(head)]
+        lines.append(markdown_row("---:" if c.numeric else ":---" for c in table.columns))
+        lines += [markdown_row(row.cells[c.key].text for c in table.columns) for row in table.rows]
         lines += ["", *(f"- {visible.markdown(note)}" for note in table.notes)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(map(visible.markdown, cells)) + " |"
 
 
 def to_csv(tables: Iterable[Table]) -> str:

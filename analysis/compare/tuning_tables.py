@@ -9,6 +9,7 @@ from analysis.compare import words
 from analysis.compare.comparison import ComparisonSet
 from analysis.compare.facts import Grid
 from analysis.compare.tuning_ledger import Trial, Tuned
+from harness.visible import markdown_row
 
 ORDER = ("finished", "diverged", "failed", "interrupted", "running", "pending")
 
@@ -75,6 +76,6 @@ def markdown(arms: Sequence[Tuned]) -> str:
     parts = ["# Tuning", ""]
     for head, rows in (overview(arms), listing(arms)):
         lines = [head, ["---"] * len(head), *rows]
-        parts += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        parts += map(markdown_row, lines)
         parts.append("")
     return "\n".join(parts)

@@ -34,6 +34,7 @@ def render(document: Document, scope: Scope) -> str:
     return dress.render(
         "preview.html.j2",
         "analysis.dashboards",
+        style="preview.css",
         title=place,
         scope=f"Project {place}, grouped by {', '.join(f'config.{key}' for key in scope.group_by)}; "
         "seeds folded to mean and range.",

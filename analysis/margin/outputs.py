@@ -16,7 +16,9 @@ from analysis.margin.trajectory import Run
 from analysis.page import job as job_page
 from analysis.page.figures import Plot
 from analysis.plain import plain
+from harness import visible
 from harness.record import atomic
+from harness.visible import csv_cell, markdown_row
 
 SCHEMA_VERSION = 1
 SHOWN_KEYS = ("t", "ln_tau", "gap", "margin")
@@ -152,19 +154,19 @@ def counts(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
 
 def markdown(done: Finished) -> str:
     """The tables, what they say, and how many runs ended how."""
-    lines = [done.headline, "", *_markdown_table(done.table)]
+    lines = [visible.markdown(done.headline), "", *_markdown_table(done.table)]
     for name, rows in done.more.items():
-        lines += ["", f"{name.replace('_', ' ')}:", "", *_markdown_table(rows)]
+        lines += ["", visible.markdown(f"{name.replace('_', ' ')}:"), "", *_markdown_table(rows)]
     lines.append("")
     for name, by_status in counts(done.runs).items():
-        lines.append(f"{name}: " + ", ".join(f"{n} {status}" for status, n in by_status.items()))
+        text = ", ".join(f"{n} {status}" for status, n in by_status.items())
+        lines.append(visible.markdown(f"{name}: {text}"))
     return "\n".join(lines) + "\n"
 
 
 def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     heads, body = cells(rows)
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return lines + ["| " + " | ".join(row) + " |" for row in body]
+    return [markdown_row(heads), "|" + "---|" * len(heads), *map(markdown_row, body)]
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -175,7 +177,7 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     for row in listed:
-        writer.writerow({key: "" if _is_nothing(value) else value for key, value in row.items()})
+        writer.writerow({key: "" if _is_nothing(value) else csv_cell(value) for key, value in row.items()})
     return out.getvalue()
 
 

@@ -6,6 +6,7 @@ script gives it the colour of the theme in use. Lists for the other horizontal a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ PALETTES = {
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
 GREY = "#8a94a3"
 """Of lines that are no arm's: levels, predictions, chance."""
+_MARKUP = re.compile("<(?!/?extra>)")
 MAX_POINTS = 400
 """Points of a curve in a plot: more than the pixels that tell them apart on a wide screen at half width."""
 
@@ -46,7 +48,20 @@ class Plot:
 def figure(traces: list[Any], **layout: Any) -> dict[str, Any]:
     """A checked plotly figure as a dictionary (arrays as lists, NaN as null), without template colours."""
     described = go.Layout(template="none", **layout).to_plotly_json()
-    return {"data": [plain(trace.to_plotly_json()) for trace in traces], "layout": plain(described)}
+    data = [plain(trace.to_plotly_json()) for trace in traces]
+    return {"data": _without_markup(data), "layout": _without_markup(plain(described))}
+
+
+def _without_markup(value: Any) -> Any:
+    """Plain data whose texts plotly shows as they are; it would read `<a href=…>` in a name as a link.
+
+    Only ``<extra>``, which our own templates hold, is left.
+    """
+    if isinstance(value, dict):
+        return {key: _without_markup(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_markup(inner) for inner in value]
+    return _MARKUP.sub("&lt;", value) if isinstance(value, str) else value
 
 
 def colour(index: int) -> str:

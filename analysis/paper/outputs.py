@@ -15,9 +15,10 @@ from rich.text import Text
 
 from analysis.paper.cells import STATUSES, Cell, Filled
 from analysis.plain import plain
+from harness import visible
 from harness.cli import document as whole_document
 from harness.record import atomic
-from harness.visible import visible
+from harness.visible import csv_cell, markdown_row
 
 HEADS = ("row", "column", "published", "predicted", "measured", "unit", "status")
 _STYLES = {"differs": "red", "differs_known": "yellow", "not_run": "dim", "not_predictable": "dim"}
@@ -50,7 +51,7 @@ def show(filled: Filled, console: Console) -> None:
     for head in HEADS:
         drawn.add_column(head, justify="right" if head in ("published", "predicted", "measured") else "left")
     for cell, words in zip(filled.cells, _rows(filled), strict=True):
-        drawn.add_row(*(Text(visible(word)) for word in words), style=_STYLES.get(cell.status))
+        drawn.add_row(*(Text(visible.visible(word)) for word in words), style=_STYLES.get(cell.status))
     console.print(drawn)
     for line in (*_remarks(filled), sentence(filled)):
         console.print(line, markup=False, soft_wrap=True)
@@ -132,13 +133,12 @@ def _places(cells: Sequence[str]) -> str:
 
 
 def _markdown(filled: Filled) -> str:
-    def line(words: Sequence[str]) -> str:
-        return f"| {' | '.join(words)} |"
-
     sides = ("---:" if head in ("published", "predicted", "measured") else ":---" for head in HEADS)
-    table = [line(HEADS), line(list(sides)), *map(line, _rows(filled))]
-    below = [f"- {remark}" for remark in _remarks(filled)]
-    return "\n".join([f"# {_title(filled)}", "", *table, "", *below, "", sentence(filled), ""])
+    table = [markdown_row(HEADS), markdown_row(sides), *map(markdown_row, _rows(filled))]
+    below = [f"- {visible.markdown(remark)}" for remark in _remarks(filled)]
+    return "\n".join(
+        [f"# {visible.markdown(_title(filled))}", "", *table, "", *below, "", sentence(filled), ""]
+    )
 
 
 def _csv(filled: Filled) -> str:
@@ -146,5 +146,8 @@ def _csv(filled: Filled) -> str:
     rows = [{**entry, "runs": " ".join(entry["runs"])} for entry in map(_cell, filled.cells)]
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow(
+            {key: csv_cell(value) if isinstance(value, str) else value for key, value in row.items()}
+        )
     return buffer.getvalue()

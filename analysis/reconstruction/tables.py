@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from harness.record import atomic
+from harness.visible import csv_cell
 
 Row = dict[str, Any]
 TABLES = ("certificate", "alternatives", "attack", "susceptibility")
@@ -24,8 +25,13 @@ def write(folder: Path, tables: Mapping[str, Sequence[Row]]) -> list[Path]:
         frame.to_parquet(buffer, index=False)
         for path, data in (
             (folder / f"{name}.parquet", buffer.getvalue()),
-            (folder / f"{name}.csv", frame.to_csv(index=False).encode()),
+            (folder / f"{name}.csv", _safe(frame).to_csv(index=False).encode()),
         ):
             atomic.write_bytes(path, data)
             written.append(path)
     return written
+
+
+def _safe(frame: pd.DataFrame) -> pd.DataFrame:
+    """The texts of a table as cells that no spreadsheet evaluates."""
+    return frame.map(lambda value: csv_cell(value) if isinstance(value, str) else value)

@@ -13,6 +13,7 @@ from harness.record.certificates import Cell
 from harness.verify import cells, verdict
 from harness.verify.session import Certified
 from harness.verify.verdict import Result
+from harness.visible import markdown_row
 
 MISSING = "–"
 
@@ -195,7 +196,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _row(cells_: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells_) + " |"
+    return markdown_row(cells_)
 
 
 def _short(value: float, digits: int = 1) -> str:

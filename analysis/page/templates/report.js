@@ -150,9 +150,19 @@
     element.dataset.drawn = "yes";
   }
 
+  const drawMissing = () => drawn.forEach(({ element }, key) => { if (!element.dataset.drawn) draw(key); });
+
+  // What comes into view is drawn at once. The rest follows, one figure for each pause, so that a page that is
+  // captured or printed without having been scrolled is whole, and one that is read is never blocked for long.
   const observer = new IntersectionObserver((entries) => {
-    entries.filter((e) => e.isIntersecting).forEach((e) => { observer.unobserve(e.target); draw(e.target.dataset.figure); });
+    entries.filter((e) => e.isIntersecting && !e.target.dataset.drawn).forEach((e) => draw(e.target.dataset.figure));
   }, { rootMargin: "500px" });
+  const pause = window.requestIdleCallback || ((next) => setTimeout(next, 50));
+  const drawNext = () => {
+    const next = [...drawn].find(([, { element }]) => !element.dataset.drawn);
+    if (next) { draw(next[0]); pause(drawNext); }
+    else document.documentElement.dataset.complete = "yes";
+  };
   document.querySelectorAll("[data-figure]").forEach((element) => {
     const plot = figures[element.dataset.figure];
     if (!plot) return;
@@ -174,6 +184,8 @@
   window.addEventListener("resize", () => {
     if (window.innerWidth !== width) { width = window.innerWidth; redraw(); }
   });
-  const printing = () => drawn.forEach(({ element }, key) => { if (!element.dataset.drawn) draw(key); });
-  window.addEventListener("beforeprint", printing);
+  // On paper the page is narrower than on the screen: the class sets its width, and all figures are drawn to it.
+  window.addEventListener("beforeprint", () => { document.body.classList.add("on-paper"); drawMissing(); redraw(); });
+  window.addEventListener("afterprint", () => { document.body.classList.remove("on-paper"); redraw(); });
+  window.addEventListener("load", () => pause(drawNext));
 })();
