@@ -92,7 +92,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "analysis.compare.command:report",
         "comparison of the runs below a folder, those of other trainers (CSV, JSONL) too",
-        "DIR [--out DIR] [--wandb] [--json] | ENTITY/PROJECT[/GROUP] --export DIR [--json]",
+        "DIR [--out DIR] [--figures png] [--wandb] [--json] | ENTITY/PROJECT[/GROUP] --export DIR [--json]",
         (
             ("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),
             ("runs/quickstart --wandb", "and a workspace, a report and its files as artifacts in W&B"),

@@ -14,7 +14,7 @@ from functools import lru_cache
 # Marks that reorder what follows them: the text "cod.exe" can be shown as "exe.doc".
 _BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 _FORMULA = "=+-@\t\r\n＝＋－＠"
-_MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")
+_MARKDOWN = re.compile(r"[\\`*|~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])")
 
 
 def visible(text: object) -> str:

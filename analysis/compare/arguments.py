@@ -53,6 +53,8 @@ class Request:
     """The runs; with ``export`` they are written there first."""
     out: Path
     as_json: bool
+    figures: bool = False
+    """Write each plot as a PNG, too."""
     wandb: bool = False
     """Build the dashboards in W&B."""
     project: tuple[str | None, str] | None = None
@@ -123,9 +125,13 @@ def report(argv: Sequence[str]) -> Request:
                 raise InputError(flag, "nothing", "needs a folder", fix=_USAGE[flag])
         elif flag == "--wandb":
             values[flag] = value
+        elif flag == "--figures":
+            values[flag] = value or next(rest, "")
+            if values[flag] != "png":
+                raise InputError(flag, values[flag] or "nothing", allowed=["png"], fix="--figures png")
         elif word != "--json":
             words.append(word)
-    _check_flags(words, {"--json", "--wandb", *_TAKE_FOLDER})
+    _check_flags(words, {"--json", "--wandb", "--figures", *_TAKE_FOLDER})
     source, given = values.get("--export"), values.get("--wandb")
     if source is not None:
         words, given = [*words, *([given] if given else [])], None
@@ -136,7 +142,7 @@ def report(argv: Sequence[str]) -> Request:
             "report",
             shown,
             what,
-            allowed="DIR [--out DIR] [--wandb] [--json]; ENTITY/PROJECT[/GROUP] --export DIR [--json]",
+            allowed="DIR [--out DIR] [--figures png] [--wandb] [--json]; ENTITY/PROJECT[/GROUP] --export DIR [--json]",
             fix=_USAGE["--export"] if source is not None else "optbench report runs",
         )
     folder = Path(words[0] if source is None else source)
@@ -144,6 +150,7 @@ def report(argv: Sequence[str]) -> Request:
         folder=folder,
         out=Path(values.get("--out", folder)),
         as_json="--json" in argv,
+        figures="--figures" in values,
         wandb="--wandb" in values and source is None,
         project=_project(given) if given else None,
         export=_place(words[0]) if source is not None else None,

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def report(argv: Sequence[str]) -> int:
-    """``optbench report DIR [--out DIR] [--wandb] [--json]``: compare the runs below DIR; 0. Without runs it says so.
+    """``optbench report DIR [--out DIR] [--figures png] [--wandb] [--json]``: compare the runs below DIR; 0.
+
+    Without runs it says so.
 
     ``ENTITY/PROJECT[/GROUP] --export DIR`` reads them from W&B into DIR first.
 
@@ -39,7 +41,7 @@ def report(argv: Sequence[str]) -> int:
         return publishing.publish(found, written, asked.project)
 
     further = publish if asked.wandb else None
-    conclusion.write(asked.folder, asked.out, as_json=asked.as_json, further=further)
+    conclusion.write(asked.folder, asked.out, as_json=asked.as_json, further=further, figures=asked.figures)
     return 0
 
 

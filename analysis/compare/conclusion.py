@@ -30,6 +30,7 @@ def write(
     as_json: bool,
     further: Further | None = None,
     extra: Mapping[str, object] | None = None,
+    figures: bool = False,
 ) -> None:
     """Compare the runs below ``folder``, write the report into ``out``, and print.
 
@@ -39,12 +40,13 @@ def write(
         as_json: print the JSON document.
         further: makes something else of the comparison.
         extra: more keys of that document.
+        figures: write each plot as a PNG, too.
 
     Raises:
         InputError: no such folder.
     """
     found = document.read(folder)
-    written = report.write(found, out)
+    written = report.write(found, out, figures=figures)
     _print(found, written if further is None else further(found, written), as_json, extra or {})
 
 

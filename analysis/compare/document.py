@@ -105,7 +105,7 @@ def _judged(chosen: ComparisonSet, origins: Mapping[Path, Mapping[str, Any]]) ->
         made_by = strings(origins.get(run.folder.parent, {}).get("commands"))
         commands |= dict.fromkeys(made_by or [run.text("command")])
     commands.pop("", None)
-    table = tables.build(chosen, ranks=said.ranks)
+    table = tables.build(chosen)
     return Judged(chosen, said, table, cautions.cautions(chosen), list(commands))
 
 

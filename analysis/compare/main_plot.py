@@ -10,11 +10,10 @@ import plotly.graph_objects as go
 from analysis.compare import words
 from analysis.compare.comparison import Arm, ComparisonSet
 from analysis.compare.curves import AXES, Curve, Floats, mean_curve, single_curve, thinned
-from analysis.compare.plots import AXIS_TITLES
+from analysis.compare.plots import AXIS_TITLES, absent_axes
 from analysis.page.figures import MAX_POINTS, PALETTES, Plot, figure, line
 from analysis.plain import plain
 
-AXIS_WORDS = {"flops": "FLOPs"}
 LABEL_HEIGHT = 17
 """Pixels from one label to the next at the ends of curves."""
 MAX_LABELS = 60
@@ -72,20 +71,10 @@ def main_plot(chosen: ComparisonSet) -> Plot | None:
     hidden = [chosen.arms[i].label for i, curve in curves.items() if not any(curve is c for c in learned)]
     above = f" Above the view of the finish: {words.listing(hidden)}." if hidden else ""
     title = f"{word.capitalize()} loss"
-    caption = band + stopped + above + _absent_axes(chosen, curves, axes)
+    named = [(chosen.arms[i].label, curve) for i, curve in curves.items()]
+    caption = band + stopped + above + absent_axes(named, axes)
     height = max(480, 80 + LABEL_HEIGHT * min(len(labels), MAX_LABELS))
     return Plot("main", title, caption, built, height, axes=axes)
-
-
-def _absent_axes(chosen: ComparisonSet, curves: dict[int, Curve], axes: list[str]) -> str:
-    """Why an axis can't be chosen: which arms lack it."""
-    said = ""
-    for axis in AXES:
-        lacking = [chosen.arms[i].label for i, curve in curves.items() if axis not in curve.x]
-        if axis not in axes and len(lacking) < len(curves):
-            verb = "record" if len(lacking) > 1 else "records"
-            said += f" Not over {AXIS_WORDS.get(axis, axis)}: {words.listing(lacking[:6])} {verb} none."
-    return said
 
 
 def _learned(chosen: ComparisonSet, curves: dict[int, Curve]) -> list[Curve]:

@@ -10,6 +10,7 @@ from analysis.compare.caution import Caution, arm_labels, named
 from analysis.compare.comparison import Arm, ComparisonSet
 
 TUNED, UNTUNED, GIVEN = "tuned default", "untuned default", "given"
+ELSEWHERE = "default tuned at another size"
 
 
 def lr_standing(arm: Arm) -> str:
@@ -20,7 +21,10 @@ def lr_standing(arm: Arm) -> str:
     if run.text("lr_source") == "given":
         return GIVEN
     tuned = run.summary.get("lr_tuned")
-    return TUNED if tuned is True else UNTUNED if tuned is False else ""
+    if tuned is False:
+        # The source of the rate says "tuned at 1.8M": without the size, "untuned" would contradict it.
+        return ELSEWHERE if run.text("lr_source").startswith("tuned") else UNTUNED
+    return TUNED if tuned is True else ""
 
 
 def learning_rates(chosen: ComparisonSet) -> Iterable[Caution]:
@@ -29,13 +33,13 @@ def learning_rates(chosen: ComparisonSet) -> Iterable[Caution]:
     untuned = [
         f"{arm.label} {words.significant(max(run.fact('lr') for run in arm.runs))}"
         for arm in chosen.arms
-        if standings[arm.label] == UNTUNED
+        if standings[arm.label] in (UNTUNED, ELSEWHERE)
     ]
     if untuned:
         text = f"Default learning rates that were not tuned at this size: {words.listing(untuned)}."
         yield Caution("untuned_lr", text)
     unknown = [label for label, standing in standings.items() if not standing]
-    found = dict.fromkeys([TUNED, UNTUNED, GIVEN, *filter(None, standings.values())])
+    found = dict.fromkeys([TUNED, ELSEWHERE, UNTUNED, GIVEN, *filter(None, standings.values())])
     groups = {s: [label for label, own in standings.items() if own == s] for s in found}
     groups = {standing: labels for standing, labels in groups.items() if labels}
     if len(groups) > 1 or (groups and unknown):

@@ -72,8 +72,9 @@ COLUMNS = [
         "lr_standing",
         "lr is",
         "",
-        "tuned (n trials): by optbench sweep; tuned default: found by tuning at this model size; untuned default: at "
-        "another; given: by the command line",
+        "tuned (n trials): by optbench sweep; tuned default: found by tuning at this model size; "
+        "default tuned at another size; untuned default: published for other sizes or models; "
+        "given: by the command line",
         _RESULT,
         False,
     ),
@@ -103,17 +104,13 @@ COLUMNS = [
 ]
 
 
-def build(chosen: ComparisonSet, *, ranks: bool) -> Table:
-    """The table of one set: a row per arm, and a row per run that did not finish.
+def build(chosen: ComparisonSet) -> Table:
+    """The table of one set: a row per arm, lowest mean loss first, and a row per run that did not finish.
 
-    Args:
-        chosen: the set.
-        ranks: put the arms in the order of their means; else they stay as they were given.
+    The order says no more than the numbers do; what is shown of differences is the verdict's.
     """
-    order = list(range(len(chosen.arms)))
-    if ranks:
-        ranked = chosen.ranked()
-        order = ranked + [i for i in order if i not in ranked]
+    ranked = chosen.ranked()
+    order = ranked + [i for i in range(len(chosen.arms)) if i not in ranked]
     rows_of = {index: _arm(chosen.arms[index], chosen.target) for index in order}
     rows = []
     for index, cells in rows_of.items():

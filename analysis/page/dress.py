@@ -48,7 +48,7 @@ def render(template: str, package: str = "analysis.page", *, style: str | None =
     css = raw("report.css") + (raw(style) if style else "")
     script, plotly = raw("report.js"), get_plotlyjs().replace("</script", "<\\/script")
     shared = {
-        "policy": policy([plotly, script], [css, *_own_styles(plotly)]),
+        "policy": Markup(policy([plotly, script], [css, *_own_styles(plotly)])),
         "css": Markup(css),
         "script": Markup(script),
         "plotly": Markup(plotly),

@@ -148,8 +148,8 @@ class Summary(Record):
     memory_bytes: Sizes = Field(default_factory=dict)
     state_bytes: Sizes = Field(default_factory=dict)
     optimizer_fallbacks: Count | None = None
-    parameters: Count | None = None
-    matrix_parameters: Count | None = None
+    parameters: Number = None
+    matrix_parameters: Number = None
     corpus_sha256: Text = ""
     train_tokens_available: Number = None
     epochs: Number = None

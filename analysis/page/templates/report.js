@@ -71,6 +71,10 @@
     }
     if (meta.heat) { out.xaxis.nticks = narrow() ? 6 : 14; out.xaxis.showgrid = out.yaxis.showgrid = false; out.yaxis.tickfont.size = 11; heatLayout(out, figure, view); }
     if (meta.bars) { out.yaxis.showgrid = false; out.yaxis.tickfont = { size: 13, color: css("--text") }; out.margin.t = 58; }
+    if (meta.titles && view.axis) {
+      out.xaxis.title.text = meta.titles[view.axis];
+      out.xaxis.exponentformat = view.axis === "flops" ? "power" : "SI";
+    }
     if (meta.main) mainLayout(out, meta, view);
     return out;
   }
@@ -89,8 +93,6 @@
     out.margin.t = 10;
     out.xaxis.range = range.x.slice();
     out.yaxis.range = range.y.slice();
-    out.xaxis.title.text = meta.titles[view.axis];
-    out.xaxis.exponentformat = view.axis === "flops" ? "power" : "SI";
     out.shapes = []; out.annotations = [];
     const rule = (y, text, dash, atRight) => {
       if (y === null || y === undefined) return;
@@ -187,5 +189,5 @@
   // On paper the page is narrower than on the screen: the class sets its width, and all figures are drawn to it.
   window.addEventListener("beforeprint", () => { document.body.classList.add("on-paper"); drawMissing(); redraw(); });
   window.addEventListener("afterprint", () => { document.body.classList.remove("on-paper"); redraw(); });
-  window.addEventListener("load", () => pause(drawNext));
+  window.addEventListener("load", () => setTimeout(() => pause(drawNext), 400));
 })();

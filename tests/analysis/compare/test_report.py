@@ -110,7 +110,7 @@ def test_figures_are_valid_json_with_null_for_what_is_not_finite(html: str) -> N
     figures: dict[str, Any] = {}
     for block in blocks:
         figures |= json.loads(block, parse_constant=refuse)
-    for name in ("main", "wall-clock", "step-time", "memory", "condition-number", "heat"):
+    for name in ("main", "training-loss", "step-time", "memory", "condition-number", "heat"):
         assert f"set0-{name}" in figures
     labels = figures["set0-main"]["figure"]["layout"]["meta"]["labels"]
     assert [label["text"] for label in labels] == ["adamw", "galore", "muon", "sumo"]

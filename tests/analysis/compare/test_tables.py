@@ -36,14 +36,33 @@ def test_rows_stand_by_mean_loss_with_failures_below_their_arm(mixed: Table) -> 
     assert mixed.rows[-1].cells["outcome"].text == "diverged at step 70"
 
 
-def test_one_seed_keeps_the_given_order(tmp_path: Path) -> None:
-    synthetic.group(tmp_path, seeds=[0])
-    assert [row.cells["optimizer"].text for row in table(tmp_path).rows] == [
-        "adamw",
-        "galore",
-        "muon",
-        "sumo",
-    ]
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+def test_arms_are_ranked_by_loss_and_those_without_one_come_last(tmp_path: Path, seeds: list[int]) -> None:
+    synthetic.group(tmp_path, ["adamw", "galore", "muon", "sumo"], seeds=seeds)
+    synthetic.write(tmp_path, Recipe("aaa", state="diverged", stop_at=60))
+    rows = [row for row in table(tmp_path).rows if not row.failed]
+    assert [row.cells["optimizer"].text for row in rows] == ["sumo", "muon", "adamw", "galore", "aaa"]
+    losses = [row.cells["loss"].value for row in rows[:-1]]
+    assert losses == sorted(losses)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("source", "tuned", "standing"),
+    [
+        ("tuned at 1.8M, 300 steps", False, "default tuned at another size"),
+        ("tuned at 60M on another corpus", False, "default tuned at another size"),
+        ("tuned at 1.8M, 300 steps", True, "tuned default"),
+        ("GaLore's published protocol, 60M", False, "untuned default"),
+    ],
+)
+def test_what_is_said_of_a_learning_rate_agrees_with_its_source(
+    tmp_path: Path, source: str, tuned: bool, standing: str
+) -> None:
+    synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1], lr_source=source, lr_tuned=tuned)
+    found = table(tmp_path)
+    assert {row.cells["lr_standing"].text for row in found.rows} == {standing}
+    everything = " ".join([renderings.markdown([(found, "")]), renderings.to_csv([found])])
+    assert not ("untuned" in everything and "tuned at" in everything)
 
 
 def test_figures_are_those_of_the_runs(mixed: Table) -> None:
