@@ -7,16 +7,47 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError
 
 from harness.cli import document
 from harness.config import compose
 from harness.config.errors import InputError
+from harness.record import atomic, readers
 
 if TYPE_CHECKING:
     from torch import nn
 
     from harness.config.schema import RunConfig
+
+
+class Source(NamedTuple):
+    """A checkpoint that is exported, and how far its run came.
+
+    Attributes:
+        folder: of the checkpoint.
+        step: steps done when it was written.
+        last_step: steps that the run has done, as far as its folder tells.
+        steps_planned: steps that the run was asked for.
+        passed_over: what is wrong with newer checkpoints, a line each.
+    """
+
+    folder: Path
+    step: int
+    last_step: int
+    steps_planned: int
+    passed_over: tuple[str, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know who takes the weights for those of the finished run."""
+        found = [f"passed over: {line}" for line in self.passed_over]
+        if self.step < self.last_step:
+            found.append(f"step {self.step} is not the last step of the run: it has done {self.last_step}")
+        elif self.step < self.steps_planned:
+            found.append(f"the run has not finished: this is step {self.step} of {self.steps_planned}")
+        return found
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     The first word is a run folder (its newest valid checkpoint is taken) or a checkpoint; the second must not exist.
 
     Raises:
-        InputError: there is no valid checkpoint, or the folder exists.
+        InputError: there is no valid checkpoint, or the folder exists or cannot be written.
     """
     words = [word for word in argv if word != "--json"]
     if len(words) != 2:
@@ -35,29 +66,66 @@ def main(argv: Sequence[str]) -> int:
             "is not CHECKPOINT FOLDER",
             fix="optbench export runs/default/mine model",
         )
-    source, target = find(Path(words[0])), Path(words[1])
-    if target.exists():
+    target = Path(words[1])
+    if target.exists() or target.is_symlink():
         raise InputError("export", target, "exists already", fix="another folder")
-    config = compose.load_file(source / "config.yaml")
-    model = load(source, config)
-    target.mkdir(parents=True)
-    exported: Any = model
-    with contextlib.redirect_stdout(sys.stderr):  # it imports DeepSpeed, which greets on standard output
-        exported.save_pretrained(target)
-    has_tokenizer = _copy_tokenizer(source, config, target)
+    source = find(Path(words[0]))
+    has_tokenizer = write(source.folder, target)
+    warnings = source.warnings
+    if not has_tokenizer:
+        warnings.append("without the tokenizer: its corpus is not in the cache (data.cache_dir)")
     if "--json" in argv:
-        print(document(checkpoint=str(source), folder=str(target), has_tokenizer=has_tokenizer))
+        facts = {
+            "step": source.step,
+            "last_step": source.last_step,
+            "steps_planned": source.steps_planned,
+            "is_last": source.step >= source.last_step,
+        }
+        where = {"checkpoint": str(source.folder), "folder": str(target), "has_tokenizer": has_tokenizer}
+        print(document(**where, **facts, warnings=warnings))
     else:
-        print(
-            f"from {source}"
-            + ("" if has_tokenizer else ", without the tokenizer: its corpus is not in the cache")
-        )
+        print(f"step {source.step} of {source.steps_planned}, from {source.folder}")
         print(target)
+    sys.stdout.flush()
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 
-def find(place: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest valid one of a run folder.
+def write(source: Path, target: Path) -> bool:
+    """Write a checkpoint as a model folder, whole or not at all; returns whether the tokenizer is in it.
+
+    Args:
+        source: a checkpoint that `store.verify` accepted.
+        target: does not exist.
+
+    Raises:
+        InputError: the checkpoint lacks a weight, or the disk refuses.
+    """
+    from harness.checkpoint.store import CONFIG, DamagedCheckpoint
+
+    config = compose.load_file(source / CONFIG)
+    try:
+        model: Any = load(source, config)
+    except DamagedCheckpoint as error:
+        raise InputError("export", source, f"is damaged: {error}") from error
+    try:
+        with atomic.new_folder(target) as folder:
+            with contextlib.redirect_stdout(
+                sys.stderr
+            ):  # it imports DeepSpeed, which greets on standard output
+                model.save_pretrained(folder)
+            return _copy_tokenizer(source, config, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        fix = "a folder on a disk with room that you may write to"
+        raise InputError(
+            "export", target, f"cannot be written ({reason}); nothing is left of it", fix=fix
+        ) from error
+
+
+def find(place: Path) -> Source:
+    """Return the checkpoint that a path means: itself, or the newest valid one of a run folder.
 
     Raises:
         InputError: there is none; says what is wrong with those that there are.
@@ -65,24 +133,35 @@ def find(place: Path) -> Path:
     from harness.checkpoint import store
     from harness.checkpoint.store import DamagedCheckpoint, Store
 
-    checkpoints = Store(place)
-    own = (place / store.MANIFEST).exists()
-    candidates = [place] if own else [checkpoints.folder(step) for step in checkpoints.steps()]
-    problems = []
+    is_checkpoint = (place / store.MANIFEST).exists()
+    run = place.absolute().parent.parent if is_checkpoint else place
+    candidates = [place] if is_checkpoint else [Store(run).folder(step) for step in Store(run).steps()]
+    problems: list[str] = []
     for folder in candidates:
         try:
-            store.verify(folder)
-            return folder
+            step = int(store.verify(folder)["step"])
         except DamagedCheckpoint as error:
             problems.append(str(error))
+            continue
+        last, planned = _progress(run)
+        return Source(folder, step, max(step, last), max(step, planned), tuple(problems))
     reason = "; ".join(problems) or "holds no checkpoint"
     raise InputError(
         "export",
         place,
         reason,
         allowed="a run folder, or a folder below its checkpoints/",
-        fix="checkpoint.every=N",
+        fix="train with checkpoint.every=auto, which keeps the last step",
     )
+
+
+def _progress(run: Path) -> tuple[int, int]:
+    """Return how many steps a run has done and was asked for, as far as its folder tells (0: unknown)."""
+    from harness.checkpoint.store import Store
+
+    status, _ = readers.status(run)
+    done, planned = (status.step or 0, status.steps or 0) if status is not None else (0, 0)
+    return max([done, *Store(run).steps()]), planned
 
 
 def load(folder: Path, config: RunConfig) -> nn.Module:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harness.checkpoint import export, store
 from harness.checkpoint.store import Store
 from harness.cli import main
 from tests.faults.forked import trained
@@ -58,9 +61,104 @@ def test_a_damaged_newest_one_is_passed_over(
     shutil.copytree(run, copy)
     (Store(copy).folder(4) / "rank_00000.safetensors").write_bytes(b"")
     assert main(["export", str(copy), str(tmp_path / "model"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["checkpoint"].endswith("step_00000002")
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["checkpoint"].endswith("step_00000002")
+    assert (found["step"], found["last_step"], found["steps_planned"], found["is_last"]) == (2, 4, 4, False)
+    assert "has 0 bytes" in found["warnings"][0]
+    assert found["warnings"][1] == "step 2 is not the last step of the run: it has done 4"
+    assert [f"warning: {line}" for line in found["warnings"]] == err.splitlines()[-2:]
     assert main(["export", str(Store(copy).folder(4)), str(tmp_path / "other")]) == 2
     assert "has 0 bytes" in capsys.readouterr().err
+
+
+def test_which_step_it_is_and_that_it_is_not_the_last(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), str(tmp_path / "last")]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].startswith("step 4 of 4, from ")
+    assert "not the last" not in err
+    assert main(["export", str(Store(run).folder(2)), str(tmp_path / "first")]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].startswith("step 2 of 4, from ")
+    assert "warning: step 2 is not the last step of the run: it has done 4" in err
+    # A run that was killed after its last checkpoint, and one that was stopped with one.
+    for step, planned, line in [(9, 20, "step 4 is not the last step"), (4, 20, "has not finished")]:
+        copy = tmp_path / f"run{step}"
+        shutil.copytree(run, copy)
+        status = json.loads((copy / "status.json").read_text()) | {"step": step, "steps": planned}
+        (copy / "status.json").write_text(json.dumps(status))
+        assert main(["export", str(copy), str(tmp_path / f"model{step}")]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("step 4 of 20")
+        assert line in err
+
+
+def test_neighbours_in_the_cache_have_no_say(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Damaged manifests of other corpora, sorted before and behind the one that is looked for."""
+    copy, cache = tmp_path / "run", tmp_path / "cache"
+    shutil.copytree(run, copy)
+    for number, content in enumerate(
+        [b"{", b"[]", b"[" * 9000, b"\xff\xfe", b'{"sha256": ' + b"9" * 5000 + b"}", b""]
+    ):
+        for name in (f"0-{number}", f"zz-{number}"):
+            (cache / name).mkdir(parents=True)
+            (cache / name / "manifest.json").write_bytes(content)
+    os.mkfifo((cache / "0-1").parent / "0-pipe")
+    checkpoint = Store(copy).folder(4)
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    for corpus in Path(config["data"]["cache_dir"]).iterdir():
+        if (corpus / "manifest.json").exists():
+            shutil.copytree(corpus, cache / corpus.name)
+    config["data"]["cache_dir"] = str(cache)
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    _reseal(checkpoint)
+    assert main(["export", str(copy), str(tmp_path / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["has_tokenizer"] is True
+
+
+def _reseal(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] = {name: store.digest(checkpoint / name) for name in manifest["files"]}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.sha256").write_text(store.digest(checkpoint / "manifest.json")["sha256"] + "\n")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_that_blocks_the_next_try(
+    error: BaseException,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """After the weights are written, where the tokenizer is copied."""
+    real = export._copy_tokenizer
+
+    def refuse(*_: object) -> bool:
+        raise error
+
+    monkeypatch.setattr(export, "_copy_tokenizer", refuse)
+    assert main(["export", str(run), str(tmp_path / "model")]) in (2, 75)
+    if isinstance(error, OSError):
+        assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(export, "_copy_tokenizer", real)
+    assert main(["export", str(run), str(tmp_path / "model")]) == 0
+
+
+def test_the_files_are_for_whom_the_umask_lets_read_them(run: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert main(["export", str(run), str(tmp_path / "model")]) == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {"0o640"}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +167,7 @@ def test_a_damaged_newest_one_is_passed_over(
         (["export"], "is not CHECKPOINT FOLDER"),
         (["export", "nowhere", "model"], "holds no checkpoint"),
         (["export", "RUN", "EXISTING"], "exists already"),
+        (["export", "RUN", "/proc/model"], "cannot be written"),
     ],
 )
 def test_bad_words_are_one_line(
