@@ -11,7 +11,9 @@ from harness.config import checks, compose, evaluation_budget
 from harness.config.identity import comparison_key, identity
 from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
+from harness.record import extending
 from harness.record import folder as run_folder
+from harness.record.extending import ShorterRun
 
 if TYPE_CHECKING:
     from harness.data import Corpus
@@ -27,6 +29,8 @@ class Prepared:
     identity: str
     comparison_key: str
     folder: Path
+    shorter_runs: tuple[ShorterRun, ...] = ()
+    """What the folder held before this run asked for more steps, the shortest first."""
 
 
 def prepare(
@@ -60,9 +64,14 @@ def prepare(
         say=say,
         trust_remote_code=config.trust_remote_code,
     )
-    run_identity = identity(config, corpus.sha256, corpus.tokenizer_sha256)
+
+    def identity_of(config: RunConfig) -> str:
+        return identity(config, corpus.sha256, corpus.tokenizer_sha256)
+
+    folder = run_folder.path_of(config, identity_of(config))
+    config, shorter_runs = extending.plan(folder, config, identity_of)
+    run_identity = identity_of(config)
     key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
-    folder = run_folder.path_of(config, run_identity)
     if writes_folder:
-        run_folder.check(folder, config, run_identity)
-    return Prepared(tuple(overrides), config, corpus, run_identity, key, folder)
+        run_folder.check(folder, config, run_identity, shorter_runs)
+    return Prepared(tuple(overrides), config, corpus, run_identity, key, folder, shorter_runs)

@@ -66,7 +66,12 @@ def _keeper(
 ) -> tuple[Checkpoints, resuming.Choice]:
     """Hang the checkpoints on a run and find the one to go on from (a collective)."""
     run.engine.bound_waiting()
-    choice = resuming.choose(run, Store(prepared.folder), identity=prepared.identity, attempt=attempt)
+    store = Store(prepared.folder)
+    choice = resuming.choose(
+        run, store, identity=prepared.identity, attempt=attempt, shorter_runs=prepared.shorter_runs
+    )
+    if run.engine.rank == 0:
+        store.set_aside(choice.attempt - 1, after=-1 if choice.step is None else choice.step)
     # Only now: rank 0 has opened the folder, which must be its own, or empty, until then.
     run.heartbeat = Heartbeat(prepared.folder, run.engine.rank)
     run.heartbeat.start()
@@ -144,18 +149,25 @@ class _Recorder:
         run = self.run
         store = Store(self.folder.path)
         store.discard_partial()
-        if not run.config.resume:
-            store.set_aside(self.folder.attempt - 1)
+        for problem in self.folder.problems:
+            self.log.say(f"warning: {problem}")
         keeper, choice = _keeper(run, self.prepared, attempt=self.folder.attempt, say=self.log.say)
         self._announce(run)
         first_step = resuming.resume(run, keeper.store, choice, self.log.say)
+        for shorter in self.prepared.shorter_runs:
+            self.log.say(f"goes on beyond the {shorter.steps} steps of run {shorter.identity}")
+        known = len(self.folder.problems)
         self.rows = self.folder.begin(first_step)
+        for problem in self.folder.problems[known:]:
+            self.log.say(f"warning: {problem}")
         progress = ProgressSink(self.log, run.config.steps)
         mirror = self._mirror(run)
         run.sinks = [_Keeper(self), progress, mirror]
         try:
             with self._profiled(run):
-                self.state = train(run)
+                state = train(run)
+            self.folder.sync_rows()
+            self.state = state
         except BaseException as error:
             self.reason = self._told(error)
             raise
@@ -260,6 +272,7 @@ class _Recorder:
             reason=self.reason,
             warnings=self.warnings,
             resumed_from=self.folder.resumed_from,
+            extended_from=self.folder.extended_from,
         )
         self.folder.write_json("summary.json", self.facts)
 
@@ -279,7 +292,7 @@ class _Keeper:
 @contextlib.contextmanager
 def _recording(prepared: Prepared, run: Run) -> Iterator[_Recorder]:
     """The run folder, open; whatever happens inside, it says afterwards how the run ended."""
-    folder = RunFolder(prepared.folder, prepared.config, prepared.identity)
+    folder = RunFolder(prepared.folder, prepared.config, prepared.identity, prepared.shorter_runs)
     run.folder = folder.path
     recorder = _Recorder(prepared, run, folder)
     try:
@@ -290,8 +303,7 @@ def _recording(prepared: Prepared, run: Run) -> Iterator[_Recorder]:
         folder.add_log(traceback.format_exc())
         raise
     finally:
-        folder.set_state(recorder.state, step=run.ledger.step, reason=recorder.reason)
-        folder.close(done=recorder.state == "finished")
+        folder.end(recorder.state, step=run.ledger.step, reason=recorder.reason)
 
 
 def _first_line(error: BaseException) -> str:

@@ -88,7 +88,7 @@ def _compare(words: Sequence[str], request: Request) -> Queued:
             if training.is_done(run):
                 done.append(run.folder.name)
             else:
-                run_folder.check(run.folder, run.config, run.identity)
+                run_folder.check(run.folder, run.config, run.identity, run.shorter_runs)
             folder = str(run.folder.absolute())
             rows.append(Row(tuple(kept), len(rows), run.folder.name, folder, run.identity))
     request = replace(request, then=(("report", str(home)), *request.then))

@@ -54,7 +54,7 @@ class Session:
             else:
                 self._pending.append(run)
         for run in self._pending:
-            run_folder.check(run.folder, run.config, run.identity)
+            run_folder.check(run.folder, run.config, run.identity, run.shorter_runs)
 
     def train(self, after: Callable[[], None] = lambda: None) -> int:
         """Make the runs that are not over yet; the exit code of the whole. ``after`` is called after each of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from harness.config import compose
 from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.loop import Run, forward_backward
+from harness.record.extending import ShorterRun
 
 _ODD = (DamagedCheckpoint, KeyError, IndexError, TypeError, ValueError, AttributeError)
 """What a checkpoint raises that is whole, and yet holds something else than `progress.facts` and `parts` wrote."""
@@ -36,7 +37,14 @@ class Choice(NamedTuple):
     rejected: tuple[str, ...] = ()
 
 
-def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choice:
+def choose(
+    run: Run,
+    checkpoints: Store,
+    *,
+    identity: str,
+    attempt: int,
+    shorter_runs: Sequence[ShorterRun] = (),
+) -> Choice:
     """The newest checkpoint all of whose files are what they were when they were written (a collective).
 
     The processes share the work of checking. Rank 0's view of folder and attempt counts.
@@ -46,19 +54,27 @@ def choose(run: Run, checkpoints: Store, *, identity: str, attempt: int) -> Choi
         checkpoints: of its folder.
         identity: of the run.
         attempt: number of this attempt, as rank 0 knows it.
+        shorter_runs: other runs whose checkpoints count as far as they did the same steps.
 
     Raises:
         InputError: a checkpoint is one of another run; says in which keys they differ.
     """
     steps, attempt = from_first((checkpoints.steps(), attempt))
     rejected = []
+    shorter = {other.identity: other for other in shorter_runs}
     for step in steps if run.config.resume else ():
         problem = ""
         try:
             manifest = store.verify(checkpoints.folder(step), run.engine.rank, run.engine.world_size)
             theirs = manifest.get("identity", "")
-            if theirs != identity:
+            if theirs != identity and theirs not in shorter:
                 raise _foreign(run, checkpoints.folder(step), theirs, identity)
+            if theirs != identity and step > shorter[theirs].shared_steps:
+                other = shorter[theirs]
+                raise DamagedCheckpoint(
+                    f"step {step} of the run of {other.steps} steps had other learning rates than this run "
+                    f"(from step {other.shared_steps + 1} on)"
+                )
             if run.engine.rank == 0:
                 Saved(checkpoints.folder(step)).close()  # headers: one process is enough to see odd ones
         except DamagedCheckpoint as error:

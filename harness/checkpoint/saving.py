@@ -16,9 +16,11 @@ from harness.checkpoint import agreement, files, parts, progress, store
 from harness.checkpoint.progress import Randomness
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
 from harness.config.compose import to_yaml
+from harness.config.schema import RunConfig
 from harness.loop import Run, settle
 from harness.preparation import Prepared
 from harness.record import atomic
+from harness.schedule import length
 from optimizers.named_state import StatePiece
 
 EVERY_S = 900.0
@@ -80,7 +82,9 @@ class Checkpoints:
         self.store = Store(prepared.folder)
         config = run.config.checkpoint
         self._every, self._background = config.every, config.background
-        self._retention = Retention(config.keep, config.keep_best, config.keep_every)
+        self._before_decay = _before_decay(run.config)
+        pinned = frozenset() if self._before_decay is None else frozenset({self._before_decay})
+        self._retention = Retention(config.keep, config.keep_best, config.keep_every, pinned)
         self._last_began = time.monotonic()
         self._last_step: int | None = None
         """Of the last save that began."""
@@ -126,6 +130,7 @@ class Checkpoints:
         if self._writing is not None and not writing and ledger.step >= self._writing.step + 2:
             self._name()
         due = isinstance(self._every, int) and ledger.step % self._every == 0
+        due = due or (self._every is not None and ledger.step == self._before_decay)
         if due or (wanted and wish_stands(self._last_step, ledger.step)):
             settle(self._run)
             with self._run.clock.part("probes"):
@@ -307,6 +312,14 @@ class Checkpoints:
 def wish_stands(last: int | None, step: int) -> bool:
     """Whether a wish that was uttered a step ago still stands: the save that it asked for may have been made since."""
     return last is None or step > last + 1
+
+
+def _before_decay(config: RunConfig) -> int | None:
+    """Return the last step that a longer wsd run shares with this one: what `steps` is raised from."""
+    if config.schedule.name != "wsd":
+        return None
+    step = config.steps - length(config.schedule.decay, config.steps)
+    return step if 0 < step < config.steps else None
 
 
 def _first_line(error: BaseException) -> str:

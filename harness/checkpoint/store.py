@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,11 +45,13 @@ class Retention:
         last: how many of the newest.
         best: also the one with the lowest validation loss.
         every: also those whose step it divides; None: no more.
+        pinned: also those of these steps.
     """
 
     last: int
     best: bool = False
     every: int | None = None
+    pinned: frozenset[int] = frozenset()
 
     def kept(self, losses: Mapping[int, float | None]) -> set[int]:
         """Steps to keep among checkpoints, given as step → validation loss at that step, where it was taken."""
@@ -59,7 +62,7 @@ class Retention:
             kept.add(min(known, key=lambda step: (known[step], step)))
         if self.every is not None:
             kept |= {step for step in steps if step % self.every == 0}
-        return kept
+        return kept | (self.pinned & losses.keys())
 
 
 class Store:
@@ -132,10 +135,31 @@ class Store:
             self._remove(self.folder(step))
         return removed
 
-    def set_aside(self, attempt: int) -> None:
-        """Keep the checkpoints of an attempt that is not gone on with, where they are not taken for this one's."""
-        if self.steps():
-            self.path.rename(self.path.with_name(f"checkpoints.attempt{attempt}"))
+    def set_aside(self, attempt: int, *, after: int = -1) -> list[int]:
+        """Move checkpoints that are not gone on with to ``checkpoints.attempt<k>``; returns their steps.
+
+        Left where they are, they would count among the newest ones, and new ones would be removed in their place.
+
+        Args:
+            attempt: the one that wrote them.
+            after: those of later steps than this.
+        """
+        moved = [step for step in self.steps() if step > after]
+        aside = self.path.with_name(f"{self.path.name}.attempt{attempt}")
+        for step in moved:
+            aside.mkdir(exist_ok=True)
+            target = aside / self.folder(step).name
+            for number in count(1):
+                if not target.exists():
+                    break
+                target = aside / f"{self.folder(step).name}.{number}"
+            os.replace(self.folder(step), target)
+        if moved:
+            (self.path / "latest").unlink(missing_ok=True)
+            sync_folder(self.path)
+            if left := self.steps():
+                self.point_to(left[0])
+        return moved
 
     def free_bytes(self) -> int:
         """Space for this user on the disk."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +18,11 @@ from omegaconf import OmegaConf
 from harness.config import compose
 from harness.config.errors import InputError
 from harness.config.identity import differing_keys
+from harness.config.identity import identity as identity_of
 from harness.config.schema import RunConfig
-from harness.record import atomic
+from harness.record import atomic, locks, readers
+from harness.record.extending import EXTENDED, ShorterRun
+from harness.record.readers import Row
 from harness.record.redaction import redact_text
 from harness.record.schema import METRICS, SCHEMA_VERSION
 
@@ -26,7 +32,11 @@ REQUEUE = "REQUEUE"
 JOBS = "slurm"
 """Name of the folder of batch scripts and their output, in a run's folder or a group's. It is there before the run."""
 
-Row = dict[str, float | int | None]
+DONE = "DONE"
+"""Name of the mark of a finished run."""
+
+SUPERSEDED = "metrics.superseded.jsonl"
+"""Rows of steps that a later attempt did again: before each group a line {"attempt", "goes_on_after", "rows"}."""
 
 
 def path_of(config: RunConfig, identity: str) -> Path:
@@ -35,8 +45,14 @@ def path_of(config: RunConfig, identity: str) -> Path:
     return Path(config.runs_dir) / config.group / name
 
 
-def check(folder: Path, config: RunConfig, identity: str) -> None:
+def check(folder: Path, config: RunConfig, identity: str, shorter_runs: Sequence[ShorterRun] = ()) -> None:
     """Refuse a folder that this run must not write to, before anything is spent.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        identity: of the run.
+        shorter_runs: those that it goes on from, which may be finished.
 
     Raises:
         InputError: the folder holds a finished run, a run of another identity, or files that are no run;
@@ -44,19 +60,17 @@ def check(folder: Path, config: RunConfig, identity: str) -> None:
     """
     if not folder.exists() or _is_empty(folder) or config.overwrite:
         return
-    old = _status(folder)
-    if old is None:
-        raise InputError(
-            "name", folder, "holds files that are not a run", fix="name=… or group=… of your own"
-        )
-    if old.get("identity") != identity:
+    theirs = _identity(folder, config)
+    if theirs in {run.identity for run in shorter_runs}:
+        return
+    if theirs != identity:
         raise InputError(
             "name",
             folder,
-            f"belongs to run {old.get('identity')}, this is run {identity}: {_differences(folder, config)}",
+            f"belongs to run {theirs}, this is run {identity}: {_differences(folder, config)}",
             fix="another name=, or overwrite=true (moves the old run aside)",
         )
-    if (folder / "DONE").exists():
+    if (folder / DONE).exists():
         raise InputError(
             "name",
             folder,
@@ -65,29 +79,67 @@ def check(folder: Path, config: RunConfig, identity: str) -> None:
         )
 
 
+def _identity(folder: Path, config: RunConfig) -> str:
+    """Return the identity of the run in a folder; where status.json is damaged, from the other files.
+
+    Raises:
+        InputError: the folder holds no run, or none that can be told.
+    """
+    status, problems = readers.status(folder)
+    if status is not None and status.identity is not None:
+        return status.identity
+    if status is None and not problems:
+        raise InputError(
+            "name", folder, "holds files that are not a run", fix="name=… or group=… of your own"
+        )
+    summary, _ = readers.summary(folder)
+    if summary is not None and summary.identity is not None:
+        return summary.identity
+    environment, _ = readers.environment(folder)
+    facts = {} if environment is None else environment.facts()
+    hashes = [facts.get(f"{name}_sha256") for name in ("corpus", "tokenizer")]
+    with contextlib.suppress(OSError, InputError):
+        if all(isinstance(value, str) for value in hashes):
+            return identity_of(compose.load_file(folder / "config.yaml"), *map(str, hashes))
+    raise InputError(
+        "name",
+        folder,
+        f"holds a run that cannot be told from others ({(problems or ['status.json has no identity'])[0]})",
+        fix="another name=, or overwrite=true (moves the old run aside)",
+    )
+
+
 class RunFolder:
     """The folder of a run that is being written, by rank 0 alone.
 
     Opening it takes a lock that the operating system frees when the process dies, so that two runs never
     write to one folder. An unfinished run of the same identity is gone on with as a new attempt, which `begin` opens:
-    metrics.jsonl then holds the rows up to the step it goes on from, and all rows of the attempt before stay in
-    ``metrics.attempt<k>.jsonl``.
+    metrics.jsonl then holds the rows up to the step it goes on from, and the rows behind it move to the end of
+    `SUPERSEDED`, after a line that says which attempt took their place.
+
+    Attributes:
+        path: of the folder.
+        problems: what of its files could not be read, a line each.
     """
 
-    def __init__(self, path: Path, config: RunConfig, identity: str) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, identity: str, shorter_runs: Sequence[ShorterRun] = ()
+    ) -> None:
         """Raises InputError if `check` refuses the folder or another process is writing to it."""
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._lock = filelock.FileLock(path.parent / f".{path.name}.lock", timeout=0)
         try:
-            self._lock.acquire()
+            self._lock = locks.acquire(path.parent / f".{path.name}.lock", key="runs_dir", timeout=0)
         except filelock.Timeout as error:
             raise InputError(
                 "name", path, "is being written to by another run", fix="another name="
             ) from error
-        check(path, config, identity)
+        check(path, config, identity, shorter_runs)
         self._set_aside(config)
-        previous = _status(path) or {}
+        status, self.problems = readers.status(path)
+        previous = {} if status is None else status.facts()
+        if previous.get("identity") in {run.identity for run in shorter_runs}:
+            self._extend(previous)
         self._status: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "identity": identity,
@@ -95,16 +147,36 @@ class RunFolder:
             "steps": config.steps,
             "attempts": previous.get("attempts", []),
         }
+        if extended := previous.get(EXTENDED):
+            self._status[EXTENDED] = extended
         self._status["attempts"].append({"started": now(), "world_size": config.world_size, "first_step": 0})
         (path / REQUEUE).unlink(missing_ok=True)
         self._metrics: IO[str] | None = None
         self._log = (path / "log.txt").open("a", encoding="utf-8")
+        (path / DONE).unlink(missing_ok=True)  # of a run of fewer steps
         # At once: whoever finds this process dead must not take the last attempt's end for this one's.
         self.set_state("running", step=0)
         atomic.write_text(path / "config.yaml", compose.to_yaml(config))
         atomic.write_text(
             path / "config.diff.yaml", OmegaConf.to_yaml(OmegaConf.create(compose.difference(config)))
         )
+
+    def _extend(self, previous: dict[str, Any]) -> None:
+        """Note the shorter run in what becomes the new status.json, and keep its configuration and summary."""
+        summary, _ = readers.summary(self.path)
+        entry = {
+            "identity": previous["identity"],
+            "steps": previous["steps"],
+            "val/loss": None if summary is None else summary.val_loss,
+            "wandb_run_id": previous.get("wandb_run_id"),
+            "when": now(),
+        }
+        for name in ("config.yaml", "summary.json"):
+            source = self.path / name
+            if source.exists():
+                source.replace(source.with_name(f"{source.stem}.steps{entry['steps']}{source.suffix}"))
+        previous[EXTENDED] = [*(previous.get(EXTENDED) or []), entry]
+        previous["wandb_run_id"] = None  # another identity is another W&B run, which gets all rows
 
     @property
     def attempt(self) -> int:
@@ -114,19 +186,45 @@ class RunFolder:
     @property
     def resumed_from(self) -> list[int]:
         """Steps after which attempts went on; 0 for those that began anew."""
-        return [int(attempt["first_step"]) for attempt in self._status["attempts"]][1:]
+        return [int(attempt.get("first_step", 0)) for attempt in self._status["attempts"]][1:]
+
+    @property
+    def extended_from(self) -> list[dict[str, Any]]:
+        """The shorter runs that this one goes on from, as status.json has them."""
+        return self._status.get(EXTENDED, [])
 
     def begin(self, first_step: int) -> list[Row]:
-        """Open this attempt, which goes on after ``first_step`` steps; returns the rows up to there."""
-        metrics, kept = self.path / "metrics.jsonl", []
-        if metrics.exists():
-            kept = [row for row in read_rows(metrics) if (row["step"] or 0) <= first_step]
-            metrics.rename(self.path / f"metrics.attempt{self.attempt - 1}.jsonl")
-        atomic.write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        """Open this attempt, which goes on after ``first_step`` steps; returns the rows up to there.
+
+        Lines that cannot be read are left out and kept in ``metrics.damaged.jsonl``; `problems` tells how many.
+        """
+        metrics = self.path / readers.METRICS
+        rows, problems = readers.metrics(metrics)
+        if not _is_only_torn(metrics, problems):
+            self.problems += problems
+        kept = [row for row in rows if (row["step"] or 0) <= first_step]
+        superseded = [row for row in rows if (row["step"] or 0) > first_step]
+        if problems and not _is_only_torn(metrics, problems):
+            damaged = self.path / "metrics.damaged.jsonl"
+            if metrics.is_file():
+                shutil.copyfile(metrics, damaged)
+            else:
+                metrics.replace(damaged)  # a pipe or a folder, which nobody may open
+        if superseded:
+            self._keep_superseded(superseded, first_step)
+        if superseded or problems:
+            atomic.write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
         self._status["attempts"][-1]["first_step"] = first_step
         self.set_state("running", step=first_step)
         return kept
+
+    def _keep_superseded(self, rows: Sequence[Row], first_step: int) -> None:
+        marker = {"attempt": self.attempt, "goes_on_after": first_step, "rows": len(rows)}
+        with (self.path / SUPERSEDED).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (marker, *rows))
+            file.flush()
+            os.fsync(file.fileno())
 
     def ask_to_be_requeued(self, step: int) -> None:
         """Leave the mark of a run that was stopped and can go on; exit codes do not pass every launcher."""
@@ -164,10 +262,31 @@ class RunFolder:
         """Write one of the folder's JSON files, whole."""
         atomic.write_json(self.path / name, data)
 
-    def close(self, *, done: bool) -> None:
-        """Give the folder free; ``done`` leaves the mark of a finished run."""
-        if done:
-            (self.path / "DONE").touch()
+    def sync_rows(self) -> None:
+        """Put all rows on the disk: a disk without room may only say so now.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        if self._metrics is not None:
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+
+    def end(self, state: str, *, step: int, reason: str) -> None:
+        """Write how this attempt ended and give the folder free; a finished run gets its mark first."""
+        if state == "finished":
+            atomic.write_text(self.path / DONE, "")
+        try:
+            self.set_state(state, step=step, reason=reason)
+        except BaseException:
+            # No mark without the state: whoever reads the one believes the other.
+            (self.path / DONE).unlink(missing_ok=True)
+            raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the folder free."""
         if self._metrics is not None:
             self._metrics.close()
         self._log.close()
@@ -195,26 +314,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The complete rows of a metrics.jsonl; a torn last line (the run was killed) is left out."""
-    rows: list[Row] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def _is_only_torn(metrics: Path, problems: Sequence[str]) -> bool:
+    """Whether the only problem is the last line, which every run leaves torn that is killed while writing it."""
+    if len(problems) != 1 or not problems[0].startswith("the last line "):
+        return not problems
+    return metrics.is_file()
 
 
 def _is_empty(folder: Path) -> bool:
     return all(entry.name == JOBS for entry in folder.iterdir())
-
-
-def _status(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / "status.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
 
 
 def _differences(folder: Path, config: RunConfig) -> str:

@@ -8,12 +8,16 @@
         deepspeed.json       with engine=zero…: what DeepSpeed was initialized with
         metrics.jsonl        one JSON object a row (keys below), one row per `log_every` steps, first and last step;
                              a value that is not finite is null
+        metrics.superseded.jsonl   rows of steps that a later attempt did again; before each group a line
+                             {"attempt", "goes_on_after", "rows"}
         moments.parquet      step, layer, rule, condition_number, effective_rank, stable_rank,
                              orthogonality_error, polar_error (null where the rule applies no factor)
         summary.json         SUMMARY_KEYS; written at the end, also of a diverged or interrupted run
         status.json          {"schema_version", "state", "step", "steps", "updated", "attempts": [{"started", "ended",
                              "state", "reason", "first_step", "last_step", "world_size"}]}
         checkpoints/         step_00001000/, latest (harness/checkpoint/store.py)
+        checkpoints.attempt1/  checkpoints that a later attempt did not go on from
+        config.steps1000.yaml, summary.steps1000.json   of the run of so many steps that this one goes on from
         heartbeat/           a file a process: the step it is in, the line it executes; a few seconds old
         REQUEUE              only in a run that was stopped and can go on: the steps done
         log.txt  wandb/  DONE (empty; only in a finished run)
@@ -102,6 +106,7 @@ SUMMARY_KEYS: dict[str, str] = {
     "best_val_loss": "lowest val/loss",
     "skipped_steps": "int",
     "resumed_from": "steps after which the run went on from a checkpoint, one for each restart (0: anew)",
+    "extended_from": "runs of fewer steps that it goes on from, after `steps` was raised: {identity, steps, …}",
     "tokens_per_s": "median of the rows",
     "step_ms": "mean milliseconds per step after the first row, without evaluation and probes",
     "time_s": "{part: mean seconds per step after the first row}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ def build(
     reason: str,
     warnings: Sequence[str],
     resumed_from: Sequence[int] = (),
+    extended_from: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
     config, corpus, ledger = run.config, prepared.corpus, run.ledger
@@ -88,6 +89,7 @@ def build(
         "best_val_loss": min(losses, default=None),
         "skipped_steps": ledger.skipped,
         "resumed_from": list(resumed_from),
+        "extended_from": [dict(shorter) for shorter in extended_from],
         "tokens_per_s": median(warm, "throughput/tokens_per_s"),
         "step_ms": step_ms(rows),
         "time_s": mean_times(rows),

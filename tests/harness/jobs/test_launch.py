@@ -14,7 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from harness.record.folder import read_rows
+from harness.record import readers
 from harness.record.schema import METRICS, SUMMARY_KEYS
 from tests.harness.record import wandb_file
 from tests.harness.running import small, write_documents
@@ -62,7 +62,7 @@ def test_two_processes_leave_a_complete_run_folder_and_the_same_in_wandb(
     folder = _only_run(tmp_path)
     for name in ("config.yaml", "config.diff.yaml", "environment.json", "parameters.json", "log.txt", "DONE"):
         assert (folder / name).exists(), name
-    rows = read_rows(folder / "metrics.jsonl")
+    rows, _ = readers.metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # log_every=2, evaluation every step of six
     assert all(row.keys() <= METRICS.keys() for row in rows)
     assert rows[-1]["val/loss"] is not None
@@ -168,7 +168,7 @@ def test_a_killed_run_is_readable_and_called_failed(corpus: Path, tmp_path: Path
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 3, output
     assert _state(folder) == "failed"
-    rows = read_rows(folder / "metrics.jsonl")
+    rows, _ = readers.metrics(folder / "metrics.jsonl")
     assert len(rows) >= 3
     assert rows[0]["step"] == 1
     assert (folder / "config.yaml").exists()

@@ -115,7 +115,7 @@ def test_a_finished_run_is_refused_and_overwriting_it_is_for_the_submission(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = prepare([*words[:-1], "name=a", "world_size=2"], say=lambda text: None)
-    RunFolder(run.folder, run.config, run.identity).close(done=True)
+    RunFolder(run.folder, run.config, run.identity).end("finished", step=run.config.steps, reason="")
     code, _, err = _submit(capsys, *words, "name=a", "--dry-run")
     assert code == 2
     assert "is a finished run with these settings" in err
