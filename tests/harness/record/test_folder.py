@@ -355,3 +355,12 @@ def test_a_file_system_that_cannot_flush_folders_is_no_error(
     monkeypatch.setattr(os, "fsync", refuse)
     atomic.write_text(tmp_path / "file", "whole")
     assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_a_place_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
+    """/proc refuses files, whoever asks; a file cannot hold a run."""
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/optbench/run")):
+        with pytest.raises(InputError, match="cannot be written") as caught:
+            folder.RunFolder(place, _config(), "aaaa")
+        assert caught.value.key == "runs_dir"
