@@ -41,6 +41,12 @@ class Command(NamedTuple):
     keys: str = ""
 
 
+_PROGRESS = (
+    ("--quiet, -q", "only runs that do not finish, and the result"),
+    ("--verbose, -v", "also what each run prints (else only in its log.txt)"),
+)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "harness.jobs.train_command:main",
@@ -62,6 +68,7 @@ COMMANDS: dict[str, Command] = {
             ("adamw sumo seeds=5 model=llama_9m steps=2000", "with intervals"),
             ("sumo galore sumo.rank=32 galore.rank=64", "options for one of them"),
         ),
+        _PROGRESS,
         takes_keys=True,
     ),
     "sweep": Command(
@@ -86,6 +93,7 @@ COMMANDS: dict[str, Command] = {
                 "while a best lies on an edge, up to N more trials for every optimizer (2; own space: 0)",
             ),
             ("--dry-run", "the trials and what they would cost; start nothing"),
+            *_PROGRESS,
         ),
         takes_keys=True,
     ),

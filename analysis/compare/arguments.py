@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from analysis.compare.progress import Verbosity
 from harness.config.errors import InputError, closest
 from harness.record.redaction import redact_argv
 from optimizers import presets
@@ -16,6 +17,13 @@ DEFAULT_SEEDS = 3
 """Two seeds give a test with one degree of freedom; three are the fewest that show a difference of some
 size.
 """
+PROGRESS_FLAGS = {
+    "-q": Verbosity.QUIET,
+    "--quiet": Verbosity.QUIET,
+    "-v": Verbosity.VERBOSE,
+    "--verbose": Verbosity.VERBOSE,
+}
+"""How much a command that trains prints before its result."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Plan:
     command: str
     """Command line that reproduces it."""
     as_json: bool
+    verbosity: Verbosity = Verbosity.NORMAL
 
     def overrides(self, arm: Arm, seed: int) -> list[str]:
         """The words of one run."""
@@ -75,7 +84,7 @@ def plan(argv: Sequence[str], command: str = "compare") -> Plan:
         itself.
     """
     labels = [word for word in argv if "=" not in word and not word.startswith("-")]
-    _check_flags(argv, {"--json"})
+    _check_flags(argv, {"--json", *PROGRESS_FLAGS})
     if not labels:
         said = " ".join(argv) or "nothing"
         fix = f"optbench {command} adamw sumo"
@@ -103,9 +112,24 @@ def plan(argv: Sequence[str], command: str = "compare") -> Plan:
         seeds=_seeds(given),
         shared=shared,
         group=given.get("group") or f"{command}-{datetime.now():%Y%m%d-%H%M%S}",
-        command=shlex.join(["optbench", command, *redact_argv(word for word in argv if word != "--json")]),
+        command=shlex.join(
+            ["optbench", command, *redact_argv(word for word in argv if not word.startswith("-"))]
+        ),
         as_json="--json" in argv,
+        verbosity=verbosity(argv),
     )
+
+
+def verbosity(argv: Sequence[str]) -> Verbosity:
+    """Read ``--quiet`` and ``--verbose`` among the words.
+
+    Raises:
+        InputError: both.
+    """
+    wanted = dict.fromkeys(PROGRESS_FLAGS[word] for word in argv if word in PROGRESS_FLAGS)
+    if len(wanted) > 1:
+        raise InputError("--quiet", "--verbose", "contradict each other", fix="one of them")
+    return next(iter(wanted), Verbosity.NORMAL)
 
 
 def report(argv: Sequence[str]) -> Request:

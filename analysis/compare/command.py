@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.compare import arguments
+
+FAILED = 3
 
 if TYPE_CHECKING:
     from analysis.compare.document import Document
@@ -45,6 +48,23 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def train(plan: arguments.Plan) -> tuple[int, Path]:
+    """Train the runs of a comparison that are not finished; returns the exit code and the folder of the group.
+
+    Raises:
+        InputError: bad input of any arm; nothing was started.
+    """
+    from analysis.compare import training
+
+    with training.Trainer(as_json=plan.as_json, verbosity=plan.verbosity) as trainer:
+        runs = training.prepared(plan, trainer.say)
+        folder = runs[0].folder.parent
+        session = training.Session(runs, trainer, group=plan.group)
+        with training.holding(folder):
+            code = session.train()
+    return code, folder
+
+
 def compare(argv: Sequence[str]) -> int:
     """``optbench compare OPTIMIZER … [seeds=3] [key=value …] [--json]``: train each under the same
     everything.
@@ -60,15 +80,10 @@ def compare(argv: Sequence[str]) -> int:
         InputError: bad input of any arm; nothing was started.
     """
     plan = arguments.plan(argv)
-    from analysis.compare import training
-
-    say = training.speaker(plan.as_json)
-    runs = training.prepared(plan, say)
-    root = runs[0].folder.parent
-    code = training.Session(runs, group=plan.group, as_json=plan.as_json).train()
+    code, root = train(plan)
     if not root.is_dir():
-        say("no run left a folder: there is nothing to report")
-        return code or training.FAILED
+        print("no run left a folder: there is nothing to report", file=sys.stderr)
+        return code or FAILED
     from analysis.compare import conclusion
 
     conclusion.leave_origin(root, plan)

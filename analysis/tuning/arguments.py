@@ -21,7 +21,7 @@ DEFAULT_TRIALS = 5
 MOST_TRIALS = 1000
 DEFAULT_EXTEND = 2
 """More trials where a best lies on the edge of the default ladder; a space that was given is left as it is."""
-FLAGS = ("--json", "--dry-run")
+FLAGS = ("--json", "--dry-run", *arguments.PROGRESS_FLAGS)
 _OWN = ("trials", "extend", "seed", "seeds", "study")
 
 
@@ -78,7 +78,7 @@ def read(argv: Sequence[str]) -> Study:
             space.points(label, axes, trials, seed)
     command = shlex.join(["optbench", "sweep", *redact_argv(word for word in argv if word not in FLAGS)])
     return Study(
-        plan=replace(plan, command=command, as_json="--json" in argv),
+        plan=replace(plan, command=command, as_json="--json" in argv, verbosity=arguments.verbosity(argv)),
         trials=trials,
         seed=seed,
         extend=_extend(own["extend"], spaces),

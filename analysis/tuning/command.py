@@ -29,24 +29,31 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input of any trial; nothing was started.
     """
     study = arguments.read(argv)
-    say = training.speaker(study.plan.as_json)
     from analysis.tuning import running
 
-    tuning = running.Tuning(study, say)
-    if study.dry_run:
-        return _dry_run(study, tuning)
-    code = tuning.tune()
-    if code == running.INTERRUPTED:
-        return _conclude(study, tuning, code)
-    code = tuning.code()
-    if any(arm.best is not None for arm in tuning.arms()):
-        ended, made = tuning.confirm()
-        from analysis.compare import conclusion
+    with training.Trainer(as_json=study.plan.as_json, verbosity=study.plan.verbosity) as trainer:
+        tuning = running.Tuning(study, trainer)
+        if study.dry_run:
+            return _dry_run(study, tuning)
+        with training.holding(tuning.home):
+            code = _train(tuning)
+            return _conclude(study, tuning, code)
 
-        conclusion.leave_origin(tuning.home, made)
-        # A trial that failed stays said; of all else the comparison is what the command was for.
-        code = ended if ended == running.INTERRUPTED else max(code, ended)
-    return _conclude(study, tuning, code)
+
+def _train(tuning: Tuning) -> int:
+    """Make the trials, then the runs of the comparison; returns the exit code."""
+    from analysis.compare import conclusion
+    from analysis.tuning import running
+
+    if tuning.tune() == running.INTERRUPTED:
+        return running.INTERRUPTED
+    code = tuning.code()
+    if all(arm.best is None for arm in tuning.arms()):
+        return code
+    ended, made = tuning.confirm()
+    conclusion.leave_origin(tuning.home, made)
+    # A trial that failed stays said; of all else the comparison is what the command was for.
+    return ended if ended == running.INTERRUPTED else max(code, ended)
 
 
 def _conclude(study: arguments.Study, tuning: Tuning, code: int) -> int:

@@ -11,7 +11,7 @@ from analysis.compare.arguments import Plan
 from analysis.compare.tuning_ledger import FILE, SCHEMA_VERSION, TRIALS, Tuned
 from analysis.tuning import trials
 from analysis.tuning.arguments import Study
-from analysis.tuning.trials import Planned, Say
+from analysis.tuning.trials import Planned
 from harness.config.errors import InputError
 from harness.preparation import Prepared
 from harness.record import atomic
@@ -28,19 +28,21 @@ class Tuning:
         plans: the trials so far.
     """
 
-    def __init__(self, study: Study, say: Say) -> None:
+    def __init__(self, study: Study, trainer: training.Trainer) -> None:
         """Compose and check every trial; nothing is started.
+
+        Args:
+            study: what is to be tuned and compared.
+            trainer: trains the runs.
 
         Raises:
             InputError: the first thing that is wrong with any of them.
         """
-        self._study, self._say = study, say
-        self.plans = trials.planned(study, say)
+        self._study, self._trainer = study, trainer
+        self.plans = trials.planned(study, trainer.say)
         self.place = self.plans[0].run.folder.parent
         self.home: Path = self.place.with_name(study.plan.group)
-        self._before = tuning_ledger.read(self.home)
-        self._confirmed: dict[str, list[str]] = {arm.label: list(arm.confirmed) for arm in self._before}
-        self._check_home()
+        self._read_ledger()
 
     def arms(self) -> list[Tuned]:
         """Every optimizer of this command as it stands, from the run folders."""
@@ -51,6 +53,8 @@ class Tuning:
 
     def tune(self) -> int:
         """Make the trials, and more of them while a best lies on an edge; 0, or 75 if interrupted."""
+        # Another command may have worked on this group since this one was checked.
+        self._read_ledger()
         session = self._session(self.plans)
         self.home.mkdir(parents=True, exist_ok=True)
         self.place.mkdir(parents=True, exist_ok=True)
@@ -83,12 +87,12 @@ class Tuning:
             if (number := chosen.get(arm.label)) is not None
         ]
         plan = replace(plan, arms=best)
-        runs = training.prepared(plan, self._say)
+        runs = training.prepared(plan, self._trainer.say)
         self._free(runs, [identity for known in self._confirmed.values() for identity in known])
         count = len(best)
         self._confirmed = {arm.label: [run.identity for run in runs[i::count]] for i, arm in enumerate(best)}
         self.write()
-        session = training.Session(runs, group=plan.group, as_json=plan.as_json)
+        session = training.Session(runs, self._trainer, group=plan.group)
         return session.train(), plan
 
     def write(self) -> None:
@@ -119,6 +123,12 @@ class Tuning:
             return FAILED
         return NOTHING_FINITE if any(arm.best is None for arm in arms) else DONE
 
+    def _read_ledger(self) -> None:
+        """Read what earlier commands tuned in this group."""
+        self._before = tuning_ledger.read(self.home)
+        self._confirmed: dict[str, list[str]] = {arm.label: list(arm.confirmed) for arm in self._before}
+        self._check_home()
+
     def _check_home(self) -> None:
         """Refuse a group with runs of another command in the places of the comparison, before the trials are spent."""
         own = {identity for known in self._confirmed.values() for identity in known}
@@ -140,7 +150,10 @@ class Tuning:
     def _session(self, plans: Sequence[Planned]) -> training.Session:
         plan = self._study.plan
         runs = [plan.run for plan in plans]
-        return training.Session(runs, group=plan.group, as_json=plan.as_json, is_over=training.has_ended)
+        later = len(plan.arms) * len(plan.seeds) * runs[0].config.steps
+        return training.Session(
+            runs, self._trainer, group=plan.group, is_over=training.has_ended, steps_later=later
+        )
 
     def _extension(self) -> list[Planned]:
         """One more trial for every optimizer if a best lies on an edge, or none did finish; else none.
@@ -156,7 +169,7 @@ class Tuning:
             for arm in arms
             if arm.edges or arm.best is None
         ]
-        self._say(
+        self._trainer.say(
             f"best learning rate on the edge of what was tried: {', '.join(where)}; one more trial for every optimizer"
         )
         more = [
@@ -165,7 +178,7 @@ class Tuning:
                 arm,
                 len(tuned.trials) + 1,
                 trials.further(tuned, self.plans),
-                self._say,
+                self._trainer.say,
                 added=True,
             )
             for arm, tuned in zip(self._study.plan.arms, arms, strict=True)
@@ -181,4 +194,4 @@ class Tuning:
             old = reading.mapping(run.folder / "status.json", []).get("identity")
             if old is not None and old != run.identity and old in own:
                 run_folder.set_aside(run.folder)
-                self._say(f"{run.folder}: of a setting that is not the best any more, moved aside")
+                self._trainer.say(f"{run.folder}: of a setting that is not the best any more, moved aside")
