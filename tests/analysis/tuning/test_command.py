@@ -328,3 +328,65 @@ def test_real_runs_one_of_them_stopped_by_a_signal(
     (run,) = document["runs"]
     assert (run["seed"], run["state"]) == (1, "finished")
     assert run["summary"]["lr"] == arm["trials"][arm["best"] - 1]["values"]["lr"]
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_write_of_the_ledger_loses_nothing(
+    launcher: Launcher, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL before or after the n-th rename in the study's folder, 15 rounds with n growing; then to the end."""
+    small = [word.replace("trials=3", "trials=2").replace("seeds=2", "seeds=1") for word in words]
+    small += ["extend=0", "--quiet"]
+    home, started = tmp_path / "runs" / "g", tmp_path / "started.txt"
+    began = launcher.start
+
+    def start(run: Prepared, *, output: Any = None) -> launch.RunOutcome:
+        with started.open("a") as file:
+            file.write(run.folder.name + "\n")
+        return began(run, output=output)
+
+    launch.start = start  # the fixture puts the real one back
+    kills = 0
+    for round_ in range(15):
+        child = os.fork()
+        if child == 0:
+            try:
+                _kill_at_rename(home, round_ // 2 + 1, is_after=round_ % 2 == 1)
+                command.main(small)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        if (home / "tuning.json").exists():
+            ledger = json.loads((home / "tuning.json").read_text())
+            assert {arm["label"] for arm in ledger["arms"]} == {"adamw", "sumo"}
+    assert kills >= 10
+    document = sweep([word for word in small if word != "--quiet"], capsys)
+    names = started.read_text().split()
+    assert sorted(names) == sorted(set(names)), "a finished run was made again"
+    arms = arms_of(document)
+    assert [arm["budget"]["states"] for arm in arms.values()] == [{"finished": 2}] * 2
+    whole = sweep([word.replace("group=g", "group=h") for word in small if word != "--quiet"], capsys)
+    facts = ("best", "edges", "seed", "space")
+    for label, arm in arms_of(whole).items():
+        assert {key: arm[key] for key in facts} == {key: arms[label][key] for key in facts}
+        assert [trial["loss"] for trial in arm["trials"]] == [
+            trial["loss"] for trial in arms[label]["trials"]
+        ]
+
+
+def _kill_at_rename(folder: Path, number: int, *, is_after: bool) -> None:
+    """Let this process be killed at its ``number``-th rename of a file in ``folder``."""
+    rename, count = os.replace, 0
+
+    def replace(source: Any, target: Any, **options: Any) -> None:
+        nonlocal count
+        count += Path(target).parent == folder
+        is_it = Path(target).parent == folder and count == number
+        if is_it and not is_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target, **options)
+        if is_it:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace
