@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial as bound
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from optimizers import groups, rules
+from optimizers import groups, rules, skipping
 from optimizers.fused import Block
 from optimizers.inspection import Figures, Share, kind_bytes, moment_share, singular_values
 from optimizers.journal import Journal
@@ -27,10 +27,12 @@ from optimizers.presets import resolve
 from optimizers.rounding import Rounding
 from optimizers.routing import Modules, Route
 from optimizers.rules import adamw
+from optimizers.skipping import Pending, SkipLog, StepMask, Unit
 from optimizers.stacks import Descent
 from optimizers.state_io import compact, restore_exactly, validate
 
 Params = Iterable[Any]
+_Units = dict[Tensor, list[tuple[Unit, str, Tensor | None]]]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -39,6 +41,8 @@ class Optimizer(torch.optim.Optimizer):
     What is passed as one group becomes up to two: matrices that take the rule, and the rest under AdamW. Each
     group carries "rule" and all options of that rule; "scheduled": False makes a group keep its learning rate
     ("fixed_lr") whatever a scheduler writes into "lr". State is allocated at construction.
+
+    Frozen parameters are kept in the groups, without state: one that gets a gradient later starts then.
 
     Plain parameters: every 2-D one takes the matrix rule, all others AdamW. Named ones, (name, parameter):
     embeddings, heads, norms and routers are told by name. With `modules`: by module type.
@@ -60,7 +64,8 @@ class Optimizer(torch.optim.Optimizer):
     Attributes:
         found_inf: torch's AMP protocol: a 1-element float tensor on the device; above 0, the next step
             changes neither weights nor state. The host need not know: `retract_step` later takes back its
-            counters.
+            counters. Whoever sets it has looked at the gradients; None: each step looks itself, and what has a
+            gradient that is not finite skips it.
         journal: what the last step left behind beside weights and state.
 
     Raises:
@@ -91,6 +96,10 @@ class Optimizer(torch.optim.Optimizer):
         # DeepSpeed narrows `param_groups` to one while it calls `step`, and puts flat tensors in for "params".
         self._groups: list[dict[str, Any]] = []
         self._names: dict[int, str] = {}
+        # Of each group: positions of frozen parameters that have not started, and those that started, by the step.
+        self._frozen: list[set[int]] = []
+        self._late: list[list[list[int]]] = []
+        self._left_out: list[tuple[str, Tensor]] = []
         if not isinstance(params, Tensor):
             params = groups.listed(params)
         if layout not in (None, "partitioned"):
@@ -100,7 +109,10 @@ class Optimizer(torch.optim.Optimizer):
         named = [] if isinstance(params, Tensor) else groups.named_tensors(params)
         self._layout: Layout = Unattached() if layout else _layout_of(named, process_group, work)
         self._lanes: dict[Any, list[Lane]] = {}
+        self._matrices: dict[Any, list[Member]] = {}
         self.journal = Journal()
+        self._skips = SkipLog()
+        self._pending: list[Pending] = []
         super().__init__(params, {"lr": self.options["lr"], "weight_decay": self.options["weight_decay"]})
         # A reference to the model would travel with every pickle and deepcopy.
         self._modules = None
@@ -108,8 +120,13 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def routes(self) -> list[Route]:
-        """Where each trainable parameter went, group by group."""
-        return [route for group in self._routes for route in group]
+        """Where each trained parameter went, group by group; frozen ones appear when they start."""
+        return [
+            route
+            for routes, frozen in zip(self._routes, self._frozen)
+            for position, route in enumerate(routes)
+            if position not in frozen
+        ]
 
     @property
     def parameters_of_groups(self) -> list[list[Tensor]]:
@@ -146,12 +163,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def steps_by_name(self) -> dict[str, int]:
         """Parameter name → steps it has taken."""
-        return {self.name_of(p): self.state[p]["step"] for group in self._parameters for p in group}
+        self._settle()
+        return {self.name_of(p): self.state[p]["step"] for group in self._parameters for p in group if self.has_started(p)}
 
     def state_was_replaced(self) -> None:
         """Look at the state anew, after it was written from outside (a collective where it is split)."""
         self.journal.forget_step()
-        for section in self._layout.all_sections(self._groups):
+        for section in self.sections():
             if self._groups[section.group]["rule"] != "adamw":
                 for lane in self._lanes_of(section):
                     for bank in lane.banks:
@@ -165,7 +183,7 @@ class Optimizer(torch.optim.Optimizer):
     def attach(self, layout: Layout) -> None:
         """Step the parameters as `layout` says they lie; allocates the state."""
         self._layout = layout
-        self._lanes = {}
+        self._lanes, self._matrices = {}, {}
         self.journal.clear()
         for index in range(len(self._groups)):
             self._allocate(index)
@@ -174,6 +192,15 @@ class Optimizer(torch.optim.Optimizer):
     def fallbacks(self) -> Tensor:
         """0-dim int64 on the device: factorizations that needed a fallback, since construction."""
         return self.journal.fallbacks
+
+    @property
+    def skipped_steps(self) -> dict[str, int]:
+        """Name of a matrix or parameter → steps that it skipped because its gradient was not finite.
+
+        Steps that `found_inf` masked are not counted. Waits for the device.
+        """
+        self._settle()
+        return dict(self._skips.counts)
 
     @property
     def orthogonalizations(self) -> int:
@@ -192,16 +219,78 @@ class Optimizer(torch.optim.Optimizer):
         """
         taken = sum(len(group["params"]) for group in self.param_groups)
         pairs, is_named = groups.named(param_group["params"], start=taken)
+        if isinstance(self._layout, (Unattached, PartitionedLayout)):
+            # DeepSpeed cuts up what is trained now, once.
+            self._left_out += [pair for pair in pairs if not pair[1].requires_grad]
+            pairs = [pair for pair in pairs if pair[1].requires_grad]
         for made in groups.prepare(self.preset, self.options, param_group, pairs, is_named, self._modules):
             super().add_param_group(made.group)
             self._routes.append(made.routes)
             self._parameters.append(list(self.param_groups[-1]["params"]))
             self._groups.append(self.param_groups[-1])
             self._names.update({id(p): r.name for p, r in zip(self._parameters[-1], made.routes)})
+            self._frozen.append({i for i, p in enumerate(self._parameters[-1]) if not p.requires_grad})
+            self._late.append([])
             self._allocate(len(self._groups) - 1)
 
+    def sections(self) -> list[Section]:
+        """What is stepped in a whole optimizer step."""
+        return list(self._started(self._layout.all_sections(self._groups)))
+
+    def _started(self, sections: Iterable[Section]) -> Iterator[Section]:
+        """Sections without frozen parameters. Those that started later have sections of their own: matrices would
+        else change their owners, where the state is divided."""
+        for section in sections:
+            frozen, late = self._frozen[section.group], self._late[section.group]
+            if not frozen and not late:
+                yield section
+                continue
+            others = frozen.union(*late)
+            first = [position for position in section.positions if position not in others]
+            yield Section(section.key, section.group, first)
+            for number, positions in enumerate(late):
+                yield Section((section.key, number), section.group, positions)
+
+    def has_started(self, parameter: Tensor) -> bool:
+        """Return False for a parameter that was frozen at construction and has had no gradient since."""
+        return "step" in self.state.get(parameter, ())
+
+    def start(self, parameters: Iterable[Tensor]) -> None:
+        """Give frozen parameters their state: from now on they are stepped (a collective as `step` is).
+
+        Raises:
+            OptionError: a rank larger than a side of one of them.
+            TypeError: one of them lies unlike the parameters that were trained at construction.
+        """
+        wanted = {id(p) for p in parameters}
+        for index, frozen in enumerate(self._frozen):
+            starting = sorted(i for i in frozen if id(self._parameters[index][i]) in wanted)
+            if not starting:
+                continue
+            routes = [self._routes[index][i] for i in starting]
+            groups.check_rank(self._groups[index], routes)
+            self._layout.check([(r.name, self._parameters[index][i]) for i, r in zip(starting, routes)])
+            frozen.difference_update(starting)
+            self._late[index].append(starting)
+            self._allocate(index)
+
+    def _start_unfrozen(self) -> None:
+        if any(self._frozen):
+            self.start(
+                self._parameters[index][i]
+                for index, frozen in enumerate(self._frozen)
+                for i in frozen
+                if self._parameters[index][i].grad is not None
+            )
+        unfrozen = next((name for name, p in self._left_out if p.requires_grad), None)
+        if unfrozen is not None:
+            raise RuntimeError(
+                f"{unfrozen}: was frozen when DeepSpeed cut the parameters up and cannot be trained now; unfreeze it "
+                "before the engine is built (and freeze it again after), or use ddp, fsdp2 or zero0"
+            )
+
     def _allocate(self, index: int) -> None:
-        for section in self._layout.all_sections(self._groups):
+        for section in self.sections():
             if section.group != index:
                 continue
             group = self._groups[index]
@@ -229,7 +318,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _new_lanes(self, section: Section) -> list[Lane]:
         group = self._groups[section.group]
-        lanes = self._layout.lanes(self._members(section), rules.load(group["rule"]), group)
+        lanes = self._layout.lanes(self._members_of(section), rules.load(group["rule"]), group)
         for lane in lanes:
             for bank in lane.banks:
                 bank.bind(self.state)
@@ -237,10 +326,23 @@ class Optimizer(torch.optim.Optimizer):
                     bank.watch(all_of=True)
         return lanes
 
-    def _members(self, section: Section) -> list[Member]:
+    def _members_of(self, section: Section) -> list[Member]:
+        members = self._matrices.get(section.key)
+        if members is None:
+            members = self._matrices[section.key] = self._new_members(section)
+        return members
+
+    def _new_members(self, section: Section) -> list[Member]:
         group, routes = self._groups[section.group], self._routes[section.group]
         parameters = self._parameters[section.group]
-        pairs = [(p, route, block) for p, route in zip(parameters, routes) for block in route.blocks]
+        # Frozen parameters take no part in the staggering.
+        others = self._frozen[section.group].union(*self._late[section.group]).difference(section.positions)
+        pairs = [
+            (p, route, block)
+            for position, (p, route) in enumerate(zip(parameters, routes))
+            if position not in others
+            for block in route.blocks
+        ]
         offset, interval = group.get("refresh_offset", 0), group.get("refresh_interval", 1)
         stagger = group.get("refresh_stagger", False)
         wanted = {id(parameters[position]) for position in section.positions}
@@ -270,7 +372,9 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sections = list(self._layout.sections(self.param_groups))
+        self._settle()
+        self._start_unfrozen()
+        sections = list(self._started(self._layout.sections(self.param_groups)))
         self.journal.begin({section.key for section in sections})
         for section in sections:
             group = self._groups[section.group]
@@ -280,16 +384,82 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             named = record_function(f"optimizer/{group['rule']}")
             with named, without_autocast(active[0].device.type):
-                if group["rule"] == "adamw":
-                    self._step_adamw(section, active)
-                else:
-                    self._step_matrices(section)
-            for parameter in active:
+                units = self._units(section, active)
+                mask = self._mask(section, units)
+                moved = [p for p in active if not mask.units.issuperset(unit for unit, *_ in units[p])]
+                if group["rule"] != "adamw":
+                    self._step_matrices(section, mask)
+                elif moved:
+                    self._step_adamw(section, moved, mask)
+            for parameter in moved:
                 self.state[parameter]["step"] += 1
-            self.journal.stepped(active)
+            self.journal.stepped(moved)
+        self._skips.warn()
         return loss
 
-    def _step_adamw(self, section: Section, active: list[Tensor]) -> None:
+    def _units(self, section: Section, active: list[Tensor]) -> _Units:
+        """What may skip the step as one, parameter by parameter: matrices, or whole parameters under AdamW."""
+        found: _Units = {}
+        if self._groups[section.group]["rule"] == "adamw":
+            return {p: [((id(p), ""), self.name_of(p), self._layout.gradient(p))] for p in active}
+        for m in self._members_of(section):
+            elements = m.holding.elements(m.parameter, m.block)
+            found.setdefault(m.parameter, []).append((m.unit, m.block.name, elements))
+        return found
+
+    def _mask(self, section: Section, units: _Units) -> StepMask:
+        """Which units leave no trace in this step: those without a gradient, and those where it is not finite."""
+        each = [unit for same in units.values() for unit in same]
+        gradients = [gradient for *_, gradient in each]
+        missing = frozenset(unit for unit, _, gradient in each if gradient is None)
+        if self.found_inf is not None:
+            return StepMask(self.found_inf, missing)
+        skipping.refuse_sparse((name, gradient) for _, name, gradient in each if gradient is not None)
+        flags = self._layout.agree(section, skipping.nonfinite(gradients))
+        if flags.device.type == "meta":
+            return StepMask(None, missing)
+        if skipping.host_may_look(flags.device) or isinstance(self._layout, PartitionedLayout):
+            # DeepSpeed's own step waits for the device, too.
+            broken = {unit: name for (unit, name, _), flag in zip(each, flags.tolist()) if flag}
+            self._skips.notice(name for unit, name in broken.items() if unit not in missing)
+            return StepMask(None, missing.union(broken))
+        self._await(section, units, flags)
+        if self._groups[section.group]["rule"] == "adamw":
+            # Its fused kernel takes one flag for all parameters of a call.
+            return StepMask(flags.any().float(), missing)
+        return StepMask(None, missing, {unit: flag for (unit, *_), flag in zip(each, flags.unbind(0))})
+
+    def _await(self, section: Section, units: _Units, flags: Tensor) -> None:
+        """Let the host read these flags one step later."""
+        each = [unit for same in units.values() for unit in same]
+        self._pending.append(
+            Pending(
+                [name for _, name, gradient in each if gradient is not None],
+                [unit for unit, _, gradient in each if gradient is not None],
+                [
+                    (p, [unit for unit, _, gradient in same if gradient is not None])
+                    for p, same in units.items()
+                    if any(gradient is not None for *_, gradient in same)
+                ],
+                *skipping.to_host(
+                    torch.stack([f for f, (*_, g) in zip(flags.unbind(0), each) if g is not None])
+                ),
+                self._groups[section.group]["rule"] == "adamw",
+            )
+        )
+
+    def _settle(self) -> None:
+        """Learn what skipped the last step: its counters go back, and the first time the user is warned."""
+        pending, self._pending = self._pending, []
+        for entry in pending:
+            names, parameters = entry.skipped()
+            self._skips.notice(names)
+            self.journal.forget_spectra(names)
+            for parameter in parameters:
+                self.state[parameter]["step"] -= 1
+        self._skips.warn()
+
+    def _step_adamw(self, section: Section, active: list[Tensor], mask: StepMask) -> None:
         group = self._groups[section.group]
         settings = adamw.Settings(
             _lr(group), _decay(group), group["betas"], group["eps"], group["eps_form"], _rounding(group)
@@ -300,7 +470,7 @@ class Optimizer(torch.optim.Optimizer):
             [self.state[p] for p in active],
             settings,
             [self.name_of(p) for p in active],
-            self.found_inf,
+            mask.everything,
         )
         if self.journal.observing and self.preset_rule == "adamw":
             for names, moments, share in self._first_moments(section):
@@ -338,7 +508,7 @@ class Optimizer(torch.optim.Optimizer):
         """The rule of the hidden matrices."""
         return groups.rule_name(self.preset)
 
-    def _step_matrices(self, section: Section) -> None:
+    def _step_matrices(self, section: Section, mask: StepMask) -> None:
         group = self._groups[section.group]
         rule = rules.load(group["rule"])
         descent = Descent(_lr(group), _decay(group), group.get("decay_order") == "after", _rounding(group))
@@ -346,7 +516,7 @@ class Optimizer(torch.optim.Optimizer):
         if lanes:
             lanes[0].begin()
         for position, lane in enumerate(lanes):
-            batches = lane.batches(self.state, self.found_inf)
+            batches = lane.batches(self.state, mask)
             for number, batch in enumerate(batches):
                 if number == 0 and position + 1 < len(lanes):
                     # The next lane's gradients travel while this one computes.
@@ -376,6 +546,7 @@ class Optimizer(torch.optim.Optimizer):
         Call it before the next step, once the host knows. The optimizer is then as if it had never seen the
         step.
         """
+        self._settle()
         self.journal.retract(self.state)
 
     def observe_moments(self, on: bool = True) -> None:
@@ -400,8 +571,9 @@ class Optimizer(torch.optim.Optimizer):
         Of the stored moment (in the subspace for SUMO and GaLore; the first moment for AdamW, hidden matrices
         only). Free where the last step computed them, else from an fp64 Gram.
         """
+        self._settle()
         found: dict[str, Tensor] = {}
-        for section in self._layout.all_sections(self._groups):
+        for section in self.sections():
             if self._groups[section.group]["rule"] != "adamw":
                 rule = rules.load(self._groups[section.group]["rule"])
                 for lane in self._lanes_of(section):
@@ -435,7 +607,7 @@ class Optimizer(torch.optim.Optimizer):
         total: dict[str, int] = {}
         for group, parameters in zip(self._groups, self._parameters):
             aux = beside and group["rule"] == "adamw"
-            for parameter in parameters:
+            for parameter in filter(self.has_started, parameters):
                 for kind, size in kind_bytes(self.state[parameter]).items():
                     name = "aux" if aux else kind
                     total[name] = total.get(name, 0) + size
@@ -448,6 +620,7 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: the parameters are partitioned: torch's form knows only what stands in "params".
         """
         self._refuse_partitions("state_dict")
+        self._settle()
         return super().state_dict()
 
     def _refuse_partitions(self, what: str) -> None:
@@ -464,22 +637,27 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: the parameters are partitioned.
         """
         self._refuse_partitions("load_state_dict")
-        validate(self, state_dict)
+        validate(self, state_dict, self.start)
         super().load_state_dict(state_dict)
         restore_exactly(self, state_dict)
-        self._lanes = {}
+        self._lanes, self._pending = {}, []
         self.journal.forget_step()
         for index in range(len(self._groups)):
             self._allocate(index)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but caches and the process group, which cannot travel."""
+        self._settle()
         return {
             **super().__getstate__(),
             "state": compact(self.state),
             "preset": self.preset,
             "options": self.options,
             "_routes": self._routes,
+            "_frozen": self._frozen,
+            "_late": self._late,
+            "_left_out": self._left_out,
+            "_skips": self._skips,
             "_modules": None,
         }
 
@@ -491,9 +669,9 @@ class Optimizer(torch.optim.Optimizer):
             self._parameters = [list(group["params"]) for group in self._groups]
             pairs = zip(self._parameters, self._routes)
             self._names = {id(p): r.name for group, routes in pairs for p, r in zip(group, routes)}
-            named = [(self._names[id(p)], p) for group in self._parameters for p in group]
+            named = [(self._names[id(p)], p) for group in self._parameters for p in group if self.has_started(p)]
             self._layout = _layout_of(named, None, "replicated")
-            self._lanes = {}
+            self._lanes, self._matrices, self._pending = {}, {}, []
             self.journal = Journal()
 
 

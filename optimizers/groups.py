@@ -38,8 +38,6 @@ class Prepared:
 def named(params: Any, start: int = 0) -> tuple[list[tuple[str, Tensor]], bool]:
     """(name, parameter) pairs of a group's "params", and whether the names were given.
 
-    Parameters that do not require gradients are left out, as are their names.
-
     Raises:
         TypeError: an entry is neither a tensor nor a (name, tensor) pair, or some have names and some not.
     """
@@ -52,8 +50,7 @@ def named(params: Any, start: int = 0) -> tuple[list[tuple[str, Tensor]], bool]:
         name, parameter = entry if isinstance(entry, tuple) else (f"param{start + i}", entry)
         if not isinstance(parameter, Tensor):
             raise TypeError(f"expected a parameter or (name, parameter), got {type(parameter).__name__}")
-        if parameter.requires_grad:
-            result.append((str(name), parameter))
+        result.append((str(name), parameter))
     return result, bool(pairs)
 
 
@@ -68,12 +65,12 @@ def listed(params: Iterable[Any]) -> list[Any]:
 
 
 def named_tensors(params: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    """All (name, parameter) of what the user passes: parameters, pairs, or groups of them."""
+    """All (name, parameter) to be trained of what the user passes: parameters, pairs, or groups of them."""
     found: list[tuple[str, Tensor]] = []
     for entry in params:
         inner = entry.get("params", []) if isinstance(entry, Mapping) else [entry]
         found += named(inner, start=len(found))[0]
-    return found
+    return [(name, parameter) for name, parameter in found if parameter.requires_grad]
 
 
 def prepare(
@@ -111,9 +108,9 @@ def prepare(
             raise TypeError(f"{name}: only dense real floating-point parameters can be optimized")
     rule = "adamw" if forced else rule_name(preset_name)
     routes = route(pairs, rule, modules, plain=not is_named and modules is None)
-    if rule != "adamw":
-        rank_limit_check(options, [(b.name, b.shape) for r in routes if r.rule == rule for b in r.blocks])
     by_name = dict(pairs)
+    if rule != "adamw":
+        check_rank(options, [r for r in routes if r.rule == rule and by_name[r.name].requires_grad])
     extra = {"initial_lr": user_group["initial_lr"]} if "initial_lr" in user_group else {}
     prepared = []
     for kind in dict.fromkeys((rule, "adamw")):
@@ -127,10 +124,21 @@ def prepare(
         members = [(r.name, by_name[r.name]) if is_named else by_name[r.name] for r in chosen]
         group = {"params": members, "rule": kind, "scheduled": scheduled, **values, **extra}
         group["fixed_lr"] = group["lr"]
+        # Schedulers write into a tensor: each group, and what it keeps, needs one of its own.
+        group = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
         if group.get("orthogonalizer_dtype") == "auto":
             group["orthogonalizer_dtype"] = iteration_dtype(by_name[chosen[0].name].device)
         prepared.append(Prepared(group, chosen))
     return prepared
+
+
+def check_rank(options: Mapping[str, Any], routes: Iterable[Route]) -> None:
+    """Refuse a rank that is larger than a side of one of these matrices.
+
+    Raises:
+        OptionError: naming the matrix.
+    """
+    rank_limit_check(options, [(block.name, block.shape) for route in routes for block in route.blocks])
 
 
 def rule_name(preset_name: str) -> str:

@@ -60,15 +60,15 @@ class Journal:
     def enter(self, rule: Rule, stack: Stack, update: Update, rows: Rows) -> None:
         """What an update says beside its delta."""
         if update.factor is not None:
-            self.orthogonalizations += len(stack.members)
+            self.orthogonalizations += len(stack.members) - len(stack.skipped)
         if update.fallbacks is not None:
             count = update.fallbacks
-            if stack.masked is not None:
+            if stack.masked is not None and stack.masked.ndim == 0:
                 count = torch.where(stack.masked, 0, count)
             self.fallbacks = self.fallbacks.to(count.device) + count
         known = update.singular_values if rule.spectrum_of_state(stack.options) else None
         for position, name in enumerate(stack.names):
-            if known is not None:
+            if known is not None and position not in stack.skipped:
                 self._spectra[name] = known, position
             else:
                 self._spectra.pop(name, None)
@@ -80,6 +80,11 @@ class Journal:
     def observe(self, names: Sequence[str], moments: Tensor, share: Share | None) -> None:
         """Look at moments (b, m, n) that no rule returned."""
         self._observation.add(names, moments, share=share)
+
+    def forget_spectra(self, names: Sequence[str]) -> None:
+        """Forget what the last step found of these: it left no trace on them."""
+        for name in names:
+            self._spectra.pop(name, None)
 
     def stepped(self, parameters: Sequence[Tensor]) -> None:
         """These took a step."""

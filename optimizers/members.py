@@ -51,6 +51,10 @@ class Holding(Protocol):
         """The weights here as a view: `shape`, or 3-D where a fused projection is interleaved."""
         ...
 
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """The gradient's elements that lie here, in any shape; None where there is none."""
+        ...
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """The matrix' interval of a tensor that lies as the parameter does here (AdamW's state); None where it
         breaks rows."""
@@ -74,6 +78,10 @@ class Held:
         """The block of the parameter."""
         return block.view(parameter)
 
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """The block as a view, which may be interleaved."""
+        return None if parameter.grad is None else block.view(parameter.grad)
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """The block of it."""
         return block.matrix(local)
@@ -88,6 +96,11 @@ class Member:
     prefix: str  # of its keys in the parameter's state: "" or "q."
     offset: int  # added to t when a refresh is decided
     holding: Holding
+
+    @property
+    def unit(self) -> tuple[int, str]:
+        """What it is called in a `StepMask`."""
+        return id(self.parameter), self.prefix
 
     @property
     def is_stepped(self) -> bool:

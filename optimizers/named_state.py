@@ -63,7 +63,7 @@ class StatePiece(NamedTuple):
 def pieces(optimizer: Optimizer) -> Iterator[StatePiece]:
     """All parts of the state that this process holds; together the processes hold all of it."""
     is_first = optimizer.is_first_replica
-    for section in optimizer.layout.all_sections(optimizer.groups):
+    for section in optimizer.sections():
         group = optimizer.groups[section.group]
         if group["rule"] != "adamw":
             rule = rules.load(group["rule"])
@@ -153,7 +153,10 @@ def load(optimizer: Optimizer, steps: Mapping[str, int], read: Callable[[StatePi
     Raises:
         KeyError: a parameter is not among `steps`.
     """
-    for parameter in (p for group in optimizer.parameters_of_groups for p in group):
+    parameters = [p for group in optimizer.parameters_of_groups for p in group]
+    # What is frozen here and was trained there goes on from what it had.
+    optimizer.start(p for p in parameters if optimizer.name_of(p) in steps)
+    for parameter in filter(optimizer.has_started, parameters):
         optimizer.state[parameter]["step"] = steps[optimizer.name_of(parameter)]
     with torch.no_grad():
         for part in pieces(optimizer):

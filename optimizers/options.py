@@ -115,7 +115,7 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
 
 def _number(option: Option, value: Any) -> float | int:
     # Tensors are let through untouched: torch accepts a 0-dim tensor as a learning rate.
-    if hasattr(value, "ndim") and getattr(value, "ndim", 1) == 0 and option.name == "lr":
+    if hasattr(value, "ndim") and getattr(value, "ndim", 1) == 0 and option.name in ("lr", "aux_lr"):
         return value
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
         raise option.error(value)

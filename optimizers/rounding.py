@@ -99,6 +99,12 @@ def apply_to_half(
         name = f"{stack.names[0]}@{stack.start}" if stack.start else stack.names[0]
         result = rounded(new, old.dtype, rounding, name, stack.steps[0])
     if stack.masked is not None:
-        result = torch.where(stack.masked, old, result)
-    parts = [block.like_view(part) for block, part in zip(blocks, result.unbind(0))]
-    torch._foreach_copy_(list(weights), parts)  # pyright: ignore[reportPrivateImportUsage]
+        mask = stack.masked if stack.masked.ndim == 0 else stack.masked[:, None, None]
+        result = torch.where(mask, old, result)
+    pairs = [
+        (weight, block.like_view(part))
+        for i, (weight, block, part) in enumerate(zip(weights, blocks, result.unbind(0)))
+        if i not in stack.skipped
+    ]
+    if pairs:
+        torch._foreach_copy_([w for w, _ in pairs], [part for _, part in pairs])  # pyright: ignore[reportPrivateImportUsage]

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from optimizers.members import Member, compute_dtype
 from optimizers.rounding import Rounding, apply_to_half
+from optimizers.skipping import StepMask
 
 # Bytes of gradient that one stack holds at most: the transient memory of a step is a small multiple of this.
 # On CPUs larger blocks leave the cache and come fresh from the kernel each time; GPUs want few launches.
 STACK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
 
 
+_T = TypeVar("_T")
 Axes = tuple[int | None, ...]
 """For each dimension of a state: the axis of the matrix that it runs along (0 rows, 1 columns), or None."""
 
@@ -36,7 +38,9 @@ class Stack:
             where all agree (they do unless gradients were missing), else (b, 1, 1) on the device.
         due: positions whose subspace has to be renewed in this step.
         state: kind → (b, …), fp32 (fp64 for fp64 weights). Change it by `commit` and `blend` only.
-        masked: 0-dim bool on the device: this step must leave no trace. None: it is not masked.
+        masked: bool on the device: this step must leave no trace, 0-dim for all matrices, (b,) for each. None: the
+            host knows which these are.
+        skipped: positions of which this step must leave no trace, as the host knows them.
         dtype: of state and arithmetic.
         split: axis of the matrices of which this process holds an interval only (0 rows, 1 columns); None: it
             holds them whole. `shape` is that of the whole matrix all the same.
@@ -57,6 +61,7 @@ class Stack:
     split: int | None = None
     start: int = 0
     pattern: Any = None
+    skipped: frozenset[int] = frozenset()
     keep_gradient: bool = True
     _gradient: Tensor | None = None
 
@@ -72,6 +77,11 @@ class Stack:
         if self._gradient is not None:
             return self._gradient
         gradient = torch.stack([_gradient_of(m) for m in self.members]).to(self.dtype)
+        # Zeros for a matrix that skips the step: what is computed of it is not used, and must not disturb others.
+        for position in self.skipped:
+            gradient[position].zero_()
+        if self.masked is not None and self.masked.ndim:
+            gradient = torch.where(self.masked[:, None, None], 0.0, gradient)
         if self.keep_gradient:
             self._gradient = gradient
         return gradient
@@ -90,12 +100,30 @@ class Stack:
         out = basis.new_empty((len(gradients), r, n) if left else (len(gradients), m, r))
         for slot, q, gradient in zip(out, basis, gradients):
             torch.mm(q.mT, gradient, out=slot) if left else torch.mm(gradient, q, out=slot)
+        for position in self.skipped:
+            out[position].zero_()
         return out
 
     def commit(self, kind: str, value: Tensor, at: slice | None = None) -> None:
         """Replace a state (of the matrices `at`), unless the step is masked."""
         target = self.state[kind] if at is None else self.state[kind][at]
-        target.copy_(value if self.masked is None else torch.where(self.masked, target, value))
+        if self.masked is not None:
+            value = torch.where(self._mask_for(target, at), target, value)
+        elif self.skipped:
+            first = 0 if at is None else at.start
+            value = value.expand_as(target).clone()
+            for position in self.skipped:
+                if first <= position < first + len(target):
+                    value[position - first] = target[position - first]
+        target.copy_(value)
+
+    def _mask_for(self, state: Tensor, at: slice | None = None) -> Tensor:
+        """`masked`, in a shape that broadcasts over a state of these matrices."""
+        assert self.masked is not None
+        if self.masked.ndim == 0:
+            return self.masked
+        part = self.masked if at is None else self.masked[at]
+        return part.view(-1, *[1] * (state.ndim - 1))
 
     def blend(self, kind: str, value: Tensor, decay: float, weight: float) -> Tensor:
         """state ← decay·state + weight·value, unless masked; returns the state as it then is (or would
@@ -103,9 +131,13 @@ class Stack:
         old = self.state[kind]
         average = weight == 1.0 - decay
         if self.masked is None:
-            return old.lerp_(value, weight) if average else old.mul_(decay).add_(value, alpha=weight)
+            before = {position: old[position].clone() for position in self.skipped}
+            new = old.lerp_(value, weight) if average else old.mul_(decay).add_(value, alpha=weight)
+            for position, kept in before.items():
+                old[position] = kept
+            return new
         new = torch.lerp(old, value, weight) if average else torch.add(decay * old, value, alpha=weight)
-        torch.where(self.masked, old, new, out=old)
+        torch.where(self._mask_for(old), old, new, out=old)
         return new
 
     def release(self) -> None:
@@ -185,6 +217,7 @@ class Bank:
         self._stacked: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}
         self._flags = [False] * len(self.members)
+        self._owed: set[int] = set()
         self._posted: tuple[Tensor, torch.Event | None] | None = None
 
     def fits(self) -> bool:
@@ -217,13 +250,22 @@ class Bank:
         """(b, …) state of all members; `bind` first."""
         return self._stacked[kind]
 
-    def stack(
-        self, active: Sequence[int], state: Mapping[Tensor, dict[str, Any]], masked: Tensor | None
-    ) -> Stack:
+    def stack(self, active: Sequence[int], state: Mapping[Tensor, dict[str, Any]], mask: StepMask) -> Stack:
         """The members that have a gradient, for one step."""
         members = [self.members[i] for i in active]
+        units = [m.unit for m in members]
+        skipped = mask.positions(units)
         steps = [state[m.parameter]["step"] for m in members]
         flags = self._read_flags()
+        due = [
+            position
+            for position, (i, t) in enumerate(zip(active, steps))
+            if "refresh_interval" in self.options and (flags[i] or i in self._owed or self._scheduled(i, t))
+        ]
+        # A matrix that skips the step in which its subspace was due gets it in the next one.
+        self._owed -= set(active)
+        self._owed |= {active[position] for position in due if position in skipped}
+        due = [position for position in due if position not in skipped]
         return Stack(
             members=members,
             shape=self.shape,
@@ -231,13 +273,10 @@ class Bank:
             options=self.options,
             steps=steps,
             count=_count(steps, self.device),
-            due=[
-                position
-                for position, (i, t) in enumerate(zip(active, steps))
-                if "refresh_interval" in self.options and (flags[i] or self._scheduled(i, t))
-            ],
+            due=due,
             state=self.state_of(active),
-            masked=masked,
+            masked=mask.tensor(units, self.device),
+            skipped=skipped,
             dtype=self.dtype,
             split=self.split,
             start=self.start,
@@ -336,18 +375,27 @@ def apply_update(stack: Stack, delta: Tensor | LowRank, descent: Descent) -> Non
             _apply_factors(stack, weights, delta, descent)
             return
         delta = delta.dense(stack)
-    if stack.masked is not None:
+    mask = stack.masked
+    if mask is not None and mask.ndim:
+        mask = mask[:, None, None]
+    if mask is not None:
         # Not a product: a masked step usually holds NaN, and NaN·0 is NaN.
-        delta = torch.where(stack.masked, 0.0, delta)
+        delta = torch.where(mask, 0.0, delta)
     decay: float | Tensor = 1.0 - lr * weight_decay
-    if stack.masked is not None and weight_decay:
-        decay = torch.where(stack.masked, torch.ones((), dtype=stack.dtype, device=delta.device), decay)
+    if mask is not None and weight_decay:
+        decay = torch.where(mask, torch.ones((), dtype=stack.dtype, device=delta.device), decay)
     if weights[0].dtype != stack.dtype:
         apply_to_half(
             stack, weights, delta, lr, decay if weight_decay else None, decay_last, descent.rounding
         )
         return
-    descend(weights, [m.block.like_view(d) for m, d in zip(stack.members, delta.unbind(0))], descent, decay)
+    deltas = [m.block.like_view(d) for m, d in zip(stack.members, delta.unbind(0))]
+    descend(stepped(stack, weights), stepped(stack, deltas), descent, decay)
+
+
+def stepped(stack: Stack, values: Sequence[_T]) -> list[_T]:
+    """Of one value for each matrix, those of the matrices that the host does not know to skip the step."""
+    return [value for position, value in enumerate(values) if position not in stack.skipped]
 
 
 def descend(
@@ -359,19 +407,29 @@ def descend(
         weights: to be changed.
         deltas: of their shapes.
         descent: learning rate and order.
-        decay: factor on the weights; None: what `descent` says.
+        decay: factor on the weights, or one for each along its first axis; None: what `descent` says.
     """
+    if not weights:
+        return
     lr = descent.lr
     if decay is None:
         decay = 1.0 - lr * descent.weight_decay
     if descent.weight_decay and not descent.decay_last:
-        torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
+        _decay(weights, decay)
     if isinstance(lr, Tensor):
         torch._foreach_mul_(deltas, lr)  # pyright: ignore[reportPrivateImportUsage]
         lr = 1.0
     torch._foreach_add_(weights, deltas, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
     if descent.weight_decay and descent.decay_last:
-        torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
+        _decay(weights, decay)
+
+
+def _decay(weights: list[Tensor], decay: float | Tensor) -> None:
+    if isinstance(decay, Tensor) and decay.ndim:
+        for weight, factor in zip(weights, decay.reshape(-1).unbind(0)):
+            weight.mul_(factor)
+        return
+    torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _in_place(stack: Stack, weights: Sequence[Tensor]) -> bool:
@@ -388,12 +446,16 @@ def _in_place(stack: Stack, weights: Sequence[Tensor]) -> bool:
 def _apply_factors(stack: Stack, weights: list[Tensor], delta: LowRank, descent: Descent) -> None:
     lr = float(descent.lr)
     decay = 1.0 - lr * descent.weight_decay
+    weights = stepped(stack, weights)
+    if not weights:
+        return
     if decay != 1.0 and not descent.decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
     if delta.keep:
-        gradients = [_gradient_of(m).to(stack.dtype) for m in stack.members]
+        gradients = [_gradient_of(m).to(stack.dtype) for m in stepped(stack, stack.members)]
         torch._foreach_add_(weights, gradients, alpha=-lr * delta.keep)  # pyright: ignore[reportPrivateImportUsage]
-    for weight, left, right in zip(weights, delta.left.unbind(0), delta.right.unbind(0)):
+    lefts, rights = stepped(stack, delta.left.unbind(0)), stepped(stack, delta.right.unbind(0))
+    for weight, left, right in zip(weights, lefts, rights):
         weight.addmm_(left, right, alpha=-lr)
     if decay != 1.0 and descent.decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,8 +15,17 @@ from torch import Tensor
 _STRUCTURAL = ("rule", "rank", "side")
 
 
-def validate(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+def validate(
+    optimizer: torch.optim.Optimizer,
+    state_dict: Mapping[str, Any],
+    start: Callable[[Iterable[Tensor]], None],
+) -> None:
     """Refuse a state dict that this optimizer could not go on from, and say why.
+
+    Args:
+        optimizer: that is to take it.
+        state_dict: of an optimizer like it.
+        start: gives state to parameters that are frozen here and had been trained there.
 
     Raises:
         ValueError: naming the group or parameter that does not fit.
@@ -33,8 +42,13 @@ def validate(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) ->
         raise ValueError(f"has {len(saved)} parameter groups, this optimizer has {len(own)}")
     for i, (theirs, ours) in enumerate(zip(saved, own)):
         _check_group(i, theirs, ours)
-    for identifier, parameter in _pairs(state_dict, optimizer):
-        _check_parameter(identifier, state.get(identifier), optimizer.state[parameter])
+    pairs = _pairs(state_dict, optimizer)
+    start([parameter for identifier, parameter in pairs if state.get(identifier)])
+    for identifier, parameter in pairs:
+        own = optimizer.state.get(parameter)
+        # A parameter that is frozen here and was frozen there.
+        if own or state.get(identifier):
+            _check_parameter(identifier, state.get(identifier), own or {})
 
 
 def _check_group(i: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -66,7 +80,7 @@ def _check_parameter(identifier: int, saved: Mapping[str, Any] | None, own: Mapp
 def restore_exactly(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Undo torch's cast of floating state to the weight's dtype: moments of bf16 weights are fp32."""
     for identifier, parameter in _pairs(state_dict, optimizer):
-        for key, value in state_dict["state"][identifier].items():
+        for key, value in state_dict["state"].get(identifier, {}).items():
             if key == "step":
                 optimizer.state[parameter][key] = int(value)
             elif isinstance(value, Tensor):

@@ -55,7 +55,7 @@ class Exchange:
         """Start moving from sources to targets.
 
         Args:
-            held: this rank's interval of each matrix, 1-D; None where it has none.
+            held: this rank's interval of each matrix, 1-D; None where it has none, or nothing to say: zeros travel.
             like: tensor of the dtype and device that travels.
         """
         return self._start(self._there, held, like)
@@ -68,8 +68,10 @@ class Exchange:
         parts = []
         for move in plan.moves_out:
             flat = held[move.matrix]
-            assert flat is not None
-            parts.append(flat[move.lo : move.hi].to(like.dtype))
+            if flat is None:
+                parts.append(like.new_zeros(move.hi - move.lo))
+            else:
+                parts.append(flat[move.lo : move.hi].to(like.dtype))
         send = torch.cat(parts) if parts else like.new_empty(0)
         return Arriving(self._communicator.swap(send, plan.sent, plan.received), plan)
 

@@ -15,6 +15,7 @@ from optimizers.layouts.exchange import Arriving, Distribution, Exchange, whole_
 from optimizers.layouts.rows import Rows, Whole
 from optimizers.members import Member, compute_dtype
 from optimizers.rules.rule import Rule
+from optimizers.skipping import StepMask
 from optimizers.stacks import STACK_BYTES, Bank, Descent, LowRank, Stack, apply_update
 
 State = Mapping[Tensor, dict[str, Any]]
@@ -42,7 +43,7 @@ class Lane(Protocol):
         """Start bringing gradients to where they are needed; does not wait."""
         ...
 
-    def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
+    def batches(self, state: State, mask: StepMask) -> Iterable[list[Entry]]:
         """The stacks that have gradients, in the batches in which the rule is to be called."""
         ...
 
@@ -72,10 +73,10 @@ class LocalLane:
     def begin(self) -> None:
         """Nothing: the gradients are here."""
 
-    def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
+    def batches(self, state: State, mask: StepMask) -> Iterable[list[Entry]]:
         """One stack at a time, so that one stack's transients are alive; together where they share a
         collective, and then gradients are read again whenever they are needed."""
-        entries = [entry for bank in self.banks for entry in entries_of(bank, state, found_inf)]
+        entries = [entry for bank in self.banks for entry in entries_of(bank, state, mask)]
         if self._together:
             shared = entries
         else:
@@ -125,11 +126,11 @@ class _DividedLane:
         self._landed: list[Entry] = []
         self._updates: list[Tensor | None] = [None] * len(self._members)
 
-    def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
+    def batches(self, state: State, mask: StepMask) -> Iterable[list[Entry]]:
         """The matrices that this process owns, one stack at a time."""
-        self._landed = [entry for bank in self.landing for entry in entries_of(bank, state, found_inf)]
+        self._landed = [entry for bank in self.landing for entry in entries_of(bank, state, mask)]
         for bank in self.banks:
-            for entry in entries_of(bank, state, found_inf):
+            for entry in entries_of(bank, state, mask):
                 yield [entry]
 
     def _send_back(self) -> list[Tensor]:
@@ -194,11 +195,11 @@ class OwnerLane(_DividedLane):
         like = next((flat for flat in held if flat is not None), None)
         self._arriving = None if like is None else self._exchange.forward(held, like)
 
-    def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
+    def batches(self, state: State, mask: StepMask) -> Iterable[list[Entry]]:
         """The matrices that this process owns, once they have arrived."""
         if self._arriving is not None:
             self._gathered.update(enumerate(self._arriving.wait()))
-            yield from super().batches(state, found_inf)
+            yield from super().batches(state, mask)
 
     def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
         """Keep the update until the `end`."""
@@ -298,6 +299,10 @@ class _Gathered:
         """Not here."""
         raise RuntimeError(f"{block.name}: its weights are applied where they lie")
 
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """What arrived."""
+        return self.gradient(parameter, block)
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Not here."""
         return None
@@ -322,14 +327,13 @@ def _in_shape(parts: list[Tensor], stack: Stack) -> Tensor:
     return flat.view(-1, n, m).mT if stack.split == 1 else flat.view(-1, m, n)
 
 
-def entries_of(bank: Bank, state: State, found_inf: Tensor | None) -> list[Entry]:
+def entries_of(bank: Bank, state: State, mask: StepMask) -> list[Entry]:
     """The bank's stack for this step; none where no member has a gradient."""
     active = [i for i, member in enumerate(bank.members) if member.is_stepped]
     if not active:
         return []
     bank.bind(state)
-    masked = None if found_inf is None else found_inf.to(bank.device).reshape(()) > 0
-    return [(bank, active, bank.stack(active, state, masked))]
+    return [(bank, active, bank.stack(active, state, mask))]
 
 
 def make_banks(

@@ -76,6 +76,19 @@ class Layout(Protocol):
         """What is stepped in a whole optimizer step."""
         ...
 
+    def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Refuse parameters that lie unlike those that the layout was built for.
+
+        Raises:
+            TypeError: naming the parameter.
+        """
+        ...
+
+    def agree(self, section: Section, flags: Tensor) -> Tensor:
+        """(k,) bool of gradients of which this process may hold a part → element-wise or over all that hold parts: a
+        collective where there are several."""
+        ...
+
     def weight(self, parameter: Tensor) -> Tensor:
         """A parameter's elements here, for element-wise updates: a view."""
         ...

@@ -23,7 +23,8 @@ from optimizers.layouts.rows import Rows, Whole
 from optimizers.layouts.sharded import Shards
 from optimizers.members import Holding, Member
 from optimizers.rules.rule import Rule
-from optimizers.stacks import Bank, Descent, LowRank, Stack, descend
+from optimizers.skipping import StepMask
+from optimizers.stacks import Bank, Descent, LowRank, Stack, descend, stepped
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class Unattached:
     def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
         """None."""
         return []
+
+    def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Nothing starts later: see `Optimizer.step`."""
+
+    def agree(self, section: Section, flags: Tensor) -> Tensor:
+        """Nobody to ask."""
+        return flags
 
     def weight(self, parameter: Tensor) -> Tensor:
         """The parameter."""
@@ -198,6 +206,15 @@ class PartitionedLayout:
         """Every flat tensor."""
         return self._sections
 
+    def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Nothing starts later: see `Optimizer.step`."""
+
+    def agree(self, section: Section, flags: Tensor) -> Tensor:
+        """Element-wise or over the ranks of the flat tensor."""
+        assert isinstance(section.key, int)
+        communicator = self._per_flat[section.key]
+        return communicator.any(flags) if communicator.size > 1 else flags
+
     def weight(self, parameter: Tensor) -> Tensor:
         """What this rank has of it, 1-D."""
         return self.part_of(parameter, self.flat_of(parameter).detach())
@@ -287,6 +304,11 @@ class Slice:
             self.shape
         )
 
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """This rank's piece, broken rows as they lie."""
+        gradient = self.flat.tensor.grad
+        return None if gradient is None else self.within(gradient, self.piece)
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Where a whole parameter is here."""
         is_here = self.split is None and self.shape == block.shape and block.dim == -1
@@ -326,6 +348,7 @@ class RowLane:
         self._exchange = Exchange(leads, missing, communicator) if is_broken else None
         self._arriving: Arriving | None = None
         self._tails: dict[int, Tensor] = {}
+        self._skipped: frozenset[int] = frozenset()
 
     def begin(self) -> None:
         """Ask for what is missing of broken rows."""
@@ -335,12 +358,13 @@ class RowLane:
         leads = [s.within(gradient, s.lead) for s in self._slices]
         self._arriving = self._exchange.forward(leads, gradient)
 
-    def batches(self, state: State, found_inf: Tensor | None) -> Iterable[list[Entry]]:
+    def batches(self, state: State, mask: StepMask) -> Iterable[list[Entry]]:
         """All stacks together."""
+        self._skipped = mask.positions([m.unit for m in self._members])
         if self._arriving is not None:
             for held, tail in zip(self._slices, self._arriving.wait()):
                 held.tail = tail
-        yield from self._lane.batches(state, found_inf)
+        yield from self._lane.batches(state, mask)
 
     def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
         """Where the own elements are; the rest is kept until the `end`."""
@@ -351,7 +375,8 @@ class RowLane:
         if stack.masked is not None:
             dense = torch.where(stack.masked, 0.0, dense)
         weights, parts = [], []
-        for member, part in zip(stack.members, dense.reshape(len(dense), -1).unbind(0)):
+        flat = dense.reshape(len(dense), -1).unbind(0)
+        for member, part in zip(stepped(stack, stack.members), stepped(stack, flat)):
             held = _slice(member)
             first = held.rows[0] * held.columns
             own = max(held.piece[0], first), min(held.piece[1], held.rows[1] * held.columns)
@@ -371,7 +396,11 @@ class RowLane:
         tails = [self._tails.get(id(held)) for held in self._slices]
         arrived = self._exchange.backward(tails, flat).wait()
         weights = [held.within(flat, held.lead) for held in self._slices]
-        pairs = [(w, part) for w, part in zip(weights, arrived) if part.numel()]
+        pairs = [
+            (w, part)
+            for i, (w, part) in enumerate(zip(weights, arrived))
+            if part.numel() and i not in self._skipped
+        ]
         if pairs:
             descend([w for w, _ in pairs], [part for _, part in pairs], descent)
         self._arriving, self._tails = None, {}
@@ -397,6 +426,10 @@ class _Piece:
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
         """(elements, 1)."""
         return self.held.within(self.held.flat.tensor.detach(), self.held.piece)[:, None]
+
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """As `gradient`."""
+        return self.gradient(parameter, block)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """None: it has no rows."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from optimizers.fused import Block
 from optimizers.layouts.communicator import Communicator
@@ -111,6 +112,16 @@ class ReplicatedLayout:
     def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
         """Each group."""
         return whole_groups(groups)
+
+    def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Whole tensors only."""
+        for name, parameter in named:
+            if isinstance(parameter, DTensor):
+                raise TypeError(f"{name}: is a DTensor, while the other parameters are not")
+
+    def agree(self, section: Section, flags: Tensor) -> Tensor:
+        """All replicas have all gradients, and they are equal."""
+        return flags
 
     def weight(self, parameter: Tensor) -> Tensor:
         """The parameter."""

@@ -278,6 +278,10 @@ class Sharded:
         """View of the local shard."""
         return self._here(local(parameter.detach()))
 
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """As `gradient`."""
+        return self.gradient(parameter, block)
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Its rows or columns."""
         return self._here(local)
@@ -306,14 +310,10 @@ class ShardedLayout:
         assert isinstance(first, DTensor)
         mesh = first.device_mesh
         dim = _shard_dim(name, first)
-        for name, parameter in parameters:
-            if not isinstance(parameter, DTensor):
-                raise TypeError(f"{name}: is no DTensor, while other parameters are")
-            if parameter.device_mesh != mesh or _shard_dim(name, parameter) != dim:
-                raise TypeError(f"{name}: is sharded over another mesh than {parameters[0][0]}")
+        self._dim, self._first = dim, (name, first)
+        self.check(parameters)
         if mesh.ndim > 2:
             raise TypeError(f"{name}: a mesh of {mesh.ndim} dimensions is not supported (FSDP: 1, HSDP: 2)")
-        self._dim = dim
         self._ranks = Communicator(mesh.get_group(dim))
         self._replicas = Communicator(mesh.get_group(1 - dim)) if mesh.ndim == 2 else None
         self._shards = Shards(self._ranks, self._replicas)
@@ -403,6 +403,19 @@ class ShardedLayout:
     def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
         """Each group."""
         return whole_groups(groups)
+
+    def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """DTensors on the same mesh, cut along the same dimension of it."""
+        first_name, first = self._first
+        for name, parameter in named:
+            if not isinstance(parameter, DTensor):
+                raise TypeError(f"{name}: is no DTensor, while other parameters are")
+            if parameter.device_mesh != first.device_mesh or _shard_dim(name, parameter) != self._dim:
+                raise TypeError(f"{name}: is sharded over another mesh than {first_name}")
+
+    def agree(self, section: Section, flags: Tensor) -> Tensor:
+        """Element-wise or over the ranks of a replica."""
+        return self._shards.agree(flags)
 
     def weight(self, parameter: Tensor) -> Tensor:
         """The local shard."""

@@ -79,6 +79,10 @@ class _Empty:
         """Of this shape."""
         return parameter.detach().new_empty(self.shape)
 
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """Of this shape."""
+        return self.gradient(parameter, block)
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Of this shape."""
         return local.new_empty(self.shape)
