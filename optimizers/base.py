@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial as bound
 from typing import Any, ClassVar
 
@@ -114,6 +114,10 @@ class Optimizer(torch.optim.Optimizer):
         self._skips = SkipLog()
         self._pending: list[Pending] = []
         super().__init__(params, {"lr": self.options["lr"], "weight_decay": self.options["weight_decay"]})
+        # OneCycleLR and CyclicLR look here for what they cycle, and write it into every group.
+        cycled = next((key for key in ("momentum", "betas") if key in self.options), None)
+        if cycled is not None:
+            self.defaults[cycled] = self.options[cycled]
         # A reference to the model would travel with every pickle and deepcopy.
         self._modules = None
         groups.require_matrices(self.preset, self.routes)
@@ -164,7 +168,12 @@ class Optimizer(torch.optim.Optimizer):
     def steps_by_name(self) -> dict[str, int]:
         """Parameter name → steps it has taken."""
         self._settle()
-        return {self.name_of(p): self.state[p]["step"] for group in self._parameters for p in group if self.has_started(p)}
+        return {
+            self.name_of(p): self.state[p]["step"]
+            for group in self._parameters
+            for p in group
+            if self.has_started(p)
+        }
 
     def state_was_replaced(self) -> None:
         """Look at the state anew, after it was written from outside (a collective where it is split)."""
@@ -225,6 +234,8 @@ class Optimizer(torch.optim.Optimizer):
             pairs = [pair for pair in pairs if pair[1].requires_grad]
         for made in groups.prepare(self.preset, self.options, param_group, pairs, is_named, self._modules):
             super().add_param_group(made.group)
+            for key in self.defaults.keys() - made.group.keys():
+                del self.param_groups[-1][key]
             self._routes.append(made.routes)
             self._parameters.append(list(self.param_groups[-1]["params"]))
             self._groups.append(self.param_groups[-1])
@@ -368,11 +379,19 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             closure: evaluates the model again and returns the loss.
         """
+        return self._untraced_step(closure)  # pyright: ignore[reportAttributeAccessIssue]
+
+    # Rules are batched by hand, and dynamo fails on the views in the state: a compiled step runs as it is.
+    @torch.compiler.disable
+    def _untraced_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._settle()
+        skipping.refuse_sparse(
+            (self.name_of(p), p.grad) for group in self._parameters for p in group if p.grad is not None
+        )
         self._start_unfrozen()
         sections = list(self._started(self._layout.sections(self.param_groups)))
         self.journal.begin({section.key for section in sections})
@@ -414,7 +433,6 @@ class Optimizer(torch.optim.Optimizer):
         missing = frozenset(unit for unit, _, gradient in each if gradient is None)
         if self.found_inf is not None:
             return StepMask(self.found_inf, missing)
-        skipping.refuse_sparse((name, gradient) for _, name, gradient in each if gradient is not None)
         flags = self._layout.agree(section, skipping.nonfinite(gradients))
         if flags.device.type == "meta":
             return StepMask(None, missing)
@@ -462,7 +480,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step_adamw(self, section: Section, active: list[Tensor], mask: StepMask) -> None:
         group = self._groups[section.group]
         settings = adamw.Settings(
-            _lr(group), _decay(group), group["betas"], group["eps"], group["eps_form"], _rounding(group)
+            _lr(group), _decay(group), _betas(group), group["eps"], group["eps_form"], _rounding(group)
         )
         adamw.step(
             [self._layout.weight(p) for p in active],
@@ -669,7 +687,9 @@ class Optimizer(torch.optim.Optimizer):
             self._parameters = [list(group["params"]) for group in self._groups]
             pairs = zip(self._parameters, self._routes)
             self._names = {id(p): r.name for group, routes in pairs for p, r in zip(group, routes)}
-            named = [(self._names[id(p)], p) for group in self._parameters for p in group if self.has_started(p)]
+            named = [
+                (self._names[id(p)], p) for group in self._parameters for p in group if self.has_started(p)
+            ]
             self._layout = _layout_of(named, None, "replicated")
             self._lanes, self._matrices, self._pending = {}, {}, []
             self.journal = Journal()
@@ -690,6 +710,12 @@ def _decay(group: Mapping[str, Any]) -> float:
     # that keeps its own lr would not honour.
     lr = group["lr"]
     return 0.0 if not group["scheduled"] and isinstance(lr, float) and lr == 0.0 else group["weight_decay"]
+
+
+def _betas(group: Mapping[str, Any]) -> tuple[float, float]:
+    # A scheduler that cycles the momentum of the matrices writes it into this group, too, where it means β₁.
+    first, second = group["betas"]
+    return (group["momentum"] if "momentum" in group and group["scheduled"] else first), second
 
 
 def _rounding(group: Mapping[str, Any]) -> Rounding:

@@ -72,7 +72,7 @@ def nonfinite(gradients: Sequence[Tensor | None]) -> Tensor:
         found = _nonfinite([gradients[i] for i in chosen], place, dtype)  # type: ignore[misc]
         for i, flag in zip(chosen, found.to(device).unbind(0)):
             parts[i] = flag
-    if len(kinds) == 1 and None not in parts:
+    if len(kinds) == 1 and all(part is not None for part in parts):
         return found  # type: ignore[possibly-undefined]
     missing = torch.tensor([gradient is None for gradient in gradients])
     empty = missing.to(device, non_blocking=True).unbind(0)

@@ -1,4 +1,4 @@
-"""A gradient that is not finite never enters the state: its matrix skips the step, no other one notices, one warning."""
+"""A gradient that is not finite never enters the state: its matrix skips the step, the others go on, one warning."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_the_matrix_skips_the_step_and_no_other_notices(preset: str, how: str) -
         missing = run(preset, {at: name}, None)
         assert seen[1].state[seen[0][name]]["step"] == STEPS - 1
         torch.testing.assert_close(seen[0][name], missing[0][name], rtol=1e-4, atol=1e-5)
-        assert all(bool(v.isfinite().all()) for v in seen[1].state[seen[0][name]].values() if hasattr(v, "isfinite"))
+        assert all(
+            bool(v.isfinite().all()) for v in seen[1].state[seen[0][name]].values() if hasattr(v, "isfinite")
+        )
 
 
 @pytest.mark.parametrize("preset", ["sumo", "muon", "galore", "adamw"])

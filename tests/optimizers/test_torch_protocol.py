@@ -363,3 +363,180 @@ def test_sparse_complex_and_integer_parameters_are_refused() -> None:
         optimizers.Muon([nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))])
     with pytest.raises(TypeError, match="names or none"):
         optimizers.Muon([("a", nn.Parameter(torch.ones(3, 3))), nn.Parameter(torch.ones(3, 3))])
+
+
+@pytest.mark.parametrize("preset", ["sumo", "muon", "galore", "adamw"])
+def test_a_tensor_lr_is_one_of_its_own_in_each_group(preset: str) -> None:
+    """Schedulers write into a tensor: a group that keeps its rate, or has another factor, must not follow."""
+    params = parameters()
+    groups = [
+        {"params": [("a", params["a"]), ("norm.weight", params["norm.weight"])], "scheduled": False},
+        {"params": [("b", params["b"]), ("embed.weight", params["embed.weight"])]},
+    ]
+    lr = torch.tensor(0.25)
+    optimizer: Any = optimizers.Optimizer(groups, lr=lr, preset=preset)
+    assert len(
+        {id(v) for g in optimizer.param_groups for v in g.values() if isinstance(v, torch.Tensor)}
+    ) == sum(isinstance(v, torch.Tensor) for g in optimizer.param_groups for v in g.values())
+    start = [float(group["lr"]) for group in optimizer.param_groups]
+    assert start.count(0.25) >= 2
+    factors = [0.5 ** (i + 1) for i in range(len(optimizer.param_groups))]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t, f=f: f**t for f in factors])
+    scheduler.step()
+    assert float(lr) == 0.25
+    for group, factor, peak in zip(optimizer.param_groups, factors, start):
+        assert float(group["lr"]) == pytest.approx(peak * factor)
+        assert float(group["fixed_lr"]) == pytest.approx(peak)
+    fixed = copy.deepcopy(params["a"])
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = (params["a"] - fixed).detach()
+    twin = {"a": nn.Parameter(fixed.detach().clone())}
+    alone: Any = optimizers.build(preset, twin.items(), lr=0.25)
+    twin["a"].grad = torch.ones_like(twin["a"])
+    alone.step()
+    torch.testing.assert_close(moved, (twin["a"] - fixed).detach(), rtol=1e-5, atol=1e-6)
+
+
+def cycle(kind: str, optimizer: Any) -> Any:
+    if kind == "one":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=8)
+    return torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.01, max_lr=0.1, step_size_up=3)
+
+
+@pytest.mark.parametrize("kind", ["one", "cyclic"])
+def test_adamw_under_a_momentum_cycle_is_torch_s(kind: str) -> None:
+    params, other = parameters(), parameters()
+    ours: Any = optimizers.build(
+        "adamw", params.items(), lr=0.05, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8
+    )
+    theirs = torch.optim.AdamW(other.values(), lr=0.05, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+    schedulers = cycle(kind, ours), cycle(kind, theirs)
+    for t in range(6):
+        give_gradients(params, t)
+        give_gradients(other, t)
+        for optimizer, scheduler in zip((ours, theirs), schedulers):
+            optimizer.step()
+            scheduler.step()
+    for name in params:
+        torch.testing.assert_close(params[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["one", "cyclic"])
+@pytest.mark.parametrize("preset", ["sumo", "muon", "galore", "sumo_official"])
+def test_a_momentum_cycle_reaches_matrices_and_adamw(preset: str, kind: str) -> None:
+    """The oracle: the same numbers written into the groups by hand."""
+    params, optimizer = built(preset)
+    other, twin = built(preset)
+    scheduler = cycle(kind, optimizer)
+    seen = set()
+    for t in range(6):
+        give_gradients(params, t)
+        give_gradients(other, t)
+        for group, copied in zip(optimizer.param_groups, twin.param_groups):
+            first = group["betas"][0] if preset == "galore" else group["momentum"]
+            seen.add(round(first, 4))
+            copied["lr"] = group["lr"]
+            if "momentum" in copied:
+                copied["momentum"] = first
+            elif copied["scheduled"]:
+                copied["betas"] = (first, copied["betas"][1])
+        optimizer.step()
+        twin.step()
+        scheduler.step()
+    assert len(seen) > 3
+    for name in params:
+        assert torch.equal(params[name], other[name]), name
+    assert set(twin.param_groups[1]) >= {"betas"}
+
+
+@pytest.mark.parametrize("preset", ["sumo", "muon", "galore", "adamw"])
+def test_other_schedulers_of_torch(preset: str) -> None:
+    from torch.optim import lr_scheduler as schedules
+
+    for make in (
+        lambda o: schedules.ReduceLROnPlateau(o, patience=0),
+        lambda o: schedules.SequentialLR(
+            o, [schedules.LinearLR(o, 0.1, total_iters=2), schedules.CosineAnnealingLR(o, 4)], [2]
+        ),
+        lambda o: schedules.ChainedScheduler([schedules.ExponentialLR(o, 0.9), schedules.StepLR(o, 2)]),
+        lambda o: schedules.CosineAnnealingWarmRestarts(o, 2),
+        lambda o: schedules.PolynomialLR(o, 5),
+    ):
+        for lr in (0.05, torch.tensor(0.05)):
+            params = parameters()
+            optimizer: Any = optimizers.build(preset, params.items(), lr=lr, **options(preset))
+            scheduler = make(optimizer)
+            rates = []
+            for t in range(4):
+                give_gradients(params, t)
+                optimizer.step()
+                rates.append([float(group["lr"]) for group in optimizer.param_groups])
+                if isinstance(scheduler, schedules.ReduceLROnPlateau):
+                    scheduler.step(1.0)
+                else:
+                    scheduler.step()
+            assert rates[0] != rates[-1]
+            restored = make(optimizer)
+            restored.load_state_dict(scheduler.state_dict())
+            assert all(bool(p.isfinite().all()) for p in params.values())
+
+
+@pytest.mark.parametrize("preset", ["sumo", "adamw"])
+def test_compiling_the_step_changes_nothing(preset: str) -> None:
+    params, optimizer = built(preset)
+    other, twin = built(preset)
+    compiled = torch.compile(optimizer.step)
+    around = torch.compile(lambda: optimizer.step())
+    for t in range(3):
+        give_gradients(params, t)
+        give_gradients(other, t)
+        (compiled if t % 2 else around)()
+        twin.step()
+    assert_same(params, other, optimizer, twin)
+
+
+@pytest.mark.parametrize("preset", ["sumo", "muon", "galore", "adamw"])
+def test_a_sparse_gradient_is_refused_with_the_alternative(preset: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(10, 8, sparse=True), nn.Linear(8, 8))
+    optimizer = optimizers.build(preset, net.named_parameters(), modules=net)
+    before = copy.deepcopy(net.state_dict())
+    net(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"^0.weight: its gradient is sparse.*sparse=False.*SparseAdam"):
+        optimizer.step()
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_the_scaler_of_torch_skips_and_goes_on() -> None:
+    params, optimizer = built("muon")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for t in range(3):
+        give_gradients(params, t, bad=t == 1)
+        for p in params.values():
+            assert p.grad is not None
+            p.grad.mul_(scaler.get_scale())
+        scaler.scale(torch.ones(()))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert {optimizer.state[p]["step"] for p in params.values()} == {2}
+    assert optimizer.skipped_steps == {}
+
+
+def test_averaged_weights_are_copies_of_their_own() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = optimizers.build("sumo", net.named_parameters(), modules=net, lr=0.05)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    swa = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.01)
+    for t in range(4):
+        optimizer.zero_grad()
+        net(torch.randn(4, 8, generator=torch.Generator().manual_seed(t))).square().mean().backward()
+        optimizer.step()
+        swa.step()
+        average.update_parameters(net)
+    mean, last = average.module.get_parameter("0.weight"), net.get_parameter("0.weight")
+    assert bool(mean.isfinite().all())
+    assert not torch.equal(mean, last)

@@ -23,7 +23,11 @@ FROZEN = ("0", "2")
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(12, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16, bias=False), nn.Linear(16, 8)
+        nn.Linear(12, 16),
+        nn.Linear(16, 16),
+        nn.LayerNorm(16),
+        nn.Linear(16, 16, bias=False),
+        nn.Linear(16, 8),
     )
 
 
@@ -43,7 +47,9 @@ def give(model: nn.Module, t: int) -> None:
 
 
 def build(preset: str, model: nn.Module, **more: Any) -> Any:
-    return optimizers.build(preset, model.named_parameters(), modules=model, lr=0.05, **options(preset, **more))
+    return optimizers.build(
+        preset, model.named_parameters(), modules=model, lr=0.05, **options(preset, **more)
+    )
 
 
 def run(preset: str, model: nn.Module, optimizer: Any, first: int, last: int) -> None:
@@ -102,7 +108,9 @@ def test_zero_grad_reaches_them() -> None:
     model = net()
     freeze(model)
     optimizer = build("muon", model)
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(
+        map(id, model.parameters())
+    )
     freeze(model, False)
     x = torch.randn(4, 12)
     model(x).square().mean().backward()
@@ -116,9 +124,7 @@ def test_what_stays_frozen_costs_nothing_and_changes_nothing() -> None:
     freeze(twin)
     optimizer = build("sumo", model, refresh_stagger=True)
     trained = [(name, p) for name, p in twin.named_parameters() if p.requires_grad]
-    other = optimizers.build(
-        "sumo", trained, modules=twin, lr=0.05, **options("sumo", refresh_stagger=True)
-    )
+    other = optimizers.build("sumo", trained, modules=twin, lr=0.05, **options("sumo", refresh_stagger=True))
     assert sum(optimizer.state_bytes().values()) == sum(other.state_bytes().values())  # type: ignore[attr-defined]
     run("sumo", model, optimizer, 0, 5)
     run("sumo", twin, other, 0, 5)
@@ -171,9 +177,9 @@ def test_a_frozen_one_is_saved_as_frozen() -> None:
 
 def test_a_rank_that_does_not_fit_is_refused_when_the_matrix_starts() -> None:
     model = nn.Sequential(nn.Linear(3, 16, bias=False), nn.Linear(16, 16, bias=False))
-    model[0].weight.requires_grad_(False)
+    model.get_parameter("0.weight").requires_grad_(False)
     optimizer = optimizers.build("sumo", model.named_parameters(), modules=model, rank=8)
-    model[0].weight.requires_grad_()
+    model.get_parameter("0.weight").requires_grad_()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     with pytest.raises(OptionError, match=r"0.weight \(16×3\)"):
@@ -191,9 +197,9 @@ def test_frozen_groups_follow_the_scheduler() -> None:
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25, 0.05, 0.05]
     freeze(model, False)
-    before = model[0].weight.detach().clone()
+    before = model.get_parameter("0.weight").detach().clone()
     run("sumo", model, optimizer, 1, 2)
-    assert not torch.equal(before, model[0].weight)
+    assert not torch.equal(before, model.get_parameter("0.weight"))
 
 
 def test_slices_of_deepspeed_cannot_start_later() -> None:
