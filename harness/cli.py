@@ -195,6 +195,19 @@ COMMANDS: dict[str, Command] = {
             ("runs/default/mine/checkpoints/step_00001000 model", "this one"),
         ),
     ),
+    "clean": Command(
+        "harness.record.clean:main",
+        "what run folders no longer need, and remove it",
+        "[DIR] [--yes] [--json]",
+        (
+            (
+                "",
+                "list rows and checkpoints of earlier attempts, half-written files, replaced runs below runs/",
+            ),
+            ("runs/mine --yes", "remove them"),
+        ),
+        (("--yes", "remove what is listed"),),
+    ),
     "doctor": Command(
         "harness.doctor:main",
         "what this machine can run, and what is missing",

@@ -6,6 +6,7 @@ import logging
 import math
 import netrc
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -55,6 +56,7 @@ class WandbSink:
         self._run: Any = None
         self._first_step = 0
         self._lowest_loss = math.inf
+        self._superseded: list[Path] = []
         self._job_type, self._described = job_type, described
         mode = resolve_mode(config.wandb.mode)
         if mode == "disabled":
@@ -77,6 +79,10 @@ class WandbSink:
         """
         for row in rows:
             self.write(row)
+        if self._run is not None:
+            # Only now that the new files hold their rows; kept, twelve attempts would hold the first rows twelve times.
+            for old in self._superseded:
+                shutil.rmtree(old, ignore_errors=True)
 
     def write(self, row: Row) -> None:
         """Log a row: all x axes in the same call, so that any of them can be a chart's axis."""
@@ -146,7 +152,7 @@ class WandbSink:
             init_timeout=INIT_TIMEOUT_S, console="off", save_code=False, **facts_off
         )
         chosen: Any = mode
-        _supersede_offline_files(folder, run_id)
+        earlier = _offline_folders(folder, run_id)
         run = wandb.init(
             project=config.wandb.project,
             entity=config.wandb.entity,
@@ -160,6 +166,7 @@ class WandbSink:
             config=without_places({**(self._described or config.model_dump(mode="json")), **facts}),
             settings=settings,
         )
+        self._superseded = _supersede(earlier)
         for axis in X_AXES:
             run.define_metric(axis, hidden=True)
         run.define_metric("*", step_metric="step")
@@ -199,14 +206,28 @@ def _logged_in() -> bool:
     return any("wandb" in host for host in hosts)
 
 
-def _supersede_offline_files(folder: Path, run_id: str) -> None:
-    """Put a dot before W&B's offline folders of earlier attempts: `catch_up` makes the new one hold their rows, too.
+def _offline_folders(folder: Path, run_id: str) -> list[Path]:
+    """W&B's offline folders of earlier attempts, superseded ones included. Those that were synced stay."""
+    found = (folder / "wandb").glob(f"*offline-run-*-{run_id}")
+    return [
+        old
+        for old in found
+        if old.name.lstrip(".").startswith("offline-run-") and not list(old.glob("*.synced"))
+    ]
 
-    ``wandb sync`` would append them to each other, and stops at a file whose end is torn. Those that were synced stay.
+
+def _supersede(folders: Iterable[Path]) -> list[Path]:
+    """Put a dot before the names of folders whose rows `catch_up` puts into the new one; returns the new names.
+
+    ``wandb sync`` would append them to each other, and stops at a file whose end is torn.
     """
-    for old in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
-        if not list(old.glob("*.synced")):
-            old.rename(old.with_name(f".{old.name}"))
+    hidden = []
+    for old in folders:
+        new = old if old.name.startswith(".") else old.with_name(f".{old.name}")
+        if new != old:
+            old.rename(new)
+        hidden.append(new)
+    return hidden
 
 
 def _first_line(error: Exception) -> str:

@@ -364,3 +364,17 @@ def test_a_place_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="cannot be written") as caught:
             folder.RunFolder(place, _config(), "aaaa")
         assert caught.value.key == "runs_dir"
+
+
+def test_a_disk_without_locks_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal is a stand-in: no file system here lacks locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(InputError, match=r"runs_dir: .* is on .* \(mounted at .*no file locks") as caught:
+        folder.RunFolder(tmp_path / "run", _config(), "aaaa")
+    assert caught.value.fix == "runs_dir=FOLDER_ON_ANOTHER_DISK"
