@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.page.figures import GREY, Plot
 from harness.config.errors import InputError
+from harness.visible import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +72,10 @@ def png(plot: Plot, *, heading: str = "") -> bytes:
     axes.set_title(title, loc="left", fontsize=11)
     figure.supxlabel(_text(plot.caption), fontsize=7, color="#5a6472", wrap=True, ha="left", x=0.01)
     out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out)
+    with warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box, which is all that can be said of it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        FigureCanvasAgg(figure).print_png(out)
     return out.getvalue()
 
 
@@ -202,5 +207,5 @@ def _part_colour(part: int) -> str:
 
 def _text(text: str) -> str:
     """A label as it is: matplotlib would read ``$…$`` in it as mathematics and a leading ``_`` as "no label"."""
-    plain = html.unescape(text).replace("$", r"\$")
+    plain = visible(html.unescape(text)).replace("$", r"\$")
     return f"\u200b{plain}" if plain.startswith("_") else plain

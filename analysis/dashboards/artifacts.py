@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from analysis.dashboards.scope import Scope
 from harness.config.schema import RunConfig
 from harness.record import atomic
 from harness.record.wandb import WandbSink
+from harness.visible import visible
 
 ARTIFACT = "comparison"
 
@@ -31,12 +33,12 @@ def log(where: Scope, shown: Document) -> tuple[str, str]:
     taken: dict[str, str] = {}
     said: list[str] = []
     identity = hashlib.sha256("\0".join([where.project, *where.groups, *(k for k, _ in where.sets)]).encode())
-    group = ", ".join(where.groups)[:120] or "default"
+    group = visible(", ".join(where.groups))[:120] or "default"
     config = RunConfig.model_validate(
         {"wandb": {"mode": "online", "project": where.project, "entity": where.entity}, "group": group}
     )
     with tempfile.TemporaryDirectory(prefix="optbench-") as scratch:
-        folder = Path(scratch, f"report-{group}".replace("/", "-"))
+        folder = Path(scratch, "report-" + re.sub(r"[^\w.,+ -]", "-", group, flags=re.ASCII))
         folder.mkdir()
         files = report.write(shown, folder / "files").files
         certificates = folder / "files" / "certificates.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from analysis.compare import renderings
 from analysis.compare.document import Document
 from analysis.dashboards.definition import COLUMNS, SECTIONS, Panel, Section
 from analysis.dashboards.scope import OPTIMIZER, Scope
+from harness.visible import visible
 
 LONGEST_TITLE = 128
 MOST_RUNS = 100
@@ -42,7 +44,7 @@ def workspace(scope: Scope, name: str) -> ws.Workspace:
         for section in SECTIONS
     ]
     made = ws.Workspace(
-        name=name[:LONGEST_TITLE],
+        name=title(name),
         entity=scope.entity or "",
         project=scope.project,
         sections=sections,
@@ -69,10 +71,12 @@ def report(scope: Scope, document: Document, name: str, *, online: bool) -> wr.R
         key = judged.chosen.key
         if key not in titles:
             continue
-        blocks += [wr.H1(judged.chosen.title), wr.P(judged.verdict.headline)]
+        blocks += [wr.H1(visible(judged.chosen.title)), wr.P(visible(judged.verdict.headline))]
         if judged.verdict.detail:
-            blocks.append(wr.P(judged.verdict.detail))
-        blocks += [wr.P(f"Warning: {caution.message}") for caution in judged.cautions if caution.grave]
+            blocks.append(wr.P(visible(judged.verdict.detail)))
+        blocks += [
+            wr.P(visible(f"Warning: {caution.message}")) for caution in judged.cautions if caution.grave
+        ]
         blocks.append(wr.MarkdownBlock(text=renderings.markdown([(judged.table, judged.verdict.scope)])))
         for section in SECTIONS:
             panels = _panels(section, places=True, salt=key)
@@ -83,11 +87,17 @@ def report(scope: Scope, document: Document, name: str, *, online: bool) -> wr.R
     return wr.Report(
         project=scope.project,
         entity=scope.entity or "",
-        title=name[:LONGEST_TITLE],
+        title=title(name),
         description="Written by optbench report --wandb; the same comparison in detail is its artifact report.html.",
         blocks=blocks,
         width="fluid",
     )
+
+
+def title(text: str) -> str:
+    """Return a name that W&B takes: no symbols (emojis, also ``+`` and ``=``), no control characters, not too long."""
+    kept = "".join(" " if unicodedata.category(c)[0] in "SC" else c for c in visible(text))
+    return " ".join(kept.split())[:LONGEST_TITLE] or "optbench"
 
 
 def to_json(made: ws.Workspace | wr.Report) -> dict[str, Any]:

@@ -146,3 +146,16 @@ def test_a_mean_and_its_range_are_those_of_the_seeds(tmp_path: Path) -> None:
     assert trace["x"] == pytest.approx([sum(finals) / 3], abs=1e-12)
     assert trace["x"][0] + trace["error_x"]["array"][0] == pytest.approx(max(finals), abs=1e-12)
     assert trace["x"][0] - trace["error_x"]["arrayminus"][0] == pytest.approx(min(finals), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["🚀 fast", "a+b=c|d $5", "👩‍👩‍👧" * 60, "x\u202e\x1b[1m\ud800", "^`~", ""])
+def test_w_and_b_takes_a_group_of_any_name(tmp_path: Path, name: str) -> None:
+    synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1], has_moments=False, log_every=50)
+    found = document.read(tmp_path)
+    for run in found.runs:
+        run.config["group"] = name
+    where = scope.of(found, None)
+    made = workspace.to_json(workspace.workspace(where, f"optbench: {name}"))
+    text = workspace.to_json(workspace.report(where, found, f"optbench: {name}", online=False))
+    assert json.dumps([made, text]).isascii()
+    assert workspace.title("plain name 3.1") == "plain name 3.1"
