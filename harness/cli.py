@@ -7,6 +7,7 @@ command is a function of its words that returns the exit code: 0 done · 1 the a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -41,6 +42,8 @@ class Command(NamedTuple):
     keys: str = ""
 
 
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+_NOT_WRITTEN += (errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG)
 _PROGRESS = (
     ("--quiet, -q", "only runs that do not finish, and the result"),
     ("--verbose, -v", "also what each run prints (else only in its log.txt)"),
@@ -103,6 +106,7 @@ COMMANDS: dict[str, Command] = {
         "DIR [--out DIR] [--figures png] [--wandb] [--json] | ENTITY/PROJECT[/GROUP] --export DIR [--json]",
         (
             ("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),
+            ("runs/quickstart --figures png", "and each plot as a PNG, by matplotlib"),
             ("runs/quickstart --wandb", "and a workspace, a report and its files as artifacts in W&B"),
             ("team/optbench/quickstart --export runs/back", "run folders out of W&B, compared"),
         ),
@@ -311,9 +315,10 @@ def document(**content: object) -> str:
     Raises:
         ValueError: a number that JSON has no word for (NaN, infinity).
     """
-    return json.dumps(
+    text = json.dumps(
         {"schema_version": SCHEMA_VERSION, **content}, indent=2, ensure_ascii=False, allow_nan=False
     )
+    return text.encode("utf-8", "replace").decode("utf-8")  # file names may hold halves of surrogate pairs
 
 
 def _run(command: Command, words: list[str]) -> int:
@@ -323,14 +328,23 @@ def _run(command: Command, words: list[str]) -> int:
 
 def _failure(error: Exception, is_json: bool) -> int:
     from harness.config.errors import InputError
+    from harness.visible import visible
 
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+        # A promised file that could not be written: a full disk needs a line, not a traceback.
+        message = f"{error.filename or 'a file'} can't be written: {error.strerror}"
+        if is_json:
+            print(document(error={"key": "disk", "value": str(error.filename), "message": message}))
+        sys.stdout.flush()
+        print(visible(message), file=sys.stderr)
+        return FAILED
     if not isinstance(error, InputError):
         traceback.print_exception(error)
         return FAILED
     if is_json:
         print(document(error={"key": error.key, "value": str(error.value), "message": str(error)}))
     sys.stdout.flush()
-    print(error, file=sys.stderr)
+    print(visible(error), file=sys.stderr)
     return BAD_INPUT
 
 
