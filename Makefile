@@ -34,7 +34,7 @@ test-full: setup ## the tests and the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs-check: setup ## are the commands, links and pictures of the documentation true
-	$(BIN)/python -m pytest -q tests/test_docs.py tests/optimizers/test_use_elsewhere.py
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_notebook.py tests/optimizers/test_use_elsewhere.py
 
 lint: setup ## ruff and basedpyright
 	$(BIN)/ruff check .

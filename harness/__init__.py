@@ -7,6 +7,7 @@ below pins the two names to this package's siblings, without importing them.
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _HOME = Path(__file__).resolve().parent.parent
 _SIBLINGS = ("optimizers", "analysis")
@@ -46,3 +48,17 @@ def _pin() -> None:
 
 
 _pin()
+
+_API = ("InputError", "RunFailed", "compare", "load_runs")
+"""Names of the Python API, from the package above; `train` is the module of that name, which can be called."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function of the Python API when it is asked for."""
+    if name in _API:
+        return getattr(importlib.import_module("analysis.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API, "train"})

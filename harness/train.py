@@ -1,5 +1,8 @@
 """Entry point of a training process: ``accelerate launch -m harness.train key=value …``, or without a launcher.
 
+From Python the module can be called: ``from harness import train; train(optimizer="sumo", steps=100)`` starts processes
+and returns a data frame (docs/python.md).
+
 Read in this order: `harness.preparation` (what can be checked before torch is imported), `harness.run` (the
 run's parts and its record), `harness.loop` (training).
 """
@@ -11,7 +14,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from harness.config.errors import InputError
 from harness.jobs import last_words
@@ -53,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     return EXIT_CODES[state]
 
+
+class _CallableModule(ModuleType):
+    """Lets ``from harness import train`` give the function of the Python API: this module has its name."""
+
+    def __call__(self, *overrides: str, **keys: Any) -> Any:
+        """Train one run; see `analysis.api.train`."""
+        return import_module("analysis.api").train(*overrides, **keys)
+
+
+if __name__ in sys.modules and __name__ != "__main__":
+    sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     code = main()

@@ -120,7 +120,11 @@ def holding(group: Path) -> Iterator[None]:
 
 
 class Session:
-    """Runs that are made one after the other, without those that are over already."""
+    """Runs that are made one after the other, without those that are over already.
+
+    Attributes:
+        refusals: bad input that only the runs' own processes found.
+    """
 
     def __init__(
         self,
@@ -145,6 +149,7 @@ class Session:
         """
         self._group, self._trainer, self._later = group, trainer, steps_later
         self._pending: list[Prepared] = []
+        self.refusals: list[InputError] = []
         is_over = is_over or is_done
         over: list[Prepared] = []
         for run in runs:
@@ -189,6 +194,7 @@ class Session:
         except InputError as error:
             # Found by the run's own processes only: this run can't be made, the others can.
             state, reason, is_refused = "failed", str(error), True
+            self.refusals.append(error)
         except KeyboardInterrupt:
             return INTERRUPTED, "interrupted"
         if not (run.folder / "status.json").is_file():

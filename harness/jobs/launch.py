@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -219,7 +220,9 @@ class Forwarding:
         self._previous = {}
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._forward) for number in SIGNALS}
+        # Python lets other threads (a notebook's, a server's) set no handlers; signals then end this process as ever.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._forward) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
