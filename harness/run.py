@@ -18,6 +18,7 @@ from harness.checkpoint.store import Store
 from harness.clock import Clock
 from harness.config import deepspeed_config, durations, evaluation_budget
 from harness.config.engine_checks import ZERO
+from harness.config.schema import RunConfig
 from harness.data import Batches, Validation
 from harness.engines import Engine
 from harness.feed import Feed
@@ -88,7 +89,11 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     config, corpus = prepared.config, prepared.corpus
     assert config.micro_batch_size is not None
     network = model.build(
-        config.model, seed=config.seed, precision=config.precision, device=str(engine.device)
+        config.model,
+        seed=config.seed,
+        precision=config.precision,
+        device=str(engine.device),
+        trust_remote_code=config.trust_remote_code,
     )
     # From here on the processes draw different numbers (dropout): their rows are different, too.
     torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
@@ -235,7 +240,7 @@ class _Recorder:
         if uncertified := certificates.warning(certificate):
             self.warnings.append(uncertified)
         self.log.say(
-            f"{config.model.name}: {run.whole.parameters:,} parameters, {config.precision}, "
+            f"{config.model.name}{_origin(config)}: {run.whole.parameters:,} parameters, {config.precision}, "
             f"{run.engine.world_size} process(es) on {environment.device_name(run.engine.device)} ({run.engine.name}); "
             f"{config.steps} steps of {config.batch_size}×{config.seq_len} tokens; "
             f"lr {config.optimizer.lr:g} ({config.optimizer.lr_source})"
@@ -304,6 +309,12 @@ def _recording(prepared: Prepared, run: Run) -> Iterator[_Recorder]:
         raise
     finally:
         folder.end(recorder.state, step=run.ledger.step, reason=recorder.reason)
+
+
+def _origin(config: RunConfig) -> str:
+    """Where weights come from that are not random, for the log."""
+    path = config.model.path
+    return "" if path is None else f" ({config.model.model_type}, weights from {path})"
 
 
 def _first_line(error: BaseException) -> str:

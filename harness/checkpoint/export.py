@@ -177,7 +177,7 @@ def load(folder: Path, config: RunConfig) -> nn.Module:
     from harness.model.build import build
     from optimizers.named_state import StatePiece
 
-    model = build(config.model, seed=config.seed)
+    model = build(config.model, seed=config.seed, trust_remote_code=config.trust_remote_code, weights=False)
     saved = Saved(folder)
     with torch.no_grad():
         for name, p in model.named_parameters():

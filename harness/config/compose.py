@@ -16,11 +16,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from harness.config import evaluation_budget, keys, learning_rates, run_file, suggestions, yaml_files
+from harness.config import (
+    evaluation_budget,
+    keys,
+    learning_rates,
+    model_keys,
+    model_section,
+    run_file,
+    suggestions,
+    yaml_files,
+)
 from harness.config.errors import InputError, closest
 from harness.config.identity import comparison_key, differing_keys, identity
 from harness.config.interpolation import resolve
-from harness.config.model_facts import config_fields
+from harness.config.model_keys import config_fields
 from harness.config.overrides import Assignment, leaves, parse
 from harness.config.run_file import RunFile
 from harness.config.schema import FILLED_IN, RunConfig
@@ -73,9 +82,13 @@ def load(argv: Sequence[str]) -> RunConfig:
     overridden = {key: value for a in given for key, value in leaves(a.key, a.value).items()}
     origin = partial(_origin, set(overridden), composed.files, file)
     texts: dict[str, str] = {}
+    stated = {**(file.values if file is not None else {}), **overridden}
+    preset_file = next((path for path in reversed(composed.files) if path.parent.name == "model"), None)
+    if file is not None and file.is_whole_model:
+        values["model"], preset_file = {}, None
+    chosen = groups["model"].text if "model" in groups else None
+    model_section.complete(values, stated, preset_file=preset_file, chosen=chosen)
     if file is not None:
-        if file.is_whole_model:
-            values["model"] = {}
         texts |= file.texts
         for key, value in file.values.items():
             _set(values, key, value)
@@ -84,6 +97,7 @@ def load(argv: Sequence[str]) -> RunConfig:
         _set(values, assignment.key, assignment.value)
     values = resolve(values, RunConfig().model_dump(mode="json"), origin)
     _check_known(values, origin, recorded=file is not None)
+    model_section.unite_names(values, stated)
     _name_plugin(values, assignments)
     return _validate(values, texts, origin)
 
@@ -267,19 +281,30 @@ def _is_free(key: str, values: Mapping[str, Any]) -> bool:
     if key == keys.FREE:
         return True
     if key.startswith(f"{keys.FREE}."):
-        fields = _model_fields(values)
-        field, *inside = key.split(".")[2:]
-        # Below a field with a plain value nothing can stand; what is None or unreadable may be a mapping.
-        return not fields or (field in fields and not (inside and fields[field] is not None))
+        return _is_model_key(_model_type(values), key.removeprefix(f"{keys.FREE}."))
     return any(
         key.startswith(f"{name}.") for name, field in keys.schema_keys().items() if field.default == {}
     )
 
 
-def _model_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+def _is_model_key(kind: str, name: str) -> bool:
+    field, *inside = name.split(".")
+    if not inside or not model_keys.has_key(kind, field):
+        return model_keys.has_key(kind, name)
+    known = model_keys.model_keys(kind)
+    if known is not None and known.parts.get(field) is not None:
+        return model_keys.has_key(kind, f"{field}.{inside[0]}")
+    # Below a field with a plain value nothing can be; what is None or unreadable may be a mapping.
+    return known is None or (config_fields(kind) or {}).get(field) is None
+
+
+def _model_type(values: Mapping[str, Any]) -> str:
     model = values.get("model") or {}
-    kind = model.get("model_type", "llama") if isinstance(model, dict) else "llama"
-    return config_fields(str(kind)) or {}
+    return str(model.get("model_type", "llama") if isinstance(model, dict) else "llama")
+
+
+def _model_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    return config_fields(_model_type(values)) or {}
 
 
 def _name_plugin(values: dict[str, Any], assignments: Sequence[Assignment]) -> None:

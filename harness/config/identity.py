@@ -11,10 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from harness.config import model_folder
+from harness.config.errors import InputError
+from harness.config.model_facts import router_coefficient
 from harness.config.schema import RunConfig
 
 _DIGITS = 16
-_EDGE = 1 << 20
 
 
 def identity(config: RunConfig, corpus_sha256: str, tokenizer_sha256: str) -> str:
@@ -59,6 +61,9 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         # The loss is read on these tokens: another number of them is another result.
         "eval": {"tokens": values["eval"]["tokens"]},
     }
+    if router_coefficient(config.model):
+        # The load-balancing loss is that of a forward pass, so the cut into passes changes the result.
+        facts["micro_batch_size"] = values["micro_batch_size"]
     scalars = ("steps", "seed", "batch_size", "seq_len", "precision", "max_grad_norm")
     if values["max_loss_rise"] is not None:
         facts["max_loss_rise"] = values["max_loss_rise"]
@@ -66,23 +71,26 @@ def _facts(config: RunConfig) -> dict[str, Any]:
 
 
 def _weights(config: RunConfig) -> str | None:
-    """Fingerprint of a starting point: contents of config.json, sizes and both ends of the weight files.
+    """Return the hash of the contents of a starting point: weight files, and its Python code where that is run.
 
-    Whole files would take minutes at 7B, and the path is a fact about the machine.
+    The path is a fact about the machine, and its config.json is part of ``model.config``.
     """
     if config.model.path is None:
         return None
-    digest = hashlib.sha256()
-    for path in sorted(Path(config.model.path).expanduser().glob("*")):
-        if path.suffix not in (".safetensors", ".bin") and path.name != "config.json":
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE))
-            file.seek(max(0, size - _EDGE))
-            digest.update(file.read(_EDGE))
-    return digest.hexdigest()
+    # Not at import: it brings numpy along.
+    from harness.data.cache import cache_root
+    from harness.data.fingerprints import Fingerprints
+
+    fingerprints = Fingerprints(cache_root(config.data) / "fingerprints")
+    try:
+        files = list(model_folder.weight_files(config.model.path))
+        if config.trust_remote_code:
+            files += sorted(Path(config.model.path).expanduser().glob("*.py"))
+        contents = [fingerprints.sha256(file) for file in files]
+    except (OSError, InputError):
+        # Of a run whose starting point is gone, only keys can be compared.
+        return "not available"
+    return hashlib.sha256("|".join(contents).encode()).hexdigest()
 
 
 def _hash(facts: dict[str, Any]) -> str:

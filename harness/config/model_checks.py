@@ -4,26 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.config import model_folder, model_keys, model_values
 from harness.config.errors import InputError
-from harness.config.keys import word
-from harness.config.model_facts import LLAMA_LIKE, ModelFacts, check_model_type, config_fields, full_config
+from harness.config.model_facts import LLAMA_LIKE, ModelFacts, full_config
 from harness.config.schema import RunConfig
-
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_positions",
-    "n_inner",
-)
 
 
 def check(config: RunConfig, shapes: ModelFacts) -> None:
@@ -35,8 +19,16 @@ def check(config: RunConfig, shapes: ModelFacts) -> None:
     model = config.model
     values = full_config(model)
     kind = str(values["model_type"])
-    check_model_type(kind)
-    _check_types(kind, model.config)
+    folder = None if model.path is None else model_folder.read(model.path)
+    asked_for = model_keys.canonical(kind, model.config)
+    if folder is not None:
+        model_folder.weight_files(folder.path)
+        _check_code(config, folder)
+        model_folder.check_overrides(folder, asked_for)
+        asked_for = model_folder.overrides(folder, asked_for)
+    else:
+        model_keys.check_model_type(kind)
+    model_values.check_own_loss(kind, asked_for, values)
     _check_heads(kind, values, shapes)
     if shapes.max_positions is not None and config.seq_len > shapes.max_positions:
         name = "n_positions" if "n_positions" in values else "max_position_embeddings"
@@ -46,28 +38,23 @@ def check(config: RunConfig, shapes: ModelFacts) -> None:
     vocab = shapes.vocab_size
     if config.data.tokenizer == "bpe" and vocab is not None and config.data.vocab_size > vocab:
         reason = f"is larger than the model's vocabulary of {vocab}"
-        fix = f"data.vocab_size={vocab}, or model.config.vocab_size={config.data.vocab_size}"
+        fix = f"data.vocab_size={vocab}"
+        if folder is None:
+            fix += f", or model.config.vocab_size={config.data.vocab_size}"
         raise InputError("data.vocab_size", config.data.vocab_size, reason, fix=fix)
 
 
-def _check_types(kind: str, given: dict[str, Any]) -> None:
-    """A value of another type than the field's default, or a count below 1."""
-    fields = config_fields(kind) or {}
-    for name, value in given.items():
-        key, default = f"model.config.{name}", fields.get(name)
-        fix = f"{key}={word(default)}" if default is not None else f"remove {key}"
-        if name in _COUNTS:
-            if value is None and default is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(key, word(value), allowed="a whole number ≥ 1", fix=fix)
-        elif isinstance(default, bool) and not isinstance(value, bool):
-            raise InputError(key, word(value), allowed=["true", "false"], fix=fix)
-        elif isinstance(default, (int, float)) and not isinstance(default, bool):
-            if isinstance(value, (str, bool)):
-                raise InputError(key, word(value), allowed="a number", fix=fix)
-        elif isinstance(default, str) and not isinstance(value, str):
-            raise InputError(key, word(value), allowed="text", fix=fix)
+def _check_code(config: RunConfig, folder: model_folder.ModelFolder) -> None:
+    """A folder's own Python code is executed only where that was asked for."""
+    try:
+        model_keys.check_model_type(folder.model_type)
+    except InputError:
+        if not folder.has_own_code:
+            raise
+        if not config.trust_remote_code:
+            reason = f"holds a model of type {folder.model_type}, which needs the Python code in that folder"
+            fix = "trust_remote_code=true, if you trust that code"
+            raise InputError("model.path", config.model.path, reason, fix=fix) from None
 
 
 def _check_heads(kind: str, values: dict[str, Any], shapes: ModelFacts) -> None:
@@ -77,7 +64,8 @@ def _check_heads(kind: str, values: dict[str, Any], shapes: ModelFacts) -> None:
     name = "n_head" if kind == "gpt2" else "num_attention_heads"
     has_own_width = kind != "llama" and values.get("head_dim") is not None
     if hidden % heads and not has_own_width:
-        nearest = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(n - heads))
+        divisors = (n for gap in range(hidden) for n in (heads - gap, heads + gap))
+        nearest = next((n for n in divisors if 1 <= n <= hidden and hidden % n == 0), 1)
         key = f"model.config.{name}"
         raise InputError(key, heads, f"does not divide the hidden size {hidden}", fix=f"{key}={nearest}")
     width = int(values.get("head_dim") or hidden // heads)

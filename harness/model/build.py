@@ -8,14 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from harness.config import model_folder, model_keys
 from harness.config.errors import InputError
+from harness.config.keys import word
+from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
 from harness.model.precision import cast_parameters
 
 
-def build(config: ModelConfig, *, seed: int, precision: Precision = "fp32", device: str = "cpu") -> nn.Module:
-    """A model in training mode, with parameters that depend on ``config`` and ``seed`` alone.
+def build(
+    config: ModelConfig,
+    *,
+    seed: int,
+    precision: Precision = "fp32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> nn.Module:
+    """Return a model in training mode, with parameters that depend on ``config`` and ``seed`` alone.
 
     Random initialization happens on the CPU in fp32 whatever the device, precision and world size, so that
     every process of every engine starts from the same bits; ``bf16_pure`` rounds those bits once. With
@@ -27,52 +39,61 @@ def build(config: ModelConfig, *, seed: int, precision: Precision = "fp32", devi
         precision: ``bf16_pure`` gives bf16 parameters, all others fp32 (mixed precision is the engine's); buffers
             keep the dtype that the model gives them.
         device: ``"meta"`` builds without memory, to count or plan; else where the model is moved to.
+        trust_remote_code: run the Python code that a folder brings along.
+        weights: False: the folder may be gone, because all parameters will be overwritten.
 
     Raises:
         InputError: unknown model type, a configuration key that this model type does not have, values that
             the model refuses, or a folder without a model.
     """
-    dtype = torch.bfloat16 if precision == "bf16_pure" else torch.float32
     model: Any
-    if config.path is not None:
-        model = _from_folder(config)
+    is_gone = config.path is not None and not weights and not Path(config.path).expanduser().is_dir()
+    if config.path is not None and device != "meta" and not is_gone:
+        model = _from_folder(config, trust_remote_code)
     else:
-        hf_config = configuration(config)
+        hf_config = configuration(config, trust_remote_code=trust_remote_code, read_folder=not is_gone)
         with torch.device("meta" if device == "meta" else "cpu"):
             torch.manual_seed(seed)
-            model = _construct(hf_config, config)
-    cast_parameters(model, dtype)
+            model = _construct(hf_config, config, trust_remote_code)
+        if is_gone:
+            _refuse_lost_buffers(model, config)
+    cast_parameters(model, torch.bfloat16 if precision == "bf16_pure" else torch.float32)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model if device == "meta" else model.to(device)
 
 
-def configuration(config: ModelConfig) -> PretrainedConfig:
-    """The `transformers` configuration that ``config`` describes, every key known to the model type."""
-    try:
-        known = AutoConfig.for_model(config.model_type).to_dict().keys()
-    except ValueError as error:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
+def configuration(
+    config: ModelConfig, *, trust_remote_code: bool = False, read_folder: bool = True
+) -> PretrainedConfig:
+    """Return the `transformers` configuration that ``config`` describes, every key known to the model type.
 
-        raise InputError(
-            "model.model_type", config.model_type, allowed=sorted(CONFIG_MAPPING_NAMES)
-        ) from error
-    for key in config.config:
-        if key not in known:
-            raise InputError(
-                f"model.config.{key}",
-                config.config[key],
-                f"is not a key of {config.model_type}",
-                allowed=sorted(known),
-            )
+    Args:
+        config: what to build.
+        trust_remote_code: run the Python code that a folder brings along.
+        read_folder: lay ``config.config`` over the configuration of ``config.path``; False: it holds everything.
+
+    Raises:
+        InputError: see `build`.
+    """
+    kind, stored = config.model_type, {}
+    if config.path is not None and read_folder:
+        folder = model_folder.read(config.path)
+        kind, stored = folder.model_type, folder.config
+        if trust_remote_code and folder.has_own_code:
+            return _own_configuration(folder, config)
+    model_keys.check_model_type(kind)
+    for key, value in config.config.items():
+        if not model_keys.has_key(kind, key):
+            known = sorted(model_keys.config_fields(kind) or ())
+            raise InputError(f"model.config.{key}", value, f"is not a key of {kind}", allowed=known)
+    values = {**model_keys.canonical(kind, stored), **model_keys.canonical(kind, config.config)}
     try:
-        return AutoConfig.for_model(config.model_type, **config.config, use_cache=False)
+        return CONFIG_MAPPING[kind].from_dict({**values, "use_cache": False})
     except Exception as error:
         # The configuration classes raise whatever their validators raise (TypeError, ValueError, a hub's own).
-        raise InputError(
-            "model.config", dict(config.config), f"is refused by {config.model_type}: {error}"
-        ) from error
+        raise InputError("model.config", word(config.config), f"is refused by {kind}: {error}") from error
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -80,31 +101,84 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _construct(hf_config: PretrainedConfig, config: ModelConfig) -> nn.Module:
+def _construct(hf_config: PretrainedConfig, config: ModelConfig, trust_remote_code: bool) -> nn.Module:
     try:
         return AutoModelForCausalLM.from_config(
-            hf_config, attn_implementation=config.attention, dtype=torch.float32
+            hf_config,
+            attn_implementation=config.attention,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
         )
-    except ValueError as error:
-        raise InputError("model", config.name, f"cannot be built: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Constructors divide by sizes, index with them and allocate: any class of error, all about these values.
+        raise _refused("model", config.name, "can't be built", error) from error
 
 
-def _from_folder(config: ModelConfig) -> Any:
-    folder = Path(str(config.path))
-    if not (folder / "config.json").is_file():
+def _from_folder(config: ModelConfig, trust_remote_code: bool) -> Any:
+    place = Path(str(config.path)).expanduser()
+    if place.is_dir() and not any(
+        (place / name).is_file() for name in ("config.json", "adapter_config.json")
+    ):
         raise InputError(
-            "model.path", folder, "holds no config.json", allowed="a local Hugging Face model folder"
+            "model.path", place, "holds no config.json", allowed="a local Hugging Face model folder"
         )
+    folder = model_folder.read(place)
+    model_folder.weight_files(place)
+    hf_config = configuration(config, trust_remote_code=trust_remote_code)
     try:
         # local_files_only: a mistyped folder must not turn into a hub download.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            config=hf_config,
             attn_implementation=config.attention,
+            # bf16 weights, too: bf16_pure casts parameters alone, after buffers were read and computed exactly.
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code and folder.has_own_code,
         )
-    except (OSError, ValueError) as error:
-        raise InputError("model.path", folder, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Readers of weight files and constructors have a dozen classes of errors of their own.
+        raise _refused("model.path", folder.path, "can't be loaded", error) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        reason = f"lacks {len(missing)} weights of a {folder.model_type} language model (e.g. {missing[0]})"
+        raise InputError("model.path", folder.path, reason, fix="give the folder of a causal language model")
     model.config.use_cache = False
     return model
+
+
+def _own_configuration(folder: ModelFolder, config: ModelConfig) -> PretrainedConfig:
+    """The configuration of a folder that brings its own classes, whose code is run."""
+    try:
+        hf_config = AutoConfig.from_pretrained(folder.path, trust_remote_code=True, local_files_only=True)
+    except Exception as error:
+        raise _refused("model.path", folder.path, "can't be loaded", error) from error
+    for name, value in model_folder.overrides(folder, config.config).items():
+        setattr(hf_config, name, value)
+    return hf_config
+
+
+def _refuse_lost_buffers(model: nn.Module, config: ModelConfig) -> None:
+    """Numbers that a folder held and that are no parameters can't be replaced by random ones."""
+    kept = set(model.state_dict())
+    lost = [name for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()]
+    if lost:
+        reason = f"is gone, and it held buffers that no checkpoint holds (e.g. {lost[0]})"
+        raise InputError("model.path", config.path, reason, fix="put the folder back")
+
+
+def _refused(key: str, value: object, what: str, error: Exception) -> InputError:
+    lines = str(error).splitlines() or [type(error).__name__]
+    hint = next((fix for sign, fix in _HINTS if sign in str(error)), None)
+    return InputError(key, value, f"{what}: {lines[0][:300]}", fix=hint)
+
+
+_HINTS = (
+    ("scaled_dot_product_attention", "model.attention=eager"),
+    ("Padding_idx", "model.config.pad_token_id=null"),
+    ("size mismatch", "leave model.config.… keys that change shapes out"),
+    ("can't allocate memory", "a smaller model, or a machine with more memory"),
+)
+"""What an error of transformers or torch says → what to type."""

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness.config.model_values import ROUTER_COEFFICIENTS
+
 IGNORED = -100
 """Label of a position that carries no loss (padding)."""
-ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-"""Names that `transformers` configurations give to the coefficient of the load-balancing loss."""
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
                 sent[kind] = max(sent.get(kind, 0.0), size)
     except ValueError as error:
         raise InputError("optimizer.target", config.optimizer.target, str(error)) from error
-    network = model.build(config.model, seed=0, precision=config.precision, device="meta")
+    network = model.build(
+        config.model,
+        seed=0,
+        precision=config.precision,
+        device="meta",
+        trust_remote_code=config.trust_remote_code,
+    )
     flops = FlopCount.of(
         network, seq_len=config.seq_len, precision=config.precision, device=torch.device("cpu")
     )

@@ -44,7 +44,13 @@ def simulate(config: RunConfig, rank: int) -> PlannedRank:
     assert config.world_size is not None
     if config.optimizer.target is not None:
         raise ValueError(f"{config.optimizer.target}: only optimizers of optbench can be planned")
-    network = model.build(config.model, seed=0, precision=config.precision, device="meta")
+    network = model.build(
+        config.model,
+        seed=0,
+        precision=config.precision,
+        device="meta",
+        trust_remote_code=config.trust_remote_code,
+    )
     pairs = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     built = optimizers.build(
         config.optimizer.name,

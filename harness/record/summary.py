@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from harness.config import checks
 from harness.probes.memory import state_bytes
 from harness.record import environment
 from harness.record.folder import Row, finite
@@ -40,7 +41,9 @@ def warnings(run: Run, corpus: Corpus) -> list[str]:
         found.append(
             f"{epochs:.1f} epochs: the training split of {corpus.train_tokens:,} tokens is seen more than once"
         )
-    if config.optimizer.lr_source != "given" and not config.optimizer.lr_tuned:
+    found += checks.warnings(config)
+    is_said = any(line.startswith("optimizer.lr") for line in found)
+    if config.optimizer.lr_source != "given" and not config.optimizer.lr_tuned and not is_said:
         found.append(
             f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
         )

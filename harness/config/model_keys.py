@@ -1,0 +1,327 @@
+"""Which keys a model type has: one list, read from the source text of the installed `transformers`.
+
+A key of ``model.config`` is accepted if the configuration class declares it, maps it (``attribute_map``), takes it in
+its older form, or if the model's code reads it where it is present (``getattr(config, "head_dim", …)``). The class
+itself accepts any name and ignores what it does not know, so a mistyped key has to be found here. Nothing is
+imported from transformers or torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.config.errors import InputError, closest
+
+BASE_FIELDS = (
+    "architectures",
+    "dtype",
+    "return_dict",
+    "output_hidden_states",
+    "chunk_size_feed_forward",
+)
+"""Fields of all configuration classes that a user might try; `model_checks` says what to do instead."""
+_ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+"""What every class with ``rope_parameters`` takes in its older form."""
+_NOT_KEYS = ("model_type", "torch_dtype", "num_labels", "backbone_kwargs")
+"""What constructors look for in their arguments beside keys of the model."""
+_OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+
+
+class Field(NamedTuple):
+    """A declared field: its default (None where that is not a literal) and the names in its annotation."""
+
+    default: Any
+    types: frozenset[str]
+
+
+class ModelKeys(NamedTuple):
+    """Keys of one configuration class.
+
+    Attributes:
+        fields: declared name → field.
+        aliases: other name → declared name.
+        older: names that the constructor turns into declared fields.
+        computed: names that the class works out itself, so that they can't be given.
+        parts: field → keys of the configuration inside it (None: not known).
+    """
+
+    fields: dict[str, Field]
+    aliases: dict[str, str]
+    older: tuple[str, ...]
+    computed: frozenset[str]
+    parts: dict[str, ModelKeys | None]
+
+
+@lru_cache(maxsize=64)
+def model_keys(model_type: str) -> ModelKeys | None:
+    """Return the keys of a model type's configuration class; None if its source cannot be found."""
+    path, name = _configuration_file(model_type), _model_types().get(model_type)
+    return None if path is None or name is None else _keys_of_class(path, name)
+
+
+def config_fields(model_type: str) -> dict[str, Any] | None:
+    """Return every name that the configuration class takes with its default; None if its source cannot be found.
+
+    Names inside a part (`text_config.hidden_size`) are included with a dot.
+    """
+    keys = model_keys(model_type)
+    if keys is None:
+        return None
+    fields: dict[str, Any] = dict.fromkeys((*BASE_FIELDS, *keys.aliases, *keys.older))
+    fields |= {name: field.default for name, field in keys.fields.items()}
+    for part, inside in keys.parts.items():
+        if inside is not None:
+            fields |= {f"{part}.{name}": field.default for name, field in inside.fields.items()}
+            fields |= dict.fromkeys(f"{part}.{name}" for name in (*inside.aliases, *inside.older))
+    return fields
+
+
+@lru_cache(maxsize=64)
+def read_fields(model_type: str) -> frozenset[str]:
+    """Return the names that the model's code reads from its configuration where they are present.
+
+    Parsing a model takes up to a tenth of a second: ask only about names that `config_fields` lacks.
+    """
+    path = _configuration_file(model_type)
+    names: set[str] = set()
+    for source in sorted(path.parent.glob("modeling_*.py")) if path else ():
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        # Heads of other tasks read fields that mean nothing to a causal language model.
+        tree.body = [
+            node
+            for node in tree.body
+            if not (isinstance(node, ast.ClassDef) and any(head in node.name for head in _OTHER_HEADS))
+        ]
+        names |= set(_optional_reads(tree))
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+def has_key(model_type: str, name: str) -> bool:
+    """Return True if ``name`` (dotted inside a part) is a key of this model type, or if nothing is known of it."""
+    fields, keys = config_fields(model_type), model_keys(model_type)
+    if fields is None or keys is None or name in fields:
+        return True
+    return name not in keys.computed and name in read_fields(model_type)
+
+
+def has_router_loss(model_type: str) -> bool:
+    """Return True if the model's code computes a load-balancing loss of its routers."""
+    path = _configuration_file(model_type)
+    sources = path.parent.glob("modeling_*.py") if path else ()
+    return any("aux_loss = load_balancing_loss_func(" in s.read_text(encoding="utf-8") for s in sources)
+
+
+def canonical(
+    model_type: str, config: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return a configuration under the declared names, so that one size has one name.
+
+    Args:
+        model_type: of the model.
+        config: name → value.
+        given: the values in it that win over others for the same field (words of the command line).
+
+    Raises:
+        InputError: two names of one field have two values, and neither or both were given.
+    """
+    keys = model_keys(model_type)
+    if keys is None:
+        return dict(config)
+    given = given or {}
+    renamed: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, value in config.items():
+        field = keys.aliases.get(name, name)
+        other = origin.get(field)
+        if other is not None and renamed[field] != value:
+            if (name in given) == (other in given):
+                both, key = f"{renamed[field]} and {value}", f"model.config.{field}"
+                reason = f"are two values for one key (model.config.{other} is model.config.{name})"
+                raise InputError(key, both, reason, fix=f"give {key} alone")
+            if other in given:
+                continue
+        renamed[field], origin[field] = value, name
+    return renamed
+
+
+def check_model_type(model_type: str) -> None:
+    """Refuse a model type that the installed transformers does not know.
+
+    Raises:
+        InputError: with the closest known type.
+    """
+    known = _model_types()
+    if known and model_type not in known:
+        guess = closest(model_type, known)
+        raise InputError(
+            "model.model_type",
+            model_type,
+            "is not a model type of the installed transformers",
+            suggestion=guess,
+            allowed="llama, gpt2, qwen3, mistral, phi3, … (any causal language model of transformers)",
+            fix=f"model.model_type={guess or 'llama'}",
+        )
+
+
+def _configuration_file(model_type: str) -> Path | None:
+    folder, name = _transformers(), _model_types().get(model_type)
+    if folder is None or name is None:
+        return None
+    module = _special_modules().get(model_type, model_type.replace("-", "_"))
+    path = folder / "models" / module / f"configuration_{module}.py"
+    if path.is_file():
+        return path
+    # A few types share the class of another one, or have a file of another name.
+    candidates = sorted((folder / "models").glob("*/configuration_*.py"))
+    return next((p for p in candidates if f"\nclass {name}(" in p.read_text(encoding="utf-8")), None)
+
+
+def _keys_of_class(path: Path, name: str, depth: int = 0) -> ModelKeys | None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    by_name = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    if name not in by_name:
+        return None
+    fields: dict[str, Field] = {}
+    mapping: dict[str, str] = {}
+    older: dict[str, None] = {}
+    computed: set[str] = set()
+    parts: dict[str, ModelKeys | None] = {}
+    for node in [*_parents(by_name[name], by_name), by_name[name]]:
+        for statement in node.body:
+            fields |= _declared(statement)
+            older |= dict.fromkeys(_taken_from_kwargs(statement))
+            computed |= set(_computed(statement))
+            target = ast.unparse(statement.targets[0]) if isinstance(statement, ast.Assign) else ""
+            if isinstance(statement, ast.Assign) and target == "attribute_map":
+                mapping |= _literal(statement.value) or {}
+            elif isinstance(statement, ast.Assign) and target in ("sub_configs", "sub_configs_defaults"):
+                for part, spec in _parts(statement.value):
+                    parts[part] = None if depth else _keys_of_part(path, spec)
+    if "rope_parameters" in fields:
+        older |= dict.fromkeys(_ROPE_FIELDS)
+    # `attribute_map` may point from a declared field to a name that is none.
+    aliases = {a: b for a, b in mapping.items() if a not in fields}
+    aliases |= {b: a for a, b in mapping.items() if a in fields and b not in fields}
+    older = {name: None for name in older if name not in (*fields, *_NOT_KEYS)}
+    return ModelKeys(fields, aliases, tuple(older), frozenset(computed - set(fields) - set(older)), parts)
+
+
+def _keys_of_part(path: Path, spec: ast.expr) -> ModelKeys | None:
+    """Keys of a part that names a class of the same file, or a model type (`SubConfigSpec(…, model_type=…)`)."""
+    if isinstance(spec, ast.Name):
+        return _keys_of_class(path, spec.id, depth=1)
+    if isinstance(spec, ast.Call):
+        words = {word.arg: word.value for word in spec.keywords}
+        model_type = _literal(words.get("model_type"))
+        if isinstance(model_type, str):
+            file, name = _configuration_file(model_type), _model_types().get(model_type)
+            return None if file is None or name is None else _keys_of_class(file, name, depth=1)
+        if isinstance(words.get("config_class"), ast.Name):
+            return _keys_of_part(path, words["config_class"])
+    return None
+
+
+def _parts(node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    if isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values):
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                yield key.value, value
+
+
+def _declared(statement: ast.stmt) -> dict[str, Field]:
+    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+        annotation = ast.unparse(statement.annotation)
+        if "ClassVar" in annotation:
+            return {}
+        names = {node.id for node in ast.walk(statement.annotation) if isinstance(node, ast.Name)}
+        names |= {"None"} if "None" in annotation else set()
+        return {statement.target.id: Field(_literal(statement.value), frozenset(names))}
+    if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+        arguments = statement.args.args[1:]
+        gap = len(arguments) - len(statement.args.defaults)
+        defaults = [None] * gap + list(statement.args.defaults)
+        return {a.arg: Field(_literal(d), frozenset()) for a, d in zip(arguments, defaults)}
+    return {}
+
+
+def _taken_from_kwargs(statement: ast.stmt) -> Iterator[str]:
+    """Names in ``kwargs.pop("name", …)`` of the constructor."""
+    if isinstance(statement, ast.FunctionDef) and statement.name == "__post_init__":
+        for node in ast.walk(statement):
+            is_taken = isinstance(node, ast.Call) and ast.unparse(node.func) in ("kwargs.pop", "kwargs.get")
+            if is_taken and node.args and isinstance(name := _literal(node.args[0]), str):  # pyright: ignore[reportAttributeAccessIssue]
+                yield name
+
+
+def _computed(statement: ast.stmt) -> Iterator[str]:
+    """Properties without a setter in sight, and attributes that the constructor sets."""
+    if isinstance(statement, ast.FunctionDef):
+        if any(ast.unparse(decorator) == "property" for decorator in statement.decorator_list):
+            yield statement.name
+        for node in ast.walk(statement) if statement.name == "__post_init__" else ():
+            target = node.targets[0] if isinstance(node, ast.Assign) else None
+            if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+                yield target.attr
+
+
+def _optional_reads(tree: ast.AST) -> Iterator[str]:
+    """Names in ``getattr(….config, "name", …)`` and ``hasattr(…)``."""
+    for node in ast.walk(tree):
+        is_read = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if is_read and node.func.id in ("getattr", "hasattr") and len(node.args) > 1:  # pyright: ignore[reportAttributeAccessIssue]
+            owner, name = ast.unparse(node.args[0]), _literal(node.args[1])  # pyright: ignore[reportAttributeAccessIssue]
+            if owner.endswith("config") and isinstance(name, str):
+                yield name
+
+
+@lru_cache(maxsize=1)
+def _transformers() -> Path | None:
+    spec = importlib.util.find_spec("transformers")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+@lru_cache(maxsize=1)
+def _mappings() -> dict[str, dict[str, str]]:
+    """The `NAME = OrderedDict([(a, b), …])` tables of transformers' automatic mappings."""
+    folder = _transformers()
+    tables: dict[str, dict[str, str]] = {}
+    for name in ("auto_mappings.py", "configuration_auto.py"):
+        path = folder / "models" / "auto" / name if folder else None
+        if path is None or not path.is_file():
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                table = tables.setdefault(node.targets[0].id, {})
+                for pair in (part for part in ast.walk(node.value) if isinstance(part, ast.Tuple)):
+                    words = [item.value for item in pair.elts if isinstance(item, ast.Constant)]
+                    if len(words) == 2 and all(isinstance(item, str) for item in words):
+                        table[str(words[0])] = str(words[1])
+    return tables
+
+
+def _model_types() -> dict[str, str]:
+    return _mappings().get("CONFIG_MAPPING_NAMES", {})
+
+
+def _special_modules() -> dict[str, str]:
+    return _mappings().get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
+
+
+def _parents(node: ast.ClassDef, by_name: dict[str, ast.ClassDef]) -> list[ast.ClassDef]:
+    parents = [by_name[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in by_name]
+    return [grand for parent in parents for grand in [*_parents(parent, by_name), parent]]
+
+
+def _literal(node: ast.expr | None) -> Any:
+    """The value of a literal; for `interval(…)(default=0.02)` that default."""
+    if isinstance(node, ast.Call):
+        return next((_literal(word.value) for word in node.keywords if word.arg == "default"), None)
+    try:
+        return ast.literal_eval(node) if node is not None else None
+    except ValueError:
+        return None
