@@ -74,10 +74,21 @@ def check(
 
 def warnings(config: RunConfig) -> list[str]:
     """What a user should know about a checked configuration, one line each."""
+    found = []
+    if config.model.path is not None and config.data.tokenizer == "bpe":
+        found.append(
+            f"data.tokenizer: {config.model.path} holds no tokenizer, or another one was asked for: one is trained on "
+            f"the corpus, and its ids mean something else to the weights; give data.tokenizer=FOLDER"
+        )
     if config.optimizer.target is not None or config.optimizer.lr_source in (None, "given"):
-        return []
-    default = learning_rates.default(config.optimizer.name, parameter_count(config.model))
-    return [default.warning] if default is not None and default.warning else []
+        return found
+    default = _default_rate(config)
+    return found + ([default.warning] if default is not None and default.warning else [])
+
+
+def _default_rate(config: RunConfig) -> learning_rates.LearningRate | None:
+    size, starts_from_weights = parameter_count(config.model), config.model.path is not None
+    return learning_rates.default(config.optimizer.name, size, from_weights=starts_from_weights)
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -140,7 +151,7 @@ def _learning_rate(config: RunConfig) -> dict[str, Any]:
         return {"lr": given.lr, "lr_source": source, "lr_tuned": given.lr_tuned if is_own else True}
     default = None
     if given.target is None:
-        default = learning_rates.default(given.name, parameter_count(config.model))
+        default = _default_rate(config)
     if default is None:
         name = given.target or given.name
         reason = f"stands for a default, and there is no default for {name}"
@@ -155,7 +166,7 @@ def _aux_learning_rate(
     given = config.optimizer
     if section["lr_source"] == "given" or "aux_lr" not in options or "aux_lr" in given.options:
         return {}
-    default = learning_rates.default(given.name, parameter_count(config.model))
+    default = _default_rate(config)
     return {"aux_lr": default.aux_lr} if default is not None and default.aux_lr is not None else {}
 
 

@@ -78,12 +78,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
 }
 
 
-def default(optimizer: str, parameters: int) -> LearningRate | None:
-    """The default peak learning rate of a preset.
+def default(optimizer: str, parameters: int, *, from_weights: bool = False) -> LearningRate | None:
+    """Return the default peak learning rate of a preset.
 
     Args:
         optimizer: preset name.
         parameters: number of parameters of the model.
+        from_weights: the run starts from trained weights (`model.path`), at which no row was tuned.
 
     Returns:
         None where the table knows nothing of this optimizer.
@@ -92,17 +93,21 @@ def default(optimizer: str, parameters: int) -> LearningRate | None:
     if not rows:
         return None
     row = min(rows, key=lambda row: _distance(row, parameters))
-    if _distance(row, parameters) == 0:
-        return LearningRate(row.lr, row.source, row.tuned, None, row.aux_lr)
-    size = f"{parameters / 1e6:.3g}M"
-    return LearningRate(
-        row.lr,
-        row.source,
-        False,
-        f"optimizer.lr: no default for {optimizer} at {size} parameters; {row.lr:g} is the nearest "
-        f"({row.source}); give optimizer.lr=… for a fair comparison",
-        row.aux_lr,
-    )
+    is_covered = _distance(row, parameters) == 0
+    warnings = []
+    if not is_covered:
+        size = f"{parameters / 1e6:.3g}M"
+        warnings.append(
+            f"optimizer.lr: no default for {optimizer} at {size} parameters; {row.lr:g} is the nearest "
+            f"({row.source}); give optimizer.lr=… for a fair comparison"
+        )
+    if from_weights:
+        warnings.append(
+            f"optimizer.lr: {row.lr:g} is a rate for random weights, and this run starts from trained weights, "
+            f"which usually want a smaller one; give optimizer.lr=… (docs/model_path.md)"
+        )
+    is_tuned = row.tuned and is_covered and not from_weights
+    return LearningRate(row.lr, row.source, is_tuned, "; ".join(warnings) or None, row.aux_lr)
 
 
 def _distance(row: Row, parameters: int) -> float:
