@@ -173,7 +173,8 @@ def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None])
     try:
         store.verify(path)
         saved = Saved(path)
-        model: Any = models.build(config.model, seed=0, precision="fp32").double()
+        trusted = config.trust_remote_code
+        model: Any = models.build(config.model, seed=0, trust_remote_code=trusted, weights=False).double()
         names = saved.names(WEIGHT)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -184,7 +185,6 @@ def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None])
         saved.close()
     except store.DamagedCheckpoint as error:
         raise UnreadableCheckpoint("checkpoints", path, f"is damaged: {error}") from None
-    trusted = config.trust_remote_code
     corpus = data.check(config.data, config.seq_len, 1, 1, None, say=say, trust_remote_code=trusted)
     validation = data.Validation(corpus, config.seq_len, config.data.mode)
     ids, labels = validation.batch(0, min(ROWS, validation.length))

@@ -164,7 +164,8 @@ def _derived(config: RunConfig) -> dict[str, Any]:
     if config.optimizer.lr_source not in (None, "given"):
         derived["optimizer.lr"] = config.optimizer.lr
         rows = learning_rates.TABLE.get(config.optimizer.name, ())
-        beside = next((row.aux_lr for row in rows if row.source == config.optimizer.lr_source), None)
+        source = str(config.optimizer.lr_source)
+        beside = next((row.aux_lr for row in rows if source.endswith(row.source)), None)
         if beside is not None:
             derived["optimizer.aux_lr"] = beside
     if config.world_size is not None:

@@ -107,7 +107,10 @@ def default(optimizer: str, parameters: int, *, from_weights: bool = False) -> L
             f"which usually want a smaller one; give optimizer.lr=… (docs/model_path.md)"
         )
     is_tuned = row.tuned and is_covered and not from_weights
-    return LearningRate(row.lr, row.source, is_tuned, "; ".join(warnings) or None, row.aux_lr)
+    # A source that says "tuned" at another size, or from other weights, must not read as if it were about this run.
+    limits = [*(["nearest size"] if not is_covered else []), *(["random weights"] if from_weights else [])]
+    source = f"{', '.join(limits)}: {row.source}" if limits else row.source
+    return LearningRate(row.lr, source, is_tuned, "; ".join(warnings) or None, row.aux_lr)
 
 
 def _distance(row: Row, parameters: int) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from harness.config import model_folder, model_keys
 from harness.config.errors import InputError
@@ -125,6 +126,7 @@ def _from_folder(config: ModelConfig, trust_remote_code: bool) -> Any:
     folder = model_folder.read(place)
     model_folder.weight_files(place)
     hf_config = configuration(config, trust_remote_code=trust_remote_code)
+    transformers_logging.disable_progress_bar()
     try:
         # local_files_only: a mistyped folder must not turn into a hub download.
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -109,7 +109,9 @@ def test_forms_of_weights(folders: dict[str, Path], tmp_path: Path) -> None:
     )
     rounded = model.build(_checked(_saved(tmp_path / "bf16", dtype=torch.bfloat16)).model, seed=0)
     assert {p.dtype for p in rounded.parameters()} == {torch.float32}
-    assert all(torch.equal(weight.bfloat16().float(), _weights(rounded)[name]) for name, weight in whole.items())
+    assert all(
+        torch.equal(weight.bfloat16().float(), _weights(rounded)[name]) for name, weight in whole.items()
+    )
     (sharded / sorted(sharded.glob("*.safetensors"))[1].name).unlink()
     with pytest.raises(InputError, match=r"lacks model-00002-of-\d+\.safetensors"):
         _load(sharded)
@@ -140,7 +142,11 @@ def test_what_does_not_fit_the_weights_is_refused(
 
 
 def test_overrides_that_fit_are_laid_over_the_folder(folders: dict[str, Path]) -> None:
-    words = ("model.config.max_position_embeddings=512", "model.config.attention_dropout=0.1", "model.name=mine")
+    words = (
+        "model.config.max_position_embeddings=512",
+        "model.config.attention_dropout=0.1",
+        "model.name=mine",
+    )
     config = _checked(folders["llama"], *words, "model.config.rope_parameters.rope_theta=50000.0")
     network: Any = model.build(config.model, seed=0)
     assert config.model.name == "mine"
@@ -186,7 +192,11 @@ def _without(folder: Path, source: Path, *names: str, **texts: str) -> Path:
     ("names", "texts", "said"),
     [
         (["model.safetensors"], {}, r"holds no weights \(model\.safetensors\)"),
-        (["model.safetensors"], {"pytorch_model__bin": "x"}, "save_pretrained, which writes model.safetensors"),
+        (
+            ["model.safetensors"],
+            {"pytorch_model__bin": "x"},
+            "save_pretrained, which writes model.safetensors",
+        ),
         (["model.safetensors"], {"model__gguf": "x"}, r"as model\.gguf only"),
         (["config.json"], {"adapter_config__json": "{}"}, "holds an adapter"),
         ([], {"adapter_config__json": "{}"}, "holds an adapter"),
@@ -195,8 +205,16 @@ def _without(folder: Path, source: Path, *names: str, **texts: str) -> Path:
         ([], {"config__json": "[]"}, "no JSON object"),
         ([], {"config__json": '{"model_type": "llama", "quantization_config": {"bits": 4}}'}, "quantized"),
         ([], {"config__json": '{"model_type": "of_ones_own"}'}, "is not a model type"),
-        ([], {"config__json": '{"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}'}, "trust_remote_code=true"),
-        (["model.safetensors"], {"model__safetensors__index__json": "[]"}, "damaged model.safetensors.index.json"),
+        (
+            [],
+            {"config__json": '{"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}'},
+            "trust_remote_code=true",
+        ),
+        (
+            ["model.safetensors"],
+            {"model__safetensors__index__json": "[]"},
+            "damaged model.safetensors.index.json",
+        ),
     ],
 )
 def test_folders_that_are_no_model_are_one_clear_line(
@@ -255,11 +273,14 @@ def test_the_default_learning_rate_is_that_of_the_folders_size(tmp_path: Path) -
     for optimizer in ("adamw", "sumo", "galore"):
         checked = _checked(tmp_path / "llama-30m", f"optimizer={optimizer}")
         assert checked.optimizer.lr_tuned is False
+        assert str(checked.optimizer.lr_source).startswith("nearest size, random weights: ")
         assert "tuned at 1.8M" not in str(checked.optimizer.lr_source)
         said = "\n".join(checks.warnings(checked))
         assert "at 29." in said or "at 30." in said
         assert "starts from trained weights" in said
-        assert "optimizer.lr" not in str(checks.warnings(_checked(tmp_path / "llama-30m", "optimizer.lr=0.1")))
+        assert "optimizer.lr" not in str(
+            checks.warnings(_checked(tmp_path / "llama-30m", "optimizer.lr=0.1"))
+        )
 
 
 def test_a_folders_tokenizer_comes_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
