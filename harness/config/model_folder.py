@@ -193,8 +193,8 @@ def adopt(
         InputError: see `read` and `weight_files`; or the preset or ``model.model_type`` disagrees with the folder.
     """
     path = given.get("path", section.get("path"))
-    if not isinstance(path, (str, Path)):
-        return dict(section), None
+    if not isinstance(path, (str, Path)) or not Path(path).expanduser().is_dir():
+        return dict(section), None  # the checks say what is wrong with it
     folder = read(path)
     weight_files(path)
     settings, kind = folder.settings(), folder.model_type

@@ -228,7 +228,7 @@ def test_folders_that_are_no_model_are_one_clear_line(
 
 def test_a_name_of_the_hub_says_how_to_fetch_it() -> None:
     with pytest.raises(InputError, match=r"hf download org/Some-1\.5B --local-dir Some-1\.5B"):
-        compose.load(["model.path=org/Some-1.5B"])
+        checks.check(compose.load(["model.path=org/Some-1.5B"]), {}, devices=0)
 
 
 def test_a_folder_that_lacks_weights_of_its_model_is_refused(
