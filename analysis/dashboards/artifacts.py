@@ -32,7 +32,7 @@ def log(where: Scope, shown: Document) -> tuple[str, str]:
     """
     taken: dict[str, str] = {}
     said: list[str] = []
-    identity = hashlib.sha256("\0".join([where.project, *where.groups, *(k for k, _ in where.sets)]).encode("utf-8", "replace"))
+    identity = hashlib.sha256("\0".join([where.project, *where.groups, *(k for k, _ in where.sets)]).encode())
     group = visible(", ".join(where.groups))[:120] or "default"
     config = RunConfig.model_validate(
         {"wandb": {"mode": "online", "project": where.project, "entity": where.entity}, "group": group}

@@ -169,4 +169,4 @@ def _wrapped(key: str) -> str:
 
 def _identifier(*words: str) -> str:
     """W&B draws these at random; drawn from what they stand for, saving twice changes nothing."""
-    return hashlib.sha256("\0".join(words).encode("utf-8", "replace")).hexdigest()[:11]
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:11]
