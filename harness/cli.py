@@ -118,13 +118,16 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan": Command(
         "harness.plan.command:main",
-        "what a run would hold and send, before it starts",
-        "[group=option …] [key=value …] [--world-size N] [--json]",
+        "memory, traffic and FLOPs of a run, before it starts: does it fit",
+        "[FILE.yaml] [group=option …] [key=value …] [--world-size N] [--device-memory SIZE] [--json]",
         (
             ("model=llama_60m optimizer=sumo engine=fsdp2 --world-size 64", "on a cluster that is not here"),
             ("optimizer=muon engine=zero3 world_size=2 --json", "one JSON document"),
         ),
-        (("--world-size N", "processes to plan for"),),
+        (
+            ("--world-size N", "processes to plan for"),
+            ("--device-memory SIZE", 'of one device, for "fits": 80GB, 24GiB (80GB)'),
+        ),
         takes_keys=True,
     ),
     "paper": Command(

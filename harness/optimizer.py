@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,8 +10,10 @@ from torch import nn
 import optimizers
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
-from harness.engines import Engine
 from optimizers.layouts.axes import preferred_axes
+
+if TYPE_CHECKING:
+    from harness.engines import Engine
 
 
 def build_optimizer(config: RunConfig, model: nn.Module, engine: Engine) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from harness.config.schema import RunConfig
 from harness.engines.holdings import Layout, tensor_bytes
 from harness.engines.masked import MaskedSteps, root_sum_square
+from harness.model import decoder_layers
 from optimizers.layouts.axes import possible_axis
 from optimizers.layouts.sharded import ShardedLayout
 
@@ -129,9 +130,3 @@ class ShardedEngine(MaskedSteps):
     def _total_norm(self, local: torch.Tensor) -> torch.Tensor:
         # Replicas hold equal gradients: only the shards of one add up.
         return root_sum_square(local, self._shard_group)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a `transformers` model, as it names them itself (``_no_split_modules``)."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]

@@ -97,6 +97,12 @@ def configuration(
         raise InputError("model.config", word(config.config), f"is refused by {kind}: {error}") from error
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a `transformers` model, as it names them itself (``_no_split_modules``)."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def count_parameters(model: nn.Module) -> int:
     """Trainable parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

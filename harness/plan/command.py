@@ -1,14 +1,36 @@
-"""`optbench plan [key=value …] [--world-size N] [--json]`: what a run would hold and send, before it starts."""
+"""`optbench plan [key=value …] [--world-size N] [--device-memory SIZE] [--json]`: a run's needs, before it starts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from harness.config import checks, compose
 from harness.config.errors import InputError
 from harness.config.schema import SCHEMA_VERSION, RunConfig
+
+DEVICE_MEMORY = "80GB"
+"""Of an A100 or H100; what `fits` compares with where nothing else is asked."""
+_UNITS = {
+    "": 10**9,
+    "gb": 10**9,
+    "g": 10**9,
+    "gib": 2**30,
+    "mb": 10**6,
+    "mib": 2**20,
+    "tb": 10**12,
+    "tib": 2**40,
+}
+
+
+class _Words(NamedTuple):
+    overrides: list[str]
+    world_size: int | None
+    device_memory: int
+    as_json: bool
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,78 +39,60 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: bad input.
     """
-    words, world_size, as_json = _words(argv)
-    config = checks.check(compose.load(_overrides(words, world_size)), environ={})
-    found = plan(config)
-    if as_json:
+    words = _words(argv)
+    config = checks.check(compose.load(_overrides(words.overrides, words.world_size)), environ={})
+    found = plan(config, words.device_memory, _progress())
+    if words.as_json:
         print(json.dumps({"schema_version": SCHEMA_VERSION, **found}, indent=2))
     else:
         _show(config, found)
     return 0
 
 
-def plan(config: RunConfig) -> dict[str, Any]:
-    """`per_rank` {kind: bytes}, `traffic_per_step` {kind: bytes}, each the worst rank's, `flops_per_step`
-    {kind: n}, and `fits`: None, because activations are not planned."""
-    import torch
+def plan(
+    config: RunConfig, device_memory: int | None = None, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Return the plan of a checked configuration; see `harness.plan.estimate.plan`, which imports torch."""
+    say("starting torch")
+    from harness.plan import estimate
 
-    from harness import model
-    from harness.plan import rank as ranks
-    from harness.plan.state import held_bytes
-    from harness.plan.traffic import sent_bytes
-    from harness.probes.flops import FlopCount
-
-    assert config.world_size is not None
-    held: dict[str, int] = {}
-    sent: dict[str, float] = {}
-    looked_at = ranks.ranks_to_look_at(config.world_size)
-    try:
-        for rank in looked_at:
-            planned = ranks.simulate(config, rank)
-            for kind, size in held_bytes(config, planned).items():
-                held[kind] = max(held.get(kind, 0), size)
-            for kind, size in sent_bytes(config, planned).items():
-                sent[kind] = max(sent.get(kind, 0.0), size)
-    except ValueError as error:
-        raise InputError("optimizer.target", config.optimizer.target, str(error)) from error
-    network = model.build(
-        config.model,
-        seed=0,
-        precision=config.precision,
-        device="meta",
-        trust_remote_code=config.trust_remote_code,
-    )
-    flops = FlopCount.of(
-        network, seq_len=config.seq_len, precision=config.precision, device=torch.device("cpu")
-    )
-    tokens = config.batch_size * config.seq_len
-    return {
-        "world_size": config.world_size,
-        "engine": config.engine.name,
-        "ranks_looked_at": list(looked_at),
-        "per_rank": held,
-        "traffic_per_step": {kind: round(size) for kind, size in sent.items()},
-        "flops_per_step": {"forward_backward": flops.per_token * tokens},
-        "fits": None,
-    }
+    return estimate.plan(config, device_memory, say)
 
 
-def _words(argv: Sequence[str]) -> tuple[list[str], int | None, bool]:
-    words, world_size, rest = [], None, list(argv)
-    as_json = "--json" in rest
+def size(key: str, text: str) -> int:
+    """Return a size such as 80GB, 24GiB or 80 (gigabytes) in bytes.
+
+    Raises:
+        InputError: it is none.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)", text.strip().lower())
+    unit = _UNITS.get(match[2]) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise InputError(key, text, "is no size of memory", allowed="80GB, 24GiB, 96", fix=f"{key}=80GB")
+    return round(float(match[1]) * unit)
+
+
+def _words(argv: Sequence[str]) -> _Words:
+    overrides: list[str] = []
+    values = {"--world-size": "", "--device-memory": DEVICE_MEMORY}
+    rest = [word for word in argv if word != "--json"]
     while rest:
         word = rest.pop(0)
-        if word == "--json":
-            continue
         name, equals, value = word.partition("=")
-        if name != "--world-size":
-            words.append(word)
+        flag = {"device_memory": "--device-memory", "--world_size": "--world-size"}.get(name, name)
+        if flag not in values:
+            overrides.append(word)
             continue
-        text = value if equals else (rest.pop(0) if rest else "")
-        if not text.isdecimal() or int(text) < 1:
-            raise InputError("--world-size", text, "is no number of processes", allowed="1, 2, 3, …")
-        world_size = int(text)
-    return words, world_size, as_json
+        values[flag] = value if equals else (rest.pop(0) if rest else "")
+        if flag == "--world-size" and not (
+            values[flag].isdecimal() and 0 < len(values[flag].lstrip("0")) < 10
+        ):
+            allowed, fix = "1, 2, 3, …", "--world-size 8"
+            raise InputError(
+                "--world-size", values[flag], "is no number of processes", allowed=allowed, fix=fix
+            )
+    memory = size("--device-memory", values["--device-memory"])
+    return _Words(overrides, int(values["--world-size"] or 0) or None, memory, "--json" in argv)
 
 
 def _overrides(words: Sequence[str], world_size: int | None) -> list[str]:
@@ -103,22 +107,62 @@ def _overrides(words: Sequence[str], world_size: int | None) -> list[str]:
     return overrides
 
 
+def _progress() -> Callable[[str], None]:
+    """Overwrite one line of a terminal; say nothing where standard error is a file."""
+    if not sys.stderr.isatty():
+        return lambda text: None
+    return lambda text: print(f"\r\x1b[Kplan: {text} …\r", end="", file=sys.stderr, flush=True)
+
+
 def _show(config: RunConfig, found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from harness.console import for_tables
+
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    console = for_tables()
     title = f"{config.model.name}, {config.optimizer.name}, {config.engine.name} on {config.world_size}"
     table = Table(title=f"{title} process(es): the worst rank", title_justify="left")
     for column in ("what", "MiB"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for kind, size in found["per_rank"].items():
-        table.add_row(f"holds {kind}", f"{size / 2**20:,.2f}")
+    for kind, bytes_held in found["per_rank"].items():
+        table.add_row(f"holds {kind}", _mib(bytes_held))
     table.add_section()
-    for kind, size in found["traffic_per_step"].items():
-        table.add_row(f"sends a step: {kind}", f"{size / 2**20:,.2f}")
+    table.add_row("holds in total, at most", _mib(found["total_bytes"]))
+    table.add_section()
+    for kind, bytes_sent in found["traffic_per_step"].items():
+        table.add_row(f"sends a step: {kind}", _mib(bytes_sent))
     console.print(table)
+    kept = found["activations"]
+    if kept is None:
+        console.print("Activations are not counted: this model's code does not run without memory.")
+    else:
+        console.print(
+            f"Activations of a micro-batch of {kept['micro_batch_size']} × {config.seq_len} tokens: "
+            f"{_mib(kept['without_checkpointing'])} MiB, with model.activation_checkpointing=true "
+            f"{_mib(kept['with_checkpointing'])} MiB."
+        )
+    if found["fits"] is not None:
+        verdict = "yes" if found["fits"] else "no"
+        console.print(f"Fits in {found['device_memory'] / 1e9:g} GB: {verdict} (--device-memory SIZE)")
+    if found["step_time_s"]:
+        times = ", ".join(
+            f"{name} {time['forward_backward_at_peak']:.3g}" for name, time in found["step_time_s"].items()
+        )
+        console.print(
+            f"Seconds of a step's forward and backward pass at the device's peak, no faster: {times}."
+        )
     looked = found["ranks_looked_at"]
-    if len(looked) < found["world_size"]:
+    if 1 < len(looked) < found["world_size"]:
         console.print(f"Looked at ranks {', '.join(map(str, looked))}.")
-    console.print("Activations and the engine's buffers are not counted.")
+    if len(found["depths_looked_at"]) > 1:
+        depths = " and ".join(map(str, found["depths_looked_at"]))
+        console.print(f"Counted at {depths} layers and continued from there: every layer adds the same.")
+    console.print(
+        "Not counted: temporaries of kernels and of the optimizer's step, the device's own context (about 1 GB)."
+    )
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.2f}"

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import optimizers
-from harness import model
 from harness.config.schema import RunConfig
 from harness.optimizer import shard_axes
 from optimizers.base import Optimizer
@@ -35,22 +34,15 @@ class PlannedRank:
     shards: int
 
 
-def simulate(config: RunConfig, rank: int) -> PlannedRank:
-    """Rank `rank` of a checked configuration.
+def simulate(config: RunConfig, network: nn.Module, rank: int) -> PlannedRank:
+    """Lay the optimizer of one rank out over a model on the meta device.
 
-    Raises:
-        ValueError: the optimizer is a plug-in by import path, of which nothing is known but its code.
+    Args:
+        config: checked; its optimizer is one of ours.
+        network: whole model on the meta device; ranks may share it, as each sets its own gradients.
+        rank: which one.
     """
     assert config.world_size is not None
-    if config.optimizer.target is not None:
-        raise ValueError(f"{config.optimizer.target}: only optimizers of optbench can be planned")
-    network = model.build(
-        config.model,
-        seed=0,
-        precision=config.precision,
-        device="meta",
-        trust_remote_code=config.trust_remote_code,
-    )
     pairs = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     built = optimizers.build(
         config.optimizer.name,
@@ -90,11 +82,16 @@ def _layout(config: RunConfig, built: Optimizer, network: nn.Module, rank: int, 
     return SimulatedReplicas(config.engine.optimizer_work, rank, config.world_size)
 
 
-def ranks_to_look_at(world_size: int) -> Sequence[int]:
-    """All ranks of a small world, else a spread that includes both ends."""
-    if world_size <= 8:
-        return range(world_size)
-    return sorted({0, 1, world_size - 1, *(world_size * i // 6 for i in range(6))})
+def ranks_to_look_at(config: RunConfig) -> Sequence[int]:
+    """Return all ranks of a small world, else a spread: both ends and two between.
+
+    Where every rank does the same, one stands for all. Owners are dealt out from rank 0, so it has most.
+    """
+    assert config.world_size is not None
+    world = config.world_size
+    if shards_of(config) == 1 and config.engine.optimizer_work == "replicated":
+        return [0]
+    return range(world) if world <= 8 else sorted({0, 1, world // 2, world - 1})
 
 
 def set_gradients(planned: PlannedRank) -> None:

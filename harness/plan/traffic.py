@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.config.schema import RunConfig
-from harness.engines.fsdp2 import decoder_layers
+from harness.model import decoder_layers
 from harness.plan.rank import ZERO_STAGES, PlannedRank, set_gradients
 
 

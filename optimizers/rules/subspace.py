@@ -133,8 +133,12 @@ def _new_basis(stack: Stack, at: slice) -> Tensor | sketching.Steps:
 def _tests(stack: Stack, at: slice, rank: int) -> Tensor:
     """(b', n, rank + oversampling) test matrices of the matrices `at`, on the stack's device."""
     shape = stack.shape[1], min(rank + OVERSAMPLING, *stack.shape)
+    device = stack.state["basis"].device
+    if device.type == "meta":
+        # A plan needs the shape only; drawing the numbers of a 7B model takes a minute.
+        return torch.empty((at.stop - at.start, *shape), device=device)
     tests = [
         test_matrix(stack.options["seed"], stack.members[i].block.name, _number(stack, i), shape)
         for i in range(at.start, at.stop)
     ]
-    return torch.stack(tests).to(stack.state["basis"].device, non_blocking=True)
+    return torch.stack(tests).to(device, non_blocking=True)

@@ -91,7 +91,9 @@ def test_a_cluster_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert document["schema_version"] == 1
     assert document["world_size"] == 32
-    assert document["fits"] is None
+    assert document["fits"] is True
+    assert document["total_bytes"] == sum(document["per_rank"].values())
+    assert document["step_time_s"] is None
     # 58.07 M parameters in fp32 over 32 ranks, cut evenly but for norms.
     assert document["per_rank"]["weights"] == pytest.approx(58.07e6 * 4 / 32, rel=0.01)
 
@@ -122,8 +124,103 @@ def test_muon_divides_its_moments_and_sums_to_the_formula() -> None:
     )
 
 
-def test_bad_input() -> None:
-    with pytest.raises(InputError, match="--world-size"):
-        main(["--world-size", "many"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--world-size", "many"],
+        ["--world-size", "9" * 5000],
+        ["--world-size"],
+        ["--device-memory", "much"],
+        ["--device-memory=0"],
+        ["device_memory=80 bananas"],
+    ],
+)
+def test_bad_input(words: list[str]) -> None:
+    with pytest.raises(InputError, match=r"--world-size|--device-memory"):
+        main(words)
+
+
+def kept_in_a_real_pass(config: Any) -> tuple[int, int]:
+    """Oracle: bytes that autograd keeps of a real forward pass of the whole model; those of logits apart."""
+    import torch
+
+    from harness import model
+
+    network = model.build(config.model, seed=0)
+    own = {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    ids = torch.zeros(config.micro_batch_size, config.seq_len, dtype=torch.int64)
+    logits_size = ids.numel() * config.model.config["vocab_size"]
+    body: dict[int, torch.Tensor] = {}
+    logits: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            place = logits if tensor.numel() == logits_size else body
+            place[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output: Any = network(input_ids=ids).logits
+        loss = model.loss_sum(output, ids)
+    sizes = [sum(t.untyped_storage().nbytes() for t in place.values()) for place in (body, logits)]
+    del loss
+    return sizes[0], sizes[1] + 2 * output.numel() * 4
+
+
+@pytest.mark.parametrize("name", ["llama_tiny", "gpt2_tiny", "qwen3_tiny"])
+def test_activations_are_what_autograd_keeps(name: str) -> None:
+    """Counted on fake tensors at two depths and two batch sizes, against one real pass at another of each.
+
+    The fake attention kernel lays its output out in another order, which costs one copy a layer.
+    """
+    config = configured(f"model={name}", "batch_size=3", "seq_len=32", "world_size=1")
+    found = plan(config)["activations"]
+    body, logits = kept_in_a_real_pass(config)
+    assert found["without_checkpointing"] == pytest.approx(body, rel=0.06)
+    assert found["logits"] == logits
+    assert found["with_checkpointing"] < body / 2
+
+
+def test_what_fits_depends_on_checkpointing_and_memory() -> None:
+    words = ("batch_size=64", "seq_len=512", "world_size=1")
+    needs = plan(configured(*words))["total_bytes"]
+    whole = plan(configured(*words), needs - 1)
+    less = plan(configured(*words, "model.activation_checkpointing=true"), needs - 1)
+    assert (whole["fits"], less["fits"]) == (False, True)
+    assert plan(configured(*words), needs)["fits"] is True
+    assert whole["per_rank"]["activations"] == less["activations"]["without_checkpointing"]
+    assert plan(configured(*words))["fits"] is None
+
+
+def test_any_depth_is_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness.plan import estimate
+
+    words = ("optimizer=sumo", "engine=fsdp2", "world_size=2", "model.config.num_hidden_layers=12")
+    whole = plan(configured(*words))
+    monkeypatch.setattr(estimate, "MAX_DEPTH", 8)
+    continued = plan(configured(*words))
+    assert continued["depths_looked_at"] == [4, 8]
+    for group in ("per_rank", "traffic_per_step"):
+        for kind, size in whole[group].items():
+            assert continued[group][kind] == pytest.approx(size, rel=0.02), kind
+    monkeypatch.undo()
+    deep = plan(configured("model.config.num_hidden_layers=100000000", "world_size=1"), 80 * 10**9)
+    assert deep["fits"] is False
+
+
+def test_progress_and_verdict_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "model=llama_tiny", "precision=bf16", "--device-memory", "1GB"]) == 0
+    text = capsys.readouterr().out
+    assert "Fits in 1 GB: yes" in text
+    assert "in total" in text
+    assert "activation_checkpointing=true" in text
+    assert "H100" in text
+
+
+def test_a_plug_in_and_a_model_without_end_are_refused() -> None:
+    with pytest.raises(InputError, match=r"optimizer.target"):
+        plan(configured("optimizer=torch.optim.SGD", "optimizer.lr=0.1"))
+    with pytest.raises(InputError, match="cannot be planned"):
+        plan(configured("model.config.intermediate_size=999999999999999999"))
     with pytest.raises(InputError, match="only optimizers of optbench"):
         plan(configured("optimizer.target=torch.optim.SGD", "optimizer.lr=0.1", "engine=fsdp2"))
