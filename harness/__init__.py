@@ -5,7 +5,13 @@
 below pins the two names to this package's siblings, without importing them.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+from harness import import_path
+
+# Before any other import: also those of Python's own modules would be taken from the current folder.
+import_path.isolate()
 
 import importlib
 import importlib.machinery

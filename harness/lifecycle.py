@@ -8,16 +8,19 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any, ClassVar, TextIO
 
 import psutil
 
+from harness.jobs import last_words
 from harness.record import readers
 from harness.record.readers import HEARTBEAT, Beat
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""USR1 is what SLURM's ``--signal`` sends by convention."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""USR1 is what SLURM's ``--signal`` sends by convention; HUP comes when a terminal is closed."""
 REPEAT_S = 3.0
 """A signal within this time after the first one is the same wish again: SLURM signals each process of a step, the
 launcher among them, which passes it on."""
@@ -30,6 +33,12 @@ SILENT = "has given no sign of life"
 _HARNESS = Path(__file__).parent
 
 
+def handled_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask a run to stop: `SIGNALS`, without SIGHUP where it is ignored (nohup)."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in SIGNALS if number is not signal.SIGHUP or not is_ignored)
+
+
 class Stop:
     """Notes that the run is asked to end; the loop then finishes its step on all processes and saves.
 
@@ -37,9 +46,20 @@ class Stop:
     whatever it is writing then has a name that nobody reads. SIGUSR1 may come again: batch scripts send it until it
     must have been heard. The clock: ``time_limit`` counts from the start of this process.
 
+    The command that started this process may end without a word (`harness.jobs.parent`), which asks, too.
+
     Args:
         time_limit_s: seconds; None: none.
+
+    Attributes:
+        installed: a run of this process takes the signals.
+        abandoned: that the command is gone, in words; "" while it is there.
+        look: finds that out now, where another process saw it first.
     """
+
+    installed: ClassVar[bool] = False
+    abandoned: ClassVar[str] = ""
+    look: ClassVar[staticmethod[[], str]] = staticmethod(str)
 
     def __init__(self, time_limit_s: float | None = None) -> None:
         self.time_limit_s = time_limit_s
@@ -54,7 +74,7 @@ class Stop:
     @property
     def requested(self) -> bool:
         """Whether this process has been asked."""
-        return self.signal is not None or self.is_late
+        return self.signal is not None or self.is_late or bool(Stop.abandoned)
 
     @property
     def is_late(self) -> bool:
@@ -67,18 +87,22 @@ class Stop:
     def reason(self) -> str:
         """Who asked, for people."""
         if self.signal is not None:
-            return self.signal.name
+            return last_words.describe(last_words.asked() or self.signal)
+        if not self.is_late and (gone := Stop.abandoned or Stop.look()):
+            return gone
         return f"time_limit of {self.time_limit_s:g} s" if self.is_late else "a signal to another process"
 
     def install(self) -> None:
         """Take the handlers over (main thread only)."""
-        for number in SIGNALS:
+        for number in handled_signals():
             self._previous[number] = signal.signal(number, self._note)
+        Stop.installed = True
 
     def restore(self) -> None:
         """Give the handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        Stop.installed = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -86,6 +110,39 @@ class Stop:
             self.signal, self._noted_at = signal.Signals(number), now
         elif number != signal.SIGUSR1 and now - self._noted_at >= REPEAT_S:
             os._exit(KILLED + number)
+
+
+class LenientStream:
+    """A text stream that drops what its terminal or pipe no longer takes.
+
+    Args:
+        stream: to write to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write as far as somebody reads; returns the length of ``text``."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush as far as somebody reads."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_the_terminal() -> None:
+    """Keep a closed terminal or a pipe without a reader from ending this process at its next line of output."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, LenientStream):
+            setattr(sys, name, LenientStream(stream))
 
 
 class Heartbeat:

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from harness.config.errors import InputError
-from harness.jobs import last_words
-from harness.preparation import prepare
+from harness.jobs import ending, last_words, parent
+from harness.lifecycle import outlive_the_terminal
+from harness.preparation import Prepared, prepare
+from harness.record import readers
 
 EXIT_CODES = {"finished": 0, "interrupted": 0, "diverged": 3, "failed": 3}
 """Of a training process, by the state that the run ended in. An interrupted process exits with 0, because a
@@ -36,12 +40,14 @@ GRACE_S = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one training process; returns its exit code. Bad input is one line on rank 0 and code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
+    parent.watch()
     first = os.environ.get("RANK", "0") == "0"
 
     def say(text: str) -> None:
         if first:
             print(text, file=sys.stderr, flush=True)
 
+    prepared = None
     try:
         with last_words.marked():
             prepared = prepare(words, say=say, worker=True, writes_folder=first)
@@ -55,9 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(GRACE_S)
         print(error, file=sys.stderr, flush=True)
         if first and ERROR_FILE in os.environ:
-            Path(os.environ[ERROR_FILE]).write_text(json.dumps(vars(error)))
+            with suppress(OSError):
+                Path(os.environ[ERROR_FILE]).write_text(json.dumps(error.fields()))
         return 2
+    except BaseException:
+        if first and prepared is not None:
+            _say_end(prepared)
+        raise
+    if first:
+        _say_end(prepared)
     return EXIT_CODES[state]
+
+
+def _say_end(prepared: Prepared) -> None:
+    """Print how the run ended and where it is, unless `optbench` waits for this process and says so itself."""
+    if parent.VARIABLE in os.environ:
+        return
+    status, _ = readers.status(prepared.folder)
+    if status is None or not status.attempts:
+        return
+    resume = "run the same command again"
+    reason = status.attempts[-1].reason
+    print(*ending.lines(prepared.folder, status.state, reason, resume), sep="\n", flush=True)
 
 
 class _CallableModule(ModuleType):
@@ -72,6 +97,9 @@ if __name__ in sys.modules and __name__ != "__main__":
     sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
+    # Until the run takes it over, Ctrl-C ends this process without a traceback, as SIGTERM does.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    outlive_the_terminal()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

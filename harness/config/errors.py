@@ -8,7 +8,9 @@ Every message has the same form, so that its last line alone says what to do::
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 
 class InputError(Exception):
@@ -16,7 +18,7 @@ class InputError(Exception):
 
     Args:
         key: the configuration key, command or file that is wrong.
-        value: what was given.
+        value: what was given; kept as text unless it is a scalar of JSON, so that the error can cross processes.
         reason: what is wrong with it, if "is wrong" does not say enough (for instance
             ``"is not divisible by world_size × micro_batch_size = 8"``).
         allowed: what would be accepted: the choices, or one sentence.
@@ -34,12 +36,25 @@ class InputError(Exception):
         suggestion: str | None = None,
         fix: str | None = None,
     ) -> None:
-        self.key, self.value, self.reason = key, value, reason
-        self.allowed = allowed if isinstance(allowed, str) else ", ".join(allowed := list(allowed))
+        self.key, self.reason = str(key), str(reason)
+        self.value = value if isinstance(value, str | int | float | None) else str(value)
+        if not isinstance(allowed, str):
+            allowed = [str(choice) for choice in allowed]
+        self.allowed = allowed if isinstance(allowed, str) else ", ".join(allowed)
         if suggestion is None and not isinstance(allowed, str) and isinstance(value, str):
             suggestion = closest(value, allowed)
-        self.suggestion, self.fix = suggestion, fix
+        self.suggestion = None if suggestion is None else str(suggestion)
+        self.fix = None if fix is None else str(fix)
         super().__init__(str(self))
+
+    def fields(self) -> dict[str, Any]:
+        """Return the arguments that make this error anew, all of them scalars of JSON."""
+        names = ("key", "value", "reason", "allowed", "suggestion", "fix")
+        return {name: getattr(self, name) for name in names}
+
+    def __reduce__(self) -> tuple[Callable[[], InputError], tuple[()]]:
+        """Pickle the fields: an exception's own way would call the constructor with the message alone."""
+        return partial(InputError, **self.fields()), ()
 
     def __str__(self) -> str:
         line = f"{self.key}: {self.value} {self.reason}"

@@ -14,22 +14,27 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Self
+from typing import IO, Self
 
+import filelock
 import psutil
 
+from harness import import_path
 from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
-from harness.jobs import last_words
-from harness.lifecycle import REPEAT_S, SIGNALS, SILENT
+from harness.jobs import last_words, parent
+from harness.lifecycle import REPEAT_S, SILENT, handled_signals, outlive_the_terminal
 from harness.preparation import Prepared, prepare
-from harness.record import atomic
+from harness.record import atomic, locks, readers
+from harness.record import folder as run_folder
 from harness.record.folder import REQUEUE, now
+from harness.record.readers import Status
 from harness.train import ERROR_FILE
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "failed": 3, "interrupted": 75}
@@ -37,6 +42,8 @@ EXIT_CODES = {"finished": 0, "diverged": 3, "failed": 3, "interrupted": 75}
 
 SHARED: ContextVar[Callable[[Prepared], RunOutcome | None] | None] = ContextVar("shared", default=None)
 """Trains a run in processes that other runs share, or returns None where it must have its own."""
+LOCK_S = 2.0
+"""How long a folder whose processes have ended may still be locked: the system frees a killed process' lock late."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,12 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
     command, extra = launch_command(prepared.config, prepared.overrides)
     with tempfile.TemporaryDirectory() as scratch:
         error = Path(scratch) / "error.json"
-        with Forwarding() as forwarding:
+        began = time.time()
+        with Forwarding(Path(scratch)) as forwarding:
             # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **extra, ERROR_FILE: str(error), last_words.FOLDER: scratch},
+                env={**environment(), **extra, ERROR_FILE: str(error), last_words.FOLDER: scratch},
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
@@ -96,10 +104,15 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
             )
             forwarding.to(partial(_signal_workers, process))
             code = process.wait()
-        if error.exists():
-            raise InputError(**json.loads(error.read_text()))
+        if (bad_input := read_error(error)) is not None:
+            raise bad_input
         silent = last_words.silent(Path(scratch))
-    return outcome(prepared.folder, code, silent, forwarding.first)
+    return outcome(prepared.folder, code, silent, forwarding.first, began)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of every process that trains for this command: they watch it, and import safely."""
+    return {**os.environ, **import_path.environment(), **parent.environment()}
 
 
 def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -112,7 +125,7 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
     assert config.world_size is not None
     training = ["harness.train", *training_words(config, overrides)]
     if config.world_size == 1:
-        return [sys.executable, "-m", *training], {}
+        return [sys.executable, "-P", "-m", *training], {}
     flags = [
         "--multi_gpu",
         "--num_processes",
@@ -130,6 +143,7 @@ def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[st
     extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     return [
         sys.executable,
+        "-P",
         "-m",
         "accelerate.commands.launch",
         *flags,
@@ -150,48 +164,94 @@ def cpu_environment() -> dict[str, str]:
     return {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
-def outcome(folder: Path, code: int, silent: list[int], asked: signal.Signals | None) -> RunOutcome:
+def outcome(
+    folder: Path, code: int, silent: list[int], asked: signal.Signals | None, began: float = 0.0
+) -> RunOutcome:
     """What became of a run whose processes have ended; status.json is completed where rank 0 could not do it.
+
+    Only the holder of the folder's lock edits it: another process may be training this run, which these were kept from.
 
     Args:
         folder: of the run.
         code: exit code of the launcher.
         silent: ranks that started and did not say that they end (`last_words`).
         asked: the signal that it was told to stop by.
+        began: Unix time before the processes started; an older status.json is of an earlier attempt.
     """
-    try:
-        status = json.loads((folder / "status.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        if asked is not None:
-            return RunOutcome(folder, "interrupted", 75, f"stopped by {asked.name} before the first step")
-        return RunOutcome(folder, "failed", 3, f"the processes ended with code {code} before the first step")
-    attempt = status["attempts"][-1]
-    if status["state"] == "running" and asked is not None:
-        _note(status, "interrupted", f"stopped at once by {asked.name} after step {status['step']}")
-        atomic.write_text(folder / REQUEUE, f"{status['step']}\n")
-    elif status["state"] == "running":
-        # Killed from outside: rank 0 could not say so itself.
-        reason = f"the processes died (code {code}) after step {status['step']}"
-        if silent:
-            reason = f"{last_words.told(silent)} after step {status['step']}"
-        _note(status, "failed", reason)
-    elif status["state"] == "failed" and silent and SILENT not in attempt["reason"]:
-        # The others only saw their connection break. One that hung was killed because of that.
-        attempt["reason"] = f"{last_words.told(silent)}; then {attempt['reason']}"
+    early = "before the first step"
+    if asked is not None:
+        unknown = RunOutcome(folder, "interrupted", 75, f"stopped by {last_words.describe(asked)} {early}")
     else:
-        return _told(folder, status)
-    atomic.write_json(folder / "status.json", status)
-    return _told(folder, status)
+        unknown = RunOutcome(folder, "failed", 3, f"the processes ended with code {code} {early}")
+    if not (folder / readers.STATUS).is_file():
+        return unknown
+    try:
+        lock = locks.acquire(run_folder.lock_file(folder), key="runs_dir", timeout=LOCK_S)
+    except filelock.Timeout:
+        return replace(unknown, reason=f"{unknown.reason}; another process is training this run")
+    except (InputError, OSError):
+        lock = None  # nothing can be written there; what was written can be read
+    try:
+        status, _ = readers.status(folder)
+        if status is None or not status.attempts or not _is_since(status.updated, began):
+            return unknown
+        return _completed(folder, status, code, silent, asked, may_edit=lock is not None)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
-def _note(status: dict[str, Any], state: str, reason: str) -> None:
-    status |= {"state": state, "updated": now()}
-    status["attempts"][-1] |= {"state": state, "ended": now(), "reason": reason}
+def _completed(
+    folder: Path,
+    status: Status,
+    code: int,
+    silent: list[int],
+    asked: signal.Signals | None,
+    *,
+    may_edit: bool,
+) -> RunOutcome:
+    """Return what status.json says, after it was completed with what rank 0 could not write."""
+    attempt, step = status.attempts[-1], status.step or 0
+    is_requeued = False
+    if status.state == "running" and asked is not None:
+        _end(status, "interrupted", f"stopped at once by {last_words.describe(asked)} after step {step}")
+        is_requeued = True
+    elif status.state == "running":
+        # Killed from outside: rank 0 could not say so itself.
+        who = last_words.told(silent) if silent else f"the processes died (code {code})"
+        _end(status, "failed", f"{who} after step {step}")
+    elif status.state == "failed" and silent and SILENT not in attempt.reason:
+        # The others only saw their connection break. One that hung was killed because of that.
+        attempt.reason = f"{last_words.told(silent)}; then {attempt.reason}"
+    else:
+        may_edit = False
+    if may_edit:
+        atomic.write_json(folder / readers.STATUS, status.facts())
+        if is_requeued:
+            atomic.write_text(folder / REQUEUE, f"{step}\n")
+    return RunOutcome(folder, status.state, EXIT_CODES.get(status.state, 3), attempt.reason)
 
 
-def _told(folder: Path, status: dict[str, Any]) -> RunOutcome:
-    state = status["state"]
-    return RunOutcome(folder, state, EXIT_CODES.get(state, 3), status["attempts"][-1].get("reason", ""))
+def _is_since(time_text: str | None, began: float) -> bool:
+    """Return True if a time that `now` wrote, which has whole seconds, is not before ``began``."""
+    try:
+        return datetime.fromisoformat(time_text or "").timestamp() >= int(began)
+    except ValueError:
+        return began == 0.0
+
+
+def _end(status: Status, state: str, reason: str) -> None:
+    status.state, status.updated = state, now()
+    attempt = status.attempts[-1]
+    attempt.state, attempt.ended, attempt.reason = state, now(), reason
+
+
+def read_error(path: Path) -> InputError | None:
+    """Return the bad input that a run's first process found (`harness.train.ERROR_FILE`); None if it found none."""
+    try:
+        return InputError(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def ignore_usr1() -> None:
@@ -209,11 +269,15 @@ class Forwarding:
     what has not ended. Processes that end by themselves with code 0 it accepts. A second signal, `REPEAT_S` after the
     first or later, kills them.
 
+    Args:
+        notes: folder (`last_words`) that the first signal is noted in.
+
     Attributes:
         first: the first signal that came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notes: Path) -> None:
+        self._notes = notes
         self.first: signal.Signals | None = None
         self._came_at = 0.0
         self._send: Callable[[signal.Signals], None] | None = None
@@ -222,7 +286,7 @@ class Forwarding:
     def __enter__(self) -> Self:
         # Python lets other threads (a notebook's, a server's) set no handlers; signals then end this process as ever.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._forward) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._forward) for number in handled_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -239,6 +303,9 @@ class Forwarding:
         passed_on = signal.SIGTERM
         if self.first is None:
             self.first, self._came_at = signal.Signals(number), time.monotonic()
+            last_words.note_asked(self._notes, self.first)
+            if self.first is signal.SIGHUP:
+                outlive_the_terminal()
         elif time.monotonic() - self._came_at >= REPEAT_S:
             passed_on = signal.SIGKILL
         else:
@@ -249,7 +316,8 @@ class Forwarding:
 
 def _signal_workers(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     for worker in _workers(process.pid) or [process]:
-        worker.send_signal(number)
+        with suppress(psutil.NoSuchProcess):
+            worker.send_signal(number)
 
 
 def _workers(pid: int) -> list[psutil.Process]:
@@ -259,7 +327,7 @@ def _workers(pid: int) -> list[psutil.Process]:
         parent = psutil.Process(pid)
         for process in [parent, *parent.children(recursive=True)]:
             words = process.cmdline()
-            # A launcher has "-m accelerate…" before the module that it is to start.
+            # "-P" or "-u" may be before it. A launcher has "-m accelerate…" before the module that it is to start.
             if "-m" in words and words[words.index("-m") + 1 :][:1] == ["harness.train"]:
                 found.append(process)
     return found

@@ -1,6 +1,6 @@
 """Who trains a run: a file that its job keeps fresh, so that two jobs never train one run at the same time.
 
-    python -m harness.jobs.leases FILE JOB     # exit code 0: JOB has it now; 1: another job has it
+    python -m harness.jobs.leases FILE JOB     # exit code 0: JOB has it now; 75: another job has it
 
 The run folder's lock (`harness.record.folder`) is the operating system's, which some shared file systems do not pass
 from node to node; this needs nothing but exclusive creation and renaming. Torch-free.
@@ -27,6 +27,8 @@ FRESH_S = 90.0
 PATIENCE_S = 120.0
 """How long a job waits for a lease: long enough for one to be abandoned."""
 POLL_S = 2.0
+HELD = 75
+"""Exit code: another job has the lease. Not 1, with which Python ends after any error."""
 
 
 class Lease(NamedTuple):
@@ -140,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
         found = holder(path)
         if time.monotonic() > deadline:
             print(f"{path}: held by job {found.job if found else '?'}, which keeps it fresh", file=sys.stderr)
-            return 1
+            return HELD
         time.sleep(POLL_S)
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jinja2
 
+from harness import import_path
 from harness.config import cluster as cluster_config
 from harness.config.cluster import ClusterConfig
 from harness.config.errors import InputError
@@ -144,6 +145,7 @@ def _check(job: Job) -> None:
 
 def _facts(kind: Kind, cluster: ClusterConfig, *, by_hand: bool) -> dict[str, Any]:
     preflight = cluster.preflight
+    is_ours = not (cluster.python or cluster.container or cluster.srun)
     python = cluster.python or ("python" if by_hand or cluster.container else sys.executable)
     return {
         "flags": _flags(kind, cluster),
@@ -152,6 +154,7 @@ def _facts(kind: Kind, cluster: ClusterConfig, *, by_hand: bool) -> dict[str, An
         "setup": cluster.setup,
         "container": cluster.container,
         "python": python,
+        "import_path": None if by_hand or not is_ours else import_path.checkout(),
         "srun": cluster.srun,
         "gpus": cluster.gpus,
         "per_node": None if by_hand else cluster.processes_per_node,

@@ -6,7 +6,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from harness.jobs import launch
+from harness.jobs import ending, launch
+from harness.preparation import prepare
+from harness.record import readers
 from harness.record.schema import SCHEMA_VERSION
 
 
@@ -20,22 +22,20 @@ def main(argv: Sequence[str]) -> int:
     """
     as_json = "--json" in argv
     overrides = [word for word in argv if word != "--json"]
-    outcome = launch.run(
-        overrides,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-        output=sys.stderr if as_json else None,
-    )
-    try:
-        facts = json.loads((outcome.folder / "summary.json").read_text())
-    except OSError:
-        facts = None
+    prepared = prepare(overrides, say=lambda text: print(text, file=sys.stderr, flush=True))
+    outcome = launch.start(prepared, output=sys.stderr if as_json else None)
+    resume = ending.resume_command(overrides, prepared.config)
     if as_json:
-        document = {"schema_version": SCHEMA_VERSION, "folder": str(outcome.folder), "state": outcome.state}
-        print(json.dumps({**document, "reason": outcome.reason, "summary": facts}, indent=2))
+        facts, _ = readers.json_object(outcome.folder / readers.SUMMARY)
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "folder": str(outcome.folder),
+            "state": outcome.state,
+            "reason": outcome.reason,
+            "resume": resume if outcome.state == "interrupted" else None,
+            "summary": facts,
+        }
+        print(json.dumps(document, indent=2))
     else:
-        loss = facts["val/loss"] if facts else None
-        print(
-            f"{outcome.state}: {outcome.reason}" + ("" if loss is None else f"; validation loss {loss:.4f}")
-        )
-        print(outcome.folder)
+        print(*ending.lines(outcome.folder, outcome.state, outcome.reason, resume), sep="\n")
     return outcome.exit_code

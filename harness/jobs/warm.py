@@ -12,7 +12,6 @@ replaced. Torch-free.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from harness.config import checks
-from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
 from harness.jobs import last_words, launch
@@ -134,8 +132,8 @@ class _Group:
             ours, theirs = Pipe()
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "harness.jobs.warm_worker", str(theirs.fileno())],
-                    env={**os.environ, **_environment(rank, world_size)},
+                    [sys.executable, "-P", "-m", "harness.jobs.warm_worker", str(theirs.fileno())],
+                    env={**launch.environment(), **_environment(rank, world_size)},
                     stdout=output,
                     stderr=output,
                     stdin=subprocess.DEVNULL,
@@ -167,7 +165,8 @@ class _Group:
                 last_words.FOLDER: scratch,
                 "MASTER_PORT": str(launch.free_port()),
             }
-            with launch.Forwarding() as forwarding:
+            began = time.time()
+            with launch.Forwarding(Path(scratch)) as forwarding:
                 self._send((list(launch.training_words(prepared.config, prepared.overrides)), environment))
                 forwarding.to(self._signal)
                 replies = self._replies()
@@ -175,11 +174,11 @@ class _Group:
             self._is_clean = all(is_clean for _, is_clean in replies)
             if not self._is_clean:
                 self.close()
-            if error.exists():
-                raise InputError(**json.loads(error.read_text()))
+            if (bad_input := launch.read_error(error)) is not None:
+                raise bad_input
             silent = last_words.silent(Path(scratch))
         code = next((code for code in codes if code), 0)
-        return launch.outcome(prepared.folder, code, silent, forwarding.first)
+        return launch.outcome(prepared.folder, code, silent, forwarding.first, began)
 
     def close(self) -> None:
         """End the processes: those that wait by themselves, the others by force."""

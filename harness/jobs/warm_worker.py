@@ -20,8 +20,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from harness import train
+from harness.jobs import parent
 from harness.jobs.warm import PEAK_RESET
-from harness.lifecycle import BEAT_S, SIGNALS
+from harness.lifecycle import BEAT_S, SIGNALS, outlive_the_terminal
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     A run that ended in an exception ends this process, too: its threads and its process group are in no known state.
     """
     pipe = Connection(int(argv[0]))
+    parent.watch()
     warm_up()
     before = ProcessState()
     while True:
@@ -135,6 +137,7 @@ class ProcessState:
 
 
 if __name__ == "__main__":
+    outlive_the_terminal()
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

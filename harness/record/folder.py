@@ -45,6 +45,11 @@ def path_of(config: RunConfig, identity: str) -> Path:
     return Path(config.runs_dir) / config.group / name
 
 
+def lock_file(folder: Path) -> Path:
+    """Return the file whose lock the process that writes a run folder holds; next to it, as the folder may move."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def check(folder: Path, config: RunConfig, identity: str, shorter_runs: Sequence[ShorterRun] = ()) -> None:
     """Refuse a folder that this run must not write to, before anything is spent.
 
@@ -145,7 +150,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = locks.acquire(path.parent / f".{path.name}.lock", key="runs_dir", timeout=0)
+            self._lock = locks.acquire(lock_file(path), key="runs_dir", timeout=0)
         except filelock.Timeout as error:
             raise InputError(
                 "name", path, "is being written to by another run", fix="another name="
@@ -316,12 +321,27 @@ class RunFolder:
 
     def _set_aside(self, config: RunConfig) -> None:
         if config.overwrite and not _is_empty(self.path):
-            set_aside(self.path)
+            _move_aside(self.path)
             self.path.mkdir()
 
 
 def set_aside(path: Path) -> None:
-    """Move a run folder to a hidden name beside it."""
+    """Move a run folder to a hidden name beside it.
+
+    Raises:
+        InputError: another process is writing to it.
+    """
+    try:
+        lock = locks.acquire(lock_file(path), key="runs_dir", timeout=0)
+    except filelock.Timeout as error:
+        raise InputError("name", path, "is being written to by another run", fix="another name=") from error
+    try:
+        _move_aside(path)
+    finally:
+        lock.release()
+
+
+def _move_aside(path: Path) -> None:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     path.rename(path.with_name(f".{path.name}.replaced-{stamp}"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -148,7 +149,11 @@ def test_ctrl_c_finishes_the_step_and_says_75(world_size: int, corpus: Path, tmp
     assert _state(folder) == "interrupted"
     summary = json.loads((folder / "summary.json").read_text())
     assert 0 < summary["steps"] < 100000
-    assert "stopped by SIGTERM" in summary["reason"]
+    assert "stopped by Ctrl-C (SIGINT)" in summary["reason"]
+    assert output.splitlines()[-2:] == [
+        f"to resume: {shlex.join(['optbench', 'train', *words])}",
+        str(folder),
+    ]
     assert (folder / "REQUEUE").read_text() == f"{summary['steps']}\n"
     assert (folder / "checkpoints" / "latest").read_text() == f"step_{summary['steps']:08d}\n"
     assert not (folder / "DONE").exists()
