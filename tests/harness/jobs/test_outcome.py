@@ -29,7 +29,7 @@ def live(tmp_path: Path) -> Iterator[RunFolder]:
     folder = RunFolder(tmp_path / "group" / "run", compose.load(["steps=10"]), IDENTITY)
     folder.set_state("running", step=3)
     yield folder
-    folder.close(done=False)
+    folder.close()
 
 
 @pytest.mark.parametrize("asked", [None, signal.SIGINT, signal.SIGTERM])
@@ -45,7 +45,7 @@ def test_a_second_start_never_edits_the_run_of_another_process(
 
 
 def test_control_the_status_of_a_dead_run_is_completed(live: RunFolder) -> None:
-    live.close(done=False)
+    live.close()
     ended = launch.outcome(live.path, 1, [], signal.SIGINT)
     status = json.loads((live.path / "status.json").read_text())
     assert ended.state == status["state"] == status["attempts"][-1]["state"] == "interrupted"
@@ -61,7 +61,7 @@ def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(
 ) -> None:
     """Processes that died before they opened the folder: else a crash at start reads as "interrupted", 75."""
     live.set_state("interrupted", step=3, reason="stopped by SIGTERM after step 3")
-    live.close(done=False)
+    live.close()
     before = (live.path / "status.json").read_bytes()
     ended = launch.outcome(live.path, 1, [], None, began=time.time() + 60)
     assert (ended.state, ended.exit_code) == ("failed", 3)
@@ -92,7 +92,7 @@ def test_a_start_while_the_run_is_trained_is_bad_input_in_one_line(tmp_path: Pat
     words = small(write_documents(tmp_path, 40), tmp_path, "name=run")
     config = compose.load(words)
     live = RunFolder(tmp_path / "default" / "run", config, IDENTITY)
-    live.close(done=False)
+    live.close()
     identity = subprocess.run(
         [sys.executable, "-c", _IDENTITY, *words], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -108,7 +108,7 @@ def test_a_start_while_the_run_is_trained_is_bad_input_in_one_line(tmp_path: Pat
     assert {path.name: path.read_bytes() for path in live.path.iterdir()} == before
     with pytest.raises(InputError, match="is being written to by another run"):
         run_folder.set_aside(live.path)
-    live.close(done=False)
+    live.close()
 
 
 _IDENTITY = """

@@ -133,7 +133,7 @@ def test_a_run_keeps_no_secret_in_any_of_its_texts(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", config, "0" * 12)
     folder.add_log("RuntimeError: HTTP 401 with Authorization: Bearer s3cr3t0123456789")
     folder.set_state("failed", step=0, reason="x")
-    folder.close(done=False)
+    folder.close()
     kept = "".join(path.read_text() for path in sorted((tmp_path / "run").iterdir()))
     assert "s3cr3t" not in kept
     assert "0.125" in kept
