@@ -106,6 +106,8 @@ def _parse(parser: OverridesParser, key: str, text: str) -> Override:
         problem = next(iter(str(error).splitlines()), type(error).__name__)
         guess = suggestions.number(key, text, whole=True) or suggestions.number(key, text, whole=False)
         fix = f"{key}={guess}" if guess else f"put it in quotes: '{key}=\"{text}\"'"
+        if len(text) > 200:
+            text, fix = f"{text[:40]}… ({len(text):,} characters)", "a shorter value"
         if "${" in text:
             fix = f"leave out ${{, or write {key}=${{KEY}} or {key}=${{oc.env:NAME}}"
         reason = f"cannot be read ({problem})"
