@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 BUFFER_BYTES = 2**16
+PIECE_BYTES = 2**12
+"""Decompressed at once: an error loses as much of what precedes it."""
 # Text shrinks to a tenth, and logs that repeat themselves to a hundredth; gzip ends at a thousandth.
 BOMB_RATIO = 200
 BOMB_BYTES = 64 * 2**20
@@ -143,25 +145,36 @@ class _Decompressed(io.RawIOBase):
     def __init__(self, stream: Any, raw: IO[bytes], compressed: int) -> None:
         self._stream, self._raw, self._compressed = stream, raw, compressed
         self._done = 0
+        self._error: DamagedFile | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        try:
-            data = self._stream.read(len(buffer))
-            while data and len(data) < len(buffer) and (more := self._stream.read(len(buffer) - len(data))):
-                data += more  # whoever peeks at the head must see all of it
-        # zlib.error, LZMAError, BadGzipFile, EOFError, ArrowInvalid: they share no other base.
-        except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise DamagedFile(
-                f"cannot be read after {self._done:,} bytes of its contents ({reason})"
-            ) from error
-        self._done += len(data)
-        check_expansion(self._done, self._compressed)
-        buffer[: len(data)] = data
-        return len(data)
+        filled = 0
+        # The buffer is filled up, so that whoever peeks at the head sees all of it; what precedes damage is
+        # delivered first, so that messages name the row.
+        while filled < len(buffer) and self._error is None:
+            try:
+                data = self._stream.read(min(PIECE_BYTES, len(buffer) - filled))
+                check_expansion(self._done + len(data), self._compressed)
+            except DamagedFile as error:
+                self._error = error
+            # zlib.error, LZMAError, BadGzipFile, EOFError, ArrowInvalid: they share no other base.
+            except Exception as error:
+                reason = str(error) or type(error).__name__
+                self._error = DamagedFile(
+                    f"cannot be read after {self._done:,} bytes of its contents ({reason})"
+                )
+            else:
+                if not data:
+                    break
+                buffer[filled : filled + len(data)] = data
+                filled += len(data)
+                self._done += len(data)
+        if self._error is not None and not filled:
+            raise self._error
+        return filled
 
     def close(self) -> None:
         if not self.closed:

@@ -23,6 +23,9 @@ MAX_LINE_BYTES = 256 * 2**20
 ROWS_WITHOUT_KEY = 1000
 """Rows without the text's key, from the first, after which it is taken for mistyped."""
 
+ROWS_AT_ONCE = 16
+"""Rows of Parquet decoded at once: a text of megabytes that all rows share is in the file once."""
+
 
 class Place:
     """Where in a file reading has got to, for messages."""
@@ -125,6 +128,7 @@ def _text(place: Place, field: str) -> Iterator[str]:
 def _jsonl(place: Place, field: str) -> Iterator[str | None]:
     opened = open_decompressed(place.path)
     with opened.file as file:
+        place.row = ", line 1"
         _refuse_other_formats(place, file, "jsonl")
         keys: Iterable[str] | None = None
         first, without_key = "", 0
@@ -217,17 +221,13 @@ def _parquet_rows(place: Place, field: str) -> Iterator[str | None]:
     if not any(is_kind(value_kind) for is_kind in strings):
         raise InputError("data.field", field, f"holds {kind}, not text, in {place}")
     size, done, row = place.path.stat().st_size, 0, 0
-    # As a dictionary: a text that is repeated a million times is in memory once.
-    columns = [] if pa.types.is_null(value_kind) else [field]
     options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}
-    with pq.ParquetFile(place.path, read_dictionary=columns, **options) as table:
+    with pq.ParquetFile(place.path, **options) as table:
         for group in range(table.num_row_groups):
             place.row = f", row group {group + 1}"
-            facts = table.metadata.row_group(group)
-            for column in map(facts.column, range(facts.num_columns)):
-                if column.path_in_schema == field:
-                    check_expansion(column.total_uncompressed_size, column.total_compressed_size)
-            for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=[field]):
+            # Not per column: pyarrow aborts the process over damaged statistics of a column's metadata.
+            check_expansion(table.metadata.row_group(group).total_byte_size, size)
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group], columns=[field]):
                 for scalar in batch.column(0):
                     row += 1
                     place.row = f", row {row}"

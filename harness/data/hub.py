@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +75,9 @@ def stream(config: DataConfig) -> Iterator[str | None]:
 
     assert config.dataset is not None
     folder = _folder(config.dataset)
-    name = str(folder) if folder is not None else config.dataset
     try:
-        with quiet():
+        with quiet(), _without_pattern(folder) as link:
+            name = config.dataset if link is None else str(link)
             for row in datasets.load_dataset(name, config.subset, split=config.split, streaming=True):
                 yield _text(row, config)
     except InputError:
@@ -88,6 +91,23 @@ def stream(config: DataConfig) -> Iterator[str | None]:
 def _folder(name: str) -> Path | None:
     path = os.path.expanduser(name)
     return Path(path) if os.path.isdir(path) else None
+
+
+@contextmanager
+def _without_pattern(folder: Path | None) -> Iterator[Path | None]:
+    """Yield ``folder``, or a copy made of links if its path holds ``[``, ``*`` or ``?``.
+
+    `datasets` resolves the path and then takes it for a pattern, so that ``a[1]`` would read the folder ``a1``.
+    """
+    if folder is None or not glob.has_magic(str(folder.resolve())):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for path in _files(folder):
+            link = Path(copy) / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.absolute())
+        yield Path(copy)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -121,6 +121,23 @@ def test_no_damage_ends_in_anything_but_an_input_error(tmp_path: Path, codec: st
     assert refused > 40
 
 
+@pytest.mark.parametrize("codec", ["gzip", "xz"])
+def test_damage_names_the_row_that_it_is_in(tmp_path: Path, codec: str) -> None:
+    # Random letters: some 0.8 bytes a character, so that the damage is two thirds into the rows.
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=200)) for _ in range(3000)]
+    write_jsonl(tmp_path / "plain", texts)
+    data = bytearray(CODECS[codec]((tmp_path / "plain").read_bytes()))
+    for i in range(2 * len(data) // 3, 2 * len(data) // 3 + 100):
+        data[i] ^= 0x55
+    (tmp_path / "x").write_bytes(data)
+    line = line_of(tmp_path / "x")
+    row = int(line.partition("x, line ")[2].split()[0])
+    assert (1800 if codec == "gzip" else 1) <= row <= 2100
+    (tmp_path / "cut").write_bytes(data[:20])
+    assert "cut, line 1 cannot be read" in line_of(tmp_path / "cut")
+
+
 def test_a_damaged_second_stream_is_not_taken_for_the_end(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "plain", documents(4))
     data = (tmp_path / "plain").read_bytes()

@@ -82,6 +82,18 @@ def test_text_jsonl_parquet_and_gzip_hold_the_same_documents(tmp_path: Path) -> 
         assert read(tmp_path, source=source, files=[str(tmp_path / pattern)]) == texts, source
 
 
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_parquet_in_every_encoding(tmp_path: Path, encoding: str) -> None:
+    texts = documents(100)
+    table = pa.table({"nested": [{"a": [1]}] * 100, "text": texts})
+    columns = {"text": encoding}
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False, column_encoding=columns)
+    assert read(tmp_path, source="parquet", files=[str(tmp_path / "a.parquet")]) == texts
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"text": pa.array(texts).cast(kind)}), tmp_path / "b.parquet")
+        assert read(tmp_path, source="parquet", files=[str(tmp_path / "b.parquet")]) == texts, kind
+
+
 def test_globs_are_sorted_recursive_and_count_a_file_once(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("b.txt", "a.txt", "sub/c.txt"):
@@ -147,6 +159,16 @@ def test_a_local_data_set_folder_is_streamed(tmp_path: Path) -> None:
     assert [texts[0], *stream] == texts
     with pytest.raises(InputError, match=r"data.field: body is no column of .*allowed: text"):
         list(hub.stream(config.model_copy(update={"field": "body"})))
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*b", "what?"])
+def test_a_data_set_folder_whose_name_looks_like_a_pattern(tmp_path: Path, name: str) -> None:
+    for folder in (name, "a1", "axb", "whats"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        write_jsonl(tmp_path / folder / "x[0].jsonl", [folder])
+        write_jsonl(tmp_path / folder / "sub" / "y.jsonl", [f"{folder}/sub"])
+    found = list(hub.stream(DataConfig(source="datasets", dataset=str(tmp_path / name))))
+    assert sorted(map(str, found)) == [name, f"{name}/sub"]
 
 
 def test_a_data_set_out_of_reach_is_one_line_and_leaves_no_cache(tmp_path: Path) -> None:
