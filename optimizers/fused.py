@@ -7,7 +7,7 @@ Where they are missing or do not add up the weight stays whole, and its route sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -21,15 +21,17 @@ class Block:
         shape: (rows, columns).
         part: what the brackets hold ("q"), "" for the whole parameter.
         transposed: stored as (in, out) (`Conv1D` of transformers): matters to √(out/in) only.
-        dim: axis that is cut, or -1: the whole parameter, or -2: one of a stack of matrices.
-        outer: the axis is read as (outer, inner): parts may be interleaved, head by head.
-        start, length: interval of `inner`; for dim -2: which matrix, and 1.
+        expert: index in a stack of matrices (3-D parameter); None: the parameter is one matrix.
+        dim: axis of the matrix that is cut; -1: none.
+        outer: the axis is read as (outer, inner): parts may be interleaved, head by head or column by column.
+        start, length: interval of `inner`.
     """
 
     name: str
     shape: tuple[int, int]
     part: str = ""
     transposed: bool = False
+    expert: int | None = None
     dim: int = -1
     outer: int = 1
     start: int = 0
@@ -37,10 +39,10 @@ class Block:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The block's elements of a parameter-shaped tensor, as a view: 2-D, or 3-D where interleaved."""
+        if self.expert is not None:
+            tensor = tensor[self.expert]
         if self.dim == -1:
             return tensor
-        if self.dim == -2:
-            return tensor[self.start]
         if self.outer == 1:
             return tensor.narrow(self.dim, self.start, self.length)
         inner = tensor.shape[self.dim] // self.outer
@@ -55,6 +57,11 @@ class Block:
     def like_view(self, matrix: Tensor) -> Tensor:
         """A (rows, columns) tensor in the shape of `view`."""
         return matrix if self.outer == 1 else matrix.unflatten(self.dim, (self.outer, self.length))
+
+    @property
+    def is_whole(self) -> bool:
+        """True where it is the whole parameter."""
+        return self.expert is None and self.dim == -1
 
     @property
     def fans(self) -> tuple[int, int]:
@@ -106,6 +113,14 @@ def _interleaved(size: int, heads: Heads | None) -> Cut | None:
     return Cut((("q", shared * heads.dim), ("k", heads.dim), ("v", heads.dim)), outer=heads.key_value)
 
 
+_GATE_UP = _equal("gate", "up")
+
+
+def _alternating(size: int, heads: Heads | None) -> Cut | None:
+    """Gate and up row by row (or column by column) in turn (gpt-oss)."""
+    return Cut((("gate", 1), ("up", 1)), outer=size // 2) if size % 2 == 0 else None
+
+
 # Last component of the module's name → layout of the output axis.
 FUSED: dict[str, tuple[str, Callable[[int, Heads | None], Cut | None]]] = {
     "qkv_proj": ("q, k, v", _grouped),
@@ -113,8 +128,9 @@ FUSED: dict[str, tuple[str, Callable[[int, Heads | None], Cut | None]]] = {
     "Wqkv": ("q, k, v", _grouped),
     "qkv": ("q, k, v", _grouped),
     "query_key_value": ("q, k, v of each head in turn", _interleaved),
-    "gate_up_proj": ("gate, up", _equal("gate", "up")),
-    "Wi": ("gate, up", _equal("gate", "up")),
+    "gate_up_proj": ("gate, up", _GATE_UP),
+    "Wi": ("gate, up", _GATE_UP),
+    "input_linear": ("gate, up", _GATE_UP),
     "in_proj_weight": ("q, k, v", _equal(*_QKV)),
 }
 
@@ -139,28 +155,113 @@ def split(
     parts = name.split(".")
     leaf = parts[-1] if parts[-1] in FUSED or len(parts) == 1 else parts[-2]
     if len(shape) == 3:
-        blocks = tuple(
-            Block(f"{name}[{e}]", (shape[1], shape[2]), str(e), dim=-2, start=e, length=1)
-            for e in range(shape[0])
-        )
-        return blocks, f"{shape[0]} experts, each a matrix"
+        return _experts(name, shape, leaf, module, parent)
     rows, columns = shape
+    stacked = _stacked_rows(name, (rows, columns), module)
+    if stacked:
+        return stacked, f"{len(stacked)} experts, each a matrix"
     transposed = kind == "Conv1D"
-    whole = (Block(name, (rows, columns), transposed=transposed),)
-    if leaf not in FUSED:
-        return whole, ""
-    axis = 1 if transposed else 0
+    whole = Block(name, (rows, columns), transposed=transposed)
+    if leaf not in FUSED or (leaf == "input_linear" and not _feeds_a_gate(shape, parent)):
+        return (whole,), ""
     what, layout = FUSED[leaf]
-    cut = layout(shape[axis], _heads(parent, config))
-    if cut is None or sum(size for _, size in cut.parts) * cut.outer != shape[axis]:
-        return whole, f"looks fused ({what}) but its sizes are not known: kept whole"
+    cut = layout(shape[1 if transposed else 0], _heads(parent, config))
+    blocks = _parts(whole, cut)
+    if blocks is None:
+        return (whole,), f"looks fused ({what}) but its sizes are not known: kept whole"
+    return blocks, f"split into {what}"
+
+
+def _parts(whole: Block, cut: Cut | None) -> tuple[Block, ...] | None:
+    """A matrix taken apart along its output axis; None where the parts do not add up."""
+    axis = 1 if whole.transposed else 0
+    rows, columns = whole.shape
+    if cut is None or sum(size for _, size in cut.parts) * cut.outer != whole.shape[axis]:
+        return None
     blocks, start = [], 0
-    for part, size in cut.parts:
+    for name, size in cut.parts:
         length = size * cut.outer
-        block_shape = (rows, length) if transposed else (length, columns)
-        blocks.append(Block(f"{name}[{part}]", block_shape, part, transposed, axis, cut.outer, start, size))
+        part = f"{whole.part}.{name}" if whole.part else name
+        blocks.append(
+            replace(
+                whole,
+                name=f"{whole.name.removesuffix(f'[{whole.part}]')}[{part}]",
+                shape=(rows, length) if whole.transposed else (length, columns),
+                part=part,
+                dim=axis,
+                outer=cut.outer,
+                start=start,
+                length=size,
+            )
+        )
         start += size
-    return tuple(blocks), f"split into {what}"
+    return tuple(blocks)
+
+
+def _experts(
+    name: str, shape: tuple[int, ...], leaf: str, module: nn.Module | None, parent: nn.Module | None
+) -> tuple[tuple[Block, ...], str]:
+    """The matrices of a stack of experts: one of each, or its gate and its up projection.
+
+    How a stack is stored is told by its module (transformers: `is_transposed`, `is_concatenated`), or else by the
+    shapes of its two stacks.
+    """
+    experts, rows, columns = shape
+    transposed = _is_transposed(module)
+    whole = [
+        Block(f"{name}[{e}]", (rows, columns), str(e), transposed=transposed, expert=e)
+        for e in range(experts)
+    ]
+    is_gated = leaf in ("gate_up_proj", "Wi") or (leaf == "input_linear" and _feeds_a_gate(shape, parent))
+    if not is_gated:
+        return tuple(whole), f"{experts} experts, each a matrix"
+    layout = _GATE_UP if getattr(module, "is_concatenated", True) else _alternating
+    cut = layout(columns if transposed else rows, None)
+    blocks = [_parts(block, cut) for block in whole]
+    if None in blocks:
+        return tuple(whole), f"{experts} experts; gate and up look fused but do not halve: kept whole"
+    how = "" if cut is not None and cut.outer == 1 else ", interleaved"
+    return tuple(
+        part for same in blocks for part in same or ()
+    ), f"{experts} experts, split into gate, up{how}"
+
+
+def _is_transposed(module: nn.Module | None) -> bool:
+    """Return True for experts that are stored as (in, out)."""
+    stored = getattr(module, "is_transposed", None)
+    if isinstance(stored, bool):
+        return stored
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or not gate_up.ndim == down.ndim == 3:
+        return False
+    return gate_up.shape[2] == 2 * down.shape[1] and gate_up.shape[1] == down.shape[2]
+
+
+def _feeds_a_gate(shape: tuple[int, ...], parent: nn.Module | None) -> bool:
+    """Return True if an `input_linear` gives twice what the `output_linear` next to it takes (Granite, JetMoE)."""
+    weight = getattr(getattr(parent, "output_linear", None), "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == len(shape) and shape[-2] == 2 * weight.shape[-1]
+
+
+def _stacked_rows(name: str, shape: tuple[int, int], module: nn.Module | None) -> tuple[Block, ...]:
+    """The experts of a 2-D weight that holds one below the other (DBRX); none where it is no such stack."""
+    experts, inner = _integer(module, "moe_num_experts"), _integer(module, "ffn_hidden_size")
+    if experts is None or inner is None or shape[0] != experts * inner:
+        return ()
+    # Of the three, the down projection multiplies from the right as it is stored.
+    transposed = name.rpartition(".")[2] == "w2"
+    return tuple(
+        Block(
+            f"{name}[{e}]",
+            (inner, shape[1]),
+            str(e),
+            transposed,
+            dim=0,
+            start=e * inner,
+            length=inner,
+        )
+        for e in range(experts)
+    )
 
 
 def _heads(parent: nn.Module | None, config: object | None) -> Heads | None:

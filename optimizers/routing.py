@@ -26,7 +26,7 @@ NAME_PATTERNS: tuple[tuple[str, str], ...] = (
 )
 
 _HEADS = re.compile(NAME_PATTERNS[2][0])
-_ROUTER_MODULES = re.compile(r"\w*(Router|TopK\w*Gate|MoEGate)\w*")
+_ROUTER_MODULES = re.compile(r"\w*(Router|TopK\w*Gat(e|ing)|MoEGate)\w*")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ def _not_hidden_by_module(parameter: Tensor, owners: Sequence[_Owner], index: Mo
     at_top = owner.name.count(".") <= 1
     if at_top and isinstance(owner.module, nn.Linear) and _HEADS.fullmatch(leaf):
         return "output head"
-    if _ROUTER_MODULES.fullmatch(type(owner.module).__name__) or re.fullmatch(NAME_PATTERNS[4][0], leaf):
+    # The linear layer of a router may be a module inside it (DBRX, JetMoE).
+    types = [type(m).__name__ for m in (owner.module, owner.parent) if m is not None]
+    if any(_ROUTER_MODULES.fullmatch(name) for name in types) or re.fullmatch(NAME_PATTERNS[4][0], leaf):
         return "router"
     if isinstance(owner.module, nn.Linear) or type(owner.module).__name__ == "Conv1D":
         return None
@@ -162,7 +164,7 @@ def _not_hidden_by_module(parameter: Tensor, owners: Sequence[_Owner], index: Mo
 
 def _not_hidden_by_name(name: str, ndim: int) -> str | None:
     parts = name.lower().split(".")
-    if parts[-1] == "bias":
+    if re.fullmatch(r"(\w+_)?bias", parts[-1]):
         return "bias"
     for pattern, reason in NAME_PATTERNS:
         # The last two components name the layer; deeper ones are containers ("model.embedding_stack.0.…").

@@ -160,7 +160,8 @@ class PartitionedLayout:
         """Whole, or rows of it."""
         place = self._places[id(parameter)]
         flat, communicator = self._flats[place], self._per_flat[place]
-        slot = _block_slot(block, flat.slots[parameter], communicator.rank)
+        whole = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 has emptied the parameter
+        slot = _block_slot(block, flat.slots[parameter], communicator.rank, whole)
         return Slice(flat, slot, block.shape, communicator.rank)
 
     def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
@@ -311,7 +312,7 @@ class Slice:
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Where a whole parameter is here."""
-        is_here = self.split is None and self.shape == block.shape and block.dim == -1
+        is_here = self.split is None and self.shape == block.shape and block.is_whole
         return local.view(self.shape) if is_here else None
 
 
@@ -472,20 +473,19 @@ def _owner(index: int, pieces: Sequence[Interval]) -> int:
     return candidates[index % len(candidates)]
 
 
-def _block_slot(block: Block, slot: Slot, rank: int) -> Slot:
-    """Where a matrix of a fused parameter lies.
+def _block_slot(block: Block, slot: Slot, rank: int, whole: Sequence[int]) -> Slot:
+    """Where a matrix of a fused parameter of shape `whole` lies.
 
     Raises:
         TypeError: its elements are no interval of the flattened parameter.
     """
-    if block.dim == -1:
+    if block.is_whole:
         return slot
     size = block.shape[0] * block.shape[1]
-    if block.dim == -2:
-        first = block.start * size
-    elif block.dim == 0 and block.outer == 1:
-        first = block.start * block.shape[1]
-    else:
+    first = 0 if block.expert is None else block.expert * whole[-2] * whole[-1]
+    if block.dim == 0 and block.outer == 1:
+        first += block.start * block.shape[1]
+    elif block.dim != -1:
         raise TypeError(
             f"{block.name}: this fused projection is no interval of its flattened parameter and cannot be stepped in "
             "slices (ZeRO-1, 2, 3); use ddp, fsdp2 or zero0"

@@ -261,6 +261,7 @@ class Sharded:
 
     Attributes:
         cut: (axis, first, length) that select the matrix within what this process has of the parameter.
+        expert: index of the matrix among the experts that this process has; -1: it has others. None: no stack.
         pattern: the intervals of all ranks. Ranks must stack the same matrices, so it decides what is alike.
     """
 
@@ -269,14 +270,18 @@ class Sharded:
     start: int
     cut: tuple[int, int, int] | None = None
     pattern: Hashable = None
+    expert: int | None = None
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
         """This process' rows or columns of it."""
-        return None if parameter.grad is None else self._here(local(parameter.grad))
+        if parameter.grad is None:
+            return None
+        here = self._here(local(parameter.grad), block)
+        return here if here.ndim == 2 else here.reshape(self.shape)
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
         """View of the local shard."""
-        return self._here(local(parameter.detach()))
+        return self._here(local(parameter.detach()), block)
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
         """As `gradient`."""
@@ -284,9 +289,14 @@ class Sharded:
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Its rows or columns."""
-        return self._here(local)
+        here = self._here(local, block)
+        return here if here.ndim == 2 else here.reshape(self.shape)
 
-    def _here(self, shard: Tensor) -> Tensor:
+    def _here(self, shard: Tensor, block: Block) -> Tensor:
+        if self.expert is not None:
+            if self.expert < 0:
+                return block.like_view(shard.new_empty(self.shape))
+            return replace(block, expert=self.expert).view(shard)
         return (shard if self.cut is None else shard.narrow(*self.cut)).view(self.shape)
 
 
@@ -454,14 +464,14 @@ def holding_of(block: Block, axis: int, interval: tuple[int, int]) -> Sharded:
         TypeError: the matrix is interleaved with others, so that no interval of it lies here.
     """
     lo, hi = interval
-    if block.dim == -1:
-        return _along(block, axis, lo, hi - lo, None)
-    if block.dim == -2:
+    if block.expert is not None:
         if axis != 0:
             raise TypeError(f"{block.name}: experts sharded along dimension {axis} are not supported")
-        inside = lo <= block.start < hi
+        inside = lo <= block.expert < hi
         rows = block.shape[0] if inside else 0
-        return Sharded((rows, block.shape[1]), 0, 0, (0, block.start - lo if inside else 0, int(inside)))
+        return Sharded((rows, block.shape[1]), 0, 0, expert=block.expert - lo if inside else -1)
+    if block.dim == -1:
+        return _along(block, axis, lo, hi - lo, None)
     if block.outer != 1:
         raise TypeError(
             f"{block.name}: a fused projection that is interleaved head by head cannot be stepped in shards"

@@ -177,7 +177,7 @@ def test_experts_are_matrices_of_their_own() -> None:
     found = routes_of(net)
     stacked = [r for r in found.values() if len(r.shape) == 3]
     assert stacked
-    assert all(len(r.blocks) == 3 and r.rule == "muon" for r in stacked)
+    assert all(len(r.blocks) == (6 if "gate_up" in r.name else 3) and r.rule == "muon" for r in stacked)
     assert any(r.reason == "router" for r in found.values())
 
 
