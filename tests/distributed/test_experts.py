@@ -45,6 +45,7 @@ def trained(rank: int, preset: str, form: str, layout: str) -> list[torch.Tensor
     assert isinstance(experts, Experts)
     given = [slopes(experts, t) for t in range(4)]
     flats: list[Any] = []
+    slots: dict[Any, Any] = {}
 
     def spread(tensor: torch.Tensor) -> Any:
         return tensor
@@ -66,7 +67,7 @@ def trained(rank: int, preset: str, form: str, layout: str) -> list[torch.Tensor
     optimizer: Any = optimizers.build(
         preset, net.named_parameters(), modules=net, lr=0.1, **OPTIONS[preset], **more
     )
-    parameters = list(experts.parameters())
+    parameters: list[Any] = list(experts.parameters())
     if is_zero:
         import torch.distributed as dist
 

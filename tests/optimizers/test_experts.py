@@ -128,15 +128,26 @@ LLAMA = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32,
 }  # fmt: skip
+MOE = {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}
+SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 12}
+QWEN = {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2}
 MODELS: dict[str, dict[str, Any]] = {
-    "mixtral": {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2},
-    "qwen3_moe": {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "decoder_sparse_step": 1},
-    "olmoe": {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2},
-    "gpt_oss": {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
-    "llama4_text": {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 1, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 1},
-    "jetmoe": {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 12, "num_local_experts": 3, "num_experts_per_tok": 2},
-    "dbrx": {"vocab_size": 64, "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32, "ffn_config": {"ffn_hidden_size": 12, "moe_num_experts": 3, "moe_top_k": 2}, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
-    "granitemoe": {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "mixtral": MOE,
+    "qwen3_moe": {**QWEN, "moe_intermediate_size": 6, "decoder_sparse_step": 1},
+    "olmoe": QWEN,
+    "gpt_oss": {**MOE, "layer_types": ["full_attention"] * 2},
+    "llama4_text": {
+        **MOE, "num_experts_per_tok": 1, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 1,
+    },
+    "jetmoe": {
+        **SIZES, "num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 3, "num_experts_per_tok": 2,
+    },
+    "dbrx": {
+        "vocab_size": 64, "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32,
+        "ffn_config": {"ffn_hidden_size": 12, "moe_num_experts": 3, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+    },
+    "granitemoe": MOE,
 }  # fmt: skip
 
 
