@@ -81,4 +81,5 @@ def _vocabulary(config: DataConfig, size: int, model_vocab_size: int) -> InputEr
     fix = f"model.config.vocab_size={size}"
     if config.tokenizer == "bpe":
         return InputError("data.vocab_size", size, reason, fix=f"data.vocab_size={model_vocab_size} or {fix}")
+    fix += ", or with model.path the tokenizer of that model: data.tokenizer=FOLDER"
     return InputError("data.tokenizer", f"{config.tokenizer} (ids up to {size - 1} occur)", reason, fix=fix)

@@ -89,6 +89,9 @@ def test_the_record_of_a_run_describes_the_model_without_its_folder(
     key = identity(config, "corpus", "tokenizer")
     again = compose.load_file(tmp_path / "config.yaml")
     assert identity(checks.check(again, {}, devices=0), "corpus", "tokenizer") == key
+    replayed = checks.check(compose.load([str(tmp_path / "config.yaml")]), {}, devices=0)
+    assert replayed.model == config.model
+    assert identity(replayed, "corpus", "tokenizer") == key
     shutil.rmtree(tmp_path / "gone")
     again = compose.load_file(tmp_path / "config.yaml")
     shapes = {name: p.shape for name, p in model.build(again.model, seed=0, weights=False).named_parameters()}
@@ -115,6 +118,18 @@ def test_forms_of_weights(folders: dict[str, Path], tmp_path: Path) -> None:
     (sharded / sorted(sharded.glob("*.safetensors"))[1].name).unlink()
     with pytest.raises(InputError, match=r"lacks model-00002-of-\d+\.safetensors"):
         _load(sharded)
+
+
+def test_weights_of_the_body_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A tied head is the embedding; an untied one would be random."""
+    for kind in ("gpt2", "llama"):
+        network: Any = model.build(ModelConfig(path=str(folders[kind])), seed=0)
+        network.base_model.save_pretrained(tmp_path / kind)
+    loaded = _weights(model.build(ModelConfig(path=str(tmp_path / "gpt2")), seed=0))
+    whole = _weights(model.build(ModelConfig(path=str(folders["gpt2"])), seed=0))
+    assert all(torch.equal(weight, whole[name]) for name, weight in loaded.items())
+    with pytest.raises(InputError, match=r"lacks 1 weights .*lm_head"):
+        model.build(ModelConfig(path=str(tmp_path / "llama")), seed=0)
 
 
 @pytest.mark.parametrize(
