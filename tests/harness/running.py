@@ -19,7 +19,15 @@ SMALL_MODEL = (
     "model.config.num_key_value_heads=2",
     "model.config.vocab_size=512",
 )
-SHORT_RUN = ("steps=4", "batch_size=8", "seq_len=32", "eval.tokens=256", "log_every=2", "wandb.mode=disabled")
+SHORT_RUN = (
+    "steps=4",
+    "batch_size=8",
+    "seq_len=32",
+    "eval.every=1",
+    "eval.tokens=256",
+    "log_every=2",
+    "wandb.mode=disabled",
+)
 
 
 def write_documents(folder: Path, count: int = 400) -> Path:
