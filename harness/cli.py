@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -54,17 +56,18 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "harness.jobs.train_command:main",
         "one run",
-        "[group=option …] [key=value …] [--json]",
+        "[FILE.yaml] [group=option …] [key=value …] [--json]",
         (
             ("", "the defaults: a tiny LLaMA on the King James Bible with AdamW"),
             ("model=llama_9m optimizer=sumo optimizer.rank=64 steps=1000 world_size=2", "two processes"),
             ("model=llama_60m optimizer=galore precision=bf16 batch_size=512 micro_batch_size=64", "GPUs"),
         ),
+        (("FILE.yaml", "keys of the run, such as the config.yaml of an earlier one; other words win"),),
         takes_keys=True,
     ),
     "compare": Command(
         "analysis.compare.command:compare",
-        "several optimizers, same everything; ends with the table and the report",
+        "several optimizers under one protocol, with table and report",
         "OPTIMIZER … [seeds=N] [OPTIMIZER.key=value …] [group=option …] [key=value …] [--json]",
         (
             ("adamw muon galore sumo preset=quickstart", "what `make quickstart` runs"),
@@ -76,7 +79,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "sweep": Command(
         "analysis.tuning.command:main",
-        "tune several optimizers with equal budgets, then compare the best of each on fresh seeds",
+        "tune optimizers with equal budgets, then compare on fresh seeds",
         "OPTIMIZER … | study=NAME [trials=5] [seeds=3] [[OPTIMIZER.]option=A,B,…|LOW..HIGH] [extend=N] "
         "[OPTIMIZER.key=value …] [key=value …] [--dry-run] [--json]",
         (
@@ -102,7 +105,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         "analysis.compare.command:report",
-        "comparison of the runs below a folder, those of other trainers (CSV, JSONL) too",
+        "compare the runs below a folder, other trainers' (CSV, JSONL) too",
         "DIR [--out DIR] [--figures png] [--wandb] [--json] | ENTITY/PROJECT[/GROUP] --export DIR [--json]",
         (
             ("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),
@@ -148,7 +151,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "certify": Command(
         "harness.verify.command:main",
-        "does an optimizer on an engine compute what its rule computes on whole matrices",
+        "does an optimizer compute on an engine what its rule says",
         "[rule=… engine=… dtype=… accumulation=… clipping=… world_size=…] [--full] [--out DIR] [--json]",
         (
             ("", "every rule on every engine, every setting of each engine: a few minutes"),
@@ -178,7 +181,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "reconstruct": Command(
         "analysis.reconstruction.command:main",
-        "can training images be reconstructed from weights, and which other images explain them",
+        "can training images be reconstructed from weights",
         "[mode=fixture] [experiment=NAME] [key=value …] [OPTIMIZER.option=value …] [--json]",
         (
             (
@@ -287,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Bad input leaves one line on standard error, last and alone.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _command_first(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         return _print(_overview())
     if words[0] in ("-V", "--version"):
@@ -310,6 +313,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _failure(error, is_json)
+
+
+def _command_first(words: Sequence[str]) -> list[str]:
+    """The words with the command before the flags: `optbench --json list`, `optbench help train`."""
+    place = next((i for i, word in enumerate(words) if word in COMMANDS), None)
+    before = list(words[:place]) if place is not None else []
+    if not before or any(word not in ("-h", "--help", "help", "--json") for word in before):
+        return list(words)
+    flags = ["--help" if word == "help" else word for word in before]
+    assert place is not None
+    return [words[place], *flags, *words[place + 1 :]]
 
 
 def document(**content: object) -> str:
@@ -383,47 +397,95 @@ def _version() -> str:
         return "(not installed: running from a checkout)"
 
 
+HEADINGS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "plan", "export", "clean"),
+    "compare": ("compare", "sweep", "report", "paper"),
+    "verify": ("certify", "audit", "diverge"),
+    "study": ("margin", "reconstruct", "memorize"),
+    "run on a cluster": ("submit", "status"),
+    "look up": ("list", "show", "doctor", "completion"),
+}
+"""Heading of `optbench --help` → commands; those that are in no group come last."""
+
+
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
+    grouped = {name for names in HEADINGS.values() for name in names}
+    others = tuple(name for name in COMMANDS if name not in grouped)
+    lines = ["optbench: train and compare optimizers of language models, on one process or many", ""]
+    lines += ["usage: optbench COMMAND …"]
+    for heading, names in [*HEADINGS.items(), ("other", others)]:
+        rows = [(name, COMMANDS[name].summary) for name in names if name in COMMANDS]
+        if rows:
+            lines += ["", f"{heading}:", *_rows(rows, max(map(len, COMMANDS)))]
+    lines += ["", "help:"]
+    lines += _rows(
         [
-            "optbench: train and compare optimizers of language models, on one process or many",
-            "",
-            "usage: optbench COMMAND …",
-            "",
-            *lines,
-            "",
-            "optbench COMMAND --help   words, examples and keys of a command",
-            "optbench COMMAND --json   one JSON document on standard output instead of tables",
-            "",
-            "first: optbench compare adamw muon galore sumo preset=quickstart",
+            ("optbench COMMAND --help", "words, examples and keys of a command"),
+            ("optbench COMMAND --json", "one JSON document on standard output instead of tables"),
         ]
     )
+    lines += ["", "first: optbench compare adamw muon galore sumo preset=quickstart"]
+    return "\n".join(line for text in lines for line in _wrapped(text))
 
 
 def _help(name: str, command: Command) -> str:
-    examples = [(f"optbench {name} {words}".rstrip(), note) for words, note in command.examples]
     lines = [
-        f"optbench {name}: {command.summary}",
+        *_wrapped(f"optbench {name}: {command.summary}"),
         "",
-        f"usage: optbench {name} {command.usage}",
+        *_wrapped(f"usage: optbench {name} {command.usage}", 16),
         "",
         "examples:",
     ]
-    for line, note in examples:
-        lines += [f"  {line}", f"      {note}"]
+    for words, note in command.examples:
+        lines += _wrapped(f"  optbench {name} {words}".rstrip(), 6)
+        lines += _wrapped(f"      {note}")
     options = (*command.options, ("--json", "one JSON document on standard output, nothing else"))
-    width = max(len(flag) for flag, _ in options)
-    lines += ["", "options:", *(f"  {flag:<{width}}  {meaning}" for flag, meaning in options)]
+    lines += ["", "options:", *_rows(options)]
+    texts = []
     if command.keys:
         module, _, function = command.keys.partition(":")
-        lines += ["", getattr(import_module(module), function)()]
+        texts.append(getattr(import_module(module), function)())
     if command.takes_keys:
         from harness.listing import keys_text
 
-        lines += ["", keys_text()]
+        texts.append(keys_text())
+    for text in texts:
+        lines.append("")
+        for line in text.splitlines():
+            lines += _wrapped(line, len(line) - len(line.lstrip()) + 4 if line.startswith(" ") else 0)
     return "\n".join(lines)
+
+
+def _width() -> int:
+    """Columns of the terminal (or of COLUMNS); 80 where there is none."""
+    return max(30, shutil.get_terminal_size((80, 24)).columns)
+
+
+def _rows(rows: Sequence[tuple[str, str]], column: int | None = None) -> list[str]:
+    """Two columns; where they do not fit next to each other, the second one below the first."""
+    width = max(len(first) for first, _ in rows) if column is None else column
+    if width + 4 + 20 > _width():
+        return [
+            line
+            for first, second in rows
+            for line in (*_wrapped(f"  {first}", 6), *_wrapped(f"      {second}"))
+        ]
+    return [line for first, second in rows for line in _wrapped(f"  {first:<{width}}  {second}", width + 4)]
+
+
+def _wrapped(text: str, indent: int | None = None) -> list[str]:
+    """Lines that fit the terminal, broken between words; ``indent``: of the second line and those after it."""
+    own = len(text) - len(text.lstrip(" "))
+    further = " " * min(own if indent is None else indent, _width() // 2)
+    return textwrap.wrap(
+        text,
+        _width(),
+        subsequent_indent=further,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        drop_whitespace=True,
+    ) or [""]
 
 
 if __name__ == "__main__":

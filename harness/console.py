@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TextIO
 
@@ -17,7 +18,7 @@ UNFOLDED = 200
 
 
 def for_tables(stream: TextIO | None = None, *, stderr: bool = False, width: int | None = None) -> Console:
-    """A console as wide as the terminal that shows control characters instead of sending them.
+    """A console as wide as the terminal (or COLUMNS) that shows control characters instead of sending them.
 
     Args:
         stream: where it prints; None: standard output.
@@ -25,7 +26,7 @@ def for_tables(stream: TextIO | None = None, *, stderr: bool = False, width: int
         width: columns where there is no terminal; None: `UNFOLDED`.
     """
     console = Console(file=stream, stderr=stderr, highlight=False)
-    if not console.file.isatty():
+    if not console.file.isatty() and not os.environ.get("COLUMNS", "").isdecimal():
         console.width = UNFOLDED if width is None else max(console.width, width)
     console.push_render_hook(_ShowControlCharacters())
     return console

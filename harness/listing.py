@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 from rich import box
+from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -48,7 +50,7 @@ def list_command(argv: Sequence[str]) -> int:
         return 0
     console = for_tables()
     for kind, rows in tables.items():
-        console.print(_table(f"{kind} ({_KINDS[kind]}=NAME)", rows))
+        _print_rows(console, f"{kind} ({_KINDS[kind]}=NAME)", rows)
     console.print("optbench show NAME: options, defaults, allowed values, source")
     return 0
 
@@ -83,19 +85,31 @@ def show_command(argv: Sequence[str]) -> int:
             console.print(Text(label, style="bold"), Text(_cell(value)), highlight=False)
     for label, value in shown.items():
         if isinstance(value, list) and value:
-            console.print(_table(label.replace("_", " "), value))
+            _print_rows(console, label.replace("_", " "), value)
     return 0
 
 
 def keys_text() -> str:
     """Every key of a run, one a line: name, default, allowed, meaning (for `optbench train --help`)."""
     lines = ["groups (a file of configs/GROUP; your own ./configs is searched first):"]
-    lines += [f"  {group}={'|'.join(sources.options(group))}" for group in sources.GROUPS]
-    lines += ["", "keys (default; allowed; meaning):"]
+    for group in sources.GROUPS:
+        lines.append(f"  {group}={' '.join(sources.options_of_runs(group))}")
+    sections: dict[str, list[keys.Key]] = {}
     for key in keys.schema_keys().values():
-        allowed = key.allowed if isinstance(key.allowed, str) else ", ".join(key.allowed)
-        lines.append(f"  {key.name}={keys.word(key.default)}  ({allowed})  {key.doc}".rstrip())
-    return "\n".join([*lines, "  optimizer.OPTION=…  options of an optimizer: optbench show NAME"])
+        sections.setdefault(key.name.rpartition(".")[0], []).append(key)
+    for section, members in sorted(sections.items(), key=lambda item: item[0] != ""):
+        lines += [
+            "",
+            f"keys of {section} (default; allowed; meaning):"
+            if section
+            else "keys (default; allowed; meaning):",
+        ]
+        for key in members:
+            allowed = key.allowed if isinstance(key.allowed, str) else ", ".join(key.allowed)
+            lines.append(f"  {key.name}={keys.word(key.default)}  ({allowed})  {key.doc}".rstrip())
+        if section == "optimizer":
+            lines.append("  optimizer.OPTION=…  options of an optimizer: optbench show NAME")
+    return "\n".join(lines)
 
 
 def _model_row(name: str) -> dict[str, Any]:
@@ -120,6 +134,12 @@ def _optimizer_row(name: str) -> dict[str, Any]:
 
 
 def _file_row(group: str) -> Callable[[str], dict[str, Any]]:
+    if group == "experiment":
+        return lambda name: {
+            "name": name,
+            "for": f"optbench {sources.command_of(name)}",
+            "about": _comment(group, name),
+        }
     return lambda name: {"name": name, "about": _comment(group, name)}
 
 
@@ -254,6 +274,34 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, (list, dict)):
         return keys.word(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+_TEXT_COLUMNS = 40
+"""Columns that the last cell of a row needs at least; narrower, a table is printed as a list."""
+
+
+def _print_rows(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table, or on a narrow terminal a list with each row's text below its name."""
+    columns = list(rows[0]) if rows else []
+    others = sum(max(len(column), *(len(_cell(row[column])) for row in rows)) + 3 for column in columns[:-1])
+    if not columns or console.width - others >= min(_TEXT_COLUMNS, _longest(rows, columns[-1])):
+        console.print(_table(title, rows))
+        return
+    console.print(Text(f"{title}\n"))
+    for row in rows:
+        name, *middle, text = columns
+        facts = ", ".join(
+            f"{column} {_cell(row[column])}" for column in middle if row[column] not in (None, "")
+        )
+        console.print(Text(_cell(row[name]), style="bold"))
+        for line in (facts, _cell(row[text])):
+            if line:
+                console.print(Padding(Text(line), (0, 0, 0, 4)))
+    console.print()
+
+
+def _longest(rows: Sequence[dict[str, Any]], column: str) -> int:
+    return max(len(column), *(len(_cell(row[column])) for row in rows))
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:

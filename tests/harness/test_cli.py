@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,60 @@ def test_overview_lists_every_command(words: list[str], capsys: pytest.CaptureFi
     assert cli.main(words) == 0
     text = capsys.readouterr().out
     assert all(f"  {name}" in text and command.summary in text for name, command in cli.COMMANDS.items())
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["margin", "--help"], ["sweep", "-h"]])
+def test_help_fits_the_terminal(
+    columns: int, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # A word that is longer than the terminal (a key with its default) is not broken.
+    too_long = [line for line in lines if len(line) > columns and " " in line.strip()]
+    assert too_long == []
+    assert max(map(len, lines)) > min(columns, 80) / 2
+
+
+def test_help_is_grouped_and_names_each_command_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert len([line for line in text.splitlines() if line.startswith(f"  {name} ")]) == 1
+    named = [name for names in cli.HEADINGS.values() for name in names]
+    assert len(named) == len(set(named))
+    # At 80 columns each command has one line.
+    assert max(len(command.summary) for command in cli.COMMANDS.values()) <= 65
+
+
+@pytest.mark.parametrize(
+    "words", [["--help", "show"], ["help", "show"], ["show", "sumo", "--help"], ["--json", "--help", "show"]]
+)
+def test_help_may_be_anywhere(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 0
+    assert "usage: optbench show" in capsys.readouterr().out
+
+
+def test_json_may_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--json", "show", "sumo"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "sumo"
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("words", [["list"], ["show", "train"], ["show", "sumo"]])
+def test_tables_of_a_narrow_terminal_lose_nothing(
+    columns: int, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(width: int) -> str:
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert cli.main(words) == 0
+        return capsys.readouterr().out
+
+    narrow, wide = shown(columns), shown(400)
+    assert max(len(line) for line in narrow.splitlines()) <= columns
+    # rich writes this letter where it cuts a cell off.
+    assert narrow.count("…") == wide.count("…")
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

@@ -217,10 +217,8 @@ def test_progress_and_verdict_for_people(capsys: pytest.CaptureFixture[str]) -> 
     assert "H100" in text
 
 
-def test_a_plug_in_and_a_model_without_end_are_refused() -> None:
+def test_a_plug_in_is_refused() -> None:
     with pytest.raises(InputError, match=r"optimizer.target"):
         plan(configured("optimizer=torch.optim.SGD", "optimizer.lr=0.1"))
-    with pytest.raises(InputError, match="cannot be planned"):
-        plan(configured("model.config.intermediate_size=999999999999999999"))
     with pytest.raises(InputError, match="only optimizers of optbench"):
         plan(configured("optimizer.target=torch.optim.SGD", "optimizer.lr=0.1", "engine=fsdp2"))
