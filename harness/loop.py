@@ -105,6 +105,11 @@ class NoKeeper:
 class StepObserver(Protocol):
     """Something that follows the steps of this process from outside, e.g. a profiler."""
 
+    @property
+    def problem(self) -> str:
+        """Why what it promised is not there, one line; empty where it is."""
+        ...
+
     def step(self) -> None:
         """Called after every step. Issues no collectives."""
         ...

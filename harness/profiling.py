@@ -28,6 +28,9 @@ class StepProfile:
 
     def __init__(self, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder / "profile", say
+        self.problem = ""
+        """Why there is no profile though its steps were done, one line."""
+        self._is_recorded = False
         self._kind = device.type
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
@@ -51,11 +54,33 @@ class StepProfile:
     def stop(self) -> None:
         """After the last step."""
         self._profiler.stop()
+        if not self._is_recorded:
+            self._say(f"warning: no profile: it records {ACTIVE} steps after {WAIT + WARM} others, these were fewer")
 
     def _write(self, profiler: Any) -> None:
-        self._folder.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(self._folder / "trace.json"))
-        order = f"self_{self._kind}_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=60)
-        atomic.write_text(self._folder / "table.txt", table + "\n")
+        self._is_recorded = True
+        trace = self._folder / "trace.json"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            trace.unlink(missing_ok=True)
+            profiler.export_chrome_trace(str(trace))
+            # The library writes it in C++, and where the disk refuses it says nothing and leaves a part or nothing.
+            if not _ends_with_a_brace(trace):
+                raise OSError(f"{trace.name} is not whole")
+            order = f"self_{self._kind}_time_total"
+            table = profiler.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=60)
+            atomic.write_text(self._folder / "table.txt", table + "\n")
+        except (OSError, RuntimeError) as error:
+            self.problem = f"the profile could not be written ({' '.join(str(error).split())})"
+            self._say(f"warning: {self.problem}")
+            return
         self._say(f"profile of {ACTIVE} steps: {self._folder}/table.txt, {self._folder}/trace.json")
+
+
+def _ends_with_a_brace(path: Path) -> bool:
+    """Whether a file is there up to the end of its JSON object."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return file.read().rstrip().endswith(b"}")

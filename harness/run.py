@@ -172,6 +172,8 @@ class _Recorder:
             with self._profiled(run):
                 state = train(run)
             self.folder.sync_rows()
+            if state == "finished" and run.observer is not None and run.observer.problem:
+                state, self.reason = "failed", f"all steps done, but {run.observer.problem}"
             self.state = state
         except BaseException as error:
             self.reason = self._told(error)

@@ -40,6 +40,22 @@ def test_a_profile_names_the_parts_of_the_optimizer(ranks: int, corpus: Path, tm
     assert "profile of 3 steps" in (tmp_path / "said.txt").read_text()
 
 
+def test_a_profile_that_the_disk_refuses_is_a_failure_and_the_run_is_finished_without_it(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """The limit is above a checkpoint's 500 kB and below a trace's megabytes; the library itself says nothing."""
+    words = small(corpus, tmp_path, "steps=8", "profile=true", "name=run")
+    limits = {"RLIMIT_FSIZE": 1_000_000}
+    said = tmp_path / "said.txt"
+    assert trained(words, 1, said, limits=limits) == [3], said.read_text()
+    run = tmp_path / "default" / "run"
+    assert "the profile could not be written" in status(run)["attempts"][-1]["reason"]
+    assert not (run / "DONE").exists()
+    assert trained(words, 1, said) == [0]
+    assert "warning: no profile" in said.read_text()
+    assert (run / "DONE").exists()
+
+
 def test_a_run_without_profile_has_none(corpus: Path, tmp_path: Path) -> None:
     assert trained(small(corpus, tmp_path, "name=run"), 1, tmp_path / "said.txt") == [0]
     assert not (tmp_path / "default" / "run" / "profile").exists()
