@@ -55,7 +55,9 @@ class StepProfile:
         """After the last step."""
         self._profiler.stop()
         if not self._is_recorded:
-            self._say(f"warning: no profile: it records {ACTIVE} steps after {WAIT + WARM} others, these were fewer")
+            self._say(
+                f"warning: no profile: it records {ACTIVE} steps after {WAIT + WARM} others, these were fewer"
+            )
 
     def _write(self, profiler: Any) -> None:
         self._is_recorded = True

@@ -55,7 +55,7 @@ def write(
     save_file(tensors, path, metadata={"index": json.dumps(index), "facts": json.dumps(facts)})
     path.chmod(atomic.default_mode(folder))  # safetensors gives 0600, which hides it from a group
     atomic.sync_file(path)
-    atomic.write_json(folder / store.digest_name(rank), store.digest(path))
+    atomic.write_json(folder / store.digest_name(rank), store.digest(path), sync_name=False)
 
 
 Size = Annotated[int, Field(ge=0)]

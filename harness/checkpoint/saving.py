@@ -198,7 +198,7 @@ class Checkpoints:
             try:
                 partial.mkdir(parents=True, exist_ok=True)
                 if run.engine.rank == 0:
-                    atomic.write_text(partial / store.CONFIG, to_yaml(run.config))
+                    atomic.write_text(partial / store.CONFIG, to_yaml(run.config), sync_name=False)
                     self._sync_rows()
                 files.write(partial, run.engine.rank, copies, randomness.tensors(), facts)
             except Exception as error:

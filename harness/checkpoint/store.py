@@ -112,8 +112,9 @@ class Store:
         for path in sorted(partial.iterdir()):
             if path.suffix == ".yaml":
                 files[path.name] = digest(path)
-        atomic.write_json(partial / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest, "files": files})
-        atomic.write_text(partial / CHECKSUM, digest(partial / MANIFEST)["sha256"] + "\n")
+        content = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
+        atomic.write_json(partial / MANIFEST, content, sync_name=False)
+        atomic.write_text(partial / CHECKSUM, digest(partial / MANIFEST)["sha256"] + "\n", sync_name=False)
         for rank in range(manifest["world_size"]):
             (partial / digest_name(rank)).unlink()
         sync_folder(partial)

@@ -21,12 +21,14 @@ _LONGEST_KEPT = 50
 """Characters of a name that go into its temporary name: the file system's limit is for both."""
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, sync_name: bool = True) -> None:
     """Write ``data`` under a temporary name, flush it to the disk, then rename it to ``path``.
 
     Args:
         path: of the file; its folder exists. A new file has the mode 0666 without the umask's bits.
         data: all of its content.
+        sync_name: flush the folder, too. False: after a power failure the old content may be back, whole; for what is
+            written again soon, and for folders that are flushed later.
     """
     temporary = path.with_name(_temporary(path.name))
     # Not tempfile's: its mode 0600 hides the file from a group, and 0644 would ignore a umask of 0002 or 0077.
@@ -40,7 +42,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync_name:
+        sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -116,14 +119,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, sync_name: bool = True) -> None:
     """`write_bytes` of UTF-8 text."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), sync_name=sync_name)
 
 
-def write_json(path: Path, data: Mapping[str, Any] | list[Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any] | list[Any], *, sync_name: bool = True) -> None:
     """`write_text` of indented JSON; values that JSON does not know (NaN) are refused."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n", sync_name=sync_name)
 
 
 def _temporary(name: str) -> str:

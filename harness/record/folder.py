@@ -270,7 +270,8 @@ class RunFolder:
         """Write status.json: where the run is, and how this attempt stands."""
         self._status |= {"state": state, "step": step, "updated": now()}
         self._status["attempts"][-1] |= {"ended": now(), "state": state, "reason": reason, "last_step": step}
-        atomic.write_json(self.path / "status.json", self._status)
+        # A running run writes it at every row: that it runs need not outlive a power failure.
+        atomic.write_json(self.path / "status.json", self._status, sync_name=state != "running")
 
     def add_row(self, row: Mapping[str, float | int | None]) -> None:
         """Append a row of metrics.jsonl and flush it; values that are not finite become null."""

@@ -9,6 +9,7 @@ import pytest
 
 from harness.checkpoint import store
 from harness.checkpoint.store import DamagedCheckpoint, Store
+from harness.record import readers
 from tests.faults.checkpoints import assert_same, status
 from tests.faults.forked import trained
 from tests.harness.running import small
@@ -126,3 +127,37 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys(
     assert "is a checkpoint of run" in said
     assert "optimizer.rank" in said
     assert "seed" in said
+
+
+@pytest.mark.parametrize("what", ["metrics and moments", "status"])
+def test_damaged_records_do_not_keep_a_run_from_its_checkpoint(
+    what: str, run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The run as it was killed after step 4 of 6, and something has damaged what it noted about itself."""
+    words = small(corpus, tmp_path, *WORDS)
+    copy = tmp_path / "default" / "run"
+    shutil.copytree(run, copy)
+    for path in (Store(copy).folder(6), copy / "DONE", copy / "summary.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if what == "status":
+        (copy / "status.json").write_bytes(b"\0" * 300)
+    else:
+        content = bytearray((copy / "metrics.jsonl").read_bytes())
+        content[5] ^= 1
+        (copy / "metrics.jsonl").write_bytes(content + b'{"step": "six"}\n[[[\n{"step": 4}')
+        damage(copy / "moments.parquet", "last bit")
+    said = tmp_path / "said.txt"
+    assert trained(words, 2, said) == [0, 0], said.read_text()
+    assert "resumed after step 4" in said.read_text()
+    assert status(copy)["attempts"][-1]["first_step"] == 4
+    assert_same(run, copy, 6)
+    warnings = [line for line in said.read_text().splitlines() if line.startswith("warning: ")]
+    if what == "status":
+        assert any("status.json" in line for line in warnings)
+        return
+    assert any("lines of metrics.jsonl can't be read and are skipped" in line for line in warnings)
+    assert "moments.parquet cannot be read" in said.read_text()
+    assert (copy / "moments.parquet.unreadable").exists()
+    rows, problems = readers.metrics(copy / "metrics.jsonl")
+    assert problems == []
+    assert [row["step"] for row in rows][-2:] == [4, 6]

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,35 @@ def test_a_disk_that_refuses_checkpoints_lets_the_steps_be_done_and_the_run_fail
     assert status(run)["state"] == "finished"
     assert (run / "DONE").exists()
     assert assert_whole(run) == [6, 4]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 400 kB: less than a checkpoint of 500 kB, enough for every other file of a run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_at_the_last_step_and_the_same_command_on_a_larger_one(
+    small_disk: Path, corpus: Path, tmp_path: Path
+) -> None:
+    words = small(corpus, small_disk, "steps=4", "name=run", f"data.cache_dir={tmp_path / 'cache'}")
+    said = tmp_path / "said.txt"
+    assert trained(words, 1, said) == [3], said.read_text()
+    run = small_disk / "default" / "run"
+    assert status(run)["state"] == "failed"
+    assert "it needs 0.000" in status(run)["attempts"][-1]["reason"]
+    assert "goes on from the beginning" in status(run)["attempts"][-1]["reason"]
+    assert not (run / "DONE").exists()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert trained(words, 1, said) == [0], said.read_text()
+    assert assert_whole(run) == [4]
+    assert (run / "DONE").exists()
 
 
 def test_a_disk_without_room_for_the_corpus_is_one_clear_line(corpus: Path, tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_a_state_that_cannot_be_written_takes_the_mark_of_a_finished_run_back(
 ) -> None:
     run = folder.RunFolder(tmp_path / "run", _config(), "aaaa")
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(atomic, "write_json", refuse)
