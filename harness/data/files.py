@@ -106,6 +106,11 @@ def _no_file(pattern: str, folders: list[Path]) -> InputError:
     inside = next((str(p) for p in Path(expanded).parents if os.path.isdir(p)), ".")
     if not os.access(inside, os.R_OK | os.X_OK):
         return InputError("data.files", pattern, f"cannot be read (Permission denied: {inside})")
+    inner = pattern.strip().removeprefix("[").removesuffix("]")
+    if inner != pattern and os.path.exists(os.path.expanduser(inner)):
+        # The whole list in quotes, where each path wanted its own.
+        fix = paths.listed("data.files", inner)
+        return InputError("data.files", pattern, "matches no file", suggestion=inner, fix=fix)
     special = [character for character in "[*?" if character in pattern]
     allowed = "an existing path, or a pattern with *, ?, [a-z], **"
     if special:

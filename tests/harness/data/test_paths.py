@@ -87,6 +87,14 @@ def test_a_pattern_that_matches_nothing_says_how_to_escape(tmp_path: Path) -> No
         files.find([f"{tmp_path}/su*"], "text")
 
 
+def test_a_list_in_quotes_is_seen_through(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].txt"
+    path.write_text("")
+    with pytest.raises(InputError) as error:
+        files.find([f"[{path}]"], "text")
+    assert str(error.value).endswith(f"""fix: 'data.files=["{path}"]'""")
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if "\udcff" not in n and "\n" not in n])
 def test_the_words_that_a_message_suggests_can_be_typed(name: str) -> None:
     (typed,) = shlex.split(paths.listed("data.files", f"/tmp/{name}/*"))
