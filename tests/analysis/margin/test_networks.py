@@ -241,3 +241,37 @@ def test_bad_checkpoints(tmp_path: Path, config: Any) -> None:
         file.seek(-1, 2)
         file.write(b"\x7f")
     refused("run/checkpoints/step_*", "is damaged: .*changed since it was written")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "manifest",
+        "bomb",
+        pytest.param("config", marks=pytest.mark.slow),
+        pytest.param("weights", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_checkpoint_is_said_and_the_others_are_measured(
+    tmp_path: Path, config: Any, damage: str
+) -> None:
+    for step in (5, 20):
+        our_checkpoint(tmp_path / "run", config, step, seed=step)
+    folder = tmp_path / "run" / "checkpoints" / "step_00000020"
+    if damage == "manifest":
+        (folder / "manifest.json").write_text("[]")
+    elif damage == "config":
+        (folder / "config.yaml").write_text("a: [")
+    elif damage == "bomb":
+        (folder / "config.yaml").write_text("a: &a {b: *a}")
+    else:
+        path = next(folder.glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-9])
+    settings = read(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
+    said: list[str] = []
+    (run,) = head.run_head(settings, said.append)
+    assert [row["t"] for row in run.rows] == [5.0]
+    assert len([line for line in said if line.startswith("left out: ") and "step_00000020" in line]) == 1
+    alone = read(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_00000020'", "max_samples=20"])
+    with pytest.raises(InputError):
+        head.run_head(alone, quiet)
