@@ -151,16 +151,16 @@ _ROWS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def _show_optimizer(name: str) -> dict[str, Any]:
-    from optimizers.presets import OPTIONS, preset
+    from optimizers.presets import options_of, preset
 
-    chosen = preset(name)
+    chosen, meanings = preset(name), options_of(name)
     options = []
     for option, default in chosen.options.items():
-        known = OPTIONS.get(option)
+        known = meanings.get(option)
         options.append(
             {
                 "option": f"optimizer.{option}",
-                "default": "by model size" if option == "lr" else _plain(default),
+                "default": _default_rate(name) if option == "lr" else _plain(default),
                 "allowed": ", ".join(known.allowed) if known else "",
                 "meaning": known.doc if known else "",
             }
@@ -182,6 +182,14 @@ def _show_optimizer(name: str) -> dict[str, Any]:
         "learning_rates": rates,
         "options": options,
     }
+
+
+def _default_rate(name: str) -> str | float:
+    """What `train` takes where optimizer.lr is not given."""
+    if name in learning_rates.TABLE:
+        return "by model size"
+    rate = learning_rates.rule_rate(name)
+    return "none: give optimizer.lr=…" if rate is None else rate
 
 
 def _model(name: str) -> ModelConfig:

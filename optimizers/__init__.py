@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from optimizers.linalg.polar import Polar, polar
     from optimizers.registry import build, plugin
     from optimizers.routing import Route
+    from optimizers.rules.factor import orthogonalize, scale
+    from optimizers.rules.momentum import momentum
+    from optimizers.rules.rule import Rule, Update
 
 _LAZY = {
     "build": "optimizers.registry",
@@ -33,6 +36,11 @@ _LAZY = {
     "Route": "optimizers.routing",
     "polar": "optimizers.linalg.polar",
     "Polar": "optimizers.linalg.polar",
+    "Rule": "optimizers.rules.rule",
+    "Update": "optimizers.rules.rule",
+    "momentum": "optimizers.rules.momentum",
+    "orthogonalize": "optimizers.rules.factor",
+    "scale": "optimizers.rules.factor",
 }
 
 __all__ = [
@@ -48,12 +56,17 @@ __all__ = [
     "Polar",
     "Preset",
     "Route",
+    "Rule",
+    "Update",
     "build",
+    "momentum",
     "names",
+    "orthogonalize",
     "plugin",
     "polar",
     "rank_limit_check",
     "resolve",
+    "scale",
 ]
 
 

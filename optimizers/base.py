@@ -598,7 +598,10 @@ class Optimizer(torch.optim.Optimizer):
                     for bank in lane.banks:
                         bank.bind(self.state)
                         share = moment_share(rule, bank.shape, bank.split, bank.options, lane.rows)
-                        values = bound(singular_values, bank.stacked("moment"), share)
+                        kind = rule.observed(bank.shape, bank.options)
+                        if kind is None:
+                            continue
+                        values = bound(singular_values, bank.stacked(kind), share)
                         found.update(self.journal.spectra([m.block.name for m in bank.members], values))
             elif self.preset_rule == "adamw":
                 for names, moments, share in self._first_moments(section):

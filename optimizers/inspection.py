@@ -50,10 +50,13 @@ def moment_share(
     """How the moment of an (m, n) matrix is split where the matrix is along `split`; None: it is here whole."""
     if split is None:
         return None
-    along = rule.axes(shape, options)["moment"]
+    kind = rule.observed(shape, options)
+    if kind is None:
+        return None
+    along = rule.axes(shape, options)[kind]
     if split not in along:
         return None
-    m, n = rule.state(shape, options)["moment"]
+    m, n = rule.state(shape, options)[kind]
     return Share((m, n), along.index(split) - 2, rows.total)
 
 

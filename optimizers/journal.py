@@ -73,7 +73,10 @@ class Journal:
             else:
                 self._spectra.pop(name, None)
         if self.observing:
-            moment = stack.state["moment"] if update.moment is None else update.moment
+            kind = rule.observed(stack.shape, stack.options)
+            moment = update.moment if update.moment is not None or kind is None else stack.state[kind]
+            if moment is None:
+                return
             share = moment_share(rule, stack.shape, stack.split, stack.options, rows)
             self._observation.add(stack.names, moment, update.factor, update.singular_values, share)
 

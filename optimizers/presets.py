@@ -70,6 +70,7 @@ _AUX: dict[str, Any] = {
     "rounding": "nearest",
     "seed": 0,
 }
+PLUGIN_COMMON: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "alpha": 1.0, **_AUX}
 _SUBSPACE: dict[str, Any] = {
     "rank": None,
     "refresh_interval": 200,
@@ -258,20 +259,41 @@ def preset(name: str) -> Preset:
         return PRESETS[name]
     if name in _entry_points():
         rule = plugin_rule(name)
-        defaults = {"lr": 1e-3, "weight_decay": 0.0, "alpha": 1.0, **_AUX, **rule.defaults}
-        return Preset(name, name, MappingProxyType(defaults), rule.doc, rule.source)
+        return Preset(name, name, MappingProxyType({**PLUGIN_COMMON, **rule.defaults}), rule.doc, rule.source)
     raise OptionError("name", name, "is not an optimizer", names(), closest(name, names()))
 
 
 def plugin_rule(name: str) -> Any:
-    """What the entry point of this name loads: a `optimizers.rules.Rule` class (imports torch).
+    """Load the rule of another package by its entry point, and check it (imports torch).
 
     Raises:
-        OptionError: no entry point has this name.
+        OptionError: no entry point has this name, or what it loads is not what a rule has to be.
     """
     if name not in _entry_points():
         raise OptionError("name", name, "is not an optimizer", names(), closest(name, names()))
-    return _entry_points()[name].load()
+    point = _entry_points()[name]
+    if point not in _RULES:
+        from optimizers.rules.checks import checked
+
+        _RULES[point] = checked(name, point)
+    return _RULES[point]
+
+
+_RULES: dict[Any, Any] = {}
+"""Entry point → its rule, once it is checked."""
+
+
+def options_of(name: str) -> Mapping[str, Option]:
+    """Return what the options of a preset mean and allow: `OPTIONS`, and those of a rule of another package.
+
+    Raises:
+        OptionError: no preset or rule has this name.
+    """
+    if name in PRESETS:
+        return OPTIONS
+    from optimizers.rules.checks import own_options
+
+    return {**OPTIONS, **own_options(name, plugin_rule(name))}
 
 
 def resolve(name: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
@@ -289,13 +311,13 @@ def resolve(name: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> d
             that exclude each other.
     """
     values = dict(preset(name).options)
+    known = options_of(name)
     for key, value in overrides.items():
         if key not in values:
             raise OptionError(
                 key, value, f"is not an option of {name}", sorted(values), closest(key, list(values))
             )
-        option = OPTIONS.get(key)
-        values[key] = option.check(value) if option else value
+        values[key] = known[key].check(value)
     limits_residual = (
         values.get("norm_growth_limit") is not None and values["norm_growth_target"] == "residual"
     )

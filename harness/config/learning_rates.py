@@ -87,11 +87,12 @@ def default(optimizer: str, parameters: int, *, from_weights: bool = False) -> L
         from_weights: the run starts from trained weights (`model.path`), at which no row was tuned.
 
     Returns:
-        None where the table knows nothing of this optimizer.
+        None where the table knows nothing of this optimizer, and it is no rule of a package with an lr of its own.
     """
     rows = TABLE.get(optimizer)
     if not rows:
-        return None
+        lr = rule_rate(optimizer)
+        return None if lr is None else LearningRate(lr, f"default of the rule {optimizer}", False, None)
     row = min(rows, key=lambda row: _distance(row, parameters))
     is_covered = _distance(row, parameters) == 0
     warnings = []
@@ -111,6 +112,15 @@ def default(optimizer: str, parameters: int, *, from_weights: bool = False) -> L
     limits = [*(["nearest size"] if not is_covered else []), *(["random weights"] if from_weights else [])]
     source = f"{', '.join(limits)}: {row.source}" if limits else row.source
     return LearningRate(row.lr, source, is_tuned, "; ".join(warnings) or None, row.aux_lr)
+
+
+def rule_rate(optimizer: str) -> float | None:
+    """Return the learning rate that a rule of an installed package names itself; None: it names none."""
+    from optimizers.presets import PRESETS, names, plugin_rule
+
+    if optimizer in PRESETS or optimizer not in names():
+        return None
+    return plugin_rule(optimizer).defaults.get("lr")
 
 
 def _distance(row: Row, parameters: int) -> float:

@@ -2,7 +2,7 @@
 
 The chain for one matrix: the same routine alone (a batch fails as a whole) → QR-SVD in fp64 on the device →
 the same on the CPU → LAPACK's `gesvd` (QR iteration, which converges where divide and conquer does not) →
-zeros.
+zeros. `gesvd` needs scipy, which is imported there and may be missing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -54,7 +53,8 @@ def attempt(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None
         result = call()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, scipy.linalg.LinAlgError):
+    # LAPACK's own LinAlgError is a ValueError; without scipy the last link of the chain is missing.
+    except (RuntimeError, ValueError, ImportError):
         return None
     return result if all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in result) else None
 
@@ -74,6 +74,8 @@ def thin_svd_of_tall(tall: Tensor) -> Triple:
 
 
 def _gesvd(tall: Tensor) -> Triple:
+    import scipy.linalg
+
     left, values, right = scipy.linalg.svd(
         tall.cpu().numpy(), full_matrices=False, lapack_driver="gesvd", check_finite=False
     )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from optimizers.layouts.rows import Rows
+from optimizers.options import Option
 from optimizers.stacks import Axes, LowRank, Stack
 
 
@@ -20,7 +21,7 @@ class Update(NamedTuple):
     Attributes:
         delta: (b, m, n) in the stack's dtype; or `LowRank`, which some layouts can send or apply without
             forming it. The optimizer may overwrite it.
-        moment: (b, …) what was orthogonalized or normalized; None: the state "moment".
+        moment: (b, …) what was orthogonalized or normalized; None: the state that `Rule.observed` names.
         factor: (b, …) the orthogonal factor that was applied to it; None: the rule applies none.
         singular_values: (b, k) of `moment`, descending, where the step computed them.
         fallbacks: 0-dim int64 on the device: matrices whose factorization needed a fallback.
@@ -41,19 +42,26 @@ class Rule(ABC):
         source: paper or code.
         defaults: the rule's own options with their values (plug-ins; those of the rules here are in
             `presets`). The common ones (lr, weight_decay, alpha, aux_lr …) come on their own.
+        own_options: what the rule's options mean and which values they take, where `optimizers.OPTIONS` has none of
+            that name. One that is left out takes values of its default's type: true or false, whole numbers, numbers.
         needs_whole: the rule has no row form: a sharded layout gives it whole matrices.
-        spectrum_of_state: the singular values in `Update` are those of the state "moment".
     """
 
     doc: ClassVar[str] = ""
     source: ClassVar[str] = ""
     defaults: ClassVar[Mapping[str, Any]] = {}
+    own_options: ClassVar[Sequence[Option]] = ()
     needs_whole: ClassVar[bool] = True
 
     @abstractmethod
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """kind → shape of the state of one (m, n) matrix. What is orthogonalized or normalized is
-        "moment"."""
+        """kind → shape of the state of one (m, n) matrix."""
+
+    def observed(self, shape: tuple[int, int], options: Mapping[str, Any]) -> str | None:
+        """Return the kind of state whose spectrum is reported: "moment", else the first one that is a matrix."""
+        state = self.state(shape, options)
+        matrices = [kind for kind, size in state.items() if len(size) == 2]
+        return "moment" if "moment" in matrices else next(iter(matrices), None)
 
     def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
         """For each kind of `state`: the axis of the matrix (0 rows, 1 columns, None neither) that each of its
@@ -76,5 +84,5 @@ class Rule(ABC):
         """One `Update` per stack, in order. A generator keeps one stack's update in memory at a time."""
 
     def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
-        """Whether `Update.singular_values` belong to the state "moment" as it is after the step."""
+        """Whether `Update.singular_values` belong to the observed state as it is after the step."""
         return True

@@ -1,0 +1,175 @@
+"""A rule of another package is checked completely before it is used: its options, its state, one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimizers.fused import Block
+from optimizers.layouts.rows import Whole
+from optimizers.members import Held, Member
+from optimizers.options import OPTIONS, Option, OptionError, closest
+from optimizers.presets import PLUGIN_COMMON
+from optimizers.rules.rule import Rule, Update
+from optimizers.skipping import StepMask
+from optimizers.stacks import Bank, LowRank
+
+# A wide and a tall matrix, no side equal to the number of matrices, so that a mixed-up dimension shows.
+_SHAPES = ((4, 6), (6, 4))
+_COUNT = 2
+
+
+def checked(name: str, point: Any) -> Rule:
+    """Load and check the rule of an entry point.
+
+    Args:
+        name: of the rule.
+        point: the entry point; its `value` says what it loads.
+
+    Raises:
+        OptionError: it cannot be loaded, or is not what a rule has to be; one sentence says what.
+    """
+    try:
+        found = point.load()
+        rule = found() if isinstance(found, type) and issubclass(found, Rule) else found
+    except Exception as error:
+        raise _refused(name, f"cannot be loaded from {point.value} ({_text(error)})") from error
+    if not isinstance(rule, Rule):
+        raise _refused(name, f"is no optimizers.Rule, but {found!r}")
+    _check_options(name, rule)
+    options = {**PLUGIN_COMMON, **rule.defaults}
+    if "rank" in options:
+        options["rank"] = 2
+    for shape in _SHAPES:
+        _check_state(name, rule, shape, options)
+        try:
+            _check_step(name, rule, shape, options)
+        except OptionError:
+            raise
+        except Exception as error:
+            m, n = shape
+            raise _refused(name, f"fails on {m}×{n} matrices ({_text(error)})") from error
+    return rule
+
+
+def own_options(name: str, rule: Rule) -> dict[str, Option]:
+    """Return the options of a rule that `optimizers.OPTIONS` does not have: as declared, else by their defaults.
+
+    Raises:
+        OptionError: an option whose default does not tell what it takes.
+    """
+    declared = {option.name: option for option in rule.own_options}
+    found: dict[str, Option] = {}
+    for key, default in rule.defaults.items():
+        if key in OPTIONS:
+            continue
+        option = declared.get(key)
+        if option is None:
+            kinds = {bool: "bool", int: "int", float: "float"}
+            if type(default) not in kinds:
+                raise _refused(
+                    name,
+                    f"has the option {key}, whose default {default!r} does not tell what it takes: declare it in "
+                    "own_options",
+                )
+            option = Option(key, kinds[type(default)], f"option of {name}")
+        found[key] = option
+    return found
+
+
+def _check_options(name: str, rule: Rule) -> None:
+    if not isinstance(rule.defaults, Mapping) or not all(isinstance(key, str) for key in rule.defaults):
+        raise _refused(name, "has defaults that are no mapping from option names to values")
+    for option in rule.own_options:
+        if not isinstance(option, Option):
+            raise _refused(name, f"declares {option!r} in own_options, which is no optimizers.Option")
+        if option.name in OPTIONS:
+            raise _refused(name, f"declares {option.name}, which has one meaning in all rules")
+        if option.name not in rule.defaults:
+            guess = closest(option.name, list(rule.defaults))
+            more = f"; did you mean {guess}?" if guess else ""
+            raise _refused(name, f"declares the option {option.name}, which has no value in defaults{more}")
+    known = {**OPTIONS, **own_options(name, rule)}
+    for key, default in rule.defaults.items():
+        try:
+            known[key].check(default)
+        except OptionError as error:
+            raise _refused(name, f"has a default that is not allowed: {error}") from error
+        except KeyError as error:
+            raise _refused(
+                name, f"declares {key} with the type {known[key].type}, which is unknown"
+            ) from error
+
+
+def _check_state(name: str, rule: Rule, shape: tuple[int, int], options: Mapping[str, Any]) -> None:
+    m, n = shape
+    try:
+        state = rule.state(shape, options)
+        axes = {} if rule.needs_whole else rule.axes(shape, options)
+    except Exception as error:
+        raise _refused(name, f"gives no state for {m}×{n} matrices ({_text(error)})") from error
+    if not isinstance(state, Mapping):
+        raise _refused(name, f"gives a state that is no mapping from kinds to shapes, but {state!r}")
+    for kind, size in state.items():
+        if not isinstance(kind, str) or not kind.isidentifier() or kind in ("step", "compensation"):
+            raise _refused(
+                name, f"calls a state {kind!r}: a plain word is needed, other than step and compensation"
+            )
+        if not isinstance(size, tuple) or not all(isinstance(side, int) and side >= 0 for side in size):
+            raise _refused(
+                name, f"gives the state {kind} the shape {size!r}, which is no tuple of whole numbers"
+            )
+        if not rule.needs_whole:
+            along = axes.get(kind)
+            fits = along is not None and len(along) == len(size)
+            if not fits or any(
+                axis is not None and shape[axis] != side for axis, side in zip(along or (), size)
+            ):
+                raise _refused(
+                    name, f"has a row form, but its axes {along!r} do not fit the state {kind} of {size}"
+                )
+
+
+def _check_step(name: str, rule: Rule, shape: tuple[int, int], options: Mapping[str, Any]) -> None:
+    m, n = shape
+    generator = torch.Generator().manual_seed(0)
+    members = []
+    for i in range(_COUNT):
+        parameter = nn.Parameter(torch.zeros(shape))
+        parameter.grad = torch.randn(shape, generator=generator)
+        members.append(Member(parameter, Block(f"{name}.check.{i}", shape), "", 0, Held(shape)))
+    state: dict[Tensor, dict[str, Any]] = {member.parameter: {"step": 0} for member in members}
+    bank = Bank(members, options, rule.state(shape, options))
+    bank.bind(state)
+    # A rule may draw random numbers; the caller's must not depend on that.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for step in range(2):
+            for entries in state.values():
+                entries["step"] = step
+            stack = bank.stack(range(_COUNT), state, StepMask())
+            updates = list(rule.step([stack], Whole()))
+            if len(updates) != 1 or not isinstance(updates[0], Update):
+                raise _refused(name, f"must yield one Update for each stack, not {updates!r:.60}")
+            delta = updates[0].delta
+            dense = delta.dense(stack) if isinstance(delta, LowRank) else delta
+            if not isinstance(dense, Tensor) or tuple(dense.shape) != (_COUNT, m, n):
+                size = tuple(dense.shape) if isinstance(dense, Tensor) else type(dense).__name__
+                raise _refused(name, f"gives an update of shape {size} for {_COUNT} matrices of {m}×{n}")
+            if not bool(dense.isfinite().all()):
+                raise _refused(name, f"gives an update that is not finite for {m}×{n} matrices")
+    for kind, size in rule.state(shape, options).items():
+        wrong = tuple(bank.stacked(kind).shape) != (_COUNT, *size)
+        if wrong or math.isnan(float(bank.stacked(kind).sum())):
+            raise _refused(name, f"leaves a state {kind} that is not what it said or not finite")
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _refused(name: str, reason: str) -> OptionError:
+    return OptionError("name", name, reason)
