@@ -213,7 +213,10 @@ def _completed(
     """Return what status.json says, after it was completed with what rank 0 could not write."""
     attempt, step = status.attempts[-1], status.step or 0
     is_requeued = False
-    if status.state == "running" and asked is not None:
+    if status.state == "running" and (folder / run_folder.DONE).exists():
+        # Killed between the two last files that it writes.
+        _end(status, "finished", "all steps done")
+    elif status.state == "running" and asked is not None:
         _end(status, "interrupted", f"stopped at once by {last_words.describe(asked)} after step {step}")
         is_requeued = True
     elif status.state == "running":
@@ -226,9 +229,11 @@ def _completed(
     else:
         may_edit = False
     if may_edit:
-        atomic.write_json(folder / readers.STATUS, status.facts())
-        if is_requeued:
-            atomic.write_text(folder / REQUEUE, f"{step}\n")
+        # A full or read-only disk changes nothing about how the run ended.
+        with suppress(OSError):
+            atomic.write_json(folder / readers.STATUS, status.facts())
+            if is_requeued:
+                atomic.write_text(folder / REQUEUE, f"{step}\n")
     return RunOutcome(folder, status.state, EXIT_CODES.get(status.state, 3), attempt.reason)
 
 

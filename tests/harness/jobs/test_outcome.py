@@ -56,6 +56,26 @@ def test_control_the_status_of_a_dead_run_is_completed(live: RunFolder) -> None:
     assert status["identity"] == IDENTITY
 
 
+def test_a_run_killed_after_its_mark_of_the_end_is_finished(live: RunFolder) -> None:
+    live.close()
+    (live.path / "DONE").touch()
+    assert launch.outcome(live.path, -9, [0], None).exit_code == 0
+    assert json.loads((live.path / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_status_that_cannot_be_written_is_told_all_the_same(
+    live: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full: as root, no permission stops a test from writing."""
+    live.close()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(launch.atomic, "write_json", full)
+    assert launch.outcome(live.path, 1, [], signal.SIGTERM).exit_code == 75
+
+
 def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(
     live: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,14 @@ from harness.jobs import parent
 from tests.harness.running import small, write_documents
 
 OPTBENCH = [sys.executable, "-m", "harness.cli", "train"]
+SHARED = """
+import sys
+from harness.jobs import launch, warm
+from harness.preparation import prepare
+with warm.sharing():
+    launch.start(prepare(sys.argv[1:], say=print))
+"""
+"""How compare and sweep train small runs (`harness.jobs.warm`)."""
 ENDLESS = ["steps=100000", "eval.every=null", "moments.every=null", "schedule=constant", "name=run"]
 LIMIT_S = 120
 
@@ -64,11 +72,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _started(
-    words: list[str], run: Path, **options: object
+    words: list[str], run: Path, command: list[str] = OPTBENCH, **options: object
 ) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """`optbench train` with two rows, and the processes that it started."""
     process = subprocess.Popen(
-        [*OPTBENCH, *words],
+        [*command, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -94,13 +102,22 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("command", "world_size"),
+    [
+        ([sys.executable, "-c", SHARED], 1),
+        pytest.param(OPTBENCH, 1, marks=pytest.mark.slow),
+        pytest.param(OPTBENCH, 2, marks=pytest.mark.slow),
+    ],
+    ids=["shared", "one", "two"],
+)
 def test_killing_optbench_ends_its_processes_with_a_checkpoint(
-    world_size: int, corpus: Path, tmp_path: Path
+    command: list[str], world_size: int, corpus: Path, tmp_path: Path
 ) -> None:
     """With two, torch's elastic agent is between, which does not notice."""
     run = tmp_path / "default" / "run"
-    process, below = _started(small(corpus, tmp_path, *ENDLESS, f"world_size={world_size}"), run)
+    process, below = _started(small(corpus, tmp_path, *ENDLESS, f"world_size={world_size}"), run, command)
+    assert all("-P" in one.cmdline() for one in below if "harness.jobs.warm_worker" in one.cmdline())
     process.kill()
     process.communicate()
     psutil.wait_procs(below, timeout=LIMIT_S)
