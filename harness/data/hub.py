@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import paths
 from harness.data.fingerprints import Fingerprints
-from harness.data.messages import quiet
+from harness.data.messages import captured, quiet
 
 
 def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,17 +76,20 @@ def stream(config: DataConfig) -> Iterator[str | None]:
 
     assert config.dataset is not None
     folder = _folder(config.dataset)
+    rows = 0
+    log: list[str] = []
     try:
-        with quiet(), _without_pattern(folder) as link:
+        with quiet(), captured("datasets") as log, _without_pattern(folder) as link:
             name = config.dataset if link is None else str(link)
             for row in datasets.load_dataset(name, config.subset, split=config.split, streaming=True):
                 yield _text(row, config)
-    except InputError:
+                rows += 1
+    except (InputError, GeneratorExit):
         raise
     # The library and the file systems below it raise whatever their transport raised (a dozen classes, some
     # of them private): for the user all of them say the same.
     except Exception as error:
-        raise _unreachable(config, error, folder is not None) from error
+        raise _unreachable(config, error, folder, rows, log) from error
 
 
 def _folder(name: str) -> Path | None:
@@ -135,10 +139,19 @@ def _text(row: Any, config: DataConfig) -> str | None:
     return value
 
 
-def _unreachable(config: DataConfig, error: Exception, local: bool) -> InputError:
+def _unreachable(
+    config: DataConfig, error: Exception, folder: Path | None, rows: int, log: list[str]
+) -> InputError:
     lines = str(error).splitlines()
     reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-    if local:
+    if rows:
+        reason += f", after {rows:,} rows"
+    if folder is not None:
+        # The exception names no file, and what `datasets` logs with it does.
+        files = [match[1] for line in log if (match := re.search(r" file '(.+?)' with", line))]
+        names = [Path(file).name for file in files] or [path.name for path in _files(folder)]
+        if len(set(names)) == 1:
+            reason += f", in {names[0]}"
         return InputError("data.dataset", config.dataset, f"could not be read ({reason})")
     return InputError(
         "data.dataset",

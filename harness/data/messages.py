@@ -27,6 +27,25 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def captured(logger: str) -> Iterator[list[str]]:
+    """Yield a list that collects what ``logger`` and those below it would print, which is not printed."""
+    lines: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        return False
+
+    handlers = logging.getLogger(logger).handlers
+    for handler in handlers:
+        handler.addFilter(collect)
+    try:
+        yield lines
+    finally:
+        for handler in handlers:
+            handler.removeFilter(collect)
+
+
 def seldom(say: Say, seconds: float = 10.0) -> Say:
     """``say`` for progress: passes on at most one line in ``seconds``, and none before that time."""
     last = time.monotonic()

@@ -161,6 +161,20 @@ def test_a_local_data_set_folder_is_streamed(tmp_path: Path) -> None:
         list(hub.stream(config.model_copy(update={"field": "body"})))
 
 
+@pytest.mark.parametrize("name", ["bad.jsonl", "cut.jsonl.gz"])
+def test_a_damaged_file_of_a_data_set_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    rows = b'{"text": "a"}\n' * 1000
+    content = rows + b"{nope\n" if name == "bad.jsonl" else gzip.compress(rows)[:-20]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        list(hub.stream(DataConfig(source="datasets", dataset=str(tmp_path))))
+    assert f"could not be read ({'ArrowInvalid' if name == 'bad.jsonl' else 'EOFError'}" in str(error.value)
+    assert f", in {name})" in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["a[1]", "a*b", "what?"])
 def test_a_data_set_folder_whose_name_looks_like_a_pattern(tmp_path: Path, name: str) -> None:
     for folder in (name, "a1", "axb", "whats"):
