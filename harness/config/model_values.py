@@ -14,7 +14,7 @@ from harness.config.keys import word
 LARGEST = 1 << 24
 """Of every size and count; the longest context of a published model is 10 M positions."""
 MOST_LAYERS = 1024
-ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 """Names that `transformers` configurations give to the coefficient of the load-balancing loss."""
 
 _COUNTS = (
@@ -73,7 +73,14 @@ def check(kind: str, given: Mapping[str, Any], *, prefix: str = "model.config") 
             _check_fields(inside, given[part], f"{prefix}.{part}")
 
 
-def check_own_loss(kind: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def check_own_loss(
+    kind: str,
+    given: Mapping[str, Any],
+    values: Mapping[str, Any],
+    *,
+    prefix: str = "model.config",
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse keys that act only inside the model's own loss, which is not what is trained here, or nowhere.
 
     The load-balancing loss of routers is supported: `output_router_logits` with its coefficient.
@@ -82,13 +89,20 @@ def check_own_loss(kind: str, given: Mapping[str, Any], values: Mapping[str, Any
         kind: model type.
         given: values that somebody asked for.
         values: the whole configuration.
+        prefix: of the keys in messages.
+        defaults: of the fields; None: the model type's.
 
     Raises:
         InputError: naming the key and what to do instead.
     """
-    fields = model_keys.config_fields(kind) or {}
+    fields = (model_keys.config_fields(kind) or {}) if defaults is None else defaults
+    parts = keys.parts if (keys := model_keys.model_keys(kind)) is not None and defaults is None else {}
     for name, value in given.items():
-        key, default = f"model.config.{name}", fields.get(name)
+        key, default = f"{prefix}.{name}", fields.get(name)
+        if isinstance(value, dict) and (inside := parts.get(name)) is not None:
+            inner = {field: inside.fields[field].default for field in inside.fields}
+            is_on = {"output_router_logits": values.get("output_router_logits")}
+            check_own_loss(kind, value, {**is_on, **inner, **value}, prefix=key, defaults=inner)
         if name in _NO_EFFECT and value != default:
             reason, instead = _NO_EFFECT[name]
             raise InputError(key, word(value), reason, fix=instead or f"remove {key}")
@@ -96,10 +110,12 @@ def check_own_loss(kind: str, given: Mapping[str, Any], values: Mapping[str, Any
             reason = f"has no effect: {kind} computes no load-balancing loss"
             raise InputError(key, word(value), reason, fix=f"remove {key}")
         if name in ROUTER_COEFFICIENTS:
-            is_on = bool(values.get("output_router_logits"))
-            if value and value != default and not is_on:
+            if value and value != default and not model_keys.has_router_loss(kind):
+                reason = f"has no effect: {kind} computes no load-balancing loss"
+                raise InputError(key, word(value), reason, fix=f"remove {key}")
+            if value and value != default and not values.get("output_router_logits"):
                 reason = "has no effect as long as output_router_logits is false"
-                fix = f"model.config.output_router_logits=true {key}={word(value)}"
+                fix = f"{prefix}.output_router_logits=true {key}={word(value)}"
                 raise InputError(key, word(value), reason, fix=fix)
         elif _OWN_LOSS.search(name) and value not in (0, None, False, default):
             reason = (

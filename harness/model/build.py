@@ -16,7 +16,7 @@ from harness.config.errors import InputError
 from harness.config.keys import word
 from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
-from harness.model.precision import cast_parameters
+from harness.model.precision import cast_parameters, may_mix_dtypes, mixed_dtypes
 
 
 def build(
@@ -59,6 +59,8 @@ def build(
         if is_gone:
             _refuse_lost_buffers(model, config)
     cast_parameters(model, torch.bfloat16 if precision == "bf16_pure" else torch.float32)
+    if precision == "bf16_pure" and device != "meta" and may_mix_dtypes(model):
+        _check_bf16(model, config)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -155,6 +157,16 @@ def _from_folder(config: ModelConfig, trust_remote_code: bool) -> Any:
         raise InputError("model.path", folder.path, reason, fix="give the folder of a causal language model")
     model.config.use_cache = False
     return model
+
+
+def _check_bf16(model: Any, config: ModelConfig) -> None:
+    """Refuse pure bf16 where a forward pass would stop at its first step."""
+    problem = mixed_dtypes(model)
+    if problem is not None:
+        reason = (
+            f"does not work with {config.model_type}, whose code mixes weights and fp32 buffers ({problem})"
+        )
+        raise InputError("precision", "bf16_pure", reason, fix="precision=bf16")
 
 
 def _own_configuration(folder: ModelFolder, config: ModelConfig) -> PretrainedConfig:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness import engines, model
+from harness.config.errors import InputError
 from harness.config.schema import ModelConfig
 from harness.model.precision import cast_parameters, exact_buffers
 from harness.preparation import prepare
@@ -92,6 +93,19 @@ def test_a_persistent_buffer_comes_exact_from_a_folder(tmp_path: Path) -> None:
     assert again.dtype == torch.float32
     assert torch.equal(again, bias)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_that_cannot_mix_dtypes_is_refused() -> None:
+    """MiniMax multiplies hidden states with decay buffers, which pure bf16 would round."""
+    config = ModelConfig(
+        model_type="minimax",
+        config={**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 2},
+    )
+    with pytest.raises(
+        InputError, match=r"precision: bf16_pure does not work with minimax.*fix: precision=bf16"
+    ):
+        model.build(config, seed=0, precision="bf16_pure")
+    model.build(config, seed=0)
 
 
 def test_tied_weights_stay_tied() -> None:
