@@ -90,6 +90,18 @@ def test_two_processes_train_what_one_trains_at_the_same_micro_batch(
         assert 1.0 < one["train/aux_loss"] <= 4.0
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_other_engines_add_the_same_loss(engine: str, corpus: Path, tmp_path: Path) -> None:
+    words = [*_words("mixtral", *LOUD), "micro_batch_size=4", "steps=2", "optimizer.lr=0.003"]
+    alone = trained(0, small(corpus, tmp_path, *words))
+    other = trained(0, small(corpus, tmp_path, *words, f"engine={engine}"))
+    for name, weight in alone.after.items():
+        torch.testing.assert_close(other.after[name], weight, rtol=1e-4, atol=2e-6)
+    assert [row["train/aux_loss"] for row in other.rows] == pytest.approx(
+        [row["train/aux_loss"] for row in alone.rows], rel=1e-5
+    )
+
+
 def test_padding_is_not_balanced(corpus: Path, tmp_path: Path) -> None:
     """The value of padded rows is that of the same rows one by one without their padding, put together."""
     run = _run(small(corpus, tmp_path, *_words("mixtral", *LOUD), "data.mode=padded"))
