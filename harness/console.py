@@ -28,8 +28,13 @@ def for_tables(stream: TextIO | None = None, *, stderr: bool = False, width: int
     console = Console(file=stream, stderr=stderr, highlight=False)
     if not console.file.isatty() and not os.environ.get("COLUMNS", "").isdecimal():
         console.width = UNFOLDED if width is None else max(console.width, width)
-    console.push_render_hook(_ShowControlCharacters())
+    show_control_characters(console)
     return console
+
+
+def show_control_characters(console: Console) -> None:
+    """Let a console show control characters of what it prints as text (``\\x1b``)."""
+    console.push_render_hook(_ShowControlCharacters())
 
 
 def cell(text: object, style: str = "") -> Text:

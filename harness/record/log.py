@@ -8,6 +8,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from harness.console import show_control_characters
 from harness.record.folder import Row
 
 Say = Callable[[str], None]
@@ -22,6 +23,7 @@ class Log:
 
     def __init__(self, keep: Say | None, *, silent: bool = False) -> None:
         self.console = Console(file=sys.stderr, quiet=silent, highlight=False, soft_wrap=True)
+        show_control_characters(self.console)
         self._keep = keep
 
     def say(self, text: str) -> None:
