@@ -70,10 +70,10 @@ def nonfinite(gradients: Sequence[Tensor | None]) -> Tensor:
     parts: list[Tensor | None] = [None] * len(gradients)
     for (place, dtype), chosen in kinds.items():
         found = _nonfinite([gradients[i] for i in chosen], place, dtype)  # type: ignore[misc]
+        if len(chosen) == len(gradients):
+            return found
         for i, flag in zip(chosen, found.to(device).unbind(0)):
             parts[i] = flag
-    if len(kinds) == 1 and all(part is not None for part in parts):
-        return found  # type: ignore[possibly-undefined]
     missing = torch.tensor([gradient is None for gradient in gradients])
     empty = missing.to(device, non_blocking=True).unbind(0)
     return torch.stack([empty[i] if part is None else part for i, part in enumerate(parts)])
