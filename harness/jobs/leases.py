@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from harness import bounded_files
 from harness.bounded_files import UnreadableFile
+from harness.jobs import slurm
 from harness.record import atomic
 
 FRESH_S = 90.0
@@ -118,6 +119,8 @@ def _created(path: Path, text: str) -> bool:
 
 def _is_gone(job: str) -> bool:
     """Whether SLURM says that a job does not run; False where SLURM can't be asked (in a container)."""
+    if not slurm.is_job(job):
+        return False  # damaged: only age tells
     words = (
         "squeue",
         "--noheader",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.config.errors import InputError
+from harness.jobs import history
 
 TIMEOUT_S = 60
 _KEYS = {
@@ -114,12 +115,19 @@ def submit(script: Path, *flags: str, cluster: dict[str, object] | None = None) 
     return done.stdout.strip().split(";")[0]
 
 
+def is_job(job: str) -> bool:
+    """Return True for a number of a job or a row; files of jobs may hold anything, and ``--user=…`` is a flag."""
+    return re.fullmatch(history.JOB, job) is not None
+
+
 def cancel(job: str) -> None:
     """End a job or a row of an array (``12``, ``12_3``).
 
     Raises:
         InputError: SLURM refuses.
     """
+    if not is_job(job):
+        raise InputError("cancel", job, "is no number of a job", allowed="12 or 12_3")
     done = _call("scancel", job)
     if done.returncode:
         raise InputError("cancel", job, f"is refused by SLURM ({_line(done.stderr)})")
@@ -133,6 +141,7 @@ def tasks(jobs: Sequence[str]) -> dict[str, Task]:
     Args:
         jobs: ``12`` or ``12_3``.
     """
+    jobs = [job for job in jobs if is_job(job)]
     if not jobs or not is_here():
         return {}
     found: dict[str, Task] = {}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -95,12 +96,25 @@ class Submission:
             InputError: one cannot.
         """
         for key, folder in (("runs_dir", self.path), ("cluster.logs", self.logs(cluster))):
-            try:
+            with writing(key, folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
-                reason = f"cannot be written ({error.strerror or error})"
-                raise InputError(
-                    key, folder, reason, fix=f"{key}=a folder that all nodes can write to"
-                ) from None
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(bytes(4096))  # an exhausted quota still gives names
+
+
+@contextmanager
+def writing(key: str, folder: Path) -> Iterator[None]:
+    """Turn what a full, read-only or forbidden disk answers into bad input.
+
+    Args:
+        key: configuration key that moves ``folder`` to another disk.
+        folder: that is written to.
+
+    Raises:
+        InputError: the operating system refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error})"
+        raise InputError(key, folder, reason, fix=f"{key}=a folder that all nodes can write to") from None

@@ -13,7 +13,7 @@ from harness.jobs import grid, leases, scripts, slurm
 from harness.jobs.folder import check_attempts
 from harness.jobs.grid import Row
 from harness.jobs.scripts import Job, Kind
-from harness.jobs.submission import DEPENDENTS, SUCCESSORS, Submission
+from harness.jobs.submission import DEPENDENTS, SUCCESSORS, Submission, writing
 from harness.preparation import Prepared, prepare
 from harness.record import atomic
 from harness.record import folder as run_folder
@@ -187,7 +187,8 @@ def sweep(
     for row in merged:
         if overwrite and row.row in wanted and Path(row.folder).exists():
             run_folder.set_aside(Path(row.folder))
-    grid.write(file, merged)
+    with writing("runs_dir", submission.path):
+        grid.write(file, merged)
     return _queue(queued, submission, "sweep", request)
 
 
@@ -228,12 +229,17 @@ def _try_out(queued: Queued, request: Request) -> None:
 def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: Request) -> Queued:
     """Write the script, queue it and what comes after it."""
     submission.prepare(request.cluster)
-    atomic.write_text(queued.script, queued.text)
+    with writing("runs_dir", submission.path):
+        atomic.write_text(queued.script, queued.text)
     flags = [f"--dependency=afterany:{':'.join(request.after)}"] if request.after else []
     queued.job = slurm.submit(queued.script, *flags, cluster=request.cluster.model_dump())
-    submission.add(queued.job, kind, queued.script, list(queued.rows))
-    for name in (SUCCESSORS, DEPENDENTS):
-        (submission.path / name).unlink(missing_ok=True)
+    try:
+        submission.add(queued.job, kind, queued.script, list(queued.rows))
+        for name in (SUCCESSORS, DEPENDENTS):
+            (submission.path / name).unlink(missing_ok=True)
+    except OSError as error:
+        # It is queued, and trains; only `optbench status` does not know its number before it begins.
+        request.say(f"warning: job {queued.job} is queued, but cannot be noted ({error.strerror or error})")
     for words in request.then:
         # afterany: also if a run failed; the report says so.
         one = replace(request, after=(queued.job,), then=())

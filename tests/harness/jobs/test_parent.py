@@ -26,6 +26,21 @@ with warm.sharing():
     launch.start(prepare(sys.argv[1:], say=print))
 """
 """How compare and sweep train small runs (`harness.jobs.warm`)."""
+LAUNCHER = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_machines=1",
+    "--num_processes=2",
+]
+LAUNCHER += [
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--main_process_port=29737",
+    "-m",
+    "harness.train",
+]
 ENDLESS = ["steps=100000", "eval.every=null", "moments.every=null", "schedule=constant", "name=run"]
 LIMIT_S = 120
 
@@ -108,15 +123,17 @@ def _wait(condition: Callable[[], bool]) -> None:
         ([sys.executable, "-c", SHARED], 1),
         pytest.param(OPTBENCH, 1, marks=pytest.mark.slow),
         pytest.param(OPTBENCH, 2, marks=pytest.mark.slow),
+        pytest.param(LAUNCHER, 2, marks=pytest.mark.slow),
     ],
-    ids=["shared", "one", "two"],
+    ids=["shared", "one", "two", "launcher"],
 )
 def test_killing_optbench_ends_its_processes_with_a_checkpoint(
     command: list[str], world_size: int, corpus: Path, tmp_path: Path
 ) -> None:
     """With two, torch's elastic agent is between, which does not notice."""
     run = tmp_path / "default" / "run"
-    process, below = _started(small(corpus, tmp_path, *ENDLESS, f"world_size={world_size}"), run, command)
+    words = small(corpus, tmp_path, *ENDLESS, f"world_size={world_size}")
+    process, below = _started(words, run, command, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert all("-P" in one.cmdline() for one in below if "harness.jobs.warm_worker" in one.cmdline())
     process.kill()
     process.communicate()
@@ -124,7 +141,9 @@ def test_killing_optbench_ends_its_processes_with_a_checkpoint(
     assert not [one for one in below if one.is_running()]
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "interrupted"
-    assert "the end of optbench" in status["attempts"][-1]["reason"]
+    assert ("the end of its launcher" if command is LAUNCHER else "the end of optbench") in status[
+        "attempts"
+    ][-1]["reason"]
     assert (run / "REQUEUE").read_text() == f"{status['step']}\n"
     assert (run / "checkpoints" / "latest").read_text() == f"step_{status['step']:08d}\n"
 
