@@ -20,7 +20,8 @@ from harness.config import checks, compose
 from harness.jobs import launch, warm, warm_worker
 from harness.jobs.launch import RunOutcome
 from harness.preparation import prepare
-from harness.record.folder import read_rows
+from harness.record import readers
+from harness.record.readers import Row
 from tests.harness.running import small, write_documents
 
 SUMO = ("optimizer=sumo", "optimizer.rank=8", "seed=1")
@@ -43,6 +44,10 @@ def start(tmp_path: Path) -> Callable[..., RunOutcome]:
     return start
 
 
+def _rows(folder: Path) -> list[Row]:
+    return readers.metrics(folder / "metrics.jsonl")[0]
+
+
 def _weights(outcome: RunOutcome) -> dict[str, torch.Tensor]:
     store = Store(outcome.folder)
     saved = Saved(store.folder(store.steps()[0]))
@@ -59,14 +64,14 @@ def _same(one: RunOutcome, two: RunOutcome) -> bool:
 
 
 def _measured(outcome: RunOutcome) -> list[tuple[object, ...]]:
-    rows = read_rows(outcome.folder / "metrics.jsonl")
+    rows = _rows(outcome.folder)
     return [
         (row["step"], row["train/loss"], row.get("val/loss"), row["grad_norm"], row["lr"]) for row in rows
     ]
 
 
 def _peak(outcome: RunOutcome) -> float:
-    return max(float(row["memory/peak_bytes"] or 0) for row in read_rows(outcome.folder / "metrics.jsonl"))
+    return max(float(row["memory/peak_bytes"] or 0) for row in _rows(outcome.folder))
 
 
 def _processes() -> list[psutil.Process]:
@@ -78,7 +83,7 @@ def _signalled(folder: Path, send: Callable[[], None]) -> Iterator[None]:
     """Send once the run in ``folder`` has written rows."""
 
     def wait_and_send() -> None:
-        while not (folder / "metrics.jsonl").exists() or len(read_rows(folder / "metrics.jsonl")) < 2:
+        while not (folder / "metrics.jsonl").exists() or len(_rows(folder)) < 2:
             time.sleep(0.05)
         send()
 
