@@ -71,6 +71,10 @@ def prepare(
     folder = run_folder.path_of(config, identity_of(config))
     config, shorter_runs = extending.plan(folder, config, identity_of)
     run_identity = identity_of(config)
+    is_new = config.name is None and writes_folder and not worker and not folder.exists()
+    if is_new and (neighbour := extending.shorter_neighbour(folder, config, identity_of)):
+        path, steps = neighbour
+        say(f"{path} has {steps} steps of the same run: name={path.name} goes on from there")
     key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
     if writes_folder:
         run_folder.check(folder, config, run_identity, shorter_runs)

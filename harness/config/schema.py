@@ -203,7 +203,7 @@ class RunConfig(_Group):
     wandb: WandbConfig = Field(default_factory=WandbConfig)
 
     steps: int = Field(default=200, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps. More than before, with the same name=, continues a run with schedule=constant or wsd."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of initialization and data order."""
     world_size: int | None = Field(default=None, ge=1)

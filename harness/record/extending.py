@@ -75,6 +75,28 @@ def plan(
     return pinned, shorter
 
 
+def shorter_neighbour(
+    folder: Path, config: RunConfig, identity_of: Callable[[RunConfig], str]
+) -> tuple[Path, int] | None:
+    """Return the longest run next to ``folder`` that a name would let go on, with its steps; None if there is none.
+
+    Args:
+        folder: of a run without a name of its own; it does not exist.
+        config: of that run.
+        identity_of: identity of a configuration on the same corpus.
+    """
+    if config.schedule.name == "cosine" or not folder.parent.is_dir():
+        return None
+    found = []
+    for path in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
+        status, _ = readers.status(path)
+        if status is None or not status.steps or status.steps >= config.steps:
+            continue
+        if status.identity == identity_of(_with_steps(config, status.steps)):
+            found.append((status.steps, path))
+    return max(found)[::-1] if found else None
+
+
 def _recorded(status: readers.Status) -> list[tuple[str, int]]:
     entries: Any = status.facts().get(EXTENDED)
     found = []

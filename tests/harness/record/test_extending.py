@@ -105,6 +105,19 @@ def test_cosine_says_what_would_change_and_what_to_do(tmp_path: Path) -> None:
     assert f"optbench export {tmp_path / 'mine'} MODEL, then optbench train model.path=MODEL" in line
 
 
+def test_a_run_without_a_name_hears_of_a_shorter_one(tmp_path: Path) -> None:
+    schedule = {"name": "constant"}
+    for steps, seed in ((50, 0), (100, 0), (150, 7), (300, 0)):
+        shorter = config(schedule, steps=steps, seed=seed)
+        finished(tmp_path / f"llama-sumo-seed0-{steps:06d}", shorter)
+    (tmp_path / "llama-sumo-seed0-broken").mkdir()
+    (tmp_path / "llama-sumo-seed0-broken" / "status.json").write_text("[")
+    wanted, folder = config(schedule, steps=200), tmp_path / "llama-sumo-seed0-abcdef"
+    found = extending.shorter_neighbour(folder, wanted, identity_of)
+    assert found == (tmp_path / "llama-sumo-seed0-000100", 100)
+    assert extending.shorter_neighbour(folder, config({"name": "wsd"}, steps=200), identity_of) is None
+
+
 @pytest.mark.parametrize("checkpoints", [[], [100]])
 def test_wsd_whose_decay_has_begun_is_refused_without_an_older_checkpoint(
     checkpoints: list[int], tmp_path: Path
