@@ -55,6 +55,9 @@ def simulate(config: RunConfig, network: nn.Module, rank: int) -> PlannedRank:
     assert isinstance(built, Optimizer)
     shards = shards_of(config)
     built.attach(_layout(config, built, network, rank, shards))
+    if config.engine.name not in ZERO_STAGES:
+        # As in a run, whose loop has looked at the gradients: the optimizer sends nothing to find out.
+        built.found_inf = torch.zeros((), device="meta")
     return PlannedRank(network, built, shards)
 
 

@@ -51,6 +51,7 @@ def real(rank: int, words: list[str]) -> dict[str, Any]:
     if config.engine.name == "ddp":
         options |= {"process_group": dist.group.WORLD, "work": config.engine.optimizer_work}
     optimizer: Any = optimizers.build(config.optimizer.name, named, modules=network, **options)
+    optimizer.found_inf = torch.zeros(())  # as the engines of these layouts do
     sent = []
     for _ in range(2):
         for _, p in named:
