@@ -8,6 +8,7 @@ command is a function of its words that returns the exit code: 0 done · 1 the a
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -45,7 +46,7 @@ class Command(NamedTuple):
 
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
-_NOT_WRITTEN += (errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NOT_WRITTEN += (errno.EIO, errno.ENOTDIR)
 _PROGRESS = (
     ("--quiet, -q", "only runs that do not finish, and the result"),
     ("--verbose, -v", "also what each run prints (else only in its log.txt)"),
@@ -290,6 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Bad input leaves one line on standard error, last and alone.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or a name that is not UTF-8 must not end a command with a UnicodeEncodeError.
+            stream.reconfigure(errors="backslashreplace")
     words = _command_first(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         return _print(_overview())
@@ -298,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = words[0], words[1:]
     is_json = "--json" in rest
     try:
+        _refuse_nul(words)
         command = COMMANDS.get(name)
         if command is None:
             raise _unknown(name, rest)
@@ -313,6 +319,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _failure(error, is_json)
+
+
+def _refuse_nul(words: Sequence[str]) -> None:
+    """A shell cannot type a NUL, a program that calls `main` can; no file has one in its name."""
+    for word in words:
+        if "\0" in word:
+            from harness.config.errors import InputError
+
+            raise InputError("command line", ascii(word)[:80], "holds a NUL character", fix="leave it out")
 
 
 def _command_first(words: Sequence[str]) -> list[str]:
@@ -355,6 +370,12 @@ def _failure(error: Exception, is_json: bool) -> int:
         sys.stdout.flush()
         print(visible(message), file=sys.stderr)
         return FAILED
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        error = InputError(
+            "path", str(error.filename)[:80], f"can't be used ({error.strerror})", fix="a shorter path"
+        )
+    if isinstance(error, UnicodeEncodeError):
+        error = InputError("text", ascii(error.object)[:80], "is not UTF-8", fix="type it as UTF-8 text")
     if not isinstance(error, InputError):
         traceback.print_exception(error)
         return FAILED

@@ -12,8 +12,9 @@ import pytest
 
 from analysis.margin import settings
 from analysis.reconstruction import config
+from analysis.tuning import study_file
 from harness import cli
-from harness.config import checks, compose
+from harness.config import checks, cluster, compose
 from harness.config.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,56 @@ def test_a_command_of_ours_is_one(page: str, line: str) -> None:
         except InputError as error:
             if not any(place in error.key for place in _PLACES):
                 raise
+
+
+_YAML = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+YAML_BLOCKS = [
+    (page.relative_to(ROOT).as_posix(), block)
+    for page in PAGES
+    for block in _YAML.findall(page.read_text(encoding="utf-8"))
+]
+
+
+def use_as_written(block: str, folder: Path) -> None:
+    """Put a YAML block where its comment says (or where its keys belong), and read it as its command would."""
+    named = re.search(r"configs/([a-z]+)/(\w+)\.yaml", block)
+    group, name = named.groups() if named else ("study", "mine") if "space:" in block else ("", "run")
+    path = folder / f"configs/{group}/{name}.yaml" if group else folder / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(block, encoding="utf-8")
+    if group == "cluster":
+        cluster.load([f"cluster={name}"])
+    elif group == "study":
+        assert study_file.words(name, [])
+    else:
+        words = [str(path)] if not group else [f"{group}={name}"]
+        checks.check(compose.load(words), environ={}, devices=0)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), YAML_BLOCKS, ids=[f"{page}: {block[:40]}" for page, block in YAML_BLOCKS]
+)
+def test_a_yaml_block_works_as_written(
+    page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    use_as_written(block, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "# configs/model/mine.yaml\nname: mine\nmodel_type: qwen3\nconfig: {num_attention_heads: 4}\n",
+        "# run.yaml\nstepz: 3\n",
+        "# configs/cluster/mine.yaml\ndefaults: [generic_gpu, _self_]\npartitio: gpu\n",
+    ],
+)
+def test_control_a_wrong_block_would_be_seen(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        use_as_written(block, tmp_path)
 
 
 @pytest.mark.parametrize("command", COMPANIONS)

@@ -18,6 +18,7 @@ from harness.config import (
     engine_checks,
     environment_checks,
     evaluation_budget,
+    folder_names,
     launcher,
     learning_rates,
     model_checks,
@@ -27,8 +28,7 @@ from harness.config.errors import InputError
 from harness.config.keys import word
 from harness.config.model_facts import ModelFacts, facts
 from harness.config.schema import ModelConfig, RunConfig
-
-_FORBIDDEN = set('/\\:*?"<>|') | {chr(code) for code in range(32)}
+from harness.visible import visible
 
 
 def check(
@@ -101,16 +101,18 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def _check_folders(config: RunConfig) -> None:
-    for key, name in (("group", config.group), ("name", config.name)):
-        if name is None:
-            continue
-        bad = not name or name in (".", "..") or name != name.strip() or set(name) & _FORBIDDEN
-        if bad or len(name.encode()) > 200:
-            clean = "".join("-" if letter in _FORBIDDEN else letter for letter in name).strip(" .-") or "mine"
-            allowed = "a folder name of at most 200 bytes, without / and .."
-            raise InputError(
-                key, name or "''", "leaves its folder", allowed=allowed, fix=f"{key}={clean[:100]}"
-            )
+    names = {"group": config.group, "name": config.name}
+    if config.name is None:
+        names |= {"model.name": config.model.name, "optimizer.name": config.optimizer.name}
+    for key, name in names.items():
+        if name is not None:
+            folder_names.check(key, name)
+    try:
+        os.fsencode(config.runs_dir)
+        Path(config.runs_dir).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = f"is no path ({getattr(error, 'strerror', None) or error})"
+        raise InputError("runs_dir", visible(config.runs_dir)[:300], reason, fix="runs_dir=runs") from None
     place = Path(config.runs_dir).expanduser().absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

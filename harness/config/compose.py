@@ -117,13 +117,18 @@ def load_file(path: str | Path) -> RunConfig:
         if key not in known and not _is_free(key, values):
             known = [name for name in known if name not in FILLED_IN]
             raise keys.unknown(key, value, known, yaml_files.at(path, key))
-    return _validate(values, {}, lambda key: yaml_files.at(path, key))
+    texts = {key: place.text for key, place in yaml_files.places(path).items() if place.text is not None}
+    return _validate(values, texts, lambda key: yaml_files.at(path, key))
 
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML without secrets, keys in the schema's order, readable by `load_file`."""
-    return yaml.safe_dump(
+    from omegaconf._utils import get_omega_conf_dumper
+
+    return yaml.dump(
         redact_secrets(config.model_dump(mode="json")),
+        # Quotes the text 1e5, which YAML 1.1 takes for text and every reader here for a number.
+        Dumper=get_omega_conf_dumper(),
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=None,

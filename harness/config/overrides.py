@@ -16,6 +16,10 @@ from hydra.errors import HydraException
 
 from harness.config import suggestions
 from harness.config.errors import InputError
+from harness.visible import visible
+
+MAX_LENGTH = 20_000
+"""Characters of one word."""
 
 
 class Assignment(NamedTuple):
@@ -69,6 +73,7 @@ def _assignment(
     suggest: Callable[[str, str | None], str | None],
 ) -> Assignment:
     key, equals, text = word.partition("=")
+    _refuse_broken_text(key, word)
     if word.startswith("~"):
         fix = f"{key[1:]}=null" if len(key) > 1 else "leave it out"
         raise InputError(word, "", "deletes a key, and every key has a value", fix=fix)
@@ -96,6 +101,18 @@ def _assignment(
         reason = "is several values, and a run takes one"
         raise InputError(name, text, reason, allowed="one value", suggestion=one, fix=fix)
     return Assignment(name, _plain(parsed._value), text)
+
+
+def _refuse_broken_text(key: str, word: str) -> None:
+    """A value goes into files and batch scripts: no bytes that are not UTF-8, no NUL, no endless text."""
+    problem = "is longer than 20,000 characters" if len(word) > MAX_LENGTH else None
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in word):
+        problem = "is not UTF-8"
+    if "\0" in word:
+        problem = "holds a NUL character"
+    if problem:
+        fix = "type it again as plain text, or put the keys into a FILE.yaml"
+        raise InputError(visible(key)[:80], visible(word.partition("=")[2])[:80], problem, fix=fix)
 
 
 def _parse(parser: OverridesParser, key: str, text: str) -> Override:

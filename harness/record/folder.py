@@ -15,7 +15,7 @@ from typing import IO, Any
 import filelock
 from omegaconf import OmegaConf
 
-from harness.config import compose
+from harness.config import compose, folder_names
 from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.config.identity import identity as identity_of
@@ -40,9 +40,16 @@ SUPERSEDED = "metrics.superseded.jsonl"
 
 
 def path_of(config: RunConfig, identity: str) -> Path:
-    """``runs_dir/group/name``; the default name tells model, optimizer, seed and identity apart."""
+    """``runs_dir/group/name``; the default name tells model, optimizer, seed and identity apart.
+
+    Raises:
+        InputError: the name is no folder name, or the path is too long.
+    """
     name = config.name or f"{config.model.name}-{config.optimizer.name}-seed{config.seed}-{identity[:6]}"
-    return Path(config.runs_dir) / config.group / name
+    folder_names.check("name", name)
+    folder = Path(config.runs_dir) / config.group / name
+    folder_names.check_path(folder, Path(config.runs_dir) / config.group)
+    return folder
 
 
 def lock_file(folder: Path) -> Path:
