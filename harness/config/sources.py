@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,11 +79,16 @@ def command_of(experiment: str) -> str:
     path = find("experiment", experiment)
     if named is None or path is None:
         return "train"
+    return named if _has_keys_of_its_own(path, path.stat().st_mtime_ns) else "train"
+
+
+@lru_cache(maxsize=256)
+def _has_keys_of_its_own(path: Path, changed_ns: int) -> bool:
+    """Return True if an experiment holds keys that no training run has; read again when the file changes."""
     from harness.config.schema import RunConfig
 
     content = yaml_files.read("experiment", path)
-    own = isinstance(content, dict) and not set(content) <= {"defaults", *RunConfig.model_fields}
-    return named if own else "train"
+    return isinstance(content, dict) and not set(content) <= {"defaults", *RunConfig.model_fields}
 
 
 def experiments(command: str) -> list[str]:

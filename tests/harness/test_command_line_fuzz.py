@@ -184,7 +184,7 @@ def composes(argv: list[str]) -> None:
 BOUNDED = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
-LONG = settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+LONG = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
 @BOUNDED
@@ -224,6 +224,7 @@ def test_each_nasty_value(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @LONG
 @given(lines)
 def test_any_command_line_for_long(line: tuple[str, list[str], int]) -> None:
@@ -231,6 +232,7 @@ def test_any_command_line_for_long(line: tuple[str, list[str], int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @LONG
 @given(st.lists(assignments, max_size=4))
 def test_any_keys_of_a_run_for_long(given_words: list[str]) -> None:
