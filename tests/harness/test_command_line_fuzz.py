@@ -182,9 +182,18 @@ def composes(argv: list[str]) -> None:
 
 
 BOUNDED = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    database=None,
 )
-LONG = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+LONG = settings(
+    max_examples=1000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    database=None,
+)
 
 
 @BOUNDED
