@@ -239,7 +239,8 @@ def check_open(key: str, text: str) -> None:
 
 def _open(key: str, name: str) -> InputError:
     reason = "would be in the script, which is kept and readable"
-    variable = name if name.isidentifier() else "NAME"
+    variable = name.rpartition(".")[2]
+    variable = variable if variable.isidentifier() else "NAME"
     return InputError(
         key, f"{name}={REDACTED}", reason, fix=f"export {variable} in your shell: jobs inherit it"
     )
