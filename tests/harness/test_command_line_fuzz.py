@@ -217,16 +217,14 @@ def test_any_keys_of_a_run(given_words: list[str]) -> None:
     composes(given_words)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "name",
-        *(
-            pytest.param(key, marks=pytest.mark.slow)
-            for key in ("steps", "optimizer.lr", "data.files", "model.name")
-        ),
-    ],
-)
+@pytest.mark.parametrize("value", NASTY[::5], ids=lambda text: ascii(text)[:20])
+def test_nasty_values(value: str) -> None:
+    composes([f"name={value}", f"steps={value}"])
+    composes([f"name={value}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["name", "steps", "optimizer.lr", "data.files", "model.name"])
 def test_each_nasty_value(name: str) -> None:
     for value in NASTY:
         composes([f"{name}={value}"])
