@@ -125,7 +125,7 @@ def read_yaml(path: Path, problems: list[str], limit: int = YAML_LIMIT) -> Any:
     text = read_text(path, limit, problems)
     try:
         repeated = _check_yaml(text)
-        value = _cleaned(yaml.load(text, Loader=_YAML_LOADER))
+        value = _cleaned(_YAML_LOADER(text).get_single_data())
     except Exception as error:
         # PyYAML's own constructors raise IndexError, KeyError and AttributeError for `!!int ""` and alike.
         raise UnreadableFile(f"{path.name} can't be read: {_reason(error)}") from None

@@ -53,7 +53,7 @@ def read(key: str, path: Path) -> Any:
         bounded_files.read_yaml(path, [])
         if problems:
             raise UnreadableFile(problems[0])
-        return yaml.load(text, Loader=get_yaml_loader())
+        return get_yaml_loader()(text).get_single_data()
     except FileNotFoundError:
         raise InputError(key, path, "does not exist", fix="name an existing YAML file") from None
     except UnreadableFile as error:

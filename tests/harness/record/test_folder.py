@@ -219,7 +219,7 @@ def test_every_flipped_bit_of_metrics_lets_the_run_go_on(tmp_path: Path) -> None
         run = folder.RunFolder(tmp_path / "run", _config(), "aaaa")
         rows = run.begin(3)
         run.close()
-        assert 1 <= len(rows) <= 3, bit
+        assert len(rows) in (1, 2, 3), bit
         assert all(isinstance(row["step"], int) for row in rows)
 
 
