@@ -8,7 +8,7 @@ import torch
 
 from analysis.paper.tables import Quantity
 from harness.config.schema import RunConfig
-from harness.plan import rank
+from harness.plan import network, rank
 from harness.plan.rank import PlannedRank
 from harness.plan.state import held_bytes
 
@@ -60,5 +60,6 @@ def count(config: RunConfig) -> Counted | None:
     """Count rank 0 of a checked configuration; None for an optimizer by import path, which nobody can plan."""
     if config.optimizer.target is not None:
         return None
-    planned = rank.simulate(config, 0)
+    module = network.build(config.model, config.precision, trust_remote_code=config.trust_remote_code)
+    planned = rank.simulate(config, module, 0)
     return Counted(planned, held_bytes(config, planned))

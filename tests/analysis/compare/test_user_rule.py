@@ -86,23 +86,23 @@ def test_from_the_file_to_the_report(site: Path, tmp_path: Path) -> None:
         "steps=40",
         "schedule.warmup=4",
         "adamw.lr=0.01",
-        "sign_momentum.lr=0.004",
-        "sign_momentum.momentum=0.8",
+        "unit_velocity.lr=0.02",
+        "unit_velocity.momentum=0.8",
     )
-    result = optbench(site, "compare", "sign_momentum", "adamw", *words, "--json")
+    result = optbench(site, "compare", "unit_velocity", "adamw", *words, "--json")
     assert result.returncode == 0, result.stderr
     runs = {run["optimizer"]: run for run in json.loads(result.stdout)["runs"]}
     assert {name: run["state"] for name, run in runs.items()} == {
-        "sign_momentum": "finished",
+        "unit_velocity": "finished",
         "adamw": "finished",
     }
     root = tmp_path / "runs" / "own"
     for name in ("report.html", "comparison.md", "comparison.csv"):
-        assert "sign_momentum" in (root / name).read_text(), name
+        assert "unit_velocity" in (root / name).read_text(), name
 
-    own = root / runs["sign_momentum"]["folder"]
+    own = root / runs["unit_velocity"]["folder"]
     taken = {row["name"]: row["rule"] for row in json.loads((own / "parameters.json").read_text())}
-    assert {name for name, rule in taken.items() if rule == "sign_momentum"} == {
+    assert {name for name, rule in taken.items() if rule == "unit_velocity"} == {
         name for name in taken if "_proj" in name
     }
     assert "momentum: 0.8" in (own / "config.yaml").read_text()
@@ -115,6 +115,6 @@ def test_from_the_file_to_the_report(site: Path, tmp_path: Path) -> None:
 
 def test_without_the_package_the_name_is_refused() -> None:
     """Negative control: nothing here knows the rule."""
-    result = optbench(None, "compare", "sign_momentum", "adamw")
+    result = optbench(None, "compare", "unit_velocity", "adamw")
     assert result.returncode == 2
-    assert "sign_momentum" in result.stderr
+    assert "unit_velocity" in result.stderr
