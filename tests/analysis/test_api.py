@@ -153,13 +153,13 @@ def test_load_runs_reads_metrics_of_all_runs(tmp_path: Path) -> None:
     assert len(api.load_runs(empty, metrics=True)) == 0
 
 
-def test_signals_are_forwarded_on_the_main_thread_only() -> None:
+def test_signals_are_forwarded_on_the_main_thread_only(tmp_path: Path) -> None:
     """A notebook server may run a cell in another thread, where Python sets no handlers."""
     problems: list[BaseException] = []
 
     def enter() -> None:
         try:
-            with launch.Forwarding():
+            with launch.Forwarding(tmp_path):
                 pass
         except BaseException as error:
             problems.append(error)

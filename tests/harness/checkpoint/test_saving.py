@@ -252,7 +252,8 @@ def test_the_last_save_is_no_training_time(
 
     monkeypatch.setattr(files, "write", slow)
     rows: list[Any] = []
-    run.sinks = [type("Rows", (), {"write": staticmethod(rows.append)})()]
+    sink: Any = type("Rows", (), {"write": staticmethod(rows.append)})()
+    run.sinks = [sink]
     begin = saving.time.monotonic()
     assert train(run) == "finished"
     # The same clock measures both, whatever the machine's speed is.

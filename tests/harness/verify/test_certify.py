@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness.verify.certificates import sources_sha256
-
 from harness import cli
-from harness.record.certificates import Cell
+from harness.record.certificates import Cell, sources_sha256
 from harness.verify import cells, command
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, Say, certify
