@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from harness import cli
 from harness.record.certificates import Cell, sources_sha256
 from harness.verify import cells, command
