@@ -51,6 +51,7 @@ def test_the_notebook_is_stored_without_outputs() -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.slow  # half a minute of training; `make docs-check` runs it
 def test_every_cell_of_the_notebook_runs(tmp_path: Path) -> None:
     done = _run(_sources(), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -84,7 +84,7 @@ def _wait_for_rows(run: Path, training: Training, attempt: int) -> None:
     raise AssertionError(f"no rows: {training.said()[-2000:]}")
 
 
-@pytest.mark.parametrize("engine", ["single", "ddp"])
+@pytest.mark.parametrize("engine", ["single", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_loses_nothing(
     engine: str, corpus: Path, tmp_path: Path
 ) -> None:

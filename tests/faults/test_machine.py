@@ -21,7 +21,7 @@ from tests.harness.running import small
 ENDLESS = ["steps=100000", "eval.every=null", "moments.every=null", "schedule=constant", "name=run"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_disk_that_refuses_checkpoints_lets_the_steps_be_done_and_the_run_fail(
     ranks: int, corpus: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_corpus_that_is_cut_short_stops_the_run_and_says_which(corpus: Path, t
     assert_same(tmp_path / "default" / "whole", run, 60)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(
     engine: str, corpus: Path, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ LIMIT_S = 90
     ("number", "engine"),
     [
         (signal.SIGUSR1, "ddp"),
-        (signal.SIGINT, "fsdp2"),
+        pytest.param(signal.SIGINT, "fsdp2", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "zero2", marks=pytest.mark.slow),
     ],
 )

@@ -65,6 +65,7 @@ def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.slow  # tests/harness/jobs/test_launch.py trains over two launchers, too
 def test_two_machines_as_two_launchers_on_loopback(tmp_path: Path) -> None:
     address = [
         "--num_processes",

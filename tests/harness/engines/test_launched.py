@@ -16,7 +16,7 @@ pytestmark = pytest.mark.launch
 LIMIT_S = 240
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", [pytest.param("fsdp2", marks=pytest.mark.slow), "zero3"])
 def test_a_launched_run_is_complete_and_ends_in_peace(engine: str, tmp_path: Path) -> None:
     words = [
         "optimizer=sumo",

@@ -137,7 +137,7 @@ def _started(words: list[str], runs_dir: Path, rows: int) -> tuple[subprocess.Po
     raise AssertionError(f"no rows: {process.communicate()[0]}")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_finishes_the_step_and_says_75(world_size: int, corpus: Path, tmp_path: Path) -> None:
     words = small(
         corpus, tmp_path, "steps=100000", f"world_size={world_size}", "eval.every=null", "schedule=constant"
@@ -181,7 +181,7 @@ def test_a_killed_run_is_readable_and_called_failed(corpus: Path, tmp_path: Path
     assert not (folder / "DONE").exists()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_is_named_and_soon(engine: str, corpus: Path, tmp_path: Path) -> None:
     """The other rank sits in a collective and sees a broken connection; the reason says whose."""
     words = small(

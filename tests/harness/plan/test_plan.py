@@ -205,8 +205,10 @@ def test_any_depth_is_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for kind, size in whole[group].items():
             assert continued[group][kind] == pytest.approx(size, rel=0.02), kind
     monkeypatch.undo()
-    deep = plan(configured("model.config.num_hidden_layers=100000000", "world_size=1"), 80 * 10**9)
+    deep = plan(configured("model.config.num_hidden_layers=1024", "world_size=1"), 10**9)
     assert deep["fits"] is False
+    with pytest.raises(InputError, match="at most 1,024"):
+        configured("model.config.num_hidden_layers=100000000", "world_size=1")
 
 
 def test_progress_and_verdict_for_people(capsys: pytest.CaptureFixture[str]) -> None:
