@@ -14,6 +14,7 @@ from analysis.margin.trajectory import Run
 from harness.cli import document
 from harness.config.errors import InputError
 from harness.console import for_tables
+from harness.record import atomic
 
 DONE, NO, FAILED = 0, 1, 3
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input; nothing was computed.
     """
     settings, folder, as_json = _words(argv)
+    atomic.check_folder("--out", folder, fix="--out runs/margin/mine")
     console = for_tables(stderr=True)
 
     def say(text: str) -> None:

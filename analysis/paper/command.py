@@ -11,6 +11,7 @@ from rich.table import Table
 from analysis.paper import arguments, tables
 from harness.cli import document
 from harness.console import cell, for_tables
+from harness.record import atomic
 from harness.visible import visible
 
 DONE, NO = 0, 1
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if asked.table is None:
         _list(asked.as_json, console)
         return DONE
+    if asked.out is not None:
+        atomic.check_folder("--out", asked.out, fix="--out runs/paper")
     # What is imported here takes a second: words are checked without it.
     from analysis.paper import outputs
     from analysis.paper.filling import fill

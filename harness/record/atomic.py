@@ -9,9 +9,12 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from harness.config.errors import InputError
 
 PARTIAL = ".partial"
 """How the temporary name of a folder ends that is being written, or was left behind by a process that died."""
@@ -19,6 +22,26 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno
 """Answers of file systems that cannot flush a folder (CIFS, some FUSE): their renames are as durable as they get."""
 _LONGEST_KEPT = 50
 """Characters of a name that go into its temporary name: the file system's limit is for both."""
+
+
+def check_folder(key: str, folder: Path, fix: str) -> None:
+    """Find out whether a folder can be written before anything is spent, and leave nothing behind.
+
+    Args:
+        key: option or key that named the folder.
+        folder: need not exist; then its nearest parent that does is tried.
+        fix: what to type instead.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.NamedTemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error})"
+        raise InputError(key, folder, reason, fix=fix) from None
 
 
 def write_bytes(path: Path, data: bytes, *, sync_name: bool = True) -> None:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """
     words, flags, out = _parsed(argv)
     chosen = _chosen(words, flags)
-    _check_folder(out)
+    atomic.check_folder("--out", out, fix=f"--out {OUT}")
     is_json = "--json" in flags
     console = for_tables(stderr=True)
 
@@ -85,15 +85,6 @@ def _chosen(words: Sequence[str], flags: set[str]) -> list[Cell]:
     return chosen
 
 
-def _check_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError("--out", out, f"cannot be written ({error.strerror})", fix=f"--out {OUT}") from None
-
-
 def _content(found: Certified) -> dict[str, object]:
     return {
         "passed": found.passed,
@@ -106,6 +97,7 @@ def _content(found: Certified) -> dict[str, object]:
 
 
 def _write(found: Certified, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     atomic.write_text(out / "certificates.json", _one_line_a_cell(_content(found)))
     atomic.write_text(out / "certificates.md", page.markdown(found))
 

@@ -232,3 +232,25 @@ def test_the_program_refuses_before_anything_is_written(words: list[str], line: 
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["paper", "sumo_table3", "--out", "{place}"],
+        ["margin", "steps=10", "--out", "{place}"],
+        ["certify", "rule=sumo", "--out", "{place}"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("place", ["/proc/none", "{file}/below"])
+def test_a_folder_that_cannot_be_written_is_found_first(
+    words: list[str], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    place = place.format(file=tmp_path / "file")
+    assert cli.main([word.format(place=place) for word in words]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"--out: {place} cannot be written")
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == ""
