@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from optimizers import groups, rules, skipping
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 from optimizers.inspection import Figures, Share, kind_bytes, moment_share, singular_values
 from optimizers.journal import Journal
 from optimizers.layouts.lanes import Entry, Lane
-from optimizers.layouts.layout import Layout, Section
+from optimizers.layouts.layout import Layout, StepUnit
 from optimizers.layouts.partitioned import PartitionedLayout, Unattached
 from optimizers.layouts.replicated import ReplicatedLayout
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
@@ -28,7 +28,7 @@ from optimizers.rounding import Rounding
 from optimizers.routing import Modules, Route
 from optimizers.rules import adamw
 from optimizers.skipping import Pending, SkipLog, StepMask, Unit
-from optimizers.stacks import Descent
+from optimizers.stacks import ApplyConfig
 from optimizers.state_io import compact, restore_exactly, validate
 
 Params = Iterable[Any]
@@ -152,9 +152,9 @@ class Optimizer(torch.optim.Optimizer):
         """All parameter groups, also while an engine has narrowed `param_groups`."""
         return self._groups
 
-    def lanes(self, section: Section) -> list[Lane]:
-        """The lanes in which a section's matrices are stepped."""
-        return self._lanes_of(section)
+    def lanes(self, step_unit: StepUnit) -> list[Lane]:
+        """The lanes in which a step_unit's matrices are stepped."""
+        return self._lanes_of(step_unit)
 
     def name_of(self, parameter: Tensor) -> str:
         """The name that a parameter was given with."""
@@ -178,9 +178,9 @@ class Optimizer(torch.optim.Optimizer):
     def state_was_replaced(self) -> None:
         """Look at the state anew, after it was written from outside (a collective where it is split)."""
         self.journal.forget_step()
-        for section in self.sections():
-            if self._groups[section.group]["rule"] != "adamw":
-                for lane in self._lanes_of(section):
+        for step_unit in self.step_units():
+            if self._groups[step_unit.group]["rule"] != "adamw":
+                for lane in self._lanes_of(step_unit):
                     for bank in lane.banks:
                         bank.watch(all_of=True)
 
@@ -244,23 +244,23 @@ class Optimizer(torch.optim.Optimizer):
             self._late.append([])
             self._allocate(len(self._groups) - 1)
 
-    def sections(self) -> list[Section]:
+    def step_units(self) -> list[StepUnit]:
         """What is stepped in a whole optimizer step."""
-        return list(self._started(self._layout.all_sections(self._groups)))
+        return list(self._started(self._layout.all_step_units(self._groups)))
 
-    def _started(self, sections: Iterable[Section]) -> Iterator[Section]:
-        """Sections without frozen parameters. Those that started later have sections of their own: matrices would
+    def _started(self, step_units: Iterable[StepUnit]) -> Iterator[StepUnit]:
+        """Sections without frozen parameters. Those that started later have step_units of their own: matrices would
         else change their owners, where the state is divided."""
-        for section in sections:
-            frozen, late = self._frozen[section.group], self._late[section.group]
+        for step_unit in step_units:
+            frozen, late = self._frozen[step_unit.group], self._late[step_unit.group]
             if not frozen and not late:
-                yield section
+                yield step_unit
                 continue
             others = frozen.union(*late)
-            first = [position for position in section.positions if position not in others]
-            yield Section(section.key, section.group, first)
+            first = [position for position in step_unit.positions if position not in others]
+            yield StepUnit(step_unit.key, step_unit.group, first)
             for number, positions in enumerate(late):
-                yield Section((section.key, number), section.group, positions)
+                yield StepUnit((step_unit.key, number), step_unit.group, positions)
 
     def has_started(self, parameter: Tensor) -> bool:
         """Return False for a parameter that was frozen at construction and has had no gradient since."""
@@ -301,11 +301,11 @@ class Optimizer(torch.optim.Optimizer):
             )
 
     def _allocate(self, index: int) -> None:
-        for section in self.sections():
-            if section.group != index:
+        for step_unit in self.step_units():
+            if step_unit.group != index:
                 continue
             group = self._groups[index]
-            for position in section.positions:
+            for position in step_unit.positions:
                 parameter = self._parameters[index][position]
                 state = self.state[parameter]
                 state.setdefault("step", 0)
@@ -317,19 +317,19 @@ class Optimizer(torch.optim.Optimizer):
                                 weight, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
                             )
             if group["rule"] != "adamw":
-                for lane in self._lanes_of(section):
+                for lane in self._lanes_of(step_unit):
                     for bank in (*lane.banks, *lane.landing):
                         bank.bind(self.state)
 
-    def _lanes_of(self, section: Section) -> list[Lane]:
-        lanes = self._lanes.get(section.key)
+    def _lanes_of(self, step_unit: StepUnit) -> list[Lane]:
+        lanes = self._lanes.get(step_unit.key)
         if lanes is None or not all(bank.fits() for lane in lanes for bank in (*lane.banks, *lane.landing)):
-            lanes = self._lanes[section.key] = self._new_lanes(section)
+            lanes = self._lanes[step_unit.key] = self._new_lanes(step_unit)
         return lanes
 
-    def _new_lanes(self, section: Section) -> list[Lane]:
-        group = self._groups[section.group]
-        lanes = self._layout.lanes(self._members_of(section), rules.load(group["rule"]), group)
+    def _new_lanes(self, step_unit: StepUnit) -> list[Lane]:
+        group = self._groups[step_unit.group]
+        lanes = self._layout.lanes(self._members_of(step_unit), rules.load(group["rule"]), group)
         for lane in lanes:
             for bank in lane.banks:
                 bank.bind(self.state)
@@ -337,17 +337,19 @@ class Optimizer(torch.optim.Optimizer):
                     bank.watch(all_of=True)
         return lanes
 
-    def _members_of(self, section: Section) -> list[Member]:
-        members = self._matrices.get(section.key)
+    def _members_of(self, step_unit: StepUnit) -> list[Member]:
+        members = self._matrices.get(step_unit.key)
         if members is None:
-            members = self._matrices[section.key] = self._new_members(section)
+            members = self._matrices[step_unit.key] = self._new_members(step_unit)
         return members
 
-    def _new_members(self, section: Section) -> list[Member]:
-        group, routes = self._groups[section.group], self._routes[section.group]
-        parameters = self._parameters[section.group]
+    def _new_members(self, step_unit: StepUnit) -> list[Member]:
+        group, routes = self._groups[step_unit.group], self._routes[step_unit.group]
+        parameters = self._parameters[step_unit.group]
         # Frozen parameters take no part in the staggering.
-        others = self._frozen[section.group].union(*self._late[section.group]).difference(section.positions)
+        others = (
+            self._frozen[step_unit.group].union(*self._late[step_unit.group]).difference(step_unit.positions)
+        )
         pairs = [
             (p, route, block)
             for position, (p, route) in enumerate(zip(parameters, routes))
@@ -356,7 +358,7 @@ class Optimizer(torch.optim.Optimizer):
         ]
         offset, interval = group.get("refresh_offset", 0), group.get("refresh_interval", 1)
         stagger = group.get("refresh_stagger", False)
-        wanted = {id(parameters[position]) for position in section.positions}
+        wanted = {id(parameters[position]) for position in step_unit.positions}
         return [
             Member(
                 p,
@@ -393,47 +395,47 @@ class Optimizer(torch.optim.Optimizer):
             (self.name_of(p), p.grad) for group in self._parameters for p in group if p.grad is not None
         )
         self._start_unfrozen()
-        sections = list(self._started(self._layout.sections(self.param_groups)))
-        self.journal.begin({section.key for section in sections})
-        for section in sections:
-            group = self._groups[section.group]
-            parameters = [self._parameters[section.group][position] for position in section.positions]
+        step_units = list(self._started(self._layout.step_units(self.param_groups)))
+        self.journal.begin({step_unit.key for step_unit in step_units})
+        for step_unit in step_units:
+            group = self._groups[step_unit.group]
+            parameters = [self._parameters[step_unit.group][position] for position in step_unit.positions]
             active = [p for p in parameters if self._layout.gradient(p) is not None]
             if not active:
                 continue
             named = record_function(f"optimizer/{group['rule']}")
             with named, without_autocast(active[0].device.type):
-                units = self._units(section, active)
-                mask = self._mask(section, units)
+                units = self._units(step_unit, active)
+                mask = self._mask(step_unit, units)
                 moved = [p for p in active if not mask.units.issuperset(unit for unit, *_ in units[p])]
                 if group["rule"] != "adamw":
-                    self._step_matrices(section, mask)
+                    self._step_matrices(step_unit, mask)
                 elif moved:
-                    self._step_adamw(section, moved, mask)
+                    self._step_adamw(step_unit, moved, mask)
             for parameter in moved:
                 self.state[parameter]["step"] += 1
             self.journal.stepped(moved)
         self._skips.warn()
         return loss
 
-    def _units(self, section: Section, active: list[Tensor]) -> _Units:
+    def _units(self, step_unit: StepUnit, active: list[Tensor]) -> _Units:
         """What may skip the step as one, parameter by parameter: matrices, or whole parameters under AdamW."""
         found: _Units = {}
-        if self._groups[section.group]["rule"] == "adamw":
+        if self._groups[step_unit.group]["rule"] == "adamw":
             return {p: [((id(p), ""), self.name_of(p), self._layout.gradient(p))] for p in active}
-        for m in self._members_of(section):
+        for m in self._members_of(step_unit):
             elements = m.holding.elements(m.parameter, m.block)
             found.setdefault(m.parameter, []).append((m.unit, m.block.name, elements))
         return found
 
-    def _mask(self, section: Section, units: _Units) -> StepMask:
+    def _mask(self, step_unit: StepUnit, units: _Units) -> StepMask:
         """Which units leave no trace in this step: those without a gradient, and those where it is not finite."""
         each = [unit for same in units.values() for unit in same]
         gradients = [gradient for *_, gradient in each]
         missing = frozenset(unit for unit, _, gradient in each if gradient is None)
         if self.found_inf is not None:
             return StepMask(self.found_inf, missing)
-        flags = self._layout.agree(section, skipping.nonfinite(gradients))
+        flags = self._layout.agree(step_unit, skipping.nonfinite(gradients))
         if flags.device.type == "meta":
             return StepMask(None, missing)
         if skipping.host_may_look(flags.device) or isinstance(self._layout, PartitionedLayout):
@@ -441,13 +443,13 @@ class Optimizer(torch.optim.Optimizer):
             broken = {unit: name for (unit, name, _), flag in zip(each, flags.tolist()) if flag}
             self._skips.notice(name for unit, name in broken.items() if unit not in missing)
             return StepMask(None, missing.union(broken))
-        self._await(section, units, flags)
-        if self._groups[section.group]["rule"] == "adamw":
+        self._await(step_unit, units, flags)
+        if self._groups[step_unit.group]["rule"] == "adamw":
             # Its fused kernel takes one flag for all parameters of a call.
             return StepMask(flags.any().float(), missing)
         return StepMask(None, missing, {unit: flag for (unit, *_), flag in zip(each, flags.unbind(0))})
 
-    def _await(self, section: Section, units: _Units, flags: Tensor) -> None:
+    def _await(self, step_unit: StepUnit, units: _Units, flags: Tensor) -> None:
         """Let the host read these flags one step later."""
         each = [unit for same in units.values() for unit in same]
         self._pending.append(
@@ -462,7 +464,7 @@ class Optimizer(torch.optim.Optimizer):
                 *skipping.to_host(
                     torch.stack([f for f, (*_, g) in zip(flags.unbind(0), each) if g is not None])
                 ),
-                self._groups[section.group]["rule"] == "adamw",
+                self._groups[step_unit.group]["rule"] == "adamw",
             )
         )
 
@@ -477,8 +479,8 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[parameter]["step"] -= 1
         self._skips.warn()
 
-    def _step_adamw(self, section: Section, active: list[Tensor], mask: StepMask) -> None:
-        group = self._groups[section.group]
+    def _step_adamw(self, step_unit: StepUnit, active: list[Tensor], mask: StepMask) -> None:
+        group = self._groups[step_unit.group]
         settings = adamw.Settings(
             _lr(group), _decay(group), _betas(group), group["eps"], group["eps_form"], _rounding(group)
         )
@@ -491,20 +493,20 @@ class Optimizer(torch.optim.Optimizer):
             mask.everything,
         )
         if self.journal.observing and self.preset_rule == "adamw":
-            for names, moments, share in self._first_moments(section):
+            for names, moments, share in self._first_moments(step_unit):
                 self.journal.observe(names, moments, share)
 
-    def _routed(self, section: Section) -> list[tuple[Tensor, Route]]:
-        pairs = list(zip(self._parameters[section.group], self._routes[section.group]))
-        return [pairs[position] for position in section.positions]
+    def _routed(self, step_unit: StepUnit) -> list[tuple[Tensor, Route]]:
+        pairs = list(zip(self._parameters[step_unit.group], self._routes[step_unit.group]))
+        return [pairs[position] for position in step_unit.positions]
 
-    def _first_moments(self, section: Section) -> list[tuple[list[str], Tensor, Share | None]]:
+    def _first_moments(self, step_unit: StepUnit) -> list[tuple[list[str], Tensor, Share | None]]:
         """Names and first moments of the hidden matrices under AdamW, those of one shape stacked.
 
         Slices that break rows have no matrix to look at; they are left out.
         """
         kinds: dict[Any, list[tuple[Block, Tensor]]] = {}
-        for parameter, route in self._routed(section):
+        for parameter, route in self._routed(step_unit):
             for block in route.blocks:
                 holding = self._layout.holding(parameter, block)
                 moment = holding.part(self.state[parameter]["moment"], block)
@@ -526,11 +528,11 @@ class Optimizer(torch.optim.Optimizer):
         """The rule of the hidden matrices."""
         return groups.rule_name(self.preset)
 
-    def _step_matrices(self, section: Section, mask: StepMask) -> None:
-        group = self._groups[section.group]
+    def _step_matrices(self, step_unit: StepUnit, mask: StepMask) -> None:
+        group = self._groups[step_unit.group]
         rule = rules.load(group["rule"])
-        descent = Descent(_lr(group), _decay(group), group.get("decay_order") == "after", _rounding(group))
-        lanes = self._lanes_of(section)
+        config = ApplyConfig(_lr(group), _decay(group), group.get("decay_order") == "after", _rounding(group))
+        lanes = self._lanes_of(step_unit)
         if lanes:
             lanes[0].begin()
         for position, lane in enumerate(lanes):
@@ -539,13 +541,13 @@ class Optimizer(torch.optim.Optimizer):
                 if number == 0 and position + 1 < len(lanes):
                     # The next lane's gradients travel while this one computes.
                     lanes[position + 1].begin()
-                self._step_batch(rule, lane, batch, descent, group["rule"])
+                self._step_batch(rule, lane, batch, config, group["rule"])
             if position + 1 < len(lanes):
                 lanes[position + 1].begin()
-            lane.end(descent)
+            lane.end(config)
 
     def _step_batch(
-        self, rule: rules.Rule, lane: Lane, batch: list[Entry], descent: Descent, name: str
+        self, rule: rules.Rule, lane: Lane, batch: list[Entry], config: ApplyConfig, name: str
     ) -> None:
         # A function of its own, so that nothing of one batch is held while the next one is computed.
         with record_function(f"{name}/rule"):
@@ -553,7 +555,7 @@ class Optimizer(torch.optim.Optimizer):
         for (bank, active, stack), update in zip(batch, updates):
             self.journal.enter(rule, stack, update, lane.rows)
             with record_function(f"{name}/apply"):
-                lane.apply(stack, update.delta, descent)
+                lane.apply(stack, update.delta, config)
             bank.write_back(active, stack.state)
             bank.watch(all_of=bool(stack.due))
             stack.release()
@@ -591,10 +593,10 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._settle()
         found: dict[str, Tensor] = {}
-        for section in self.sections():
-            if self._groups[section.group]["rule"] != "adamw":
-                rule = rules.load(self._groups[section.group]["rule"])
-                for lane in self._lanes_of(section):
+        for step_unit in self.step_units():
+            if self._groups[step_unit.group]["rule"] != "adamw":
+                rule = rules.load(self._groups[step_unit.group]["rule"])
+                for lane in self._lanes_of(step_unit):
                     for bank in lane.banks:
                         bank.bind(self.state)
                         share = moment_share(rule, bank.shape, bank.split, bank.options, lane.rows)
@@ -604,7 +606,7 @@ class Optimizer(torch.optim.Optimizer):
                         values = bound(singular_values, bank.stacked(kind), share)
                         found.update(self.journal.spectra([m.block.name for m in bank.members], values))
             elif self.preset_rule == "adamw":
-                for names, moments, share in self._first_moments(section):
+                for names, moments, share in self._first_moments(step_unit):
                     found.update(zip(names, singular_values(moments, share).unbind(0)))
         return found
 

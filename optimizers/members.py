@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 
 
 class Holding(Protocol):

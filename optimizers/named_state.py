@@ -63,17 +63,17 @@ class StatePiece(NamedTuple):
 def pieces(optimizer: Optimizer) -> Iterator[StatePiece]:
     """All parts of the state that this process holds; together the processes hold all of it."""
     is_first = optimizer.is_first_replica
-    for section in optimizer.sections():
-        group = optimizer.groups[section.group]
+    for unit in optimizer.step_units():
+        group = optimizer.groups[unit.group]
         if group["rule"] != "adamw":
             rule = rules.load(group["rule"])
-            for lane in optimizer.lanes(section):
+            for lane in optimizer.lanes(unit):
                 for bank in (*lane.banks, *lane.landing):
                     bank.bind(optimizer.state)
                     yield from _of_bank(bank, rule, is_first or isinstance(lane, SplitLane))
             continue
-        for position in section.positions:
-            parameter = optimizer.parameters_of_groups[section.group][position]
+        for position in unit.positions:
+            parameter = optimizer.parameters_of_groups[unit.group][position]
             name = optimizer.name_of(parameter)
             dim, start = optimizer.layout.interval(parameter)
             for kind, tensor in optimizer.state[parameter].items():

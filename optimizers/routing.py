@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from optimizers.fused import Block, split
+from optimizers.fused_projections import Block, split
 from optimizers.options import OptionError
 
 # Dotted-name components that mark a 2-D weight as no hidden matrix, for models whose modules are not given.

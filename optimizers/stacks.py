@@ -344,7 +344,7 @@ def _count(steps: list[int], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Descent:
+class ApplyConfig:
     """How an update Δ reaches the weights: W ← (1 - lr·wd)·W - lr·Δ.
 
     Attributes:
@@ -360,19 +360,19 @@ class Descent:
     rounding: Rounding
 
 
-def apply_update(stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
+def apply_update(stack: Stack, delta: Tensor | LowRank, config: ApplyConfig) -> None:
     """Take one step of the stack's weights (of what this process holds of them); Δ may be overwritten.
 
     Args:
         stack: whose weights.
         delta: (b, m, n) in the stack's dtype, or its factors.
-        descent: learning rate, decay, rounding.
+        config: learning rate, decay, rounding.
     """
-    lr, weight_decay, decay_last = descent.lr, descent.weight_decay, descent.decay_last
+    lr, weight_decay, decay_last = config.lr, config.weight_decay, config.decay_last
     weights = [m.weight() for m in stack.members]
     if isinstance(delta, LowRank):
         if _in_place(stack, weights):
-            _apply_factors(stack, weights, delta, descent)
+            _apply_factors(stack, weights, delta, config)
             return
         delta = delta.dense(stack)
     mask = stack.masked
@@ -385,12 +385,10 @@ def apply_update(stack: Stack, delta: Tensor | LowRank, descent: Descent) -> Non
     if mask is not None and weight_decay:
         decay = torch.where(mask, torch.ones((), dtype=stack.dtype, device=delta.device), decay)
     if weights[0].dtype != stack.dtype:
-        apply_to_half(
-            stack, weights, delta, lr, decay if weight_decay else None, decay_last, descent.rounding
-        )
+        apply_to_half(stack, weights, delta, lr, decay if weight_decay else None, decay_last, config.rounding)
         return
     deltas = [m.block.like_view(d) for m, d in zip(stack.members, delta.unbind(0))]
-    descend(stepped(stack, weights), stepped(stack, deltas), descent, decay)
+    descend(stepped(stack, weights), stepped(stack, deltas), config, decay)
 
 
 def stepped(stack: Stack, values: Sequence[_T]) -> list[_T]:
@@ -399,28 +397,28 @@ def stepped(stack: Stack, values: Sequence[_T]) -> list[_T]:
 
 
 def descend(
-    weights: list[Tensor], deltas: list[Tensor], descent: Descent, decay: float | Tensor | None = None
+    weights: list[Tensor], deltas: list[Tensor], config: ApplyConfig, decay: float | Tensor | None = None
 ) -> None:
     """W ← decay·W - lr·Δ for tensors of any shape, of one dtype; Δ may be overwritten.
 
     Args:
         weights: to be changed.
         deltas: of their shapes.
-        descent: learning rate and order.
-        decay: factor on the weights, or one for each along its first axis; None: what `descent` says.
+        config: learning rate and order.
+        decay: factor on the weights, or one for each along its first axis; None: what `config` says.
     """
     if not weights:
         return
-    lr = descent.lr
+    lr = config.lr
     if decay is None:
-        decay = 1.0 - lr * descent.weight_decay
-    if descent.weight_decay and not descent.decay_last:
+        decay = 1.0 - lr * config.weight_decay
+    if config.weight_decay and not config.decay_last:
         _decay(weights, decay)
     if isinstance(lr, Tensor):
         torch._foreach_mul_(deltas, lr)  # pyright: ignore[reportPrivateImportUsage]
         lr = 1.0
     torch._foreach_add_(weights, deltas, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
-    if descent.weight_decay and descent.decay_last:
+    if config.weight_decay and config.decay_last:
         _decay(weights, decay)
 
 
@@ -443,13 +441,13 @@ def _in_place(stack: Stack, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _apply_factors(stack: Stack, weights: list[Tensor], delta: LowRank, descent: Descent) -> None:
-    lr = float(descent.lr)
-    decay = 1.0 - lr * descent.weight_decay
+def _apply_factors(stack: Stack, weights: list[Tensor], delta: LowRank, config: ApplyConfig) -> None:
+    lr = float(config.lr)
+    decay = 1.0 - lr * config.weight_decay
     weights = stepped(stack, weights)
     if not weights:
         return
-    if decay != 1.0 and not descent.decay_last:
+    if decay != 1.0 and not config.decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
     if delta.keep:
         gradients = [_gradient_of(m).to(stack.dtype) for m in stepped(stack, stack.members)]
@@ -457,5 +455,5 @@ def _apply_factors(stack: Stack, weights: list[Tensor], delta: LowRank, descent:
     lefts, rights = stepped(stack, delta.left.unbind(0)), stepped(stack, delta.right.unbind(0))
     for weight, left, right in zip(weights, lefts, rights):
         weight.addmm_(left, right, alpha=-lr)
-    if decay != 1.0 and descent.decay_last:
+    if decay != 1.0 and config.decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -51,9 +51,9 @@ class OfLayout:
     def look(self) -> dict[str, Tensor]:
         """See `Gradients`."""
         layout, found = self._optimizer.layout, {}
-        for section in layout.sections(self._optimizer.param_groups):
-            for position in section.positions:
-                parameter = self._optimizer.parameters_of_groups[section.group][position]
+        for unit in layout.step_units(self._optimizer.param_groups):
+            for position in unit.positions:
+                parameter = self._optimizer.parameters_of_groups[unit.group][position]
                 name = self._optimizer.name_of(parameter)
                 here = layout.gradient(parameter)
                 if here is not None:

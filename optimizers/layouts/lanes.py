@@ -9,14 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Arriving, Distribution, Exchange, whole_at
 from optimizers.layouts.rows import Rows, Whole
 from optimizers.members import Member, compute_dtype
 from optimizers.rules.rule import Rule
 from optimizers.skipping import StepMask
-from optimizers.stacks import STACK_BYTES, Bank, Descent, LowRank, Stack, apply_update
+from optimizers.stacks import STACK_BYTES, ApplyConfig, Bank, LowRank, Stack, apply_update
 
 State = Mapping[Tensor, dict[str, Any]]
 Entry = tuple[Bank, list[int], Stack]
@@ -47,11 +47,11 @@ class Lane(Protocol):
         """The stacks that have gradients, in the batches in which the rule is to be called."""
         ...
 
-    def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
+    def apply(self, stack: Stack, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """Take a stack's update to the weights, now or at the `end`."""
         ...
 
-    def end(self, descent: Descent) -> None:
+    def end(self, config: ApplyConfig) -> None:
         """Finish the step."""
         ...
 
@@ -89,11 +89,11 @@ class LocalLane:
         taken = {id(entry[2]) for entry in shared}
         yield from ([entry] for entry in entries if id(entry[2]) not in taken)
 
-    def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
+    def apply(self, stack: Stack, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """At once."""
-        apply_update(stack, delta, descent)
+        apply_update(stack, delta, config)
 
-    def end(self, descent: Descent) -> None:
+    def end(self, config: ApplyConfig) -> None:
         """Nothing is left to do."""
 
 
@@ -145,11 +145,11 @@ class _DividedLane:
         self,
         arrived: Sequence[Tensor],
         delta: Callable[[list[Tensor], Stack], Tensor | LowRank],
-        descent: Descent,
+        config: ApplyConfig,
     ) -> None:
         for bank, active, stack in self._landed:
             parts = [arrived[self._places[id(m)]] for m in stack.members]
-            apply_update(stack, delta(parts, stack), descent)
+            apply_update(stack, delta(parts, stack), config)
             bank.write_back(active, stack.state)
             stack.release()
         self._landed = []
@@ -201,21 +201,21 @@ class OwnerLane(_DividedLane):
             self._gathered.update(enumerate(self._arriving.wait()))
             yield from super().batches(state, mask)
 
-    def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
+    def apply(self, stack: Stack, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """Keep the update until the `end`."""
         dense = delta.dense(stack) if isinstance(delta, LowRank) else delta
         for member, part in zip(stack.members, dense.unbind(0)):
             place = self._places[id(member)]
             self._updates[place] = _flat(part, self._members[place].holding.split)
 
-    def end(self, descent: Descent) -> None:
+    def end(self, config: ApplyConfig) -> None:
         """Send the updates back and apply what arrives."""
         if self._arriving is None:
             return
         self._arriving = None
         arrived = self._send_back()
         self._gathered.clear()
-        self._land(arrived, _in_shape, descent)
+        self._land(arrived, _in_shape, config)
 
 
 class SplitLane(_DividedLane):
@@ -252,7 +252,7 @@ class SplitLane(_DividedLane):
     def begin(self) -> None:
         """Nothing: every process has every gradient."""
 
-    def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
+    def apply(self, stack: Stack, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """Keep the update until the `end`."""
         if isinstance(delta, LowRank):
             parts = [torch.cat([a.reshape(-1), b.reshape(-1)]) for a, b in zip(delta.left, delta.right)]
@@ -261,10 +261,10 @@ class SplitLane(_DividedLane):
         for member, part in zip(stack.members, parts):
             self._updates[self._places[id(member)]] = part
 
-    def end(self, descent: Descent) -> None:
+    def end(self, config: ApplyConfig) -> None:
         """Send the updates to all and apply them."""
         if self._landed:
-            self._land(self._send_back(), self._delta, descent)
+            self._land(self._send_back(), self._delta, config)
 
     def _delta(self, parts: list[Tensor], stack: Stack) -> Tensor | LowRank:
         flat, (m, n) = torch.stack(parts), stack.shape

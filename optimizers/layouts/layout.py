@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.lanes import Lane, compensation
 from optimizers.layouts.rows import Rows
@@ -15,7 +15,7 @@ from optimizers.members import Holding, Member
 from optimizers.rules.rule import Rule
 
 
-class Section(NamedTuple):
+class StepUnit(NamedTuple):
     """Parameters that one call of `step` updates: a group, or part of one.
 
     Attributes:
@@ -65,14 +65,14 @@ class Layout(Protocol):
         ...
 
     def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
-        """The lanes of a section's matrices, the same on all processes."""
+        """The lanes of a unit's matrices, the same on all processes."""
         ...
 
-    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """What is to be stepped now, with these parameter groups."""
         ...
 
-    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """What is stepped in a whole optimizer step."""
         ...
 
@@ -84,7 +84,7 @@ class Layout(Protocol):
         """
         ...
 
-    def agree(self, section: Section, flags: Tensor) -> Tensor:
+    def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
         """(k,) bool of gradients of which this process may hold a part → element-wise or over all that hold parts: a
         collective where there are several."""
         ...
@@ -117,6 +117,6 @@ def local_shapes(
     return shapes if in_fp32 else {**shapes, **compensation(member, options)}
 
 
-def whole_groups(groups: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Each parameter group as one section."""
-    return [Section(i, i, list(range(len(group["params"])))) for i, group in enumerate(groups)]
+def whole_groups(groups: Sequence[Mapping[str, Any]]) -> list[StepUnit]:
+    """Each parameter group as one unit."""
+    return [StepUnit(i, i, list(range(len(group["params"])))) for i, group in enumerate(groups)]

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Arriving, Exchange, Interval
 from optimizers.layouts.lanes import Entry, Lane, LocalLane, OwnerLane, State, buckets, make_banks
-from optimizers.layouts.layout import Section, local_shapes
+from optimizers.layouts.layout import StepUnit, local_shapes
 from optimizers.layouts.rows import Rows, Whole
 from optimizers.layouts.sharded import Shards
 from optimizers.members import Holding, Member
 from optimizers.rules.rule import Rule
 from optimizers.skipping import StepMask
-from optimizers.stacks import Bank, Descent, LowRank, Stack, descend, stepped
+from optimizers.stacks import ApplyConfig, Bank, LowRank, Stack, descend, stepped
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,18 @@ class Unattached:
         """None."""
         return []
 
-    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """None."""
         return []
 
-    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """None."""
         return []
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
         """Nothing starts later: see `Optimizer.step`."""
 
-    def agree(self, section: Section, flags: Tensor) -> Tensor:
+    def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
         """Nobody to ask."""
         return flags
 
@@ -125,11 +125,11 @@ class PartitionedLayout:
                 if id(parameter) in self._places:
                     raise ValueError("a parameter lies in two flat tensors")
                 self._places[id(parameter)] = i
-        self._sections = []
+        self._step_units = []
         for i, flat in enumerate(flats):
             group = parameters[flat.group]
             positions = [k for k, p in enumerate(group) if self._places.get(id(p)) == i]
-            self._sections.append(Section(i, flat.group, positions))
+            self._step_units.append(StepUnit(i, flat.group, positions))
         missing = sum(id(p) not in self._places for group in parameters for p in group)
         if missing:
             raise ValueError(f"{missing} parameters lie in no flat tensor")
@@ -198,22 +198,22 @@ class PartitionedLayout:
             )
         return lanes
 
-    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """The flat tensors that the groups hold now: DeepSpeed narrows them to one at a time."""
         now = {id(tensor) for group in groups for tensor in group["params"]}
-        return [s for s, flat in zip(self._sections, self._flats) if id(flat.tensor) in now]
+        return [s for s, flat in zip(self._step_units, self._flats) if id(flat.tensor) in now]
 
-    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """Every flat tensor."""
-        return self._sections
+        return self._step_units
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
         """Nothing starts later: see `Optimizer.step`."""
 
-    def agree(self, section: Section, flags: Tensor) -> Tensor:
+    def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
         """Element-wise or over the ranks of the flat tensor."""
-        assert isinstance(section.key, int)
-        communicator = self._per_flat[section.key]
+        assert isinstance(unit.key, int)
+        communicator = self._per_flat[unit.key]
         return communicator.any(flags) if communicator.size > 1 else flags
 
     def weight(self, parameter: Tensor) -> Tensor:
@@ -367,10 +367,10 @@ class RowLane:
                 held.tail = tail
         yield from self._lane.batches(state, mask)
 
-    def apply(self, stack: Stack, delta: Tensor | LowRank, descent: Descent) -> None:
+    def apply(self, stack: Stack, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """Where the own elements are; the rest is kept until the `end`."""
         if self._exchange is None:
-            self._lane.apply(stack, delta, descent)
+            self._lane.apply(stack, delta, config)
             return
         dense = delta.dense(stack) if isinstance(delta, LowRank) else delta
         if stack.masked is not None:
@@ -387,9 +387,9 @@ class RowLane:
             lo, hi = held.missing
             self._tails[id(held)] = part[lo - first : hi - first].clone()
         if weights:
-            descend(weights, parts, descent)
+            descend(weights, parts, config)
 
-    def end(self, descent: Descent) -> None:
+    def end(self, config: ApplyConfig) -> None:
         """Return what belongs to broken rows of others, and apply what comes back."""
         if self._exchange is None or self._arriving is None:
             return
@@ -403,7 +403,7 @@ class RowLane:
             if part.numel() and i not in self._skipped
         ]
         if pairs:
-            descend([w for w, _ in pairs], [part for _, part in pairs], descent)
+            descend([w for w, _ in pairs], [part for _, part in pairs], config)
         self._arriving, self._tails = None, {}
         for held in self._slices:
             held.tail = None

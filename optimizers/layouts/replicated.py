@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import balanced_owners
 from optimizers.layouts.lanes import Lane, LocalLane, SplitLane, buckets, make_banks
-from optimizers.layouts.layout import Section, local_shapes, whole_groups
+from optimizers.layouts.layout import StepUnit, local_shapes, whole_groups
 from optimizers.layouts.rows import BasisMaker, Rows, Whole, made
 from optimizers.members import Held, Holding, Member
 from optimizers.rules.rule import Rule
@@ -105,11 +105,11 @@ class ReplicatedLayout:
             for chosen in buckets(members, owners)
         ]
 
-    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """Each group."""
         return whole_groups(groups)
 
-    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """Each group."""
         return whole_groups(groups)
 
@@ -119,7 +119,7 @@ class ReplicatedLayout:
             if isinstance(parameter, DTensor):
                 raise TypeError(f"{name}: is a DTensor, while the other parameters are not")
 
-    def agree(self, section: Section, flags: Tensor) -> Tensor:
+    def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
         """All replicas have all gradients, and they are equal."""
         return flags
 

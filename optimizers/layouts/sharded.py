@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 from optimizers.layouts.axes import traffic
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Exchange, balanced_owners, whole_at
 from optimizers.layouts.lanes import Lane, LocalLane, OwnerLane, buckets, make_banks
-from optimizers.layouts.layout import Section, local_shapes, whole_groups
+from optimizers.layouts.layout import StepUnit, local_shapes, whole_groups
 from optimizers.layouts.replicated import work_of
 from optimizers.layouts.rows import BasisMaker, Rows, SplitMoment, solved
 from optimizers.linalg.gram_root import GramRoot
@@ -406,11 +406,11 @@ class ShardedLayout:
             intervals.append((held.start * other, (held.start + held.shape[held.split]) * other))
         return intervals
 
-    def sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """Each group."""
         return whole_groups(groups)
 
-    def all_sections(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[Section]:
+    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """Each group."""
         return whole_groups(groups)
 
@@ -423,7 +423,7 @@ class ShardedLayout:
             if parameter.device_mesh != first.device_mesh or _shard_dim(name, parameter) != self._dim:
                 raise TypeError(f"{name}: is sharded over another mesh than {first_name}")
 
-    def agree(self, section: Section, flags: Tensor) -> Tensor:
+    def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
         """Element-wise or over the ranks of a replica."""
         return self._shards.agree(flags)
 

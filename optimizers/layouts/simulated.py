@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 from optimizers.layouts.communicator import Communicator, SimulatedCommunicator
 from optimizers.layouts.partitioned import Flat, PartitionedLayout, Slot
 from optimizers.layouts.replicated import Replicated, ReplicatedLayout

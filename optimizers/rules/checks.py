@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimizers.fused import Block
+from optimizers.fused_projections import Block
 from optimizers.layouts.rows import Whole
 from optimizers.members import Held, Member
 from optimizers.options import OPTIONS, Option, OptionError, closest
