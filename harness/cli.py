@@ -198,7 +198,7 @@ COMMANDS: dict[str, Command] = {
         keys="analysis.reconstruction.keys:text",
     ),
     "export": Command(
-        "harness.checkpoint.export:main",
+        "harness.export:main",
         "trained weights as a Hugging Face model folder",
         "CHECKPOINT FOLDER [--json]",
         (
@@ -207,7 +207,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "clean": Command(
-        "harness.record.clean:main",
+        "harness.clean:main",
         "what run folders no longer need, and remove it",
         "[DIR] [--yes] [--json]",
         (

@@ -15,9 +15,10 @@ from harness.clock import Clock
 from harness.config.schema import RunConfig
 from harness.engines import Engine
 from harness.feed import Feed, MicroBatch
-from harness.lifecycle import Heartbeat, Stop
 from harness.model import attention_mask, aux_loss_sum, loss_sum, router_coefficient
 from harness.probes.flops import FlopCount
+from harness.process.heartbeat import Heartbeat
+from harness.process.stop import Stop
 from harness.record.folder import Row
 from harness.schedule import Factor
 from harness.spikes import SpikeGuard

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from harness.record import atomic
+from harness.files import atomic
 
 WAIT, WARM, ACTIVE = 2, 1, 3
 """Steps that are left alone (allocation, compilation), that warm the profiler up, and that are recorded."""

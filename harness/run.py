@@ -20,9 +20,9 @@ from harness.config import deepspeed_config, durations, evaluation_budget
 from harness.config.engine_checks import ZERO
 from harness.config.schema import RunConfig
 from harness.data import Batches, Validation
+from harness.devices import device_name
 from harness.engines import Engine
 from harness.feed import Feed
-from harness.lifecycle import Heartbeat, Stop, silent_ranks
 from harness.loop import Run, Whole, train
 from harness.optimizer import build_optimizer, ownership, shard_axes
 from harness.preparation import Prepared
@@ -32,10 +32,13 @@ from harness.probes.memory import MemoryMeter
 from harness.probes.moments import Moments
 from harness.probes.throughput import Progress
 from harness.probes.validation import Evaluation
+from harness.process.heartbeat import Heartbeat
+from harness.process.stop import Stop
 from harness.profiling import StepProfile
 from harness.record import certificates, environment, summary
 from harness.record.folder import Row, RunFolder
 from harness.record.log import Log, ProgressSink
+from harness.record.readers import stalled_ranks
 from harness.record.wandb import WandbSink
 from harness.spikes import SpikeGuard
 
@@ -194,7 +197,7 @@ class _Recorder:
             self.log.say(reason)
             return reason
         reason = _first_line(error)
-        late = silent_ranks(self.prepared.folder)
+        late = stalled_ranks(self.prepared.folder)
         return f"{late}; then {reason}" if late else reason
 
     @contextlib.contextmanager
@@ -243,7 +246,7 @@ class _Recorder:
             self.warnings.append(uncertified)
         self.log.say(
             f"{config.model.name}{_origin(config)}: {run.whole.parameters:,} parameters, {config.precision}, "
-            f"{run.engine.world_size} process(es) on {environment.device_name(run.engine.device)} ({run.engine.name}); "
+            f"{run.engine.world_size} process(es) on {device_name(run.engine.device)} ({run.engine.name}); "
             f"{config.steps} steps of {config.batch_size}×{config.seq_len} tokens; "
             f"lr {config.optimizer.lr:g} ({config.optimizer.lr_source})"
         )

@@ -22,9 +22,10 @@ from types import ModuleType
 from typing import Any
 
 from harness.config.errors import InputError
-from harness.jobs import ending, last_words, parent
-from harness.lifecycle import outlive_the_terminal
+from harness.jobs import ending
 from harness.preparation import Prepared, prepare
+from harness.process import exit_markers, parent
+from harness.process.stop import outlive_the_terminal
 from harness.record import readers
 
 EXIT_CODES = {"finished": 0, "interrupted": 0, "diverged": 3, "failed": 3}
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prepared = None
     try:
-        with last_words.marked():
+        with exit_markers.marked():
             prepared = prepare(words, say=say, worker=True, writes_folder=first)
             from harness.run import execute  # imports torch
 

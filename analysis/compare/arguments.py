@@ -10,7 +10,7 @@ from pathlib import Path
 
 from analysis.compare.progress import Verbosity
 from harness.config.errors import InputError, closest
-from harness.record.redaction import redact_argv
+from harness.redaction import redact_argv
 from optimizers import presets
 
 DEFAULT_SEEDS = 3

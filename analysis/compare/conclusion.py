@@ -12,7 +12,7 @@ from analysis.compare.arguments import Plan
 from analysis.compare.document import ORIGIN, SCHEMA_VERSION, Document
 from analysis.compare.report import Written
 from harness.console import cell, for_tables
-from harness.record import atomic
+from harness.files import atomic
 from harness.visible import visible
 
 NARROWEST = 110

@@ -18,7 +18,7 @@ from analysis.compare.statistics import RESOLUTION
 from analysis.compare.tables import Table
 from analysis.compare.verdict import Verdict
 from analysis.plain import plain
-from harness.record.places import without_places
+from harness.redaction import redact_paths
 
 SCHEMA_VERSION = 1
 ORIGIN = "compare.json"
@@ -84,10 +84,10 @@ def read(folder: str | Path, *, public: bool = False) -> Document:
     if public:
         for run in runs:
             for name in ("config", "summary", "status", "environment", "reason", "notes"):
-                setattr(run, name, without_places(getattr(run, name)))
+                setattr(run, name, redact_paths(getattr(run, name)))
             run.tuning = tuning_ledger.public(run.tuning) if run.tuning is not None else None
-        origins = {place: without_places(origin) for place, origin in origins.items()}
-        remarks = without_places(remarks)
+        origins = {place: redact_paths(origin) for place, origin in origins.items()}
+        remarks = redact_paths(remarks)
     order = list(dict.fromkeys(name for origin in origins.values() for name in strings(origin["optimizers"])))
     judged = [_judged(chosen, origins) for chosen in comparison.compare(runs, order)]
     return Document(root, runs, judged, remarks)

@@ -20,7 +20,7 @@ import pandas as pd
 from analysis.compare import foreign_rows, words
 from analysis.compare.reading import Columns
 from analysis.compare.runs import Run
-from harness.bounded_files import UnreadableFile
+from harness.files.bounded import UnreadableFile
 from harness.record.schema import METRICS, STATES
 
 ALIASES = {"val_loss": "val/loss", "train_loss": "train/loss", "seconds": "wall_s"}

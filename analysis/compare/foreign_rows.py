@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import bounded_files
-from harness.bounded_files import MIB, JsonDecoder, UnreadableValue
+from harness.files import bounded
+from harness.files.bounded import MIB, JsonDecoder, UnreadableValue
 
 DELIMITERS = ",;\t"
 LIMIT = 512 * MIB
@@ -27,7 +27,7 @@ def rows(path: Path, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any
         FileNotFoundError: no such file.
         UnreadableFile: it is no file, too large, or can't be opened.
     """
-    text = bounded_files.read_text(path, LIMIT, complaints)
+    text = bounded.read_text(path, LIMIT, complaints)
     yield from (_csv if path.suffix.lower() == ".csv" else _jsonl)(text, complaints)
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import bounded_files
-from harness.bounded_files import MIB, UnreadableFile
+from harness.files import bounded
+from harness.files.bounded import MIB, UnreadableFile
 from harness.record import readers
 from harness.record.readers import Record, Row
 
@@ -99,7 +99,7 @@ def moments(path: Path, notes: list[str]) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     try:
-        content = bounded_files.read_bytes(path, MOMENTS_LIMIT)
+        content = bounded.read_bytes(path, MOMENTS_LIMIT)
     except FileNotFoundError:
         return pd.DataFrame()
     except UnreadableFile as error:

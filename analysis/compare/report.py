@@ -32,7 +32,7 @@ from analysis.page import dress
 from analysis.page.dress import plot_data
 from harness import visible
 from harness.config.errors import InputError
-from harness.record import atomic
+from harness.files import atomic
 
 PICTURE = (1200, 640)
 _ASIDE = ".report-"

@@ -21,8 +21,8 @@ from harness.jobs import scripts, slurm, submit
 from harness.jobs.grid import Row
 from harness.jobs.submit import Queued, Request
 from harness.record import folder as run_folder
-from harness.record.redaction import redact_argv
 from harness.record.schema import SCHEMA_VERSION
+from harness.redaction import redact_argv
 
 _NOT_AS_JOB = ("submit", "status", "list", "show", "doctor", "completion", "sweep")
 _FLAGS = ("--dry-run", "--json", "--after", "--then")

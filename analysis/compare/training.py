@@ -22,13 +22,13 @@ from analysis.compare.progress import SessionProgress, Verbosity
 from analysis.compare.words import listing
 from harness.config import compose
 from harness.config.errors import InputError
+from harness.files import atomic
 from harness.jobs import launch, warm
 from harness.preparation import Prepared, prepare
-from harness.record import atomic
 from harness.record import folder as run_folder
 from harness.record.readers import Summary
-from harness.record.redaction import redact_text
 from harness.record.schema import SCHEMA_VERSION
+from harness.redaction import redact_text
 
 FINISHED, FAILED, INTERRUPTED = 0, 3, 75
 _MOST_KEPT = 64 * 1024

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from analysis.compare import reading
 from analysis.compare.runs import Run
 from analysis.plain import plain
-from harness.record.places import without_places
+from harness.redaction import redact_paths
 
 SCHEMA_VERSION = 1
 FILE = "tuning.json"
@@ -136,7 +136,7 @@ def _arm(row: Any) -> Tuned | None:
 
 def public(arm: Tuned) -> Tuned:
     """Without the paths of this machine, for what leaves it."""
-    return replace(arm, trials=tuple(replace(t, reason=without_places(t.reason)) for t in arm.trials))
+    return replace(arm, trials=tuple(replace(t, reason=redact_paths(t.reason)) for t in arm.trials))
 
 
 def adopt(runs: Sequence[Run]) -> None:

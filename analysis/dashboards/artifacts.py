@@ -14,7 +14,7 @@ from analysis.compare import report
 from analysis.compare.document import Document
 from analysis.dashboards.scope import Scope
 from harness.config.schema import RunConfig
-from harness.record import atomic
+from harness.files import atomic
 from harness.record.wandb import WandbSink
 from harness.visible import visible
 

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from analysis.dashboards import access
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
-from harness.record import atomic, readers
+from harness.files import atomic
+from harness.record import readers
 from harness.record.schema import METRICS, SCHEMA_VERSION, STATES, SUMMARY_KEYS
 
 STATE_OF = {"finished": "finished", "running": "running", "pending": "running", "preempting": "interrupted"}

@@ -11,7 +11,8 @@ from analysis.compare.document import Document
 from analysis.compare.report import Written
 from analysis.dashboards import access, artifacts, preview, scope, syncing
 from analysis.dashboards.scope import Scope
-from harness.record import atomic, readers
+from harness.files import atomic
+from harness.record import readers
 
 SCHEMA_VERSION = 1
 DEFINITION, PREVIEW = "wandb_dashboards.json", "wandb_preview.html"

@@ -14,7 +14,7 @@ from analysis.margin.trajectory import Run
 from harness.cli import document
 from harness.config.errors import InputError
 from harness.console import for_tables
-from harness.record import atomic
+from harness.files import atomic
 
 DONE, NO, FAILED = 0, 1, 3
 

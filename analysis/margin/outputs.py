@@ -17,7 +17,7 @@ from analysis.page import job as job_page
 from analysis.page.figures import Plot
 from analysis.plain import plain
 from harness import visible
-from harness.record import atomic
+from harness.files import atomic
 from harness.visible import csv_cell, markdown_row
 
 SCHEMA_VERSION = 1

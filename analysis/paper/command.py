@@ -11,7 +11,7 @@ from rich.table import Table
 from analysis.paper import arguments, tables
 from harness.cli import document
 from harness.console import cell, for_tables
-from harness.record import atomic
+from harness.files import atomic
 from harness.visible import visible
 
 DONE, NO = 0, 1

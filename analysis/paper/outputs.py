@@ -17,7 +17,7 @@ from analysis.paper.cells import STATUSES, Cell, Filled
 from analysis.plain import plain
 from harness import visible
 from harness.cli import document as whole_document
-from harness.record import atomic
+from harness.files import atomic
 from harness.visible import csv_cell, markdown_row
 
 HEADS = ("row", "column", "published", "predicted", "measured", "unit", "status")

@@ -21,10 +21,10 @@ from analysis.reconstruction.config import Config
 from analysis.reconstruction.network import Network
 from analysis.reconstruction.tables import Row
 from analysis.reconstruction.victim import Checkpoint
-from harness import bounded_files
-from harness.bounded_files import UnreadableFile
 from harness.config.errors import InputError
-from harness.record import atomic, readers
+from harness.files import atomic, bounded
+from harness.files.bounded import UnreadableFile
+from harness.record import readers
 
 CONFIG = "config.yaml"
 _OURS = ("victims", "candidates", "alternatives", "parts", "images", CONFIG)
@@ -79,7 +79,7 @@ class Folder:
         """Rows that were computed before under this key, else computed now."""
         path = self.path / "parts" / f"{key}.json"
         with suppress(FileNotFoundError, UnreadableFile):  # a damaged one is computed again
-            kept = bounded_files.read_json(path, [])
+            kept = bounded.read_json(path, [])
             if isinstance(kept, list) and all(isinstance(row, dict) for row in kept):
                 return kept
         found = list(compute())

@@ -16,7 +16,7 @@ from analysis.reconstruction.job import Results
 from analysis.reconstruction.page import COLUMNS, cell
 from analysis.reconstruction.pictures import Picture
 from analysis.reconstruction.tables import Row
-from harness.record import atomic
+from harness.files import atomic
 
 TITLES = {
     "susceptibility": "Susceptibility",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.record import atomic
+from harness.files import atomic
 from harness.visible import csv_cell
 
 Row = dict[str, Any]

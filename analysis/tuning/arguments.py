@@ -14,7 +14,7 @@ from analysis.compare.arguments import Plan
 from analysis.tuning import space, study_file
 from analysis.tuning.space import Axis
 from harness.config.errors import InputError
-from harness.record.redaction import redact_argv
+from harness.redaction import redact_argv
 from optimizers import presets
 
 DEFAULT_TRIALS = 5

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from analysis.compare import training
 from analysis.tuning import arguments
 from harness.cli import document
-from harness.record import atomic
+from harness.files import atomic
 
 if TYPE_CHECKING:
     from analysis.tuning.running import Tuning

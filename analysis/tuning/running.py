@@ -13,8 +13,8 @@ from analysis.tuning import trials
 from analysis.tuning.arguments import Study
 from analysis.tuning.trials import Planned
 from harness.config.errors import InputError
+from harness.files import atomic
 from harness.preparation import Prepared
-from harness.record import atomic
 from harness.record import folder as run_folder
 
 DONE, NOTHING_FINITE, FAILED, INTERRUPTED = 0, 1, 3, 75

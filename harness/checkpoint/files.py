@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.bounded_files import JsonDecoder
 from harness.checkpoint import store
 from harness.checkpoint.store import DamagedCheckpoint
-from harness.record import atomic
+from harness.files import atomic
+from harness.files.bounded import JsonDecoder
 from optimizers.named_state import FLAT, StatePiece
 
 _OWN = "rank/"

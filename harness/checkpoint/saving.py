@@ -17,9 +17,9 @@ from harness.checkpoint.progress import Randomness
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
 from harness.config.compose import to_yaml
 from harness.config.schema import RunConfig
+from harness.files import atomic
 from harness.loop import Run, settle
 from harness.preparation import Prepared
-from harness.record import atomic
 from harness.schedule import length
 from optimizers.named_state import StatePiece
 

@@ -21,10 +21,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from harness import bounded_files
-from harness.bounded_files import UnreadableFile
-from harness.record import atomic
-from harness.record.atomic import sync_folder
+from harness.files import atomic, bounded
+from harness.files.atomic import sync_folder
+from harness.files.bounded import UnreadableFile
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"
@@ -225,11 +224,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DamagedCheckpoint: it is missing, is no manifest, or was written by another version.
     """
     try:
-        content = bounded_files.read_bytes(folder / MANIFEST, bounded_files.JSON_LIMIT)
-        checksum = bounded_files.read_bytes(folder / CHECKSUM, bounded_files.MIB)
+        content = bounded.read_bytes(folder / MANIFEST, bounded.JSON_LIMIT)
+        checksum = bounded.read_bytes(folder / CHECKSUM, bounded.MIB)
         if checksum != hashlib.sha256(content).hexdigest().encode() + b"\n":
             raise UnreadableFile(f"{MANIFEST} has changed since it was written (SHA-256)")
-        manifest = bounded_files.JsonDecoder().decode(content.decode())
+        manifest = bounded.JsonDecoder().decode(content.decode())
     except FileNotFoundError as error:
         name = Path(error.filename).name
         raise DamagedCheckpoint(f"{folder.name}: {name} cannot be read ({error.strerror})") from error

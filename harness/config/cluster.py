@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from harness.config import durations, keys, sources
 from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
-from harness.record.redaction import REDACTED, is_secret_name, secret_in
+from harness.redaction import REDACTED, is_secret_name, secret_in
 
 GROUP = "cluster"
 DEFAULT = "generic_gpu"

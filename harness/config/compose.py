@@ -34,7 +34,7 @@ from harness.config.overrides import Assignment, leaves, parse
 from harness.config.run_file import RunFile
 from harness.config.schema import FILLED_IN, RunConfig
 from harness.config.sources import GROUPS, command_of, compose, find, options, options_of_runs, plugin_rules
-from harness.record.redaction import redact_secrets
+from harness.redaction import redact_secrets
 
 __all__ = [
     "comparison_key",

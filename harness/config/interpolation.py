@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.errors import InputError
-from harness.record.redaction import is_secret_name, secret_in
+from harness.redaction import is_secret_name, secret_in
 
 ENVIRONMENT = ("HOME", "USER", "LOGNAME", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "HF_HOME", "XDG_CACHE_HOME")
 """Variables that ``${oc.env:NAME}`` may name, besides those that begin with one of `PREFIXES`."""

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import bounded_files
-from harness.bounded_files import UnreadableFile
 from harness.config import model_keys
 from harness.config.errors import InputError
+from harness.files import bounded
+from harness.files.bounded import UnreadableFile
 
 KEY = "model.path"
 _FIX = "give a folder that save_pretrained wrote, or leave model.path out"
@@ -162,7 +162,7 @@ def weight_files(path: str | Path) -> tuple[Path, ...]:
             fix = "load it with transformers and call save_pretrained, which writes model.safetensors"
         raise InputError(KEY, path, reason, allowed="safetensors files", fix=fix)
     try:
-        content = bounded_files.read_json(index, [])
+        content = bounded.read_json(index, [])
         names = sorted(set(content["weight_map"].values()))
     except (UnreadableFile, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(KEY, path, f"has a damaged {_INDEX} ({error})", fix="copy it again") from None
@@ -283,7 +283,7 @@ def _config(folder: Path, path: str | Path) -> dict[str, Any]:
         reason = "is a run folder, not a model folder" if is_run else "has no config.json"
         raise InputError(KEY, path, reason, allowed="a local Hugging Face model folder", fix=fix)
     try:
-        config = bounded_files.read_json(file, [])
+        config = bounded.read_json(file, [])
     except (UnreadableFile, OSError) as error:
         raise InputError(KEY, path, f"has an unreadable config.json ({error})", fix=_FIX) from None
     if not isinstance(config, dict):

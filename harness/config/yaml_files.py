@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from harness import bounded_files
-from harness.bounded_files import MAX_DEPTH, UnreadableFile
 from harness.config.errors import InputError
+from harness.files import bounded
+from harness.files.bounded import MAX_DEPTH, UnreadableFile
 
 MAX_BYTES = 1 << 18
 _FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -44,13 +44,13 @@ def read(key: str, path: Path) -> Any:
 
     problems: list[str] = []
     try:
-        text = bounded_files.read_text(path, MAX_BYTES, problems)
+        text = bounded.read_text(path, MAX_BYTES, problems)
         depth = 0
         for event in yaml.parse(text, Loader=_FAST_LOADER):  # syntax first, as its errors know their line
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise UnreadableFile(f"{path.name} is nested deeper than {MAX_DEPTH}")
-        bounded_files.read_yaml(path, [])
+        bounded.read_yaml(path, [])
         if problems:
             raise UnreadableFile(problems[0])
         return get_yaml_loader()(text).get_single_data()

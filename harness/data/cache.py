@@ -29,8 +29,8 @@ from harness.data.build import build
 from harness.data.corpus import Source, open_source
 from harness.data.fingerprints import Fingerprints, file_sha256
 from harness.data.messages import Say
-from harness.record import locks
-from harness.record.atomic import sync_folder
+from harness.files import locks
+from harness.files.atomic import sync_folder
 
 
 class Corpus:

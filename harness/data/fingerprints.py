@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness.record import atomic
+from harness.files import atomic
 
 # Below this size hashing costs less than 50 ms, and nothing is taken on trust.
 ALWAYS_HASHED_BYTES = 64 * 2**20

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness.data.fingerprints import Fingerprints
-from harness.record import atomic
+from harness.files import atomic
 
 FORMAT = 2
 NAME = "manifest.json"

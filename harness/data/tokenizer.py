@@ -22,8 +22,8 @@ from harness.config.errors import InputError
 from harness.data import paths
 from harness.data.fingerprints import file_sha256
 from harness.data.messages import quiet
-from harness.record import atomic
-from harness.record.atomic import sync_folder
+from harness.files import atomic
+from harness.files.atomic import sync_folder
 
 EOS, PAD = "<eos>", "<pad>"
 # Enters the keys of caches: raise it when the same text and vocabulary size would give another tokenizer.

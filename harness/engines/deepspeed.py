@@ -21,8 +21,8 @@ import optimizers
 from harness.config import deepspeed_config
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.devices import uses_cuda
 from harness.engines.ddp import autocast
-from harness.engines.devices import uses_cuda
 from harness.engines.holdings import Layout, tensor_bytes
 from harness.engines.masked import MaskedSteps, void
 from harness.engines.processes import Processes

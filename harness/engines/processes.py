@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
-from harness.engines.devices import claim_gpu, uses_cuda
+from harness.devices import claim_gpu, uses_cuda
 
 
 class Processes:

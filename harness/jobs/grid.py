@@ -15,11 +15,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from harness import bounded_files
-from harness.bounded_files import MIB, JsonDecoder, UnreadableFile
 from harness.config.errors import InputError
+from harness.files import atomic, bounded
+from harness.files.bounded import MIB, JsonDecoder, UnreadableFile
 from harness.jobs.folder import folder_of
-from harness.record import atomic
 
 FILE = "grid.jsonl"
 _LIMIT = 64 * MIB
@@ -54,7 +53,7 @@ def read(path: Path) -> list[Row]:
         InputError: the file is damaged.
     """
     try:
-        text = bounded_files.read_text(path, _LIMIT, [])
+        text = bounded.read_text(path, _LIMIT, [])
     except FileNotFoundError:
         return []
     except UnreadableFile as error:

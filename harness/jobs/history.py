@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import bounded_files
-from harness.bounded_files import MIB, UnreadableFile
+from harness.files import bounded
+from harness.files.bounded import MIB, UnreadableFile
 from harness.record.folder import JOBS, now
 
 FILE = "events.tsv"
@@ -39,7 +39,7 @@ class Event(NamedTuple):
 def read(run: Path) -> list[Event]:
     """All events of a run, oldest first; a line that is torn or damaged is left out."""
     try:
-        text = bounded_files.read_text(run / JOBS / FILE, _LIMIT, [])
+        text = bounded.read_text(run / JOBS / FILE, _LIMIT, [])
     except (FileNotFoundError, UnreadableFile):
         return []
     parts = [line.split("\t") for line in text.split("\n")]

@@ -28,13 +28,14 @@ from harness import import_path
 from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
-from harness.jobs import last_words, parent
-from harness.lifecycle import REPEAT_S, SILENT, handled_signals, outlive_the_terminal
+from harness.files import atomic, locks
 from harness.preparation import Prepared, prepare
-from harness.record import atomic, locks, readers
+from harness.process import exit_markers, parent
+from harness.process.stop import REPEAT_S, handled_signals, outlive_the_terminal
 from harness.record import folder as run_folder
+from harness.record import readers
 from harness.record.folder import REQUEUE, now
-from harness.record.readers import Status
+from harness.record.readers import SILENT, Status
 from harness.train import ERROR_FILE
 
 EXIT_CODES = {"finished": 0, "diverged": 3, "failed": 3, "interrupted": 75}
@@ -95,7 +96,7 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
             # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
             process = subprocess.Popen(
                 command,
-                env={**environment(), **extra, ERROR_FILE: str(error), last_words.FOLDER: scratch},
+                env={**environment(), **extra, ERROR_FILE: str(error), exit_markers.FOLDER_VARIABLE: scratch},
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
@@ -106,7 +107,7 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
             code = process.wait()
         if (bad_input := read_error(error)) is not None:
             raise bad_input
-        silent = last_words.silent(Path(scratch))
+        silent = exit_markers.missing_ranks(Path(scratch))
     return outcome(prepared.folder, code, silent, forwarding.first, began)
 
 
@@ -174,13 +175,15 @@ def outcome(
     Args:
         folder: of the run.
         code: exit code of the launcher.
-        silent: ranks that started and did not say that they end (`last_words`).
+        silent: ranks that started and did not say that they end (`exit_markers`).
         asked: the signal that it was told to stop by.
         began: Unix time before the processes started; an older status.json is of an earlier attempt.
     """
     early = "before the first step"
     if asked is not None:
-        unknown = RunOutcome(folder, "interrupted", 75, f"stopped by {last_words.describe(asked)} {early}")
+        unknown = RunOutcome(
+            folder, "interrupted", 75, f"stopped by {exit_markers.signal_name(asked)} {early}"
+        )
     else:
         unknown = RunOutcome(folder, "failed", 3, f"the processes ended with code {code} {early}")
     if not (folder / readers.STATUS).is_file():
@@ -217,15 +220,15 @@ def _completed(
         # Killed between the two last files that it writes.
         _end(status, "finished", "all steps done")
     elif status.state == "running" and asked is not None:
-        _end(status, "interrupted", f"stopped at once by {last_words.describe(asked)} after step {step}")
+        _end(status, "interrupted", f"stopped at once by {exit_markers.signal_name(asked)} after step {step}")
         is_requeued = True
     elif status.state == "running":
         # Killed from outside: rank 0 could not say so itself.
-        who = last_words.told(silent) if silent else f"the processes died (code {code})"
+        who = exit_markers.describe_missing(silent) if silent else f"the processes died (code {code})"
         _end(status, "failed", f"{who} after step {step}")
     elif status.state == "failed" and silent and SILENT not in attempt.reason:
         # The others only saw their connection break. One that hung was killed because of that.
-        attempt.reason = f"{last_words.told(silent)}; then {attempt.reason}"
+        attempt.reason = f"{exit_markers.describe_missing(silent)}; then {attempt.reason}"
     else:
         may_edit = False
     if may_edit:
@@ -275,7 +278,7 @@ class Forwarding:
     first or later, kills them.
 
     Args:
-        notes: folder (`last_words`) that the first signal is noted in.
+        notes: folder (`exit_markers`) that the first signal is noted in.
 
     Attributes:
         first: the first signal that came.
@@ -308,7 +311,7 @@ class Forwarding:
         passed_on = signal.SIGTERM
         if self.first is None:
             self.first, self._came_at = signal.Signals(number), time.monotonic()
-            last_words.note_asked(self._notes, self.first)
+            exit_markers.note_signal(self._notes, self.first)
             if self.first is signal.SIGHUP:
                 outlive_the_terminal()
         elif time.monotonic() - self._came_at >= REPEAT_S:

@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import bounded_files
-from harness.bounded_files import UnreadableFile
+from harness.files import atomic, bounded
+from harness.files.bounded import UnreadableFile
 from harness.jobs import slurm
-from harness.record import atomic
 
 FRESH_S = 90.0
 """A lease that nobody touched for so long is abandoned; the batch script touches it every 20 s."""
@@ -47,7 +46,7 @@ def path_of(run_folder: Path) -> Path:
 def holder(path: Path) -> Lease | None:
     """Whose lease it is, fresh or not; None: nobody's."""
     try:
-        content = bounded_files.read_json(path, [])
+        content = bounded.read_json(path, [])
         return Lease(str(content["job"]), str(content["token"]))
     except (FileNotFoundError, UnreadableFile, KeyError, TypeError):
         return None

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.jobs import last_words, launch
+from harness.jobs import launch
+from harness.process import exit_markers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,8 +24,8 @@ def main(argv: Sequence[str]) -> int:
     options = dict.fromkeys(("began", ""), "")
     options |= {name: value for name, _, value in (word.rpartition("=") for word in argv[2:])}
     asked = signal.Signals[options[""]] if options[""] else None
-    marks = os.environ.get(last_words.FOLDER)
-    silent = last_words.silent(Path(marks)) if marks else []
+    marks = os.environ.get(exit_markers.FOLDER_VARIABLE)
+    silent = exit_markers.missing_ranks(Path(marks)) if marks else []
     ended = launch.outcome(folder, code, silent, asked, float(options["began"] or 0))
     print(" ".join(f"{ended.state}: {ended.reason}".split()))
     return ended.exit_code

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.record import atomic
+from harness.files import atomic
 
 
 class Limits(NamedTuple):

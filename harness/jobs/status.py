@@ -18,10 +18,10 @@ from harness.jobs.grid import Row
 from harness.jobs.history import Event
 from harness.jobs.slurm import Task
 from harness.jobs.submission import Submission, Submitted
-from harness.lifecycle import BEAT_S, heartbeats
+from harness.process.heartbeat import BEAT_S
 from harness.record import readers
 from harness.record.folder import JOBS
-from harness.record.readers import METRICS, STATUS, Status
+from harness.record.readers import METRICS, STATUS, Status, heartbeats
 from harness.record.schema import STATES
 
 ACTIVE = ("pending", "requeued", "starting", "running", "stopping")
@@ -216,7 +216,7 @@ def _status(run: _Found, tasks: dict[str, Task]) -> RunStatus:
     row: dict[str, float | int | None] = {}
     for values in readers.last_rows(run.folder / METRICS):
         row |= {key: value for key, value in values.items() if value is not None}
-    beats = heartbeats(run.folder) if state in ("running", "stopping") else {}
+    beats = heartbeats(run.folder)[0] if state in ("running", "stopping") else {}
     content = content or Status()
     steps = [beat.step for beat in beats.values()] + ([] if content.step is None else [content.step])
     return RunStatus(
@@ -284,11 +284,11 @@ def _is_alive(folder: Path, since: str | None = None) -> bool:
         began = datetime.fromisoformat(since)
         began = began if began.tzinfo is not None else began.replace(tzinfo=UTC)
         oldest_s = min(oldest_s, (datetime.now(UTC) - began).total_seconds())
-    return any(beat.age_s < oldest_s for beat in heartbeats(folder).values())
+    return any(beat.age_s < oldest_s for beat in heartbeats(folder)[0].values())
 
 
 def _silence(folder: Path) -> str:
-    beats = heartbeats(folder).values()
+    beats = heartbeats(folder)[0].values()
     if not beats:
         return "its processes are gone"
     last = min(beats, key=lambda beat: beat.age_s)

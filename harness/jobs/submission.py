@@ -15,10 +15,10 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from harness import bounded_files
-from harness.bounded_files import MIB, UnreadableFile
 from harness.config.cluster import ClusterConfig
 from harness.config.errors import InputError
+from harness.files import bounded
+from harness.files.bounded import MIB, UnreadableFile
 from harness.jobs import history
 from harness.record.folder import JOBS, now
 
@@ -67,7 +67,7 @@ class Submission:
     def jobs(self) -> list[Submitted]:
         """All that were submitted, oldest first; a damaged line is left out."""
         try:
-            text = bounded_files.read_text(self.path / JOURNAL, _LIMIT, [])
+            text = bounded.read_text(self.path / JOURNAL, _LIMIT, [])
         except (FileNotFoundError, UnreadableFile):
             return []
         found: list[Submitted] = []

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from harness.config.cluster import ClusterConfig
 from harness.config.errors import InputError
+from harness.files import atomic
 from harness.jobs import grid, leases, scripts, slurm
 from harness.jobs.folder import check_attempts
 from harness.jobs.grid import Row
 from harness.jobs.scripts import Job, Kind
 from harness.jobs.submission import DEPENDENTS, SUCCESSORS, Submission, writing
 from harness.preparation import Prepared, prepare
-from harness.record import atomic
 from harness.record import folder as run_folder
-from harness.record.redaction import redact_argv
+from harness.redaction import redact_argv
 
 Say = Callable[[str], None]
 

@@ -28,9 +28,10 @@ from typing import IO, Any, NamedTuple
 from harness.config import checks
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
-from harness.jobs import last_words, launch
+from harness.jobs import launch
 from harness.jobs.launch import RunOutcome
 from harness.preparation import Prepared
+from harness.process import exit_markers
 from harness.train import ERROR_FILE
 from optimizers import presets
 
@@ -162,7 +163,7 @@ class _Group:
             error = Path(scratch) / "error.json"
             environment = {
                 ERROR_FILE: str(error),
-                last_words.FOLDER: scratch,
+                exit_markers.FOLDER_VARIABLE: scratch,
                 "MASTER_PORT": str(launch.free_port()),
             }
             began = time.time()
@@ -176,7 +177,7 @@ class _Group:
                 self.close()
             if (bad_input := launch.read_error(error)) is not None:
                 raise bad_input
-            silent = last_words.silent(Path(scratch))
+            silent = exit_markers.missing_ranks(Path(scratch))
         code = next((code for code in codes if code), 0)
         return launch.outcome(prepared.folder, code, silent, forwarding.first, began)
 

@@ -20,9 +20,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from harness import train
-from harness.jobs import parent
 from harness.jobs.warm import PEAK_RESET
-from harness.lifecycle import BEAT_S, SIGNALS, outlive_the_terminal
+from harness.process import parent
+from harness.process.heartbeat import BEAT_S
+from harness.process.stop import SIGNALS, outlive_the_terminal
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from harness.files import atomic
 from harness.loop import Run
-from harness.record import atomic
 from harness.record.folder import Row
 from harness.record.schema import MOMENT_FIGURES
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from harness.devices import device_name
+
 PACKAGES = (
     "optbench",
     "torch",
@@ -36,11 +38,6 @@ def describe(device: torch.device, world_size: int) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "git": _git(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """ "cpu" or the GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _version(package: str) -> str | None:

@@ -20,11 +20,12 @@ from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.config.identity import identity as identity_of
 from harness.config.schema import RunConfig
-from harness.record import atomic, locks, readers
+from harness.files import atomic, locks
+from harness.record import readers
 from harness.record.extending import EXTENDED, ShorterRun
 from harness.record.readers import Row
-from harness.record.redaction import redact_text
 from harness.record.schema import METRICS, SCHEMA_VERSION
+from harness.redaction import redact_text
 
 REQUEUE = "REQUEUE"
 """Name of the mark in the folder of a run that was stopped with a checkpoint."""

@@ -21,19 +21,15 @@ from pydantic import (
     ValidationError,
 )
 
-from harness import bounded_files
-from harness.bounded_files import MIB, JsonDecoder, UnreadableFile, UnreadableValue
+from harness.files import bounded
+from harness.files.bounded import MIB, JsonDecoder, UnreadableFile, UnreadableValue
+from harness.process import heartbeat
 
 Row = dict[str, float | int | None]
 """One row of metrics.jsonl."""
 
 STATUS, SUMMARY, CONFIG = "status.json", "summary.json", "config.yaml"
-METRICS, ENVIRONMENT, PARAMETERS, HEARTBEAT = (
-    "metrics.jsonl",
-    "environment.json",
-    "parameters.json",
-    "heartbeat",
-)
+METRICS, ENVIRONMENT, PARAMETERS = "metrics.jsonl", "environment.json", "parameters.json"
 METRICS_LIMIT = 2048 * MIB
 """Bytes of a metrics.jsonl; a million rows have 1 GB."""
 MAX_KEYS = 1_000
@@ -41,6 +37,8 @@ MAX_KEYS = 1_000
 _LINE_LIMIT = 1 * MIB
 _TAIL = 1 << 16
 _TEXT_LIMIT = 10_000
+SILENT = "has given no sign of life"
+"""In the line about ranks that stalled."""
 _LARGEST = 2**53
 """Integers up to here are exact as floats, too."""
 _RANK_FILE = re.compile(r"rank_(\d{1,7})\.json")
@@ -301,7 +299,7 @@ def json_object(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Read a JSON file that holds one object, with values that are not validated further."""
     problems: list[str] = []
     try:
-        return _mapping(path, bounded_files.read_json(path, problems), problems), problems
+        return _mapping(path, bounded.read_json(path, problems), problems), problems
     except FileNotFoundError:
         return None, []
     except UnreadableFile as error:
@@ -312,7 +310,7 @@ def config(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Read a config.yaml as a nested mapping; `harness.config.compose.load_file` validates it completely."""
     problems: list[str] = []
     try:
-        return _mapping(path, bounded_files.read_yaml(path, problems), problems), problems
+        return _mapping(path, bounded.read_yaml(path, problems), problems), problems
     except FileNotFoundError:
         return None, []
     except UnreadableFile as error:
@@ -330,7 +328,7 @@ def parameters(folder: Path) -> tuple[list[Parameter], list[str]]:
     """Read parameters.json of a run folder; entries that are no objects are left out."""
     path, problems = folder / PARAMETERS, []
     try:
-        content = bounded_files.read_json(path, problems)
+        content = bounded.read_json(path, problems)
     except FileNotFoundError:
         return [], []
     except UnreadableFile as error:
@@ -356,7 +354,7 @@ def metrics(path: Path) -> tuple[list[Row], list[str]]:
         path: of metrics.jsonl or of the rows of an earlier attempt.
     """
     try:
-        content = bounded_files.read_bytes(path, METRICS_LIMIT)
+        content = bounded.read_bytes(path, METRICS_LIMIT)
     except FileNotFoundError:
         return [], []
     except UnreadableFile as error:
@@ -367,7 +365,7 @@ def metrics(path: Path) -> tuple[list[Row], list[str]]:
 def last_rows(path: Path) -> list[Row]:
     """Read the rows in the last 64 KiB of a metrics.jsonl; lines that cannot be read are skipped."""
     try:
-        content = bounded_files.read_bytes(path, _TAIL, tail=True)
+        content = bounded.read_bytes(path, _TAIL, tail=True)
     except (FileNotFoundError, UnreadableFile):
         return []
     return _rows(content, path.name)[0]
@@ -455,9 +453,9 @@ def heartbeats(folder: Path) -> tuple[dict[int, Beat], list[str]]:
     found: dict[int, Beat] = {}
     problems: list[str] = []
     try:
-        paths = sorted((folder / HEARTBEAT).glob("rank_*.json"))
+        paths = sorted((folder / heartbeat.FOLDER).glob("rank_*.json"))
     except OSError as error:
-        return {}, [f"{HEARTBEAT} can't be read ({error.strerror or error})"]
+        return {}, [f"{heartbeat.FOLDER} can't be read ({error.strerror or error})"]
     for path in paths:
         matched = _RANK_FILE.fullmatch(path.name)
         if matched is None:
@@ -471,3 +469,19 @@ def heartbeats(folder: Path) -> tuple[dict[int, Beat], list[str]]:
         if beat is not None and beat.step is not None:
             found[int(matched[1])] = Beat(beat.step, beat.where, age_s)
     return found, problems
+
+
+def stalled_ranks(folder: Path) -> str:
+    """Return one line about ranks without a sign of life while others gave one; "" if there are none.
+
+    Such a process was stopped or killed, or its node is gone.
+    """
+    beats, _ = heartbeats(folder)
+    youngest = min((beat.age_s for beat in beats.values()), default=0.0)
+    late = {
+        rank: beat for rank, beat in sorted(beats.items()) if beat.age_s > youngest + 2 * heartbeat.BEAT_S
+    }
+    return "; ".join(
+        f"rank {rank} {SILENT} for {beat.age_s:.0f} s, since step {beat.step} ({beat.where})"
+        for rank, beat in late.items()
+    )

@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from harness.config import checks
+from harness.devices import device_name
 from harness.probes.memory import state_bytes
-from harness.record import environment
 from harness.record.folder import Row, finite
-from harness.record.redaction import redact_argv
 from harness.record.schema import MEMORY_KINDS, SCHEMA_VERSION, TIME_PARTS
+from harness.redaction import redact_argv
 
 if TYPE_CHECKING:
     from harness.data import Corpus
@@ -48,7 +48,7 @@ def warnings(run: Run, corpus: Corpus) -> list[str]:
             f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
         )
     if run.engine.device.type == "cuda" and config.precision != "fp32" and run.whole.flops.peak is None:
-        name = environment.device_name(run.engine.device)
+        name = device_name(run.engine.device)
         found.append(f"no throughput/mfu: the peak of {name} is unknown (peak_flops=… FLOP/s gives it)")
     return found
 
@@ -105,7 +105,7 @@ def build(
         "train_tokens_available": corpus.train_tokens,
         "epochs": run.feed.epoch(ledger.step - 1) if ledger.step else 0.0,
         "unigram_entropy": corpus.unigram_entropy,
-        "device": environment.device_name(run.engine.device),
+        "device": device_name(run.engine.device),
         "engine": run.engine.name,
         "precision": config.precision,
         "command": shlex.join(["optbench", "train", *redact_argv(prepared.overrides)]),

@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.config.schema import RunConfig
 from harness.record.folder import Row
-from harness.record.places import without_places
+from harness.redaction import redact_paths
 
 X_AXES = ("step", "tokens", "wall_s", "flops")
 INIT_TIMEOUT_S = 20
@@ -111,7 +111,7 @@ class WandbSink:
         def close() -> None:
             # The configuration says what the command line does.
             kept = {key: value for key, value in summary.items() if key != "command" and value is not None}
-            run.summary.update(without_places(kept))
+            run.summary.update(redact_paths(kept))
             run.finish(exit_code=exit_code)
 
         worker = threading.Thread(target=lambda: self._try(close), daemon=True)
@@ -163,7 +163,7 @@ class WandbSink:
             resume="allow",
             dir=folder.absolute(),  # wandb-core lives as long as this process, in the directory that it began in
             mode=chosen,
-            config=without_places({**(self._described or config.model_dump(mode="json")), **facts}),
+            config=redact_paths({**(self._described or config.model_dump(mode="json")), **facts}),
             settings=settings,
         )
         self._superseded = _supersede(earlier)

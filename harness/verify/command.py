@@ -12,7 +12,7 @@ from pathlib import Path
 from harness.cli import FAILED, document
 from harness.config.errors import InputError
 from harness.console import for_tables
-from harness.record import atomic
+from harness.files import atomic
 from harness.record.certificates import Cell
 from harness.verify import cells, page
 from harness.verify.pool import RankLost

@@ -16,10 +16,10 @@ from analysis.compare.progress import SessionProgress, Verbosity
 from analysis.tuning import arguments as tuning_arguments
 from analysis.tuning import command as tuning_command
 from harness.config.errors import InputError
+from harness.files import atomic
 from harness.jobs import launch
 from harness.jobs.launch import RunOutcome
 from harness.preparation import Prepared
-from harness.record import atomic
 from tests.analysis.stand_in import SMALL, Launcher
 
 

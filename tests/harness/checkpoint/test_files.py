@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from harness.checkpoint import files, store
 from harness.checkpoint.files import Saved
 from harness.checkpoint.store import DamagedCheckpoint, Store
-from harness.record import atomic
+from harness.files import atomic
 from optimizers.named_state import FLAT, StatePiece
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from harness.checkpoint import store
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
-from harness.record import atomic
+from harness.files import atomic
 
 
 def write(checkpoints: Store, step: int, world_size: int = 1, **manifest: Any) -> None:

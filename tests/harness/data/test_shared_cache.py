@@ -18,7 +18,7 @@ from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import cache_root, open_corpus, prepare
 from harness.data.cache import tokenizer_folder
-from harness.record import locks
+from harness.files import locks
 
 from .conftest import MakeConfig, documents, write_jsonl
 

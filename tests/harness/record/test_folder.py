@@ -15,7 +15,8 @@ import pytest
 from harness.config.errors import InputError
 from harness.config.identity import identity
 from harness.config.schema import RunConfig
-from harness.record import atomic, folder, readers
+from harness.files import atomic
+from harness.record import folder, readers
 
 
 def _config(**changes: object) -> RunConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import bounded_files
+from harness.files import bounded
 from harness.record import readers
 from harness.record.schema import SUMMARY_KEYS
 
@@ -233,7 +233,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str, name: str
 def test_size_is_limited(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     with path.open("wb") as file:
-        file.truncate(bounded_files.JSON_LIMIT + 1)
+        file.truncate(bounded.JSON_LIMIT + 1)
     assert readers.status(tmp_path) == (None, ["status.json is larger than 64 MiB"])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from harness.lifecycle import KILLED, Stop
+from harness.process.stop import KILLED, Stop
 
 VARIABLE = "OPTBENCH_PARENT"
 """Environment variable: ``pid:start`` of `optbench`; absent where a run is started otherwise."""

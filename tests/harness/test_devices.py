@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness.config.errors import InputError
-from harness.engines.devices import claim_gpu, uses_cuda
+from harness.devices import claim_gpu, uses_cuda
 
 
 @pytest.fixture

@@ -41,3 +41,8 @@ def claim_gpu(environ: Mapping[str, str] = os.environ) -> None:
             "or ACCELERATE_USE_CPU=true",
         )
     torch.cuda.set_device(local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU as its driver reports it, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

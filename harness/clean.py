@@ -21,7 +21,7 @@ from rich.table import Table
 from harness.cli import FAILED, document
 from harness.config.errors import InputError, closest
 from harness.console import cell, for_tables
-from harness.record import locks
+from harness.files import locks
 from harness.record.readers import STATUS
 
 DEEPEST = 4

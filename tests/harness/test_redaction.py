@@ -8,16 +8,16 @@ import pytest
 
 from harness.config import cluster, compose, keys
 from harness.record.folder import RunFolder
-from harness.record.places import without_places
-from harness.record.redaction import (
+from harness.record.schema import METRICS, SUMMARY_KEYS
+from harness.redaction import (
     REDACTED,
     is_secret_name,
     redact_argv,
+    redact_paths,
     redact_secrets,
     redact_text,
     secret_in,
 )
-from harness.record.schema import METRICS, SUMMARY_KEYS
 
 SECRET = [
     "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "wandb_api_key", "WANDB_API_KEY", "DB_PASSWD", "HF_TOKENS",
@@ -138,4 +138,36 @@ def test_a_run_keeps_no_secret_in_any_of_its_texts(tmp_path: Path) -> None:
     assert "s3cr3t" not in kept
     assert "0.125" in kept
     assert compose.load_file(tmp_path / "run" / "config.yaml").optimizer.auth_token == REDACTED  # pyright: ignore[reportAttributeAccessIssue]
-    assert "s3cr3t" not in str(without_places(config.model_dump(mode="json")))
+    assert "s3cr3t" not in str(redact_paths(config.model_dump(mode="json")))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("/users/alice/data/text.jsonl", "text.jsonl"),
+        ("/users/alice/My Texts/a.txt", "a.txt"),
+        ("[Errno 2] No such file: '/users/alice/x.bin'", "[Errno 2] No such file: 'x.bin'"),
+        (
+            "optbench train data.files=[/a/b/c.txt,/a/d.txt] runs_dir=/scratch/alice/",
+            "optbench train data.files=[c.txt,d.txt] runs_dir=alice",
+        ),
+        ("~/runs/one went", "one went"),
+    ],
+)
+def test_absolute_paths_are_cut_to_their_last_part(text: str, kept: str) -> None:
+    assert redact_paths({"a": [text]}) == {"a": [kept]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "val/loss and/or train/loss", "https://arxiv.org/abs/2203.15556", "1 / 2", "runs/quickstart/sumo-seed0",
+        "± 0.01 tokens/s", "× ddp × fp32", "../shared/x", "",
+    ],
+)  # fmt: skip
+def test_texts_without_paths_stay(text: str) -> None:
+    assert redact_paths(text) == text
+
+
+def test_values_that_are_no_text_stay() -> None:
+    assert redact_paths({"n": 3, "x": None, "t": (1.5, True)}) == {"n": 3, "x": None, "t": [1.5, True]}

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from harness.lifecycle import KILLED
+from harness.process.stop import KILLED
 
 PROGRAM = """
 import os, signal, sys
-from harness import lifecycle
-lifecycle.REPEAT_S = 0.0
-stop = lifecycle.Stop()
+from harness.process import stop as stopping
+stopping.REPEAT_S = 0.0
+stop = stopping.Stop()
 stop.install()
 for _ in range(3):
     os.kill(os.getpid(), signal.Signals[sys.argv[1]])

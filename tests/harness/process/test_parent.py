@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.jobs import parent
+from harness.process import parent
 from tests.harness.running import small, write_documents
 
 OPTBENCH = [sys.executable, "-m", "harness.cli", "train"]
@@ -66,7 +66,7 @@ def test_a_process_that_trains_nothing_yet_ends_at_once() -> None:
         "import subprocess, sys\n"
         "from harness.jobs import parent\n"
         "import os; os.environ |= parent.environment()\n"
-        "child = 'import time; from harness.jobs import parent; parent.watch(); print(1, flush=True); time.sleep(60)'\n"
+        "child = 'import time; from harness.process import parent; parent.watch(); print(1, flush=True); time.sleep(60)'\n"
         "print(subprocess.Popen([sys.executable, '-c', child]).pid, flush=True); input()"
     )
     command = subprocess.Popen(

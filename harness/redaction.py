@@ -1,9 +1,10 @@
-"""Recognize secrets by name and by form, and keep them out of every file and upload. Standard library only."""
+"""Keep secrets, by name and by form, and paths of this machine out of files and uploads. Standard library only."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 REDACTED = "<redacted>"
@@ -116,6 +117,8 @@ _KNOWN_FORMS = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 """Secrets that show by themselves: of Hugging Face, GitHub, GitLab, OpenAI, AWS, Slack, Google, JWT and PEM."""
+# An absolute path inside a text: it begins after no letter, so that val/loss, and/or and https://… are none.
+_PATH = re.compile(r"(?<![\w./~-])~?(?:/[^\s/'\",;:()\[\]{}<>|=]+)+/?")
 
 
 def is_secret_name(name: str) -> bool:
@@ -220,3 +223,20 @@ def _is_secret_token(parts: list[str], place: int) -> bool:
     if before in _COUNTS or after in _COUNTED_AFTER:
         return False
     return len(parts) > 1 or part != "tokens"
+
+
+def redact_paths(value: Any) -> Any:
+    """Return nested dicts and lists without secrets, and with absolute paths in texts cut to their last part."""
+    return _cut_paths(redact_secrets(value))
+
+
+def _cut_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _cut_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_cut_paths(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if Path(value).is_absolute() and "\n" not in value:
+        return Path(value).name
+    return _PATH.sub(lambda found: Path(found[0]).name, value)

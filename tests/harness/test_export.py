@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness.checkpoint import export, store
+from harness import export
+from harness.checkpoint import store
 from harness.checkpoint.store import Store
 from harness.cli import main
 from tests.faults.forked import trained

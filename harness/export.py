@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from harness.cli import document
 from harness.config import compose
 from harness.config.errors import InputError
-from harness.record import atomic, readers
+from harness.files import atomic
+from harness.record import readers
 
 if TYPE_CHECKING:
     from torch import nn

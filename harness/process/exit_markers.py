@@ -1,0 +1,66 @@
+"""Marks that a command and the processes of its run leave for each other: who started, who ended, which signal came.
+
+Each process marks its start and its end, however it ends. A process with a start and no end was killed from outside,
+ran out of memory or crashed in native code; the errors of the other processes name the broken connection, not that
+rank. The command notes the signal that asked it to stop, because it passes every signal on as SIGTERM. Torch-free.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+FOLDER_VARIABLE = "OPTBENCH_EXIT_MARKERS"
+"""Environment variable with the folder of the marks; without it no process makes any."""
+_SIGNAL_FILE = "asked"
+_READABLE = {"SIGINT": "Ctrl-C (SIGINT)", "SIGHUP": "SIGHUP (the terminal was closed)"}
+
+
+@contextmanager
+def marked() -> Iterator[None]:
+    """Mark the start and the end of the enclosed work of a training process."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None:
+        yield
+        return
+    mark = Path(folder) / f"rank{os.environ.get('RANK', '0')}"
+    mark.with_suffix(".started").touch()
+    try:
+        yield
+    finally:
+        mark.with_suffix(".ended").touch()
+
+
+def missing_ranks(folder: Path) -> list[int]:
+    """Return the ranks that marked their start and not their end, in ascending order."""
+    started = {int(path.stem.removeprefix("rank")) for path in folder.glob("rank*.started")}
+    return sorted(rank for rank in started if not (folder / f"rank{rank}.ended").exists())
+
+
+def describe_missing(ranks: list[int]) -> str:
+    """Return one line that names the ranks that ended without a mark."""
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return f"{who} died without a word (killed, or out of memory)"
+
+
+def note_signal(folder: Path, number: signal.Signals) -> None:
+    """Write the signal that asked a command to stop, for the processes of its run."""
+    with suppress(OSError):
+        (folder / _SIGNAL_FILE).write_text(number.name)
+
+
+def requested_signal() -> signal.Signals | None:
+    """Return the signal that asked the command to stop; None if the command noted none."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    try:
+        return None if folder is None else signal.Signals[(Path(folder) / _SIGNAL_FILE).read_text()]
+    except (OSError, KeyError):
+        return None
+
+
+def signal_name(number: signal.Signals) -> str:
+    """Return the name of a signal, with the key or event that sends it."""
+    return _READABLE.get(number.name, number.name)
