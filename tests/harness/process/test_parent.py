@@ -64,9 +64,10 @@ def test_a_process_that_trains_nothing_yet_ends_at_once() -> None:
     """As one that still imports torch: there is nothing to save."""
     code = (
         "import subprocess, sys\n"
-        "from harness.jobs import parent\n"
+        "from harness.process import parent\n"
         "import os; os.environ |= parent.environment()\n"
-        "child = 'import time; from harness.process import parent; parent.watch(); print(1, flush=True); time.sleep(60)'\n"
+        "child = 'import time; from harness.process import parent; parent.watch(); print(1, flush=True); '\n"
+        "child += 'time.sleep(60)'\n"
         "print(subprocess.Popen([sys.executable, '-c', child]).pid, flush=True); input()"
     )
     command = subprocess.Popen(
