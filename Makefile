@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart test test-full docs-check lint format bench certify faults study reconstruct lock sbom vulnerabilities clean
+.PHONY: help setup quickstart test test-full docs docs-check lint format bench certify faults study reconstruct lock sbom vulnerabilities clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -15,11 +15,17 @@ $(VENV)/.installed: $(LOCKS) pyproject.toml .ci/install.py
 	$(PYTHON) .ci/install.py $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@touch $@
 
-# Release tools live apart: their own dependencies must not decide ours.
+# Tools of releases and of the documentation have their own environments: their dependencies must not decide ours.
 TOOLS := $(VENV)-tools
 $(TOOLS)/.installed: requirements-tools.lock
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/pip --disable-pip-version-check install --quiet --require-hashes --no-deps -r requirements-tools.lock
+	@touch $@
+
+DOCS := $(VENV)-docs
+$(DOCS)/.installed: requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip --disable-pip-version-check install --quiet --require-hashes --no-deps -r requirements-docs.lock
 	@touch $@
 
 setup: $(VENV)/.installed ## a virtual environment in .venv, exactly as the lock files say (pip checks every hash)
@@ -33,7 +39,10 @@ test: setup ## the tests (about 12 minutes on 2 cores)
 test-full: setup ## the tests and the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-docs-check: setup ## are the commands, links and pictures of the documentation true
+docs: $(DOCS)/.installed ## build the documentation and the API reference into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+docs-check: setup ## test the commands, links, examples and pictures of the documentation
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_notebook.py tests/optimizers/test_use_elsewhere.py
 
 lint: setup ## ruff and basedpyright
@@ -82,4 +91,4 @@ vulnerabilities: $(TOOLS)/.installed ## compare the locked versions with the pub
 	$(TOOLS)/bin/pip-audit --disable-pip --require-hashes -r requirements.lock -r requirements-dev.lock
 
 clean: ## remove the virtual environments
-	rm -rf $(VENV) $(TOOLS)
+	rm -rf $(VENV) $(TOOLS) $(DOCS)

@@ -22,9 +22,19 @@ RUNTIME = ROOT / "requirements.lock"
 DEV = ROOT / "requirements-dev.lock"
 ORACLES = ROOT / "requirements-oracles.lock"
 TOOLS = ROOT / "requirements-tools.lock"
+DOCS = ROOT / "requirements-docs.lock"
 
 TOOL_RANGES = ["pip-tools>=7.4,<8", "cyclonedx-bom>=7,<8", "pip-audit>=2.7,<3"]
-"""What `make lock`, `make sbom` and `make vulnerabilities` run, in a virtual environment of its own."""
+"""Packages behind `make lock`, `make sbom` and `make vulnerabilities`, in a virtual environment of their own."""
+
+DOC_RANGES = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.6,<10",
+    "mkdocstrings[python]>=1,<2",
+    "latex2mathml>=3.78,<4",
+    "ruff>=0.8",
+]
+"""Packages behind `make docs`, in a virtual environment of their own; ruff formats the signatures."""
 
 HEADER = "# {content} Written by `make lock` from pyproject.toml; installed with pip's --require-hashes.\n"
 
@@ -44,10 +54,12 @@ def main() -> int:
     dev = _compiled(extras["dev"], {**known, **runtime})
     oracles = _alone(extras["oracles"], known)
     tools = _compiled(TOOL_RANGES, {} if upgrade else parsed(TOOLS))
+    docs = _compiled(DOC_RANGES, {} if upgrade else parsed(DOCS))
     _write(RUNTIME, "Runtime dependencies.", runtime)
     _write(DEV, "Development and test tools.", {k: v for k, v in dev.items() if k not in runtime})
     _write(ORACLES, "Peers that tests compare with.", oracles)
     _write(TOOLS, "Release tools.", tools)
+    _write(DOCS, "Tools that build the documentation.", docs)
     return 0
 
 

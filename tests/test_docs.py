@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from analysis.margin import settings
 from analysis.reconstruction import config
@@ -22,7 +24,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 _BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`(optbench [a-z][^`]*)`")
@@ -172,7 +174,33 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
             path = (page.parent / link.partition("#")[0]).resolve()
             if path.suffix == ".md" and path.exists():
                 todo.append(path)
-    assert {page.name for page in PAGES} <= {page.name for page in seen} | {"CONTRIBUTING.md"}
+    assert {*PAGES} <= seen
+
+
+def navigation() -> list[str]:
+    """Return the pages that mkdocs.yml lists, in order."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    # What precedes `nav` has tags of Python objects, which the safe loader refuses.
+    sections = yaml.safe_load(text[text.index("\nnav:") :])["nav"]
+    return [
+        page
+        for section in sections
+        for entries in section.values()
+        for entry in entries
+        for page in entry.values()
+    ]
+
+
+def test_the_site_lists_every_page_once_and_no_other() -> None:
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert sorted(navigation()) == sorted(pages | {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"})
+
+
+@pytest.mark.parametrize(
+    "name", re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+)
+def test_an_entry_of_the_api_reference_exists(name: str) -> None:
+    assert pkgutil.resolve_name(name).__doc__
 
 
 def test_every_command_is_documented() -> None:

@@ -11,6 +11,7 @@ import tomllib
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -25,6 +26,10 @@ LOCKS = {
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RANGES = {"runtime": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+
+
+TOOL_LOCKS = {"TOOL_RANGES": ROOT / "requirements-tools.lock", "DOC_RANGES": ROOT / "requirements-docs.lock"}
+"""Ranges in .ci/lock.py → the lock of an environment of its own."""
 
 
 def pins(lock: Path) -> dict[str, tuple[str, list[str]]]:
@@ -64,6 +69,15 @@ def test_every_dependency_is_locked_within_its_range(part: str) -> None:
         )
 
 
+@pytest.mark.parametrize("ranges", list(TOOL_LOCKS))
+def test_tools_of_their_own_environment_are_locked_with_hashes(ranges: str) -> None:
+    locked = pins(TOOL_LOCKS[ranges])
+    assert [name for name, (_, hashes) in locked.items() if not hashes] == []
+    for requirement in map(Requirement, getattr(_script("lock"), ranges)):
+        pinned, _ = locked[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(Version(pinned)), f"{requirement} against {pinned}"
+
+
 def test_no_package_is_locked_twice() -> None:
     names = [name for pins_ in ALL.values() for name in pins_]
     assert len(names) == len(set(names))
@@ -83,11 +97,7 @@ def test_the_environment_is_the_locked_one() -> None:
 
 
 def test_the_installer_makes_pip_check_the_hashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("install", ROOT / ".ci" / "install.py")
-    assert spec is not None
-    assert spec.loader is not None
-    install = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(install)
+    install = _script("install")
     commands: list[list[str]] = []
     # A mock: the real installation takes minutes; the next test runs pip itself.
     monkeypatch.setattr(install.subprocess, "run", lambda command, **_: commands.append(command))
@@ -98,6 +108,16 @@ def test_the_installer_makes_pip_check_the_hashes(monkeypatch: pytest.MonkeyPatc
     (locked,) = [command for command in commands if str(LOCKS["runtime"]) in command]
     assert "--require-hashes" in locked
     assert {str(lock) for lock in LOCKS.values()} <= set(locked)
+
+
+def _script(name: str) -> ModuleType:
+    """Return the module of a script in .ci/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("is_right", [True, False], ids=["right hash", "wrong hash"])
