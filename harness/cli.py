@@ -195,7 +195,7 @@ COMMANDS: dict[str, Command] = {
                 "a network of your own, if the theory covers it",
             ),
         ),
-        keys="analysis.reconstruction.keys:text",
+        keys="analysis.reconstruction.config:text",
     ),
     "export": Command(
         "harness.export:main",

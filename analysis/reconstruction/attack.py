@@ -16,9 +16,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from analysis.reconstruction import geometry, tasks
+from analysis.reconstruction import geometry
 from analysis.reconstruction.geometry import Geometry
-from analysis.reconstruction.network import Network, factors, forward, recomputed, smoothed
+from analysis.reconstruction.network import Network, factors, forward, kkt_coefficients, recomputed, smoothed
 
 BOX_WEIGHT, RADIUS_WEIGHT, LAMBDA_WEIGHT = 1.0, 1.0, 5.0
 
@@ -69,7 +69,7 @@ class Settings:
     """What all grid points share.
 
     Attributes:
-        task: see `tasks`.
+        task: one of `network.TASKS`.
         labels: the classes' labels, e.g. (1, -1).
         steps: of the attack.
         method: "adam" with a cosine schedule, or "sgd": momentum 0.9 at a constant rate (as published).
@@ -225,7 +225,7 @@ class _Batch:
     def _loss(self) -> tuple[Tensor, Tensor]:
         """(objective, K) of each grid point, (B,)."""
         done = forward(self.network, self.x, smoothed(self.alpha))
-        c = tasks.coefficients(self.settings.task, done.outputs, self.labels)
+        c = kkt_coefficients(self.settings.task, done.outputs, self.labels)
         u = factors(self.network, done, self.lambdas.unsqueeze(-1) * c)
         residual = geometry.squared_distance(self.network, u, self.scale) / self.scale
         loss = residual
@@ -264,7 +264,7 @@ class _Batch:
         measured = []
         for gates in (smoothed(self.alpha), recomputed):
             done = forward(self.network, x, gates)
-            c = tasks.coefficients(self.settings.task, done.outputs, self.labels)
+            c = kkt_coefficients(self.settings.task, done.outputs, self.labels)
             u = factors(self.network, done, lambdas.unsqueeze(-1) * c)
             chosen = self.settings.geometry or Geometry("l2")
             residual = geometry.squared_distance(self.network, u, self.scale) / self.scale

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.reconstruction import multipliers, spans, tasks
-from analysis.reconstruction.alignment_search import best_alignment
-from analysis.reconstruction.geometry import NORMS, Geometry
-from analysis.reconstruction.network import Network, outputs, patterns
+from analysis.reconstruction import multipliers
+from analysis.reconstruction.geometry import NORMS, Geometry, best_alignment
+from analysis.reconstruction.network import Network, forward, kkt_coefficients, outputs, patterns
 from harness.config.errors import InputError
 
 
@@ -116,17 +115,17 @@ def certify(
     margin = separated(task, network, x, labels, name) if is_margin else 1.0
     unit = network.scaled(margin ** (-1 / network.depth))
     fit = multipliers.fit(task, unit, x, labels)
-    values = tasks.coefficients(task, outputs(unit, x), labels).mul(outputs(unit, x)).sum(-1)
+    values = kkt_coefficients(task, outputs(unit, x), labels).mul(outputs(unit, x)).sum(-1)
     total = float(fit.lambdas.abs().sum())
     clarke = multipliers.clarke(unit, x, labels) if task == "binary" else None
-    where = spans.span(x)
+    where = data_span(x)
     aligned = {
         norm: best_alignment(
             task, unit, x, labels, hybrid if norm == "hybrid" else Geometry(norm), fit.lambdas
         )
         for norm in NORMS
     }
-    radii = spans.split_radii(unit, x, where.outside, seed)
+    radii = split_radii(unit, x, where.outside, seed)
     sizes = Counter(_group_keys(unit, x, labels)).values()
     change = network.weights[0] - initial.weights[0] if initial is not None else None
     return Certificate(
@@ -148,8 +147,8 @@ def certify(
         alignment_spectral=aligned["spectral"],
         alignment_linf=aligned["linf"],
         alignment_hybrid=aligned["hybrid"],
-        outside=spans.outside_share(network.weights[0], where),
-        update_outside=spans.outside_share(change, where) if change is not None else None,
+        outside=outside_share(network.weights[0], where),
+        update_outside=outside_share(change, where) if change is not None else None,
         update_dead=_dead_share(change, where.dead) if change is not None else None,
         rank=where.rank,
         null_dimension=where.outside.shape[0],
@@ -178,3 +177,72 @@ def _dead_share(change: Tensor, dead: Tensor) -> float:
 
 def _finite(value: float) -> float | None:
     return value if value < float("inf") else None
+
+
+DIRECTIONS = 16
+DEAD = 1e-12
+_ROUNDING = 1e-14
+
+
+@dataclass(frozen=True)
+class Span:
+    """Orthonormal bases of span{xᵢ} (r, d) and of its complement (d − r, d), and the dead pixels.
+
+    Attributes:
+        inside, outside: rows are basis vectors.
+        dead: (d,) bool: coordinates that are 0 in every image.
+    """
+
+    inside: Tensor
+    outside: Tensor
+    dead: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Dimension of the span."""
+        return self.inside.shape[0]
+
+
+def data_span(x: Tensor) -> Span:
+    """Of the rows of x (n, d); the rank is numpy's: singular values above max(n, d)·eps·σ₁."""
+    _, sigma, v = torch.linalg.svd(x, full_matrices=True)
+    cut = sigma[0] * max(x.shape) * torch.finfo(x.dtype).eps
+    rank = int((sigma > cut).sum())
+    return Span(v[:rank], v[rank:], x.abs().amax(0) <= DEAD)
+
+
+def outside_share(weight: Tensor, where: Span) -> float:
+    """‖W P_⊥‖/‖W‖ for W (h, d): 0 where every row is a combination of images."""
+    size = weight.norm()
+    return float((weight @ where.outside.T).norm() / size) if size > 0 else 0.0
+
+
+def project_out(network: Network, basis: Tensor) -> Network:
+    """The network without the part of its first layer along the orthonormal rows of `basis` (k, d)."""
+    first = network.weights[0]
+    return network.with_first(first - first @ basis.T @ basis)
+
+
+def split_radii(network: Network, x: Tensor, basis: Tensor, seed: int) -> Tensor:
+    """(n,): how far each image can be moved along directions of `basis` before a gate of layer 1 changes.
+
+    min over neurons of |h_j|/|w_j·ν|, kinked pairs left out (there the gate is free), the median over
+    `DIRECTIONS` random unit directions ν. Infinite where ν is orthogonal to every neuron.
+
+    Args:
+        network: scaled to a least margin of 1.
+        basis: (k, d) orthonormal rows.
+    """
+    if not basis.shape[0]:
+        return torch.zeros(len(x), dtype=x.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(DIRECTIONS, basis.shape[0], generator=generator, dtype=x.dtype)
+    directions = mixed / mixed.norm(dim=1, keepdim=True) @ basis
+    h = forward(network, x).hidden[0].abs()
+    room = h.masked_fill(h < multipliers.KINK, torch.inf)
+    weight = network.weights[0]
+    moved = (directions @ weight.T).abs()
+    # What is rounding of an orthogonal direction is 0, and the radius infinite.
+    moved = moved.masked_fill(moved <= _ROUNDING * weight.norm(dim=1), 0.0)
+    # 0/0 cannot occur: kinked pairs are infinite.
+    return (room.unsqueeze(1) / moved.unsqueeze(0)).amin(-1).median(dim=1).values

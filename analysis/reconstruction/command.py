@@ -37,9 +37,9 @@ def _precheck(config: Config) -> None:
 
 
 def _run(config: Config, *, is_json: bool) -> int:
-    from analysis.reconstruction import folder, job, mirror, report
+    from analysis.reconstruction import job, mirror, report, subjects
 
-    folder.check(config)
+    subjects.check(config)
     console = for_tables(stderr=True)
 
     def say(line: str) -> None:
@@ -56,9 +56,7 @@ def _run(config: Config, *, is_json: bool) -> int:
     if is_json:
         print(document(**results.document()))
     else:
-        from analysis.reconstruction import page
-
-        page.show(results, for_tables())
+        report.show(results, for_tables())
         print(report.headline(results))
         print(files[0])
     return code

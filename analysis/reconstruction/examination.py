@@ -11,37 +11,26 @@ from typing import Any
 import torch
 
 from analysis.plain import plain
-from analysis.reconstruction import (
-    attack,
-    baselines,
-    certificate,
-    multipliers,
-    scoring,
-    spans,
-    tasks,
-    verification,
-)
-from analysis.reconstruction.alignment_search import best_alignment
-from analysis.reconstruction.alternatives import Problem
+from analysis.reconstruction import attack, certificate, multipliers, scoring, susceptibility
+from analysis.reconstruction.alternatives import Problem, build_alternatives, verify
 from analysis.reconstruction.attack import Candidates, Point, Prior, Settings
+from analysis.reconstruction.certificate import data_span
 from analysis.reconstruction.config import Config
-from analysis.reconstruction.folder import Folder
-from analysis.reconstruction.geometry import Geometry
-from analysis.reconstruction.network import outputs
+from analysis.reconstruction.geometry import Geometry, best_alignment
+from analysis.reconstruction.network import label_margins, outputs
 from analysis.reconstruction.scoring import Score, Target, score
-from analysis.reconstruction.subjects import Images, Subject
-from analysis.reconstruction.tables import Row
+from analysis.reconstruction.subjects import Folder, Images, Subject, TableRow
 
 HELDOUT_DRAWS, OTHER_DRAWS = 30, 10
 
 
-def who(subject: Subject) -> Row:
+def who(subject: Subject) -> TableRow:
     """The columns that say whose a row is."""
     return {"optimizer": subject.optimizer, "seed": subject.seed, "step": subject.step}
 
 
-def certify(config: Config, images: Images, subject: Subject) -> Row:
-    """Row of the table `certificate`.
+def certify(config: Config, images: Images, subject: Subject) -> TableRow:
+    """TableRow of the table `certificate`.
 
     Raises:
         InputError: the network did not separate its images.
@@ -70,18 +59,18 @@ def problem(images: Images, subject: Subject) -> Problem:
     lambdas = subject.lambdas
     if lambdas is None:
         lambdas = multipliers.fit(images.task, unit, images.x, images.labels).lambdas
-    return Problem(images.task, unit, images.x, images.labels, lambdas, spans.span(images.x))
+    return Problem(images.task, unit, images.x, images.labels, lambdas, data_span(images.x))
 
 
-def alternatives(config: Config, images: Images, subject: Subject, folder: Folder) -> list[Row]:
+def alternatives(config: Config, images: Images, subject: Subject, folder: Folder) -> list[TableRow]:
     """Rows of the table `alternatives`; the sets themselves go to the folder."""
     posed = problem(images, subject)
     rows, arrays = [], {}
-    for made in verification.build(
+    for made in build_alternatives(
         posed, config.radius, config.seed, with_muon=subject.hybrid.norm == "hybrid"
     ):
         if made.kind != "original":
-            row = verification.verify(posed, made, subject.is_exact)
+            row = verify(posed, made, subject.is_exact)
             rows.append(plain({**who(subject), **row.row()}))
         name = made.kind if made.radius is None else f"{made.kind}_{made.radius:g}"
         arrays |= {
@@ -129,13 +118,13 @@ def run_attack(
     subject: Subject,
     folder: Folder,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Row]:
+) -> list[TableRow]:
     """Rows of the table `attack`: each grid point, then the baselines."""
     known = prior(config, images)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     against = target(images, subject)
     truth = {
-        alpha: baselines.true_residual(images.task, subject.network, images.x, images.labels, alpha)
+        alpha: susceptibility.true_residual(images.task, subject.network, images.x, images.labels, alpha)
         for alpha in config.attack.alpha
     }
     points = grid(config, len(images.x))
@@ -159,11 +148,11 @@ def target(images: Images, subject: Subject) -> Target:
     return Target(images.task, subject.network, images.x, images.labels, mean, images.samples.shape)
 
 
-def matches(config: Config, images: Images, subject: Subject, folder: Folder) -> list[Row]:
+def matches(config: Config, images: Images, subject: Subject, folder: Folder) -> list[TableRow]:
     """A row per training image: how well the attack of least initial radius and least K found it."""
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     against = target(images, subject)
-    margins = tasks.margins(images.task, outputs(subject.network, images.x), images.labels)
+    margins = label_margins(images.task, outputs(subject.network, images.x), images.labels)
     for name in objectives(config, subject):
         best = min(folder.candidates(f"{subject.key}-{name}") or (), key=_first, default=None)
         if best is None:
@@ -198,7 +187,7 @@ def _settings(config: Config, images: Images, geometry: Geometry | None) -> Sett
 
 def _pooled_row(
     subject: Subject, objective: str, known: Prior, target: Target, found: Sequence[Candidates]
-) -> Row:
+) -> TableRow:
     """All grid points' candidates together, as the published post-processing has them."""
     x, labels = torch.cat([c.x for c in found]), torch.cat([c.labels for c in found])
     whose = {"kind": "pooled", "objective": objective, "prior": known.kind, "candidates": len(x)}
@@ -219,7 +208,7 @@ def _attack_row(
     found: Candidates,
     truth: float,
     true_alignment: float,
-) -> Row:
+) -> TableRow:
     figures, _ = score(target, found.x, found.labels)
     level: dict[str, Any] = dict.fromkeys(_AT_LEVEL)
     if found.at_level is not None:
@@ -265,24 +254,24 @@ def _baseline_rows(
     target: Target,
     known: Prior,
     truth: dict[float, float],
-) -> list[Row]:
+) -> list[TableRow]:
     rows = []
     seed = config.seed
     sizes = [p.candidates for p in grid(config, len(images.x))]
     for count in sorted({*sizes, sum(sizes)}):
         labels = attack.label_row(tuple(images.samples.names), count)
         sets = {
-            "gaussian": baselines.gaussians(target, labels, known.typical_norm, OTHER_DRAWS, seed),
-            "pair_means": baselines.pair_means(target, count, OTHER_DRAWS, seed),
+            "gaussian": susceptibility.gaussians(target, labels, known.typical_norm, OTHER_DRAWS, seed),
+            "pair_means": susceptibility.pair_means(target, count, OTHER_DRAWS, seed),
         }
         if len(images.heldout):
-            sets["heldout"] = baselines.heldout(
+            sets["heldout"] = susceptibility.heldout(
                 target, images.heldout, images.heldout_labels, labels, HELDOUT_DRAWS, seed
             )
         rows += [_baseline_row(subject, kind, count, found) for kind, found in sets.items() if found]
     alpha = config.attack.alpha[0]
     settings = _settings(config, images, None)
-    found = baselines.oracle(target, known, settings, alpha, config.attack.lambda_init, seed)
+    found = susceptibility.oracle(target, known, settings, alpha, config.attack.lambda_init, seed)
     figures, _ = score(target, found.x, found.labels)
     residuals = {
         "residual": found.residual,
@@ -304,6 +293,6 @@ def _baseline_rows(
     return rows
 
 
-def _baseline_row(subject: Subject, kind: str, count: int, found: Sequence[Score]) -> Row:
+def _baseline_row(subject: Subject, kind: str, count: int, found: Sequence[Score]) -> TableRow:
     means = {f.name: fmean(getattr(s, f.name) for s in found) for f in fields(Score)}
     return plain({**who(subject), "kind": kind, "candidates": count, **means})

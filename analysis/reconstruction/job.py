@@ -6,11 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from analysis.reconstruction import examination, susceptibility, tables
+from analysis.reconstruction import examination, susceptibility
 from analysis.reconstruction.config import Config
-from analysis.reconstruction.folder import Folder
-from analysis.reconstruction.subjects import Images, Subject, load, subjects
-from analysis.reconstruction.tables import Row
+from analysis.reconstruction.subjects import (
+    TABLES,
+    Folder,
+    Images,
+    Subject,
+    TableRow,
+    load,
+    subjects,
+    write_tables,
+)
 from harness.config.errors import InputError
 
 Say = Callable[[str], None]
@@ -21,7 +28,7 @@ class Results:
     """Tables of a job, and what a reader must be told.
 
     Attributes:
-        tables: name → rows, in the order of `tables.TABLES`.
+        tables: name → rows, in the order of `TABLES`.
         examined: the checkpoints that were certified.
         matches: a row per training image and attack (also a file, `matches`).
         warnings: sentences.
@@ -30,9 +37,9 @@ class Results:
     config: Config
     images: Images
     folder: Folder
-    tables: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in tables.TABLES})
+    tables: dict[str, list[TableRow]] = field(default_factory=lambda: {name: [] for name in TABLES})
     examined: list[Subject] = field(default_factory=list)
-    matches: list[Row] = field(default_factory=list)
+    matches: list[TableRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def latest(self) -> list[Subject]:
@@ -96,11 +103,13 @@ def run(config: Config, say: Say) -> Results:
     results.tables["susceptibility"] = susceptibility.rows(results.tables["attack"])
     for subject in results.latest() if results.tables["attack"] else ():
         results.matches += examination.matches(config, images, subject, folder)
-    tables.write(folder.path, {**results.tables, "matches": results.matches})
+    write_tables(folder.path, {**results.tables, "matches": results.matches})
     return results
 
 
-def _examine(config: Config, results: Results, subject: Subject, certificate: list[Row], say: Say) -> None:
+def _examine(
+    config: Config, results: Results, subject: Subject, certificate: list[TableRow], say: Say
+) -> None:
     images, folder = results.images, results.folder
     if "certificate" in config.stages:
         results.tables["certificate"] += certificate

@@ -9,8 +9,17 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from analysis.reconstruction import tasks
-from analysis.reconstruction.network import Gates, Network, flat, forward, outputs, per_sample, recomputed
+from analysis.reconstruction.network import (
+    Gates,
+    Network,
+    flat,
+    forward,
+    kkt_coefficients,
+    label_margins,
+    outputs,
+    per_sample,
+    recomputed,
+)
 
 KINK = 1e-3
 """A pre-activation this near 0 (network scaled to a least margin of 1) lies on a kink."""
@@ -31,7 +40,7 @@ class Fit:
 
 def gradients(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = recomputed) -> Tensor:
     """Rows ∇_θ⟨cᵢ, Φ(xᵢ)⟩, (n, p)."""
-    c = tasks.coefficients(task, forward(network, x, gates).outputs, labels)
+    c = kkt_coefficients(task, forward(network, x, gates).outputs, labels)
     return per_sample(network, x, c, gates)
 
 
@@ -132,4 +141,4 @@ def clarke(network: Network, x: Tensor, labels: Tensor) -> ClarkeFit | None:
 
 def least_margin(task: str, network: Network, x: Tensor, labels: Tensor) -> float:
     """min over images of the margin."""
-    return float(tasks.margins(task, outputs(network, x), labels).min())
+    return float(label_margins(task, outputs(network, x), labels).min())

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from analysis.reconstruction import alternatives, certificate, distances, scoring
+from analysis.reconstruction import alternatives, certificate, scoring
 from analysis.reconstruction.alternatives import Problem
 from analysis.reconstruction.attack import Candidates
-from analysis.reconstruction.scoring import Target, stretched
+from analysis.reconstruction.scoring import Target, correlations, stretched
 
 CELL = 48
 GAP = 4
@@ -109,7 +109,7 @@ def of_reconstructions(
     if len(heldout):
         generator = torch.Generator().manual_seed(seed)
         chosen = heldout[torch.randperm(len(heldout), generator=generator)[: len(found.x)]]
-        best = distances.correlations(target.x, chosen).argmax(1)
+        best = correlations(target.x, chosen).argmax(1)
         lines.append(
             Line(
                 "nearest of as many\nheld-out images", _shown(chosen[best][order], target.mean, target.shape)

@@ -10,12 +10,12 @@ from typing import Any
 import plotly.graph_objects as go
 
 from analysis.page.figures import GREY, Plot, colour, figure, line
-from analysis.reconstruction.tables import Row
+from analysis.reconstruction.subjects import TableRow
 
 STEPS = {"title": {"text": "training steps"}, "type": "log"}
 
 
-def all_plots(tables: Mapping[str, Sequence[Row]], matches: Sequence[Row]) -> list[Plot]:
+def all_plots(tables: Mapping[str, Sequence[TableRow]], matches: Sequence[TableRow]) -> list[Plot]:
     """Every plot that the rows allow, in the order of the page."""
     names = list(dict.fromkeys(row["optimizer"] for row in tables["certificate"]))
     certificate, attack = tables["certificate"], tables["attack"]
@@ -31,7 +31,7 @@ def all_plots(tables: Mapping[str, Sequence[Row]], matches: Sequence[Row]) -> li
     return [plot for plot in found if plot is not None]
 
 
-def _residuals(rows: Sequence[Row], names: Sequence[str]) -> Plot:
+def _residuals(rows: Sequence[TableRow], names: Sequence[str]) -> Plot:
     traces = []
     for arm, name in enumerate(names):
         for key, words, width in (("residual", "fixed gates", 2.2), ("residual_clarke", "Clarke gates", 1.0)):
@@ -45,7 +45,7 @@ def _residuals(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     )
 
 
-def _freedom(rows: Sequence[Row], names: Sequence[str]) -> Plot:
+def _freedom(rows: Sequence[TableRow], names: Sequence[str]) -> Plot:
     traces = []
     for arm, name in enumerate(names):
         traces += _curve(arm, name, _means(rows, name, "step", "split_radius"))
@@ -58,7 +58,7 @@ def _freedom(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     )
 
 
-def _quality_over_steps(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
+def _quality_over_steps(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
     attacks = [row for row in rows if row["kind"] == "attack"]
     if not attacks:
         return None
@@ -78,7 +78,7 @@ def _quality_over_steps(rows: Sequence[Row], names: Sequence[str]) -> Plot | Non
     )
 
 
-def _over_radius(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
+def _over_radius(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
     last = _last(rows)
     if len({row["radius"] for row in last}) < 2:
         return None
@@ -103,7 +103,7 @@ def _over_radius(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
     )
 
 
-def _fit_over_radius(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
+def _fit_over_radius(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
     last = [row for row in _last(rows) if row["objective"] == "l2"]
     if len({row["radius"] for row in last}) < 2:
         return None
@@ -127,7 +127,7 @@ def _fit_over_radius(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
     )
 
 
-def _ssim(matches: Sequence[Row], names: Sequence[str]) -> Plot | None:
+def _ssim(matches: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
     shown = [row for row in matches if row["is_buddy"]]
     if not shown:
         return None
@@ -157,7 +157,7 @@ def _ssim(matches: Sequence[Row], names: Sequence[str]) -> Plot | None:
     )
 
 
-def _susceptibility(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
+def _susceptibility(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
     if not rows:
         return None
     radius = min(row["radius"] for row in rows)
@@ -195,7 +195,7 @@ def _susceptibility(rows: Sequence[Row], names: Sequence[str]) -> Plot | None:
     )
 
 
-def _means(rows: Iterable[Row], name: str, x: str, y: str) -> dict[float, float]:
+def _means(rows: Iterable[TableRow], name: str, x: str, y: str) -> dict[float, float]:
     found: dict[float, list[float]] = defaultdict(list)
     for row in rows:
         if row["optimizer"] == name and row.get(x) is not None and row.get(y) is not None:
@@ -218,7 +218,7 @@ def _curve(arm: int, name: str, points: Mapping[float, float], width: float = 2.
     ]
 
 
-def _chance(rows: Sequence[Row], names: Sequence[str], used: int, key: str) -> list[Any]:
+def _chance(rows: Sequence[TableRow], names: Sequence[str], used: int, key: str) -> list[Any]:
     held = [row for row in rows if row["kind"] == "heldout"]
     steps = sorted({row["step"] for row in held})
     values = [fmean(row[key] for row in held if row["step"] == step) for step in steps]
@@ -235,7 +235,7 @@ def _grey(x: Sequence[float], y: Sequence[float]) -> Any:
     )
 
 
-def _last(rows: Sequence[Row]) -> list[Row]:
+def _last(rows: Sequence[TableRow]) -> list[TableRow]:
     attacks = [row for row in rows if row["kind"] == "attack"]
     latest: dict[str, int] = {}
     for row in attacks:
@@ -243,7 +243,7 @@ def _last(rows: Sequence[Row]) -> list[Row]:
     return [row for row in attacks if row["step"] == latest[row["optimizer"]]]
 
 
-def _pairs(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[str, str]]:
+def _pairs(rows: Sequence[TableRow], names: Sequence[str]) -> list[tuple[str, str]]:
     return [
         p
         for name in names

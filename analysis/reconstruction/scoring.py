@@ -10,9 +10,7 @@ import torch
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 
-from analysis.reconstruction import tasks
-from analysis.reconstruction.distances import correlations, nearest
-from analysis.reconstruction.network import Network, outputs
+from analysis.reconstruction.network import Network, label_margins, outputs
 
 TOP = 5
 VOTE = 1.1
@@ -26,7 +24,7 @@ class Target:
     """What candidates are compared with.
 
     Attributes:
-        task: see `tasks`.
+        task: one of `network.TASKS`.
         network: the victim; margins put candidates on the margin.
         x: (n, d) training images, labels (n,), in the network's coordinates.
         mean: (d,) that makes pixels of them. shape: of an image.
@@ -117,8 +115,8 @@ def on_margin(target: Target, x: Tensor, labels: Tensor) -> Tensor:
     """
     if target.network.bias is not None or target.task == "regression":
         return x
-    least = tasks.margins(target.task, outputs(target.network, target.x), target.labels).min()
-    own = tasks.margins(target.task, outputs(target.network, x), labels)
+    least = label_margins(target.task, outputs(target.network, target.x), target.labels).min()
+    own = label_margins(target.task, outputs(target.network, x), labels)
     factor = torch.where(own > 0, least / own.clamp_min(1e-300), 1.0)
     return x * factor.unsqueeze(1)
 
@@ -175,3 +173,25 @@ def _ssim(target: Target, index: int, image: Tensor) -> float:
 
 def _top(values: Tensor) -> float:
     return float(values.topk(min(TOP, len(values))).values.mean())
+
+
+def nearest(of: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) Euclidean distance of each row of `of` (n, d) to the nearest row of `among` (m, d), and its index."""
+    found = torch.cdist(of, among, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    return found.values, found.indices
+
+
+def correlations(of: Tensor, among: Tensor) -> Tensor:
+    """(n, m): normalized cross-correlation of each pair, over pixels; 0 for images of one value."""
+    return _standard(of) @ _standard(among).T / of.shape[1]
+
+
+def hausdorff(a: Tensor, b: Tensor) -> float:
+    """max over both sets of the distance to the other."""
+    return float(torch.maximum(nearest(a, b)[0].max(), nearest(b, a)[0].max()))
+
+
+def _standard(x: Tensor) -> Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    spread = centred.square().mean(1, keepdim=True).sqrt()
+    return torch.where(spread > 0, centred / spread.clamp_min(torch.finfo(x.dtype).tiny), 0.0)

@@ -1,22 +1,218 @@
-"""What is examined: the network in closed form, trained victims, or a checkpoint of the user's own."""
+"""The networks under examination and the folder of a job, from which finished parts are taken up again.
+
+A subject is the network in closed form, a checkpoint of a trained victim, or a checkpoint of the user's own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
+import yaml
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from analysis.reconstruction import closed_form, foreign, samples, victim
+from analysis.reconstruction import closed_form, external, samples, victim
+from analysis.reconstruction.attack import Candidates, Point
 from analysis.reconstruction.config import Config
-from analysis.reconstruction.folder import Folder
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import Network
 from analysis.reconstruction.samples import Samples
 from analysis.reconstruction.victim import Architecture, Checkpoint
 from harness.config.errors import InputError
+from harness.files import atomic, bounded
+from harness.files.bounded import UnreadableFile
+from harness.record import readers
+from harness.visible import csv_cell
 from optimizers import OptionError
+
+CONFIG = "config.yaml"
+_OURS = ("victims", "candidates", "alternatives", "parts", "images", CONFIG)
+
+
+def check(config: Config) -> None:
+    """Refuse a folder that this job must not write to, before anything is spent.
+
+    Raises:
+        InputError: it holds results of another configuration, or files that are none of ours.
+    """
+    out = config.folder
+    if out.is_file():
+        raise InputError("out", out, "is a file", fix="out=runs/reconstruction")
+    if not out.is_dir() or not any(out.iterdir()) or config.overwrite:
+        return
+    path = out / CONFIG
+    if not path.is_file():
+        raise InputError("out", out, "holds files that are no reconstruction job", fix="another out=")
+    held = readers.config(path)[0] or {}
+    if held.get("identity") != config.identity:
+        now = config.model_dump(mode="json")
+        before = keys if isinstance(keys := held.get("keys"), dict) else {}
+        keys = ", ".join(
+            k for k in now if k not in ("out", "overwrite", "wandb", "stages") and now[k] != before.get(k)
+        )
+        reason = f"holds results of another configuration (it differs in {keys})"
+        raise InputError("out", out, reason, fix="another out=, or overwrite=true")
+
+
+class Folder:
+    """Files of one job; every one is written whole."""
+
+    def __init__(self, config: Config) -> None:
+        """Create it; `overwrite` empties it of what such jobs write."""
+        self.path = config.folder
+        if config.overwrite and self.path.is_dir() and (self.path / CONFIG).is_file():
+            for name in _OURS:
+                place = self.path / name
+                shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        try:
+            for name in ("victims", "candidates", "alternatives", "parts", "images"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                "out", self.path, f"cannot be written ({error.strerror})", fix="another out="
+            ) from None
+        content = {"identity": config.identity, "keys": config.model_dump(mode="json")}
+        atomic.write_text(self.path / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def rows(self, key: str, compute: Callable[[], Sequence[TableRow]]) -> list[TableRow]:
+        """Rows that were computed before under this key, else computed now."""
+        path = self.path / "parts" / f"{key}.json"
+        with suppress(FileNotFoundError, UnreadableFile):  # a damaged one is computed again
+            kept = bounded.read_json(path, [])
+            if isinstance(kept, list) and all(isinstance(row, dict) for row in kept):
+                return kept
+        found = list(compute())
+        atomic.write_text(path, json.dumps(found) + "\n")
+        return found
+
+    def checkpoints(self, name: str) -> list[Checkpoint] | None:
+        """Checkpoints of a victim (step 0 first), or None."""
+        path = self.path / "victims" / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        held = load_file(path)
+        steps: dict[int, dict[str, Tensor]] = {}
+        for key, value in held.items():
+            step, _, part = key.partition("/")
+            steps.setdefault(int(step), {})[part] = value
+        return [Checkpoint(step, _network(parts)) for step, parts in sorted(steps.items())]
+
+    def keep_checkpoints(self, name: str, checkpoints: Sequence[Checkpoint]) -> None:
+        """Write a victim's checkpoints."""
+        held = {f"{c.step}/{part}": value for c in checkpoints for part, value in _parts(c.network).items()}
+        atomic.write_bytes(self.path / "victims" / f"{name}.safetensors", save(held))
+
+    def candidates(self, name: str) -> list[Candidates] | None:
+        """What an attack found before, or None."""
+        path = self.path / "candidates" / f"{name}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as held:
+            points = json.loads(str(held["points"]))
+            return [
+                _candidates(point, {key: held[f"{i}/{key}"] for key in _ARRAYS})
+                for i, point in enumerate(points)
+            ]
+
+    def keep_candidates(self, name: str, found: Sequence[Candidates]) -> None:
+        """Write what an attack found: x, λ, labels, K and the grid point of each."""
+        self._npz(
+            self.path / "candidates" / f"{name}.npz",
+            points=np.array(json.dumps([_point(c) for c in found])),
+            **{f"{i}/{key}": value for i, c in enumerate(found) for key, value in _arrays(c).items()},
+        )
+
+    def keep_arrays(self, name: str, **arrays: np.ndarray) -> None:
+        """Write arrays (alternatives) as alternatives/NAME.npz."""
+        self._npz(self.path / "alternatives" / f"{name}.npz", **arrays)
+
+    @staticmethod
+    def _npz(path: Path, **arrays: Any) -> None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        atomic.write_bytes(path, buffer.getvalue())
+
+
+_ARRAYS = ("x", "labels", "lambdas", "at_level", "history", "history_steps")
+
+
+def _arrays(c: Candidates) -> dict[str, np.ndarray]:
+    at_level = c.at_level.numpy() if c.at_level is not None else np.zeros((0, 0))
+    return {
+        "x": c.x.numpy(),
+        "labels": c.labels.numpy(),
+        "lambdas": c.lambdas.numpy(),
+        "at_level": at_level,
+        "history": np.array(c.history),
+        "history_steps": np.array(c.history_steps),
+    }
+
+
+def _point(c: Candidates) -> dict[str, Any]:
+    figures = {"residual": c.residual, "hard_residual": c.hard_residual, "alignment": c.alignment}
+    return {"point": c.point.__dict__, "level_step": c.level_step, **figures}
+
+
+def _candidates(held: dict[str, Any], arrays: dict[str, np.ndarray]) -> Candidates:
+    return Candidates(
+        point=Point(**held["point"]),
+        x=torch.from_numpy(arrays["x"]),
+        labels=torch.from_numpy(arrays["labels"]),
+        lambdas=torch.from_numpy(arrays["lambdas"]),
+        residual=held["residual"],
+        hard_residual=held["hard_residual"],
+        alignment=held["alignment"],
+        at_level=torch.from_numpy(arrays["at_level"]) if arrays["at_level"].size else None,
+        level_step=held["level_step"],
+        history=tuple(arrays["history"].tolist()),
+        history_steps=tuple(int(s) for s in arrays["history_steps"]),
+    )
+
+
+def _parts(network: Network) -> dict[str, Tensor]:
+    parts = {f"weight{i}": w.contiguous() for i, w in enumerate(network.weights)}
+    return parts if network.bias is None else {**parts, "bias": network.bias.contiguous()}
+
+
+def _network(parts: dict[str, Tensor]) -> Network:
+    count = sum(name.startswith("weight") for name in parts)
+    return Network(tuple(parts[f"weight{i}"] for i in range(count)), parts.get("bias"))
+
+
+TableRow = dict[str, Any]
+TABLES = ("certificate", "alternatives", "attack", "susceptibility")
+
+
+def write_tables(folder: Path, tables: Mapping[str, Sequence[TableRow]]) -> list[Path]:
+    """Write each table as NAME.parquet and NAME.csv into an existing folder; an empty one has no columns."""
+    written = []
+    for name, rows in tables.items():
+        frame = pd.DataFrame(list(rows))
+        buffer = io.BytesIO()
+        frame.to_parquet(buffer, index=False)
+        for path, data in (
+            (folder / f"{name}.parquet", buffer.getvalue()),
+            (folder / f"{name}.csv", _safe(frame).to_csv(index=False).encode()),
+        ):
+            atomic.write_bytes(path, data)
+            written.append(path)
+    return written
+
+
+def _safe(frame: pd.DataFrame) -> pd.DataFrame:
+    """The texts of a table as cells that no spreadsheet evaluates."""
+    return frame.map(lambda value: csv_cell(value) if isinstance(value, str) else value)
+
 
 FIXTURE, FOREIGN = "closed_form", "checkpoint"
 
@@ -67,9 +263,9 @@ def load(config: Config) -> tuple[Images, Network | None]:
         InputError: see `samples.load`, `foreign`.
     """
     if config.checkpoint is not None and config.batch is not None:
-        network = foreign.network(config.checkpoint)
+        network = external.network(config.checkpoint)
         d, k = network.weights[0].shape[1], network.weights[-1].shape[0]
-        return _images(config, foreign.samples(config.batch, d, k)), network
+        return _images(config, external.samples(config.batch, d, k)), network
     seed = None if config.mode == "fixture" else config.data_seed
     found = samples.load(config.data, config.data_path, config.classes, config.per_class, seed, config.offset)
     return _images(config, found), None

@@ -1,4 +1,8 @@
-"""Optimizer × training step → how much nearer than unrelated images an attack comes, with an interval over seeds."""
+"""How much nearer than unrelated images an attack comes, by optimizer and training step, and the baselines for it.
+
+A score means little alone: the same figures are computed for held-out images, random directions and class means,
+and the training set's own residual tells what recovery would look like.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy.stats import t as student
+from torch import Tensor
 
-from analysis.reconstruction.tables import Row
+from analysis.reconstruction import attack, multipliers
+from analysis.reconstruction.attack import Point, Prior, Settings, Start
+from analysis.reconstruction.network import Network, smoothed
+from analysis.reconstruction.scoring import Score, Target, score
+from analysis.reconstruction.subjects import TableRow
 
 SCOPE = (
     "A claim about small homogeneous ReLU networks trained far past separation on a few images, "
@@ -18,7 +28,7 @@ SCOPE = (
 MEASURES = ("nn_top5", "nn_top5_margin", "ncc_top5")
 
 
-def rows(attack: Sequence[Row]) -> list[Row]:
+def rows(attack: Sequence[TableRow]) -> list[TableRow]:
     """One row per optimizer, step, objective and attacker's radius, from the rows of the table `attack`.
 
     Of the grid points of one victim and initial value, the attacker's own criterion (least K, or greatest
@@ -27,8 +37,8 @@ def rows(attack: Sequence[Row]) -> list[Row]:
     over victims' seeds; None for one seed. `beats_truth`: share of attacks that fit the weights better than the
     training images themselves, by the objective.
     """
-    chance: dict[tuple[object, ...], Row] = {}
-    found: dict[tuple[object, ...], dict[int, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    chance: dict[tuple[object, ...], TableRow] = {}
+    found: dict[tuple[object, ...], dict[int, dict[int, TableRow]]] = defaultdict(lambda: defaultdict(dict))
     for row in attack:
         where = (row["optimizer"], row["step"], row["seed"], row["candidates"])
         if row["kind"] == "heldout":
@@ -42,15 +52,17 @@ def rows(attack: Sequence[Row]) -> list[Row]:
     return [row for key, by_seed in found.items() if (row := _row(key, by_seed, chance)) is not None]
 
 
-def _is_better(row: Row, than: Row) -> bool:
+def _is_better(row: TableRow, than: TableRow) -> bool:
     if row["objective"] == "l2":
         return row["residual"] < than["residual"]
     return row["alignment"] > than["alignment"]
 
 
 def _row(
-    key: tuple[object, ...], by_seed: dict[int, dict[int, Row]], chance: dict[tuple[object, ...], Row]
-) -> Row | None:
+    key: tuple[object, ...],
+    by_seed: dict[int, dict[int, TableRow]],
+    chance: dict[tuple[object, ...], TableRow],
+) -> TableRow | None:
     optimizer, step, objective, prior, radius = key
     advantages: dict[str, list[float]] = {name: [] for name in MEASURES}
     beats = []
@@ -66,7 +78,7 @@ def _row(
         beats += [row["beats_truth"] for row in runs.values()]
     if not advantages[MEASURES[0]]:
         return None
-    out: Row = {
+    out: TableRow = {
         "optimizer": optimizer,
         "step": step,
         "objective": objective,
@@ -94,3 +106,78 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
         return mean, None
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, float(student.ppf(0.975, len(values) - 1)) * error
+
+
+ORACLE_LAMBDA_MIN = 1e-3
+ORACLE_LR = 0.005
+
+
+def heldout(
+    target: Target, pool: Tensor, pool_labels: Tensor, labels: Tensor, draws: int, seed: int
+) -> list[Score]:
+    """Scores of public images that were not trained on, drawn with the candidates' labels (m,), `draws` times.
+
+    More candidates are nearer by chance alone, so their number must be the attack's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(draws):
+        chosen = torch.empty(len(labels), dtype=torch.long)
+        for label in labels.unique():
+            members = (pool_labels == label).nonzero()[:, 0]
+            wanted = labels == label
+            count = int(wanted.sum())
+            # A pool that is smaller than the number of candidates is gone through more than once.
+            rounds = -(-count // len(members))
+            order = torch.cat([torch.randperm(len(members), generator=generator) for _ in range(rounds)])
+            chosen[wanted] = members[order[:count]]
+        found.append(score(target, pool[chosen], labels)[0])
+    return found
+
+
+def gaussians(target: Target, labels: Tensor, typical_norm: float, draws: int, seed: int) -> list[Score]:
+    """Scores of random directions at the images' typical norm."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(labels), target.x.shape[1])
+    found = []
+    for _ in range(draws):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found.append(score(target, x / x.norm(dim=1, keepdim=True) * typical_norm, labels)[0])
+    return found
+
+
+def pair_means(target: Target, count: int, draws: int, seed: int) -> list[Score]:
+    """Scores of means of two training images of one class: knowing averages, not images."""
+    generator = torch.Generator().manual_seed(seed)
+    values = target.labels.unique()
+    found = []
+    for _ in range(draws):
+        rows, labels = [], []
+        for i in range(count):
+            label = values[i % len(values)]
+            members = (target.labels == label).nonzero()[:, 0]
+            pair = members[torch.randperm(len(members), generator=generator)[:2]]
+            rows.append(target.x[pair].mean(0))
+            labels.append(label)
+        found.append(score(target, torch.stack(rows), torch.stack(labels))[0])
+    return found
+
+
+def true_residual(task: str, network: Network, x: Tensor, labels: Tensor, alpha: float) -> float:
+    """K of the training set itself at the same smoothing, with the best λ: what recovery would look like."""
+    return multipliers.fit(task, network, x, labels, smoothed(alpha)).residual ** 2
+
+
+def oracle(
+    target: Target, prior: Prior, settings: Settings, alpha: float, lambda_init: float, seed: int
+) -> attack.Candidates:
+    """The attack started at the training images with random λ: the practical ceiling.
+
+    It drifts off, because for finitely trained weights the truth is no minimizer of the smoothed objective.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = len(target.x)
+    lambdas = lambda_init * torch.rand(n, generator=generator, dtype=torch.float64)
+    point = Point(alpha, ORACLE_LAMBDA_MIN, lambda_init, 1.0, n, ORACLE_LR, seed)
+    (found,) = attack.run(target.network, prior, [point], settings, Start(target.x, target.labels, lambdas))
+    return found

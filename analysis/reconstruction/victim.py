@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import optimizers
-from analysis.reconstruction import tasks
 from analysis.reconstruction.geometry import Geometry
-from analysis.reconstruction.network import Network, combination, forward
+from analysis.reconstruction.network import Network, combination, forward, label_margins, output_descent
 from harness.config.errors import InputError
 
 GD = "gd"
@@ -129,16 +128,16 @@ def train(
     for step in range(1, last + 1):
         with torch.no_grad():
             done = forward(network, x)
-            descent = combination(network, done, tasks.descent(task, done.outputs, labels))
+            descent = combination(network, done, output_descent(task, done.outputs, labels))
             advance(step, descent)
-        reached = bool(waiting) and float(tasks.margins(task, done.outputs, labels).min()) >= waiting[0]
+        reached = bool(waiting) and float(label_margins(task, done.outputs, labels).min()) >= waiting[0]
         if step in due or reached:
             if not all(bool(torch.isfinite(p).all()) for p in held):
                 raise InputError(
                     "lr", settings["lr"], f"made {optimizer} diverge by step {step}", fix="a smaller lr"
                 )
             while (
-                waiting and reached and float(tasks.margins(task, done.outputs, labels).min()) >= waiting[0]
+                waiting and reached and float(label_margins(task, done.outputs, labels).min()) >= waiting[0]
             ):
                 waiting.pop(0)
             yield Checkpoint(step, network.copied())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.reconstruction import closed_form, samples, spans, victim
+from analysis.reconstruction import certificate, closed_form, samples, victim
 from analysis.reconstruction.alternatives import Problem
 from analysis.reconstruction.closed_form import ClosedForm
 from analysis.reconstruction.geometry import Geometry
@@ -48,7 +48,7 @@ def fixture() -> ClosedForm:
 def exact_problem() -> Problem:
     """The closed form with its images and multipliers."""
     data, found = pair(), fixture()
-    return Problem("binary", found.network, data.x, data.labels, found.lambdas, spans.span(data.x))
+    return Problem("binary", found.network, data.x, data.labels, found.lambdas, certificate.data_span(data.x))
 
 
 @cache

@@ -9,18 +9,17 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from analysis.reconstruction import alternatives, certificate, closed_form, multipliers, samples, verification
-from analysis.reconstruction.alternatives import Alternative
+from analysis.reconstruction import alternatives, certificate, closed_form, multipliers, samples
+from analysis.reconstruction.alternatives import Alternative, Verified
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import flat
-from analysis.reconstruction.verification import Verified
 from harness.config.errors import InputError
 from tests.analysis.reconstruction.problems import exact_problem, fixture, pair
 
 
 def _verified(made: Alternative | None) -> Verified:
     assert made is not None
-    return verification.verify(exact_problem(), made, is_exact=True)
+    return alternatives.verify(exact_problem(), made, is_exact=True)
 
 
 def test_the_closed_form_is_a_kkt_point() -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.reconstruction import config, examination, folder, job, verification
+from analysis.reconstruction import alternatives, config, examination, job, subjects
 from harness import cli
 from harness.config.errors import InputError
 
@@ -93,7 +93,7 @@ def test_a_job_writes_its_files_and_takes_them_up_again(
     (out / "parts" / "gd-seed0-step300-attack.json").unlink()
     assert run_json(capsys, *words)[1] == first
     with pytest.raises(InputError, match=r"out: .* another configuration \(it differs in steps\)"):
-        folder.check(config.load(["steps=301" if word.startswith("steps=") else word for word in words]))
+        subjects.check(config.load(["steps=301" if word.startswith("steps=") else word for word in words]))
 
 
 def test_same_seed_same_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +195,7 @@ def test_a_control_that_passes_is_the_answer_no(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the check of margins and residuals blinded, the command says no."""
-    monkeypatch.setattr(verification, "_passes", lambda *_: True)
+    monkeypatch.setattr(alternatives, "_passes", lambda *_: True)
     assert run_json(capsys, "mode=fixture", f"out={tmp_path / 'job'}")[0] == 1
 
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from analysis.reconstruction import geometry, multipliers
-from analysis.reconstruction.alignment_search import best_alignment
-from analysis.reconstruction.geometry import NORMS, Geometry
+from analysis.reconstruction.geometry import NORMS, Geometry, best_alignment
 from analysis.reconstruction.network import Factor, Network, combination, factors, flat, forward
 from tests.analysis.reconstruction.problems import digits, norm_of, trained
 

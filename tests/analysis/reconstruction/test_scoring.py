@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import bootstrap, ttest_1samp
 
-from analysis.reconstruction import distances, scoring, susceptibility
+from analysis.reconstruction import scoring, susceptibility
 from analysis.reconstruction.network import outputs
 from analysis.reconstruction.scoring import Target, score
 from tests.analysis.reconstruction.problems import digits, trained
@@ -39,11 +39,11 @@ def test_distances_are_scipys() -> None:
 
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 8, generator=g, dtype=torch.float64) for n in (5, 7))
-    np.testing.assert_allclose(distances.nearest(a, b)[0].numpy(), cdist(a, b).min(1), rtol=1e-12)
+    np.testing.assert_allclose(scoring.nearest(a, b)[0].numpy(), cdist(a, b).min(1), rtol=1e-12)
     expected = max(directed_hausdorff(a, b)[0], directed_hausdorff(b, a)[0])
-    assert distances.hausdorff(a, b) == pytest.approx(expected, rel=1e-12)
-    np.testing.assert_allclose(distances.correlations(a, b).numpy(), np.corrcoef(a, b)[:5, 5:], atol=1e-12)
-    assert float(distances.correlations(torch.ones(1, 8).double(), b).abs().max()) == 0
+    assert scoring.hausdorff(a, b) == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(scoring.correlations(a, b).numpy(), np.corrcoef(a, b)[:5, 5:], atol=1e-12)
+    assert float(scoring.correlations(torch.ones(1, 8).double(), b).abs().max()) == 0
 
 
 def test_ssim_by_its_definition() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.reconstruction import tasks
 from analysis.reconstruction.network import (
     Network,
     combination,
@@ -14,6 +13,9 @@ from analysis.reconstruction.network import (
     forward,
     inherited,
     input_gradients,
+    kkt_coefficients,
+    label_margins,
+    output_descent,
     outputs,
     patterns,
     per_sample,
@@ -186,10 +188,10 @@ def test_a_pattern_keeping_split_of_one_point_in_a_deep_net() -> None:
 def test_coefficients_of_the_tasks() -> None:
     out = torch.tensor([[1.0, 3.0, 2.0], [0.5, 0.1, 0.4]], dtype=torch.float64)
     labels = torch.tensor([2.0, 0.0])
-    c = tasks.coefficients("multiclass", out, labels)
+    c = kkt_coefficients("multiclass", out, labels)
     assert c.tolist() == [[0, -1, 1], [1, 0, -1]]
-    torch.testing.assert_close(tasks.margins("multiclass", out, labels), torch.tensor([-1.0, 0.1]).double())
-    assert tasks.coefficients("regression", out[:, :1], labels).tolist() == [[1], [1]]
+    torch.testing.assert_close(label_margins("multiclass", out, labels), torch.tensor([-1.0, 0.1]).double())
+    assert kkt_coefficients("regression", out[:, :1], labels).tolist() == [[1], [1]]
     for task, values in (
         ("binary", torch.tensor([1.0, -1.0])),
         ("multiclass", labels),
@@ -207,5 +209,5 @@ def test_coefficients_of_the_tasks() -> None:
             loss = torch.logsumexp(gaps.masked_fill(own, -torch.inf).flatten(), 0)
         (slope,) = torch.autograd.grad(loss, start)
         torch.testing.assert_close(
-            tasks.descent(task, start.detach(), values.double()), -slope, rtol=0, atol=1e-12
+            output_descent(task, start.detach(), values.double()), -slope, rtol=0, atol=1e-12
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from analysis.reconstruction import alternatives, certificate, multipliers, spans, tasks, verification, victim
+from analysis.reconstruction import alternatives, certificate, multipliers, victim
 from analysis.reconstruction.alternatives import Problem
 from analysis.reconstruction.geometry import Geometry, polar
-from analysis.reconstruction.network import Network, outputs
+from analysis.reconstruction.network import Network, kkt_coefficients, outputs
 from analysis.reconstruction.victim import Architecture
 from harness.config.errors import InputError
 from optimizers import OptionError
@@ -19,7 +19,7 @@ def _problem(network: Network, data: Data) -> Problem:
     margin = multipliers.least_margin("binary", network, data.x, data.labels)
     unit = network.scaled(margin**-0.5)
     fit = multipliers.fit("binary", unit, data.x, data.labels)
-    return Problem("binary", unit, data.x, data.labels, fit.lambdas, spans.span(data.x))
+    return Problem("binary", unit, data.x, data.labels, fit.lambdas, certificate.data_span(data.x))
 
 
 @pytest.mark.parametrize(
@@ -30,17 +30,17 @@ def test_updates_stay_in_the_span_of_the_images(optimizer: str, most: float) -> 
     """`muon` runs Newton–Schulz, which rounds in fp32 and scales up what is nearly nothing."""
     data, network = digits(20), trained(optimizer, 20, 100, (500,))[0].network
     change = network.weights[0] - start(100).weights[0]
-    where = spans.span(data.x)
+    where = certificate.data_span(data.x)
     assert (where.rank, where.outside.shape[0], int(where.dead.sum())) == (39, 25, 11)
-    assert spans.outside_share(change, where) <= most
+    assert certificate.outside_share(change, where) <= most
     assert float(change[:, where.dead].norm() / change.norm()) <= 1e-10
 
 
 def test_adam_leaves_the_span_but_not_dead_pixels() -> None:
     data, network = digits(20), trained("adamw", 20, 100, (500, 5000))[0].network
     change = network.weights[0] - start(100).weights[0]
-    where = spans.span(data.x)
-    assert spans.outside_share(change, where) > 0.1
+    where = certificate.data_span(data.x)
+    assert certificate.outside_share(change, where) > 0.1
     assert float(change[:, where.dead].norm() / change.norm()) <= 1e-10
 
 
@@ -83,7 +83,7 @@ def test_a_far_alternative_on_trained_weights() -> None:
     problem = _problem(trained("gd", 20, 100, STEPS)[-1].network, data)
     made = alternatives.null_split(problem, 1000.0, 0)
     assert made is not None
-    row = verification.verify(problem, made, is_exact=False)
+    row = alternatives.verify(problem, made, is_exact=False)
     # W₁'s share outside the span: 2.2e-3 after 10,000 steps.
     assert row.projection_change < 3e-3
     assert row.residual_inherited == pytest.approx(row.residual_original, abs=1e-6)
@@ -93,7 +93,7 @@ def test_a_far_alternative_on_trained_weights() -> None:
     # Recomputed gates without the projection: the tiny rest outside the span flips near-kinked pairs.
     assert row.residual > 10
     for control in alternatives.controls(problem, 0):
-        assert not verification.verify(problem, control, is_exact=False).passed
+        assert not alternatives.verify(problem, control, is_exact=False).passed
 
 
 def test_adam_has_far_alternatives_along_dead_pixels_only() -> None:
@@ -103,7 +103,7 @@ def test_adam_has_far_alternatives_along_dead_pixels_only() -> None:
     dead = alternatives.dead_pixel_split(problem, 100.0, 0)
     assert null is not None
     assert dead is not None
-    refused, accepted = (verification.verify(problem, made, is_exact=False) for made in (null, dead))
+    refused, accepted = (alternatives.verify(problem, made, is_exact=False) for made in (null, dead))
     assert not refused.passed
     assert refused.margin_min < 0
     assert accepted.passed
@@ -125,7 +125,7 @@ def test_muon_family() -> None:
     # Control: without P in the middle, any other images have another factor.
     moved = positive.x + 0.1 * (made.x - positive.x).roll(1, 0)
     assert float((_polar(d @ moved, 9) - _polar(d @ positive.x, 9)).abs().max()) > 1e-3
-    assert verification.verify(positive, made, is_exact=False).passed
+    assert alternatives.verify(positive, made, is_exact=False).passed
 
 
 def _polar(matrix: torch.Tensor, rank: int) -> torch.Tensor:
@@ -192,7 +192,7 @@ def test_regression_at_its_stationary_point() -> None:
     expected = (data.labels - outputs(last.network, data.x)[:, 0]) / 0.05
     # The steps have a length of lr/‖θ‖²·|gradient|: what is left of the gradient after 20,000 of them.
     assert fit.residual < 0.03
-    moved = tasks.coefficients("regression", outputs(last.network, data.x), data.labels)
+    moved = kkt_coefficients("regression", outputs(last.network, data.x), data.labels)
     assert bool((moved == 1).all())
     used = expected.abs() > 0.05 * expected.abs().max()
     torch.testing.assert_close(fit.lambdas[used], expected[used], rtol=0.1, atol=0)

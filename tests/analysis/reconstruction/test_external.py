@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from analysis.reconstruction import foreign
+from analysis.reconstruction import external
 from analysis.reconstruction.network import outputs
 from harness.config.errors import InputError
 
@@ -36,7 +36,7 @@ def test_an_mlp_is_taken(tmp_path: Path, suffix: str, bias: bool) -> None:
     else:
         save_file(model.state_dict(), path)
     x = torch.randn(3, 4)
-    found = outputs(foreign.network(str(path)), x.double())
+    found = outputs(external.network(str(path)), x.double())
     torch.testing.assert_close(found.float(), model(x).detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -60,27 +60,27 @@ def test_what_the_theory_does_not_cover(tmp_path: Path, state: dict[str, Tensor]
     path = tmp_path / "weights.pt"
     torch.save(state, path)
     with pytest.raises(InputError, match=f"^checkpoint: .*{reason}"):
-        foreign.network(str(path))
+        external.network(str(path))
 
 
 def test_a_bias_of_zeros_past_layer_one_is_none(tmp_path: Path) -> None:
     torch.save(_state(**{"2.bias": torch.zeros(5)}), tmp_path / "weights.pt")
-    assert foreign.network(str(tmp_path / "weights.pt")).depth == 3
+    assert external.network(str(tmp_path / "weights.pt")).depth == 3
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save(_mlp(), tmp_path / "whole_module.pt")
     with pytest.raises(InputError, match="cannot be read as tensors"):
-        foreign.network(str(tmp_path / "whole_module.pt"))
+        external.network(str(tmp_path / "whole_module.pt"))
     with pytest.raises(InputError, match="does not exist"):
-        foreign.network(str(tmp_path / "none.pt"))
+        external.network(str(tmp_path / "none.pt"))
 
 
 def test_batches(tmp_path: Path) -> None:
     path = str(tmp_path / "batch.npz")
     x = np.random.default_rng(0).random((6, 2, 2))
     np.savez(path, x=x, y=[0, 1, 0, 1, 1, 0])
-    found = foreign.samples(path, 4, 1)
+    found = external.samples(path, 4, 1)
     assert found.labels.tolist() == [-1, 1, -1, 1, 1, -1]
     assert found.images.shape == (6, 4)
     for arrays, reason in (
@@ -91,4 +91,4 @@ def test_batches(tmp_path: Path) -> None:
     ):
         np.savez(path, allow_pickle=False, **arrays)
         with pytest.raises(InputError, match=f"^batch: .*{reason}"):
-            foreign.samples(path, 4, 1)
+            external.samples(path, 4, 1)
