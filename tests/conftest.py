@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTBENCH_CACHE", str(session_cache))
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """Fail the test that leaves a process group, instead of a later one in the same process."""
+    yield
+    if (dist := sys.modules.get("torch.distributed")) and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("left torch.distributed initialized")
 
 
 @pytest.fixture(scope="session")
