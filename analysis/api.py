@@ -14,9 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.compare import arguments, command, document, loading, report, training
-from analysis.compare.progress import Verbosity
-from analysis.compare.runs import Run
+from analysis.compare import document
+from analysis.report import report
+from analysis.runs import loading
+from analysis.runs.run import Run
+from analysis.training import arguments, sessions
+from analysis.training.progress import Verbosity
 from harness.config.errors import InputError
 from harness.config.overrides import leaves
 from harness.preparation import prepare
@@ -54,9 +57,9 @@ def train(*overrides: str, progress: bool = True, **keys: Any) -> pd.DataFrame:
     """
     words = [*overrides, *_words(keys)]
     verbosity = Verbosity.NORMAL if progress else Verbosity.QUIET
-    with training.Trainer(as_json=False, verbosity=verbosity) as trainer:
+    with sessions.Trainer(as_json=False, verbosity=verbosity) as trainer:
         run = prepare(words, say=trainer.say, writes_folder=False)
-        session = training.Session([run], trainer, group=run.config.group)
+        session = sessions.Session([run], trainer, group=run.config.group)
         session.train()
     if session.refusals:
         raise session.refusals[0]
@@ -92,12 +95,12 @@ def compare(*optimizers: str | Iterable[str], progress: bool = True, **keys: Any
     """
     words = [word for item in optimizers for word in ([item] if isinstance(item, str) else item)]
     plan = arguments.plan([*words, *_words(keys), *([] if progress else ["--quiet"])])
-    code, folder = command.train(plan)
+    code, folder = sessions.train(plan)
     if not folder.is_dir():
         raise RunFailed("no run left a folder")
-    from analysis.compare import conclusion
+    from analysis.report import finish
 
-    conclusion.leave_origin(folder, plan)
+    finish.leave_origin(folder, plan)
     judged = document.read(folder)
     written = report.write(judged, folder)
     frame = load_runs(folder)

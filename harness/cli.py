@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command] = {
         takes_keys=True,
     ),
     "compare": Command(
-        "analysis.compare.command:compare",
+        "analysis.compare.command:main",
         "several optimizers under one protocol, with table and report",
         "OPTIMIZER … [seeds=N] [OPTIMIZER.key=value …] [group=option …] [key=value …] [--json]",
         (
@@ -105,7 +105,7 @@ COMMANDS: dict[str, Command] = {
         takes_keys=True,
     ),
     "report": Command(
-        "analysis.compare.command:report",
+        "analysis.report.command:main",
         "compare the runs below a folder, other trainers' (CSV, JSONL) too",
         "DIR [--out DIR] [--figures png] [--wandb] [--json] | ENTITY/PROJECT[/GROUP] --export DIR [--json]",
         (
@@ -232,7 +232,7 @@ COMMANDS: dict[str, Command] = {
         (("bash >> ~/.bash_completion", "for every shell to come"),),
     ),
     "submit": Command(
-        "analysis.compare.submit_command:main",
+        "analysis.training.submit_command:main",
         "a run, a comparison or another command as SLURM jobs",
         "[train|compare|COMMAND] [words of it] [cluster=NAME] [cluster.key=value …] [--dry-run] [--json]",
         (

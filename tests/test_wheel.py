@@ -91,7 +91,7 @@ def test_what_is_in_it(wheel: Path) -> None:
         "harness/configs/study/quickstart.yaml",
         "harness/slurm/templates/train.sbatch.j2",
         "harness/record/certificates.json",
-        "analysis/compare/templates/report.html.j2",
+        "analysis/report/templates/report.html.j2",
     ):
         assert needed in names
     assert not [name for name in names if "test" in name.split("/")[0]]

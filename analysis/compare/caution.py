@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from analysis.compare import words
+from analysis import formatting
 from analysis.compare.comparison import Arm, ComparisonSet
-from analysis.compare.runs import Run
+from analysis.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ def arms_of(chosen: ComparisonSet, test: Callable[[Run], bool]) -> list[tuple[Ar
 
 def named(chosen: ComparisonSet, test: Callable[[Run], bool]) -> str:
     """``adamw (seed 0) and sumo (all 3 runs)``: such runs in words; empty if there are none."""
-    return words.listing([_where(arm, runs) for arm, runs in arms_of(chosen, test)])
+    return formatting.listing([_where(arm, runs) for arm, runs in arms_of(chosen, test)])
 
 
 def _where(arm: Arm, runs: list[Run]) -> str:
     if len(runs) == len(arm.runs) and len(runs) > 4:
         return f"{arm.label} (all {len(runs)} runs)"
-    seeds = words.listing([str(run.seed) for run in runs])
+    seeds = formatting.listing([str(run.seed) for run in runs])
     return f"{arm.label} (seed{'s' if len(runs) > 1 else ''} {seeds})"
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from analysis.compare import standing_cautions, words
+from analysis import formatting
+from analysis.compare import standing_cautions
 from analysis.compare.caution import Caution, arms_of, named
 from analysis.compare.comparison import ComparisonSet, unequal_budgets
-from analysis.compare.runs import Run
+from analysis.runs.run import Run
 
 COMPUTE_OPTIMAL = 20
 """Tokens per parameter near the compute-optimal budget (Hoffmann et al. 2022, arXiv 2203.15556)."""
@@ -48,7 +49,7 @@ def _seeds(chosen: ComparisonSet) -> Iterable[Caution]:
         missing.setdefault(lacks, []).append(arm.label)
     for lacks, labels in missing.items():
         if lacks:
-            seeds = words.listing([str(seed) for seed in lacks], "or")
+            seeds = formatting.listing([str(seed) for seed in lacks], "or")
             text = f"{_some(labels, 6)} {'has' if len(labels) == 1 else 'have'} no run with seed {seeds}"
             yield Caution("missing_seed", f"{text}; pairs use common seeds only.")
 
@@ -69,14 +70,14 @@ def _endings(chosen: ComparisonSet) -> Iterable[Caution]:
         ended = [run for run in chosen.runs if run.state == state]
         if ended:
             listed = named(chosen, lambda run, state=state: run.state == state)
-            yield Caution(state, f"{words.plural(len(ended), 'run')} {word}: {listed}.")
+            yield Caution(state, f"{formatting.plural(len(ended), 'run')} {word}: {listed}.")
 
 
 def _resumes(chosen: ComparisonSet) -> Iterable[Caution]:
     parts = []
     for arm, runs in arms_of(chosen, lambda run: bool(run.resumed_at)):
         for run in runs:
-            steps = words.listing([words.grouped(step) for step in run.resumed_at])
+            steps = formatting.listing([formatting.grouped(step) for step in run.resumed_at])
             parts.append(f"{arm.label} seed {run.seed} at step {steps}")
     if parts:
         yield Caution("resumed", f"Resumed: {_some(parts)}. Seconds are summed over attempts.")
@@ -87,8 +88,8 @@ def _entropy(chosen: ComparisonSet) -> Iterable[Caution]:
     if high:
         yield Caution(
             "above_entropy",
-            f"{words.listing(high)} ended at or above the unigram entropy of the corpus "
-            f"({words.loss(chosen.entropy)} nats/token): word frequencies alone do as well.",
+            f"{formatting.listing(high)} ended at or above the unigram entropy of the corpus "
+            f"({formatting.loss(chosen.entropy)} nats/token): word frequencies alone do as well.",
         )
 
 
@@ -97,7 +98,7 @@ def _undertrained(chosen: ComparisonSet) -> Iterable[Caution]:
     ratio = max((tokens / size for tokens, size in sizes if tokens >= 0 and size > 0), default=math.nan)
     if ratio < COMPUTE_OPTIMAL:
         text = (
-            f"Undertrained: {words.significant(ratio, 2)} tokens per parameter, where about {COMPUTE_OPTIMAL} are "
+            f"Undertrained: {formatting.significant(ratio, 2)} tokens per parameter, where about {COMPUTE_OPTIMAL} are "
             "compute-optimal; rankings this early in training often change."
         )
         yield Caution("undertrained", text)
@@ -107,7 +108,8 @@ def _epochs(chosen: ComparisonSet) -> Iterable[Caution]:
     epochs = max((value for run in chosen.runs if math.isfinite(value := run.fact("epochs"))), default=0.0)
     if epochs > 1:
         yield Caution(
-            "epochs", f"More than one epoch: the training text was read {words.significant(epochs, 2)} times."
+            "epochs",
+            f"More than one epoch: the training text was read {formatting.significant(epochs, 2)} times.",
         )
 
 
@@ -120,9 +122,9 @@ def _steps(chosen: ComparisonSet) -> Iterable[Caution]:
             (arm.label, sum(v for run in arm.runs if math.isfinite(v := run.fact(key))))
             for arm in chosen.arms
         ]
-        hit = [f"{label} {words.grouped(n)}" for label, n in arms if n]
+        hit = [f"{label} {formatting.grouped(n)}" for label, n in arms if n]
         if hit:
-            yield Caution(key, f"{words.listing(hit)} {word}.", grave)
+            yield Caution(key, f"{formatting.listing(hit)} {word}.", grave)
 
 
 def _records(chosen: ComparisonSet) -> Iterable[Caution]:
@@ -144,5 +146,5 @@ def _records(chosen: ComparisonSet) -> Iterable[Caution]:
 def _some(names: list[str], most: int = 4) -> str:
     """``a, b and c``; ``a, b, c, d and 9 more`` where they are many."""
     if len(names) <= most:
-        return words.listing(names)
-    return words.listing([*names[:most], f"{len(names) - most} more"])
+        return formatting.listing(names)
+    return formatting.listing([*names[:most], f"{len(names) - most} more"])

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.compare import statistics, words
-from analysis.compare.curves import Curve, mean_curve
-from analysis.compare.runs import Run
+from analysis import formatting
+from analysis.compare import statistics
 from analysis.compare.statistics import Floats, Interval, Pairwise
+from analysis.runs.curves import Curve, mean_curve
+from analysis.runs.run import Run
 
 if TYPE_CHECKING:
-    from analysis.compare.tuning_ledger import Tuned
+    from analysis.runs.tuning_ledger import Tuned
 
 
 @dataclass
@@ -187,14 +188,16 @@ def _title(runs: list[Run]) -> str:
     name = str(model.get("name") or "") if isinstance(model, Mapping) else ""
     parameters = run.fact("parameters")
     if name or math.isfinite(parameters):
-        size = f" ({words.count(parameters)} parameters)" if math.isfinite(parameters) else ""
+        size = f" ({formatting.count(parameters)} parameters)" if math.isfinite(parameters) else ""
         parts.append(f"{name or 'model'}{size}")
     steps, tokens = run.fact("steps_planned"), run.fact("tokens")
     steps = steps if math.isfinite(steps) else run.steps
     if math.isfinite(steps):
-        budget = f"{words.grouped(steps)} steps"
+        budget = f"{formatting.grouped(steps)} steps"
         parts.append(
-            f"{budget}, {words.count(tokens)} tokens" if run.finished and math.isfinite(tokens) else budget
+            f"{budget}, {formatting.count(tokens)} tokens"
+            if run.finished and math.isfinite(tokens)
+            else budget
         )
     if isinstance(data, Mapping) and data.get("name"):
         parts.append(str(data["name"]))
@@ -214,14 +217,16 @@ def unequal_budgets(chosen: ComparisonSet) -> list[str]:
     for key, word in (("steps", "steps done"), ("steps_planned", "steps planned")):
         values = sorted({run.fact(key) for run in finished if math.isfinite(run.fact(key))})
         if len(values) > 1:
-            found.append(f"{word} range from {words.grouped(values[0])} to {words.grouped(values[-1])}")
+            found.append(
+                f"{word} range from {formatting.grouped(values[0])} to {formatting.grouped(values[-1])}"
+            )
     for seed in chosen.seeds:
         tokens = [
             value for run in finished if run.seed == seed and math.isfinite(value := run.fact("tokens"))
         ]
         if tokens and max(tokens) > 1.001 * min(tokens):
             found.append(
-                f"tokens of seed {seed} range from {words.count(min(tokens))} to {words.count(max(tokens))}"
+                f"tokens of seed {seed} range from {formatting.count(min(tokens))} to {formatting.count(max(tokens))}"
             )
     return found
 

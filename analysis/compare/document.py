@@ -8,16 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.compare import cautions, comparison, tables, tuning_ledger, tuning_tables, verdict
+from analysis.compare import cautions, comparison, tables, verdict
 from analysis.compare.caution import Caution
 from analysis.compare.comparison import ComparisonSet
-from analysis.compare.loading import load
-from analysis.compare.reading import mapping
-from analysis.compare.runs import Run
 from analysis.compare.statistics import RESOLUTION
 from analysis.compare.tables import Table
 from analysis.compare.verdict import Verdict
-from analysis.plain import plain
+from analysis.formatting import to_jsonable
+from analysis.report import tuning_tables
+from analysis.runs import tuning_ledger
+from analysis.runs.loading import load
+from analysis.runs.reading import mapping
+from analysis.runs.run import Run
 from harness.redaction import redact_paths
 
 SCHEMA_VERSION = 1
@@ -139,7 +141,7 @@ def to_json(document: Document) -> dict[str, Any]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    return plain(
+    return to_jsonable(
         {
             "folder": run.where,
             "optimizer": run.optimizer,
@@ -160,7 +162,7 @@ def _set(judged: Judged) -> dict[str, Any]:
     chosen = judged.chosen
     names = [arm.label for arm in chosen.arms]
     tests = chosen.tests
-    return plain(
+    return to_jsonable(
         {
             "key": chosen.key,
             "title": chosen.title,

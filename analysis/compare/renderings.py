@@ -11,8 +11,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from analysis.compare.facts import Grid
 from analysis.compare.tables import COLUMNS, Column, Row, Table
+from analysis.report.details import Grid
 from harness import visible
 from harness.console import cell, for_tables
 from harness.visible import markdown_row

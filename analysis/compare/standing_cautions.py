@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from analysis.compare import words
+from analysis import formatting
 from analysis.compare.caution import Caution, arm_labels, named
 from analysis.compare.comparison import Arm, ComparisonSet
 
@@ -16,7 +16,7 @@ ELSEWHERE = "default tuned at another size"
 def lr_standing(arm: Arm) -> str:
     """How the arm's learning rate came about; empty where that is not recorded."""
     if arm.tuning is not None:
-        return f"tuned ({words.plural(len(arm.tuning.spent), 'trial')})"
+        return f"tuned ({formatting.plural(len(arm.tuning.spent), 'trial')})"
     run = max(arm.runs, key=lambda r: len(r.summary))
     if run.text("lr_source") == "given":
         return GIVEN
@@ -31,21 +31,21 @@ def learning_rates(chosen: ComparisonSet) -> Iterable[Caution]:
     """Untuned defaults, and arms whose rates had unequal care."""
     standings = {arm.label: lr_standing(arm) for arm in chosen.arms}
     untuned = [
-        f"{arm.label} {words.significant(max(run.fact('lr') for run in arm.runs))}"
+        f"{arm.label} {formatting.significant(max(run.fact('lr') for run in arm.runs))}"
         for arm in chosen.arms
         if standings[arm.label] in (UNTUNED, ELSEWHERE)
     ]
     if untuned:
-        text = f"Default learning rates that were not tuned at this size: {words.listing(untuned)}."
+        text = f"Default learning rates that were not tuned at this size: {formatting.listing(untuned)}."
         yield Caution("untuned_lr", text)
     unknown = [label for label, standing in standings.items() if not standing]
     found = dict.fromkeys([TUNED, ELSEWHERE, UNTUNED, GIVEN, *filter(None, standings.values())])
     groups = {s: [label for label, own in standings.items() if own == s] for s in found}
     groups = {standing: labels for standing, labels in groups.items() if labels}
     if len(groups) > 1 or (groups and unknown):
-        parts = [f"{words.listing(labels)} {standing}" for standing, labels in groups.items()]
+        parts = [f"{formatting.listing(labels)} {standing}" for standing, labels in groups.items()]
         if unknown:
-            parts.append(f"{words.listing(unknown)} not recorded")
+            parts.append(f"{formatting.listing(unknown)} not recorded")
         yield Caution("unequal_tuning", f"Unequal tuning of the learning rate: {'; '.join(parts)}.")
 
 
@@ -53,16 +53,16 @@ def tuning(chosen: ComparisonSet) -> Iterable[Caution]:
     """What a tuning study leaves open: a best on an edge, an optimizer without one, its own seed compared."""
     studies = [(arm, study) for arm in chosen.arms if (study := arm.tuning) is not None]
     on_edge = [
-        f"{arm.label} {key} {words.significant(float(study.chosen.values[key]))} ({side} tried)"
+        f"{arm.label} {key} {formatting.significant(float(study.chosen.values[key]))} ({side} tried)"
         for arm, study in studies
         if study.chosen is not None
         for key, side in study.edges.items()
     ]
     if on_edge:
-        text = f"Best setting on the edge of its search space, a better one may lie beyond: {words.listing(on_edge)}."
-        yield Caution("edge_of_space", text)
+        text = f"Best setting on the edge of its search space, a better one may exist: {formatting.listing(on_edge)}"
+        yield Caution("edge_of_space", f"{text}.")
     if lost := dict.fromkeys(label for _, study in studies for label in study.lost):
-        who = words.listing(list(lost))
+        who = formatting.listing(list(lost))
         yield Caution(
             "no_finite_trial", f"No tuning trial of {who} ended with a finite loss: not in this comparison."
         )
@@ -73,10 +73,11 @@ def tuning(chosen: ComparisonSet) -> Iterable[Caution]:
     ]
     if failed:
         yield Caution(
-            "failed_trials", f"Tuning trials that failed or were not made: {words.listing(failed)}."
+            "failed_trials", f"Tuning trials that failed or were not made: {formatting.listing(failed)}."
         )
     if same := [arm.label for arm, study in studies if study.seed in {run.seed for run in arm.runs}]:
-        text = f"{words.listing(same)} compared on the seed of the tuning trials: the best of several is too low there."
+        who = formatting.listing(same)
+        text = f"{who} compared on the seed of the tuning trials: the best of several is too low there."
         yield Caution("tuning_seed", text)
 
 
@@ -92,12 +93,12 @@ def certificates(chosen: ComparisonSet) -> Iterable[Caution]:
                 labels = reasons.setdefault(reason, [])
                 labels += [arm.label] * (arm.label not in labels)
     for reason, labels in reasons.items():
-        yield Caution("uncertified", f"No certificate for {words.listing(labels)}: {reason}.")
+        yield Caution("uncertified", f"No certificate for {formatting.listing(labels)}: {reason}.")
     if absent := arm_labels(chosen, lambda run: run.certified is None):
-        who = "any optimizer" if len(absent) == len(chosen.arms) > 1 else words.listing(absent)
+        who = "any optimizer" if len(absent) == len(chosen.arms) > 1 else formatting.listing(absent)
         yield Caution("uncertified", f"No certificate is recorded for {who}.")
     if stale := arm_labels(chosen, lambda run: (run.certified or {}).get("current") is False):
-        text = f"The certificates of {words.listing(stale)} are of other sources than the runs'."
+        text = f"The certificates of {formatting.listing(stale)} are of other sources than the runs'."
         yield Caution("stale_certificate", text, False)
 
 
@@ -126,5 +127,5 @@ def foreign(chosen: ComparisonSet) -> Iterable[Caution]:
     silent = [key for key in ("steps", "tokens") if any(math.isnan(run.fact(key)) for run in finished)]
     if silent:
         lacking = named(chosen, lambda r: r.finished and any(math.isnan(r.fact(key)) for key in silent))
-        text = f"Equal budgets can't be checked: {lacking} record no {words.listing(silent, 'or')}."
+        text = f"Equal budgets can't be checked: {lacking} record no {formatting.listing(silent, 'or')}."
         yield Caution("unknown_budget", text)

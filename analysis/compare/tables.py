@@ -7,11 +7,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from analysis.compare import words
+from analysis import formatting
 from analysis.compare.comparison import Arm, ComparisonSet
-from analysis.compare.reading import number
-from analysis.compare.runs import Run
 from analysis.compare.standing_cautions import lr_standing
+from analysis.runs.reading import number
+from analysis.runs.run import Run
 from harness.record.schema import TIME_PARTS
 
 
@@ -120,15 +120,17 @@ def build(chosen: ComparisonSet) -> Table:
     notes = []
     if math.isfinite(chosen.target):
         worst = next(arm for arm in chosen.arms if arm.final.mean == chosen.target)
-        notes.append(f"target: {words.loss(chosen.target)} nats/token, the mean final loss of {worst.label}")
+        notes.append(
+            f"target: {formatting.loss(chosen.target)} nats/token, the mean final loss of {worst.label}"
+        )
     if math.isfinite(chosen.entropy):
-        notes.append(f"unigram entropy of the corpus: {words.loss(chosen.entropy)} nats/token")
+        notes.append(f"unigram entropy of the corpus: {formatting.loss(chosen.entropy)} nats/token")
     sources: dict[str, list[str]] = {}
     for index in order:
-        if (source := rows_of[index]["lr_source"].text) not in ("given", words.MISSING):
+        if (source := rows_of[index]["lr_source"].text) not in ("given", formatting.MISSING):
             sources.setdefault(source, []).append(chosen.arms[index].label)
     for source, labels in sources.items():
-        whose = "learning rates" if len(sources) == 1 else f"learning rate of {words.listing(labels)}"
+        whose = "learning rates" if len(sources) == 1 else f"learning rate of {formatting.listing(labels)}"
         notes.append(f"{whose}: {source}")
     return Table(chosen.title, COLUMNS, rows, notes)
 
@@ -143,11 +145,11 @@ def _arm(arm: Arm, target: float) -> dict[str, Cell]:
     state = sum(kinds.values()) / mib if kinds else math.nan
     return {
         "optimizer": _word(arm.label),
-        "loss": Cell(words.loss(arm.final.mean), arm.final.mean),
+        "loss": Cell(formatting.loss(arm.final.mean), arm.final.mean),
         "interval": _number(arm.final.half_width, 2),
         "n": Cell(str(finished), float(finished)),
         "perplexity": _number(perplexity, 4),
-        "steps_to_target": Cell(words.grouped(steps), steps),
+        "steps_to_target": Cell(formatting.grouped(steps), steps),
         "seconds_to_target": _number(seconds),
         "lr": _number(run.fact("lr")),
         "lr_standing": _word(lr_standing(arm)),
@@ -155,11 +157,11 @@ def _arm(arm: Arm, target: float) -> dict[str, Cell]:
         "outcome": _word(f"{finished} of {len(arm.runs)} finished"),
         "state": _number(state),
         "state_kinds": _word(
-            ", ".join(f"{kind} {words.significant(size / mib)}" for kind, size in kinds.items())
+            ", ".join(f"{kind} {formatting.significant(size / mib)}" for kind, size in kinds.items())
         ),
         "optimizer_ms": _number(arm.mean_time("optimizer") * 1000),
         "step_ms": _number(arm.mean_time(*STEP_PARTS) * 1000),
-        "tokens_per_s": Cell(words.grouped(arm.mean("tokens_per_s")), arm.mean("tokens_per_s")),
+        "tokens_per_s": Cell(formatting.grouped(arm.mean("tokens_per_s")), arm.mean("tokens_per_s")),
         "peak": _number(arm.mean("memory_bytes", "peak") / mib),
         "certificate": _word(_certificate(arm)),
     }
@@ -186,8 +188,8 @@ def _certificate(arm: Arm) -> str:
 
 def _failure(arm: Arm, run: Run) -> dict[str, Cell]:
     """A run that did not finish: whose it is and what became of it; figures it can't vouch for stay blank."""
-    cells = {column.key: Cell(words.MISSING, math.nan if column.numeric else "") for column in COLUMNS}
-    step = f"at step {words.grouped(run.steps)}" if math.isfinite(run.steps) else ""
+    cells = {column.key: Cell(formatting.MISSING, math.nan if column.numeric else "") for column in COLUMNS}
+    step = f"at step {formatting.grouped(run.steps)}" if math.isfinite(run.steps) else ""
     reason = "" if run.reason.startswith(run.state) and step in run.reason else run.reason
     story = " ".join(part for part in (run.state, step) if part)
     cells["optimizer"] = _word(f"{arm.label} seed {run.seed}")
@@ -197,8 +199,8 @@ def _failure(arm: Arm, run: Run) -> dict[str, Cell]:
 
 
 def _word(text: str) -> Cell:
-    return Cell(text or words.MISSING, text)
+    return Cell(text or formatting.MISSING, text)
 
 
 def _number(value: float, digits: int = 3) -> Cell:
-    return Cell(words.significant(value, digits), value)
+    return Cell(formatting.significant(value, digits), value)

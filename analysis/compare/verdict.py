@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from analysis.compare import statistics, words
+from analysis import formatting
+from analysis.compare import statistics
 from analysis.compare.comparison import ComparisonSet, unequal_budgets
 
 
@@ -68,7 +69,7 @@ def judge(chosen: ComparisonSet) -> Verdict:
     leading, detail = _leader(chosen, needed)
     if missing or unequal:
         obstacles = [*missing, *unequal]
-        headline = f"No winner is named: {words.listing(obstacles)}."
+        headline = f"No winner is named: {formatting.listing(obstacles)}."
         if leading.startswith(("No ", "Only ")):
             leading = leading[0].lower() + leading[1:]
         said = "" if unequal else f"Among the runs that finished: {leading} {detail}".strip()
@@ -96,7 +97,7 @@ def _missing(chosen: ComparisonSet) -> list[str]:
     """What keeps a winner from being named though the means may be looked at."""
     runs = [run for arm in chosen.arms for run in arm.runs]
     unfinished = sum(not run.finished for run in runs)
-    found = [f"{unfinished} of {words.plural(len(runs), 'run')} did not finish"] if unfinished else []
+    found = [f"{unfinished} of {formatting.plural(len(runs), 'run')} did not finish"] if unfinished else []
     if int(chosen.tests.n.min()) < 2:
         found.append("two arms have fewer than two seeds in common")
     return found
@@ -108,7 +109,7 @@ def _unequal(chosen: ComparisonSet) -> list[str]:
     best = chosen.arms[chosen.ranked()[0]]
     if best.final.mean >= chosen.entropy:
         found.append(
-            f"no loss is below the unigram entropy of the corpus ({words.loss(chosen.entropy)} nats/token)"
+            f"no loss is below the unigram entropy of the corpus ({formatting.loss(chosen.entropy)} nats/token)"
         )
     return found
 
@@ -135,7 +136,7 @@ def _size(chosen: ComparisonSet, best: int, other: int) -> str:
     gap, label = _gap(chosen, best, other), chosen.arms[other].label
     if math.isnan(gap):
         return f"on other seeds than {label}"
-    return f"{words.significant(abs(gap))} nats/token {'below' if gap >= 0 else 'above'} {label}"
+    return f"{formatting.significant(abs(gap))} nats/token {'below' if gap >= 0 else 'above'} {label}"
 
 
 def _evidence(chosen: ComparisonSet, best: int, other: int) -> str:
@@ -143,9 +144,11 @@ def _evidence(chosen: ComparisonSet, best: int, other: int) -> str:
     index, tests = chosen.pair(best, other), chosen.tests
     gap, half, n = _gap(chosen, best, other), float(tests.half_width[index]), int(tests.n[index])
     if not math.isfinite(half):
-        return f"{words.plural(n, 'common seed')}: no test"
-    low, high = (words.significant(bound).replace("-", "−") for bound in (abs(gap) - half, abs(gap) + half))
-    p = words.p_value(float(tests.p_holm[index]))
+        return f"{formatting.plural(n, 'common seed')}: no test"
+    low, high = (
+        formatting.significant(bound).replace("-", "−") for bound in (abs(gap) - half, abs(gap) + half)
+    )
+    p = formatting.p_value(float(tests.p_holm[index]))
     return f"95 % interval of the difference {low} to {high}, {n} common seeds, Holm-adjusted {p}"
 
 
@@ -153,7 +156,7 @@ def _leader(chosen: ComparisonSet, needed: int | None) -> tuple[str, str]:
     """The arm with the lowest mean, what it is told apart from and what not, and the seeds that would do."""
     ranked = chosen.ranked()
     best, others = ranked[0], ranked[1:]
-    label, mean = chosen.arms[best].label, words.loss(chosen.arms[best].final.mean)
+    label, mean = chosen.arms[best].label, formatting.loss(chosen.arms[best].final.mean)
     if not others:
         return f"Only {label} has runs that finished.", ""
     beaten = _beaten(chosen, best)
@@ -164,7 +167,7 @@ def _leader(chosen: ComparisonSet, needed: int | None) -> tuple[str, str]:
         headline = f"{label} ends lowest, {_size(chosen, best, closest)}{rest}."
         return headline, f"Final loss {mean} nats/token; {_evidence(chosen, best, closest)}."
     near = open_[0]
-    names = words.listing([chosen.arms[i].label for i in open_[:3]], "or")
+    names = formatting.listing([chosen.arms[i].label for i in open_[:3]], "or")
     if len(open_) > 3:
         names = f"{len(open_)} of the {len(others)} others"
     detail = (
@@ -173,10 +176,10 @@ def _leader(chosen: ComparisonSet, needed: int | None) -> tuple[str, str]:
     if beaten:
         below = [chosen.arms[i].label for i in beaten[:3]]
         if len(beaten) > 3:
-            below.append(words.plural(len(beaten) - 3, "other"))
-        detail += f" {label} does end below {words.listing(below)}."
+            below.append(formatting.plural(len(beaten) - 3, "other"))
+        detail += f" {label} does end below {formatting.listing(below)}."
     if needed:
-        detail += f" n = {words.grouped(needed)} seeds would show {statistics.RESOLUTION:g} nats/token."
+        detail += f" n = {formatting.grouped(needed)} seeds would show {statistics.RESOLUTION:g} nats/token."
     return f"No difference shown between {label} and {names}.", detail
 
 
@@ -184,6 +187,8 @@ def _one_arm(chosen: ComparisonSet, scope: str) -> Verdict:
     arm = chosen.arms[0]
     spread = ""
     if arm.final.n > 1:
-        spread = f" ± {words.significant(arm.final.half_width, 2)} (95 % interval over {arm.final.n} seeds)"
-    headline = f"One arm: {arm.label} ends at {words.loss(arm.final.mean)} nats/token{spread}."
+        spread = (
+            f" ± {formatting.significant(arm.final.half_width, 2)} (95 % interval over {arm.final.n} seeds)"
+        )
+    headline = f"One arm: {arm.label} ends at {formatting.loss(arm.final.mean)} nats/token{spread}."
     return Verdict("one_arm", headline, "There is nothing to compare it with.", scope)

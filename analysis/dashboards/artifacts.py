@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.compare import report
 from analysis.compare.document import Document
 from analysis.dashboards.scope import Scope
+from analysis.report import report
 from harness.config.schema import RunConfig
 from harness.files import atomic
 from harness.record.wandb import WandbSink

@@ -10,15 +10,15 @@ import numpy as np
 import plotly.graph_objects as go
 
 from analysis.compare.comparison import Arm, ComparisonSet
-from analysis.compare.curves import AXES, mean_curve, thinned
 from analysis.compare.document import Document
-from analysis.compare.plots import AXIS_TITLES
-from analysis.compare.reading import number
-from analysis.compare.runs import Run
 from analysis.dashboards.definition import SECTIONS, Panel, Section
 from analysis.dashboards.scope import Scope
-from analysis.page import dress
-from analysis.page.figures import MAX_POINTS, Plot, colour, figure, line
+from analysis.pages import theme
+from analysis.pages.figures import MAX_POINTS, Plot, colour, figure, line
+from analysis.report.plots import AXIS_TITLES
+from analysis.runs.curves import AXES, mean_curve, thinned
+from analysis.runs.reading import number
+from analysis.runs.run import Run
 
 HEIGHT = 240
 MOST_COMPARED = 12
@@ -31,7 +31,7 @@ def render(document: Document, scope: Scope) -> str:
     titles = dict(scope.sets)
     shown = [judged.chosen for judged in document.sets if judged.chosen.key in titles]
     place = f"{scope.entity}/{scope.project}" if scope.entity else scope.project
-    return dress.render(
+    return theme.render(
         "preview.html.j2",
         "analysis.dashboards",
         style="preview.css",
@@ -59,7 +59,7 @@ def _set(chosen: ComparisonSet, key: str) -> dict[str, Any]:
         "title": chosen.title,
         "arms": [arm.label for arm in chosen.arms],
         "sections": sections,
-        "data": dress.plot_data(key, plots),
+        "data": theme.plot_data(key, plots),
     }
 
 

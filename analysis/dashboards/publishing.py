@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from analysis.compare import document, words
+from analysis import formatting
+from analysis.compare import document
 from analysis.compare.document import Document
-from analysis.compare.report import Written
 from analysis.dashboards import access, artifacts, preview, scope, syncing
 from analysis.dashboards.scope import Scope
+from analysis.report.report import Written
 from harness.files import atomic
 from harness.record import readers
 
@@ -68,7 +69,9 @@ def _left_out(found: Document) -> list[str]:
     own = [run.config.get("wandb") for run in found.runs if not run.foreign]
     silent = sum(isinstance(keys, dict) and keys.get("mode") == "disabled" for keys in own)
     lines = {"from tables": len(foreign), "trained with wandb.mode=disabled": silent}
-    return [f"W&B: {words.plural(n, 'run')} {what}: in the artifact only" for what, n in lines.items() if n]
+    return [
+        f"W&B: {formatting.plural(n, 'run')} {what}: in the artifact only" for what, n in lines.items() if n
+    ]
 
 
 def _sync(found: Document) -> list[str]:
@@ -82,7 +85,7 @@ def _sync(found: Document) -> list[str]:
         sent += problem is None
         if problem is not None:
             lines.append(f"W&B: {run.where} could not be sent: {problem}")
-    return [f"W&B: {words.plural(sent, 'offline run')} sent", *lines] if sent else lines
+    return [f"W&B: {formatting.plural(sent, 'offline run')} sent", *lines] if sent else lines
 
 
 def _definition(where: Scope, shown: Document, saved: dict[str, Any]) -> dict[str, Any]:

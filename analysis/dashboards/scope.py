@@ -8,8 +8,8 @@ from typing import Any
 
 from analysis.compare.comparison import ComparisonSet
 from analysis.compare.document import Document
-from analysis.compare.runs import Run
-from analysis.page.figures import colour
+from analysis.pages.figures import colour
+from analysis.runs.run import Run
 from harness.config.errors import InputError
 
 DEFAULT_PROJECT = "optbench"

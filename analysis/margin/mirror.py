@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from analysis.formatting import to_jsonable
 from analysis.margin.outputs import Finished, counts
 from analysis.margin.plots import shown_runs
 from analysis.margin.settings import Settings
 from analysis.margin.trajectory import Run
-from analysis.plain import plain
 from harness.config.schema import RunConfig
 from harness.record.wandb import WandbSink
 
@@ -26,7 +26,7 @@ def mirror(
     if settings.wandb_mode == "disabled":
         return
     config = RunConfig.model_validate({"wandb": {"mode": settings.wandb_mode}, "group": settings.group})
-    described = {"margin": plain(asdict(settings))}
+    described = {"margin": to_jsonable(asdict(settings))}
     sink = WandbSink(config, folder, uuid.uuid4().hex[:8], {}, say, job_type="margin", described=described)
     for row in _rows(shown_runs(done.runs)):
         sink.write(row)
@@ -36,7 +36,7 @@ def mirror(
         for key, value in row.items()
         if key != "optimizer"
     }
-    sink.finish(plain({"sentence": done.headline, "counts": counts(done.runs), **figures}), exit_code)
+    sink.finish(to_jsonable({"sentence": done.headline, "counts": counts(done.runs), **figures}), exit_code)
 
 
 def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:

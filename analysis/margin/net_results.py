@@ -8,14 +8,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from analysis.compare.words import listing, significant
+from analysis.formatting import listing, significant
 from analysis.margin.head import DESCENT_STEPS
 from analysis.margin.outputs import Finished
 from analysis.margin.own_norms import wins_in_own_norm
 from analysis.margin.plots import curves, log10_t, shown_runs
 from analysis.margin.settings import Settings
 from analysis.margin.trajectory import Row, Run
-from analysis.page.figures import Plot, colour, figure
+from analysis.pages.figures import Plot, colour, figure
 
 GEOMETRIES = {"norm_margin_l2": "Frobenius", "norm_margin_linf": "max", "norm_margin_spec": "spectral"}
 LOSSES = (-2.0, -5.0, -10.0, -20.0)

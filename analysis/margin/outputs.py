@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from analysis.formatting import to_jsonable
 from analysis.margin.settings import Settings
 from analysis.margin.trajectory import Run
-from analysis.page import job as job_page
-from analysis.page.figures import Plot
-from analysis.plain import plain
+from analysis.pages import job_page
+from analysis.pages.figures import Plot
 from harness import visible
 from harness.files import atomic
 from harness.visible import csv_cell, markdown_row
@@ -53,7 +53,7 @@ def document(settings: Settings, done: Finished) -> dict[str, Any]:
     Of more than 20 runs the trajectories hold powers of ten only.
     """
     thin = len(done.runs) > MANY
-    return plain(
+    return to_jsonable(
         {
             "mode": settings.mode,
             "runs": [described(run, thin=thin) for run in done.runs],
@@ -104,7 +104,7 @@ def write(settings: Settings, done: Finished, folder: Path) -> list[Path]:
 def summary(settings: Settings, done: Finished) -> dict[str, Any]:
     """summary.json: settings, what was found of each run, and the tables."""
     runs = [described(run, thin=True) for run in done.runs]
-    return plain(
+    return to_jsonable(
         {
             "schema_version": SCHEMA_VERSION,
             "settings": asdict(settings),

@@ -1,4 +1,4 @@
-"""Figures of a margin job, as plain dictionaries that the report's page colours (`analysis.page.figures`)."""
+"""Figures of a margin job, as plain dictionaries that the report's page colours (`analysis.pages.figures`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from analysis.margin.trajectory import Row, Run
-from analysis.page.figures import GREY, MAX_POINTS, Plot, figure, line
+from analysis.pages.figures import GREY, MAX_POINTS, Plot, figure, line
 
 LN10 = math.log(10.0)
 FEW = 5

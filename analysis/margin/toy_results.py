@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.compare.words import listing, significant
+from analysis.formatting import listing, significant
 from analysis.margin.outputs import Finished
 from analysis.margin.plots import shown_runs, toy_plots
 from analysis.margin.settings import Settings

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from analysis.compare import loading
-from analysis.compare.runs import Run
 from analysis.paper.tables import Quantity
+from analysis.runs import loading
+from analysis.runs.run import Run
 from harness.config import compose
 from harness.config.errors import InputError
 from harness.config.identity import differing_keys

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis.formatting import to_jsonable
 from analysis.paper.cells import STATUSES, Cell, Filled
-from analysis.plain import plain
 from harness import visible
 from harness.cli import document as whole_document
 from harness.files import atomic
@@ -27,7 +27,7 @@ _STYLES = {"differs": "red", "differs_known": "yellow", "not_run": "dim", "not_p
 def document(filled: Filled) -> dict[str, Any]:
     """``{"table", "cells": […], …}`` of ``--json``, plain values; numbers that there are not are null."""
     table = filled.table
-    return plain(
+    return to_jsonable(
         {
             "table": filled.name,
             "title": table.title,

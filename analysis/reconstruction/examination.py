@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from analysis.plain import plain
+from analysis.formatting import to_jsonable
 from analysis.reconstruction import attack, certificate, multipliers, scoring, susceptibility
 from analysis.reconstruction.alternatives import Problem, build_alternatives, verify
 from analysis.reconstruction.attack import Candidates, Point, Prior, Settings
@@ -45,7 +45,7 @@ def certify(config: Config, images: Images, subject: Subject) -> TableRow:
         config.seed,
         subject.key,
     )
-    return plain({**who(subject), **found.row()})
+    return to_jsonable({**who(subject), **found.row()})
 
 
 def problem(images: Images, subject: Subject) -> Problem:
@@ -71,7 +71,7 @@ def alternatives(config: Config, images: Images, subject: Subject, folder: Folde
     ):
         if made.kind != "original":
             row = verify(posed, made, subject.is_exact)
-            rows.append(plain({**who(subject), **row.row()}))
+            rows.append(to_jsonable({**who(subject), **row.row()}))
         name = made.kind if made.radius is None else f"{made.kind}_{made.radius:g}"
         arrays |= {
             f"{name}/x": made.x.numpy(),
@@ -160,7 +160,7 @@ def matches(config: Config, images: Images, subject: Subject, folder: Folder) ->
         found = scoring.matches(against, best.x)
         least = float(margins.min())
         rows += [
-            plain(
+            to_jsonable(
                 {
                     **who(subject),
                     "objective": name,
@@ -191,7 +191,7 @@ def _pooled_row(
     """All grid points' candidates together, as the published post-processing has them."""
     x, labels = torch.cat([c.x for c in found]), torch.cat([c.labels for c in found])
     whose = {"kind": "pooled", "objective": objective, "prior": known.kind, "candidates": len(x)}
-    return plain({**who(subject), **whose, **score(target, x, labels)[0].row()})
+    return to_jsonable({**who(subject), **whose, **score(target, x, labels)[0].row()})
 
 
 def _true_alignment(images: Images, subject: Subject, geometry: Geometry) -> float:
@@ -215,7 +215,7 @@ def _attack_row(
         at_level = score(target, found.at_level, found.labels)[0].row()
         level = {new: at_level[old] for new, old in _AT_LEVEL.items()}
     point = found.point
-    return plain(
+    return to_jsonable(
         {
             **who(subject),
             "kind": "attack",
@@ -279,7 +279,7 @@ def _baseline_rows(
         "residual_true": truth[alpha],
     }
     rows.append(
-        plain(
+        to_jsonable(
             {
                 **who(subject),
                 "kind": "oracle",
@@ -295,4 +295,4 @@ def _baseline_rows(
 
 def _baseline_row(subject: Subject, kind: str, count: int, found: Sequence[Score]) -> TableRow:
     means = {f.name: fmean(getattr(s, f.name) for s in found) for f in fields(Score)}
-    return plain({**who(subject), "kind": kind, "candidates": count, **means})
+    return to_jsonable({**who(subject), "kind": kind, "candidates": count, **means})

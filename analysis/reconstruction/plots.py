@@ -1,4 +1,4 @@
-"""Figures of a reconstruction job, as plain dictionaries that the report's page colours (`analysis.page.figures`)."""
+"""Figures of a reconstruction job, as plain dictionaries that the report's page colours (`analysis.pages.figures`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from analysis.page.figures import GREY, Plot, colour, figure, line
+from analysis.pages.figures import GREY, Plot, colour, figure, line
 from analysis.reconstruction.subjects import TableRow
 
 STEPS = {"title": {"text": "training steps"}, "type": "log"}

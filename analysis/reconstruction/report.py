@@ -12,8 +12,8 @@ from rich import box, table
 from rich.console import Console
 from rich.text import Text
 
-from analysis.page import job as job_page
-from analysis.page.figures import Plot
+from analysis.pages import job_page
+from analysis.pages.figures import Plot
 from analysis.reconstruction import examination, pictures, plots, susceptibility
 from analysis.reconstruction.job import Results
 from analysis.reconstruction.pictures import Picture

@@ -9,8 +9,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from analysis.compare import arguments
-from analysis.compare.arguments import Plan
+from analysis.training import arguments
+from analysis.training.arguments import Plan
 from analysis.tuning import space, study_file
 from analysis.tuning.space import Axis
 from harness.config.errors import InputError

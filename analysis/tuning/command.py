@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.compare import training
+from analysis.training import sessions
 from analysis.tuning import arguments
 from harness.cli import document
 from harness.files import atomic
@@ -31,18 +31,18 @@ def main(argv: Sequence[str]) -> int:
     study = arguments.read(argv)
     from analysis.tuning import running
 
-    with training.Trainer(as_json=study.plan.as_json, verbosity=study.plan.verbosity) as trainer:
+    with sessions.Trainer(as_json=study.plan.as_json, verbosity=study.plan.verbosity) as trainer:
         tuning = running.Tuning(study, trainer)
         if study.dry_run:
             return _dry_run(study, tuning)
-        with training.holding(tuning.home):
+        with sessions.holding(tuning.home):
             code = _train(tuning)
             return _conclude(study, tuning, code)
 
 
 def _train(tuning: Tuning) -> int:
     """Make the trials, then the runs of the comparison; returns the exit code."""
-    from analysis.compare import conclusion
+    from analysis.report import finish
     from analysis.tuning import running
 
     if tuning.tune() == running.INTERRUPTED:
@@ -51,14 +51,15 @@ def _train(tuning: Tuning) -> int:
     if all(arm.best is None for arm in tuning.arms()):
         return code
     ended, made = tuning.confirm()
-    conclusion.leave_origin(tuning.home, made)
+    finish.leave_origin(tuning.home, made)
     # A trial that failed stays said; of all else the comparison is what the command was for.
     return ended if ended == running.INTERRUPTED else max(code, ended)
 
 
 def _conclude(study: arguments.Study, tuning: Tuning, code: int) -> int:
     """Tables of the trials, then the report of the comparison, as far as there is one."""
-    from analysis.compare import conclusion, renderings, tuning_tables
+    from analysis.compare import renderings
+    from analysis.report import finish, tuning_tables
 
     tuning.write()
     arms = tuning.arms()
@@ -67,15 +68,15 @@ def _conclude(study: arguments.Study, tuning: Tuning, code: int) -> int:
     if not study.plan.as_json:
         renderings.print_grid(tuning_tables.overview(arms), sys.stdout)
         print(path)
-    conclusion.write(
-        tuning.home, tuning.home, as_json=study.plan.as_json, extra={"tuning": tuning.document()}
-    )
+    finish.write(tuning.home, tuning.home, as_json=study.plan.as_json, extra={"tuning": tuning.document()})
     return code
 
 
 def _dry_run(study: arguments.Study, tuning: Tuning) -> int:
     """Print the trials and what they cost; nothing is started."""
-    from analysis.compare import renderings, tuning_tables, words
+    from analysis import formatting
+    from analysis.compare import renderings
+    from analysis.report import tuning_tables
 
     arms = tuning.arms()
     config = tuning.plans[0].run.config
@@ -90,12 +91,12 @@ def _dry_run(study: arguments.Study, tuning: Tuning) -> int:
         return 0
     renderings.print_grid(tuning_tables.listing(arms), sys.stdout)
     total = runs["trials"] + fresh
-    seeds = words.listing([str(seed) for seed in study.plan.seeds])
+    seeds = formatting.listing([str(seed) for seed in study.plan.seeds])
     added = f", and up to {runs['at_most_added']} trials more" if study.extend else ""
     print(f"{runs['trials']} trials (seed {study.seed}) and {fresh} runs on fresh seeds {seeds}{added}")
-    each, all_tokens = words.count(tokens), words.count(total * tokens)
+    each, all_tokens = formatting.count(tokens), formatting.count(total * tokens)
     print(f"{total} runs of {config.steps} steps, {each} tokens each: {all_tokens} tokens")
     if per_run is not None:
-        time, whole = words.seconds(per_run), words.seconds(per_run * total)
+        time, whole = formatting.seconds(per_run), formatting.seconds(per_run * total)
         print(f"at {time} a run, the mean of {len(made)} that are finished: {whole} in all")
     return 0

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.compare import reading, training, tuning_ledger
-from analysis.compare.arguments import Plan
-from analysis.compare.tuning_ledger import FILE, SCHEMA_VERSION, TRIALS, Tuned
+from analysis.runs import reading, tuning_ledger
+from analysis.runs.tuning_ledger import FILE, SCHEMA_VERSION, TRIALS, Tuned
+from analysis.training import sessions
+from analysis.training.arguments import Plan
 from analysis.tuning import trials
 from analysis.tuning.arguments import Study
 from analysis.tuning.trials import Planned
@@ -28,7 +29,7 @@ class Tuning:
         plans: the trials so far.
     """
 
-    def __init__(self, study: Study, trainer: training.Trainer) -> None:
+    def __init__(self, study: Study, trainer: sessions.Trainer) -> None:
         """Compose and check every trial; nothing is started.
 
         Args:
@@ -61,14 +62,14 @@ class Tuning:
         atomic.write_json(
             self.place / TRIALS, {"schema_version": SCHEMA_VERSION, "study": self._study.plan.group}
         )
-        if self._train(session) == training.INTERRUPTED:
+        if self._train(session) == sessions.INTERRUPTED:
             return INTERRUPTED
         for _ in range(self._study.extend):
             more = self._extension()
             if not more:
                 break
             self.plans += more
-            if self._train(self._session(more)) == training.INTERRUPTED:
+            if self._train(self._session(more)) == sessions.INTERRUPTED:
                 return INTERRUPTED
         return DONE
 
@@ -87,12 +88,12 @@ class Tuning:
             if (number := chosen.get(arm.label)) is not None
         ]
         plan = replace(plan, arms=best)
-        runs = training.prepared(plan, self._trainer.say)
+        runs = sessions.prepared(plan, self._trainer.say)
         self._free(runs, [identity for known in self._confirmed.values() for identity in known])
         count = len(best)
         self._confirmed = {arm.label: [run.identity for run in runs[i::count]] for i, arm in enumerate(best)}
         self.write()
-        session = training.Session(runs, self._trainer, group=plan.group)
+        session = sessions.Session(runs, self._trainer, group=plan.group)
         return session.train(), plan
 
     def write(self) -> None:
@@ -143,16 +144,16 @@ class Tuning:
                 reason = f"has {place} of another command, where a run of this one's comparison goes"
                 raise InputError("group", self._study.plan.group, reason, fix="group=… of your own")
 
-    def _train(self, session: training.Session) -> int:
+    def _train(self, session: sessions.Session) -> int:
         self.write()
         return session.train(self.write)
 
-    def _session(self, plans: Sequence[Planned]) -> training.Session:
+    def _session(self, plans: Sequence[Planned]) -> sessions.Session:
         plan = self._study.plan
         runs = [plan.run for plan in plans]
         later = len(plan.arms) * len(plan.seeds) * runs[0].config.steps
-        return training.Session(
-            runs, self._trainer, group=plan.group, is_over=training.has_ended, steps_later=later
+        return sessions.Session(
+            runs, self._trainer, group=plan.group, is_over=sessions.has_ended, steps_later=later
         )
 
     def _extension(self) -> list[Planned]:

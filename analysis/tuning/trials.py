@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from analysis.compare import reading, training
-from analysis.compare.arguments import Arm
-from analysis.compare.tuning_ledger import SPENT, Trial, Tuned, best
+from analysis.runs import reading
+from analysis.runs.tuning_ledger import SPENT, Trial, Tuned, best
+from analysis.training import sessions
+from analysis.training.arguments import Arm
 from analysis.tuning import space
 from analysis.tuning.arguments import Study
 from analysis.tuning.space import Values
@@ -101,7 +102,7 @@ def _rates(study: Study, arm: Arm, values: Values) -> tuple[float, float | None]
 def read(trial: Planned) -> Trial:
     """What became of a trial."""
     run = trial.run
-    state = training.state_of(run) or "pending"
+    state = sessions.state_of(run) or "pending"
     notes: list[str] = []
     summary = reading.mapping(run.folder / "summary.json", notes) if state != "pending" else {}
     attempts = (

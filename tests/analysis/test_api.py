@@ -14,7 +14,7 @@ import pytest
 
 import harness
 from analysis import api
-from analysis.compare import picture
+from analysis.pages import screenshot
 from harness.config import overrides
 from harness.config.errors import InputError
 from harness.jobs import launch
@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     fake = Launcher()
     monkeypatch.setattr(launch, "start", fake.start)
-    monkeypatch.setattr(picture, "browser", lambda: None)
+    monkeypatch.setattr(screenshot, "browser", lambda: None)
     return fake
 
 

@@ -14,15 +14,16 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from analysis.compare import document, picture, report
+from analysis.compare import document
 from analysis.dashboards import preview, scope
-from analysis.page import job
-from analysis.page.figures import Plot, figure
+from analysis.pages import job_page, screenshot
+from analysis.pages.figures import Plot, figure
+from analysis.report import report
 from tests.analysis import synthetic
 from tests.analysis.synthetic import Recipe
 
 pytestmark = pytest.mark.browser
-if picture.browser() is None:
+if screenshot.browser() is None:
     pytest.skip("Chromium is not installed (apt-get install chromium)", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -48,14 +49,14 @@ def _job_page() -> str:
         for index in range(6)
     ]
     dot = b"\x89PNG\r\n\x1a\n"
-    return job.render(
+    return job_page.render(
         command="margin",
         kicker=HOSTILE,
         title=HOSTILE,
         headline=HOSTILE,
         scope=HOSTILE,
         notes=[HOSTILE],
-        tables=[job.Table([HOSTILE], [[HOSTILE]], HOSTILE, HOSTILE)],
+        tables=[job_page.Table([HOSTILE], [[HOSTILE]], HOSTILE, HOSTILE)],
         plots=plots,
         settings={HOSTILE: HOSTILE},
         pictures=[_Picture(HOSTILE, HOSTILE, dot)],
@@ -101,8 +102,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         launched = playwright.chromium.launch(
-            executable_path=picture.browser(),
-            args=[*picture.sandbox_flags(), "--disable-gpu", "--no-first-run"],
+            executable_path=screenshot.browser(),
+            args=[*screenshot.sandbox_flags(), "--disable-gpu", "--no-first-run"],
         )
         yield launched
         launched.close()
@@ -165,7 +166,7 @@ def test_the_policy_stops_what_escaping_would_miss(
 
 def test_a_printed_page_holds_all_plots(pages: dict[str, Path], tmp_path: Path) -> None:
     """Chromium prints at once: without a scroll, and before the figures below the screen were drawn."""
-    chromium = picture.browser()
+    chromium = screenshot.browser()
     assert chromium is not None
     page = tmp_path / "page.html"
     # What is drawn when the page is printed is told by the page itself, in its title.
@@ -182,7 +183,7 @@ def test_a_printed_page_holds_all_plots(pages: dict[str, Path], tmp_path: Path) 
         [
             chromium,
             "--headless=new",
-            *picture.sandbox_flags(),
+            *screenshot.sandbox_flags(),
             "--disable-gpu",
             "--no-pdf-header-footer",
             f"--user-data-dir={tmp_path}/profile",
@@ -204,7 +205,7 @@ def test_a_printed_page_holds_all_plots(pages: dict[str, Path], tmp_path: Path) 
 def test_chromium_keeps_its_sandbox_unless_we_are_root(monkeypatch: pytest.MonkeyPatch) -> None:
     # Another user can't be had in every place where the tests run.
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert picture.sandbox_flags() == []
-    assert "--no-sandbox" not in picture.FLAGS
+    assert screenshot.sandbox_flags() == []
+    assert "--no-sandbox" not in screenshot.FLAGS
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert picture.sandbox_flags() == ["--no-sandbox"]
+    assert screenshot.sandbox_flags() == ["--no-sandbox"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from analysis.compare import picture
+from analysis.pages import screenshot
 from harness import cli
 from harness.jobs import grid, history
 from harness.jobs.grid import Row
@@ -26,7 +26,7 @@ REPORTS, MANY_REPORTS = 8, 300
 @pytest.fixture(autouse=True)
 def no_browser(monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture takes seconds and is the same code for any content."""
-    monkeypatch.setattr(picture, "browser", lambda: None)
+    monkeypatch.setattr(screenshot, "browser", lambda: None)
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from analysis.compare import document, report
-from analysis.compare.loading import load
+from analysis.compare import document
+from analysis.report import report
+from analysis.runs.loading import load
 from tests.analysis import synthetic
 
 PASSED = {"passed": True, "replay_error": 1.2e-6, "current": True}

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from analysis.compare import command, picture
+from analysis.compare import command
+from analysis.pages import screenshot
+from analysis.report import command as report_command
 from harness.config.errors import InputError
 from harness.jobs import launch
 from tests.analysis import synthetic
@@ -22,7 +24,7 @@ from tests.analysis.stand_in import SMALL, Launcher
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     fake = Launcher()
     monkeypatch.setattr(launch, "start", fake.start)
-    monkeypatch.setattr(picture, "browser", lambda: None)
+    monkeypatch.setattr(screenshot, "browser", lambda: None)
     return fake
 
 
@@ -34,7 +36,7 @@ def words(tmp_path: Path) -> list[str]:
 def test_optimizers_take_turns_and_the_report_comes_last(
     launcher: Launcher, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.compare(words) == 0
+    assert command.main(words) == 0
     assert launcher.started == ["adamw-seed0", "sumo-seed0", "adamw-seed1", "sumo-seed1"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(tmp_path / "runs" / "g" / "report.html")
@@ -48,7 +50,7 @@ def test_optimizers_take_turns_and_the_report_comes_last(
 def test_json_is_the_only_thing_on_standard_output(
     launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.compare([*words, "--json"]) == 0
+    assert command.main([*words, "--json"]) == 0
     out, err = capsys.readouterr()
     data = json.loads(out)
     assert {"schema_version", "runs", "comparison", "warnings"} <= set(data)
@@ -64,7 +66,7 @@ def test_a_failed_arm_stays_as_a_row_and_the_rest_goes_on(
         "sumo-seed0": "vanished",
         "adamw-seed1": InputError("optimizer.rank", 500, "is larger than a side"),
     }
-    assert command.compare([*words, "--json"]) == 3
+    assert command.main([*words, "--json"]) == 3
     assert len(launcher.started) == 4
     runs = {run["folder"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
     assert {name: run["state"] for name, run in runs.items()} == {
@@ -81,7 +83,7 @@ def test_an_interruption_stops_reports_and_is_completed_by_the_same_command(
     launcher: Launcher, words: list[str], end: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launcher.fate = {"sumo-seed0": end}
-    assert command.compare(words) == 75
+    assert command.main(words) == 75
     assert launcher.started == ["adamw-seed0", "sumo-seed0"]
     assert "group=g goes on from here" in capsys.readouterr().out
     assert (tmp_path / "runs" / "g" / "report.html").exists()
@@ -89,14 +91,14 @@ def test_an_interruption_stops_reports_and_is_completed_by_the_same_command(
     if folder.exists():  # the launcher's own folder would go on as a second attempt; the stand-in writes anew
         folder.rename(folder.with_name(".sumo-seed0.attempt1"))
     launcher.fate, launcher.started = {}, []
-    assert command.compare(words) == 0
+    assert command.main(words) == 0
     assert launcher.started == ["sumo-seed0", "adamw-seed1", "sumo-seed1"]
 
 
 def test_arms_can_be_added_later(launcher: Launcher, words: list[str], tmp_path: Path) -> None:
-    assert command.compare(words) == 0
+    assert command.main(words) == 0
     launcher.started.clear()
-    assert command.compare(["muon", *words[1:]]) == 0
+    assert command.main(["muon", *words[1:]]) == 0
     assert launcher.started == ["muon-seed0", "muon-seed1"]
     origin = json.loads((tmp_path / "runs" / "g" / "compare.json").read_text())
     assert origin["optimizers"] == ["adamw", "sumo", "muon"]
@@ -104,10 +106,10 @@ def test_arms_can_be_added_later(launcher: Launcher, words: list[str], tmp_path:
 
 
 def test_other_settings_in_the_same_group_are_refused(launcher: Launcher, words: list[str]) -> None:
-    assert command.compare(words) == 0
+    assert command.main(words) == 0
     launcher.started.clear()
     with pytest.raises(InputError, match=r"steps"):
-        command.compare([word.replace("steps=20", "steps=30") for word in words])
+        command.main([word.replace("steps=20", "steps=30") for word in words])
     assert launcher.started == []
 
 
@@ -118,16 +120,16 @@ def test_bad_input_of_any_arm_starts_nothing_and_leaves_nothing(
     launcher: Launcher, words: list[str], bad: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError):
-        command.compare([*words, bad])
+        command.main([*words, bad])
     assert launcher.started == []
     assert not (tmp_path / "runs").exists()
 
 
 def test_report_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: Launcher) -> None:
     synthetic.group(tmp_path / "runs", seeds=[0, 1])
-    assert command.report([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert report_command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
-    assert command.report([str(tmp_path / "runs"), "--json"]) == 0
+    assert report_command.main([str(tmp_path / "runs"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 8
 
 
@@ -135,12 +137,12 @@ def test_an_empty_folder_is_reported_as_such(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: Launcher
 ) -> None:
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
-    assert command.report([str(tmp_path)]) == 0
+    assert report_command.main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "There are no runs below this folder: nothing is compared." in lines
     assert any(line.startswith("! notes.csv is not read") for line in lines)
     assert lines[-1] == str(tmp_path / "report.html")
-    assert command.report([str(tmp_path), "--json"]) == 0
+    assert report_command.main([str(tmp_path), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["runs"], data["comparison"]["sets"]) == ([], [])
     assert [warning["code"] for warning in data["warnings"]] == ["remark", "no_runs"]
@@ -153,16 +155,14 @@ def test_a_report_of_reports_does_not_grow(tmp_path: Path, launcher: Launcher) -
     """The files of a report in the same folder are no runs."""
     synthetic.group(tmp_path, seeds=[0])
     for _ in range(2):
-        assert command.report([str(tmp_path)]) == 0
+        assert report_command.main([str(tmp_path)]) == 0
     assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 4
 
 
 def test_the_commands_import_no_torch() -> None:
     import subprocess
 
-    code = (
-        "import sys, analysis.compare.training, analysis.compare.conclusion; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, analysis.training.sessions, analysis.report.finish; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -170,9 +170,9 @@ def test_the_commands_import_no_torch() -> None:
 def test_real_runs_end_in_a_report(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(picture, "browser", lambda: None)
+    monkeypatch.setattr(screenshot, "browser", lambda: None)
     small = [word.replace("seeds=2", "seeds=1").replace("steps=20", "steps=3") for word in words]
-    assert command.compare([*small, "sumo.rank=16", "--json"]) == 0
+    assert command.main([*small, "sumo.rank=16", "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
     assert [run["state"] for run in data["runs"]] == ["finished", "finished"]
     (chosen,) = data["comparison"]["sets"]

@@ -8,8 +8,8 @@ import pytest
 
 from analysis.compare.cautions import cautions
 from analysis.compare.comparison import ComparisonSet, compare
-from analysis.compare.loading import load
 from analysis.compare.verdict import Verdict, judge
+from analysis.runs.loading import load
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.compare import command, document, picture
+from analysis.compare import document
 from analysis.dashboards import export
+from analysis.pages import screenshot
+from analysis.report import command as report_command
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
 from harness.record.schema import METRICS
@@ -44,11 +46,11 @@ def _stored(server: Server, folder: Path) -> StoredRun:
 def test_a_comparison_comes_back_with_its_verdict(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(picture, "browser", lambda: None)
+    monkeypatch.setattr(screenshot, "browser", lambda: None)
     source = synthetic.group(tmp_path / "there", ["adamw", "sumo"], [0, 1, 2])
     for folder in sorted(source.iterdir()):
         _stored(server, folder)
-    assert command.report(["team/optbench/synthetic", "--export", str(tmp_path / "here"), "--json"]) == 0
+    assert report_command.main(["team/optbench/synthetic", "--export", str(tmp_path / "here"), "--json"]) == 0
     out, err = capsys.readouterr()
     assert "6 runs read from W&B" in err
     (back,) = json.loads(out)["comparison"]["sets"]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import command, document, picture
+from analysis.compare import document
 from analysis.dashboards.publishing import DEFINITION, PREVIEW
+from analysis.pages import screenshot
+from analysis.report import command as report_command
 from harness.config.schema import RunConfig
 from harness.record import wandb as mirror
 from harness.record.wandb import WandbSink
@@ -24,7 +26,7 @@ SECRET = "/users/zaphod-beeblebrox/secret-project"
 
 @pytest.fixture(autouse=True)
 def _no_browser(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture, "browser", lambda: None)
+    monkeypatch.setattr(screenshot, "browser", lambda: None)
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def _published(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[list[str], str]:
-    assert command.report(list(words)) == 0
+    assert report_command.main(list(words)) == 0
     out, err = capsys.readouterr()
     return out.splitlines(), err
 

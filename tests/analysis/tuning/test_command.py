@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from analysis.compare import command as compare_command
-from analysis.compare import picture, tuning_ledger
+from analysis.pages import screenshot
+from analysis.report import command as report_command
+from analysis.runs import tuning_ledger
 from analysis.tuning import command
 from harness.config import compose, learning_rates, sources
 from harness.config.errors import InputError
@@ -39,7 +41,7 @@ def parabola(run: Prepared) -> float:
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     fake = Launcher(end=parabola)
     monkeypatch.setattr(launch, "start", fake.start)
-    monkeypatch.setattr(picture, "browser", lambda: None)
+    monkeypatch.setattr(screenshot, "browser", lambda: None)
     # The files of a test do not change, and merging them is most of what a stand-in's run takes.
     known: dict[str, sources.Composed] = {}
 
@@ -107,7 +109,7 @@ def test_equal_budgets_then_the_best_of_each_on_fresh_seeds(
     assert "| sumo | 3 | lr=0.032 |" in (home / "tuning.md").read_text()
     assert "Loss over learning rate" in (home / "report.html").read_text()
     # `optbench report` knows it, too, also above both folders, and leaves the trials out.
-    assert compare_command.report([str(tmp_path / "runs"), "--json"]) == 0
+    assert report_command.main([str(tmp_path / "runs"), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert len(again["runs"]) == 4
     assert any("6 tuning trials, not compared" in warning["message"] for warning in again["warnings"])
@@ -220,7 +222,7 @@ def test_runs_on_the_seed_of_the_trials_are_said(
     document = sweep([*words, "extend=0"], capsys)
     assert "tuning_seed" not in codes(document)
     plain = [word for word in words[:-1] if not word.startswith(("trials=", "seeds="))]
-    assert compare_command.compare([*plain, "sumo.lr=0.032", "seeds=1", "--json"]) == 0
+    assert compare_command.main([*plain, "sumo.lr=0.032", "seeds=1", "--json"]) == 0
     assert "tuning_seed" in codes(json.loads(capsys.readouterr().out))
 
 
@@ -253,7 +255,7 @@ def test_runs_of_another_command_are_found_before_the_trials_are_spent(
     launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = [word for word in words if not word.startswith(("trials=", "seeds="))]
-    assert compare_command.compare([*plain, "seed=2", "seeds=1", "--json"]) == 0
+    assert compare_command.main([*plain, "seed=2", "seeds=1", "--json"]) == 0
     launcher.started.clear()
     with pytest.raises(InputError, match=r"group: g has .*adamw-seed2 of another command"):
         command.main(words)
@@ -301,7 +303,7 @@ def test_what_leaves_the_machine_names_none_of_its_places() -> None:
 def test_real_runs_one_of_them_stopped_by_a_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(picture, "browser", lambda: None)
+    monkeypatch.setattr(screenshot, "browser", lambda: None)
     runs = tmp_path / "runs"
     small = [word for word in SMALL if not word.startswith("steps")]
     words = ["adamw", "lr=1e-3,4e-3", "seeds=1", "steps=40", "group=g", f"runs_dir={runs}", *small, "--json"]

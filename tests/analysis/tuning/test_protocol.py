@@ -10,7 +10,7 @@ import pytest
 
 from analysis.compare import statistics
 from analysis.compare.statistics import ALPHA, Floats
-from analysis.compare.tuning_ledger import Trial, best
+from analysis.runs.tuning_ledger import Trial, best
 
 STUDIES, TRIALS, SEEDS, SD = 4000, 5, 10, 0.01
 FORGIVING = np.zeros(TRIALS)

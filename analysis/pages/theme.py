@@ -1,0 +1,114 @@
+"""A template in the dress that all reports wear: one self-contained page that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from analysis.formatting import to_jsonable
+from analysis.pages.figures import DASHES, PALETTES, Plot
+from harness.visible import visible
+
+PART_PALETTES = {
+    "light": ["#9aa3ad", "#0072b2", "#d55e00", "#009e73", "#b37a00", "#b0568c", "#3d9bd6", "#7a4f2a"],
+    "dark": ["#87909b", "#5cb3ec", "#ff8c4a", "#35c99c", "#f2bd48", "#eaa0cb", "#a5dbff", "#d2a679"],
+}
+"""Colours of the parts of a bar, apart from the arms' (a part is no arm)."""
+DASH_PATTERNS = dict(zip(DASHES, ("", "7 4", "2 4", "7 3 2 3", "11 4", "11 3 2 3"), strict=True))
+
+
+def render(template: str, package: str = "analysis.pages", *, style: str | None = None, **values: Any) -> str:
+    """A page as text; plotly.js, styles and script are inside it, and its policy lets nothing else run.
+
+    Args:
+        template: name of the file.
+        package: has it in its folder `templates`; styles and script come from here.
+        style: name of a further style sheet in that folder.
+        values: of the template, which has beside them `policy`, `css`, `script`, `plotly`, `palettes`, `dashes`,
+            `colours`.
+    """
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader("analysis.pages")])
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_finalized
+    )
+
+    def raw(name: str) -> str:
+        return loader.get_source(environment, name)[0]
+
+    css = raw("report.css") + (raw(style) if style else "")
+    script, plotly = raw("report.js"), get_plotlyjs().replace("</script", "<\\/script")
+    shared = {
+        "policy": Markup(policy([plotly, script], [css, *_own_styles(plotly)])),
+        "css": Markup(css),
+        "script": Markup(script),
+        "plotly": Markup(plotly),
+        "palettes": embedded({"arms": PALETTES, "parts": PART_PALETTES}),
+        "dashes": [DASH_PATTERNS[name] for name in DASHES],
+        "colours": PALETTES["light"],
+    }
+    return environment.get_template(template).render(**shared, **values)
+
+
+def policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
+    """Return the content security policy of a page: these scripts and style sheets, and nothing from elsewhere.
+
+    Style attributes stay allowed: heights and widths are written there, and they can load nothing.
+    """
+    # plotly adds one empty style sheet and fills it rule by rule.
+    sheets = " ".join(map(_hash, [*styles, ""]))
+    rules = {
+        "default-src": "'none'",
+        "script-src": " ".join(map(_hash, scripts)),
+        "style-src": sheets,
+        "style-src-attr": "'unsafe-inline'",
+        "img-src": "data: blob:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{name} {sources}" for name, sources in rules.items())
+
+
+@lru_cache(2)
+def _own_styles(plotly: str) -> list[str]:
+    """The style sheets that plotly.js carries for its maps and adds as soon as it is loaded."""
+    return re.findall(r"\.textContent='([^'\\]{100,})'", plotly)
+
+
+@lru_cache(16)
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _finalized(value: Any) -> Any:
+    """Every text of a page shows its control characters; what is markup already is ours."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def plot_data(key: str, shown: Iterable[Plot]) -> Markup:
+    """Plots for a script element of class ``figures``; they are drawn where data-figure is ``key``-(plot's key)."""
+    return embedded({f"{key}-{plot.key}": asdict(plot) for plot in shown})
+
+
+def embedded(value: object) -> Markup:
+    """JSON that can stand inside a script element whatever words it holds."""
+    text = json.dumps(_shown(to_jsonable(value)), separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def _shown(value: Any) -> Any:
+    """Plain data whose texts show their control characters."""
+    if isinstance(value, dict):
+        return {visible(key): _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shown(inner) for inner in value]
+    return visible(value) if isinstance(value, str) else value

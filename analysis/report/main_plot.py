@@ -1,0 +1,168 @@
+"""The plot above the fold: mean loss with the range of seeds, zoomed on the finish, over an axis of choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from analysis import formatting
+from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.formatting import to_jsonable
+from analysis.pages.figures import MAX_POINTS, PALETTES, Plot, figure, line
+from analysis.report.plots import AXIS_TITLES, absent_axes
+from analysis.runs.curves import AXES, Curve, Floats, mean_curve, single_curve, thinned
+
+LABEL_HEIGHT = 17
+"""Pixels from one label to the next at the ends of curves."""
+MAX_LABELS = 60
+"""The lowest curves are labelled; a taller plot than that fits no screen."""
+FINISH = 0.6
+"""The zoom on the finish starts at this share of the run."""
+
+
+def main_plot(chosen: ComparisonSet) -> Plot | None:
+    """Mean loss with the range of seeds, zoomed on the finish; None if no run logged a loss.
+
+    Validation loss, or training loss where it was evaluated at the end only.
+    """
+    key, curves = _loss_curves(chosen)
+    axes = [axis for axis in AXES if curves and all(axis in curve.x for curve in curves.values())]
+    if not axes:
+        return None
+    traces: list[Any] = []
+    labels = []
+    for index, curve in curves.items():
+        keep = thinned(curve.mean, MAX_POINTS)
+        x = {axis: curve.x[axis][keep] for axis in axes}
+        if curve.seeds > 1:
+            traces.append(_band(index, curve, keep, x, axes[0]))
+        traces.append(_mean(index, chosen.arms[index], curve, keep, x, axes[0]))
+        ends = {axis: float(curve.x[axis][-1]) for axis in axes}
+        labels.append({"arm": index, "text": chosen.arms[index].label, "y": float(curve.mean[-1]), "x": ends})
+    if len(labels) > MAX_LABELS:
+        labels = sorted(labels, key=lambda label: label["y"])[:MAX_LABELS]
+    traces += _unfinished(chosen, key, axes)
+    word = "validation" if key == "val/loss" else "training"
+    built = figure(
+        traces,
+        xaxis={"title": {"text": AXIS_TITLES[axes[0]]}},
+        yaxis={"title": {"text": f"{word} loss (nats/token)"}},
+        hovermode="x unified",
+        showlegend=False,
+        meta={
+            "main": True,
+            "labels": labels,
+            "ranges": {axis: _ranges(chosen, curves, axis) for axis in axes},
+            "titles": {axis: AXIS_TITLES[axis] for axis in axes},
+            "entropy": to_jsonable(chosen.entropy),
+            "target": to_jsonable(chosen.target) if key == "val/loss" else None,
+        },
+    )
+    seeds = max(curve.seeds for curve in curves.values())
+    band = (
+        f"Lines: mean over {seeds} seeds; bands: lowest to highest seed."
+        if seeds > 1
+        else "One seed per line."
+    )
+    stopped = " Thin lines that end in a cross: runs that did not finish." if _any_unfinished(chosen) else ""
+    learned = _learned(chosen, curves)
+    hidden = [chosen.arms[i].label for i, curve in curves.items() if not any(curve is c for c in learned)]
+    above = f" Above the view of the finish: {formatting.listing(hidden)}." if hidden else ""
+    title = f"{word.capitalize()} loss"
+    named = [(chosen.arms[i].label, curve) for i, curve in curves.items()]
+    caption = band + stopped + above + absent_axes(named, axes)
+    height = max(480, 80 + LABEL_HEIGHT * min(len(labels), MAX_LABELS))
+    return Plot("main", title, caption, built, height, axes=axes)
+
+
+def _learned(chosen: ComparisonSet, curves: dict[int, Curve]) -> list[Curve]:
+    """The curves that end below the unigram entropy (all of them if none does)."""
+    return [c for c in curves.values() if c.mean[-1] < chosen.entropy] or list(curves.values())
+
+
+def _loss_curves(chosen: ComparisonSet) -> tuple[str, dict[int, Curve]]:
+    curves = {i: arm.curve for i, arm in enumerate(chosen.arms) if arm.curve is not None}
+    if curves and max(len(curve.mean) for curve in curves.values()) > 1:
+        return "val/loss", curves
+    found = {i: mean_curve(arm.finished or arm.runs, "train/loss") for i, arm in enumerate(chosen.arms)}
+    return "train/loss", {i: curve for i, curve in found.items() if curve is not None}
+
+
+def _mean(index: int, arm: Arm, curve: Curve, keep: Any, x: dict[str, Floats], axis: str) -> go.Scatter:
+    few = len(keep) <= 40
+    return go.Scatter(
+        x=x[axis],
+        y=curve.mean[keep],
+        name=arm.label,
+        mode="lines+markers" if few else "lines",
+        marker={"size": 5},
+        line=line(index),
+        hovertemplate="%{y:.4f}",
+        meta={"arm": index, "x": to_jsonable(x)},
+    )
+
+
+def _band(index: int, curve: Curve, keep: Any, x: dict[str, Floats], axis: str) -> go.Scatter:
+    outline = {name: np.concatenate([values, values[::-1]]) for name, values in x.items()}
+    return go.Scatter(
+        x=outline[axis],
+        y=np.concatenate([curve.high[keep], curve.low[keep][::-1]]),
+        fill="toself",
+        mode="none",
+        opacity=0.18,
+        fillcolor=PALETTES["light"][index % len(PALETTES["light"])],
+        hoverinfo="skip",
+        meta={"arm": index, "band": True, "x": to_jsonable(outline)},
+    )
+
+
+def _any_unfinished(chosen: ComparisonSet) -> bool:
+    return any(not run.finished for arm in chosen.arms for run in arm.runs)
+
+
+def _unfinished(chosen: ComparisonSet, key: str, axes: list[str]) -> list[Any]:
+    traces = []
+    for index, arm in enumerate(chosen.arms):
+        for run in arm.runs:
+            curve = None if run.finished else single_curve(run, key)
+            if curve is None or any(axis not in curve.x for axis in axes):
+                continue
+            keep = thinned(curve.mean, MAX_POINTS // 2)
+            x = {axis: curve.x[axis][keep] for axis in axes}
+            symbols = ["circle"] * (len(keep) - 1) + ["x"]
+            traces.append(
+                go.Scatter(
+                    x=x[axes[0]],
+                    y=curve.mean[keep],
+                    mode="lines+markers",
+                    line={**line(index, 1.0)},
+                    marker={"symbol": symbols, "size": [0] * (len(keep) - 1) + [10]},
+                    opacity=0.8,
+                    name=f"{arm.label} seed {run.seed}: {run.state}",
+                    hovertemplate="%{y:.4f}",
+                    meta={"arm": index, "x": to_jsonable(x)},
+                )
+            )
+    return traces
+
+
+def _ranges(chosen: ComparisonSet, curves: dict[int, Curve], axis: str) -> dict[str, Any]:
+    """Axis limits of the whole run and of its finish.
+
+    Curves that never came below the unigram entropy don't stretch the finish: they would flatten the others.
+    """
+    learned = _learned(chosen, curves)
+    ends = [float(curve.x[axis][-1]) for curve in curves.values()]
+    start = FINISH * min(ends)
+    late = [values[curve.x[axis] >= start] for curve in learned for values in (curve.high, curve.low)]
+    low, high = min(v.min() for v in late), max(v.max() for v in late)
+    pad = 0.06 * max(high - low, 1e-3)
+    everything = [v for curve in curves.values() for v in (curve.low.min(), curve.high.max())]
+    bottom, top = min(everything), max([*everything, *([chosen.entropy] if chosen.entropy < 50 else [])])
+    margin = 0.04 * max(top - bottom, 1e-3)
+    return {
+        "finish": {"x": [start, max(ends)], "y": [low - pad, high + pad]},
+        "whole": {"x": [0, max(ends)], "y": [bottom - margin, top + margin]},
+    }

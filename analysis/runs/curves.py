@@ -1,0 +1,105 @@
+"""Curves over training: the mean over seeds with its range, and what of it a plot can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.runs.run import Run
+
+Floats = NDArray[np.float64]
+AXES = {"tokens": "tokens", "steps": "step", "seconds": "wall_s", "flops": "flops"}
+"""Horizontal axis → metric key."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over training; all arrays have shape (points,)."""
+
+    x: dict[str, Floats]
+    """Axis of ``AXES`` → positions; an axis that some run lacks is absent."""
+    mean: Floats
+    low: Floats
+    """Lowest seed."""
+    high: Floats
+    """Highest seed."""
+    seeds: int
+
+    def first_below(self, target: float, axis: str) -> float:
+        """Where on ``axis`` the mean first reaches ``target`` (linear between points); NaN if never."""
+        if axis not in self.x or math.isnan(target):
+            return math.nan
+        below = np.flatnonzero(
+            self.mean <= target + 1e-6
+        )  # the mean of recorded and of logged losses may round apart
+        if not len(below):
+            return math.nan
+        i, x = int(below[0]), self.x[axis]
+        if i == 0 or self.mean[i] >= target:
+            return float(x[i])
+        share = (self.mean[i - 1] - target) / (self.mean[i - 1] - self.mean[i])
+        return float(x[i - 1] + share * (x[i] - x[i - 1]))
+
+
+def single_curve(run: Run, key: str) -> Curve | None:
+    """The finite values of one metric of one run; None if there are none."""
+    return mean_curve([run], key)
+
+
+def mean_curve(runs: Sequence[Run], key: str = "val/loss") -> Curve | None:
+    """Mean and range over runs of a metric, at the steps where every run has a finite value; None if there
+    are none.
+    """
+    series = [_finite(run, key) for run in runs]
+    if not series or any(not len(steps) for steps, _ in series):
+        return None
+    common = series[0][0]
+    for steps, _ in series[1:]:
+        common = np.intersect1d(common, steps)
+    if not len(common):
+        return None
+    values = np.stack([value[np.searchsorted(steps, common)] for steps, value in series])
+    axes = {}
+    for axis, metric in AXES.items():
+        positions = [_at(run, metric, common) for run in runs]
+        if all(p is not None and np.isfinite(p).all() for p in positions):
+            axes[axis] = np.mean([p for p in positions if p is not None], axis=0)
+    return Curve(axes, values.mean(0), values.min(0), values.max(0), len(runs))
+
+
+def _finite(run: Run, key: str) -> tuple[Floats, Floats]:
+    if key not in run.metrics:
+        return np.empty(0), np.empty(0)
+    keep = np.isfinite(run.metrics[key])
+    return run.metrics["step"][keep], run.metrics[key][keep]
+
+
+def _at(run: Run, metric: str, steps: Floats) -> Floats | None:
+    if metric not in run.metrics:
+        return None
+    return run.metrics[metric][np.searchsorted(run.metrics["step"], steps)]
+
+
+def thinned(values: Floats, points: int) -> NDArray[np.int64]:
+    """Indices of at most ``points`` entries of a 1-D array that keep each stretch's lowest and highest value.
+
+    A spike is what a reader looks for: plain striding would drop it. First and last entry are always kept.
+    """
+    n = len(values)
+    if n <= points:
+        return np.arange(n)
+    stretches = max((points - 2) // 2, 1)
+    edges = np.linspace(1, n - 1, stretches + 1).astype(int)
+    kept = {0, n - 1}
+    for start, end in pairwise(edges):
+        if end > start:
+            part = values[start:end]
+            filled = np.where(np.isfinite(part), part, np.inf)
+            kept.add(start + int(filled.argmin()))
+            kept.add(start + int(np.where(np.isfinite(part), part, -np.inf).argmax()))
+    return np.array(sorted(kept))

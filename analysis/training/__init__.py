@@ -1,0 +1,1 @@
+"""Train the runs of a comparison one after the other."""

@@ -1,0 +1,151 @@
+"""What a person sees while a command trains many runs: one line for the whole.
+
+On a terminal (or in a notebook with ipywidgets) it is live; in a log file it is a line for each run that ended.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from analysis import formatting
+from analysis.runs import reading
+from harness.record.readers import Status
+from harness.visible import visible
+
+POLL_S = 0.5
+"""Between two looks at the step of the run that is being trained."""
+
+
+class Verbosity(IntEnum):
+    """How much a command prints before its result."""
+
+    QUIET = 0
+    """Runs that did not finish."""
+    NORMAL = 1
+    """One line for the whole."""
+    VERBOSE = 2
+    """And what each run prints."""
+
+
+class SessionProgress:
+    """One line for runs that are trained one after the other.
+
+    Args:
+        steps: of all of them.
+        runs: their number.
+        verbosity: QUIET shows runs that did not finish, VERBOSE no live line, for the runs have their own.
+        to_stderr: standard output is for one JSON document.
+        steps_later: of runs that come after these, for the time left.
+    """
+
+    def __init__(
+        self, steps: int, runs: int, *, verbosity: Verbosity, to_stderr: bool, steps_later: int = 0
+    ) -> None:
+        self._steps, self._runs, self._later = steps, runs, steps_later
+        self._verbosity = verbosity
+        self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self._began = time.monotonic()
+        self._done = 0
+        self._current: tuple[str, Path, int, int] | None = None
+        self._over = threading.Event()
+        self._bar: Progress | None = None
+        if verbosity is Verbosity.NORMAL and _is_live(self._console):
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("", total=max(1, steps), text="")
+            self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._bar is not None:
+            self._thread.join()
+            self._bar.stop()
+
+    def begin(self, number: int, folder: Path, steps: int) -> None:
+        """Say which run is being trained.
+
+        Args:
+            number: from 1.
+            folder: of the run.
+            steps: of the run.
+        """
+        label = f"[{number}/{self._runs}] {folder.name}"
+        self._current = (label, folder, steps, _step(folder))
+        if self._verbosity is Verbosity.VERBOSE:
+            self._print(label)
+        if self._bar is not None:
+            self._bar.update(self._task, description=visible(label), text="starting")
+
+    def end(self, result: str, *, is_finished: bool) -> None:
+        """Say how the run ended.
+
+        Args:
+            result: state, time and loss, or the reason.
+            is_finished: it did what it was started for.
+        """
+        assert self._current is not None
+        label, _, steps, _ = self._current
+        self._current = None
+        self._done += steps
+        left = self._left(0)
+        ending = f"; about {left} left" if left and self._verbosity is not Verbosity.QUIET else ""
+        if not is_finished or self._verbosity is not Verbosity.QUIET:
+            self._print(f"{label}: {result}{ending}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, text="")
+
+    def _print(self, line: str) -> None:
+        self._console.print(visible(line), markup=False)
+
+    def _left(self, further: int) -> str:
+        """The time left, for people; empty where nothing is left or known."""
+        done = self._done + further
+        rest = self._steps - done + self._later
+        if done <= 0 or rest <= 0:
+            return ""
+        return formatting.seconds(float(round((time.monotonic() - self._began) / done * rest)))
+
+    def _watch(self) -> None:
+        assert self._bar is not None
+        while not self._over.wait(POLL_S):
+            current = self._current
+            if current is None:
+                continue
+            _, folder, steps, first = current
+            step = _step(folder)
+            # A run that begins anew leaves the step of its last attempt behind.
+            further = max(0, step - first) if step >= first else step
+            left = self._left(further)
+            text = f"step {step}/{steps}" + (f", about {left} left" if left else "")
+            self._bar.update(self._task, completed=self._done + further, text=text)
+
+
+def _step(folder: Path) -> int:
+    step = reading.number(reading.record(folder / "status.json", Status, []).get("step"))
+    return int(step) if step == step else 0
+
+
+def _is_live(console: Console) -> bool:
+    has_widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return has_widgets or (console.is_terminal and not console.is_jupyter)
