@@ -28,8 +28,8 @@ from typing import IO, Any, NamedTuple
 from harness.config import checks
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
-from harness.jobs import launch
-from harness.jobs.launch import RunOutcome
+from harness.jobs import launch, outcome
+from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
 from harness.process import exit_markers
 from harness.train import ERROR_FILE
@@ -167,9 +167,9 @@ class _Group:
                 "MASTER_PORT": str(launch.free_port()),
             }
             began = time.time()
-            with launch.Forwarding(Path(scratch)) as forwarding:
-                self._send((list(launch.training_words(prepared.config, prepared.overrides)), environment))
-                forwarding.to(self._signal)
+            with launch.SignalForwarder(Path(scratch)) as forwarder:
+                self._send((list(launch.worker_argv(prepared.config, prepared.overrides)), environment))
+                forwarder.connect(self._signal)
                 replies = self._replies()
             codes = [reply[0] for reply in replies]
             self._is_clean = all(is_clean for _, is_clean in replies)
@@ -177,9 +177,9 @@ class _Group:
                 self.close()
             if (bad_input := launch.read_error(error)) is not None:
                 raise bad_input
-            silent = exit_markers.missing_ranks(Path(scratch))
+            missing = exit_markers.missing_ranks(Path(scratch))
         code = next((code for code in codes if code), 0)
-        return launch.outcome(prepared.folder, code, silent, forwarding.first, began)
+        return outcome.finalize(prepared.folder, code, missing, forwarder.received, began)
 
     def close(self) -> None:
         """End the processes: those that wait by themselves, the others by force."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.jobs import launch
-from harness.jobs.launch import RunOutcome
+from harness.jobs import outcome
+from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
@@ -42,7 +42,7 @@ class Launcher:
         if state != "vanished":
             self._write(run, state)
         state = "failed" if state == "vanished" else state
-        return RunOutcome(run.folder, state, launch.EXIT_CODES[state], f"{state} by the test")
+        return RunOutcome(run.folder, state, outcome.EXIT_CODES[state], f"{state} by the test")
 
     def _write(self, run: Prepared, state: str) -> None:
         shared = {"seed": run.config.seed, "state": state, "stop_at": None if state == "finished" else 70}

@@ -159,7 +159,7 @@ def test_signals_are_forwarded_on_the_main_thread_only(tmp_path: Path) -> None:
 
     def enter() -> None:
         try:
-            with launch.Forwarding(tmp_path):
+            with launch.SignalForwarder(tmp_path):
                 pass
         except BaseException as error:
             problems.append(error)

@@ -20,7 +20,7 @@ from analysis.tuning import command as tuning_command
 from harness.config.errors import InputError
 from harness.files import atomic
 from harness.jobs import launch
-from harness.jobs.launch import RunOutcome
+from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
 from tests.analysis.stand_in import SMALL, Launcher
 

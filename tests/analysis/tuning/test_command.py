@@ -24,6 +24,7 @@ from analysis.tuning import command
 from harness.config import compose, learning_rates, sources
 from harness.config.errors import InputError
 from harness.jobs import launch
+from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
 from tests.analysis.stand_in import SMALL, Launcher
 
@@ -342,7 +343,7 @@ def test_a_kill_at_any_write_of_the_ledger_loses_nothing(
     home, started = tmp_path / "runs" / "g", tmp_path / "started.txt"
     began = launcher.start
 
-    def start(run: Prepared, *, output: Any = None) -> launch.RunOutcome:
+    def start(run: Prepared, *, output: Any = None) -> RunOutcome:
         with started.open("a") as file:
             file.write(run.folder.name + "\n")
         return began(run, output=output)

@@ -15,7 +15,7 @@ import pytest
 
 from harness.config import compose
 from harness.config.errors import InputError
-from harness.jobs import ending, launch, outcome
+from harness.jobs import ending, outcome
 from harness.record import folder as run_folder
 from harness.record.folder import REQUEUE, RunFolder
 from tests.harness.running import small, write_documents
@@ -36,9 +36,9 @@ def live(tmp_path: Path) -> Iterator[RunFolder]:
 def test_a_second_start_never_edits_the_run_of_another_process(
     asked: signal.Signals | None, live: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "LOCK_S", 0.05)
+    monkeypatch.setattr(outcome, "LOCK_S", 0.05)
     before = {path.name: path.read_bytes() for path in live.path.iterdir()}
-    ended = launch.outcome(live.path, 1, [0], asked)
+    ended = outcome.finalize(live.path, 1, [0], asked)
     assert {path.name: path.read_bytes() for path in live.path.iterdir()} == before
     assert "another process is training this run" in ended.reason
     assert (ended.state, ended.exit_code) == (("failed", 3) if asked is None else ("interrupted", 75))
@@ -46,7 +46,7 @@ def test_a_second_start_never_edits_the_run_of_another_process(
 
 def test_control_the_status_of_a_dead_run_is_completed(live: RunFolder) -> None:
     live.close()
-    ended = launch.outcome(live.path, 1, [], signal.SIGINT)
+    ended = outcome.finalize(live.path, 1, [], signal.SIGINT)
     status = json.loads((live.path / "status.json").read_text())
     assert ended.state == status["state"] == status["attempts"][-1]["state"] == "interrupted"
     assert (
@@ -59,7 +59,7 @@ def test_control_the_status_of_a_dead_run_is_completed(live: RunFolder) -> None:
 def test_a_run_killed_after_its_mark_of_the_end_is_finished(live: RunFolder) -> None:
     live.close()
     (live.path / "DONE").touch()
-    assert launch.outcome(live.path, -9, [0], None).exit_code == 0
+    assert outcome.finalize(live.path, -9, [0], None).exit_code == 0
     assert json.loads((live.path / "status.json").read_text())["state"] == "finished"
 
 
@@ -72,8 +72,8 @@ def test_a_status_that_cannot_be_written_is_told_all_the_same(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(launch.atomic, "write_json", full)
-    assert launch.outcome(live.path, 1, [], signal.SIGTERM).exit_code == 75
+    monkeypatch.setattr(outcome.atomic, "write_json", full)
+    assert outcome.finalize(live.path, 1, [], signal.SIGTERM).exit_code == 75
 
 
 def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(
@@ -83,7 +83,7 @@ def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(
     live.set_state("interrupted", step=3, reason="stopped by SIGTERM after step 3")
     live.close()
     before = (live.path / "status.json").read_bytes()
-    ended = launch.outcome(live.path, 1, [], None, began=time.time() + 60)
+    ended = outcome.finalize(live.path, 1, [], None, began=time.time() + 60)
     assert (ended.state, ended.exit_code) == ("failed", 3)
     assert "before the first step" in ended.reason
     assert outcome.main([str(live.path), "1", f"began={time.time() + 60:.0f}"]) == 3
@@ -102,7 +102,7 @@ def test_a_damaged_status_is_no_traceback(text: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "status.json").write_text(text)
-    ended = launch.outcome(run, 1, [], None)
+    ended = outcome.finalize(run, 1, [], None)
     assert (ended.state, ended.exit_code) == ("failed", 3)
 
 

@@ -20,7 +20,7 @@ from harness.checkpoint.files import Saved
 from harness.checkpoint.store import Store
 from harness.config import checks, compose
 from harness.jobs import launch, warm, warm_worker
-from harness.jobs.launch import RunOutcome
+from harness.jobs.outcome import RunOutcome
 from harness.preparation import prepare
 from harness.record import readers
 from harness.record.readers import Row
