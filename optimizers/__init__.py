@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from optimizers.presets import OPTIONS, PRESETS, Option, OptionError, Preset, names, rank_limit_check, resolve
 
 if TYPE_CHECKING:
-    from optimizers.base import Optimizer
     from optimizers.classes import SUMO, AdamW, GaLore, Muon
     from optimizers.linalg.polar import Polar, polar
+    from optimizers.optimizer import Optimizer
     from optimizers.registry import build, plugin
     from optimizers.routing import Route
     from optimizers.rules.factor import orthogonalize, scale
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "build": "optimizers.registry",
     "plugin": "optimizers.registry",
-    "Optimizer": "optimizers.base",
+    "Optimizer": "optimizers.optimizer",
     "SUMO": "optimizers.classes",
     "GaLore": "optimizers.classes",
     "Muon": "optimizers.classes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimizers.base import Optimizer
+from optimizers.optimizer import Optimizer
 
 
 class SUMO(Optimizer):

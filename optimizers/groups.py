@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
+from optimizers.rounding import Rounding
 from optimizers.routing import Modules, Route, route
+from optimizers.rules import adamw
 from optimizers.rules.factor import iteration_dtype
+from optimizers.stacks import ApplyConfig
 
 # Options of the matrix preset that belong to the AdamW group beside it, and what they are called there.
 _AUX = {
@@ -27,12 +30,33 @@ _AUX = {
 _PLAIN_KEYS = {"params", "param_names", "rule", "scheduled", "initial_lr"}
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A param group ready for `torch.optim.Optimizer.add_param_group`, and the routes of its parameters."""
+@dataclass
+class RuleGroup:
+    """A param group whose parameters follow one rule: the dict that torch sees, and what it does not know.
 
-    group: dict[str, Any]
+    Attributes:
+        options: entry of ``param_groups``, with "rule" and the options of that rule.
+        parameters: as they were given. DeepSpeed puts flat tensors into ``options["params"]``.
+        routes: of the parameters, in the same order.
+        frozen: positions of parameters that were frozen at construction and have not started since.
+        late: positions of those that started since, one list for each step in which some did.
+    """
+
+    options: dict[str, Any]
+    parameters: list[Tensor]
     routes: list[Route]
+    frozen: set[int] = field(default_factory=set)
+    late: list[list[int]] = field(default_factory=list)
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule."""
+        return self.options["rule"]
+
+    @property
+    def started_routes(self) -> list[Route]:
+        """Routes of the parameters that are stepped."""
+        return [route for position, route in enumerate(self.routes) if position not in self.frozen]
 
 
 def named(params: Any, start: int = 0) -> tuple[list[tuple[str, Tensor]], bool]:
@@ -80,7 +104,7 @@ def prepare(
     pairs: Sequence[tuple[str, Tensor]],
     is_named: bool,
     modules: Modules | None,
-) -> list[Prepared]:
+) -> list[RuleGroup]:
     """Split one user group by rule: matrices first, then what AdamW takes.
 
     Args:
@@ -114,21 +138,23 @@ def prepare(
     extra = {"initial_lr": user_group["initial_lr"]} if "initial_lr" in user_group else {}
     prepared = []
     for kind in dict.fromkeys((rule, "adamw")):
-        chosen = [r for r in routes if r.rule == kind]
-        if not chosen:
+        taken = [r for r in routes if r.rule == kind]
+        if not taken:
             continue
         scheduled = bool(user_group.get("scheduled", True))
         values = adamw_options(options) if kind == "adamw" else matrix_options(options)
         if kind == "adamw" and values.pop("scheduled", True) is False:
             scheduled = False
-        members = [(r.name, by_name[r.name]) if is_named else by_name[r.name] for r in chosen]
+        members = [(r.name, by_name[r.name]) if is_named else by_name[r.name] for r in taken]
         group = {"params": members, "rule": kind, "scheduled": scheduled, **values, **extra}
         group["fixed_lr"] = group["lr"]
         # Schedulers write into a tensor: each group, and what it keeps, needs one of its own.
         group = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
         if group.get("orthogonalizer_dtype") == "auto":
-            group["orthogonalizer_dtype"] = iteration_dtype(by_name[chosen[0].name].device)
-        prepared.append(Prepared(group, chosen))
+            group["orthogonalizer_dtype"] = iteration_dtype(by_name[taken[0].name].device)
+        parameters = [by_name[r.name] for r in taken]
+        frozen = {i for i, parameter in enumerate(parameters) if not parameter.requires_grad}
+        prepared.append(RuleGroup(group, parameters, taken, frozen))
     return prepared
 
 
@@ -180,3 +206,41 @@ def require_matrices(preset_name: str, routes: Iterable[Route]) -> None:
         f"finds no hidden matrix among {len(routes)} parameters ({reasons})",
         ("a model with 2-D hidden weights", "adamw"),
     )
+
+
+def apply_config(options: Mapping[str, Any]) -> ApplyConfig:
+    """Return what the updates of a matrix group are applied with in this step."""
+    decays_after = options.get("decay_order") == "after"
+    return ApplyConfig(_lr(options), _decay(options), decays_after, _rounding(options))
+
+
+def adamw_settings(options: Mapping[str, Any]) -> adamw.Settings:
+    """Return what an AdamW group is stepped with in this step."""
+    beta1, beta2 = options["betas"]
+    # A scheduler that cycles the momentum of the matrices writes it into this group, too, where it means β₁.
+    if "momentum" in options and options["scheduled"]:
+        beta1 = options["momentum"]
+    return adamw.Settings(
+        _lr(options),
+        _decay(options),
+        (beta1, beta2),
+        options["eps"],
+        options["eps_form"],
+        _rounding(options),
+    )
+
+
+def _lr(options: Mapping[str, Any]) -> float | Tensor:
+    return options["lr"] if options["scheduled"] else options["fixed_lr"]
+
+
+def _decay(options: Mapping[str, Any]) -> float:
+    # torch's get_optimizer_state_dict steps with lr = 0 and trusts that this moves nothing, which a group
+    # that keeps its own lr would not honour.
+    lr = options["lr"]
+    keeps_lr = not options["scheduled"]
+    return 0.0 if keeps_lr and isinstance(lr, float) and lr == 0.0 else options["weight_decay"]
+
+
+def _rounding(options: Mapping[str, Any]) -> Rounding:
+    return Rounding(options["rounding"], options["seed"])

@@ -1,10 +1,15 @@
-"""State in terms of names and intervals, whatever the layout: saved on one engine and world size, loaded on
-another."""
+"""Optimizer state by name, whatever the layout, and checked state dicts.
+
+`pieces` and `load` describe the state by names and intervals: what one engine and world size saved, another loads.
+torch's state dicts are exact for the same layout; `check_state_dict` refuses those of another optimizer.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +21,7 @@ from optimizers.rules.rule import Rule
 from optimizers.stacks import Bank
 
 if TYPE_CHECKING:
-    from optimizers.base import Optimizer
+    from optimizers.optimizer import Optimizer
 
 FLAT = -1
 """As `StatePiece.dim`: the interval counts elements of the flattened tensor."""
@@ -62,31 +67,23 @@ class StatePiece(NamedTuple):
 
 def pieces(optimizer: Optimizer) -> Iterator[StatePiece]:
     """All parts of the state that this process holds; together the processes hold all of it."""
-    is_first = optimizer.is_first_replica
-    for unit in optimizer.step_units():
-        group = optimizer.groups[unit.group]
-        if group["rule"] != "adamw":
-            rule = rules.load(group["rule"])
-            for lane in optimizer.lanes(unit):
-                for bank in (*lane.banks, *lane.landing):
+    units, layout = optimizer.units, optimizer.layout
+    is_first = layout.is_first_replica
+    for unit in units.all():
+        group = units.group_of(unit)
+        if group.rule != "adamw":
+            rule = rules.load(group.rule)
+            for bucket in units.buckets(unit):
+                for bank in (*bucket.banks, *bucket.landing):
                     bank.bind(optimizer.state)
-                    yield from _of_bank(bank, rule, is_first or isinstance(lane, SplitLane))
+                    yield from _of_bank(bank, rule, is_first or isinstance(bucket, SplitLane))
             continue
-        for position in unit.positions:
-            parameter = optimizer.parameters_of_groups[unit.group][position]
-            name = optimizer.name_of(parameter)
-            dim, start = optimizer.layout.interval(parameter)
+        for parameter in units.parameters(unit):
+            name, shape = units.name_of(parameter), tuple(parameter_shape(parameter))
+            dim, start = layout.interval(parameter)
             for kind, tensor in optimizer.state[parameter].items():
                 if isinstance(tensor, Tensor):
-                    yield StatePiece(
-                        name,
-                        kind,
-                        tuple(parameter_shape(parameter)),
-                        dim,
-                        start,
-                        tensor,
-                        is_first or dim == FLAT,
-                    )
+                    yield StatePiece(name, kind, shape, dim, start, tensor, is_first or dim == FLAT)
 
 
 def parameter_shape(parameter: Tensor) -> torch.Size:
@@ -155,10 +152,111 @@ def load(optimizer: Optimizer, steps: Mapping[str, int], read: Callable[[StatePi
     """
     parameters = [p for group in optimizer.parameters_of_groups for p in group]
     # What is frozen here and was trained there goes on from what it had.
-    optimizer.start(p for p in parameters if optimizer.name_of(p) in steps)
-    for parameter in filter(optimizer.has_started, parameters):
+    optimizer.units.start(p for p in parameters if optimizer.name_of(p) in steps)
+    for parameter in filter(optimizer.units.has_started, parameters):
         optimizer.state[parameter]["step"] = steps[optimizer.name_of(parameter)]
     with torch.no_grad():
         for part in pieces(optimizer):
             part.tensor.copy_(read(part))
     optimizer.state_was_replaced()
+
+
+# Options that shape the state or what it means; others may differ and are taken from the state dict, as torch
+# does.
+_STRUCTURAL = ("rule", "rank", "side")
+
+
+def check_state_dict(
+    optimizer: torch.optim.Optimizer,
+    state_dict: Mapping[str, Any],
+    start: Callable[[Iterable[Tensor]], None],
+) -> None:
+    """Refuse a state dict that this optimizer could not go on from, and say why.
+
+    Args:
+        optimizer: that is to take it.
+        state_dict: of an optimizer like it.
+        start: gives state to parameters that are frozen here and had been trained there.
+
+    Raises:
+        ValueError: naming the group or parameter that does not fit.
+    """
+    saved, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(saved, list) or not isinstance(state, Mapping):
+        raise ValueError("not an optimizer's state dict: it lacks 'param_groups' or 'state'")
+    own = optimizer.param_groups
+    for i, group in enumerate(saved):
+        if "rule" not in group:
+            keys = ", ".join(sorted(group))
+            raise ValueError(f"written by another optimizer: its group {i} names no rule (it has {keys})")
+    if len(saved) != len(own):
+        raise ValueError(f"has {len(saved)} parameter groups, this optimizer has {len(own)}")
+    for i, (theirs, ours) in enumerate(zip(saved, own)):
+        _check_group(i, theirs, ours)
+    pairs = _pairs(state_dict, optimizer)
+    start([parameter for identifier, parameter in pairs if state.get(identifier)])
+    for identifier, parameter in pairs:
+        own = optimizer.state.get(parameter)
+        # A parameter that is frozen here and was frozen there.
+        if own or state.get(identifier):
+            _check_parameter(identifier, state.get(identifier), own or {})
+
+
+def _check_group(i: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    counts = len(theirs["params"]), len(ours["params"])
+    if counts[0] != counts[1]:
+        raise ValueError(f"group {i} has {counts[0]} parameters, this optimizer's has {counts[1]}")
+    for key in _STRUCTURAL:
+        if theirs.get(key) != ours.get(key):
+            raise ValueError(
+                f"group {i} was written with {key}={theirs.get(key)}, this optimizer has {ours.get(key)}"
+            )
+    for saved, own in zip(theirs.get("param_names", ()), ours.get("param_names", ())):
+        if saved != own:
+            raise ValueError(f"group {i} holds {saved} where this optimizer has {own}")
+
+
+def _check_parameter(identifier: int, saved: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
+    if saved is None:
+        raise ValueError(f"has no state for parameter {identifier}")
+    if set(saved) != set(own):
+        raise ValueError(f"state of parameter {identifier} has {sorted(saved)}, expected {sorted(own)}")
+    for key, value in saved.items():
+        theirs = tuple(value.shape) if isinstance(value, Tensor) else ()
+        ours = tuple(own[key].shape) if isinstance(own[key], Tensor) else ()
+        if theirs != ours:
+            raise ValueError(f"state {key} of parameter {identifier} has shape {theirs}, expected {ours}")
+
+
+def restore_exactly(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Undo torch's cast of floating state to the weight's dtype: moments of bf16 weights are fp32."""
+    for identifier, parameter in _pairs(state_dict, optimizer):
+        for key, value in state_dict["state"].get(identifier, {}).items():
+            if key == "step":
+                optimizer.state[parameter][key] = int(value)
+            elif isinstance(value, Tensor):
+                optimizer.state[parameter][key] = value.detach().to(parameter.device, copy=True)
+
+
+def compact(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, dict[str, Any]]:
+    """The state with each tensor in memory of its own: pickle would store a shared block once per view."""
+    copy: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    for parameter, entries in state.items():
+        copy[parameter] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in entries.items()}
+    return copy
+
+
+def _pairs(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[tuple[Any, Tensor]]:
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return list(zip(saved, own))
+
+
+def kind_bytes(state: Mapping[str, Any]) -> dict[str, int]:
+    """Kind → bytes of a parameter's state tensors ("q.moment" counts as "moment")."""
+    total: dict[str, int] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            kind = key.rpartition(".")[2]
+            total[kind] = total.get(kind, 0) + value.numel() * value.element_size()
+    return total

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.base import Optimizer
 from optimizers.classes import CLASSES
+from optimizers.optimizer import Optimizer
 from optimizers.options import OptionError
 from optimizers.presets import names, preset
 from optimizers.routing import Modules

@@ -11,10 +11,10 @@ from torch import nn
 import optimizers
 from harness.config.schema import RunConfig
 from harness.optimizer import shard_axes
-from optimizers.base import Optimizer
 from optimizers.layouts.axes import possible_axis
 from optimizers.layouts.layout import Layout
 from optimizers.layouts.simulated import SimulatedReplicas, SimulatedShards, simulated_slices
+from optimizers.optimizer import Optimizer
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 

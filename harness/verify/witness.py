@@ -129,17 +129,17 @@ class Witness:
             return step(*args, **kwargs)
 
         optimizer.step = watched_step
-        journal = getattr(optimizer, "journal", None)
-        if journal is None:
+        stats = getattr(optimizer, "stats", None)
+        if stats is None:
             return
-        enter = journal.enter
+        record = stats.record
 
-        def watched_enter(rule: Any, stack: Any, update: Any, *rest: Any) -> None:
+        def watched_record(rule: Any, stack: Any, update: Any, *rest: Any) -> None:
             if update.factor is not None:
                 self._counts.update(stack.names)
-            enter(rule, stack, update, *rest)
+            record(rule, stack, update, *rest)
 
-        journal.enter = watched_enter
+        stats.record = watched_record
 
     def due(self, step: int) -> bool:
         """Every step."""

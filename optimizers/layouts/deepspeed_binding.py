@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from optimizers.base import Optimizer
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.partitioned import Flat, PartitionedLayout, Slot
+from optimizers.optimizer import Optimizer
 
 
 def attach(optimizer: Optimizer, engine: Any) -> None:

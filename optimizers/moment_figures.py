@@ -1,4 +1,4 @@
-"""What can be read off an optimizer: spectra, figures, bytes."""
+"""Spectra and condition figures of moments, whole or split over processes, and errors of the applied factors."""
 
 from __future__ import annotations
 
@@ -183,13 +183,3 @@ class Observation:
             self._host_seconds += first.elapsed_time(last) * 1e-3
         self._events = []
         return self._host_seconds
-
-
-def kind_bytes(state: Mapping[str, Any]) -> dict[str, int]:
-    """Kind → bytes of a parameter's state tensors ("q.moment" counts as "moment")."""
-    total: dict[str, int] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            kind = key.rpartition(".")[2]
-            total[kind] = total.get(kind, 0) + value.numel() * value.element_size()
-    return total

@@ -1,20 +1,25 @@
-"""What a step leaves behind beside weights and state: counters, spectra that it computed anyway, observed figures."""
+"""Counters and diagnostics of a step: orthogonalizations, fallbacks, spectra, observed figures of moments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial as bound
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.inspection import Figures, Observation, Share, moment_share
+from optimizers import rules
+from optimizers.fused_projections import Block
+from optimizers.layouts.layout import StepUnit
 from optimizers.layouts.rows import Rows
+from optimizers.moment_figures import Figures, Observation, Share, moment_share, singular_values
 from optimizers.rules.rule import Rule, Update
 from optimizers.stacks import Stack
+from optimizers.step_units import StepUnits
 
 
-class Journal:
+class StepStats:
     """Kept for the last logical step, which may come in several calls: ZeRO calls once per flat tensor.
 
     Attributes:
@@ -57,7 +62,7 @@ class Journal:
         """Whether the next step's moments are looked at."""
         self._is_to_observe = on
 
-    def enter(self, rule: Rule, stack: Stack, update: Update, rows: Rows) -> None:
+    def record(self, rule: Rule, stack: Stack, update: Update, rows: Rows) -> None:
         """What an update says beside its delta."""
         if update.factor is not None:
             self.orthogonalizations += len(stack.members) - len(stack.skipped)
@@ -115,3 +120,49 @@ class Journal:
     def seconds(self) -> float:
         """What they cost. Waits for the device."""
         return self._observation.seconds()
+
+
+def first_moments(units: StepUnits, unit: StepUnit) -> list[tuple[list[str], Tensor, Share | None]]:
+    """Return names and first moments of the hidden matrices under AdamW, those of one shape stacked.
+
+    Slices that break rows have no matrix to look at; they are left out.
+    """
+    layout = units.layout
+    kinds: dict[Any, list[tuple[Block, Tensor]]] = {}
+    for parameter, route in units.routed(unit):
+        for block in route.blocks:
+            holding = layout.holding(parameter, block)
+            moment = holding.part(units.state[parameter]["moment"], block)
+            if moment is not None:
+                kinds.setdefault((block.shape, holding.split, holding.pattern), []).append((block, moment))
+    return [
+        (
+            [block.name for block, _ in same],
+            torch.stack([moment for _, moment in same]),
+            None if split is None else Share(shape, split - 2, layout.rows.total),
+        )
+        for (shape, split, _), same in kinds.items()
+    ]
+
+
+def moment_spectra(units: StepUnits, stats: StepStats, preset_rule: str) -> dict[str, Tensor]:
+    """Return name → singular values of the stored moment; see `Optimizer.moment_spectra`."""
+    spectra: dict[str, Tensor] = {}
+    for unit in units.all():
+        group = units.group_of(unit)
+        if group.rule == "adamw":
+            # Next to a matrix rule AdamW has embeddings, norms and biases only.
+            if preset_rule == "adamw":
+                for names, moments, share in first_moments(units, unit):
+                    spectra.update(zip(names, singular_values(moments, share).unbind(0)))
+            continue
+        rule = rules.load(group.rule)
+        for bucket in units.buckets(unit):
+            for bank in bucket.banks:
+                bank.bind(units.state)
+                share = moment_share(rule, bank.shape, bank.split, bank.options, bucket.rows)
+                kind = rule.observed(bank.shape, bank.options)
+                if kind is not None:
+                    compute = bound(singular_values, bank.stacked(kind), share)
+                    spectra.update(stats.spectra([m.block.name for m in bank.members], compute))
+    return spectra

@@ -1,0 +1,215 @@
+"""Parameters of an optimizer, the units in which a step updates them, and the buckets of each unit's matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers import rules
+from optimizers.groups import RuleGroup, check_rank
+from optimizers.layouts.lanes import Lane
+from optimizers.layouts.layout import Layout, StepUnit
+from optimizers.members import Member
+from optimizers.routing import Route
+from optimizers.rules import adamw
+
+
+class StepUnits:
+    """Map each step to units of parameters, and each unit to its matrices and buckets.
+
+    Args:
+        layout: how the parameters are distributed over the processes.
+
+    Attributes:
+        state: the optimizer's, parameter → key → value; the optimizer sets it whenever torch replaces it.
+        groups: one for each param group, in order.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.state: Mapping[Tensor, dict[str, Any]] = {}
+        self.groups: list[RuleGroup] = []
+        self._names: dict[int, str] = {}
+        self._buckets: dict[Any, list[Lane]] = {}
+        self._members: dict[Any, list[Member]] = {}
+
+    def add(self, group: RuleGroup) -> None:
+        """Append a group; `allocate` gives it state."""
+        self.groups.append(group)
+        self._names.update({id(p): route.name for p, route in zip(group.parameters, group.routes)})
+
+    def attach(self, layout: Layout) -> None:
+        """Step the parameters as another layout distributes them, and allocate the state."""
+        self.layout = layout
+        self._members = {}
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Build buckets anew after state tensors were replaced, and allocate what is missing."""
+        self._buckets = {}
+        for index in range(len(self.groups)):
+            self.allocate(index)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """Return the name that a parameter was given with."""
+        return self._names[id(parameter)]
+
+    def has_started(self, parameter: Tensor) -> bool:
+        """Return False for a parameter that was frozen at construction and has had no gradient since."""
+        return "step" in self.state.get(parameter, ())
+
+    def all(self) -> list[StepUnit]:
+        """Return the units of a whole optimizer step."""
+        return list(self._started(self.layout.all_step_units(self.options)))
+
+    def due(self, param_groups: list[dict[str, Any]]) -> list[StepUnit]:
+        """Return the units of this call of ``step``: DeepSpeed narrows ``param_groups`` to one of them."""
+        return list(self._started(self.layout.step_units(param_groups)))
+
+    @property
+    def options(self) -> list[dict[str, Any]]:
+        """All param groups, also while DeepSpeed has narrowed ``param_groups`` to one."""
+        return [group.options for group in self.groups]
+
+    def group_of(self, unit: StepUnit) -> RuleGroup:
+        """Return the group that a unit is a part of."""
+        return self.groups[unit.group]
+
+    def parameters(self, unit: StepUnit) -> list[Tensor]:
+        """Return the parameters of a unit."""
+        group = self.group_of(unit)
+        return [group.parameters[position] for position in unit.positions]
+
+    def routed(self, unit: StepUnit) -> list[tuple[Tensor, Route]]:
+        """Return (parameter, route) for the parameters of a unit."""
+        group = self.group_of(unit)
+        return [(group.parameters[position], group.routes[position]) for position in unit.positions]
+
+    def buckets(self, unit: StepUnit) -> list[Lane]:
+        """Return the buckets in which a unit's matrices are stepped, rebuilt where state tensors were replaced."""
+        buckets = self._buckets.get(unit.key)
+        if buckets is None or not all(
+            bank.fits() for bucket in buckets for bank in (*bucket.banks, *bucket.landing)
+        ):
+            buckets = self._buckets[unit.key] = self._new_buckets(unit)
+        return buckets
+
+    def members(self, unit: StepUnit) -> list[Member]:
+        """Return the matrices of a unit in the order of its parameters."""
+        members = self._members.get(unit.key)
+        if members is None:
+            members = self._members[unit.key] = self._new_members(unit)
+        return members
+
+    def start(self, parameters: Iterable[Tensor]) -> None:
+        """Allocate state for frozen parameters, which are stepped from now on (a collective, as ``step`` is).
+
+        Raises:
+            OptionError: the rank is larger than a side of one of them.
+            TypeError: one of them is distributed unlike the parameters that were trained at construction.
+        """
+        wanted = {id(p) for p in parameters}
+        for index, group in enumerate(self.groups):
+            starting = sorted(i for i in group.frozen if id(group.parameters[i]) in wanted)
+            if not starting:
+                continue
+            routes = [group.routes[i] for i in starting]
+            check_rank(group.options, routes)
+            self.layout.check([(r.name, group.parameters[i]) for i, r in zip(starting, routes)])
+            group.frozen.difference_update(starting)
+            group.late.append(starting)
+            self.allocate(index)
+
+    def start_unfrozen(self) -> None:
+        """Start frozen parameters that have a gradient by now."""
+        if any(group.frozen for group in self.groups):
+            self.start(
+                group.parameters[i]
+                for group in self.groups
+                for i in group.frozen
+                if group.parameters[i].grad is not None
+            )
+
+    def allocate(self, index: int) -> None:
+        """Give every started parameter of a group its step count and zero-filled state."""
+        group = self.groups[index]
+        for unit in self.all():
+            if unit.group != index:
+                continue
+            for parameter in self.parameters(unit):
+                self.state[parameter].setdefault("step", 0)
+                if group.rule == "adamw":
+                    self._allocate_adamw(parameter, group.options["rounding"])
+            if group.rule != "adamw":
+                for bucket in self.buckets(unit):
+                    for bank in (*bucket.banks, *bucket.landing):
+                        bank.bind(self.state)
+
+    def state_was_replaced(self) -> None:
+        """Check the state tensors anew after they were written from outside (a collective if they are split)."""
+        for unit in self.all():
+            if self.group_of(unit).rule != "adamw":
+                for bucket in self.buckets(unit):
+                    for bank in bucket.banks:
+                        bank.watch(all_of=True)
+
+    def _allocate_adamw(self, parameter: Tensor, rounding: str) -> None:
+        weight, state = self.layout.weight(parameter), self.state[parameter]
+        for kind, dtype in adamw.state_kinds(rounding, weight).items():
+            if kind not in state:
+                state[kind] = torch.zeros_like(
+                    weight, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
+                )
+
+    def _started(self, units: Iterable[StepUnit]) -> Iterator[StepUnit]:
+        """Leave frozen parameters out of the layout's units, and put those that started late into units of their own.
+
+        In the unit of the others they would change the owners of matrices whose state is already distributed.
+        """
+        for unit in units:
+            group = self.group_of(unit)
+            if not group.frozen and not group.late:
+                yield unit
+                continue
+            others = group.frozen.union(*group.late)
+            first = [position for position in unit.positions if position not in others]
+            yield StepUnit(unit.key, unit.group, first)
+            for number, positions in enumerate(group.late):
+                yield StepUnit((unit.key, number), unit.group, positions)
+
+    def _new_buckets(self, unit: StepUnit) -> list[Lane]:
+        group = self.group_of(unit)
+        buckets = self.layout.lanes(self.members(unit), rules.load(group.rule), group.options)
+        for bucket in buckets:
+            for bank in bucket.banks:
+                bank.bind(self.state)
+                if any(self.state[m.parameter]["step"] for m in bank.members):
+                    bank.watch(all_of=True)
+        return buckets
+
+    def _new_members(self, unit: StepUnit) -> list[Member]:
+        group = self.group_of(unit)
+        # Staggering counts the matrices that are stepped together: neither frozen nor late ones of other units.
+        others = group.frozen.union(*group.late).difference(unit.positions)
+        matrices = [
+            (position, block)
+            for position, route in enumerate(group.routes)
+            if position not in others
+            for block in route.blocks
+        ]
+        offset, interval = group.options.get("refresh_offset", 0), group.options.get("refresh_interval", 1)
+        stagger, wanted = group.options.get("refresh_stagger", False), set(unit.positions)
+        return [
+            Member(
+                group.parameters[position],
+                block,
+                f"{block.part}." if len(group.routes[position].blocks) > 1 else "",
+                offset + (number * interval // len(matrices) if stagger else 0),
+                self.layout.holding(group.parameters[position], block),
+            )
+            for number, (position, block) in enumerate(matrices)
+            if position in wanted
+        ]
