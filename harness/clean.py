@@ -18,15 +18,16 @@ from pathlib import Path
 import filelock
 from rich.table import Table
 
-from harness.cli import FAILED, document
-from harness.config.errors import InputError, closest
+from harness import command_line
+from harness.commands import ExitCode
+from harness.config.errors import InputError
 from harness.console import cell, for_tables
 from harness.files import locks
+from harness.output import json_document
 from harness.record.readers import STATUS
 
 DEEPEST = 4
 """Levels of folders below DIR in which runs are looked for: runs_dir/group/name, and one more."""
-_FLAGS = ("--yes", "--json")
 _REPLACED = re.compile(r"\..+\.replaced-\d{8}-\d{6}-\d{6}")
 _UNFINISHED = "written by a process that died"
 _FILES = (
@@ -61,16 +62,13 @@ def main(argv: Sequence[str]) -> int:
     """List what may be removed below DIR (``runs``), and remove it with ``--yes``; returns the exit code.
 
     Raises:
-        InputError: no such folder, an unknown word.
+        InputError: no such folder, an unknown option.
     """
-    words = [word for word in argv if word not in _FLAGS]
-    if wrong := next((word for word in words if word.startswith("-")), None):
-        raise InputError(
-            "clean", wrong, "is not an option", allowed=_FLAGS, suggestion=closest(wrong, _FLAGS)
-        )
-    if len(words) > 1:
-        raise InputError("clean", " ".join(words), "is more than one folder", fix="optbench clean runs")
-    root = Path(words[0] if words else "runs")
+    arguments = command_line.parse("clean", argv)
+    if len(arguments.rest) > 1:
+        folders = " ".join(arguments.rest)
+        raise InputError("clean", folders, "is more than one folder", fix="optbench clean runs")
+    root = Path(arguments.rest[0] if arguments.rest else "runs")
     if not root.is_dir():
         raise InputError("clean", root, "is no folder", fix="optbench clean RUNS_DIR")
     items: list[Item] = []
@@ -83,10 +81,10 @@ def main(argv: Sequence[str]) -> int:
                 continue
             found = list(_items(run))
             items += found
-            if "--yes" in argv:
+            if arguments.options.yes:
                 problems += _remove(found)
-    _show(root, items, in_use, problems, removed="--yes" in argv, as_json="--json" in argv)
-    return FAILED if problems else 0
+    _show(root, items, in_use, problems, removed=arguments.options.yes, as_json=arguments.options.json)
+    return ExitCode.RUN_FAILED if problems else 0
 
 
 def _runs(root: Path, depth: int = 0) -> Iterator[Path]:
@@ -199,7 +197,7 @@ def _show(
             "in_use": list(in_use),
             "problems": list(problems),
         }
-        print(document(root=str(root), removed=removed, total_bytes=total, **lists))
+        print(json_document(root=str(root), removed=removed, total_bytes=total, **lists))
         return
     table = Table("what", "MB", "path", box=None)
     table.columns[1].justify = "right"

@@ -1,22 +1,24 @@
-"""`optbench completion SHELL`: a script that completes commands, groups, keys and their values on TAB.
+"""`optbench completion SHELL`: print a script that completes commands, options, groups, keys and values on TAB.
 
-The words are put into the script when it is printed: completing starts no Python.
+The candidates are written into the script when it is printed, so completing starts no Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.cli import COMMANDS
+from harness import command_line
+from harness.commands import COMMANDS, JSON, load
 from harness.config import keys, sources
 from harness.config.errors import InputError
+from harness.output import json_document
 
 SHELLS = ("bash", "zsh", "fish")
 
 _BASH = """\
 # optbench completion bash >> ~/.bash_completion   (or: source <(optbench completion bash))
 _optbench() {{
-    local commands="{commands}" with_keys="{with_keys}" named="{named}" word line
+    local keys="{keys}" candidates="" word line
     COMPREPLY=()
     # The line as typed: bash itself breaks words at "=".
     line="${{COMP_LINE:0:COMP_POINT}}"
@@ -24,18 +26,13 @@ _optbench() {{
     local rest="${{line#* }}"
     local command="${{rest%% *}}"
     if [[ "$rest" == "$word" || "$rest" == "$line" ]]; then
-        COMPREPLY=($(compgen -W "$commands" -- "$word"))
+        COMPREPLY=($(compgen -W "{commands}" -- "$word"))
         return
     fi
-    case " $with_keys " in
-        *" $command "*) ;;
-        *)
-            [[ "$command" == show ]] && COMPREPLY=($(compgen -W "$named" -- "$word"))
-            [[ "$command" == paper ]] && COMPREPLY=($(compgen -W "{tables}" -- "$word"))
-            return ;;
+    case "$command" in
+{cases}
     esac
-    local found=($(compgen -W "{words}" -- "$word"))
-    [[ "$command" == compare || "$command" == sweep ]] && found+=($(compgen -W "{optimizers}" -- "$word"))
+    local found=($(compgen -W "$candidates" -- "$word"))
     # Only what comes after the last "=" is replaced.
     local head=""
     [[ "$word" == *=* && "$COMP_WORDBREAKS" == *=* ]] && head="${{word%=*}}="
@@ -54,47 +51,70 @@ _FISH = """\
 # optbench completion fish > ~/.config/fish/completions/optbench.fish
 complete -c optbench -f
 complete -c optbench -n __fish_use_subcommand -a "{commands}"
-complete -c optbench -n "__fish_seen_subcommand_from {with_keys}" -a "{words}"
-complete -c optbench -n "__fish_seen_subcommand_from compare sweep" -a "{optimizers}"
-complete -c optbench -n "__fish_seen_subcommand_from show" -a "{named}"
-complete -c optbench -n "__fish_seen_subcommand_from paper" -a "{tables}"
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the script for a shell.
+    """Print the completion script of one shell.
 
     Raises:
-        InputError: another word than one of `SHELLS`.
+        InputError: an argument that is not one of `SHELLS`.
     """
-    if len(argv) != 1 or argv[0] not in SHELLS:
-        value = " ".join(argv) or "no shell"
+    arguments = command_line.parse("completion", argv)
+    names = arguments.rest
+    if len(names) != 1 or names[0] not in SHELLS:
+        value = " ".join(names) or "no shell"
         raise InputError(
             "completion", value, "is not one shell", allowed=SHELLS, fix="optbench completion bash"
         )
-    print(script(argv[0]), end="")
+    text = script(names[0])
+    print(json_document(shell=names[0], script=text) if arguments.options.json else text.rstrip("\n"))
     return 0
 
 
 def script(shell: str) -> str:
-    """The script for one of `SHELLS`."""
-    choices = {group: sources.options(group) for group in sources.GROUPS}
-    words = [f"{group}={option}" for group, options in choices.items() for option in options]
+    """Return the completion script for one of `SHELLS`."""
+    commands = " ".join(COMMANDS)
+    if shell == "fish":
+        return _FISH.format(commands=commands) + "".join(map(_fish, COMMANDS))
+    bash = _BASH.format(commands=commands, keys=" ".join(_keys()), cases="\n".join(map(_bash_case, COMMANDS)))
+    return (_ZSH if shell == "zsh" else "") + bash
+
+
+def _bash_case(name: str) -> str:
+    keys_ = ["$keys"] if COMMANDS[name].takes_keys else []
+    options = [option.names[0] for option in (*COMMANDS[name].options, JSON)]
+    return f'        {name}) candidates="{" ".join([*_values(name), *options, *keys_])}" ;;'
+
+
+def _fish(name: str) -> str:
+    seen = f'complete -c optbench -n "__fish_seen_subcommand_from {name}"'
+    lines = []
+    candidates = [*_values(name), *(_keys() if COMMANDS[name].takes_keys else [])]
+    if candidates:
+        lines.append(f'{seen} -a "{" ".join(candidates)}"')
+    for option in (*COMMANDS[name].options, JSON):
+        needs_value = " -r" if option.metavar and not option.is_value_optional else ""
+        lines.append(f"{seen} -l {option.names[0].lstrip('-')}{needs_value}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _values(name: str) -> list[str]:
+    """Return the names that a command takes as arguments."""
+    if COMMANDS[name].takes_optimizers:
+        return sources.options("optimizer")
+    values = load(COMMANDS[name].values) if COMMANDS[name].values else ()
+    return list(values() if callable(values) else values)
+
+
+def _keys() -> list[str]:
+    """Return ``group=option`` of every choice, ``key=value`` of keys with listed values, and ``key=`` of the others."""
+    candidates = [f"{group}={option}" for group in sources.GROUPS for option in sources.options(group)]
     for key in keys.schema_keys().values():
-        listed = () if isinstance(key.allowed, str) else key.allowed
-        words += [f"{key.name}={value}" for value in listed if _is_plain(value)] or [f"{key.name}="]
-    names = sorted({option for options in choices.values() for option in options})
-    filled = {
-        "commands": " ".join(COMMANDS),
-        "with_keys": " ".join(name for name, command in COMMANDS.items() if command.takes_keys),
-        "words": " ".join(dict.fromkeys(words)),
-        "optimizers": " ".join(choices["optimizer"]),
-        "named": " ".join(names),
-        "tables": " ".join(sources.options("paper")),
-    }
-    template = {"bash": _BASH, "zsh": _ZSH + _BASH, "fish": _FISH}[shell]
-    return template.format(**filled)
+        values = () if isinstance(key.allowed, str) else key.allowed
+        candidates += [f"{key.name}={value}" for value in values if _is_plain(value)] or [f"{key.name}="]
+    return list(dict.fromkeys(candidates))
 
 
-def _is_plain(word: str) -> bool:
-    return word.replace("_", "").replace("-", "").replace(".", "").isalnum()
+def _is_plain(value: str) -> bool:
+    return value.replace("_", "").replace("-", "").replace(".", "").isalnum()

@@ -16,10 +16,11 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from harness.cli import document
+from harness import command_line
 from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
+from harness.output import json_document
 
 Verdict = Literal["ok", "missing", "broken"]
 _LITTLE_SPACE = 5e9
@@ -43,17 +44,18 @@ class Finding(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Look, and say what was found; 1 where something is broken.
+    """Print what this machine can run; return 1 where something is broken.
 
     Raises:
-        InputError: any word but --json.
+        InputError: any argument but ``--json``.
     """
-    words = [word for word in argv if word != "--json"]
-    if words:
-        raise InputError("doctor", words[0], "is not expected", allowed="--json", fix="optbench doctor")
+    arguments = command_line.parse("doctor", argv)
+    if arguments.rest:
+        first = arguments.rest[0]
+        raise InputError("doctor", first, "is not expected", allowed="--json", fix="optbench doctor")
     findings = [finding for look in _LOOKS for finding in look()]
-    if "--json" in argv:
-        print(document(findings=[finding._asdict() for finding in findings]))
+    if arguments.options.json:
+        print(json_document(findings=[finding._asdict() for finding in findings]))
     else:
         _show(findings)
     return int(any(finding.verdict == "broken" for finding in findings))

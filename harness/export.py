@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from harness.cli import document
+from harness import command_line
 from harness.config import compose
 from harness.config.errors import InputError
 from harness.files import atomic
+from harness.output import json_document
 from harness.record import readers
 
 if TYPE_CHECKING:
@@ -59,23 +60,23 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: there is no valid checkpoint, or the folder exists or cannot be written.
     """
-    words = [word for word in argv if word != "--json"]
-    if len(words) != 2:
+    arguments = command_line.parse("export", argv)
+    if len(arguments.rest) != 2:
         raise InputError(
             "export",
-            " ".join(words) or "nothing",
+            " ".join(arguments.rest) or "nothing",
             "is not CHECKPOINT FOLDER",
             fix="optbench export runs/default/mine model",
         )
-    target = Path(words[1])
+    target = Path(arguments.rest[1])
     if target.exists() or target.is_symlink():
         raise InputError("export", target, "exists already", fix="another folder")
-    source = find(Path(words[0]))
+    source = find(Path(arguments.rest[0]))
     has_tokenizer = write(source.folder, target)
     warnings = source.warnings
     if not has_tokenizer:
         warnings.append("without the tokenizer: its corpus is not in the cache (data.cache_dir)")
-    if "--json" in argv:
+    if arguments.options.json:
         facts = {
             "step": source.step,
             "last_step": source.last_step,
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
             "is_last": source.step >= source.last_step,
         }
         where = {"checkpoint": str(source.folder), "folder": str(target), "has_tokenizer": has_tokenizer}
-        print(document(**where, **facts, warnings=warnings))
+        print(json_document(**where, **facts, warnings=warnings))
     else:
         print(f"step {source.step} of {source.steps_planned}, from {source.folder}")
         print(target)

@@ -14,13 +14,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from harness.cli import COMMANDS, document
+from harness import command_line
+from harness.commands import COMMANDS
 from harness.config import checks, cluster, keys, learning_rates, sources
 from harness.config.compose import load
 from harness.config.errors import InputError, closest
 from harness.config.model_facts import facts
 from harness.config.schema import ModelConfig
 from harness.console import for_tables
+from harness.output import json_document
 
 _KINDS = {
     "models": "model",
@@ -34,19 +36,18 @@ _KINDS = {
 
 
 def list_command(argv: Sequence[str]) -> int:
-    """`optbench list [--json]`: everything that a group takes.
+    """List everything that a group takes: `optbench list [--json]`.
 
     Raises:
-        InputError: any other word.
+        InputError: any other argument.
     """
-    words, is_json = _split_json(argv)
-    if words:
-        raise InputError(
-            "list", words[0], "is not expected", allowed="--json", fix=f"optbench show {words[0]}"
-        )
+    arguments = command_line.parse("list", argv)
+    if arguments.rest:
+        first = arguments.rest[0]
+        raise InputError("list", first, "is not expected", allowed="--json", fix=f"optbench show {first}")
     tables = {kind: [_ROWS[kind](name) for name in sources.options(group)] for kind, group in _KINDS.items()}
-    if is_json:
-        print(document(**tables))
+    if arguments.options.json:
+        print(json_document(**tables))
         return 0
     console = for_tables()
     for kind, rows in tables.items():
@@ -55,29 +56,32 @@ def list_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def names() -> list[str]:
+    """Return the names that `optbench show` takes."""
+    with_keys = [name for name, command in COMMANDS.items() if command.takes_keys]
+    return [*_kinds(), *with_keys]
+
+
 def show_command(argv: Sequence[str]) -> int:
-    """`optbench show NAME [--json]`: one model, optimizer, engine, data set, schedule, experiment, cluster or
-    command.
+    """Show one model, optimizer, engine, data set, schedule, experiment, cluster or command.
 
     Raises:
-        InputError: no name, several names, or a name that nothing has.
+        InputError: no name, several names, or an unknown name.
     """
-    words, is_json = _split_json(argv)
-    names = {name: kind for kind, group in reversed(_KINDS.items()) for name in sources.options(group)}
-    with_keys = [name for name, command in COMMANDS.items() if command.takes_keys]
-    choices = [*names, *with_keys]
-    if len(words) != 1:
-        value = " ".join(words) or "no name"
+    arguments = command_line.parse("show", argv)
+    kinds, choices = _kinds(), names()
+    if len(arguments.rest) != 1:
+        value = " ".join(arguments.rest) or "no name"
         raise InputError("show", value, "is not one name", allowed=choices, fix="optbench show sumo")
-    name = words[0].partition("=")[2] or words[0]
+    name = arguments.rest[0].partition("=")[2] or arguments.rest[0]
     if name not in choices:
         guess = closest(name, choices)
         raise InputError(
             "show", name, "is not known", allowed=choices, fix=f"optbench show {guess or 'sumo'}"
         )
-    shown = _SHOW[names[name]](name) if name in names else _show_keys()
-    if is_json:
-        print(document(name=name, kind=names.get(name, "command"), **shown))
+    shown = _SHOW[kinds[name]](name) if name in kinds else _show_keys()
+    if arguments.options.json:
+        print(json_document(name=name, kind=kinds.get(name, "command"), **shown))
         return 0
     console = for_tables()
     for label, value in shown.items():
@@ -87,6 +91,11 @@ def show_command(argv: Sequence[str]) -> int:
         if isinstance(value, list) and value:
             _print_rows(console, label.replace("_", " "), value)
     return 0
+
+
+def _kinds() -> dict[str, str]:
+    """Map each name to its kind; where two kinds share a name, the first kind of `_KINDS` wins."""
+    return {name: kind for kind, group in reversed(_KINDS.items()) for name in sources.options(group)}
 
 
 def keys_text() -> str:
@@ -268,10 +277,6 @@ def _comment(group: str, name: str) -> str:
         if not line.startswith("# @"):
             lines.append(line.lstrip("# ").strip())
     return " ".join(lines)
-
-
-def _split_json(argv: Sequence[str]) -> tuple[list[str], bool]:
-    return [word for word in argv if word != "--json"], "--json" in argv
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ import yaml
 from analysis.margin import settings
 from analysis.reconstruction import config
 from analysis.tuning import study_file
-from harness import cli
+from harness.commands import COMMANDS
 from harness.config import checks, cluster, compose
 from harness.config.errors import InputError
 
@@ -64,7 +64,7 @@ def test_a_command_of_ours_is_one(page: str, line: str) -> None:
     command, keys = words[0], [word for word in words[1:] if "=" in word and not word.startswith("-")]
     if command in COMPANIONS:
         COMPANIONS[command](keys)
-    elif cli.COMMANDS[command].takes_keys and command in ("train", "plan"):
+    elif COMMANDS[command].takes_keys and command in ("train", "plan"):
         try:
             checks.check(compose.load(keys), environ={}, devices=8)
         except InputError as error:
@@ -124,7 +124,7 @@ def test_control_a_wrong_block_would_be_seen(
 
 @pytest.mark.parametrize("command", COMPANIONS)
 def test_examples_of_a_companion_are_words_of_it(command: str) -> None:
-    for words, _ in cli.COMMANDS[command].examples:
+    for words, _ in COMMANDS[command].examples:
         test_a_command_of_ours_is_one("--help", f"optbench {command} {words}")
 
 
@@ -205,7 +205,7 @@ def test_an_entry_of_the_api_reference_exists(name: str) -> None:
 
 def test_every_command_is_documented() -> None:
     text = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
-    missing = [name for name in cli.COMMANDS if f"optbench {name}" not in text]
+    missing = [name for name in COMMANDS if f"optbench {name}" not in text]
     assert missing == []
 
 

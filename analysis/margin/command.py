@@ -11,10 +11,10 @@ from analysis.margin.mirror import mirror
 from analysis.margin.outputs import Finished
 from analysis.margin.settings import Settings, read
 from analysis.margin.trajectory import Run
-from harness.cli import document
 from harness.config.errors import InputError
 from harness.console import for_tables
 from harness.files import atomic
+from harness.output import json_document
 
 DONE, NO, FAILED = 0, 1, 3
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     code = _code(done.runs)
     mirror(settings, done, folder, say, code)
     if as_json:
-        print(document(**outputs.document(settings, done)))
+        print(json_document(**outputs.document(settings, done)))
     else:
         _show(done, files)
     return code

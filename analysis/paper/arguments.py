@@ -1,4 +1,4 @@
-"""What `optbench paper` was told, checked word by word. Torch-free."""
+"""The arguments of `optbench paper`, checked. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.paper import tables
+from harness import command_line
+from harness.commands import COMMANDS
 from harness.config.errors import InputError, closest
 
-FLAGS = ("--list", "--commands", "--out", "--json")
 KEYS = ("runs",)
-_USAGE = "TABLE [runs=DIR] [--commands] [--out DIR] [--json] | [--list] [--json]"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for.
+    """One `optbench paper`.
 
     Attributes:
-        table: name of a table; None: the list of all.
+        table: name of a table; None: list all tables.
         runs: folder of finished runs; None: no run is looked at.
         out: folder for files; None: none are written.
         commands: the commands of the missing runs instead of the table.
@@ -34,60 +34,48 @@ class Request:
 
 
 def read(argv: Sequence[str]) -> Request:
-    """Read the words after ``optbench paper``.
+    """Parse the arguments of ``optbench paper``.
 
     Without ``runs=`` the runs are those of the group that the printed commands put them in, ``runs/TABLE``, if
     there are any.
 
     Raises:
-        InputError: an unknown word, flag or table, a folder that does not exist, or flags that exclude each other.
+        InputError: an unknown argument, option or table, a missing folder, or options that exclude each other.
     """
-    names: list[str] = []
-    values: dict[str, str] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.partition("=")
-        if key == "--out":
-            value = value if equals else (rest.pop(0) if rest else "")
-            if not value or value.startswith("--"):
-                raise InputError("--out", value or "nothing", "names no folder", fix="--out runs/paper")
-            values[key] = value
-        elif word in FLAGS:
-            values[word] = ""
-        elif word.startswith("-"):
-            raise InputError("argument", word, "is not known", allowed=FLAGS)
-        elif equals and key not in KEYS:
+    arguments = command_line.parse("paper", argv)
+    options, names = arguments.options, arguments.names
+    values = dict(argument.split("=", 1) for argument in arguments.overrides)
+    for key, value in values.items():
+        if key not in KEYS:
             guess = closest(key, KEYS)
             raise InputError(key, value, "is for an unknown key", allowed=KEYS, fix=f"{guess or 'runs'}=DIR")
-        elif equals:
-            values[key] = value
-        else:
-            names.append(word)
-    if not names or "--list" in values:
-        _refuse_more(names, values)
-        return Request(None, as_json="--json" in values)
+    if not names or options.list:
+        _refuse_more(arguments)
+        return Request(None, as_json=options.json)
     if len(names) > 1:
-        shown = " ".join(names)
-        raise InputError("paper", shown, "is not one table", allowed=_USAGE, fix=f"optbench paper {names[0]}")
+        usage = COMMANDS["paper"].usage
+        fix = f"optbench paper {names[0]}"
+        raise InputError("paper", " ".join(names), "is not one table", allowed=usage, fix=fix)
     (name,) = names
     tables.load(name)
     return Request(
         name,
         runs=_runs(name, values.get("runs")),
-        out=_out(values.get("--out")),
-        commands="--commands" in values,
-        as_json="--json" in values,
+        out=_out(options.out),
+        commands=options.commands,
+        as_json=options.json,
     )
 
 
-def _refuse_more(names: Sequence[str], values: dict[str, str]) -> None:
-    more = [
-        *names,
-        *(f"{key}={v}" if v else key for key, v in values.items() if key not in ("--list", "--json")),
-    ]
+def _refuse_more(arguments: command_line.Arguments) -> None:
+    """Refuse everything but ``--json`` next to the list of tables."""
+    more = list(arguments.rest)
+    if arguments.options.out is not None:
+        more.append(f"--out {arguments.options.out}")
+    if arguments.options.commands:
+        more.append("--commands")
     if more:
-        fix = f"optbench paper {(names or tables.names() or ['TABLE'])[0]}"
+        fix = f"optbench paper {(arguments.names or tables.names() or ['TABLE'])[0]}"
         raise InputError("paper", " ".join(more), "and the list of tables exclude each other", fix=fix)
 
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.paper import arguments, tables
-from harness.cli import document
 from harness.console import cell, for_tables
 from harness.files import atomic
+from harness.output import json_document
 from harness.visible import visible
 
 DONE, NO = 0, 1
@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
     if asked.commands:
         runs = [{"command": run, "cells": cells} for run, cells in filled.commands.items()]
         lines = outputs.command_lines(filled)
-        print(document(table=filled.name, commands=runs) if asked.as_json else "\n".join(lines))
+        print(json_document(table=filled.name, commands=runs) if asked.as_json else "\n".join(lines))
         return DONE
     if asked.as_json:
-        print(document(**outputs.document(filled)))
+        print(json_document(**outputs.document(filled)))
     else:
         outputs.show(filled, console)
     return NO if filled.disagrees else DONE
@@ -61,7 +61,7 @@ def _list(as_json: bool, console: Console) -> None:
             {"name": name, "title": table.title, "source": table.source.model_dump()}
             for name, table in loaded.items()
         ]
-        print(document(tables=rows))
+        print(json_document(tables=rows))
         return
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for head in ("table", "source", "of"):

@@ -16,8 +16,8 @@ from rich.text import Text
 from analysis.formatting import to_jsonable
 from analysis.paper.cells import STATUSES, Cell, Filled
 from harness import visible
-from harness.cli import document as whole_document
 from harness.files import atomic
+from harness.output import json_document
 from harness.visible import csv_cell, markdown_row
 
 HEADS = ("row", "column", "published", "predicted", "measured", "unit", "status")
@@ -77,7 +77,7 @@ def write(filled: Filled, folder: Path) -> list[Path]:
     """Write NAME.json, NAME.md and NAME.csv, each whole, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "json": whole_document(**document(filled)) + "\n",
+        "json": json_document(**document(filled)) + "\n",
         "md": _markdown(filled),
         "csv": _csv(filled),
     }

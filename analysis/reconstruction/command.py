@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from analysis.reconstruction import config as configuration
 from analysis.reconstruction.config import Config
-from harness.cli import document
 from harness.config.errors import InputError
 from harness.console import for_tables
+from harness.output import json_document
 
 INTERRUPTED = 75
 
@@ -54,7 +54,7 @@ def _run(config: Config, *, is_json: bool) -> int:
     files = report.write(results)
     mirror.mirror(results, files[1:], say, code)
     if is_json:
-        print(document(**results.document()))
+        print(json_document(**results.document()))
     else:
         report.show(results, for_tables())
         print(report.headline(results))

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from analysis.training import arguments, sessions
-from harness.cli import COMMANDS
+from harness.commands import COMMANDS
 from harness.config import cluster
 from harness.config.errors import InputError, closest
 from harness.jobs import scripts, slurm, submit

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from analysis.training import sessions
 from analysis.tuning import arguments
-from harness.cli import document
 from harness.files import atomic
+from harness.output import json_document
 
 if TYPE_CHECKING:
     from analysis.tuning.running import Tuning
@@ -87,7 +87,7 @@ def _dry_run(study: arguments.Study, tuning: Tuning) -> int:
     tokens = config.steps * config.batch_size * config.seq_len
     cost = {"runs": runs, "steps_per_run": config.steps, "tokens_per_run": tokens, "seconds_per_run": per_run}
     if study.plan.as_json:
-        print(document(dry_run=True, tuning=tuning.document(), cost=cost))
+        print(json_document(dry_run=True, tuning=tuning.document(), cost=cost))
         return 0
     renderings.print_grid(tuning_tables.listing(arms), sys.stdout)
     total = runs["trials"] + fresh

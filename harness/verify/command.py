@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness.cli import FAILED, document
-from harness.config.errors import InputError
+from harness import command_line
+from harness.command_line import Arguments
+from harness.commands import ExitCode
 from harness.console import for_tables
 from harness.files import atomic
+from harness.output import json_document
 from harness.record.certificates import Cell
 from harness.verify import cells, page
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, certify
 from harness.verify.verdict import Result
 
-FLAGS = ("--full", "--include-controls", "--include-peers", "--json")
 OUT = "runs/certificates"
 
 
@@ -27,12 +28,13 @@ def main(argv: Sequence[str]) -> int:
     """Certify cells; 0 if all are green and all controls red, 1 if not, 3 if a rank died or hung.
 
     Raises:
-        InputError: words that choose no cells, an unknown flag, a folder that cannot be written.
+        InputError: a selection without cells, an unknown option, a folder that cannot be written.
     """
-    words, flags, out = _parsed(argv)
-    chosen = _chosen(words, flags)
+    arguments = command_line.parse("certify", argv)
+    selected = _selected(arguments)
+    out = Path(arguments.options.out or OUT)
     atomic.check_folder("--out", out, fix=f"--out {OUT}")
-    is_json = "--json" in flags
+    is_json = arguments.options.json
     console = for_tables(stderr=True)
 
     def say(result: Result, number: int, total: int) -> None:
@@ -40,49 +42,28 @@ def main(argv: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="optbench-certify-") as scratch:
         try:
-            found = certify(chosen, Path(scratch), say)
+            found = certify(selected, Path(scratch), say)
         except RankLost as error:
             if is_json:
-                print(document(error={"key": "certify", "message": str(error).splitlines()[0]}))
+                print(json_document(error={"key": "certify", "message": str(error).splitlines()[0]}))
             print(error, file=sys.stderr, flush=True)
-            return FAILED
+            return ExitCode.RUN_FAILED
     _write(found, out)
     if is_json:
-        print(document(**_content(found)))
+        print(json_document(**_content(found)))
     else:
         page.show(found, for_tables())
         print(out / "certificates.json")
     return 0 if found.passed else 1
 
 
-def _parsed(argv: Sequence[str]) -> tuple[list[str], set[str], Path]:
-    words: list[str] = []
-    flags: set[str] = set()
-    out = Path(OUT)
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if name == "--out":
-            if not equals and not rest:
-                raise InputError("--out", "nothing", "names no folder", fix=f"--out {OUT}")
-            out = Path(value if equals else rest.pop(0))
-        elif word in FLAGS:
-            flags.add(word)
-        elif word.startswith("-"):
-            raise InputError("certify", word, "is not an option", allowed=[*FLAGS, "--out"])
-        else:
-            words.append(word)
-    return words, flags, out
-
-
-def _chosen(words: Sequence[str], flags: set[str]) -> list[Cell]:
-    chosen = cells.select(words, full="--full" in flags)
-    if "--include-controls" in flags:
-        chosen += cells.controls()
-    if "--include-peers" in flags:
-        chosen += cells.peers()
-    return chosen
+def _selected(arguments: Arguments) -> list[Cell]:
+    selected = cells.select(arguments.rest, full=arguments.options.full)
+    if arguments.options.include_controls:
+        selected += cells.controls()
+    if arguments.options.include_peers:
+        selected += cells.peers()
+    return selected
 
 
 def _content(found: Certified) -> dict[str, object]:
@@ -107,5 +88,5 @@ def _one_line_a_cell(content: dict[str, object]) -> str:
     cells_ = content["cells"]
     assert isinstance(cells_, list)
     lines = [json.dumps(cell, ensure_ascii=False, allow_nan=False) for cell in cells_]
-    text = document(**{**content, "cells": []}) + "\n"
+    text = json_document(**{**content, "cells": []}) + "\n"
     return text.replace('"cells": []', '"cells": [\n' + ",\n".join(lines) + "\n]")

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from harness import cli
+from harness.commands import COMMANDS, HEADINGS, Command
 from harness.config.errors import InputError
+from harness.output import json_document
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +62,7 @@ def test_nothing_here_imports_torch() -> None:
 def test_overview_lists_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name}" in text and command.summary in text for name, command in cli.COMMANDS.items())
+    assert all(f"  {name}" in text and command.summary in text for name, command in COMMANDS.items())
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
@@ -80,12 +82,12 @@ def test_help_fits_the_terminal(
 def test_help_is_grouped_and_names_each_command_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     text = capsys.readouterr().out
-    for name in cli.COMMANDS:
+    for name in COMMANDS:
         assert len([line for line in text.splitlines() if line.startswith(f"  {name} ")]) == 1
-    named = [name for names in cli.HEADINGS.values() for name in names]
+    named = [name for names in HEADINGS.values() for name in names]
     assert len(named) == len(set(named))
     # At 80 columns each command has one line.
-    assert max(len(command.summary) for command in cli.COMMANDS.values()) <= 65
+    assert max(len(command.summary) for command in COMMANDS.values()) <= 65
 
 
 @pytest.mark.parametrize(
@@ -117,20 +119,20 @@ def test_tables_of_a_narrow_terminal_lose_nothing(
     assert narrow.count("…") == wide.count("…")
 
 
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert f"usage: optbench {name}" in text
     assert "examples:" in text
     assert "--json" in text
-    assert ("optimizer.lr=" in text) == cli.COMMANDS[name].takes_keys
+    assert ("optimizer.lr=" in text) == COMMANDS[name].takes_keys
 
 
 def test_examples_of_runs_compose() -> None:
     from harness.config.compose import load
 
-    for words, _ in cli.COMMANDS["train"].examples:
+    for words, _ in COMMANDS["train"].examples:
         composed = load(words.split())
         for word in words.split():
             key, _, value = word.partition("=")
@@ -161,7 +163,7 @@ def test_bad_input_is_the_last_line(words: list[str], line: str, capsys: pytest.
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def fail(command: cli.Command, words: Sequence[str]) -> int:
+    def fail(command: Command, words: Sequence[str]) -> int:
         raise error
 
     monkeypatch.setattr(cli, "_run", fail)
@@ -214,7 +216,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_numbers_that_json_lacks_are_refused() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        cli.document(loss=float("nan"))
+        json_document(loss=float("nan"))
 
 
 PROGRAM = [

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from harness import cli
+from harness.commands import COMMANDS, Command
 from harness.config import checks, compose, keys, sources
 from harness.config.errors import InputError
 from harness.record.folder import path_of
@@ -124,7 +125,7 @@ values = st.one_of(
 )
 assignments = st.builds(lambda name, value: f"{name}={value}", st.sampled_from(NAMES), values)
 words = st.one_of(assignments, assignments, st.sampled_from(FLAGS), st.sampled_from(STRAYS), values)
-lines = st.tuples(st.sampled_from(sorted(cli.COMMANDS)), st.lists(words, max_size=4), st.integers(0, 4))
+lines = st.tuples(st.sampled_from(sorted(COMMANDS)), st.lists(words, max_size=4), st.integers(0, 4))
 
 
 @contextlib.contextmanager
@@ -247,7 +248,7 @@ def test_any_keys_of_a_run_for_long(given_words: list[str]) -> None:
 
 
 def test_control_a_traceback_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(command: cli.Command, argv: list[str]) -> int:
+    def fail(command: Command, argv: list[str]) -> int:
         raise RuntimeError("boom")
 
     monkeypatch.setattr(cli, "_run", fail)

@@ -71,5 +71,5 @@ def test_a_file_where_runs_should_go_is_broken(
 
 
 def test_other_words_are_refused() -> None:
-    with pytest.raises(InputError, match="is not expected"):
+    with pytest.raises(InputError, match="is not an option"):
         doctor.main(["--jsn"])

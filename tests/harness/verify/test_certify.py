@@ -149,7 +149,7 @@ def test_a_lost_rank_ends_the_command(
     ("words", "line"),
     [
         (["--fulll"], "certify: --fulll is not an option; did you mean --full?"),
-        (["--out"], "--out: nothing names no folder"),
+        (["--out"], "--out: needs a value"),
         (["--out", "/dev/null/here"], "--out: /dev/null/here cannot be written"),
     ],
 )

@@ -1,0 +1,390 @@
+"""The commands of `optbench`: what each takes, in one table that parsing, ``--help`` and completion read.
+
+Standard library only, so that `optbench --help` is instant: a command's module is imported when the command runs.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class ExitCode(IntEnum):
+    """How a command ended."""
+
+    DONE = 0
+    CHECK_FAILED = 1
+    BAD_INPUT = 2
+    RUN_FAILED = 3
+    RESUMABLE = 75
+    INTERRUPTED = 130
+
+
+class Option(NamedTuple):
+    """An option that begins with dashes.
+
+    Attributes:
+        names: spellings; the first one is shown and, without dashes, names the parsed value.
+        meaning: one line for ``--help``.
+        metavar: what its value is; empty: a switch without a value.
+        example: what to type, for an error about a missing or wrong value.
+        choices: allowed values; empty: any.
+        is_repeatable: every occurrence adds a value.
+        is_value_optional: the value can be left out, and is given only as ``--name=VALUE``.
+    """
+
+    names: tuple[str, ...]
+    meaning: str
+    metavar: str = ""
+    example: str = ""
+    choices: tuple[str, ...] = ()
+    is_repeatable: bool = False
+    is_value_optional: bool = False
+
+    @property
+    def usage(self) -> str:
+        """Return the option with its value, as ``--help`` shows it: ``--out DIR``."""
+        if self.is_value_optional:
+            return f"{self.names[0]}[={self.metavar}]"
+        return f"{self.names[0]} {self.metavar}".strip()
+
+
+class Command(NamedTuple):
+    """A command of the table.
+
+    Attributes:
+        target: "module:function"; the function takes the arguments after the command and returns the exit code.
+        summary: one line for `optbench --help`.
+        usage: the arguments after the command that are no options.
+        examples: (arguments, what they do).
+        options: besides ``--json``, which every command takes.
+        arguments: (argument, meaning) of arguments that need a line in ``--help``.
+        takes_keys: it takes the ``key=value`` overrides of a run.
+        takes_optimizers: it takes names of optimizers.
+        values: "module:name" of the names that the command takes, a list or a function that returns it; empty: none.
+        keys: "module:function" of the text about the command's own keys; empty: none.
+    """
+
+    target: str
+    summary: str
+    usage: str
+    examples: tuple[tuple[str, str], ...]
+    options: tuple[Option, ...] = ()
+    arguments: tuple[tuple[str, str], ...] = ()
+    takes_keys: bool = False
+    takes_optimizers: bool = False
+    values: str = ""
+    keys: str = ""
+
+
+JSON = Option(("--json",), "print one JSON document on standard output, nothing else")
+_DRY_RUN = ("--dry-run",)
+_VERBOSITY = (
+    Option(("--quiet", "-q"), "print only runs that do not finish, and the result"),
+    Option(("--verbose", "-v"), "also print the output of each run (it is in its log.txt anyway)"),
+)
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "harness.jobs.train_command:main",
+        "train one run",
+        "[FILE.yaml] [group=option …] [key=value …]",
+        (
+            ("", "the defaults: a tiny LLaMA on the King James Bible with AdamW"),
+            ("model=llama_9m optimizer=sumo optimizer.rank=64 steps=1000 world_size=2", "two processes"),
+            ("model=llama_60m optimizer=galore precision=bf16 batch_size=512 micro_batch_size=64", "GPUs"),
+        ),
+        arguments=(
+            ("FILE.yaml", "keys of a run, such as the config.yaml of an earlier one; key=value wins over it"),
+        ),
+        takes_keys=True,
+    ),
+    "compare": Command(
+        "analysis.compare.command:main",
+        "train several optimizers under one protocol, write the report",
+        "OPTIMIZER … [seeds=N] [OPTIMIZER.key=value …] [group=option …] [key=value …]",
+        (
+            ("adamw muon galore sumo preset=quickstart", "what `make quickstart` runs"),
+            ("adamw sumo seeds=5 model=llama_9m steps=2000", "with confidence intervals"),
+            ("sumo galore sumo.rank=32 galore.rank=64", "options for one of them"),
+        ),
+        _VERBOSITY,
+        takes_keys=True,
+        takes_optimizers=True,
+    ),
+    "sweep": Command(
+        "analysis.tuning.command:main",
+        "tune optimizers with equal budgets, compare on fresh seeds",
+        "OPTIMIZER … | study=NAME [trials=5] [seeds=3] [[OPTIMIZER.]option=A,B,…|LOW..HIGH] [extend=N] "
+        "[OPTIMIZER.key=value …] [key=value …]",
+        (
+            ("adamw muon galore sumo preset=quickstart", "five learning rates each, around its default"),
+            (
+                "adamw sumo lr=1e-3..1e-1 sumo.rank=16,32 trials=6 seeds=5 model=llama_9m",
+                "your own search spaces",
+            ),
+            ("study=quickstart", "a study from a file: configs/study/NAME.yaml"),
+            ("adamw sumo trials=3 steps=1000 --dry-run", "list the trials and how many tokens they take"),
+        ),
+        (Option(_DRY_RUN, "print the trials and what they would cost; start nothing"), *_VERBOSITY),
+        (
+            ("trials=N", "settings for every optimizer (5, or the length of a list)"),
+            ("seed=K, seeds=N", "seed of the trials (0); the comparison runs seeds K+1 to K+N (3 seeds)"),
+            (
+                "extend=N",
+                "while a best setting lies on an edge: up to N more trials for every optimizer (2; own space: 0)",
+            ),
+        ),
+        takes_keys=True,
+        takes_optimizers=True,
+    ),
+    "report": Command(
+        "analysis.report.command:main",
+        "compare the runs below a folder, other trainers' (CSV, JSONL) too",
+        "DIR | ENTITY/PROJECT[/GROUP] --export DIR",
+        (
+            ("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),
+            ("runs/quickstart --figures png", "and each plot as a PNG, with matplotlib"),
+            ("runs/quickstart --wandb", "and a workspace, a report and its files as artifacts in W&B"),
+            ("team/optbench/quickstart --export runs/back", "download runs from W&B and compare them"),
+        ),
+        (
+            Option(("--out",), "write there instead", "DIR", "optbench report runs/GROUP --out FOLDER"),
+            Option(("--figures",), "also write each plot as an image", "png", "--figures png", ("png",)),
+            Option(
+                ("--wandb",),
+                "dashboards in W&B; without a login, their definition as a file",
+                "ENTITY/PROJECT",
+                "--wandb=ENTITY/PROJECT",
+                is_value_optional=True,
+            ),
+            Option(
+                ("--export",),
+                "download runs from W&B into run folders below DIR, then compare them",
+                "DIR",
+                "optbench report ENTITY/PROJECT/GROUP --export FOLDER",
+            ),
+        ),
+    ),
+    "plan": Command(
+        "harness.plan.command:main",
+        "memory, traffic and FLOPs of a run before it starts: does it fit",
+        "[FILE.yaml] [group=option …] [key=value …]",
+        (
+            ("model=llama_60m optimizer=sumo engine=fsdp2 --world-size 64", "on a cluster that is not here"),
+            ("optimizer=muon engine=zero3 world_size=2 --json", "as one JSON document"),
+        ),
+        (
+            Option(("--world-size", "--world_size"), "processes to plan for", "N", "--world-size 8"),
+            Option(
+                ("--device-memory",),
+                'memory of one device, for "fits": 80GB, 24GiB (80GB)',
+                "SIZE",
+                "--device-memory 80GB",
+            ),
+        ),
+        takes_keys=True,
+    ),
+    "paper": Command(
+        "analysis.paper.command:main",
+        "a published table: published, predicted, measured",
+        "[TABLE] [runs=DIR]",
+        (
+            ("", "list the known tables"),
+            ("sumo_table3", "memory counted on our optimizers, perplexities from runs/sumo_table3"),
+            ("sumo_table3 runs=runs/mine --out runs/paper", "from finished runs elsewhere, written as files"),
+            ("sumo_table9 --commands", "the runs that would fill what is not measured"),
+        ),
+        (
+            Option(("--list",), "list the known tables"),
+            Option(
+                ("--commands",),
+                "print the commands of the missing runs, with the paper's protocol, instead of the table",
+            ),
+            Option(("--out",), "write TABLE.json, TABLE.md and TABLE.csv there", "DIR", "--out runs/paper"),
+        ),
+        values="analysis.paper.tables:names",
+    ),
+    "certify": Command(
+        "harness.verify.command:main",
+        "check that an engine computes what an optimizer's rule defines",
+        "[rule=…] [engine=…] [dtype=…] [accumulation=…] [clipping=…] [world_size=…]",
+        (
+            ("", "every rule on every engine, every setting of each engine: a few minutes"),
+            ("rule=sumo,muon engine=fsdp2,zero3", "some of them"),
+            ("rule=galore dtype=bf16", "every combination of what is named"),
+            ("--include-controls", "also defects that were put in on purpose, which must come out red"),
+        ),
+        (
+            Option(("--full",), "every combination (under an hour on 2 cores)"),
+            Option(
+                ("--include-controls",), "also eight defects of other implementations, which must be detected"
+            ),
+            Option(
+                ("--include-peers",), "also torch's and DeepSpeed's own Muon, which do not change the verdict"
+            ),
+            Option(
+                ("--out",),
+                "write certificates.json and certificates.md there (runs/certificates)",
+                "DIR",
+                "--out runs/certificates",
+            ),
+        ),
+    ),
+    "margin": Command(
+        "analysis.margin.command:main",
+        "how slowly training reaches its robustness margin",
+        "[mode=toy|flow|mlp|head] [key=value …] [NAME.option=value …]",
+        (
+            ("", "gradient descent on two neurons and two points: the gap closes as 1/ln t"),
+            ("optimizer=gd,adam,muon,sumo w=1,-3 b=0.5,0 steps=100000", "which optimizers escape that"),
+            ("mode=flow join_at=10000", "the same trajectory to flow time 1e300, checked against the steps"),
+            ("experiment=margin_inits", "many random starts, dead ones counted"),
+        ),
+        (Option(("--out",), "write there instead of runs/margin/<name>", "DIR", "--out runs/margin/mine"),),
+        keys="analysis.margin.settings:text",
+    ),
+    "reconstruct": Command(
+        "analysis.reconstruction.command:main",
+        "reconstruct training images from weights",
+        "[mode=fixture] [experiment=NAME] [key=value …] [OPTIMIZER.option=value …]",
+        (
+            (
+                "mode=fixture",
+                "a network in closed form: alternatives that are exact, controls that must fail",
+            ),
+            ("optimizer=gd,muon seeds=3", "victims, certificates, alternatives, attacks, susceptibility"),
+            (
+                "checkpoint=weights.safetensors batch=batch.npz",
+                "a network of your own, if the theory covers it",
+            ),
+        ),
+        keys="analysis.reconstruction.config:text",
+    ),
+    "export": Command(
+        "harness.export:main",
+        "write trained weights as a Hugging Face model folder",
+        "CHECKPOINT FOLDER",
+        (
+            ("runs/default/mine model", "the newest checkpoint of a run, with its tokenizer"),
+            ("runs/default/mine/checkpoints/step_00001000 model", "this checkpoint"),
+        ),
+    ),
+    "clean": Command(
+        "harness.clean:main",
+        "list what run folders no longer need, and remove it",
+        "[DIR]",
+        (
+            (
+                "",
+                "list rows and checkpoints of earlier attempts, half-written files, replaced runs below runs/",
+            ),
+            ("runs/mine --yes", "remove them"),
+        ),
+        (Option(("--yes",), "remove what is listed"),),
+    ),
+    "doctor": Command(
+        "harness.doctor:main",
+        "show what this machine can run, and what is missing",
+        "",
+        (("", "packages, GPUs, engines, folders, W&B, SLURM; exit code 1 where something is broken"),),
+    ),
+    "completion": Command(
+        "harness.completion:main",
+        "print a script that completes commands, keys and values on TAB",
+        "bash|zsh|fish",
+        (("bash >> ~/.bash_completion", "for every new shell"),),
+        values="harness.completion:SHELLS",
+    ),
+    "submit": Command(
+        "analysis.training.submit_command:main",
+        "submit a run, a comparison or another command as SLURM jobs",
+        "[train|compare|COMMAND] [its arguments] [cluster=NAME] [cluster.key=value …]",
+        (
+            ("model=llama_60m optimizer=sumo cluster=generic_gpu --dry-run", "print the script"),
+            ("model=llama_1b engine=fsdp2 cluster.nodes=4 cluster.time=12h", "one run on four nodes"),
+            (
+                "compare adamw sumo seeds=3 cluster.throttle=4",
+                "an array, one row per run, and the report after it",
+            ),
+            ("margin optimizer=gd,sumo --after 12", "any other command, after job 12"),
+        ),
+        (
+            Option(_DRY_RUN, "print the script, queue nothing"),
+            Option(
+                ("--after",), "begin when these jobs have ended", "JOB,…", "--after 12", is_repeatable=True
+            ),
+            Option(
+                ("--then",),
+                "one more job afterwards, even if this one failed",
+                "'COMMAND …'",
+                "--then 'margin optimizer=gd,adam'",
+                is_repeatable=True,
+            ),
+        ),
+        (
+            (
+                "cluster.KEY",
+                "partition, account, nodes, gpus, time, container …: optbench show generic_gpu",
+            ),
+        ),
+    ),
+    "status": Command(
+        "harness.jobs.status_command:main",
+        "show what the runs below a folder are doing",
+        "[DIR]",
+        (
+            ("", "all runs below runs/"),
+            ("runs/mine --watch", "every two seconds, as long as something runs"),
+            ("--cancel sumo-seed0", "end its job; the run saves and can be resumed"),
+            ("--resubmit sumo-seed0", "queue its script again"),
+        ),
+        (
+            Option(("--watch",), "keep the table up to date"),
+            Option(
+                ("--cancel",),
+                "end the job of a run",
+                "NAME",
+                "optbench status runs --cancel NAME",
+                is_repeatable=True,
+            ),
+            Option(
+                ("--resubmit",),
+                "queue a run again, from its last checkpoint",
+                "NAME",
+                "optbench status runs --resubmit NAME",
+                is_repeatable=True,
+            ),
+        ),
+    ),
+    "list": Command(
+        "harness.listing:list_command",
+        "list models, optimizers, engines, data sets",
+        "",
+        (("", "everything that can be named"),),
+    ),
+    "show": Command(
+        "harness.listing:show_command",
+        "show one of them: options, defaults, allowed values, source",
+        "NAME",
+        (("sumo", "options of an optimizer"), ("llama_60m", "a model"), ("train", "every key of a run")),
+        values="harness.listing:names",
+    ),
+}
+
+HEADINGS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "plan", "export", "clean"),
+    "compare": ("compare", "sweep", "report", "paper"),
+    "verify": ("certify", "audit", "diverge"),
+    "study": ("margin", "reconstruct", "memorize"),
+    "run on a cluster": ("submit", "status"),
+    "look up": ("list", "show", "doctor", "completion"),
+}
+"""Heading of `optbench --help` → commands; those that are in no group come last."""
+
+
+def load(target: str) -> Any:
+    """Import the object that "module:name" names."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
