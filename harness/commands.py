@@ -178,7 +178,7 @@ COMMANDS: dict[str, Command] = {
         (
             Option(("--world-size", "--world_size"), "processes to plan for", "N", "--world-size 8"),
             Option(
-                ("--device-memory",),
+                ("--device-memory", "--device_memory"),
                 'memory of one device, for "fits": 80GB, 24GiB (80GB)',
                 "SIZE",
                 "--device-memory 80GB",

@@ -11,7 +11,7 @@ from analysis.margin.mirror import mirror
 from analysis.margin.outputs import Finished
 from analysis.margin.settings import Settings, read
 from analysis.margin.trajectory import Run
-from harness.config.errors import InputError
+from harness import command_line
 from harness.console import for_tables
 from harness.files import atomic
 from harness.output import json_document
@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: bad input; nothing was computed.
     """
-    settings, folder, as_json = _words(argv)
+    arguments = command_line.parse("margin", argv)
+    settings = read(arguments.rest)
+    folder = Path(arguments.options.out) if arguments.options.out else _folder(settings)
     atomic.check_folder("--out", folder, fix="--out runs/margin/mine")
     console = for_tables(stderr=True)
 
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     files = outputs.write(settings, done, folder)
     code = _code(done.runs)
     mirror(settings, done, folder, say, code)
-    if as_json:
+    if arguments.options.json:
         print(json_document(**outputs.document(settings, done)))
     else:
         _show(done, files)
@@ -58,25 +60,6 @@ def _done(settings: Settings, say: Callable[[str], None]) -> Finished:
         return net_results.head(settings, head.run_head(settings, say))
     runs = toy.run_flow(settings, say) if settings.mode == "flow" else toy.run_toy(settings, say)
     return toy_results.finished(settings, runs)
-
-
-def _words(argv: Sequence[str]) -> tuple[Settings, Path, bool]:
-    words: list[str] = []
-    out: Path | None = None
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if word == "--json":
-            continue
-        if name == "--out":
-            if not equals and not rest:
-                raise InputError("--out", "nothing", "names no folder", fix="--out runs/margin/mine")
-            out = Path(value if equals else rest.pop(0))
-        else:
-            words.append(word)
-    settings = read(words)
-    return settings, out or _folder(settings), "--json" in argv
 
 
 def _folder(settings: Settings) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from analysis.reconstruction import config as configuration
 from analysis.reconstruction.config import Config
-from harness.config.errors import InputError
+from harness import command_line
 from harness.console import for_tables
 from harness.output import json_document
 
@@ -19,12 +19,10 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: words that are not understood, or a victim that did not separate its images.
     """
-    words = [word for word in argv if word != "--json"]
-    if flags := [word for word in words if word.startswith("-")]:
-        raise InputError("reconstruct", flags[0], "is not an option", allowed="--json and key=value words")
-    config = configuration.load(words)
+    arguments = command_line.parse("reconstruct", argv)
+    config = configuration.load(arguments.rest)
     _precheck(config)
-    return _run(config, is_json="--json" in argv)
+    return _run(config, is_json=arguments.options.json)
 
 
 def _precheck(config: Config) -> None:

@@ -7,13 +7,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.training import arguments
+from harness import command_line
+from harness.commands import COMMANDS
+from harness.config.errors import InputError
 
 if TYPE_CHECKING:
     from analysis.compare.document import Document
     from analysis.report.report import Written
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """One `optbench report`."""
+
+    folder: Path
+    """Of the runs; with ``export`` they are written there first."""
+    out: Path
+    as_json: bool
+    figures: bool = False
+    """Also write each plot as a PNG."""
+    wandb: bool = False
+    """Build dashboards in W&B."""
+    project: tuple[str | None, str] | None = None
+    """W&B entity (None: one's own) and project for them; None: what the runs name."""
+    export: tuple[str, str, str | None] | None = None
+    """W&B entity, project and group (None: all) to read runs from."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: no such folder or W&B project, or an unknown argument.
     """
-    request = arguments.report(argv)
+    request = parse(argv)
     if request.export is not None:
         from analysis.dashboards.export import export
 
@@ -49,3 +71,49 @@ def main(argv: Sequence[str]) -> int:
         figures=request.figures,
     )
     return 0
+
+
+def parse(argv: Sequence[str]) -> ReportRequest:
+    """Parse the arguments of ``optbench report``.
+
+    Raises:
+        InputError: no folder, more than one, an unknown option, or a W&B project that is not ENTITY/PROJECT.
+    """
+    arguments = command_line.parse("report", argv)
+    options, sources = arguments.options, list(arguments.rest)
+    is_export = options.export is not None
+    if is_export and options.wandb:
+        # With --export, --wandb=ENTITY/PROJECT names the project to read.
+        sources.append(options.wandb)
+    if len(sources) != 1:
+        what = "is not one W&B project" if is_export else "is not one folder"
+        fix = _EXPORT if is_export else "optbench report runs"
+        shown = " ".join(sources) or "nothing"
+        raise InputError("report", shown, what, allowed=COMMANDS["report"].usage, fix=fix)
+    folder = Path(options.export if is_export else sources[0])
+    return ReportRequest(
+        folder=folder,
+        out=Path(options.out or folder),
+        as_json=options.json,
+        figures=options.figures is not None,
+        wandb=options.wandb is not None and not is_export,
+        project=_dashboard_project(options.wandb) if options.wandb and not is_export else None,
+        export=_exported_project(sources[0]) if is_export else None,
+    )
+
+
+_EXPORT = "optbench report ENTITY/PROJECT/GROUP --export FOLDER"
+
+
+def _dashboard_project(text: str) -> tuple[str | None, str]:
+    parts = text.split("/")
+    if len(parts) > 2 or not all(parts):
+        raise InputError("--wandb", text, allowed="PROJECT or ENTITY/PROJECT", fix="--wandb=ENTITY/PROJECT")
+    return (parts[0] if len(parts) == 2 else None), parts[-1]
+
+
+def _exported_project(text: str) -> tuple[str, str, str | None]:
+    entity, project, group = [*text.split("/", 2), "", ""][:3]
+    if not entity or not project or (text.count("/") > 1 and not group):
+        raise InputError("--export", text, allowed="ENTITY/PROJECT or ENTITY/PROJECT/GROUP", fix=_EXPORT)
+    return entity, project, group or None

@@ -1,14 +1,15 @@
-"""What `optbench compare` and `optbench report` were told, checked word by word. Torch-free."""
+"""The arguments of `optbench compare`: which runs the comparison consists of. Torch-free."""
 
 from __future__ import annotations
 
 import shlex
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 from analysis.training.progress import Verbosity
+from harness import command_line
 from harness.config.errors import InputError, closest
 from harness.redaction import redact_argv
 from optimizers import presets
@@ -17,13 +18,6 @@ DEFAULT_SEEDS = 3
 """Two seeds give a test with one degree of freedom; three are the fewest that show a difference of some
 size.
 """
-PROGRESS_FLAGS = {
-    "-q": Verbosity.QUIET,
-    "--quiet": Verbosity.QUIET,
-    "-v": Verbosity.VERBOSE,
-    "--verbose": Verbosity.VERBOSE,
-}
-"""How much a command that trains prints before its result."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +48,6 @@ class Plan:
         return [*self.shared, *arm.overrides, *own]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `optbench report` was asked for."""
-
-    folder: Path
-    """The runs; with ``export`` they are written there first."""
-    out: Path
-    as_json: bool
-    figures: bool = False
-    """Write each plot as a PNG, too."""
-    wandb: bool = False
-    """Build the dashboards in W&B."""
-    project: tuple[str | None, str] | None = None
-    """W&B entity (None: one's own) and project for them; None: what the runs name."""
-    export: tuple[str, str, str | None] | None = None
-    """W&B entity, project and group (None: all) to read runs from."""
-
-
 def plan(argv: Sequence[str], command: str = "compare") -> Plan:
     """Read the words after ``optbench compare`` (or those of another ``command`` with the same grammar).
 
@@ -83,8 +59,8 @@ def plan(argv: Sequence[str], command: str = "compare") -> Plan:
         InputError: no arm, an arm named twice or unknown, a word that is neither, keys that each run gets for
         itself.
     """
-    labels = [word for word in argv if "=" not in word and not word.startswith("-")]
-    _check_flags(argv, {"--json", *PROGRESS_FLAGS})
+    arguments = command_line.parse(command, argv)
+    labels = arguments.names
     if not labels:
         said = " ".join(argv) or "nothing"
         fix = f"optbench {command} adamw sumo"
@@ -96,7 +72,7 @@ def plan(argv: Sequence[str], command: str = "compare") -> Plan:
     own: dict[str, dict[str, str]] = {label: {} for label in labels}
     shared: list[str] = []
     given: dict[str, str] = {}
-    for word in (word for word in argv if "=" in word and not word.startswith("-")):
+    for word in arguments.overrides:
         key, _, value = word.partition("=")
         label, _, option = key.partition(".")
         if option and label in own:
@@ -112,104 +88,21 @@ def plan(argv: Sequence[str], command: str = "compare") -> Plan:
         seeds=_seeds(given),
         shared=shared,
         group=given.get("group") or f"{command}-{datetime.now():%Y%m%d-%H%M%S}",
-        command=shlex.join(
-            ["optbench", command, *redact_argv(word for word in argv if not word.startswith("-"))]
-        ),
-        as_json="--json" in argv,
-        verbosity=verbosity(argv),
+        command=shlex.join(["optbench", command, *redact_argv(arguments.rest)]),
+        as_json=arguments.options.json,
+        verbosity=verbosity(arguments.options),
     )
 
 
-def verbosity(argv: Sequence[str]) -> Verbosity:
-    """Read ``--quiet`` and ``--verbose`` among the words.
+def verbosity(options: Namespace) -> Verbosity:
+    """Return how much to print, from the options ``--quiet`` and ``--verbose``.
 
     Raises:
         InputError: both.
     """
-    wanted = dict.fromkeys(PROGRESS_FLAGS[word] for word in argv if word in PROGRESS_FLAGS)
-    if len(wanted) > 1:
+    if options.quiet and options.verbose:
         raise InputError("--quiet", "--verbose", "contradict each other", fix="one of them")
-    return next(iter(wanted), Verbosity.NORMAL)
-
-
-def report(argv: Sequence[str]) -> Request:
-    """Read the words after ``optbench report``.
-
-    Raises:
-        InputError: no folder, more than one, an unknown flag, or a W&B project that is not ENTITY/PROJECT.
-    """
-    words: list[str] = []
-    values: dict[str, str] = {}
-    rest = iter(argv)
-    for word in rest:
-        flag, _, value = word.partition("=")
-        if flag in _TAKE_FOLDER:
-            values[flag] = value or next(rest, "")
-            if not values[flag] or values[flag].startswith("--"):
-                raise InputError(flag, "nothing", "needs a folder", fix=_USAGE[flag])
-        elif flag == "--wandb":
-            values[flag] = value
-        elif flag == "--figures":
-            values[flag] = value or next(rest, "")
-            if values[flag] != "png":
-                raise InputError(flag, values[flag] or "nothing", allowed=["png"], fix="--figures png")
-        elif word != "--json":
-            words.append(word)
-    _check_flags(words, {"--json", "--wandb", "--figures", *_TAKE_FOLDER})
-    source, given = values.get("--export"), values.get("--wandb")
-    if source is not None:
-        words, given = [*words, *([given] if given else [])], None
-    if len(words) != 1:
-        shown = " ".join(words) or "nothing"
-        what = "is not one W&B project" if source is not None else "is not one folder"
-        raise InputError(
-            "report",
-            shown,
-            what,
-            allowed="DIR [--out DIR] [--figures png] [--wandb] [--json]; ENTITY/PROJECT[/GROUP] --export DIR [--json]",
-            fix=_USAGE["--export"] if source is not None else "optbench report runs",
-        )
-    folder = Path(words[0] if source is None else source)
-    return Request(
-        folder=folder,
-        out=Path(values.get("--out", folder)),
-        as_json="--json" in argv,
-        figures="--figures" in values,
-        wandb="--wandb" in values and source is None,
-        project=_project(given) if given else None,
-        export=_place(words[0]) if source is not None else None,
-    )
-
-
-_TAKE_FOLDER = ("--out", "--export")
-_USAGE = {
-    "--out": "optbench report runs/GROUP --out FOLDER",
-    "--export": "optbench report ENTITY/PROJECT/GROUP --export FOLDER",
-}
-
-
-def _project(words: str) -> tuple[str | None, str]:
-    parts = words.split("/")
-    if len(parts) > 2 or not all(parts):
-        raise InputError("--wandb", words, allowed="PROJECT or ENTITY/PROJECT", fix="--wandb=ENTITY/PROJECT")
-    return (parts[0] if len(parts) == 2 else None), parts[-1]
-
-
-def _place(words: str) -> tuple[str, str, str | None]:
-    entity, project, group = [*words.split("/", 2), "", ""][:3]
-    if not entity or not project or (words.count("/") > 1 and not group):
-        raise InputError(
-            "--export", words, allowed="ENTITY/PROJECT or ENTITY/PROJECT/GROUP", fix=_USAGE["--export"]
-        )
-    return entity, project, group or None
-
-
-def _check_flags(words: Sequence[str], known: set[str]) -> None:
-    for word in words:
-        if word.startswith("-") and word not in known:
-            stem = word.lstrip("-")
-            fix = stem if "=" in stem else None
-            raise InputError("argument", word, "is not known", allowed=sorted(known), fix=fix)
+    return Verbosity.QUIET if options.quiet else Verbosity.VERBOSE if options.verbose else Verbosity.NORMAL
 
 
 def _shared(key: str, word: str, labels: Sequence[str], command: str) -> str:

@@ -5,7 +5,6 @@ Here and not in `harness/jobs`, because a comparison's arms and its report are o
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,25 +13,25 @@ from datetime import datetime
 from pathlib import Path
 
 from analysis.training import arguments, sessions
+from harness import command_line
 from harness.commands import COMMANDS
 from harness.config import cluster
 from harness.config.errors import InputError, closest
 from harness.jobs import scripts, slurm, submit
 from harness.jobs.grid import Row
 from harness.jobs.submit import Queued, Request
+from harness.output import json_document
 from harness.record import folder as run_folder
-from harness.record.schema import SCHEMA_VERSION
 from harness.redaction import redact_argv
 
 _NOT_AS_JOB = ("submit", "status", "list", "show", "doctor", "completion", "sweep")
-_FLAGS = ("--dry-run", "--json", "--after", "--then")
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SubmitArguments:
     command: str
-    words: list[str]
-    cluster_words: list[str]
+    overrides: list[str]
+    cluster_overrides: list[str]
     dry_run: bool
     as_json: bool
     after: tuple[str, ...]
@@ -40,7 +39,7 @@ class _Asked:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``optbench submit [COMMAND] [words of it] [cluster=NAME] [cluster.key=value] [--dry-run] [--json]``.
+    """Run ``optbench submit [COMMAND] [its arguments] [cluster=NAME] [cluster.key=value] [--dry-run] [--json]``.
 
     Without a command: ``train``. ``compare`` becomes an array with one row per run, and a report after it; every other
     command one job on one node.
@@ -51,27 +50,27 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: bad input, here or for SLURM; nothing was queued.
     """
-    asked = _read(argv)
+    submitted = _parse(argv)
     # All of them now: a later job's script is written when the first one is queued already.
-    scripts.check_words([word for words in (argv, *asked.then) for word in words])
+    scripts.check_words([word for words in (argv, *submitted.then) for word in words])
     request = Request(
-        cluster=cluster.load(asked.cluster_words),
+        cluster=cluster.load(submitted.cluster_overrides),
         command=shlex.join(["optbench", "submit", *redact_argv(argv)]),
-        after=asked.after,
-        then=asked.then,
-        dry_run=asked.dry_run,
+        after=submitted.after,
+        then=submitted.then,
+        dry_run=submitted.dry_run,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    if not asked.dry_run:
+    if not submitted.dry_run:
         slurm.require()
-    if asked.command == "train":
-        queued = submit.train(asked.words, request)
-    elif asked.command == "compare":
-        queued = _compare(asked.words, request)
+    if submitted.command == "train":
+        queued = submit.train(submitted.overrides, request)
+    elif submitted.command == "compare":
+        queued = _compare(submitted.overrides, request)
     else:
-        home = Path("runs") / f"{asked.command}-{datetime.now():%Y%m%d-%H%M%S}"
-        queued = submit.command([asked.command, *asked.words], home, request)
-    _show(queued, asked)
+        home = Path("runs") / f"{submitted.command}-{datetime.now():%Y%m%d-%H%M%S}"
+        queued = submit.command([submitted.command, *submitted.overrides], home, request)
+    _show(queued, submitted)
     return 0
 
 
@@ -100,44 +99,40 @@ def _compare(words: Sequence[str], request: Request) -> Queued:
     return queued
 
 
-def _read(argv: Sequence[str]) -> _Asked:
-    rest = list(argv)
+def _parse(argv: Sequence[str]) -> _SubmitArguments:
+    # Other commands have options of their own.
+    arguments = command_line.parse("submit", argv, keeps_unknown=True)
+    options, rest = arguments.options, arguments.rest
     command = "train"
-    place = next((place for place, word in enumerate(rest) if word not in ("--dry-run", "--json")), None)
-    if place is not None and "=" not in rest[place] and not rest[place].startswith("-"):
-        command = _command(rest.pop(place))
-    words: list[str] = []
-    after: list[str] = []
-    then: list[tuple[str, ...]] = []
-    following = iter(rest)
-    for word in following:
-        flag, equals, value = word.partition("=")
-        if flag in ("--after", "--then"):
-            value = value if equals else next(following, "")
-            if flag == "--after":
-                after += _jobs(value)
-            else:
-                then.append(_then(value))
-        elif word not in _FLAGS:
-            # Other commands have flags of their own.
-            if word.startswith("--") and command in ("train", "compare"):
-                raise InputError("argument", word, "is not known", allowed=_FLAGS)
-            words.append(word)
-    mine, others = cluster.split(words)
-    return _Asked(command, others, mine, "--dry-run" in argv, "--json" in argv, tuple(after), tuple(then))
+    if rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        command, *rest = rest
+        _check_command(command)
+    if command in ("train", "compare"):
+        for argument in rest:
+            if argument.startswith("--"):
+                raise command_line.unknown_option("submit", argument)
+    own, others = cluster.split(rest)
+    return _SubmitArguments(
+        command,
+        overrides=others,
+        cluster_overrides=own,
+        dry_run=options.dry_run,
+        as_json=options.json,
+        after=tuple(job for value in options.after for job in _jobs(value)),
+        then=tuple(map(_then, options.then)),
+    )
 
 
-def _command(word: str) -> str:
+def _check_command(name: str) -> None:
     allowed = [name for name in COMMANDS if name not in _NOT_AS_JOB]
-    if word == "sweep":
+    if name == "sweep":
         reason = "chooses its last runs by its first ones, and runs on one machine"
         fix = "optbench sweep … in a job of yours (the same command goes on), then optbench submit compare …"
-        raise InputError("submit", word, reason, fix=fix)
-    if word not in allowed:
-        guess = closest(word, allowed)
+        raise InputError("submit", name, reason, fix=fix)
+    if name not in allowed:
+        guess = closest(name, allowed)
         fix = f"optbench submit {guess} …" if guess else "optbench submit compare adamw sumo"
-        raise InputError("submit", word, "is no command that can be a job", allowed=allowed, fix=fix)
-    return word
+        raise InputError("submit", name, "is no command that can be a job", allowed=allowed, fix=fix)
 
 
 def _jobs(value: str) -> list[str]:
@@ -150,20 +145,25 @@ def _jobs(value: str) -> list[str]:
 
 
 def _then(value: str) -> tuple[str, ...]:
-    words = shlex.split(value)
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise InputError(
+            "--then", value, f"cannot be split into arguments ({error})", fix="close the quotes"
+        ) from None
     if not words:
-        raise InputError("--then", "nothing", allowed="a command, e.g. 'margin optimizer=gd,adam'")
-    if _command(words[0]) in ("train", "compare"):
+        raise InputError("--then", value, "names no command", fix="--then 'margin optimizer=gd,adam'")
+    _check_command(words[0])
+    if words[0] in ("train", "compare"):
         fix = "submit it by itself, with --after JOB"
         raise InputError("--then", value, "is no command of one node", fix=fix)
     return tuple(words)
 
 
-def _show(queued: Queued, asked: _Asked) -> None:
-    if asked.as_json:
+def _show(queued: Queued, submitted: _SubmitArguments) -> None:
+    if submitted.as_json:
         facts = {
-            "schema_version": SCHEMA_VERSION,
-            "dry_run": asked.dry_run,
+            "dry_run": submitted.dry_run,
             "job": queued.job,
             "folder": str(queued.folder),
             "script": str(queued.script),
@@ -172,9 +172,9 @@ def _show(queued: Queued, asked: _Asked) -> None:
             "skipped": [{"name": name, "reason": reason} for name, reason in queued.skipped.items()],
             "then": [{"job": job, "script": script} for job, script in queued.then],
         }
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(json_document(**facts))
         return
-    if asked.dry_run:
+    if submitted.dry_run:
         print(queued.text, end="")
         return
     for name, reason in queued.skipped.items():

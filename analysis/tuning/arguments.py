@@ -1,6 +1,6 @@
-"""What `optbench sweep` was told, checked word by word. Torch-free.
+"""The arguments of `optbench sweep`, checked. Torch-free.
 
-The words are those of `optbench compare`; a value that is several (a list or a range) is an option to tune.
+They are those of `optbench compare`; a value that is several (a list or a range) is an option to tune.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from analysis.training import arguments
-from analysis.training.arguments import Plan
+from analysis.training.arguments import Plan, plan, verbosity
 from analysis.tuning import space, study_file
 from analysis.tuning.space import Axis
+from harness import command_line
 from harness.config.errors import InputError
 from harness.redaction import redact_argv
 from optimizers import presets
@@ -21,7 +21,6 @@ DEFAULT_TRIALS = 5
 MOST_TRIALS = 1000
 DEFAULT_EXTEND = 2
 """More trials where a best lies on the edge of the default ladder; a space that was given is left as it is."""
-FLAGS = ("--json", "--dry-run", *arguments.PROGRESS_FLAGS)
 _OWN = ("trials", "extend", "seed", "seeds", "study")
 
 
@@ -52,16 +51,14 @@ class Study:
 
 
 def read(argv: Sequence[str]) -> Study:
-    """Read the words after ``optbench sweep``.
+    """Parse the arguments of ``optbench sweep``.
 
     Raises:
         InputError: what `optbench compare` refuses, a space that does not have as many settings as the others, a key
             that is both given and tuned, or several values of what is no optimizer's option.
     """
-    for word in argv:
-        if word.startswith("-") and word not in FLAGS:
-            raise InputError("argument", word, "is not known", allowed=FLAGS, fix=word.lstrip("-"))
-    words = [word for word in argv if word not in FLAGS]
+    arguments = command_line.parse("sweep", argv)
+    options, words = arguments.options, arguments.rest
     for name in _values(words, "study"):
         words = study_file.words(name, [word for word in words if not word.startswith("study=")])
     labels = [word for word in words if "=" not in word]
@@ -70,20 +67,20 @@ def read(argv: Sequence[str]) -> Study:
     seed = own["seed"] or 0
     seeds = [f"seeds={value}" for value in _values(words, "seeds")]
     fresh = [f"seed={seed + 1}"] if labels else []
-    plan = arguments.plan([*shared, *seeds, *fresh], "sweep")
+    comparison = plan([*shared, *seeds, *fresh], "sweep")
     spaces = {label: tuple(tuned.get(label, {}).values()) for label in labels}
     trials = own["trials"] or _natural(spaces.values())
     for label, axes in spaces.items():
         if axes:
             space.points(label, axes, trials, seed)
-    command = shlex.join(["optbench", "sweep", *redact_argv(word for word in argv if word not in FLAGS)])
+    command = shlex.join(["optbench", "sweep", *redact_argv(arguments.rest)])
     return Study(
-        plan=replace(plan, command=command, as_json="--json" in argv, verbosity=arguments.verbosity(argv)),
+        plan=replace(comparison, command=command, as_json=options.json, verbosity=verbosity(options)),
         trials=trials,
         seed=seed,
         extend=_extend(own["extend"], spaces),
         spaces=spaces,
-        dry_run="--dry-run" in argv,
+        dry_run=options.dry_run,
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
@@ -15,12 +14,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from harness import command_line
 from harness.config.errors import InputError, closest
 from harness.console import cell, for_tables
 from harness.jobs import history, slurm, status
 from harness.jobs.status import ACTIVE, JobStatus, RunStatus
 from harness.jobs.submission import Submission
-from harness.record.schema import SCHEMA_VERSION
+from harness.output import json_document
 
 REFRESH_S = 2.0
 NARROWEST = 110
@@ -36,16 +36,6 @@ _COLOURS = {
     "unreadable": "red",
 }
 _COLOURS |= {"stopped": "red", "cancelled": "yellow", "interrupted": "yellow", "requeued": "yellow"}
-_FLAGS = ("--watch", "--cancel", "--resubmit", "--json")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    root: Path
-    watch: bool
-    as_json: bool
-    cancel: list[str]
-    resubmit: list[str]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,54 +44,37 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: no such folder, a run that is not there, or that can't be ended or queued.
     """
-    asked = _read(argv)
-    runs, jobs = status.collect(asked.root)
-    for name in asked.cancel:
+    arguments = command_line.parse("status", argv)
+    options, root = arguments.options, _folder(arguments.rest)
+    runs, jobs = status.collect(root)
+    for name in options.cancel:
         print(_cancel(_named(name, runs, "--cancel")), file=sys.stderr)
-    for name in asked.resubmit:
+    for name in options.resubmit:
         print(_resubmit(_named(name, runs, "--resubmit")), file=sys.stderr)
-    if asked.cancel or asked.resubmit:
-        runs, jobs = status.collect(asked.root)
-    if asked.as_json:
-        print(json.dumps(_document(runs, jobs), indent=2, allow_nan=False))
+    if options.cancel or options.resubmit:
+        runs, jobs = status.collect(root)
+    if options.json:
+        print(json_document(**_document(runs, jobs)))
         return 0
     console = for_tables(width=NARROWEST)
-    if not asked.watch:
-        console.print(_shown(runs, jobs, asked.root))
+    if not options.watch:
+        console.print(_shown(runs, jobs, root))
         return 0
-    with Live(_shown(runs, jobs, asked.root), console=console, auto_refresh=False) as live:
+    with Live(_shown(runs, jobs, root), console=console, auto_refresh=False) as live:
         while any(run.state in ACTIVE for run in runs) or any(job.is_active for job in jobs):
             time.sleep(REFRESH_S)
-            runs, jobs = status.collect(asked.root)
-            live.update(_shown(runs, jobs, asked.root), refresh=True)
+            runs, jobs = status.collect(root)
+            live.update(_shown(runs, jobs, root), refresh=True)
     return 0
 
 
-def _read(argv: Sequence[str]) -> _Asked:
-    named: dict[str, list[str]] = {"--cancel": [], "--resubmit": []}
-    words: list[str] = []
-    rest = iter(argv)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag in named:
-            value = value if equals else next(rest, "")
-            if not value:
-                raise InputError(
-                    flag, "nothing", "needs the name of a run", fix=f"optbench status runs {flag} NAME"
-                )
-            named[flag].append(value)
-        elif word.startswith("-"):
-            if word not in _FLAGS:
-                fix = closest(word, _FLAGS)
-                raise InputError("argument", word, "is not known", allowed=_FLAGS, fix=fix)
-        else:
-            words.append(word)
-    if len(words) > 1:
-        raise InputError("status", " ".join(words), "is not one folder", fix=f"optbench status {words[0]}")
-    root = Path(words[0] if words else "runs")
+def _folder(names: Sequence[str]) -> Path:
+    if len(names) > 1:
+        raise InputError("status", " ".join(names), "is not one folder", fix=f"optbench status {names[0]}")
+    root = Path(names[0] if names else "runs")
     if not root.is_dir():
         raise InputError("status", root, "is not a folder", fix="optbench status runs")
-    return _Asked(root, "--watch" in argv, "--json" in argv, named["--cancel"], named["--resubmit"])
+    return root
 
 
 def _named(name: str, runs: Sequence[RunStatus], flag: str) -> RunStatus:
@@ -152,7 +125,7 @@ def _resubmit(run: RunStatus) -> str:
 
 def _document(runs: Sequence[RunStatus], jobs: Sequence[JobStatus]) -> dict[str, object]:
     shown = [{**asdict(run), "folder": str(run.folder)} for run in runs]
-    return {"schema_version": SCHEMA_VERSION, "runs": shown, "jobs": [asdict(job) for job in jobs]}
+    return {"runs": shown, "jobs": [asdict(job) for job in jobs]}
 
 
 def _shown(runs: Sequence[RunStatus], jobs: Sequence[JobStatus], root: Path) -> Group:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from harness import command_line
 from harness.config import checks, compose
 from harness.config.errors import InputError
-from harness.config.schema import SCHEMA_VERSION, RunConfig
+from harness.config.schema import RunConfig
+from harness.output import json_document
 
 DEVICE_MEMORY = "80GB"
 """Of an A100 or H100; what `fits` compares with where nothing else is asked."""
@@ -26,7 +27,7 @@ _UNITS = {
 }
 
 
-class _Words(NamedTuple):
+class _Request(NamedTuple):
     overrides: list[str]
     world_size: int | None
     device_memory: int
@@ -39,11 +40,11 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: bad input.
     """
-    words = _words(argv)
-    config = checks.check(compose.load(_overrides(words.overrides, words.world_size)), environ={})
-    found = plan(config, words.device_memory, _progress())
-    if words.as_json:
-        print(json.dumps({"schema_version": SCHEMA_VERSION, **found}, indent=2))
+    request = _parse(argv)
+    config = checks.check(compose.load(_with_world_size(request.overrides, request.world_size)), environ={})
+    found = plan(config, request.device_memory, _progress())
+    if request.as_json:
+        print(json_document(**found))
     else:
         _show(config, found)
     return 0
@@ -72,35 +73,25 @@ def size(key: str, text: str) -> int:
     return round(float(match[1]) * unit)
 
 
-def _words(argv: Sequence[str]) -> _Words:
-    overrides: list[str] = []
-    values = {"--world-size": "", "--device-memory": DEVICE_MEMORY}
-    rest = [word for word in argv if word != "--json"]
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        flag = {"device_memory": "--device-memory", "--world_size": "--world-size"}.get(name, name)
-        if flag not in values:
-            overrides.append(word)
-            continue
-        values[flag] = value if equals else (rest.pop(0) if rest else "")
-        if flag == "--world-size" and not (
-            values[flag].isdecimal() and 0 < len(values[flag].lstrip("0")) < 10
-        ):
-            allowed, fix = "1, 2, 3, …", "--world-size 8"
-            raise InputError(
-                "--world-size", values[flag], "is no number of processes", allowed=allowed, fix=fix
-            )
-    memory = size("--device-memory", values["--device-memory"])
-    return _Words(overrides, int(values["--world-size"] or 0) or None, memory, "--json" in argv)
+def _parse(argv: Sequence[str]) -> _Request:
+    # The two options are also understood in the spelling of keys.
+    argv = [f"--{argument}" if argument.startswith("device_memory=") else argument for argument in argv]
+    arguments = command_line.parse("plan", argv, keeps_unknown=True)
+    options = arguments.options
+    processes = options.world_size
+    if processes is not None and not (processes.isdecimal() and 0 < len(processes.lstrip("0")) < 10):
+        allowed, fix = "1, 2, 3, …", "--world-size 8"
+        raise InputError("--world-size", processes, "is no number of processes", allowed=allowed, fix=fix)
+    memory = size("--device-memory", options.device_memory or DEVICE_MEMORY)
+    return _Request(arguments.rest, int(processes) if processes else None, memory, options.json)
 
 
-def _overrides(words: Sequence[str], world_size: int | None) -> list[str]:
+def _with_world_size(overrides: Sequence[str], world_size: int | None) -> list[str]:
     if world_size is None:
-        return list(words)
-    given = {word.partition("=")[0] for word in words}
-    overrides = [*words, f"world_size={world_size}"]
-    if "batch_size" not in given:
+        return list(overrides)
+    keys = {override.partition("=")[0] for override in overrides}
+    overrides = [*overrides, f"world_size={world_size}"]
+    if "batch_size" not in keys:
         # One sequence a process, where the default batch is smaller than the cluster.
         default = RunConfig().batch_size
         overrides.append(f"batch_size={max(default, world_size) // world_size * world_size}")

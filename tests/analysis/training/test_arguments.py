@@ -1,11 +1,8 @@
-"""What the two commands understand, and every word that they refuse."""
-
-from pathlib import Path
+"""The arguments that `optbench compare` understands, and those that it refuses."""
 
 import pytest
 
 from analysis.training import arguments
-from analysis.training.arguments import Request
 from harness.config.errors import InputError
 
 
@@ -67,7 +64,7 @@ def test_a_label_of_ones_own() -> None:
         (["adamw", "optimizer=sumo"], r"fix: optbench compare adamw sumo"),
         (["adamw", "optimizer.name=sumo"], r"would be the same for all runs"),
         (["adamw", "sumo.rank=8"], r"belongs to sumo, which is not compared"),
-        (["adamw", "--seeds=3"], r"--seeds=3 is not known.*fix: seeds=3"),
+        (["adamw", "--seeds=3"], r"--seeds=3 is not an option.*fix: seeds=3"),
         (["adamw", "--jsn"], r"--jsn.*did you mean --json"),
         (["x", "x.name=sumoo"], r"x.name: sumoo is not an optimizer; did you mean sumo\?"),
     ],
@@ -75,36 +72,3 @@ def test_a_label_of_ones_own() -> None:
 def test_words_that_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         arguments.plan(words)
-
-
-def test_report_words() -> None:
-    assert arguments.report(["runs/a"]) == Request(Path("runs/a"), Path("runs/a"), False)
-    assert arguments.report(["runs/a", "--out", "b", "--json"]) == Request(Path("runs/a"), Path("b"), True)
-    assert arguments.report(["--out=b", "runs/a"]) == Request(Path("runs/a"), Path("b"), False)
-
-
-def test_report_words_for_wandb() -> None:
-    assert arguments.report(["--wandb", "a"]) == Request(Path("a"), Path("a"), False, wandb=True)
-    assert arguments.report(["a", "--wandb=team/p"]).project == ("team", "p")
-    assert arguments.report(["a", "--wandb=p"]).project == (None, "p")
-    for words in (
-        ["team/p/g", "--export", "a"],
-        ["--wandb", "team/p/g", "--export=a"],
-        ["--wandb=team/p/g", "--export", "a"],
-    ):
-        assert arguments.report(words) == Request(Path("a"), Path("a"), False, export=("team", "p", "g"))
-    assert arguments.report(["team/p", "--export", "a", "--json"]).export == ("team", "p", None)
-    assert arguments.report(["team/p/g/h", "--export", "a"]).export == ("team", "p", "g/h")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        [], ["a", "b"], ["a", "--wandbb"], ["a", "--out"], ["--json"], ["a", "--wandb=x/y/z"], ["a", "--wandb=/p"],
-        ["--export", "a"], ["p", "--export", "a"], ["team/p/", "--export", "a"], ["team/p", "--export"],
-        ["team/p", "--export", "--json"], ["team/p", "x", "--export", "a"],
-    ],
-)  # fmt: skip
-def test_report_words_that_are_refused(words: list[str]) -> None:
-    with pytest.raises(InputError):
-        arguments.report(words)

@@ -130,7 +130,13 @@ def test_the_live_line_follows_the_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("read", [arguments.plan, tuning_arguments.read], ids=["compare", "sweep"])
 def test_quiet_and_verbose_contradict_each_other(read: Any) -> None:
-    for flag, verbosity in arguments.PROGRESS_FLAGS.items():
+    flags = {
+        "-q": Verbosity.QUIET,
+        "--quiet": Verbosity.QUIET,
+        "-v": Verbosity.VERBOSE,
+        "--verbose": Verbosity.VERBOSE,
+    }
+    for flag, verbosity in flags.items():
         study = read(["adamw", "sumo", flag])
         plan = getattr(study, "plan", study)
         assert plan.verbosity is verbosity

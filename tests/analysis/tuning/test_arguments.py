@@ -54,7 +54,7 @@ def test_an_option_for_all_is_an_option_of_each() -> None:
         (["adamw", "trials=3", "trials=4"], r"trials: 4 was given as 3"),
         (["adamw", "seed=-1"], r"seed: -1"),
         (["adamw", "seeds=0"], r"seeds: 0"),
-        (["adamw", "--dry"], r"--dry is not known.*did you mean --dry-run"),
+        (["adamw", "--dry"], r"--dry is not an option.*did you mean --dry-run"),
         (["adamw", "steps=10,20"], r"steps: 10,20 is several values of no optimizer's option"),
         (["adamw", "lr=1e-3,1e-2", "adamw.lr=1e-3"], r"adamw.lr: 1e-3 is given and tuned"),
         (["adamw", "sumo.lr=1e-3,1e-2"], r"belongs to sumo, which is not compared"),

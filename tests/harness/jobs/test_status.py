@@ -204,7 +204,7 @@ def test_the_command_and_its_refusals(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--resubmit", "a"], "is finished: there is nothing to do"),
         (["--cancel", "b"], "--cancel: b is no run here"),
         (["--cancle", "a"], "did you mean --cancel?"),
-        (["--cancel"], "needs the name of a run"),
+        (["--cancel"], "--cancel: needs a value"),
     ):
         assert cli.main(["status", str(tmp_path), *words]) == 2
         assert said in capsys.readouterr().err
