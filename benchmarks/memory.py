@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import optimizers
 from benchmarks.step_time import NEVER, Shapes, gradients, llama_60m
-from optimizers.stacks import STACK_BYTES
+from optimizers.layouts.batches import BATCH_BYTES
 
 MIB = 2**20
 
@@ -60,7 +60,7 @@ def highest(changes: Iterable[int]) -> int:
 
 def largest_stack(shapes: Shapes, device: torch.device) -> int:
     """Bytes of the fp32 gradients of the largest stack that these shapes form."""
-    limit = STACK_BYTES.get(device.type, STACK_BYTES["cuda"])
+    limit = BATCH_BYTES.get(device.type, BATCH_BYTES["cuda"])
     sizes = []
     for m, n in set(shapes):
         together = min(shapes.count((m, n)), max(1, limit // (4 * m * n)))

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from optimizers.linalg.gram_root import GramRoot
+from optimizers.linalg.inverse_root import RootSolver
 from optimizers.linalg.newton_schulz import JORDAN, newton_schulz
 
 STRIP = 256
@@ -85,7 +85,7 @@ def roots(count: int, rank: int, rounds: int) -> dict[str, float]:
     """Milliseconds for a stack of inverse roots by each exact method on Grams."""
     moments = torch.randn(count, rank, 4 * rank, dtype=torch.float64)
     grams = moments @ moments.mT
-    solvers = {method: GramRoot(method, 1e-6, dtype=torch.float32) for method in ("gram", "dwh")}
+    solvers = {method: RootSolver(method, 1e-6, dtype=torch.float32) for method in ("gram", "dwh")}
     return {method: 1e3 * seconds(partial(solve, grams), rounds) for method, solve in solvers.items()}
 
 

@@ -17,13 +17,12 @@ from optimizers.presets import OPTIONS, PRESETS, Option, OptionError, Preset, na
 
 if TYPE_CHECKING:
     from optimizers.classes import SUMO, AdamW, GaLore, Muon
+    from optimizers.interfaces import Rule, Update
     from optimizers.linalg.polar import Polar, polar
     from optimizers.optimizer import Optimizer
     from optimizers.registry import build, plugin
     from optimizers.routing import Route
-    from optimizers.rules.factor import orthogonalize, scale
-    from optimizers.rules.momentum import momentum
-    from optimizers.rules.rule import Rule, Update
+    from optimizers.rules.orthogonalize import momentum, orthogonalize, scale
 
 _LAZY = {
     "build": "optimizers.registry",
@@ -36,11 +35,11 @@ _LAZY = {
     "Route": "optimizers.routing",
     "polar": "optimizers.linalg.polar",
     "Polar": "optimizers.linalg.polar",
-    "Rule": "optimizers.rules.rule",
-    "Update": "optimizers.rules.rule",
-    "momentum": "optimizers.rules.momentum",
-    "orthogonalize": "optimizers.rules.factor",
-    "scale": "optimizers.rules.factor",
+    "Rule": "optimizers.interfaces",
+    "Update": "optimizers.interfaces",
+    "momentum": "optimizers.rules.orthogonalize",
+    "orthogonalize": "optimizers.rules.orthogonalize",
+    "scale": "optimizers.rules.orthogonalize",
 }
 
 __all__ = [

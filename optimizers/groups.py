@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from optimizers.layouts.batches import ApplyConfig
+from optimizers.linalg.precision import iteration_dtype
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
 from optimizers.rounding import Rounding
 from optimizers.routing import Modules, Route, route
 from optimizers.rules import adamw
-from optimizers.rules.factor import iteration_dtype
-from optimizers.stacks import ApplyConfig
 
 # Options of the matrix preset that belong to the AdamW group beside it, and what they are called there.
 _AUX = {

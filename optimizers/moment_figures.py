@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.layouts.rows import Rows
+from optimizers.interfaces import Collectives, Rule
 from optimizers.linalg.inverse_root import inverse_root
 from optimizers.linalg.polar import default_rtol, polar
 from optimizers.linalg.precision import full_precision
 from optimizers.linalg.spectra import figures, orthogonality_error, polar_error
-from optimizers.rules.rule import Rule
 
 Figures = dict[str, Tensor]
 
@@ -45,7 +44,11 @@ class Share(NamedTuple):
 
 
 def moment_share(
-    rule: Rule, shape: tuple[int, int], split: int | None, options: Mapping[str, Any], rows: Rows
+    rule: Rule,
+    shape: tuple[int, int],
+    split: int | None,
+    options: Mapping[str, Any],
+    collectives: Collectives,
 ) -> Share | None:
     """How the moment of an (m, n) matrix is split where the matrix is along `split`; None: it is here whole."""
     if split is None:
@@ -57,7 +60,7 @@ def moment_share(
     if split not in along:
         return None
     m, n = rule.state(shape, options)[kind]
-    return Share((m, n), along.index(split) - 2, rows.total)
+    return Share((m, n), along.index(split) - 2, collectives.all_reduce)
 
 
 def singular_values(moment: Tensor, share: Share | None = None) -> Tensor:

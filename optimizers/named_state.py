@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from optimizers import rules
-from optimizers.layouts.lanes import SplitLane
-from optimizers.members import Member
-from optimizers.rules.rule import Rule
-from optimizers.stacks import Bank
+from optimizers.interfaces import MatrixRef, Rule
+from optimizers.layouts.batches import BatchState
+from optimizers.layouts.buckets import WorkSplitBucket
 
 if TYPE_CHECKING:
     from optimizers.optimizer import Optimizer
@@ -74,9 +73,11 @@ def pieces(optimizer: Optimizer) -> Iterator[StatePiece]:
         if group.rule != "adamw":
             rule = rules.load(group.rule)
             for bucket in units.buckets(unit):
-                for bank in (*bucket.banks, *bucket.landing):
-                    bank.bind(optimizer.state)
-                    yield from _of_bank(bank, rule, is_first or isinstance(bucket, SplitLane))
+                for batch_state in (*bucket.batch_states, *bucket.receivers):
+                    batch_state.bind(optimizer.state)
+                    yield from _of_batch_state(
+                        batch_state, rule, is_first or isinstance(bucket, WorkSplitBucket)
+                    )
             continue
         for parameter in units.parameters(unit):
             name, shape = units.name_of(parameter), tuple(parameter_shape(parameter))
@@ -91,30 +92,34 @@ def parameter_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _of_bank(bank: Bank, rule: Rule, is_first: bool) -> Iterator[StatePiece]:
-    shape = bank.shape
-    whole = {"compensation": shape, **rule.state(shape, bank.options)}
-    axes = rule.axes(shape, bank.options) if bank.split is not None and not rule.needs_whole else {}
-    for kind, size in bank.shapes.items():
+def _of_batch_state(batch_state: BatchState, rule: Rule, is_first: bool) -> Iterator[StatePiece]:
+    shape = batch_state.shape
+    whole = {"compensation": shape, **rule.state(shape, batch_state.options)}
+    axes = (
+        rule.axes(shape, batch_state.options)
+        if batch_state.split is not None and not rule.needs_whole
+        else {}
+    )
+    for kind, size in batch_state.shapes.items():
         along = (0, 1) if kind == "compensation" else axes.get(kind, ())
-        dim = along.index(bank.split) if bank.split in along else None
-        stacked = bank.stacked(kind)
-        for i, member in enumerate(bank.members):
-            is_primary = is_first and (dim is not None or bank.split is None or _has_first_row(member))
+        dim = along.index(batch_state.split) if batch_state.split in along else None
+        stacked = batch_state.stacked(kind)
+        for i, matrix in enumerate(batch_state.matrices):
+            is_primary = is_first and (dim is not None or batch_state.split is None or _has_first_row(matrix))
             yield StatePiece(
-                member.block.name,
+                matrix.block.name,
                 kind,
                 tuple(whole[kind]),
                 dim,
-                bank.start,
+                batch_state.start,
                 stacked[i].view(size),
                 is_primary,
             )
 
 
-def _has_first_row(member: Member) -> bool:
-    holding = member.holding
-    return holding.split is None or (holding.start == 0 and holding.shape[holding.split] > 0)
+def _has_first_row(matrix: MatrixRef) -> bool:
+    view = matrix.view
+    return view.split is None or (view.start == 0 and view.shape[view.split] > 0)
 
 
 def assemble(parts: Iterable[StatePiece]) -> dict[tuple[str, str], Tensor]:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from optimizers import groups, rules, skipping
-from optimizers.layouts.lanes import Entry, Lane
+from optimizers.layouts.batches import ApplyConfig, BatchEntry
+from optimizers.layouts.buckets import Bucket
+from optimizers.layouts.collectives import run_updates
 from optimizers.layouts.layout import Layout, StepUnit
 from optimizers.layouts.partitioned import PartitionedLayout, Unattached
 from optimizers.layouts.replicated import ReplicatedLayout
@@ -25,7 +27,6 @@ from optimizers.routing import Modules, Route
 from optimizers.rules import adamw
 from optimizers.skip_tracker import Candidate, Candidates, SkipTracker
 from optimizers.skipping import StepMask
-from optimizers.stacks import ApplyConfig
 from optimizers.step_stats import StepStats, first_moments, moment_spectra
 from optimizers.step_units import StepUnits
 
@@ -190,29 +191,26 @@ class Optimizer(torch.optim.Optimizer):
         if buckets:
             buckets[0].begin()
         for position, bucket in enumerate(buckets):
-            batches = bucket.batches(self.state, mask)
-            for number, batch in enumerate(batches):
+            for number, entries in enumerate(bucket.batches(self.state, mask)):
                 if number == 0 and position + 1 < len(buckets):
                     # The next bucket's gradients travel while this one computes.
                     buckets[position + 1].begin()
-                self._step_batch(rule, bucket, batch, config, group["rule"])
+                with record_function(f"{group['rule']}/rule"):
+                    self._step_batches(rule, bucket, entries, config)
             if position + 1 < len(buckets):
                 buckets[position + 1].begin()
             bucket.end(config)
 
-    def _step_batch(
-        self, rule: rules.Rule, bucket: Lane, batch: list[Entry], config: ApplyConfig, name: str
+    def _step_batches(
+        self, rule: rules.Rule, bucket: Bucket, entries: list[BatchEntry], config: ApplyConfig
     ) -> None:
-        # A function of its own, so that nothing of one batch is held while the next one is computed.
-        with record_function(f"{name}/rule"):
-            updates = rule.step([stack for _, _, stack in batch], bucket.rows)
-        for (bank, active, stack), update in zip(batch, updates):
-            self.stats.record(rule, stack, update, bucket.rows)
-            with record_function(f"{name}/apply"):
-                bucket.apply(stack, update.delta, config)
-            bank.write_back(active, stack.state)
-            bank.watch(all_of=bool(stack.due))
-            stack.release()
+        # A function of its own, so that nothing of these batches is held while the next ones are computed.
+        entry_of = {id(entry.batch): entry for entry in entries}
+        for batch, update in run_updates(rule, [entry.batch for entry in entries], bucket.collectives):
+            self.stats.record(rule, batch, update, bucket.collectives)
+            with record_function(f"{batch.options['rule']}/apply"):
+                bucket.apply(batch, update.delta, config)
+            entry_of[id(batch)].finish()
 
     def _step_adamw(self, unit: StepUnit, active: list[Tensor], mask: StepMask) -> None:
         adamw.step(
@@ -234,8 +232,8 @@ class Optimizer(torch.optim.Optimizer):
         if self.units.group_of(unit).rule == "adamw":
             return {p: [Candidate((id(p), ""), self.name_of(p), self.layout.gradient(p))] for p in active}
         candidates: dict[Tensor, list[Candidate]] = {}
-        for m in self.units.members(unit):
-            elements = m.holding.elements(m.parameter, m.block)
+        for m in self.units.matrices(unit):
+            elements = m.view.elements(m.parameter, m.block)
             candidates.setdefault(m.parameter, []).append(Candidate(m.unit, m.block.name, elements))
         return candidates
 

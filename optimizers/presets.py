@@ -273,7 +273,7 @@ def plugin_rule(name: str) -> Any:
         raise OptionError("name", name, "is not an optimizer", names(), closest(name, names()))
     point = _entry_points()[name]
     if point not in _RULES:
-        from optimizers.rules.checks import checked
+        from optimizers.rule_checks import checked
 
         _RULES[point] = checked(name, point)
     return _RULES[point]
@@ -291,7 +291,7 @@ def options_of(name: str) -> Mapping[str, Option]:
     """
     if name in PRESETS:
         return OPTIONS
-    from optimizers.rules.checks import own_options
+    from optimizers.rule_checks import own_options
 
     return {**OPTIONS, **own_options(name, plugin_rule(name))}
 

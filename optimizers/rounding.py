@@ -4,15 +4,10 @@ compensation."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from optimizers.stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -70,41 +65,3 @@ def compensated(weight: Tensor, change: Tensor, compensation: Tensor) -> tuple[T
     exact = weight.float() + wanted
     new = exact.to(weight.dtype)
     return new, (wanted - (new.float() - weight.float())).to(weight.dtype)
-
-
-def apply_to_half(
-    stack: Stack,
-    weights: Sequence[Tensor],
-    delta: Tensor,
-    lr: float | Tensor,
-    decay: float | Tensor | None,
-    decay_last: bool,
-    rounding: Rounding,
-) -> None:
-    """The update of half-precision weights: computed in fp32 from one fp32 copy of the stack, rounded
-    once."""
-    blocks = [member.block for member in stack.members]
-    shape = delta.shape[1:]
-    old = torch.stack([weight.reshape(shape) for weight in weights])
-    wide = old.to(delta.dtype)
-    start = wide if decay is None or decay_last else wide * decay
-    new = start - lr * delta
-    if decay is not None and decay_last:
-        new = new * decay
-    if rounding.mode == "kahan":
-        result, compensation = compensated(old, new - wide, stack.state["compensation"])
-        stack.commit("compensation", compensation)
-    else:
-        # Shards of one matrix must not all round by the same bits.
-        name = f"{stack.names[0]}@{stack.start}" if stack.start else stack.names[0]
-        result = rounded(new, old.dtype, rounding, name, stack.steps[0])
-    if stack.masked is not None:
-        mask = stack.masked if stack.masked.ndim == 0 else stack.masked[:, None, None]
-        result = torch.where(mask, old, result)
-    pairs = [
-        (weight, block.like_view(part))
-        for i, (weight, block, part) in enumerate(zip(weights, blocks, result.unbind(0)))
-        if i not in stack.skipped
-    ]
-    if pairs:
-        torch._foreach_copy_([w for w, _ in pairs], [part for _, part in pairs])  # pyright: ignore[reportPrivateImportUsage]

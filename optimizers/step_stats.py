@@ -11,11 +11,9 @@ from torch import Tensor
 
 from optimizers import rules
 from optimizers.fused_projections import Block
+from optimizers.interfaces import Collectives, MatrixBatch, Rule, Update
 from optimizers.layouts.layout import StepUnit
-from optimizers.layouts.rows import Rows
 from optimizers.moment_figures import Figures, Observation, Share, moment_share, singular_values
-from optimizers.rules.rule import Rule, Update
-from optimizers.stacks import Stack
 from optimizers.step_units import StepUnits
 
 
@@ -43,7 +41,7 @@ class StepStats:
     def forget_step(self) -> None:
         """Forget the last step: the state is not what it left."""
         self._stepped: list[Tensor] = []
-        self._spectra: dict[str, tuple[Tensor, int]] = {}  # name → spectra of its stack, and which of them
+        self._spectra: dict[str, tuple[Tensor, int]] = {}  # name → spectra of its batch, and which of them
         self._observation = Observation()
 
     def begin(self, parts: set[Any]) -> None:
@@ -62,28 +60,28 @@ class StepStats:
         """Whether the next step's moments are looked at."""
         self._is_to_observe = on
 
-    def record(self, rule: Rule, stack: Stack, update: Update, rows: Rows) -> None:
+    def record(self, rule: Rule, batch: MatrixBatch, update: Update, collectives: Collectives) -> None:
         """What an update says beside its delta."""
         if update.factor is not None:
-            self.orthogonalizations += len(stack.members) - len(stack.skipped)
+            self.orthogonalizations += len(batch.matrices) - len(batch.skipped)
         if update.fallbacks is not None:
             count = update.fallbacks
-            if stack.masked is not None and stack.masked.ndim == 0:
-                count = torch.where(stack.masked, 0, count)
+            if batch.masked is not None and batch.masked.ndim == 0:
+                count = torch.where(batch.masked, 0, count)
             self.fallbacks = self.fallbacks.to(count.device) + count
-        known = update.singular_values if rule.spectrum_of_state(stack.options) else None
-        for position, name in enumerate(stack.names):
-            if known is not None and position not in stack.skipped:
+        known = update.singular_values if rule.spectrum_of_state(batch.options) else None
+        for position, name in enumerate(batch.names):
+            if known is not None and position not in batch.skipped:
                 self._spectra[name] = known, position
             else:
                 self._spectra.pop(name, None)
         if self.observing:
-            kind = rule.observed(stack.shape, stack.options)
-            moment = update.moment if update.moment is not None or kind is None else stack.state[kind]
+            kind = rule.observed(batch.shape, batch.options)
+            moment = update.moment if update.moment is not None or kind is None else batch.state[kind]
             if moment is None:
                 return
-            share = moment_share(rule, stack.shape, stack.split, stack.options, rows)
-            self._observation.add(stack.names, moment, update.factor, update.singular_values, share)
+            share = moment_share(rule, batch.shape, batch.split, batch.options, collectives)
+            self._observation.add(batch.names, moment, update.factor, update.singular_values, share)
 
     def observe(self, names: Sequence[str], moments: Tensor, share: Share | None) -> None:
         """Look at moments (b, m, n) that no rule returned."""
@@ -131,15 +129,15 @@ def first_moments(units: StepUnits, unit: StepUnit) -> list[tuple[list[str], Ten
     kinds: dict[Any, list[tuple[Block, Tensor]]] = {}
     for parameter, route in units.routed(unit):
         for block in route.blocks:
-            holding = layout.holding(parameter, block)
-            moment = holding.part(units.state[parameter]["moment"], block)
+            view = layout.local_view(parameter, block)
+            moment = view.part(units.state[parameter]["moment"], block)
             if moment is not None:
-                kinds.setdefault((block.shape, holding.split, holding.pattern), []).append((block, moment))
+                kinds.setdefault((block.shape, view.split, view.shard_bounds), []).append((block, moment))
     return [
         (
             [block.name for block, _ in same],
             torch.stack([moment for _, moment in same]),
-            None if split is None else Share(shape, split - 2, layout.rows.total),
+            None if split is None else Share(shape, split - 2, layout.collectives.all_reduce),
         )
         for (shape, split, _), same in kinds.items()
     ]
@@ -158,11 +156,13 @@ def moment_spectra(units: StepUnits, stats: StepStats, preset_rule: str) -> dict
             continue
         rule = rules.load(group.rule)
         for bucket in units.buckets(unit):
-            for bank in bucket.banks:
-                bank.bind(units.state)
-                share = moment_share(rule, bank.shape, bank.split, bank.options, bucket.rows)
-                kind = rule.observed(bank.shape, bank.options)
+            for batch_state in bucket.batch_states:
+                batch_state.bind(units.state)
+                share = moment_share(
+                    rule, batch_state.shape, batch_state.split, batch_state.options, bucket.collectives
+                )
+                kind = rule.observed(batch_state.shape, batch_state.options)
                 if kind is not None:
-                    compute = bound(singular_values, bank.stacked(kind), share)
-                    spectra.update(stats.spectra([m.block.name for m in bank.members], compute))
+                    compute = bound(singular_values, batch_state.stacked(kind), share)
+                    spectra.update(stats.spectra([m.block.name for m in batch_state.matrices], compute))
     return spectra

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from optimizers import rules
 from optimizers.groups import RuleGroup, check_rank
-from optimizers.layouts.lanes import Lane
+from optimizers.interfaces import MatrixRef
+from optimizers.layouts.buckets import Bucket
 from optimizers.layouts.layout import Layout, StepUnit
-from optimizers.members import Member
 from optimizers.routing import Route
 from optimizers.rules import adamw
 
@@ -33,8 +33,8 @@ class StepUnits:
         self.state: Mapping[Tensor, dict[str, Any]] = {}
         self.groups: list[RuleGroup] = []
         self._names: dict[int, str] = {}
-        self._buckets: dict[Any, list[Lane]] = {}
-        self._members: dict[Any, list[Member]] = {}
+        self._buckets: dict[Any, list[Bucket]] = {}
+        self._matrices: dict[Any, list[MatrixRef]] = {}
 
     def add(self, group: RuleGroup) -> None:
         """Append a group; `allocate` gives it state."""
@@ -44,7 +44,7 @@ class StepUnits:
     def attach(self, layout: Layout) -> None:
         """Step the parameters as another layout distributes them, and allocate the state."""
         self.layout = layout
-        self._members = {}
+        self._matrices = {}
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -88,21 +88,21 @@ class StepUnits:
         group = self.group_of(unit)
         return [(group.parameters[position], group.routes[position]) for position in unit.positions]
 
-    def buckets(self, unit: StepUnit) -> list[Lane]:
+    def buckets(self, unit: StepUnit) -> list[Bucket]:
         """Return the buckets in which a unit's matrices are stepped, rebuilt where state tensors were replaced."""
         buckets = self._buckets.get(unit.key)
         if buckets is None or not all(
-            bank.fits() for bucket in buckets for bank in (*bucket.banks, *bucket.landing)
+            home.fits() for bucket in buckets for home in (*bucket.batch_states, *bucket.receivers)
         ):
             buckets = self._buckets[unit.key] = self._new_buckets(unit)
         return buckets
 
-    def members(self, unit: StepUnit) -> list[Member]:
+    def matrices(self, unit: StepUnit) -> list[MatrixRef]:
         """Return the matrices of a unit in the order of its parameters."""
-        members = self._members.get(unit.key)
-        if members is None:
-            members = self._members[unit.key] = self._new_members(unit)
-        return members
+        matrices = self._matrices.get(unit.key)
+        if matrices is None:
+            matrices = self._matrices[unit.key] = self._new_matrices(unit)
+        return matrices
 
     def start(self, parameters: Iterable[Tensor]) -> None:
         """Allocate state for frozen parameters, which are stepped from now on (a collective, as ``step`` is).
@@ -145,16 +145,16 @@ class StepUnits:
                     self._allocate_adamw(parameter, group.options["rounding"])
             if group.rule != "adamw":
                 for bucket in self.buckets(unit):
-                    for bank in (*bucket.banks, *bucket.landing):
-                        bank.bind(self.state)
+                    for batch_state in (*bucket.batch_states, *bucket.receivers):
+                        batch_state.bind(self.state)
 
     def state_was_replaced(self) -> None:
         """Check the state tensors anew after they were written from outside (a collective if they are split)."""
         for unit in self.all():
             if self.group_of(unit).rule != "adamw":
                 for bucket in self.buckets(unit):
-                    for bank in bucket.banks:
-                        bank.watch(all_of=True)
+                    for batch_state in bucket.batch_states:
+                        batch_state.watch(all_of=True)
 
     def _allocate_adamw(self, parameter: Tensor, rounding: str) -> None:
         weight, state = self.layout.weight(parameter), self.state[parameter]
@@ -180,17 +180,17 @@ class StepUnits:
             for number, positions in enumerate(group.late):
                 yield StepUnit((unit.key, number), unit.group, positions)
 
-    def _new_buckets(self, unit: StepUnit) -> list[Lane]:
+    def _new_buckets(self, unit: StepUnit) -> list[Bucket]:
         group = self.group_of(unit)
-        buckets = self.layout.lanes(self.members(unit), rules.load(group.rule), group.options)
+        buckets = self.layout.buckets(self.matrices(unit), rules.load(group.rule), group.options)
         for bucket in buckets:
-            for bank in bucket.banks:
-                bank.bind(self.state)
-                if any(self.state[m.parameter]["step"] for m in bank.members):
-                    bank.watch(all_of=True)
+            for batch_state in bucket.batch_states:
+                batch_state.bind(self.state)
+                if any(self.state[m.parameter]["step"] for m in batch_state.matrices):
+                    batch_state.watch(all_of=True)
         return buckets
 
-    def _new_members(self, unit: StepUnit) -> list[Member]:
+    def _new_matrices(self, unit: StepUnit) -> list[MatrixRef]:
         group = self.group_of(unit)
         # Staggering counts the matrices that are stepped together: neither frozen nor late ones of other units.
         others = group.frozen.union(*group.late).difference(unit.positions)
@@ -203,12 +203,12 @@ class StepUnits:
         offset, interval = group.options.get("refresh_offset", 0), group.options.get("refresh_interval", 1)
         stagger, wanted = group.options.get("refresh_stagger", False), set(unit.positions)
         return [
-            Member(
+            MatrixRef(
                 group.parameters[position],
                 block,
                 f"{block.part}." if len(group.routes[position].blocks) > 1 else "",
                 offset + (number * interval // len(matrices) if stagger else 0),
-                self.layout.holding(group.parameters[position], block),
+                self.layout.local_view(group.parameters[position], block),
             )
             for number, (position, block) in enumerate(matrices)
             if position in wanted

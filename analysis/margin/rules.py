@@ -135,7 +135,7 @@ class Muon(MatrixRule):
         return factor * (scale(self.options["update_scale"], gradient.shape[-2:]) * self.options["alpha"])
 
     def momentum(self, gradient: Floats) -> Floats:
-        """Advance the moment (`optimizers.rules.momentum`); returns what is orthogonalized."""
+        """Advance the moment (`optimizers.rules.orthogonalize.momentum`); returns what is orthogonalized."""
         mu, nesterov = self.options["momentum"], self.options["nesterov"]
         weight = 1.0 if self.options["momentum_form"] == "sum" else 1.0 - mu
         before = np.zeros_like(gradient) if self.moment is None else self.moment
@@ -230,7 +230,7 @@ class GaLore(Subspace):
 
 
 def scale(name: str, shape: tuple[int, ...], rank: int | None = None) -> float:
-    """The factor `update_scale` on an orthogonal m×n update (`optimizers.rules.factor.scale`)."""
+    """The factor `update_scale` on an orthogonal m×n update (`optimizers.rules.orthogonalize.scale`)."""
     m, n = shape
     return {
         "none": 1.0,

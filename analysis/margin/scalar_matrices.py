@@ -74,7 +74,7 @@ def _muon(options: Mapping[str, Any]) -> Update:
 
 
 class _Momentum:
-    """gradient → what is orthogonalized (`optimizers.rules.momentum`)."""
+    """gradient → what is orthogonalized (`optimizers.rules.orthogonalize.momentum`)."""
 
     def __init__(self, options: Mapping[str, Any], length: int) -> None:
         self.mu, self.nesterov = options["momentum"], options["nesterov"]

@@ -15,28 +15,28 @@ from harness.loop import Run
 from harness.verify.cell import Defect
 from harness.verify.cells import MAX_NORM
 from harness.verify.witness import Witness
-from optimizers.layouts.lanes import Lane, LocalLane, make_banks
-from optimizers.layouts.replicated import Replicated
-from optimizers.layouts.rows import Whole
+from optimizers.interfaces import MatrixRef, Rule
+from optimizers.layouts.batches import make_batch_states
+from optimizers.layouts.buckets import Bucket, LocalBucket
+from optimizers.layouts.collectives import Unsharded
+from optimizers.layouts.replicated import ReplicaCollectives
 from optimizers.layouts.sharded import ShardedLayout
 from optimizers.linalg import subspace as sketches
-from optimizers.members import Member
-from optimizers.rules.rule import Rule
 
 
 @contextmanager
 def _shard_local() -> Iterator[None]:
     """Every rank orthogonalizes the rows that it happens to hold."""
 
-    def lanes(
-        self: ShardedLayout, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]
-    ) -> list[Lane]:
-        def shapes(member: Member) -> dict[str, tuple[int, ...]]:
-            return rule.state(member.holding.shape, options)
+    def buckets(
+        self: ShardedLayout, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]
+    ) -> list[Bucket]:
+        def shapes(matrix: MatrixRef) -> dict[str, tuple[int, ...]]:
+            return rule.state(matrix.view.shape, options)
 
-        return [LocalLane(make_banks(members, options, shapes), Whole())]
+        return [LocalBucket(make_batch_states(matrices, options, shapes), Unsharded())]
 
-    with patch.object(ShardedLayout, "lanes", lanes):
+    with patch.object(ShardedLayout, "buckets", buckets):
         yield
 
 
@@ -115,7 +115,7 @@ def _own_sketches() -> Iterator[None]:
 @contextmanager
 def _own_bases() -> Iterator[None]:
     """Every replica draws its own test matrices and keeps the basis that it finds."""
-    with _own_sketches(), patch.object(Replicated, "bases", Whole.bases):
+    with _own_sketches(), patch.object(ReplicaCollectives, "broadcast_bases", Unsharded.broadcast_bases):
         yield
 
 

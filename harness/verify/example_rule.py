@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from optimizers.layouts.rows import Rows
-from optimizers.rules.rule import Rule, Update
-from optimizers.stacks import Stack
+from optimizers.interfaces import MatrixBatch, Rule, Update
 
 
 class UnitMomentum(Rule):
@@ -29,15 +27,14 @@ class UnitMomentum(Rule):
     defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.9}
 
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """mn numbers."""
+        """Return mn numbers."""
         return {"moment": shape}
 
-    def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
-        """One step of each stack."""
-        for stack in stacks:
-            moment = stack.blend("moment", stack.gradient, stack.options["momentum"], 1.0)
-            norm = moment.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-12)
-            yield Update(stack.options["alpha"] * math.sqrt(math.prod(stack.shape)) * moment / norm)
+    def update(self, b: MatrixBatch) -> Update:
+        """Take one step; see the class' formula."""
+        moment = b.blend("moment", b.gradient, b.options["momentum"], 1.0)
+        norm = moment.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-12)
+        return Update(b.options["alpha"] * math.sqrt(math.prod(b.shape)) * moment / norm)
 
 
 def install(folder: Path, name: str) -> None:

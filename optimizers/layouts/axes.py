@@ -9,9 +9,9 @@ from torch import Tensor
 
 from optimizers import rules
 from optimizers.groups import matrix_options, rule_name
+from optimizers.interfaces import Rule
 from optimizers.presets import resolve
 from optimizers.routing import Modules, route
-from optimizers.rules.rule import Rule
 
 
 def owner_traffic(shape: tuple[int, int], ranks: int) -> float:

@@ -1,4 +1,4 @@
-"""What the optimizer asks of a layout: how matrices lie on this process, and in which lanes they are stepped."""
+"""What the optimizer asks of a layout: how matrices lie on this process, and in which buckets they are stepped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from optimizers.fused_projections import Block
+from optimizers.interfaces import Collectives, LocalView, MatrixRef, Rule
+from optimizers.layouts.batches import compensation
+from optimizers.layouts.buckets import Bucket
 from optimizers.layouts.communicator import Communicator
-from optimizers.layouts.lanes import Lane, compensation
-from optimizers.layouts.rows import Rows
-from optimizers.members import Holding, Member
-from optimizers.rules.rule import Rule
 
 
 class StepUnit(NamedTuple):
@@ -33,7 +32,7 @@ class Layout(Protocol):
     """How parameters lie on the processes."""
 
     @property
-    def rows(self) -> Rows:
+    def collectives(self) -> Collectives:
         """Sums over the processes that hold the rest of what lies here."""
         ...
 
@@ -56,7 +55,7 @@ class Layout(Protocol):
         """What counts the bytes that this process sends for the optimizer."""
         ...
 
-    def holding(self, parameter: Tensor, block: Block) -> Holding:
+    def local_view(self, parameter: Tensor, block: Block) -> LocalView:
         """How a matrix lies here.
 
         Raises:
@@ -64,8 +63,8 @@ class Layout(Protocol):
         """
         ...
 
-    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
-        """The lanes of a unit's matrices, the same on all processes."""
+    def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
+        """The buckets of a unit's matrices, the same on all processes."""
         ...
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
@@ -99,22 +98,22 @@ class Layout(Protocol):
 
 
 def local_shapes(
-    member: Member, rule: Rule, options: Mapping[str, Any], in_fp32: bool = False
+    matrix: MatrixRef, rule: Rule, options: Mapping[str, Any], in_fp32: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """kind → shape of a matrix' state on this process, with what stays with the weights.
 
     Args:
         in_fp32: the weights that are stepped are fp32, whatever the parameter's dtype is.
     """
-    shapes, holding = rule.state(member.block.shape, options), member.holding
-    if holding.split is not None:
-        axes = rule.axes(member.block.shape, options)
-        here = holding.shape[holding.split]
+    shapes, view = rule.state(matrix.block.shape, options), matrix.view
+    if view.split is not None:
+        axes = rule.axes(matrix.block.shape, options)
+        here = view.shape[view.split]
         shapes = {
-            kind: tuple(here if axis == holding.split else size for size, axis in zip(shape, axes[kind]))
+            kind: tuple(here if axis == view.split else size for size, axis in zip(shape, axes[kind]))
             for kind, shape in shapes.items()
         }
-    return shapes if in_fp32 else {**shapes, **compensation(member, options)}
+    return shapes if in_fp32 else {**shapes, **compensation(matrix, options)}
 
 
 def whole_groups(groups: Sequence[Mapping[str, Any]]) -> list[StepUnit]:

@@ -7,7 +7,7 @@ row travels. A rule without a row form gets such a matrix whole at one of its ho
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,23 @@ import torch
 from torch import Tensor
 
 from optimizers.fused_projections import Block
+from optimizers.interfaces import Collectives, LocalView, LowRank, MatrixBatch, MatrixRef, Rule, ShardBounds
+from optimizers.layouts.batches import (
+    ApplyConfig,
+    BatchEntry,
+    BatchState,
+    OptimizerState,
+    descend,
+    make_batch_states,
+    stepped,
+)
+from optimizers.layouts.buckets import Bucket, LocalBucket, OwnerBucket, bucket_positions
+from optimizers.layouts.collectives import Unsharded
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Arriving, Exchange, Interval
-from optimizers.layouts.lanes import Entry, Lane, LocalLane, OwnerLane, State, buckets, make_banks
 from optimizers.layouts.layout import StepUnit, local_shapes
-from optimizers.layouts.rows import Rows, Whole
-from optimizers.layouts.sharded import Shards
-from optimizers.members import Holding, Member
-from optimizers.rules.rule import Rule
+from optimizers.layouts.sharded import ShardCollectives
 from optimizers.skipping import StepMask
-from optimizers.stacks import ApplyConfig, Bank, LowRank, Stack, descend, stepped
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Unattached:
     """The layout of an optimizer whose parameters are about to be partitioned: it steps nothing yet."""
 
     def __init__(self) -> None:
-        self.rows: Rows = Whole()
+        self.collectives: Collectives = Unsharded()
         self.communicators: list[Communicator] = []
 
     is_first_replica: bool = False
@@ -64,13 +71,13 @@ class Unattached:
         """Not known yet."""
         return None, 0
 
-    def holding(self, parameter: Tensor, block: Block) -> Holding:
+    def local_view(self, parameter: Tensor, block: Block) -> LocalView:
         """Not known yet."""
         raise RuntimeError(
             "the optimizer was built for partitioned parameters and is not attached to an engine"
         )
 
-    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
+    def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
         """None."""
         return []
 
@@ -116,7 +123,7 @@ class PartitionedLayout:
         parameters: Sequence[Sequence[Tensor]],
         communicators: Sequence[Communicator],
     ) -> None:
-        self.rows: Rows = Whole()
+        self.collectives: Collectives = Unsharded()
         self._flats = list(flats)
         self._per_flat = list(communicators)
         self._places: dict[int, int] = {}
@@ -156,38 +163,40 @@ class PartitionedLayout:
         place = self._places[id(parameter)]
         return -1, self._flats[place].slots[parameter].pieces[self._per_flat[place].rank][0]
 
-    def holding(self, parameter: Tensor, block: Block) -> Holding:
+    def local_view(self, parameter: Tensor, block: Block) -> LocalView:
         """Whole, or rows of it."""
         place = self._places[id(parameter)]
         flat, communicator = self._flats[place], self._per_flat[place]
         whole = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 has emptied the parameter
         slot = _block_slot(block, flat.slots[parameter], communicator.rank, whole)
-        return Slice(flat, slot, block.shape, communicator.rank)
+        return FlatSliceView(flat, slot, block.shape, communicator.rank)
 
-    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
-        """One lane without communication for what lies whole here; one for what several ranks hold, or several
+    def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
+        """One bucket without communication for what lies whole here; one for what several ranks hold, or several
         where that has to be brought together."""
-        if not members:
+        if not matrices:
             return []
-        communicator = self._per_flat[self._places[id(members[0].parameter)]]
-        here = [m for m in members if m.holding.split is None and m.holding.shape == m.block.shape]
-        shared = [m for m in members if m.holding.split is not None]
-        lanes: list[Lane] = []
+        communicator = self._per_flat[self._places[id(matrices[0].parameter)]]
+        here = [m for m in matrices if m.view.split is None and m.view.shape == m.block.shape]
+        shared = [m for m in matrices if m.view.split is not None]
+        buckets: list[Bucket] = []
         if here:
-            banks = make_banks(here, options, lambda m: local_shapes(m, rule, options, in_fp32=True))
-            lanes.append(LocalLane(banks, Whole()))
+            batch_states = make_batch_states(
+                here, options, lambda m: local_shapes(m, rule, options, in_fp32=True)
+            )
+            buckets.append(LocalBucket(batch_states, Unsharded()))
         if not shared:
-            return lanes
-        fits = [_in_rows(_slice(m), rule, options, communicator.size) for m in shared]
+            return buckets
+        fits = [_in_rows(_flat_view(m), rule, options, communicator.size) for m in shared]
         in_rows = [m for m, is_fit in zip(shared, fits) if is_fit]
         if in_rows:
-            lanes.append(RowLane(in_rows, communicator, rule, options))
+            buckets.append(RowBucket(in_rows, communicator, rule, options))
         brought = [m for m, is_fit in zip(shared, fits) if not is_fit]
-        pieces = [_slice(m).slot.pieces for m in brought]
+        pieces = [_flat_view(m).slot.pieces for m in brought]
         owners = [_owner(i, p) for i, p in enumerate(pieces)]
-        for chosen in buckets(brought, owners):
-            lanes.append(
-                OwnerLane(
+        for chosen in bucket_positions(brought, owners):
+            buckets.append(
+                OwnerBucket(
                     [_as_piece(brought[i]) for i in chosen],
                     [pieces[i] for i in chosen],
                     [owners[i] for i in chosen],
@@ -196,7 +205,7 @@ class PartitionedLayout:
                     options,
                 )
             )
-        return lanes
+        return buckets
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
         """The flat tensors that the groups hold now: DeepSpeed narrows them to one at a time."""
@@ -237,8 +246,8 @@ class PartitionedLayout:
         return flat[slot.at : slot.at + hi - lo]
 
 
-class Slice:
-    """`Holding` of a matrix in a flat tensor.
+class FlatSliceView:
+    """`LocalView` of a matrix in a flat tensor.
 
     Whole where this rank has all of it, or where another one has (then with 0 rows). Else the rows whose first
     element this rank has, of which the last may end on the next rank: `tail` is what arrived of it.
@@ -253,32 +262,32 @@ class Slice:
     def __init__(self, flat: Flat, slot: Slot, shape: tuple[int, int], rank: int) -> None:
         m, n = shape
         self.flat, self.slot, self.rank = flat, slot, rank
-        self.rows_of_all, self.columns = m, n
+        self.row_count, self.columns = m, n
         owners = [q for q, (lo, hi) in enumerate(slot.pieces) if hi > lo]
         is_whole = len(owners) == 1
         self.split: int | None = None if is_whole else 0
         rows = [snapped(piece, n) for piece in slot.pieces]
-        self.pattern: Hashable = None if is_whole else tuple((r0, r1 - r0) for r0, r1 in rows)
+        self.shard_bounds: ShardBounds | None = None if is_whole else tuple((r0, r1 - r0) for r0, r1 in rows)
         self.piece = slot.pieces[rank]
         if is_whole:
             self.start, self.shape = 0, (shape if owners == [rank] else (0, n))
-            self.rows = (0, m) if owners == [rank] else (0, 0)
+            self.row_range = (0, m) if owners == [rank] else (0, 0)
         else:
-            self.rows = rows[rank]
-            self.start, self.shape = self.rows[0], (self.rows[1] - self.rows[0], n)
+            self.row_range = rows[rank]
+            self.start, self.shape = self.row_range[0], (self.row_range[1] - self.row_range[0], n)
         self.tail: Tensor | None = None
 
     @property
     def lead(self) -> Interval:
         """Elements here that end a row of an earlier rank."""
         lo, hi = self.piece
-        return lo, min(hi, max(lo, self.rows[0] * self.columns)) if hi > lo else lo
+        return lo, min(hi, max(lo, self.row_range[0] * self.columns)) if hi > lo else lo
 
     @property
     def missing(self) -> Interval:
         """Elements of this rank's last row that later ranks have."""
         hi = self.piece[1]
-        end = self.rows[1] * self.columns
+        end = self.row_range[1] * self.columns
         return (hi, end) if self.shape[0] and end > hi else (hi, hi)
 
     def within(self, flat: Tensor, interval: Interval) -> Tensor:
@@ -291,7 +300,7 @@ class Slice:
         gradient = self.flat.tensor.grad
         if gradient is None:
             return None
-        own = self.within(gradient, (max(self.piece[0], self.rows[0] * self.columns), self.piece[1]))
+        own = self.within(gradient, (max(self.piece[0], self.row_range[0] * self.columns), self.piece[1]))
         if self.shape[0] == 0:
             return gradient.new_empty(self.shape)
         if self.tail is not None and self.tail.numel():
@@ -300,7 +309,7 @@ class Slice:
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
         """(rows, n) where no row is broken."""
-        start = self.rows[0] * self.columns
+        start = self.row_range[0] * self.columns
         return self.within(self.flat.tensor.detach(), (start, start + self.shape[0] * self.columns)).view(
             self.shape
         )
@@ -316,35 +325,39 @@ class Slice:
         return local.view(self.shape) if is_here else None
 
 
-class RowLane:
+class RowBucket:
     """Matrices that several ranks hold rows of; broken rows are completed before the step and returned after.
 
     Args:
-        members: in the same order on all ranks, with `Slice` holdings.
+        matrices: in the same order on all ranks, with `FlatSliceView` holdings.
         communicator: the ranks.
         rule: a rule with a row form.
         options: of the group.
     """
 
     def __init__(
-        self, members: Sequence[Member], communicator: Communicator, rule: Rule, options: Mapping[str, Any]
+        self,
+        matrices: Sequence[MatrixRef],
+        communicator: Communicator,
+        rule: Rule,
+        options: Mapping[str, Any],
     ) -> None:
-        shards = Shards(communicator)
-        banks = make_banks(
-            members, options, lambda m: local_shapes(m, rule, options, in_fp32=True), agree=shards.agree
+        shards = ShardCollectives(communicator)
+        batch_states = make_batch_states(
+            matrices, options, lambda m: local_shapes(m, rule, options, in_fp32=True), agree=shards.agree
         )
-        self._lane = LocalLane(banks, shards, together=True)
-        self.banks: list[Bank] = banks
-        self.landing: list[Bank] = []
-        self.rows: Rows = shards
-        self._members = list(members)
-        self._slices = [_slice(m) for m in members]
-        views = [
-            [Slice(s.flat, s.slot, m.block.shape, rank) for rank in range(communicator.size)]
-            for s, m in zip(self._slices, members)
+        self._bucket = LocalBucket(batch_states, shards, together=True)
+        self.batch_states: list[BatchState] = batch_states
+        self.receivers: list[BatchState] = []
+        self.collectives: Collectives = shards
+        self._matrices = list(matrices)
+        self._views = [_flat_view(m) for m in matrices]
+        views_of_ranks = [
+            [FlatSliceView(s.flat, s.slot, m.block.shape, rank) for rank in range(communicator.size)]
+            for s, m in zip(self._views, matrices)
         ]
-        leads = [[view.lead for view in same] for same in views]
-        missing = [[view.missing for view in same] for same in views]
+        leads = [[view.lead for view in same] for same in views_of_ranks]
+        missing = [[view.missing for view in same] for same in views_of_ranks]
         is_broken = any(hi > lo for same in leads for lo, hi in same)
         self._exchange = Exchange(leads, missing, communicator) if is_broken else None
         self._arriving: Arriving | None = None
@@ -353,39 +366,39 @@ class RowLane:
 
     def begin(self) -> None:
         """Ask for what is missing of broken rows."""
-        gradient = self._slices[0].flat.tensor.grad
+        gradient = self._views[0].flat.tensor.grad
         if self._exchange is None or self._arriving is not None or gradient is None:
             return
-        leads = [s.within(gradient, s.lead) for s in self._slices]
+        leads = [s.within(gradient, s.lead) for s in self._views]
         self._arriving = self._exchange.forward(leads, gradient)
 
-    def batches(self, state: State, mask: StepMask) -> Iterable[list[Entry]]:
+    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
         """All stacks together."""
-        self._skipped = mask.positions([m.unit for m in self._members])
+        self._skipped = mask.positions([m.unit for m in self._matrices])
         if self._arriving is not None:
-            for held, tail in zip(self._slices, self._arriving.wait()):
-                held.tail = tail
-        yield from self._lane.batches(state, mask)
+            for view, tail in zip(self._views, self._arriving.wait()):
+                view.tail = tail
+        yield from self._bucket.batches(state, mask)
 
-    def apply(self, stack: Stack, delta: Tensor | LowRank, config: ApplyConfig) -> None:
+    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """Where the own elements are; the rest is kept until the `end`."""
         if self._exchange is None:
-            self._lane.apply(stack, delta, config)
+            self._bucket.apply(batch, delta, config)
             return
-        dense = delta.dense(stack) if isinstance(delta, LowRank) else delta
-        if stack.masked is not None:
-            dense = torch.where(stack.masked, 0.0, dense)
+        dense = delta.dense(batch) if isinstance(delta, LowRank) else delta
+        if batch.masked is not None:
+            dense = torch.where(batch.masked, 0.0, dense)
         weights, parts = [], []
         flat = dense.reshape(len(dense), -1).unbind(0)
-        for member, part in zip(stepped(stack, stack.members), stepped(stack, flat)):
-            held = _slice(member)
-            first = held.rows[0] * held.columns
-            own = max(held.piece[0], first), min(held.piece[1], held.rows[1] * held.columns)
+        for matrix, part in zip(stepped(batch, batch.matrices), stepped(batch, flat)):
+            view = _flat_view(matrix)
+            first = view.row_range[0] * view.columns
+            own = max(view.piece[0], first), min(view.piece[1], view.row_range[1] * view.columns)
             if own[1] > own[0]:
-                weights.append(held.within(held.flat.tensor.detach(), own))
+                weights.append(view.within(view.flat.tensor.detach(), own))
                 parts.append(part[own[0] - first : own[1] - first])
-            lo, hi = held.missing
-            self._tails[id(held)] = part[lo - first : hi - first].clone()
+            lo, hi = view.missing
+            self._tails[id(view)] = part[lo - first : hi - first].clone()
         if weights:
             descend(weights, parts, config)
 
@@ -393,10 +406,10 @@ class RowLane:
         """Return what belongs to broken rows of others, and apply what comes back."""
         if self._exchange is None or self._arriving is None:
             return
-        flat = self._slices[0].flat.tensor.detach()
-        tails = [self._tails.get(id(held)) for held in self._slices]
+        flat = self._views[0].flat.tensor.detach()
+        tails = [self._tails.get(id(view)) for view in self._views]
         arrived = self._exchange.backward(tails, flat).wait()
-        weights = [held.within(flat, held.lead) for held in self._slices]
+        weights = [view.within(flat, view.lead) for view in self._views]
         pairs = [
             (w, part)
             for i, (w, part) in enumerate(zip(weights, arrived))
@@ -405,28 +418,28 @@ class RowLane:
         if pairs:
             descend([w for w, _ in pairs], [part for _, part in pairs], config)
         self._arriving, self._tails = None, {}
-        for held in self._slices:
-            held.tail = None
+        for view in self._views:
+            view.tail = None
 
 
 @dataclass(frozen=True)
-class _Piece:
+class FlatPieceView:
     """A flattened interval of a matrix, as a column: what an owner is sent and what it sends back."""
 
-    held: Slice
+    view: FlatSliceView
     shape: tuple[int, int]
-    pattern: Hashable
+    shard_bounds: ShardBounds | None
     split: int | None = 0
     start: int = 0
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
         """(elements, 1)."""
-        gradient = self.held.flat.tensor.grad
-        return None if gradient is None else self.held.within(gradient, self.held.piece)[:, None]
+        gradient = self.view.flat.tensor.grad
+        return None if gradient is None else self.view.within(gradient, self.view.piece)[:, None]
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
         """(elements, 1)."""
-        return self.held.within(self.held.flat.tensor.detach(), self.held.piece)[:, None]
+        return self.view.within(self.view.flat.tensor.detach(), self.view.piece)[:, None]
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
         """As `gradient`."""
@@ -437,32 +450,32 @@ class _Piece:
         return None
 
 
-def _as_piece(member: Member) -> Member:
-    held = _slice(member)
-    lo, hi = held.piece
-    holding = _Piece(held, (hi - lo, 1), held.slot.pieces)
-    return Member(member.parameter, member.block, member.prefix, member.offset, holding)
+def _as_piece(matrix: MatrixRef) -> MatrixRef:
+    view = _flat_view(matrix)
+    lo, hi = view.piece
+    piece = FlatPieceView(view, (hi - lo, 1), view.slot.pieces)
+    return MatrixRef(matrix.parameter, matrix.block, matrix.prefix, matrix.offset, piece)
 
 
-def _slice(member: Member) -> Slice:
-    assert isinstance(member.holding, Slice)
-    return member.holding
+def _flat_view(matrix: MatrixRef) -> FlatSliceView:
+    assert isinstance(matrix.view, FlatSliceView)
+    return matrix.view
 
 
 def snapped(piece: Interval, columns: int) -> Interval:
-    """Rows whose first element lies in an interval of elements."""
+    """Return the rows whose first element lies in an interval of elements."""
     lo, hi = piece
     first = -(-lo // columns)
     return first, max(first, -(-hi // columns)) if hi > lo else first
 
 
-def _in_rows(held: Slice, rule: Rule, options: Mapping[str, Any], ranks: int) -> bool:
+def _in_rows(view: FlatSliceView, rule: Rule, options: Mapping[str, Any], ranks: int) -> bool:
     """Whether rows send less than bringing a matrix to its largest holder: sums go to all ranks, pieces only from
     those that hold some."""
     if rule.needs_whole:
         return False
-    m, n = held.rows_of_all, held.columns
-    moved = m * n - max(hi - lo for lo, hi in held.slot.pieces)
+    m, n = view.row_count, view.columns
+    moved = m * n - max(hi - lo for lo, hi in view.slot.pieces)
     return rule.row_traffic((m, n), 0, options, ranks) <= 8.0 * moved / ranks
 
 

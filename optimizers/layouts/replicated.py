@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,19 +12,43 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from optimizers.fused_projections import Block
+from optimizers.interfaces import BroadcastBasis, Collectives, LocalView, MatrixRef, Rule, ShardBounds
+from optimizers.layouts.batches import make_batch_states
+from optimizers.layouts.buckets import Bucket, LocalBucket, WorkSplitBucket, bucket_positions
+from optimizers.layouts.collectives import Unsharded, make_basis
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import balanced_owners
-from optimizers.layouts.lanes import Lane, LocalLane, SplitLane, buckets, make_banks
 from optimizers.layouts.layout import StepUnit, local_shapes, whole_groups
-from optimizers.layouts.rows import BasisMaker, Rows, Whole, made
-from optimizers.members import Held, Holding, Member
-from optimizers.rules.rule import Rule
-
-__all__ = ["Replicated", "ReplicatedLayout", "Whole"]
 
 
-class Replicated(Whole):
-    """Equal replicas (DDP): all compute everything, but bases come from the group's first process.
+@dataclass(frozen=True)
+class FullView:
+    """An ordinary parameter, whole."""
+
+    shape: tuple[int, int]
+    split: int | None = None
+    start: int = 0
+    shard_bounds: ShardBounds | None = None
+
+    def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """The block of `parameter.grad`."""
+        return None if parameter.grad is None else block.matrix(parameter.grad)
+
+    def weight(self, parameter: Tensor, block: Block) -> Tensor:
+        """The block of the parameter."""
+        return block.view(parameter)
+
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """The block as a view, which may be interleaved."""
+        return None if parameter.grad is None else block.view(parameter.grad)
+
+    def part(self, local: Tensor, block: Block) -> Tensor | None:
+        """The block of it."""
+        return block.matrix(local)
+
+
+class ReplicaCollectives(Unsharded):
+    """The collectives of equal replicas (DDP): all compute everything, but bases come from the first process.
 
     Args:
         ranks: the processes that hold the replicas.
@@ -34,24 +59,19 @@ class Replicated(Whole):
     def __init__(self, ranks: Communicator) -> None:
         self.ranks = ranks
 
-    def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
-        """Made by the first process and sent in one flat buffer per dtype and device."""
-        if not makers:
-            return []
-        owner = self.ranks.rank == 0
-        found = (
-            [made(maker).to(t.dtype) for maker, t in zip(makers, like)]
-            if owner
-            else [torch.empty_like(t) for t in like]
-        )
-        kinds = sorted({(str(t.dtype), str(t.device)) for t in found})
-        for kind in kinds:
-            chosen = [i for i, t in enumerate(found) if (str(t.dtype), str(t.device)) == kind]
-            flat = torch.cat([found[i].reshape(-1) for i in chosen])
+    def broadcast_bases(self, requests: Sequence[BroadcastBasis]) -> list[Tensor]:
+        """Make them on the first process and send them in one flat buffer per dtype and device."""
+        if self.ranks.rank == 0:
+            bases = [make_basis(request).to(request.like.dtype) for request in requests]
+        else:
+            bases = [torch.empty_like(request.like) for request in requests]
+        for kind in sorted({(str(basis.dtype), str(basis.device)) for basis in bases}):
+            positions = [i for i, t in enumerate(bases) if (str(t.dtype), str(t.device)) == kind]
+            flat = torch.cat([bases[i].reshape(-1) for i in positions])
             self.ranks.broadcast(flat)
-            for i, part in zip(chosen, flat.split([found[i].numel() for i in chosen])):
-                found[i] = part.view(found[i].shape)
-        return found
+            for i, part in zip(positions, flat.split([bases[i].numel() for i in positions])):
+                bases[i] = part.view(bases[i].shape)
+        return bases
 
 
 class ReplicatedLayout:
@@ -65,7 +85,9 @@ class ReplicatedLayout:
 
     def __init__(self, group: dist.ProcessGroup | None = None, work: str = "replicated") -> None:
         self._ranks = None if group is None else Communicator(group)
-        self.rows: Rows = Whole() if self._ranks is None else Replicated(self._ranks)
+        self.collectives: Collectives = (
+            Unsharded() if self._ranks is None else ReplicaCollectives(self._ranks)
+        )
         self._communicator = self._ranks if work == "split" else None
 
     @property
@@ -87,22 +109,22 @@ class ReplicatedLayout:
         """All of it."""
         return None, 0
 
-    def holding(self, parameter: Tensor, block: Block) -> Holding:
+    def local_view(self, parameter: Tensor, block: Block) -> LocalView:
         """Whole."""
-        return Held(block.shape)
+        return FullView(block.shape)
 
-    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
-        """One lane; with split work one for each shape."""
+    def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
+        """One bucket; with split work one for each shape."""
         if self._communicator is None:
-            made_banks = make_banks(members, options, lambda m: local_shapes(m, rule, options))
-            return [LocalLane(made_banks, self.rows)]
-        costs = [work_of(m.block.shape) for m in members]
+            batch_states = make_batch_states(matrices, options, lambda m: local_shapes(m, rule, options))
+            return [LocalBucket(batch_states, self.collectives)]
+        costs = [work_of(m.block.shape) for m in matrices]
         owners = balanced_owners(costs, self._communicator.size)
         return [
-            SplitLane(
-                [members[i] for i in chosen], [owners[i] for i in chosen], self._communicator, rule, options
+            WorkSplitBucket(
+                [matrices[i] for i in chosen], [owners[i] for i in chosen], self._communicator, rule, options
             )
-            for chosen in buckets(members, owners)
+            for chosen in bucket_positions(matrices, owners)
         ]
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:

@@ -6,7 +6,7 @@ gradients. A rule without one gets whole matrices at owners and back, in one all
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,25 +15,32 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from optimizers.fused_projections import Block
+from optimizers.interfaces import (
+    BroadcastBasis,
+    Collectives,
+    GatherPolar,
+    LocalView,
+    MatrixRef,
+    Rule,
+    ShardBounds,
+    SolveRoot,
+)
 from optimizers.layouts.axes import traffic
+from optimizers.layouts.batches import make_batch_states
+from optimizers.layouts.buckets import Bucket, LocalBucket, OwnerBucket, bucket_positions
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Exchange, balanced_owners, whole_at
-from optimizers.layouts.lanes import Lane, LocalLane, OwnerLane, buckets, make_banks
 from optimizers.layouts.layout import StepUnit, local_shapes, whole_groups
 from optimizers.layouts.replicated import work_of
-from optimizers.layouts.rows import BasisMaker, Rows, SplitMoment, solved
-from optimizers.linalg.gram_root import GramRoot
 from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.polar import Polar
 from optimizers.linalg.precision import full_precision
+from optimizers.linalg.requests import AllGather, AllReduce, Eigh, drive
 from optimizers.linalg.robust import robust_eigh
-from optimizers.linalg.sketching import Ask, driven
-from optimizers.members import Holding, Member
-from optimizers.rules.rule import Rule
 
 
-class Shards:
-    """`Rows` over ranks that each hold an interval of every matrix.
+class ShardCollectives:
+    """The collectives over ranks that each hold an interval of every matrix.
 
     Args:
         communicator: the ranks that hold one replica.
@@ -46,149 +53,129 @@ class Shards:
         self._ranks, self._replicas = communicator, replicas
         self._exchanges: dict[Any, tuple[Exchange, set[int]]] = {}
 
-    def total(self, parts: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
-        """One all-reduce per dtype of the shares."""
-        result = list(parts)
-        shares = [i for i in range(len(parts)) if partial is None or partial[i]]
-        for dtype in sorted({parts[i].dtype for i in shares}, key=str):
-            chosen = [i for i in shares if parts[i].dtype == dtype]
-            flat = self._ranks.sum(torch.cat([parts[i].reshape(-1) for i in chosen]))
-            for i, total in zip(chosen, flat.split([parts[i].numel() for i in chosen])):
-                result[i] = total.view(parts[i].shape)
+    def all_reduce(self, tensors: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
+        """Sum the partial tensors: one all-reduce per dtype."""
+        result = list(tensors)
+        summands = [i for i in range(len(tensors)) if partial is None or partial[i]]
+        for dtype in sorted({tensors[i].dtype for i in summands}, key=str):
+            positions = [i for i in summands if tensors[i].dtype == dtype]
+            flat = self._ranks.sum(torch.cat([tensors[i].reshape(-1) for i in positions]))
+            for i, total in zip(positions, flat.split([tensors[i].numel() for i in positions])):
+                result[i] = total.view(tensors[i].shape)
         return result
 
-    def roots(
-        self,
-        grams: Sequence[Tensor],
-        solvers: Sequence[GramRoot] | None = None,
-        partial: Sequence[bool] | None = None,
-    ) -> list[InverseRoot]:
-        """Shares are summed at one owner per matrix, solved there, and the roots sent to all in fp32: 12r² bytes
-        instead of the 16r² of an all-reduce, the work divided, the roots equal bit by bit. Complete Grams are
-        solved by all: a smooth map of equal numbers."""
-        chosen_solvers = list(solvers or [GramRoot()] * len(grams))
-        shares = [i for i in range(len(grams)) if partial is None or partial[i]]
-        complete = [i for i in range(len(grams)) if i not in shares]
-        result: dict[int, InverseRoot] = dict(
-            zip(complete, solved([grams[i] for i in complete], [chosen_solvers[i] for i in complete]))
-        )
-        if shares:
-            found = self._owned_roots([grams[i] for i in shares], [chosen_solvers[i] for i in shares])
-            result.update(zip(shares, found))
-        return [result[i] for i in range(len(grams))]
+    def inverse_roots(self, requests: Sequence[SolveRoot]) -> list[InverseRoot]:
+        """Sum each Gram at one owner, solve it there, and send the root to all.
 
-    def _owned_roots(self, grams: list[Tensor], solvers: list[GramRoot]) -> list[InverseRoot]:
-        slices = [_dealt(len(gram), self._ranks.size, start) for start, gram in enumerate(grams)]
+        In fp32 that is 12r² bytes instead of the 16r² of an all-reduce, with the work divided and the roots equal bit
+        by bit. Complete Grams are solved by all: a smooth map of equal numbers.
+        """
+        solved = iter(self._owned_roots([r for r in requests if r.partial]))
+        return [next(solved) if r.partial else r.solver(r.gram) for r in requests]
+
+    def _owned_roots(self, requests: Sequence[SolveRoot]) -> list[InverseRoot]:
+        if not requests:
+            return []
+        grams = [request.gram for request in requests]
         sides = [gram.shape[-1] for gram in grams]
-        mine = self._ranks.sum_scatter(_packed(grams, slices))
-        dtype = torch.float64 if any(s.dtype == torch.float64 for s in solvers) else torch.float32
-        answers, offset = [], 0
-        for r, part, solver in zip(sides, slices, solvers):
-            count = _length(part, self._ranks.rank)
+        shares = [_dealt(len(gram), self._ranks.size, start) for start, gram in enumerate(grams)]
+        owned = self._ranks.sum_scatter(_packed(grams, shares))
+        is_wide = any(request.solver.dtype == torch.float64 for request in requests)
+        dtype = torch.float64 if is_wide else torch.float32
+        solutions, offset = [], 0
+        for r, share, request in zip(sides, shares, requests):
+            count = _length(share, self._ranks.rank)
             if count == 0:
                 continue
-            root = solver(mine[offset : offset + count * r * r].view(count, r, r))
+            root = request.solver(owned[offset : offset + count * r * r].view(count, r, r))
             offset += count * r * r
-            values = root.singular_values
-            if values is None:
-                values = torch.zeros_like(root.root[..., 0])
-            # Which matrix fell back is not known, how many of the stack is: the first one carries the number.
-            fallbacks = torch.zeros_like(values[:, :1])
-            fallbacks[:1, 0] = root.fallbacks
-            rank = root.effective_rank[:, None].to(values.dtype)
-            answers.append(
-                torch.cat([root.root.flatten(1), values, rank, fallbacks], 1).to(dtype).reshape(-1)
-            )
+            solutions.append(_packed_root(root).to(dtype).reshape(-1))
         widths = [r * r + r + 2 for r in sides]
-        longest = max(sum(w * _length(s, q) for w, s in zip(widths, slices)) for q in range(self._ranks.size))
+        longest = max(sum(w * _length(s, q) for w, s in zip(widths, shares)) for q in range(self._ranks.size))
         flat = torch.zeros(longest, dtype=dtype, device=grams[0].device)
-        if answers:
-            own = torch.cat(answers)
+        if solutions:
+            own = torch.cat(solutions)
             flat[: own.numel()] = own
         everything = self._ranks.gather(flat)
         return [
-            _root(rows, r, solver)
-            for rows, r, solver in zip(_unpacked(everything, slices, widths), sides, solvers)
+            _unpacked_root(rows, r, request.solver.gives_singular_values)
+            for rows, r, request in zip(_unpacked(everything, shares, widths), sides, requests)
         ]
 
-    def brings(self, length: int, rank: int) -> bool:
-        """Whether rows of moments to their owners and back (8·length·r/W bytes) cost less than Grams (12r²)."""
-        return 2 * length < 3 * rank * self._ranks.size
-
-    def factors(self, moments: Sequence[SplitMoment]) -> list[Polar]:
-        """Each moment whole at one owner, longest first, which sends the rows of the factor back."""
-        if not moments:
-            return []
-        exchange, mine = self._moment_exchange(moments)
-        rows = [part.rows() for part in moments]
-        held = [matrix.reshape(-1) for part in rows for matrix in part.unbind(0)]
-        arrived = exchange.forward(held, held[0]).wait()
-        answers: list[Tensor | None] = [None] * len(held)
-        fallbacks, at = [], 0
-        for part in moments:
-            owned = [at + i for i in range(len(part.moment)) if at + i in mine]
-            at += len(part.moment)
-            count = torch.zeros((), dtype=torch.int64, device=part.moment.device)
-            if owned:
-                whole = part.whole(torch.stack([arrived[i] for i in owned]))
-                found = part.solve(whole)
-                count = count if found.fallbacks is None else found.fallbacks
-                for i, factor in zip(owned, part.leading(found.factor).unbind(0)):
-                    answers[i] = factor.reshape(-1)
+    def polar_factors(self, requests: Sequence[GatherPolar]) -> list[Polar]:
+        """Bring each moment whole to one owner, longest first, which sends the rows of the factor back."""
+        exchange, owned = self._moment_exchange(requests)
+        rows = [request.split_first(request.moment) for request in requests]
+        intervals = [matrix.reshape(-1) for part in rows for matrix in part.unbind(0)]
+        arrived = exchange.forward(intervals, intervals[0]).wait()
+        factors: list[Tensor | None] = [None] * len(intervals)
+        fallbacks, first = [], 0
+        for request in requests:
+            positions = [first + i for i in range(len(request.moment)) if first + i in owned]
+            first += len(request.moment)
+            count = torch.zeros((), dtype=torch.int64, device=request.moment.device)
+            if positions:
+                solution = request.solve(request.unflatten(torch.stack([arrived[i] for i in positions])))
+                count = count if solution.fallbacks is None else solution.fallbacks
+                for i, factor in zip(positions, request.split_first(solution.factor).unbind(0)):
+                    factors[i] = factor.reshape(-1)
             fallbacks.append(count)
-        back = exchange.backward(answers, held[0]).wait()
-        result, at = [], 0
-        for part, shape, count in zip(moments, (r.shape for r in rows), fallbacks):
-            factor = torch.stack([back[at + i].view(shape[1:]) for i in range(shape[0])])
-            at += shape[0]
-            result.append(Polar(part.leading(factor), None, None, count))
+        returned = exchange.backward(factors, intervals[0]).wait()
+        result, first = [], 0
+        for request, shape, count in zip(requests, (part.shape for part in rows), fallbacks):
+            factor = torch.stack([returned[first + i].view(shape[1:]) for i in range(shape[0])])
+            first += shape[0]
+            result.append(Polar(request.split_first(factor), None, None, count))
         return result
 
-    def _moment_exchange(self, moments: Sequence[SplitMoment]) -> tuple[Exchange, set[int]]:
-        key = tuple((len(part.moment), part.shape, part.dim, part.pattern) for part in moments)
+    def _moment_exchange(self, requests: Sequence[GatherPolar]) -> tuple[Exchange, set[int]]:
+        key = tuple((len(r.moment), r.shape, r.dim, r.shard_bounds) for r in requests)
         if key not in self._exchanges:
             sources, sizes, costs = [], [], []
-            for part in moments:
-                width = part.shape[1 if part.dim == -2 else 0]
-                length = part.shape[0 if part.dim == -2 else 1]
-                for _ in range(len(part.moment)):
-                    sources.append([(a * width, (a + n) * width) for a, n in part.pattern])
+            for request in requests:
+                width = request.shape[1 if request.dim == -2 else 0]
+                length = request.shape[0 if request.dim == -2 else 1]
+                for _ in range(len(request.moment)):
+                    sources.append([(a * width, (a + n) * width) for a, n in request.shard_bounds])
                     sizes.append(length * width)
-                    costs.append(work_of(part.shape))
+                    costs.append(work_of(request.shape))
             owners = balanced_owners(costs, self._ranks.size)
             exchange = Exchange(sources, whole_at(owners, sizes, self._ranks.size), self._ranks)
-            mine = {i for i, owner in enumerate(owners) if owner == self._ranks.rank}
-            self._exchanges[key] = exchange, mine
+            owned = {i for i, owner in enumerate(owners) if owner == self._ranks.rank}
+            self._exchanges[key] = exchange, owned
         return self._exchanges[key]
 
-    def bases(self, makers: Sequence[BasisMaker], like: Sequence[Tensor]) -> list[Tensor]:
-        """One after the other, so that one stack's gradients are alive; what each asks is answered by a
-        collective for all matrices of its stack."""
+    def broadcast_bases(self, requests: Sequence[BroadcastBasis]) -> list[Tensor]:
+        """Make the bases one after the other, so that one batch's gradients are alive.
+
+        What each asks is answered by a collective for all matrices of its batch.
+        """
         with torch.no_grad():
-            return [self._driven(maker, target) for maker, target in zip(makers, like)]
+            return [self._basis(request) for request in requests]
 
-    def _driven(self, maker: BasisMaker, like: Tensor) -> Tensor:
-        steps = maker()
+    def _basis(self, request: BroadcastBasis) -> Tensor:
+        steps = request.maker()
         assert not isinstance(steps, Tensor)
-        with full_precision(like.device.type):
-            return driven(steps, self._answer).to(like.dtype)
+        with full_precision(request.like.device.type):
+            return drive(steps, self._answer).to(request.like.dtype)
 
-    def _answer(self, ask: Ask) -> Any:
-        tensor = ask.tensor
-        if ask.kind == "sum":
-            return self._ranks.sum(tensor.clone(memory_format=torch.contiguous_format).view(-1)).view(
-                tensor.shape
-            )
-        if ask.kind == "gather":
+    def _answer(self, request: AllReduce | AllGather | Eigh) -> Any:
+        if isinstance(request, Eigh):
+            return self._eigh(request.gram)
+        tensor = request.tensor
+        if isinstance(request, AllGather):
             return self._ranks.gather(tensor.reshape(-1)).view(self._ranks.size, *tensor.shape)
-        return self._eigen(tensor)
+        if not request.partial:
+            return tensor
+        flat = tensor.clone(memory_format=torch.contiguous_format).view(-1)
+        return self._ranks.sum(flat).view(tensor.shape)
 
-    def _eigen(self, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Each rank solves its share of the matrices, and all get the same bits."""
+    def _eigh(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve a share of the matrices on each rank, and send all the same bits."""
         b, k = gram.shape[:2]
-        part = _dealt(b, self._ranks.size, 0)
-        lo, hi = part[self._ranks.rank]
-        longest = max(end - start for start, end in part)
+        shares = _dealt(b, self._ranks.size, 0)
+        lo, hi = shares[self._ranks.rank]
+        longest = max(end - start for start, end in shares)
         flat = gram.new_zeros(longest, k * (k + 1))
         if hi > lo and gram.device.type != "meta":
             values, vectors, _ = robust_eigh(gram[lo:hi])
@@ -197,8 +184,8 @@ class Shards:
         if self._replicas is not None:
             everything = self._replicas.broadcast(everything.view(-1)).view(self._ranks.size, -1)
         rows = everything.view(self._ranks.size, longest, -1)
-        found = torch.cat([rows[q, : end - start] for q, (start, end) in enumerate(part)])
-        return found[:, :k], found[:, k:].reshape(b, k, k)
+        solutions = torch.cat([rows[q, : end - start] for q, (start, end) in enumerate(shares)])
+        return solutions[:, :k], solutions[:, k:].reshape(b, k, k)
 
     def agree(self, present: Tensor) -> Tensor:
         """Element-wise or over the ranks."""
@@ -221,10 +208,10 @@ def _length(shares: Sequence[tuple[int, int]], rank: int) -> int:
     return shares[rank][1] - shares[rank][0]
 
 
-def _packed(stacks: Sequence[Tensor], shares: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    """(W, longest): row q holds rank q's share of every stack, padded."""
+def _packed(batches: Sequence[Tensor], shares: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """(W, longest): row q holds rank q's share of every batch, padded."""
     rows = [
-        torch.cat([stack[lo:hi].reshape(-1) for stack, (lo, hi) in zip(stacks, parts)])
+        torch.cat([batch[lo:hi].reshape(-1) for batch, (lo, hi) in zip(batches, parts)])
         for parts in zip(*shares)
     ]
     longest = max(row.numel() for row in rows)
@@ -234,7 +221,7 @@ def _packed(stacks: Sequence[Tensor], shares: Sequence[Sequence[tuple[int, int]]
 def _unpacked(
     rows: Tensor, shares: Sequence[Sequence[tuple[int, int]]], widths: Sequence[int]
 ) -> list[Tensor]:
-    """The inverse of `_packed` for stacks of (b, width)."""
+    """The inverse of `_packed` for batches of (b, width)."""
     parts: list[list[Tensor]] = [[] for _ in shares]
     for rank in range(rows.shape[0]):
         offset = 0
@@ -245,31 +232,41 @@ def _unpacked(
     return [torch.cat(found) for found in parts]
 
 
-def _root(rows: Tensor, r: int, solver: GramRoot) -> InverseRoot:
+def _packed_root(root: InverseRoot) -> Tensor:
+    """Return (b, r² + r + 2): root, singular values (zeros where there are none), rank, fallbacks."""
+    values = root.singular_values
+    if values is None:
+        values = torch.zeros_like(root.root[..., 0])
+    # Which matrix fell back is not known, how many of the batch is: the first one carries the number.
+    fallbacks = torch.zeros_like(values[:, :1])
+    fallbacks[:1, 0] = root.fallbacks
+    return torch.cat(
+        [root.root.flatten(1), values, root.effective_rank[:, None].to(values.dtype), fallbacks], 1
+    )
+
+
+def _unpacked_root(rows: Tensor, r: int, has_values: bool) -> InverseRoot:
     root, values, rank, fallbacks = rows.split([r * r, r, 1, 1], 1)
     return InverseRoot(
-        root.reshape(-1, r, r),
-        values if solver.gives_singular_values else None,
-        rank[:, 0].long(),
-        fallbacks.sum().long(),
+        root.reshape(-1, r, r), values if has_values else None, rank[:, 0].long(), fallbacks.sum().long()
     )
 
 
 @dataclass(frozen=True)
-class Sharded:
-    """`Holding` of a matrix inside a parameter that is cut along `split`.
+class ShardView:
+    """`LocalView` of a matrix inside a parameter that is cut along `split`.
 
     Attributes:
         cut: (axis, first, length) that select the matrix within what this process has of the parameter.
         expert: index of the matrix among the experts that this process has; -1: it has others. None: no stack.
-        pattern: the intervals of all ranks. Ranks must stack the same matrices, so it decides what is alike.
+        shard_bounds: the intervals of all ranks. Ranks must stack the same matrices, so it decides what is alike.
     """
 
     shape: tuple[int, int]
     split: int | None
     start: int
     cut: tuple[int, int, int] | None = None
-    pattern: Hashable = None
+    shard_bounds: ShardBounds | None = None
     expert: int | None = None
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
@@ -326,8 +323,8 @@ class ShardedLayout:
             raise TypeError(f"{name}: a mesh of {mesh.ndim} dimensions is not supported (FSDP: 1, HSDP: 2)")
         self._ranks = Communicator(mesh.get_group(dim))
         self._replicas = Communicator(mesh.get_group(1 - dim)) if mesh.ndim == 2 else None
-        self._shards = Shards(self._ranks, self._replicas)
-        self.rows: Rows = self._shards
+        self._shards = ShardCollectives(self._ranks, self._replicas)
+        self.collectives: Collectives = self._shards
 
     @property
     def communicators(self) -> list[Communicator]:
@@ -346,12 +343,14 @@ class ShardedLayout:
         axis = self._axis(parameter)
         return axis, self._interval(parameter, axis, self._ranks.rank)[0]
 
-    def holding(self, parameter: Tensor, block: Block) -> Holding:
+    def local_view(self, parameter: Tensor, block: Block) -> LocalView:
         """The interval of its rows or columns."""
         axis = self._axis(parameter)
         ranks = range(self._ranks.size)
-        held = [holding_of(block, axis, self._interval(parameter, axis, rank)) for rank in ranks]
-        return replace(held[self._ranks.rank], pattern=tuple((h.start, h.shape[h.split or 0]) for h in held))
+        views = [shard_view_of(block, axis, self._interval(parameter, axis, rank)) for rank in ranks]
+        return replace(
+            views[self._ranks.rank], shard_bounds=tuple((h.start, h.shape[h.split or 0]) for h in views)
+        )
 
     def _axis(self, parameter: Tensor) -> int:
         assert isinstance(parameter, DTensor)
@@ -362,48 +361,52 @@ class ShardedLayout:
     def _interval(self, parameter: Tensor, axis: int, rank: int) -> tuple[int, int]:
         return chunk(parameter.shape[axis], self._ranks.size, rank)
 
-    def lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
-        """One lane of rows; one per bucket of matrices that go to owners, for a rule without a row form or where
+    def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
+        """One bucket of rows; one per bucket of matrices that go to owners, for a rule without a row form or where
         that sends less."""
-        fits = [self._in_rows(m, rule, options) for m in members]
-        in_rows = [m for m, is_fit in zip(members, fits) if is_fit]
-        lanes: list[Lane] = []
+        fits = [self._in_rows(m, rule, options) for m in matrices]
+        in_rows = [m for m, is_fit in zip(matrices, fits) if is_fit]
+        buckets: list[Bucket] = []
         if in_rows:
-            banks = make_banks(
+            batch_states = make_batch_states(
                 in_rows, options, lambda m: local_shapes(m, rule, options), agree=self._shards.agree
             )
-            lanes.append(LocalLane(banks, self._shards, together=True))
-        return lanes + self._owner_lanes([m for m, is_fit in zip(members, fits) if not is_fit], rule, options)
+            buckets.append(LocalBucket(batch_states, self._shards, together=True))
+        return buckets + self._owner_buckets(
+            [m for m, is_fit in zip(matrices, fits) if not is_fit], rule, options
+        )
 
-    def _in_rows(self, member: Member, rule: Rule, options: Mapping[str, Any]) -> bool:
-        split = member.holding.split
+    def _in_rows(self, matrix: MatrixRef, rule: Rule, options: Mapping[str, Any]) -> bool:
+        split = matrix.view.split
         assert split is not None
-        return traffic(rule, member.block.shape, split, options, self._ranks.size)[1]
+        return traffic(rule, matrix.block.shape, split, options, self._ranks.size)[1]
 
-    def _owner_lanes(self, members: Sequence[Member], rule: Rule, options: Mapping[str, Any]) -> list[Lane]:
-        owners = balanced_owners([work_of(m.block.shape) for m in members], self._ranks.size)
-        sources = [self._sources(m) for m in members]
+    def _owner_buckets(
+        self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]
+    ) -> list[Bucket]:
+        owners = balanced_owners([work_of(m.block.shape) for m in matrices], self._ranks.size)
+        sources = [self._sources(m) for m in matrices]
         return [
-            OwnerLane(
-                [members[i] for i in chosen],
+            OwnerBucket(
+                [matrices[i] for i in chosen],
                 [sources[i] for i in chosen],
                 [owners[i] for i in chosen],
                 self._ranks,
                 rule,
                 options,
             )
-            for chosen in buckets(members, owners)
+            for chosen in bucket_positions(matrices, owners)
         ]
 
-    def _sources(self, member: Member) -> list[tuple[int, int]]:
-        axis = self._axis(member.parameter)
+    def _sources(self, matrix: MatrixRef) -> list[tuple[int, int]]:
+        axis = self._axis(matrix.parameter)
         intervals = []
         for rank in range(self._ranks.size):
-            interval = self._interval(member.parameter, axis, rank)
-            held = holding_of(member.block, axis, interval)
-            assert held.split is not None
-            other = member.block.shape[1 - held.split]
-            intervals.append((held.start * other, (held.start + held.shape[held.split]) * other))
+            interval = self._interval(matrix.parameter, axis, rank)
+            views = shard_view_of(matrix.block, axis, interval)
+            assert views.split is not None
+            other = matrix.block.shape[1 - views.split]
+            intervals.append((views.start * other, (views.start + views.shape[views.split]) * other))
         return intervals
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
@@ -448,12 +451,12 @@ def _shard_dim(name: str, parameter: DTensor) -> int:
 
 
 def chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Rows of a rank: torch's `Shard` cuts in pieces of ceil(size/W), the last ones may be short or empty."""
+    """Collectives of a rank: torch's `Shard` cuts in pieces of ceil(size/W), the last ones may be short or empty."""
     step = -(-size // ranks)
     return min(rank * step, size), min((rank + 1) * step, size)
 
 
-def holding_of(block: Block, axis: int, interval: tuple[int, int]) -> Sharded:
+def shard_view_of(block: Block, axis: int, interval: tuple[int, int]) -> ShardView:
     """How a matrix lies in a process' interval of its parameter.
 
     Args:
@@ -469,7 +472,7 @@ def holding_of(block: Block, axis: int, interval: tuple[int, int]) -> Sharded:
             raise TypeError(f"{block.name}: experts sharded along dimension {axis} are not supported")
         inside = lo <= block.expert < hi
         rows = block.shape[0] if inside else 0
-        return Sharded((rows, block.shape[1]), 0, 0, expert=block.expert - lo if inside else -1)
+        return ShardView((rows, block.shape[1]), 0, 0, expert=block.expert - lo if inside else -1)
     if block.dim == -1:
         return _along(block, axis, lo, hi - lo, None)
     if block.outer != 1:
@@ -484,9 +487,9 @@ def holding_of(block: Block, axis: int, interval: tuple[int, int]) -> Sharded:
     return _along(block, axis, first - block.start if length else 0, length, cut)
 
 
-def _along(block: Block, axis: int, start: int, length: int, cut: tuple[int, int, int] | None) -> Sharded:
+def _along(block: Block, axis: int, start: int, length: int, cut: tuple[int, int, int] | None) -> ShardView:
     shape = (length, block.shape[1]) if axis == 0 else (block.shape[0], length)
-    return Sharded(shape, axis, start, cut)
+    return ShardView(shape, axis, start, cut)
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 
 from optimizers.fused_projections import Block
+from optimizers.interfaces import LocalView, ShardBounds
 from optimizers.layouts.communicator import Communicator, SimulatedCommunicator
 from optimizers.layouts.partitioned import Flat, PartitionedLayout, Slot
-from optimizers.layouts.replicated import Replicated, ReplicatedLayout
-from optimizers.layouts.sharded import Sharded, ShardedLayout, Shards, chunk
-from optimizers.members import Holding
+from optimizers.layouts.replicated import ReplicaCollectives, ReplicatedLayout
+from optimizers.layouts.sharded import ShardCollectives, ShardedLayout, ShardView, chunk
 
 
 class SimulatedShards(ShardedLayout):
@@ -30,17 +29,17 @@ class SimulatedShards(ShardedLayout):
         self._axes = axes
         self._ranks: Communicator = SimulatedCommunicator(rank, size)
         self._replicas = None
-        self._shards = Shards(self._ranks)
-        self.rows = self._shards
+        self._shards = ShardCollectives(self._ranks)
+        self.collectives = self._shards
 
     def _axis(self, parameter: Tensor) -> int:
         return self._axes[id(parameter)]
 
-    def holding(self, parameter: Tensor, block: Block) -> Holding:
+    def local_view(self, parameter: Tensor, block: Block) -> LocalView:
         """As large as the real one, without numbers."""
-        held = super().holding(parameter, block)
-        assert isinstance(held, Sharded)
-        return _Empty(held.shape, held.split, held.start, held.pattern)
+        views = super().local_view(parameter, block)
+        assert isinstance(views, ShardView)
+        return EmptyView(views.shape, views.split, views.start, views.shard_bounds)
 
     def weight(self, parameter: Tensor) -> Tensor:
         """As large as the shard."""
@@ -61,15 +60,15 @@ class SimulatedReplicas(ReplicatedLayout):
         self._ranks = SimulatedCommunicator(rank, size)
         self._communicator = self._ranks if work == "split" else None
         if work != "split":
-            self.rows = Replicated(self._ranks)
+            self.collectives = ReplicaCollectives(self._ranks)
 
 
 @dataclass(frozen=True)
-class _Empty:
+class EmptyView:
     shape: tuple[int, int]
     split: int | None
     start: int
-    pattern: Any
+    shard_bounds: ShardBounds | None
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
         """Of this shape."""

@@ -1,4 +1,4 @@
-"""(MᵀM)^(-1/2) from the fp64 Gram matrix, with a cut: by eigh, or by four rational steps without one.
+"""(MᵀM)^(-1/2) from the fp64 Gram matrix: by eigh, by four rational steps, or by the polynomials of Newton–Schulz.
 
 The factor is polar(M) = M (MᵀM)^(-1/2). Forming the Gram squares the condition number, so it is formed and
 inverted in fp64; then the factor of an fp32 matrix is more accurate than its fp32 SVD up to κ ≈ 1e6.
@@ -7,11 +7,13 @@ inverted in fp64; then the factor of an fp32 matrix is more accurate than its fp
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from optimizers.linalg.newton_schulz import polynomials
 from optimizers.linalg.precision import full_precision
 from optimizers.linalg.robust import cleaned, finite_matrices, flattened, robust_eigh
 
@@ -35,6 +37,34 @@ class InverseRoot(NamedTuple):
     singular_values: Tensor | None  # (…, r) fp64 of M, descending; None for "dwh"
     effective_rank: Tensor  # (…) int64: directions above the cut
     fallbacks: Tensor  # 0-dim int64
+
+
+@dataclass(frozen=True)
+class RootSolver:
+    """A method that turns the Gram matrices of moments into inverse roots, with its settings.
+
+    Attributes:
+        method: "gram" or "dwh" (`inverse_root`), or a polynomial ("newton_schulz", "cubic", "polar_express").
+        rtol: cut of the exact ones, relative to σ1.
+        steps: of the polynomial ones.
+        dtype: that the root is applied in, so that it need not travel in a wider one.
+    """
+
+    method: str = "gram"
+    rtol: float = GRAM_RTOL
+    steps: int = 5
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def gives_singular_values(self) -> bool:
+        """Return True if the root comes with singular values."""
+        return self.method == "gram"
+
+    def __call__(self, gram: Tensor) -> InverseRoot:
+        """Return the roots of (b, r, r) fp64 Grams."""
+        if self.method in ("gram", "dwh"):
+            return inverse_root(gram, self.rtol, self.method)
+        return polynomial_root(gram, self.method, self.steps)
 
 
 def inverse_root(gram: Tensor, rtol: float, method: str = "gram", sync: bool | None = None) -> InverseRoot:
@@ -228,3 +258,34 @@ def _filtered(root: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         keep = 3.0 * square - 2.0 * (square @ keep)
     rank = keep.diagonal(dim1=-2, dim2=-1).sum(-1).nan_to_num().round().to(torch.int64)
     return _symmetric(root @ keep).nan_to_num(0.0, 0.0, 0.0), rank
+
+
+def polynomial_root(gram: Tensor, method: str, steps: int, eps: float = 1e-7) -> InverseRoot:
+    """Return P with M·P = what `method` makes of M, from MᵀM alone: for moments of which each rank holds some rows.
+
+    With A = XᵀX every step X ← X(aI + bA + cA²) = XW is A ← WAW and P ← PW: W is a polynomial of A, so they
+    commute. In fp64 throughout: the result differs from an iteration on M by that iteration's own rounding.
+
+    Args:
+        gram: (b, r, r) fp64, MᵀM.
+        method: "newton_schulz", "cubic" or "polar_express", with the defaults of these functions.
+        steps: number of polynomials.
+        eps: floor of ‖M‖_F.
+
+    Returns:
+        As `inverse_root`, without singular values; a Gram that is not finite gives zeros and counts as a
+        fallback.
+    """
+    safety = 1.01 if method == "polar_express" else 1.0
+    finite = torch.isfinite(gram).flatten(1).all(-1)
+    clean = torch.where(finite[:, None, None], gram, 0.0)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    norm = clean.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None] * safety
+    norm = norm.clamp_min(eps)
+    squared, root = clean / norm.square(), identity / norm
+    for a, b, c in polynomials(method, steps, safety):
+        factor = a * identity + b * squared + c * (squared @ squared)
+        squared, root = factor @ squared @ factor, root @ factor
+    root = torch.where(finite[:, None, None], root, 0.0)
+    rank = torch.where(finite, gram.shape[-1], 0)
+    return InverseRoot(root, None, rank, (~finite).sum())

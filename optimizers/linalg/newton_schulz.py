@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.precision import full_precision, multiplies
 from optimizers.linalg.robust import flattened
 
@@ -122,40 +121,11 @@ def _express(steps: int, safety: float) -> list[Coefficients]:
     ]
 
 
-def polynomial_root(gram: Tensor, method: str, steps: int, eps: float = 1e-7) -> InverseRoot:
-    """P with M·P = what `method` makes of M, from MᵀM alone: for moments of which each rank holds some rows.
-
-    With A = XᵀX every step X ← X(aI + bA + cA²) = XW is A ← WAW and P ← PW: W is a polynomial of A, so they
-    commute. In fp64 throughout: the result differs from an iteration on M by that iteration's own rounding.
-
-    Args:
-        gram: (b, r, r) fp64, MᵀM.
-        method: "newton_schulz", "cubic" or "polar_express", with the defaults of these functions.
-        steps: number of polynomials.
-        eps: floor of ‖M‖_F.
-
-    Returns:
-        As `inverse_root`, without singular values; a Gram that is not finite gives zeros and counts as a
-        fallback.
-    """
-    safety = 1.01 if method == "polar_express" else 1.0
-    table = {
-        "newton_schulz": lambda: [JORDAN] * _checked(steps),
-        "cubic": lambda: [CUBIC] * _checked(steps),
-        "polar_express": lambda: _express(steps, safety),
-    }[method]()
-    finite = torch.isfinite(gram).flatten(1).all(-1)
-    clean = torch.where(finite[:, None, None], gram, 0.0)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    norm = clean.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None] * safety
-    norm = norm.clamp_min(eps)
-    squared, root = clean / norm.square(), identity / norm
-    for a, b, c in table:
-        factor = a * identity + b * squared + c * (squared @ squared)
-        squared, root = factor @ squared @ factor, root @ factor
-    root = torch.where(finite[:, None, None], root, 0.0)
-    rank = torch.where(finite, gram.shape[-1], 0)
-    return InverseRoot(root, None, rank, (~finite).sum())
+def polynomials(method: str, steps: int, safety: float) -> list[Coefficients]:
+    """Return the coefficients of each step of "newton_schulz", "cubic" or "polar_express"."""
+    if method == "polar_express":
+        return _express(steps, safety)
+    return [{"newton_schulz": JORDAN, "cubic": CUBIC}[method]] * _checked(steps)
 
 
 def _checked(steps: int) -> int:

@@ -25,6 +25,11 @@ def multiplies(dtype: torch.dtype, device_type: str) -> bool:
     return any(capabilities.get(unit, False) for unit in _CPU_UNITS[dtype])
 
 
+def iteration_dtype(device: torch.device) -> str:
+    """Return what orthogonalizer_dtype "auto" means: bf16 where the hardware multiplies it."""
+    return "bfloat16" if multiplies(torch.bfloat16, device.type) else "float32"
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off for a block; meta tensors have none."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

@@ -1,61 +1,26 @@
 """Subspace bases of matrices that may be split over ranks: the algorithms, with their communication left out.
 
-Each is a generator that yields an `Ask` wherever a number has to cross ranks and is sent the answer. Whoever
-drives it decides how: `answer_alone` on the spot, a sharded layout by collectives, batched over matrices.
-What is asked, and how often, depends on shapes and options only, never on the data, so that ranks stay in
-step.
+Each is a generator of `linalg.requests`: `answer_alone` answers on the spot, a sharded layout by collectives for all
+matrices of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimizers.linalg.inverse_root import GRAM_RTOL, root_by_eigh
-from optimizers.linalg.robust import cleaned, finite_matrices, robust_eigh
+from optimizers.linalg.requests import AllGather, AllReduce, Eigh
+from optimizers.linalg.robust import cleaned, finite_matrices
 
 # Pivots of a Cholesky factor that span more than this leave too few digits: the eigenvalue branch takes over.
 _PIVOT = 1e-7
 
-
-class Ask(NamedTuple):
-    """What a basis needs from the other ranks.
-
-    "sum": `tensor` is this rank's share of a sum; answered by the sum. "eigen": a complete Gram (b, k, k);
-    answered by eigenvalues (b, k), ascending, and vectors (b, k, k) that one rank computed for all, because a
-    replicated eigenbasis may differ between machines. "gather": answered by all ranks' tensors, (W, …) in the
-    order of the shards.
-    """
-
-    kind: Literal["sum", "eigen", "gather"]
-    tensor: Tensor
-
-
-Steps = Generator[Ask, Any, Tensor]
+Steps = Generator[AllReduce | AllGather | Eigh, Any, Tensor]
 """A basis in the making; returns (b, rows, rank)."""
-
-
-def driven(steps: Steps, answer: Callable[[Ask], Any]) -> Tensor:
-    """The basis, with each ask answered by `answer`."""
-    given: Any = None
-    while True:
-        try:
-            ask = steps.send(given)
-        except StopIteration as done:
-            return done.value
-        given = answer(ask)
-
-
-def answer_alone(ask: Ask) -> Any:
-    """The answer where no other rank holds anything."""
-    if ask.kind == "eigen":
-        if ask.tensor.device.type == "meta":
-            return torch.empty_like(ask.tensor[..., 0]), torch.empty_like(ask.tensor)
-        return robust_eigh(ask.tensor)[:2]
-    return ask.tensor[None] if ask.kind == "gather" else ask.tensor
 
 
 def range_finder(
@@ -87,22 +52,22 @@ def range_finder(
         block = yield from _with_warm(sketch, warm, columns)
         product = block
         for _ in range(passes):
-            left = yield from orthonormal((yield from _sum(gradient @ block, columns)), rows)
-            product = yield from _sum(gradient.mT @ left, rows)
+            left = yield from orthonormal((yield AllReduce(gradient @ block, columns)), rows)
+            product = yield AllReduce(gradient.mT @ left, rows)
             block = yield from orthonormal(product, columns)
         wide = product.double()
-        gram = yield from _sum(wide.mT @ wide, columns)
+        gram = yield AllReduce(wide.mT @ wide, columns)
         values, rotation, keep = yield from _ritz(gram, rank, rtol)
         return torch.where(keep, wide @ rotation / values, 0.0).to(gradient.dtype)
-    block = yield from _with_warm((yield from _sum(gradient @ sketch, columns)), warm, rows)
+    block = yield from _with_warm((yield AllReduce(gradient @ sketch, columns)), warm, rows)
     for _ in range(passes):
         left = yield from orthonormal(block, rows)
-        right = yield from orthonormal((yield from _sum(gradient.mT @ left, rows)), columns)
-        block = yield from _sum(gradient @ right, columns)
+        right = yield from orthonormal((yield AllReduce(gradient.mT @ left, rows)), columns)
+        block = yield AllReduce(gradient @ right, columns)
     # Twice: the first pass leaves an orthogonality error of eps32 times the sketch's condition number.
     block = yield from orthonormal((yield from orthonormal(block, rows)), rows)
-    product = (yield from _sum(gradient.mT @ block, rows)).double()
-    gram = yield from _sum(product.mT @ product, columns)
+    product = (yield AllReduce(gradient.mT @ block, rows)).double()
+    gram = yield AllReduce(product.mT @ product, columns)
     _, rotation, keep = yield from _ritz(gram, rank, rtol)
     return torch.where(keep, block @ rotation.to(gradient.dtype), 0.0)
 
@@ -119,7 +84,7 @@ def exact(gradient: Tensor, rank: int, side: str, rtol: float, split: int) -> St
     """
     wide = gradient.double()
     tall = wide if split == 0 else wide.mT
-    gram = yield from _sum(tall.mT @ tall, True)
+    gram = yield AllReduce(tall.mT @ tall, True)
     values, vectors, keep = yield from _ritz(gram, rank, rtol)
     if (side == "left") == (split == 0):  # the wanted vectors live on the split axis
         vectors = tall @ vectors / values
@@ -138,7 +103,7 @@ def canonical(steps: Steps, is_split: bool, start: int) -> Steps:
     size = basis.abs()
     rows = basis.shape[-2]
     own = size.amax(-2) if rows else size.new_zeros(basis.shape[0], basis.shape[-1])
-    top = (yield Ask("gather", own)).amax(0) if is_split else own
+    top = (yield AllGather(own)).amax(0) if is_split else own
     tied = size >= (top * (1.0 - 16.0 * torch.finfo(basis.dtype).eps))[:, None, :]
     # fp64 holds any index exactly, so that index and sign travel in one tensor. A column that holds NaN ties
     # nowhere; it stays what it is.
@@ -151,7 +116,7 @@ def canonical(steps: Steps, is_split: bool, start: int) -> Steps:
         first = torch.full(top.shape, torch.inf, dtype=torch.float64, device=basis.device)
         leader = torch.zeros_like(first)
     if is_split:
-        found = yield Ask("gather", torch.stack([first, leader]))
+        found = yield AllGather(torch.stack([first, leader]))
         best = found[:, 0].argmin(0, keepdim=True)
         leader = found[:, 1].gather(0, best).squeeze(0)
     return torch.where((leader < 0)[:, None, :], -basis, basis)
@@ -165,7 +130,7 @@ def orthonormal(block: Tensor, is_split: bool) -> Steps:
     projector. Both are smooth maps of the summed Gram, so that every rank may compute them for itself.
     """
     wide = block.double()
-    gram = yield from _sum(wide.mT @ wide, is_split)
+    gram = yield AllReduce(wide.mT @ wide, is_split)
     finite = finite_matrices(gram)
     gram, block = cleaned(gram, finite), cleaned(block, finite)
     length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
@@ -184,21 +149,17 @@ def orthonormal(block: Tensor, is_split: bool) -> Steps:
     return block @ (inverse[:, :, None] * transform).to(block.dtype)
 
 
-def _sum(share: Tensor, is_split: bool) -> Steps:
-    return (yield Ask("sum", share)) if is_split else share
-
-
 def _with_warm(sketch: Tensor, warm: Tensor | None, is_split: bool) -> Steps:
     if warm is None:
         return sketch
     rank = warm.shape[-1]
-    used = (yield from _sum(warm.square().sum(-2, keepdim=True), is_split)) > 0
+    used = (yield AllReduce(warm.square().sum(-2, keepdim=True), is_split)) > 0
     return torch.cat([torch.where(used, warm, sketch[..., :rank]), sketch[..., rank:]], -1)
 
 
-def _ritz(gram: Tensor, rank: int, rtol: float) -> Generator[Ask, Any, tuple[Tensor, Tensor, Tensor]]:
+def _ritz(gram: Tensor, rank: int, rtol: float) -> Generator[Eigh, Any, tuple[Tensor, Tensor, Tensor]]:
     """Leading singular values (b, 1, rank), rotation (b, k, rank), which lie above the cut (b, 1, rank)."""
-    values, vectors = yield Ask("eigen", cleaned(gram, finite_matrices(gram)))
+    values, vectors = yield Eigh(cleaned(gram, finite_matrices(gram)))
     values = values.flip(-1)[:, None, :rank].clamp_min(0.0)
     keep = values > rtol**2 * values[..., :1]
     return torch.where(keep, values, 1.0).sqrt(), vectors.flip(-1)[..., :rank], keep

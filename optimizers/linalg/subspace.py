@@ -16,6 +16,7 @@ from optimizers.linalg import sketching
 from optimizers.linalg.inverse_root import GRAM_RTOL
 from optimizers.linalg.polar import default_rtol
 from optimizers.linalg.precision import full_precision
+from optimizers.linalg.requests import answer_alone, drive
 from optimizers.linalg.robust import cleaned, finite_matrices, flattened, robust_eigh
 
 
@@ -183,6 +184,6 @@ def randomized_basis(
         sketch = flattened(test.to(g).expand(*batch, *test.shape[-2:]))
         old = None if warm is None else flattened(warm.to(g))
         finder = sketching.range_finder(g, rank, side, sketch, passes, old, basis_cut(g.shape, g.dtype, rtol))
-        basis = sketching.driven(finder, sketching.answer_alone)
+        basis = drive(finder, answer_alone)
         basis = canonical_signs(basis) if canonical else basis
         return basis.reshape(*batch, *basis.shape[-2:])

@@ -1,17 +1,17 @@
-"""The rules: one a file, each straight-line tensor code over stacks of same-shape matrices."""
+"""The rules: one a file, each straight-line tensor code over a batch of same-shape matrices."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
+from optimizers.interfaces import Rule, Update
 from optimizers.presets import PRESETS, plugin_rule
-from optimizers.rules.rule import Rule, Update
 
 __all__ = ["Rule", "Update", "load"]
 
 
 def load(name: str) -> Rule:
-    """The matrix rule of this name: a module of this package, or the entry point of another.
+    """Return the matrix rule of this name: of a module of this package, or of another package's entry point.
 
     Raises:
         OptionError: there is none, or it is not what a rule has to be.

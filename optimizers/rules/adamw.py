@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.members import compute_dtype
+from optimizers.interfaces import compute_dtype
 from optimizers.rounding import Rounding, compensated, rounded
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")

@@ -5,70 +5,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optimizers.layouts.rows import Rows
-from optimizers.rules.rule import Rule, Update
+from optimizers.interfaces import Axes, MatrixBatch, Rule, Steps, Update
 from optimizers.rules.subspace import (
-    keeps_left,
-    lifted,
-    projected,
+    lift,
+    project,
     projection_traffic,
     rank_of,
     refresh,
     subspace_axes,
     subspace_state,
 )
-from optimizers.stacks import Axes, Stack
 
 
 class GaLore(Rule):
-    """GaLore as galore-torch computes it (`std`: the moment keeps the long side; no transport at a
-    refresh)."""
+    """GaLore as galore-torch computes it (`std`: the moment keeps the long side; no transport at a refresh)."""
 
     needs_whole: ClassVar[bool] = False
 
+    def update(self, b: MatrixBatch) -> Steps[Update]:
+        """Take one step; see the module's formula."""
+        yield from refresh(b)
+        g = yield project(b)
+        return Update(lift(b, adam(b, g)))
+
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """r·short for the basis and 2·r·long for the moments (side "long")."""
+        """Return r·short numbers for the basis and 2·r·long for the moments (side "long")."""
         state = subspace_state(shape, options)
         return {**state, "second_moment": state["moment"]}
 
     def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
-        """The second moment lies as the first."""
+        """Return the axes of basis and moments, which lie alike."""
         axes = subspace_axes(shape, options)
         return {**axes, "second_moment": axes["moment"]}
 
     def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
-        """Nothing of the gradient outside of the subspace."""
+        """Return the rank; nothing of the gradient outside of the subspace is kept."""
         return rank_of(shape, options), 0.0
 
     def row_traffic(
         self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
     ) -> float:
-        """Ĝ, or nothing at all where the moments keep the axis that is split."""
+        """Return the bytes of Ĝ, or nothing where the moments keep the axis that is split."""
         return projection_traffic(shape, split, options, ranks)
 
-    def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
-        """One step of each stack; see the module's formula."""
-        refresh(stacks, rows)
-        lefts = [keeps_left(s.shape, s.options["side"]) for s in stacks]
-        for s, left, g in zip(stacks, lefts, projected(stacks, lefts, rows)):
-            yield Update(lifted(s.state["basis"], normalized(s, g), left))
 
-
-def normalized(stack: Stack, gradient: Tensor) -> Tensor:
-    """Advance both moments by a projected gradient; returns α·M̂/(√V̂ + ε), with ε before bias correction for
-    `eps_form` raw."""
-    (beta1, beta2), eps = stack.options["betas"], stack.options["eps"]
-    first = stack.blend("moment", gradient, beta1, 1.0 - beta1)
-    second = stack.blend("second_moment", gradient.square(), beta2, 1.0 - beta2)
-    bias1, bias2 = 1.0 - beta1**stack.count, (1.0 - beta2**stack.count).sqrt()
+def adam(b: MatrixBatch, gradient: Tensor) -> Tensor:
+    """Advance both moments by a projected gradient; return α·M̂/(√V̂ + ε), for `eps_form` raw with ε before bias
+    correction."""
+    (beta1, beta2), eps = b.options["betas"], b.options["eps"]
+    first = b.blend("moment", gradient, beta1, 1.0 - beta1)
+    second = b.blend("second_moment", gradient.square(), beta2, 1.0 - beta2)
+    bias1, bias2 = 1.0 - beta1**b.count, (1.0 - beta2**b.count).sqrt()
     # (√b₂/b₁)·M/(√V + ε') is M̂/(√V̂ + ε) for ε' = ε√b₂, and the raw form for ε' = ε.
-    size = (stack.options["alpha"] * bias2 / bias1).to(first.dtype)
-    floor = eps if stack.options["eps_form"] == "raw" else (eps * bias2).to(first.dtype)
+    size = (b.options["alpha"] * bias2 / bias1).to(first.dtype)
+    floor = eps if b.options["eps_form"] == "raw" else (eps * bias2).to(first.dtype)
     return first.div(second.sqrt().add_(floor)).mul_(size)
 
 

@@ -5,14 +5,11 @@ M ← μM + (1 - μ)G  or  μM + G      U = look-ahead of M      W ← W - η α
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from optimizers.layouts.rows import Rows
-from optimizers.rules.factor import orthogonalize, scale
-from optimizers.rules.momentum import momentum
-from optimizers.rules.rule import Rule, Update
-from optimizers.stacks import Stack
+from optimizers.interfaces import MatrixBatch, Rule, Update
+from optimizers.rules.orthogonalize import momentum, orthogonalize, scale
 
 
 class Muon(Rule):
@@ -20,22 +17,20 @@ class Muon(Rule):
 
     needs_whole: ClassVar[bool] = True
 
+    def update(self, b: MatrixBatch) -> Update:
+        """Take one step; see the module's formula."""
+        u = momentum(b, b.gradient, overwrites=True)
+        o = orthogonalize(u, b.options)
+        size = b.options["alpha"] * scale(b.options["update_scale"], b.shape, b.fans, min(b.shape))
+        delta = o.factor if size == 1.0 else o.factor * size
+        return Update(delta, u, o.factor, o.singular_values, o.fallbacks)
+
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """mn numbers."""
+        """Return mn numbers."""
         return {"moment": shape}
 
-    def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
-        """One step of each stack; see the module's formula."""
-        for stack in stacks:
-            direction = momentum(stack, stack.gradient, overwrites=True)
-            found = orthogonalize(direction, stack.options)
-            s = scale(stack.options["update_scale"], stack.shape, stack.fans, min(stack.shape))
-            size, factor = s * stack.options["alpha"], found.factor
-            delta = factor if size == 1.0 else factor * size
-            yield Update(delta, direction, factor, found.singular_values, found.fallbacks)
-
     def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
-        """Not with a look-ahead that is not stored."""
+        """Return False with a look-ahead that is not stored."""
         return options["nesterov"] is not True
 
 

@@ -7,28 +7,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optimizers.layouts.rows import Rows
-from optimizers.rules.factor import scale, subspace_factors
-from optimizers.rules.momentum import momentum
-from optimizers.rules.rule import Rule, Update
+from optimizers.interfaces import (
+    AllReduce,
+    Axes,
+    GatherPolar,
+    InTurn,
+    LowRank,
+    MatrixBatch,
+    Rule,
+    SolveRoot,
+    Steps,
+    Update,
+)
+from optimizers.linalg.polar import Polar
+from optimizers.rules.orthogonalize import momentum, orthogonalize, root_solver, scale
 from optimizers.rules.subspace import (
     contracted,
+    is_left,
     keeps_left,
-    lifted,
-    projected,
+    lift,
+    moment_is_split,
+    project,
     projection_traffic,
     rank_of,
     refresh,
     subspace_axes,
     subspace_state,
 )
-from optimizers.stacks import Axes, LowRank, Stack
 
 
 class Sumo(Rule):
@@ -36,8 +48,23 @@ class Sumo(Rule):
 
     needs_whole: ClassVar[bool] = False
 
+    def update(self, b: MatrixBatch) -> Steps[Update]:
+        """Take the step of Algorithm 1; see the module's formula."""
+        yield from refresh(
+            b
+        )  #                                   Block 1:  Q ← leading vectors of G, M ← QₙₑwᵀQ M
+        g = yield project(b)  #                                              Ĝ = QᵀG
+        yield from record_projected_norm(b, g)  #                            ‖Ĝ‖ ≤ ς asks for a new Q
+        m = momentum(b, g)  #                                      Block 2:  M ← μM + Ĝ
+        o = yield from orthogonalize_subspace(b, m)  #                       O = (MMᵀ)^(-1/2) M
+        factor = yield from limit_growth(
+            b, "factor", o.factor
+        )  # Block 3:  ‖O‖ ≤ γ·(its norm in the last step)
+        delta = yield from compose(b, g, factor)  #                Block 4:  α (s·QO + ρ·(G - QĜ))
+        return Update(delta, m, o.factor, o.singular_values, o.fallbacks)
+
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """r(m + n) numbers, and one more for each of: norm-growth limiter, residual criterion."""
+        """Return r(m + n) numbers, and one more for each of: norm-growth limiter, residual criterion."""
         state = subspace_state(shape, options)
         if options["norm_growth_limit"] is not None:
             state["previous_norm"] = ()
@@ -46,11 +73,11 @@ class Sumo(Rule):
         return state
 
     def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
-        """The norms are one number for the whole matrix."""
+        """Return the axes of basis and moment; the norms are one number for the whole matrix."""
         return {**subspace_axes(shape, options), "previous_norm": (), "projected_norm": ()}
 
     def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
-        """αρG + Q(sO - ρĜ); a limiter on the residual or the whole update needs it formed."""
+        """Return the rank and factor of αρG + Q(sO - ρĜ); a limiter on residual or total needs it formed."""
         if _limits(options, "residual") or _limits(options, "total"):
             return None
         return rank_of(shape, options), options["alpha"] * options["residual_scale"]
@@ -58,65 +85,86 @@ class Sumo(Rule):
     def row_traffic(
         self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
     ) -> float:
-        """Ĝ where Q contracts the axis that is split; else Grams and roots (12r²), or rows of moments to owners
-        and back."""
+        """Return the bytes of Ĝ where Q contracts the split axis; else of Grams and roots (12r²), or of gathering."""
         if split == contracted(keeps_left(shape, options["side"])):
             return projection_traffic(shape, split, options, ranks)
         r = rank_of(shape, options)
         return min(12.0 * r * r, 8.0 * shape[split] * r / ranks) * (ranks - 1) / ranks
 
-    def step(self, stacks: Sequence[Stack], rows: Rows) -> Iterable[Update]:
-        """One step of each stack; see the module's formula."""
-        refresh(stacks, rows)
-        lefts = [keeps_left(s.shape, s.options["side"]) for s in stacks]
-        gradients = projected(stacks, lefts, rows)
-        moments = [momentum(s, g) for s, g in zip(stacks, gradients)]
-        splits = [s.split == 1 - contracted(left) for s, left in zip(stacks, lefts)]
-        factors = subspace_factors(stacks, moments, lefts, rows)
-        watched = [i for i, s in enumerate(stacks) if s.options["refresh_threshold"] is not None]
-        norms = norms_of([gradients[i] for i in watched], [splits[i] for i in watched], rows)
-        for i, norm in zip(watched, norms):
-            stacks[i].commit("projected_norm", norm)
-        limited = [i for i, s in enumerate(stacks) if _limits(s.options, "factor")]
-        norms = norms_of([factors[i].factor for i in limited], [splits[i] for i in limited], rows)
-        shrinks = {i: _shrink(stacks[i], norm) for i, norm in zip(limited, norms)}
-        for i, (s, left, g, m, f) in enumerate(zip(stacks, lefts, gradients, moments, factors)):
-            applied = f.factor * shrinks[i][:, None, None] if i in shrinks else f.factor
-            yield Update(compose(s, left, g, applied, rows), m, f.factor, f.singular_values, f.fallbacks)
-
     def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
-        """Not with a look-ahead that is not stored."""
+        """Return False with a look-ahead that is not stored."""
         return options["nesterov"] is not True
 
 
-def compose(stack: Stack, left: bool, gradient: Tensor, factor: Tensor, rows: Rows) -> Tensor | LowRank:
-    """α (ρ(G - QĜ) + s·QO), as α (ρG + Q(sO - ρĜ)), which never forms the residual.
+def orthogonalize_subspace(b: MatrixBatch, moment: Tensor) -> Steps[Polar]:
+    """Return the factor of subspace moments, r×n (left) or m×r; where the method allows it, through the r×r Gram.
+
+    The Gram is all that has to cross ranks, and for fp32 moments it loses nothing: the cut max(m, n)·eps32 lies above
+    the 1e-6 below which an fp64 Gram cannot see. A split moment takes the Gram whatever the method: the exact ones its
+    fp64 root, the polynomial ones the same polynomial of the Gram; where that would send more, it goes to an owner.
+    """
+    left, is_split, r = is_left(b), moment_is_split(b), b.state["basis"].shape[-1]
+    shape = (r, b.shape[1]) if left else (b.shape[0], r)
+    if is_split and b.shard_bounds is not None and prefers_gather(max(shape), r, len(b.shard_bounds)):
+        solve = partial(orthogonalize, options=b.options)
+        return (yield GatherPolar(moment, shape, -1 if left else -2, b.shard_bounds, solve))
+    solver = root_solver(moment, shape, b.options, is_split)
+    if solver is None:
+        return orthogonalize(moment, b.options)
+    gram = _gram(moment, left)
+    root = yield SolveRoot(gram, solver, is_split)
+    x = root.root.to(moment.dtype)
+    factor = x @ moment if left else moment @ x
+    # 0·NaN is NaN: the zero root of a matrix that is not finite does not silence it.
+    broken = ~torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))[:, None, None]
+    return Polar(factor.masked_fill_(broken, 0.0), root.singular_values, root.effective_rank, root.fallbacks)
+
+
+def prefers_gather(length: int, rank: int, ranks: int) -> bool:
+    """Return True if gathering a moment costs less than reducing its Gram: 8·length·r/W against 12r² bytes."""
+    return 2 * length < 3 * rank * ranks
+
+
+def _gram(moment: Tensor, left: bool) -> Tensor:
+    # A function of its own, so that the fp64 copy does not outlive it.
+    wide = moment.double()
+    return wide @ wide.mT if left else wide.mT @ wide
+
+
+def compose(b: MatrixBatch, gradient: Tensor, factor: Tensor) -> Steps[Tensor | LowRank]:
+    """Return α (ρ(G - QĜ) + s·QO), as α (ρG + Q(sO - ρĜ)), which never forms the residual.
 
     Args:
+        b: the batch.
         gradient: Ĝ; overwritten.
         factor: O.
     """
-    options, basis = stack.options, stack.state["basis"]
-    s = scale(options["update_scale"], stack.shape, stack.fans, rank_of(stack.shape, options))
+    options = b.options
+    s = scale(options["update_scale"], b.shape, b.fans, rank_of(b.shape, options))
     alpha, rho = options["alpha"], options["residual_scale"]
     if not (_limits(options, "residual") or _limits(options, "total")):
-        moved = gradient.mul_(-alpha * rho).add_(factor, alpha=s * alpha)
-        return lifted(basis, moved, left, keep=alpha * rho)
-    # Block 3 on what only exists as a whole matrix: the target's Frobenius norm grows at most by γ a step.
-    residual = lifted(basis, -rho * gradient, left, keep=rho).dense(stack)
-    is_split = [stack.split is not None]
-    if _limits(options, "residual"):
-        residual *= _shrink(stack, norms_of([residual], is_split, rows)[0])[:, None, None]
-    total = lifted(basis, s * factor, left).dense(stack).add_(residual)
-    if _limits(options, "total"):
-        total *= _shrink(stack, norms_of([total], is_split, rows)[0])[:, None, None]
-    return total.mul_(alpha)
+        return lift(b, gradient.mul_(-alpha * rho).add_(factor, alpha=s * alpha), keep=alpha * rho)
+    # The limiter looks at what only exists as a whole matrix; one batch after the other forms it.
+    yield InTurn()
+    residual = yield from limit_growth(b, "residual", lift(b, -rho * gradient, keep=rho).dense(b))
+    total = lift(b, s * factor).dense(b).add_(residual)
+    return (yield from limit_growth(b, "total", total)).mul_(alpha)
 
 
-def norms_of(matrices: Sequence[Tensor], partial: Sequence[bool], rows: Rows) -> list[Tensor]:
-    """Frobenius norms (b,) of stacks of which some (`partial`) are this rank's share; squares summed in fp64."""
-    squares = [m.double().square().sum((-2, -1)) for m in matrices]
-    return [total.sqrt().to(m.dtype) for total, m in zip(rows.total(squares, partial), matrices)]
+def limit_growth(b: MatrixBatch, target: str, matrices: Tensor) -> Steps[Tensor]:
+    """Scale matrices so that ‖·‖_F grows at most by γ a step, where the options limit this target.
+
+    A last norm of 0 limits nothing.
+    """
+    if not _limits(b.options, target):
+        return matrices
+    is_split = moment_is_split(b) if target == "factor" else b.split is not None
+    norm = yield from frobenius_norm(matrices, is_split)
+    last = b.state["previous_norm"]
+    limit = b.options["norm_growth_limit"] * last
+    shrink = torch.where((last > 0) & (norm > limit), limit / norm, 1.0)
+    b.commit("previous_norm", norm * shrink)
+    return matrices * shrink[:, None, None]
 
 
 def _limits(options: Mapping[str, Any], target: str) -> bool:
@@ -125,14 +173,16 @@ def _limits(options: Mapping[str, Any], target: str) -> bool:
     return target != "residual" or bool(options["residual_scale"])
 
 
-def _shrink(stack: Stack, norm: Tensor) -> Tensor:
-    """(b,) factors ≤ 1 that keep ‖target‖ ≤ γ·(its norm in the last step); a last norm of 0 limits
-    nothing."""
-    last = stack.state["previous_norm"]
-    limit = stack.options["norm_growth_limit"] * last
-    factor = torch.where((last > 0) & (norm > limit), limit / norm, 1.0)
-    stack.commit("previous_norm", norm * factor)
-    return factor
+def record_projected_norm(b: MatrixBatch, gradient: Tensor) -> Steps[None]:
+    """Store ‖Ĝ‖ where `refresh_threshold` watches it: at or below the threshold the next step renews the basis."""
+    if b.options["refresh_threshold"] is not None:
+        b.commit("projected_norm", (yield from frobenius_norm(gradient, moment_is_split(b))))
+
+
+def frobenius_norm(matrices: Tensor, is_split: bool) -> Steps[Tensor]:
+    """Return Frobenius norms (b,) of matrices, or of those that this process holds a part of; squares in fp64."""
+    square = yield AllReduce(matrices.double().square().sum((-2, -1)), is_split)
+    return square.sqrt().to(matrices.dtype)
 
 
 RULE = Sumo()

@@ -66,10 +66,10 @@ def partitioned(
         optimizer.param_groups[index]["params"] = [tensor]
     optimizer.attach(module.PartitionedLayout(flats, optimizer.parameters_of_groups, [ranks] * len(flats)))
     places = {id(p): i for i, (_, p) in enumerate(named)}
-    original, gradient = module.RowLane.begin, module.Slice.gradient
+    original, gradient = module.RowBucket.begin, module.FlatSliceView.gradient
     if blind:
-        module.RowLane.begin = lambda self: None  # type: ignore[method-assign]
-        module.Slice.gradient = _torn(module.Slice.gradient)  # type: ignore[method-assign]
+        module.RowBucket.begin = lambda self: None  # type: ignore[method-assign]
+        module.FlatSliceView.gradient = _torn(module.FlatSliceView.gradient)  # type: ignore[method-assign]
     try:
         for step in range(STEPS):
             slopes = gradients(SHAPES, step)
@@ -85,8 +85,8 @@ def partitioned(
                 optimizer.step()
             optimizer.param_groups = everything
     finally:
-        module.RowLane.begin = original  # type: ignore[method-assign]
-        module.Slice.gradient = gradient  # type: ignore[method-assign]
+        module.RowBucket.begin = original  # type: ignore[method-assign]
+        module.FlatSliceView.gradient = gradient  # type: ignore[method-assign]
     pieces = {}
     for flat in flats:
         for p, slot in flat.slots.items():
@@ -98,7 +98,7 @@ def partitioned(
 def _torn(method: Any) -> Any:
     def gradient(self: Any, parameter: Any, block: Any) -> Any:
         found = self.shape[0] * self.columns - (
-            min(self.piece[1], self.rows[1] * self.columns) - self.rows[0] * self.columns
+            min(self.piece[1], self.row_range[1] * self.columns) - self.row_range[0] * self.columns
         )
         self.tail = torch.zeros(max(0, found))
         return method(self, parameter, block)

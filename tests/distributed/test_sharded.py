@@ -139,44 +139,45 @@ def test_replicas_of_shards(four_ranks: RankPool, preset: str) -> None:
 
 def broken(rank: int, preset: str, how: str) -> list[torch.Tensor]:
     """Runs on each rank with one sum over ranks left out."""
-    from optimizers.layouts.rows import Whole
-    from optimizers.layouts.sharded import Shards
+    from optimizers.layouts.collectives import Unsharded
+    from optimizers.layouts.sharded import ShardCollectives
+    from optimizers.rules import sumo
 
-    original, brings = getattr(Shards, how), Shards.brings
-    setattr(Shards, how, getattr(Whole, how))
-    Shards.brings = Whole.brings  # type: ignore[method-assign]
+    original, prefers_gather = getattr(ShardCollectives, how), sumo.prefers_gather
+    setattr(ShardCollectives, how, getattr(Unsharded, how))
+    sumo.prefers_gather = lambda length, rank, ranks: False
     try:
         return sharded(rank, preset, EVEN, 0, 1, {})["weights"]
     finally:
-        setattr(Shards, how, original)
-        Shards.brings = brings  # type: ignore[method-assign]
+        setattr(ShardCollectives, how, original)
+        sumo.prefers_gather = prefers_gather
 
 
-def by_scheme(rank: int, preset: str, brings: bool) -> dict[str, Any]:
+def by_scheme(rank: int, preset: str, gathers: bool) -> dict[str, Any]:
     """Runs on each rank with the factor's scheme given: rows to owners, or Grams."""
-    from optimizers.layouts.sharded import Shards
+    from optimizers.rules import sumo
 
-    original = Shards.brings
-    Shards.brings = lambda self, length, rank: brings  # type: ignore[method-assign]
+    original = sumo.prefers_gather
+    sumo.prefers_gather = lambda length, rank, ranks: gathers
     try:
         return sharded(rank, preset, UNEVEN, 0, 1, {"rank": 3})
     finally:
-        Shards.brings = original  # type: ignore[method-assign]
+        sumo.prefers_gather = original
 
 
 @pytest.mark.parametrize("preset", ["sumo", "sumo_official", "sumo_ns5"])
 def test_both_schemes_of_the_factor_give_the_same(four_ranks: RankPool, preset: str) -> None:
     expected = alone(preset, UNEVEN, rank=3)
     sent = []
-    for brings in (True, False):
-        results = four_ranks.run(by_scheme, preset, brings)
+    for gathers in (True, False):
+        results = four_ranks.run(by_scheme, preset, gathers)
         assert worst(results[0]["weights"], expected, UNEVEN) < TOLERANCE
         sent.append(results[0]["sent"])
     assert sent[0] != sent[1]
 
 
 @pytest.mark.parametrize("preset", ["sumo", "sumo_official"])
-@pytest.mark.parametrize("how", ["total", "roots"])
+@pytest.mark.parametrize("how", ["all_reduce", "inverse_roots"])
 def test_control_a_sum_that_stays_local_is_seen(two_ranks: RankPool, preset: str, how: str) -> None:
     """What peers do: project or orthogonalize what the rank happens to hold."""
     found = two_ranks.run(broken, preset, how)[0]

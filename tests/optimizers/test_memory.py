@@ -72,11 +72,11 @@ def test_the_state_follows_its_formula(preset: str) -> None:
 
 def test_transients_do_not_grow_with_the_number_of_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import memory
-    from optimizers.layouts import lanes
+    from optimizers.layouts import batches
 
     limit = {"cpu": 4 * 32 * 32 * 4, "cuda": 0}  # four square matrices in a stack
-    monkeypatch.setattr(lanes, "STACK_BYTES", limit)
-    monkeypatch.setattr(memory, "STACK_BYTES", limit)
+    monkeypatch.setattr(batches, "BATCH_BYTES", limit)
+    monkeypatch.setattr(memory, "BATCH_BYTES", limit)
     few, many = llama_60m(2, 32, 48), llama_60m(12, 32, 48)
     assert largest_stack(few, CPU) == largest_stack(many, CPU) == limit["cpu"]
     for preset in ("sumo", "muon", "galore"):
@@ -87,18 +87,18 @@ def test_transients_do_not_grow_with_the_number_of_stacks(monkeypatch: pytest.Mo
                 # Bookkeeping of some bytes per matrix remains: a spectrum of 8 fp32 numbers, counters, flags.
                 assert large[kind] <= 1.05 * small[kind] + 48 * (len(many) - len(few)), (preset, kind)
     # Negative control: one stack for all of a shape grows with the model.
-    monkeypatch.setattr(lanes, "STACK_BYTES", {"cpu": 1 << 30, "cuda": 0})
+    monkeypatch.setattr(batches, "BATCH_BYTES", {"cpu": 1 << 30, "cuda": 0})
     whole = measure("sumo", many, 8, CPU)["ordinary"]
     assert whole > 3 * measure("sumo", few, 8, CPU)["ordinary"]
 
 
 def test_a_subspace_step_holds_at_most_a_quarter_more_than_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import memory
-    from optimizers.layouts import lanes
+    from optimizers.layouts import batches
 
     limit = {"cpu": 8 * 128 * 128 * 4, "cuda": 0}
-    monkeypatch.setattr(lanes, "STACK_BYTES", limit)
-    monkeypatch.setattr(memory, "STACK_BYTES", limit)
+    monkeypatch.setattr(batches, "BATCH_BYTES", limit)
+    monkeypatch.setattr(memory, "BATCH_BYTES", limit)
     shapes = llama_60m(2, 128, 344)
     stack = largest_stack(shapes, CPU)
     # Rank a quarter of the short side: Ĝ is a quarter of a stack, its fp64 copy for the Gram a half.

@@ -33,10 +33,9 @@ class SignMomentum(Rule):
     def state(self, shape, options):
         return {"moment": shape}
 
-    def step(self, stacks, rows):
-        for s in stacks:
-            moment = s.blend("moment", s.gradient, s.options["momentum"], 1.0)
-            yield Update(s.options["alpha"] * torch.sign(moment))
+    def update(self, b):
+        moment = b.blend("moment", b.gradient, b.options["momentum"], 1.0)
+        return Update(b.options["alpha"] * torch.sign(moment))
 '''
 
 
@@ -172,19 +171,21 @@ def test_a_rule_without_a_matrix_in_its_state_has_no_spectra(install: Install) -
 
 HEAD = "import torch\nfrom optimizers import Option, Rule, Update\n"
 STATE = "    def state(self, shape, options):\n        return {'velocity': shape}\n"
-STEP = "    def step(self, stacks, rows):\n        for s in stacks:\n            yield Update(s.gradient)\n"
+STEP = "    def update(self, b):\n        return Update(b.gradient)\n"
+OLD = "    def step(self, stacks, rows):\n        for s in stacks:\n            yield Update(s.gradient)\n"
 BROKEN = {
     "no rule": ("Bad = dict\n", "is no optimizers.Rule"),
     "raises at import": ("1 / 0\n", "cannot be loaded from .*ZeroDivisionError"),
-    "lacks step": ("class Bad(Rule):\n" + STATE, "cannot be loaded .*abstract"),
+    "lacks update": ("class Bad(Rule):\n" + STATE, "cannot be loaded .*abstract"),
+    "old contract": ("class Bad(Rule):\n" + STATE + OLD, r"defines step\(stacks, rows\).* write update\(self, b\)"),
     "other key": (
-        "class Bad(Rule):\n" + STATE + STEP.replace("s.gradient", "s.state['moment']"),
+        "class Bad(Rule):\n" + STATE + STEP.replace("b.gradient", "b.state['moment']"),
         "fails on 4×6 matrices .KeyError: 'moment'",
     ),
-    "wrong shape": ("class Bad(Rule):\n" + STATE + STEP.replace("s.gradient", "s.gradient.mT"), r"shape \(2, 6, 4\)"),
-    "not finite": ("class Bad(Rule):\n" + STATE + STEP.replace("s.gradient", "s.gradient / 0"), "is not finite"),
+    "wrong shape": ("class Bad(Rule):\n" + STATE + STEP.replace("b.gradient", "b.gradient.mT"), r"shape \(2, 6, 4\)"),
+    "not finite": ("class Bad(Rule):\n" + STATE + STEP.replace("b.gradient", "b.gradient / 0"), "is not finite"),
     "no update": (
-        "class Bad(Rule):\n" + STATE + STEP.replace("Update(s.gradient)", "s.gradient"), "must yield one Update",
+        "class Bad(Rule):\n" + STATE + STEP.replace("Update(b.gradient)", "b.gradient"), "must return an optimizers",
     ),
     "state shape": ("class Bad(Rule):\n" + STATE.replace("shape}", "4}") + STEP, "state velocity the shape 4"),
     "state name": ("class Bad(Rule):\n" + STATE.replace("velocity", "step") + STEP, "calls a state 'step'"),

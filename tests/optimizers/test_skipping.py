@@ -231,7 +231,7 @@ def test_a_blind_step_leaves_no_bit_behind_and_warns_one_step_later(preset: str)
 
 @pytest.mark.usefixtures("blind_host")
 def test_no_number_is_read_in_a_blind_step() -> None:
-    from tests.optimizers.test_stacks import Recorder, net
+    from tests.optimizers.test_batches import Recorder, net
 
     for preset in ("sumo", "muon", "galore", "adamw"):
         named = net(3)

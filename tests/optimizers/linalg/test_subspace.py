@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimizers.linalg import sketching
+from optimizers.linalg.requests import AllGather, AllReduce, Eigh, drive
 from optimizers.linalg.subspace import (
     basis_cut,
     canonical_signs,
@@ -135,28 +136,30 @@ def test_an_ill_conditioned_sketch_stays_orthonormal(side: str) -> None:
 
 
 class Meeting:
-    """Ranks as threads that answer each other's asks."""
+    """Ranks as threads that answer each other's requests."""
 
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world)
         self.slots: list[torch.Tensor] = [torch.empty(0)] * world
         self.asked: list[list[str]] = [[] for _ in range(world)]
 
-    def answer(self, rank: int, ask: sketching.Ask) -> Any:
-        self.asked[rank].append(ask.kind)
-        self.slots[rank] = ask.tensor
+    def answer(self, rank: int, request: Any) -> Any:
+        if isinstance(request, AllReduce) and not request.partial:
+            return request.tensor
+        self.asked[rank].append(type(request).__name__)
+        self.slots[rank] = request.gram if isinstance(request, Eigh) else request.tensor
         self.barrier.wait(timeout=60)
         everything = torch.stack(self.slots)
         self.barrier.wait(timeout=60)
-        if ask.kind == "gather":
+        if isinstance(request, AllGather):
             return everything
-        if ask.kind == "sum":
+        if isinstance(request, AllReduce):
             return everything.sum(0)
         assert all(torch.equal(everything[0], other) for other in everything)
         return torch.linalg.eigh(everything[0])
 
     def drive(self, rank: int, steps: sketching.Steps) -> torch.Tensor:
-        return sketching.driven(steps, partial(self.answer, rank))
+        return drive(steps, partial(self.answer, rank))
 
 
 @pytest.mark.parametrize("split", [0, 1])

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from optimizers.fused_projections import Block
-from optimizers.layouts.rows import Whole
-from optimizers.members import Held, Member
+from optimizers.interfaces import LowRank, MatrixRef, Rule, Update
+from optimizers.layouts.batches import BatchState
+from optimizers.layouts.collectives import Unsharded, run_updates
+from optimizers.layouts.replicated import FullView
 from optimizers.options import OPTIONS, Option, OptionError, closest
 from optimizers.presets import PLUGIN_COMMON
-from optimizers.rules.rule import Rule, Update
 from optimizers.skipping import StepMask
-from optimizers.stacks import Bank, LowRank
 
 # A wide and a tall matrix, no side equal to the number of matrices, so that a mixed-up dimension shows.
 _SHAPES = ((4, 6), (6, 4))
@@ -34,12 +34,15 @@ def checked(name: str, point: Any) -> Rule:
         OptionError: it cannot be loaded, or is not what a rule has to be; one sentence says what.
     """
     try:
-        found = point.load()
-        rule = found() if isinstance(found, type) and issubclass(found, Rule) else found
+        target = point.load()
+        _refuse_old_contract(name, target)
+        rule = target() if isinstance(target, type) and issubclass(target, Rule) else target
+    except OptionError:
+        raise
     except Exception as error:
         raise _refused(name, f"cannot be loaded from {point.value} ({_text(error)})") from error
     if not isinstance(rule, Rule):
-        raise _refused(name, f"is no optimizers.Rule, but {found!r}")
+        raise _refused(name, f"is no optimizers.Rule, but {target!r}")
     _check_options(name, rule)
     options = {**PLUGIN_COMMON, **rule.defaults}
     if "rank" in options:
@@ -54,6 +57,16 @@ def checked(name: str, point: Any) -> Rule:
             m, n = shape
             raise _refused(name, f"fails on {m}×{n} matrices ({_text(error)})") from error
     return rule
+
+
+def _refuse_old_contract(name: str, target: Any) -> None:
+    kind = target if isinstance(target, type) else type(target)
+    if issubclass(kind, Rule) and hasattr(kind, "step") and kind.update is Rule.update:
+        raise _refused(
+            name,
+            "defines step(stacks, rows), which rules no longer have: write update(self, b) for one batch b of "
+            "same-shape matrices that returns optimizers.Update(…) (docs/optimizers.md, A rule of your own)",
+        )
 
 
 def own_options(name: str, rule: Rule) -> dict[str, Option]:
@@ -137,33 +150,35 @@ def _check_state(name: str, rule: Rule, shape: tuple[int, int], options: Mapping
 def _check_step(name: str, rule: Rule, shape: tuple[int, int], options: Mapping[str, Any]) -> None:
     m, n = shape
     generator = torch.Generator().manual_seed(0)
-    members = []
+    matrices = []
     for i in range(_COUNT):
         parameter = nn.Parameter(torch.zeros(shape))
         parameter.grad = torch.randn(shape, generator=generator)
-        members.append(Member(parameter, Block(f"{name}.check.{i}", shape), "", 0, Held(shape)))
-    state: dict[Tensor, dict[str, Any]] = {member.parameter: {"step": 0} for member in members}
-    bank = Bank(members, options, rule.state(shape, options))
-    bank.bind(state)
+        matrices.append(MatrixRef(parameter, Block(f"{name}.check.{i}", shape), "", 0, FullView(shape)))
+    state: dict[Tensor, dict[str, Any]] = {matrix.parameter: {"step": 0} for matrix in matrices}
+    batch_state = BatchState(matrices, options, rule.state(shape, options))
+    batch_state.bind(state)
     # A rule may draw random numbers; the caller's must not depend on that.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for step in range(2):
             for entries in state.values():
                 entries["step"] = step
-            stack = bank.stack(range(_COUNT), state, StepMask())
-            updates = list(rule.step([stack], Whole()))
-            if len(updates) != 1 or not isinstance(updates[0], Update):
-                raise _refused(name, f"must yield one Update for each stack, not {updates!r:.60}")
-            delta = updates[0].delta
-            dense = delta.dense(stack) if isinstance(delta, LowRank) else delta
+            batch = batch_state.batch(range(_COUNT), state, StepMask())
+            [(_, update)] = run_updates(rule, [batch], Unsharded())
+            if not isinstance(update, Update):
+                raise _refused(
+                    name, f"must return an optimizers.Update from update(self, b), not {update!r:.60}"
+                )
+            delta = update.delta
+            dense = delta.dense(batch) if isinstance(delta, LowRank) else delta
             if not isinstance(dense, Tensor) or tuple(dense.shape) != (_COUNT, m, n):
                 size = tuple(dense.shape) if isinstance(dense, Tensor) else type(dense).__name__
                 raise _refused(name, f"gives an update of shape {size} for {_COUNT} matrices of {m}×{n}")
             if not bool(dense.isfinite().all()):
                 raise _refused(name, f"gives an update that is not finite for {m}×{n} matrices")
     for kind, size in rule.state(shape, options).items():
-        wrong = tuple(bank.stacked(kind).shape) != (_COUNT, *size)
-        if wrong or math.isnan(float(bank.stacked(kind).sum())):
+        wrong = tuple(batch_state.stacked(kind).shape) != (_COUNT, *size)
+        if wrong or math.isnan(float(batch_state.stacked(kind).sum())):
             raise _refused(name, f"leaves a state {kind} that is not what it said or not finite")
 
 

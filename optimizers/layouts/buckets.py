@@ -1,0 +1,366 @@
+"""What a layout makes of the matrices of a group: buckets, which the optimizer steps one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from optimizers.fused_projections import Block
+from optimizers.interfaces import (
+    Collectives,
+    LowRank,
+    MatrixBatch,
+    MatrixRef,
+    Rule,
+    ShardBounds,
+    compute_dtype,
+)
+from optimizers.layouts.batches import (
+    ApplyConfig,
+    BatchEntry,
+    BatchState,
+    OptimizerState,
+    apply_update,
+    batch_entries,
+    compensation,
+    make_batch_states,
+    matrices_per_batch,
+)
+from optimizers.layouts.collectives import Unsharded
+from optimizers.layouts.communicator import Communicator
+from optimizers.layouts.exchange import Arriving, Distribution, Exchange, whole_at
+from optimizers.skipping import StepMask
+
+
+class Bucket(Protocol):
+    """Stacks that take a step together, and how their updates reach the weights.
+
+    All processes step the same buckets in the same order, whatever they hold of them: `begin` and `end` are
+    collectives, and so are the answers to the rule's requests.
+
+    Attributes:
+        batch_states: what this process computes and keeps the state of.
+        receivers: the weights of this process whose update another one computes.
+        collectives: what answers the rule's requests.
+    """
+
+    batch_states: list[BatchState]
+    receivers: list[BatchState]
+    collectives: Collectives
+
+    def begin(self) -> None:
+        """Start bringing gradients to where they are needed; does not wait."""
+        ...
+
+    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
+        """The stacks that have gradients, in the batches in which the rule is to be called."""
+        ...
+
+    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
+        """Take a stack's update to the weights, now or at the `end`."""
+        ...
+
+    def end(self, config: ApplyConfig) -> None:
+        """Finish the step."""
+        ...
+
+
+class LocalBucket:
+    """Every process updates the weights that it computes the update of.
+
+    Args:
+        batch_states: all stacks.
+        collectives: what answers the rule's requests.
+        together: all batches are run in lock step, because each of their requests communicates.
+    """
+
+    def __init__(
+        self, batch_states: list[BatchState], collectives: Collectives, together: bool = False
+    ) -> None:
+        self.batch_states, self.collectives = batch_states, collectives
+        self.receivers: list[BatchState] = []
+        self._together = together
+
+    def begin(self) -> None:
+        """Nothing: the gradients are here."""
+
+    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
+        """One stack at a time, so that one stack's transients are alive; together where they share a
+        collective, and then gradients are read again whenever they are needed."""
+        entries = [
+            entry for batch_state in self.batch_states for entry in batch_entries(batch_state, state, mask)
+        ]
+        if self._together:
+            shared = entries
+        else:
+            shared = (
+                [entry for entry in entries if entry.batch.due] if self.collectives.exchanges_bases else []
+            )
+        for entry in shared:
+            entry.batch.keep_gradient = len(shared) == 1
+        if shared:
+            yield shared
+        in_shared = {id(entry) for entry in shared}
+        yield from ([entry] for entry in entries if id(entry) not in in_shared)
+
+    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
+        """At once."""
+        apply_update(batch, delta, config)
+
+    def end(self, config: ApplyConfig) -> None:
+        """Nothing is left to do."""
+
+
+class _DividedBucket:
+    """Each matrix is computed by one owner, which keeps its state and sends the update to where its weights are.
+
+    Args:
+        matrices: all matrices of the bucket, in the same order on all ranks, as this process holds them.
+        owned: those that this process computes.
+        exchange: from where the weights are to the owners; updates take it backward.
+        rule: what is computed.
+        options: of the group.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[MatrixRef],
+        owned: Sequence[MatrixRef],
+        exchange: Exchange,
+        rule: Rule,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.collectives: Collectives = Unsharded()
+        self._matrices = list(matrices)
+        self._places = {id(matrix): i for i, matrix in enumerate(matrices)}
+        self._exchange = exchange
+        self.batch_states = make_batch_states(owned, options, lambda m: rule.state(m.block.shape, options))
+        here = [m for m in matrices if 0 not in m.view.shape]
+        self.receivers = make_batch_states(here, options, lambda m: compensation(m, options))
+        self._receiving: list[BatchEntry] = []
+        self._updates: list[Tensor | None] = [None] * len(self._matrices)
+
+    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
+        """The matrices that this process owns, one stack at a time."""
+        self._receiving = [
+            entry for batch_state in self.receivers for entry in batch_entries(batch_state, state, mask)
+        ]
+        for batch_state in self.batch_states:
+            for entry in batch_entries(batch_state, state, mask):
+                yield [entry]
+
+    def _send_back(self) -> list[Tensor]:
+        """What arrives here of each matrix's update, 1-D."""
+        first = self._matrices[0].parameter
+        like = torch.empty(0, dtype=compute_dtype(first), device=first.device)
+        arrived = self._exchange.backward(self._updates, like).wait()
+        self._updates = [None] * len(self._matrices)
+        return arrived
+
+    def _apply_received(
+        self,
+        arrived: Sequence[Tensor],
+        delta: Callable[[list[Tensor], MatrixBatch], Tensor | LowRank],
+        config: ApplyConfig,
+    ) -> None:
+        for entry in self._receiving:
+            parts = [arrived[self._places[id(m)]] for m in entry.batch.matrices]
+            apply_update(entry.batch, delta(parts, entry.batch), config)
+            entry.home.write_back(entry.active, entry.batch.state)
+            entry.batch.release()
+        self._receiving = []
+
+
+class OwnerBucket(_DividedBucket):
+    """Each matrix is brought whole to one owner, which sends the update back in parts.
+
+    Args:
+        matrices: all matrices of the bucket as this process holds them, in the same order on all ranks.
+        sources: which interval of each flattened matrix each rank holds; column by column where columns are
+            split.
+        owners: rank of each matrix' owner.
+        communicator: the ranks.
+        rule: what is computed.
+        options: of the group.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[MatrixRef],
+        sources: Distribution,
+        owners: Sequence[int],
+        communicator: Communicator,
+        rule: Rule,
+        options: Mapping[str, Any],
+    ) -> None:
+        sizes = [m.block.shape[0] * m.block.shape[1] for m in matrices]
+        exchange = Exchange(sources, whole_at(owners, sizes, communicator.size), communicator)
+        self._gathered: dict[int, Tensor] = {}
+        owned_positions = [i for i, owner in enumerate(owners) if owner == communicator.rank]
+        owned = [_gathered(matrices[i], i, self._gathered) for i in owned_positions]
+        super().__init__(matrices, owned, exchange, rule, options)
+        self._places.update({id(matrix): i for matrix, i in zip(owned, owned_positions)})
+        self._owned = owned  # keeps their ids
+        self._arriving: Arriving | None = None
+
+    def begin(self) -> None:
+        """Send the gradients off, in their own dtype."""
+        if self._arriving is not None:
+            return
+        intervals = [_flat(m.gradient(), m.view.split) for m in self._matrices]
+        like = next((flat for flat in intervals if flat is not None), None)
+        self._arriving = None if like is None else self._exchange.forward(intervals, like)
+
+    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
+        """The matrices that this process owns, once they have arrived."""
+        if self._arriving is not None:
+            self._gathered.update(enumerate(self._arriving.wait()))
+            yield from super().batches(state, mask)
+
+    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
+        """Keep the update until the `end`."""
+        dense = delta.dense(batch) if isinstance(delta, LowRank) else delta
+        for matrix, part in zip(batch.matrices, dense.unbind(0)):
+            place = self._places[id(matrix)]
+            self._updates[place] = _flat(part, self._matrices[place].view.split)
+
+    def end(self, config: ApplyConfig) -> None:
+        """Send the updates back and apply what arrives."""
+        if self._arriving is None:
+            return
+        self._arriving = None
+        arrived = self._send_back()
+        self._gathered.clear()
+        self._apply_received(arrived, _in_shape, config)
+
+
+class WorkSplitBucket(_DividedBucket):
+    """Replicas share the work: one process computes each matrix and keeps its state, all apply its update.
+
+    An update travels as factors where the rule has them: r(m + n) numbers instead of mn.
+
+    Args:
+        matrices: all matrices of the bucket, in the same order on all ranks; every rank holds them whole.
+        owners: rank of each matrix' owner.
+        communicator: the replicas.
+        rule: what is computed.
+        options: of the group.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[MatrixRef],
+        owners: Sequence[int],
+        communicator: Communicator,
+        rule: Rule,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._factors = rule.factors(matrices[0].block.shape, options)
+        sizes = [self._payload(m.block.shape) for m in matrices]
+        everywhere = [[(0, size)] * communicator.size for size in sizes]
+        exchange = Exchange(everywhere, whole_at(owners, sizes, communicator.size), communicator)
+        owned = [m for m, owner in zip(matrices, owners) if owner == communicator.rank]
+        super().__init__(matrices, owned, exchange, rule, options)
+
+    def _payload(self, shape: tuple[int, int]) -> int:
+        return sum(shape) * self._factors[0] if self._factors else shape[0] * shape[1]
+
+    def begin(self) -> None:
+        """Nothing: every process has every gradient."""
+
+    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
+        """Keep the update until the `end`."""
+        if isinstance(delta, LowRank):
+            parts = [torch.cat([a.reshape(-1), b.reshape(-1)]) for a, b in zip(delta.left, delta.right)]
+        else:
+            parts = [part.reshape(-1) for part in delta.unbind(0)]
+        for matrix, part in zip(batch.matrices, parts):
+            self._updates[self._places[id(matrix)]] = part
+
+    def end(self, config: ApplyConfig) -> None:
+        """Send the updates to all and apply them."""
+        if self._receiving:
+            self._apply_received(self._send_back(), self._delta, config)
+
+    def _delta(self, parts: list[Tensor], batch: MatrixBatch) -> Tensor | LowRank:
+        flat, (m, n) = torch.stack(parts), batch.shape
+        if self._factors is None:
+            return flat.view(-1, m, n)
+        rank, keep = self._factors
+        left, right = flat.split([m * rank, n * rank], -1)
+        return LowRank(left.reshape(-1, m, rank), right.reshape(-1, rank, n), keep)
+
+
+@dataclass(frozen=True)
+class GatheredView:
+    """A matrix that has been brought here whole; its weights are elsewhere."""
+
+    shape: tuple[int, int]
+    buffers: Mapping[int, Tensor]
+    index: int
+    is_transposed: bool
+    split: int | None = None
+    start: int = 0
+    shard_bounds: ShardBounds | None = None
+
+    def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """What arrived."""
+        flat = self.buffers.get(self.index)
+        if flat is None or flat.numel() == 0:
+            return None
+        m, n = self.shape
+        return flat.view(n, m).mT if self.is_transposed else flat.view(m, n)
+
+    def weight(self, parameter: Tensor, block: Block) -> Tensor:
+        """Not here."""
+        raise RuntimeError(f"{block.name}: its weights are applied where they lie")
+
+    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
+        """What arrived."""
+        return self.gradient(parameter, block)
+
+    def part(self, local: Tensor, block: Block) -> Tensor | None:
+        """Not here."""
+        return None
+
+
+def _gathered(matrix: MatrixRef, index: int, buffers: Mapping[int, Tensor]) -> MatrixRef:
+    view = GatheredView(matrix.block.shape, buffers, index, matrix.view.split == 1)
+    return MatrixRef(matrix.parameter, matrix.block, matrix.prefix, matrix.offset, view)
+
+
+def _flat(part: Tensor | None, split: int | None) -> Tensor | None:
+    """1-D, so that what a rank holds of the matrix is one interval."""
+    if part is None:
+        return None
+    return (part.mT if split == 1 else part).reshape(-1)
+
+
+def _in_shape(parts: list[Tensor], batch: MatrixBatch) -> Tensor:
+    """The inverse of `_flat`, stacked."""
+    m, n = batch.matrices[0].view.shape
+    flat = torch.stack(parts)
+    return flat.view(-1, n, m).mT if batch.split == 1 else flat.view(-1, m, n)
+
+
+def bucket_positions(matrices: Sequence[MatrixRef], owners: Sequence[int]) -> Iterable[list[int]]:
+    """Positions of the matrices that share a bucket: one shape, and for each owner no more than one batch."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        p, block = matrix.parameter, matrix.block
+        kinds.setdefault((block.shape, block.transposed, p.dtype, p.device, matrix.view.split), []).append(i)
+    for same in kinds.values():
+        size = matrices_per_batch(matrices[same[0]], matrices[same[0]].block.shape)
+        buckets: list[list[int]] = []
+        count: dict[int, int] = {}
+        for i in same:
+            number = count.get(owners[i], 0)
+            count[owners[i]] = number + 1
+            while len(buckets) <= number // size:
+                buckets.append([])
+            buckets[number // size].append(i)
+        yield from buckets
