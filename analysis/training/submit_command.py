@@ -18,8 +18,8 @@ from harness.commands import COMMANDS
 from harness.config import cluster
 from harness.config.errors import InputError, closest
 from harness.jobs import scripts, slurm, submit
-from harness.jobs.grid import Row
-from harness.jobs.submit import Queued, Request
+from harness.jobs.grid import GridRow
+from harness.jobs.submit import Queued, SubmitRequest
 from harness.output import json_document
 from harness.record import folder as run_folder
 from harness.redaction import redact_argv
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     submitted = _parse(argv)
     # All of them now: a later job's script is written when the first one is queued already.
     scripts.check_words([word for words in (argv, *submitted.then) for word in words])
-    request = Request(
+    request = SubmitRequest(
         cluster=cluster.load(submitted.cluster_overrides),
         command=shlex.join(["optbench", "submit", *redact_argv(argv)]),
         after=submitted.after,
@@ -74,10 +74,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _compare(words: Sequence[str], request: Request) -> Queued:
+def _compare(words: Sequence[str], request: SubmitRequest) -> Queued:
     """All runs checked, then queued: seeds outside, arms inside, as `optbench compare` makes them."""
     plan = arguments.plan(words)
-    rows: list[Row] = []
+    rows: list[GridRow] = []
     done: list[str] = []
     home, overwrite = Path(), False
     for seed in plan.seeds:
@@ -89,7 +89,7 @@ def _compare(words: Sequence[str], request: Request) -> Queued:
             else:
                 run_folder.check(run.folder, run.config, run.identity, run.shorter_runs)
             folder = str(run.folder.absolute())
-            rows.append(Row(tuple(kept), len(rows), run.folder.name, folder, run.identity))
+            rows.append(GridRow(tuple(kept), len(rows), run.folder.name, folder, run.identity))
     request = replace(request, then=(("report", str(home)), *request.then))
     queued = submit.sweep(rows, home, request, done=done, overwrite=overwrite)
     if queued.job is not None:

@@ -1,4 +1,4 @@
-"""The run folder of some words, for a batch script that was submitted by hand. Prepares the data on the way.
+"""Print the run folder of some overrides, for a batch script that was submitted by hand, and prepare its data.
 
     python -m harness.jobs.folder key=value …
 
@@ -17,10 +17,10 @@ from harness.preparation import prepare
 
 
 def folder_of(words: Sequence[str]) -> Path:
-    """The absolute path of the run folder.
+    """Return the absolute path of the run folder, and prepare the run's data.
 
     Raises:
-        InputError: bad input, or words that would have every attempt of the job begin anew.
+        InputError: bad input, or words that would make every attempt of the job begin anew.
     """
     # The number of processes is not known here and changes no folder.
     words = [word for word in words if not word.startswith(("world_size=", "micro_batch_size=", "engine"))]
@@ -30,26 +30,28 @@ def folder_of(words: Sequence[str]) -> Path:
 
 
 def check_attempts(config: RunConfig, *, may_overwrite: bool = False) -> None:
-    """Refuse what is meant once and would happen at every attempt of a job.
+    """Refuse ``resume=false`` and ``overwrite=true``, which every attempt of a job would repeat.
 
     Args:
         config: of the run.
-        may_overwrite: the old folder is moved aside by who submits, not by the job.
+        may_overwrite: accept ``overwrite=true``, because the command that submits archives the old folder once.
 
     Raises:
-        InputError: it is asked for.
+        InputError: the configuration has one of them.
     """
     reason = "would begin anew whenever the job is queued again"
     if not config.resume:
         raise InputError(
-            "resume", "false", reason, fix="overwrite=true with optbench submit (moves the old run aside)"
+            "resume", "false", reason, fix="overwrite=true with optbench submit (archives the old run once)"
         )
     if config.overwrite and not may_overwrite:
-        raise InputError("overwrite", "true", reason, fix="optbench submit …, which does it once")
+        raise InputError(
+            "overwrite", "true", reason, fix="optbench submit …, which archives the old run once"
+        )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print it; bad input is one line on standard error and code 2."""
+    """Print the run folder; bad input is one line on standard error and exit code 2."""
     try:
         print(folder_of(argv))
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The runs of an array job: a file with one run per row, whose numbers never change.
+"""The grid of an array job: a file with one run per row, whose row numbers never change.
 
     python -m harness.jobs.grid FILE ROW     # folder and words of a row, each ended by a NUL byte
 
@@ -25,13 +25,13 @@ _LIMIT = 64 * MIB
 
 
 @dataclass(frozen=True)
-class Row:
-    """One run.
+class GridRow:
+    """One run of a grid.
 
     Attributes:
-        words: of the run, without world_size.
+        words: overrides of the run, without world_size.
         row: its number in the array.
-        name: of the run, once in the grid; "" in a grid made by hand, as are the next two.
+        name: of the run, unique in the grid; this and the next two are "" in a grid made by hand.
         folder: of the run.
         identity: of the run (`harness.config.identity`).
     """
@@ -43,11 +43,11 @@ class Row:
     identity: str = ""
 
 
-_ROW, _DECODER = TypeAdapter(Row), JsonDecoder()
+_ROW, _DECODER = TypeAdapter(GridRow), JsonDecoder()
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a grid; none if there is no file.
+def read(path: Path) -> list[GridRow]:
+    """Return the rows of a grid; none if there is no file.
 
     Raises:
         InputError: the file is damaged.
@@ -58,42 +58,46 @@ def read(path: Path) -> list[Row]:
         return []
     except UnreadableFile as error:
         raise InputError(str(path), "the grid", f"can't be read: {error}", fix=f"remove {path}") from None
-    rows: list[Row] = []
+    rows: list[GridRow] = []
     for number, line in enumerate(text.rstrip("\n").split("\n") if text else ()):
         try:
             rows.append(_ROW.validate_python({"row": number, **_DECODER.decode(line)}))
         except (ValueError, TypeError):
             raise InputError(
-                str(path), f"line {number + 1}", "is no row of a grid", fix=f"remove {path}"
+                str(path), f"line {number + 1}", "is not a row of a grid", fix=f"remove {path}"
             ) from None
         if rows[-1].row != number:
             raise InputError(
-                str(path), f"line {number + 1}", f"says it is row {rows[-1].row}", fix=f"remove {path}"
+                str(path),
+                f"line {number + 1}",
+                f"is numbered {rows[-1].row}, not {number}",
+                fix=f"remove {path}",
             )
     return rows
 
 
-def merged(old: Sequence[Row], new: Sequence[Row], busy: Sequence[int]) -> list[Row]:
-    """The rows of an earlier grid, as far as they are told anew with their new words, and behind them those that it had
-    not. Numbers stay what they are.
+def merged(old: Sequence[GridRow], new: Sequence[GridRow], busy: Sequence[int]) -> list[GridRow]:
+    """Return the rows of an earlier grid, updated by name from ``new``, followed by those that it did not have.
+
+    A row keeps its number.
 
     Args:
         old: rows of the file.
         new: rows that are wanted now; their numbers do not matter.
-        busy: numbers of rows that wait or run: their words must stay.
+        busy: numbers of rows that wait or run, whose words must not change.
 
     Raises:
-        InputError: a busy row is told otherwise.
+        InputError: a busy row has other words now.
     """
     rows = list(old)
-    places = {row.name: row.row for row in old}
+    numbers = {row.name: row.row for row in old}
     for row in new:
-        place = places.setdefault(row.name, len(rows))
-        numbered = replace(row, row=place)
-        if place == len(rows):
+        number = numbers.setdefault(row.name, len(rows))
+        numbered = replace(row, row=number)
+        if number == len(rows):
             rows.append(numbered)
             continue
-        if place in busy and rows[place] != numbered:
+        if number in busy and rows[number] != numbered:
             reason = "waits or runs with other words"
             raise InputError(
                 "submit",
@@ -101,17 +105,17 @@ def merged(old: Sequence[Row], new: Sequence[Row], busy: Sequence[int]) -> list[
                 reason,
                 fix=f"optbench status {Path(row.folder).parent} --cancel {row.name}",
             )
-        rows[place] = numbered
+        rows[number] = numbered
     return rows
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write a grid, whole."""
+def write(path: Path, rows: Sequence[GridRow]) -> None:
+    """Write a grid to a file."""
     atomic.write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a row for the batch script."""
+    """Print the folder and the words of a row for the batch script."""
     path, number = Path(argv[0]), int(argv[1])
     try:
         rows = read(path)

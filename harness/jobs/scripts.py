@@ -1,4 +1,9 @@
-"""Batch scripts out of the templates in slurm/templates/. Torch-free."""
+"""Render batch scripts from the templates in slurm/templates/.
+
+    python -m harness.jobs.scripts     # writes slurm/*.sbatch, the examples for people to copy
+
+A test keeps the examples equal to the templates. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +26,19 @@ Kind = Literal["train", "sweep", "analysis"]
 
 @dataclass(frozen=True)
 class Job:
-    """What one script is to do.
+    """Values of one batch script.
 
     Attributes:
         name: of the job, in SLURM's listings.
         about: comment lines at the top.
         output: file of the job's output, in SLURM's notation (``%j``).
-        folder: that the job starts in; None: the one that it is submitted from.
-        words: of the run or the command; None: what follows the script on sbatch's command line.
+        folder: working folder of the job; None: the one that it is submitted from.
+        words: arguments of the run or the command; None: what follows the script on sbatch's command line.
         run: folder of the run (train).
         grid: file of the grid (sweep); None: as for ``words``.
-        array: rows of the grid that are to be run, as sbatch takes them (sweep).
-        script: where this script will lie, for submitting it again.
-        successors, dependents: files of job numbers: those submitted in this one's place, those that wait for it.
+        array: rows of the grid to run, in the form of sbatch's --array (sweep).
+        script: path of this script, for submitting it again.
+        successors, dependents: files of job numbers: jobs submitted in place of this one, jobs that wait for it.
     """
 
     name: str
@@ -50,24 +55,24 @@ class Job:
 
 
 def template_root() -> Path:
-    """Folder of the templates: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder of the templates: inside the package in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "slurm" / "templates"
     return inside if inside.is_dir() else package.parent / "slurm" / "templates"
 
 
 def render(kind: Kind, job: Job, cluster: ClusterConfig, *, by_hand: bool = False) -> str:
-    """The script.
+    """Return the text of a batch script.
 
     Args:
-        kind: which template.
-        job: what it does.
-        cluster: what it asks for.
-        by_hand: an example for people to adapt: processes are counted on the node, and ``python`` is whichever comes
-            first there.
+        kind: name of the template.
+        job: what the script does.
+        cluster: resources that it asks for.
+        by_hand: render an example for people to adapt: it counts processes on the node and takes the first ``python``
+            on PATH.
 
     Raises:
-        InputError: a value that must not be in a script: it would leave its line, or it is a secret.
+        InputError: a value that no script may hold: a control character, or a secret.
     """
     _check(job)
     environment = jinja2.Environment(
@@ -84,12 +89,12 @@ def render(kind: Kind, job: Job, cluster: ClusterConfig, *, by_hand: bool = Fals
     environment.filters["words"] = lambda values: shlex.join(map(str, values))
     environment.filters["inner"] = lambda text: text.replace("'", "'\\''")
     template = environment.get_template(f"{kind}.sbatch.j2")
-    text = template.render(job=job, cluster=_facts(kind, cluster, by_hand=by_hand))
+    text = template.render(job=job, cluster=_cluster_values(kind, cluster, by_hand=by_hand))
     return _without_double_blanks(text)
 
 
 def array_of(rows: Iterable[int], throttle: int | None) -> str:
-    """Rows as sbatch's --array takes them: ``0-2,5%4``.
+    """Return rows in the form of sbatch's --array: ``0-2,5%4``.
 
     Raises:
         ValueError: no rows.
@@ -108,12 +113,12 @@ def array_of(rows: Iterable[int], throttle: int | None) -> str:
 
 
 def output_path(folder: Path, pattern: str) -> str:
-    """A file of a job's output: ``pattern`` is SLURM's, a % of the folder is not."""
+    """Return the path of a job's output for SLURM: a % is special in ``pattern`` and literal in ``folder``."""
     return f"{str(folder).replace('%', '%%')}/{pattern}"
 
 
 def check_words(words: Iterable[str]) -> None:
-    """Refuse words of a run or a command that no script may hold.
+    """Refuse arguments of a run or a command that no script may hold.
 
     Raises:
         InputError: a control character or a secret.
@@ -143,7 +148,7 @@ def _check(job: Job) -> None:
     cluster_config.check_text("working folder", job.folder or "")
 
 
-def _facts(kind: Kind, cluster: ClusterConfig, *, by_hand: bool) -> dict[str, Any]:
+def _cluster_values(kind: Kind, cluster: ClusterConfig, *, by_hand: bool) -> dict[str, Any]:
     preflight = cluster.preflight
     is_ours = not (cluster.python or cluster.container or cluster.srun)
     python = cluster.python or ("python" if by_hand or cluster.container else sys.executable)
@@ -178,7 +183,7 @@ def _facts(kind: Kind, cluster: ClusterConfig, *, by_hand: bool) -> dict[str, An
 
 
 def _flags(kind: Kind, cluster: ClusterConfig) -> dict[str, str | int | None]:
-    """Directives, in a fixed order. An analysis takes one node and no GPUs."""
+    """Return the #SBATCH directives in a fixed order; an analysis takes one node and no GPUs."""
     is_run = kind != "analysis"
     flags: dict[str, str | int | None] = {}
     for name in ("partition", "account", "qos", "constraint"):
@@ -215,3 +220,65 @@ def _without_double_blanks(text: str) -> str:
         if line.strip() or (lines and lines[-1].strip()):
             lines.append(line.rstrip())
     return "\n".join(lines).rstrip() + "\n"
+
+
+_ADAPT = "Adapt the directives to your cluster; an option on sbatch's command line wins over them."
+_CPUS = "On a cluster without GPUs give --export=ALL,PROCESSES_PER_NODE=2."
+_MADE = "Made from slurm/templates; `optbench submit` makes one that fits your run and your cluster."
+_EXAMPLE_CLUSTER = ClusterConfig(name="example", gpus=0, cpus=8, time="4h")
+EXAMPLES: dict[Kind, Job] = {
+    "train": Job(
+        name="optbench",
+        about=(
+            "One run on one or several nodes; it goes on by itself after preemption and at the time limit:",
+            "",
+            "  sbatch --nodes=2 --gpus-per-node=8 slurm/train.sbatch model=llama_60m optimizer=sumo steps=10000",
+            "",
+            f"Everything after the file's name goes to the run as it is. {_ADAPT}",
+            _CPUS,
+            _MADE,
+        ),
+    ),
+    "sweep": Job(
+        name="optbench-sweep",
+        about=(
+            "Many runs, one a row of a grid, at most four at a time:",
+            "",
+            "  sbatch --array=0-7%4 slurm/sweep.sbatch grid.jsonl",
+            "",
+            'A row: {"words": ["optimizer=sumo", "seed=1", "steps=1000"]}. Rows that are finished end at once.',
+            _ADAPT,
+            _CPUS,
+            _MADE,
+        ),
+    ),
+    "analysis": Job(
+        name="optbench-analysis",
+        about=(
+            "Any optbench command on one node, for instance the report when an array (job 12) has ended:",
+            "",
+            "  sbatch --dependency=afterany:12 slurm/analysis.sbatch report runs/mine",
+            "",
+            _ADAPT,
+            _MADE,
+        ),
+    ),
+}
+
+
+def example_texts() -> dict[str, str]:
+    """Return file name → text of all example scripts, as the templates render them for a plain cluster."""
+    return {
+        f"{kind}.sbatch": render(kind, job, _EXAMPLE_CLUSTER, by_hand=True) for kind, job in EXAMPLES.items()
+    }
+
+
+def main() -> int:
+    """Write the example scripts next to the folder of the templates."""
+    for name, text in example_texts().items():
+        (template_root().parent / name).write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What SLURM is asked and told, by its own commands; never `sacct`, which many clusters do not have. Torch-free."""
+"""Calls of SLURM's own commands; never `sacct`, which many clusters do not have. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.config.errors import InputError
-from harness.jobs import history
 
 TIMEOUT_S = 60
+JOB = "[0-9]{1,18}(_[0-9]{1,9})?"
+"""Regular expression of the number of a job, or of a row of an array: ``12``, ``12_3``."""
 _KEYS = {
     "partition": ("partition",),
     "account": ("account",),
@@ -24,7 +25,7 @@ _KEYS = {
     "memory": ("memory",),
     "nodes": ("node count", "node configuration"),
 }
-"""Key of the cluster → what SLURM says when it does not like the value."""
+"""Key of the cluster → words of SLURM's message when it refuses the value."""
 
 
 class Task(NamedTuple):
@@ -32,8 +33,8 @@ class Task(NamedTuple):
 
     Attributes:
         state: PENDING, RUNNING, COMPLETED, CANCELLED …
-        reason: why it waits or ended so; "" if there is none to tell.
-        restarts: how often it was queued again.
+        reason: why it waits or ended so; "" if there is none.
+        restarts: how often it was requeued.
         nodes: its nodes; "" while it waits.
     """
 
@@ -44,7 +45,7 @@ class Task(NamedTuple):
 
     @property
     def is_over(self) -> bool:
-        """Whether it will not run again by itself."""
+        """Return True if the job will not run again by itself."""
         return self.state not in ALIVE
 
 
@@ -63,20 +64,20 @@ ALIVE += ("SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "REQUEUE_FED")
 
 
 def require() -> None:
-    """Refuse to go on without SLURM's commands.
+    """Raise an error without SLURM's commands.
 
     Raises:
         InputError: there is no sbatch.
     """
     if shutil.which("sbatch") is None:
-        reason = "is not on PATH: this is no machine of a SLURM cluster"
+        reason = "is not on PATH: this machine is not a login node of a SLURM cluster"
         raise InputError(
             "submit", "sbatch", reason, fix="--dry-run prints the script; submit it on a login node"
         )
 
 
 def is_here() -> bool:
-    """Whether SLURM can be asked."""
+    """Return True if SLURM's commands are on PATH."""
     return shutil.which("squeue") is not None
 
 
@@ -85,7 +86,7 @@ def try_out(text: str, cluster: dict[str, object]) -> None:
 
     Args:
         text: of the script.
-        cluster: `ClusterConfig` as a mapping, to name the key that SLURM does not like.
+        cluster: `ClusterConfig` as a mapping, to name the key whose value SLURM refuses.
 
     Raises:
         InputError: SLURM would refuse it.
@@ -99,11 +100,11 @@ def try_out(text: str, cluster: dict[str, object]) -> None:
 
 
 def submit(script: Path, *flags: str, cluster: dict[str, object] | None = None) -> str:
-    """Queue a script; returns the job's number.
+    """Queue a script and return the job's number.
 
     Args:
-        script: a file.
-        flags: of sbatch; they win over the script's own.
+        script: its file.
+        flags: options of sbatch, which win over the script's own.
         cluster: as for `try_out`.
 
     Raises:
@@ -116,27 +117,27 @@ def submit(script: Path, *flags: str, cluster: dict[str, object] | None = None) 
 
 
 def is_job(job: str) -> bool:
-    """Return True for a number of a job or a row; files of jobs may hold anything, and ``--user=…`` is a flag."""
-    return re.fullmatch(history.JOB, job) is not None
+    """Return True for the number of a job or a row; a file may hold anything, and ``--user=…`` would be a flag."""
+    return re.fullmatch(JOB, job) is not None
 
 
 def cancel(job: str) -> None:
-    """End a job or a row of an array (``12``, ``12_3``).
+    """Cancel a job or a row of an array (``12``, ``12_3``).
 
     Raises:
         InputError: SLURM refuses.
     """
     if not is_job(job):
-        raise InputError("cancel", job, "is no number of a job", allowed="12 or 12_3")
+        raise InputError("cancel", job, "is not the number of a job", allowed="12 or 12_3")
     done = _call("scancel", job)
     if done.returncode:
         raise InputError("cancel", job, f"is refused by SLURM ({_line(done.stderr)})")
 
 
 def tasks(jobs: Sequence[str]) -> dict[str, Task]:
-    """Of these jobs and rows, those that SLURM still knows. Nothing where SLURM is not here or does not answer.
+    """Return the state of the jobs and rows that SLURM still knows; {} if SLURM is absent or does not answer.
 
-    One `squeue` for what waits or runs; `scontrol`, which remembers ended jobs for some minutes, for the rest.
+    `scontrol` remembers ended jobs for some minutes.
 
     Args:
         jobs: ``12`` or ``12_3``.
@@ -144,17 +145,17 @@ def tasks(jobs: Sequence[str]) -> dict[str, Task]:
     jobs = [job for job in jobs if is_job(job)]
     if not jobs or not is_here():
         return {}
-    found: dict[str, Task] = {}
+    known: dict[str, Task] = {}
     numbers = sorted({job.partition("_")[0] for job in jobs}, key=int)
     for number in numbers:
         text = _call("scontrol", "--all", "show", "job", "-o", number)
         if text.returncode == 0:
             for line in text.stdout.splitlines():
-                _take(line, found)
-    return {job: found[job] for job in jobs if job in found}
+                known |= _tasks_of_line(line)
+    return {job: known[job] for job in jobs if job in known}
 
 
-def _take(line: str, found: dict[str, Task]) -> None:
+def _tasks_of_line(line: str) -> dict[str, Task]:
     facts = dict(re.findall(r"(\w+)=(\S*)", line))
     reason = facts.get("Reason", "None")
     restarts = int(facts.get("Restarts") or 0)
@@ -162,15 +163,13 @@ def _take(line: str, found: dict[str, Task]) -> None:
     nodes = "" if nodes in ("(null)", "None") else nodes
     task = Task(facts.get("JobState", "UNKNOWN"), "" if reason == "None" else reason, restarts, nodes)
     if "ArrayJobId" not in facts:
-        found[facts["JobId"]] = task
-        return
+        return {facts["JobId"]: task}
     # Rows that wait together are one line: ArrayTaskId=0-2,5%4.
-    for row in expanded(facts.get("ArrayTaskId", "")):
-        found[f"{facts['ArrayJobId']}_{row}"] = task
+    return {f"{facts['ArrayJobId']}_{row}": task for row in expanded(facts.get("ArrayTaskId", ""))}
 
 
 def expanded(rows: str) -> list[int]:
-    """Rows of an array, as SLURM writes them, as numbers: ``0-2,5%4`` → 0, 1, 2, 5."""
+    """Return the row numbers of an array in SLURM's notation: ``0-2,5%4`` → 0, 1, 2, 5."""
     numbers: list[int] = []
     for span in rows.partition("%")[0].split(","):
         if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", span):
@@ -179,8 +178,8 @@ def expanded(rows: str) -> list[int]:
     return numbers
 
 
-def _refusal(said: str, cluster: dict[str, object]) -> InputError:
-    text = _line(said)
+def _refusal(message: str, cluster: dict[str, object]) -> InputError:
+    text = _line(message)
     key = next((key for key, words in _KEYS.items() if any(word in text.lower() for word in words)), None)
     if key is None:
         return InputError("submit", "sbatch", f"refuses the job ({text})", fix="--dry-run shows the script")
@@ -196,10 +195,10 @@ def _partitions() -> list[str]:
     return list(dict.fromkeys(done.stdout.split())) if done.returncode == 0 else []
 
 
-def _line(said: str) -> str:
-    """What a command of SLURM said, in one line without the command's name."""
-    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in said.splitlines()]
-    return "; ".join(dict.fromkeys(line for line in lines if line)) or "it does not say why"
+def _line(message: str) -> str:
+    """Return the message of a SLURM command in one line without the command's name."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in message.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
 
 
 def _call(*words: str) -> subprocess.CompletedProcess[str]:

@@ -6,18 +6,16 @@ SLURM knows jobs, not runs, and forgets them some minutes after their end; the r
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from harness.config.errors import InputError
-from harness.jobs import grid, history, leases, slurm
-from harness.jobs.grid import Row
-from harness.jobs.history import Event
+from harness.jobs import grid, leases, slurm
+from harness.jobs.grid import GridRow
 from harness.jobs.slurm import Task
-from harness.jobs.submission import Submission, Submitted
+from harness.jobs.submission import Event, Submission, Submitted, read_events
 from harness.process.heartbeat import BEAT_S
 from harness.record import readers
 from harness.record.folder import JOBS
@@ -103,8 +101,8 @@ class _Found:
     def job(self) -> str | None:
         """The newest job that has or had to do with it."""
         lease = leases.holder(leases.path_of(self.folder))
-        jobs = [task for task, _ in self.submitted] + [event.job for event in history.read(self.folder)]
-        jobs += [lease.job] if lease is not None and re.fullmatch(history.JOB, lease.job) else []
+        jobs = [task for task, _ in self.submitted] + [event.job for event in read_events(self.folder)]
+        jobs += [lease.job] if lease is not None and slurm.is_job(lease.job) else []
         return max(jobs, key=lambda job: int(job.partition("_")[0])) if jobs else None
 
 
@@ -156,7 +154,7 @@ def _name(folder: Path) -> str:
     return f"{place.parent.name}/{place.name}"
 
 
-def grid_rows(submission: Submission) -> list[Row]:
+def grid_rows(submission: Submission) -> list[GridRow]:
     """The rows of a group's grid; none without a grid."""
     return grid.read(submission.path / grid.FILE)
 
@@ -174,7 +172,7 @@ def submitted_as(run: RunStatus) -> tuple[Submitted, int | None] | None:
     return None
 
 
-def _place(row: Row, group: Path) -> Path | None:
+def _place(row: GridRow, group: Path) -> Path | None:
     """A row's folder, also after the group's folder was moved; None: the row names none."""
     name = Path(row.folder).name
     return None if name in ("", "..") or "\0" in name else group / name
@@ -198,7 +196,7 @@ def _homes(root: Path, unreadable: list[RunStatus]) -> Iterator[Path]:
 
 def _status(run: _Found, tasks: dict[str, Task]) -> RunStatus:
     content, problems = readers.status(run.folder)
-    events = history.read(run.folder)
+    events = read_events(run.folder)
     job = run.job
     task = tasks.get(job) if job is not None else None
     event = next((event for event in reversed(events) if event.job == job), None)

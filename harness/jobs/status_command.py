@@ -17,9 +17,9 @@ from rich.text import Text
 from harness import command_line
 from harness.config.errors import InputError, closest
 from harness.console import cell, for_tables
-from harness.jobs import history, slurm, status
+from harness.jobs import slurm, status
 from harness.jobs.status import ACTIVE, JobStatus, RunStatus
-from harness.jobs.submission import Submission
+from harness.jobs.submission import Submission, add_event
 from harness.output import json_document
 
 REFRESH_S = 2.0
@@ -98,7 +98,7 @@ def _cancel(run: RunStatus) -> str:
     slurm.cancel(run.job)
     if run.state in ("pending", "requeued"):
         # No script runs that could note it.
-        history.add(run.folder, run.job, 0, "cancelled", "while it waited")
+        add_event(run.folder, run.job, 0, "cancelled", "while it waited")
     return f"cancelled: {run.name} (job {run.job})"
 
 

@@ -12,7 +12,7 @@ from harness.config.errors import InputError
 from harness.files import atomic
 from harness.jobs import grid, leases, scripts, slurm
 from harness.jobs.folder import check_attempts
-from harness.jobs.grid import Row
+from harness.jobs.grid import GridRow
 from harness.jobs.scripts import Job, Kind
 from harness.jobs.submission import DEPENDENTS, SUCCESSORS, Submission, writing
 from harness.preparation import Prepared, prepare
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """What was asked for beside the words of the run.
 
     Attributes:
@@ -67,7 +67,7 @@ class Queued:
 
 
 def prepared(
-    words: Sequence[str], request: Request, *, writes_folder: bool = True
+    words: Sequence[str], request: SubmitRequest, *, writes_folder: bool = True
 ) -> tuple[Prepared, list[str]]:
     """Check one run as it will be on the cluster; returns it, and its words as the job gets them.
 
@@ -99,7 +99,7 @@ def prepared(
     return run, kept
 
 
-def train(words: Sequence[str], request: Request) -> Queued:
+def train(words: Sequence[str], request: SubmitRequest) -> Queued:
     """Queue one run.
 
     Raises:
@@ -131,9 +131,9 @@ def train(words: Sequence[str], request: Request) -> Queued:
 
 
 def sweep(
-    rows: Sequence[Row],
+    rows: Sequence[GridRow],
     home: Path,
-    request: Request,
+    request: SubmitRequest,
     *,
     done: Sequence[str] = (),
     overwrite: bool = False,
@@ -192,7 +192,7 @@ def sweep(
     return _queue(queued, submission, "sweep", request)
 
 
-def command(words: Sequence[str], home: Path, request: Request) -> Queued:
+def command(words: Sequence[str], home: Path, request: SubmitRequest) -> Queued:
     """Queue any `optbench` command.
 
     Args:
@@ -207,7 +207,7 @@ def command(words: Sequence[str], home: Path, request: Request) -> Queued:
     return _queue(queued, Submission(home), words[0], request)
 
 
-def _analysis(words: Sequence[str], submission: Submission, request: Request) -> Queued:
+def _analysis(words: Sequence[str], submission: Submission, request: SubmitRequest) -> Queued:
     name = words[0]
     script = _free(submission.path, name)
     job = Job(
@@ -220,13 +220,13 @@ def _analysis(words: Sequence[str], submission: Submission, request: Request) ->
     return Queued(submission.path.parent, script, scripts.render("analysis", job, request.cluster))
 
 
-def _try_out(queued: Queued, request: Request) -> None:
+def _try_out(queued: Queued, request: SubmitRequest) -> None:
     """Before anything is written: what SLURM would refuse leaves no trace."""
     slurm.require()
     slurm.try_out(queued.text, request.cluster.model_dump())
 
 
-def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: Request) -> Queued:
+def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: SubmitRequest) -> Queued:
     """Write the script, queue it and what comes after it."""
     submission.prepare(request.cluster)
     with writing("runs_dir", submission.path):
@@ -251,8 +251,8 @@ def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: Re
     return queued
 
 
-def _busy(submission: Submission, rows: Sequence[Row]) -> dict[int, str]:
-    """Row → job that waits for it or runs it, of the jobs that were submitted here."""
+def _busy(submission: Submission, rows: Sequence[GridRow]) -> dict[int, str]:
+    """GridRow → job that waits for it or runs it, of the jobs that were submitted here."""
     tasks = {entry.task(row): row for entry in submission.jobs() for row in entry.rows}
     known = slurm.tasks(list(tasks))
     busy = {tasks[task]: task for task, found in known.items() if not found.is_over}

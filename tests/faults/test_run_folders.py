@@ -12,8 +12,8 @@ import pytest
 
 from analysis.pages import screenshot
 from harness import cli
-from harness.jobs import grid, history
-from harness.jobs.grid import Row
+from harness.jobs import grid, submission
+from harness.jobs.grid import GridRow
 from harness.jobs.submission import Submission
 from tests.analysis import synthetic
 from tests.analysis.synthetic import Recipe
@@ -41,12 +41,12 @@ def root(tmp_path: Path) -> Path:
     (running / "heartbeat" / "rank_00000.json").write_text(
         json.dumps({"step": 60, "where": "harness/loop.py:3 train"})
     )
-    history.add(running, "12", 0, "started", "attempt 1")
+    submission.add_event(running, "12", 0, "started", "attempt 1")
     Submission(running).add("12", "train", Path("/x/submit.sbatch"))
     group = Submission(root)
     group.path.mkdir()
     group.add("13", "sweep", Path("/x/sweep.sbatch"), [0])
-    grid.write(group.path / grid.FILE, [Row(("a=1",), 0, "sumo-seed0", "/elsewhere/sumo-seed0", "id")])
+    grid.write(group.path / grid.FILE, [GridRow(("a=1",), 0, "sumo-seed0", "/elsewhere/sumo-seed0", "id")])
     (root / ".sumo-seed0.lease").write_text(json.dumps({"job": "13_0", "token": "ab", "taken": 1.0}))
     (root / "theirs.csv").write_text("step,val/loss,optimizer,seed\n1,8.0,soap,0\n200,3.0,soap,0\n")
     return root

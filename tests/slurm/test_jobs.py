@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.jobs import history
+from harness.jobs import submission
 from tests.faults.checkpoints import assert_same, assert_whole, status
 from tests.faults.forked import Training
 from tests.slurm.conftest import Lab
@@ -23,7 +23,7 @@ QUIET = ("eval.every=null", "moments.every=null", "optimizer=galore", "optimizer
 
 
 def _events(run: Path) -> list[str]:
-    return [event.kind for event in history.read(run)]
+    return [event.kind for event in submission.read_events(run)]
 
 
 def _is_training(run: Path, step: int = 1) -> bool:
@@ -205,7 +205,7 @@ def test_a_bad_node_is_named_and_left_out(lab: Lab, tmp_path: Path) -> None:
     queued = lab.submit(*words, "--then", f"report {tmp_path / 'default'}")
     run = tmp_path / "default" / "run"
     assert _state(lab, queued["job"]) == "FAILED"
-    facts: dict[str, Any] = {event.kind: event for event in history.read(run)}
+    facts: dict[str, Any] = {event.kind: event for event in submission.read_events(run)}
     assert facts["preflight"].text == "node2: did not answer"
     again = facts["resubmitted"].text.split(",")[0]
     assert _state(lab, again) == "COMPLETED", _output(run)

@@ -14,7 +14,7 @@ import pytest
 from harness import cli
 from harness.config import compose
 from harness.config.errors import InputError
-from harness.jobs import grid, history, leases, slurm, submit
+from harness.jobs import grid, leases, slurm, submission, submit
 from harness.jobs.submission import JOURNAL, Submission
 from harness.record.folder import RunFolder
 from tests.harness.running import small, write_documents
@@ -91,7 +91,7 @@ def test_no_damage_makes_an_argument_of_a_job(run: Path, monkeypatch: pytest.Mon
     assert not [word for word in words if "user" in word or " " in word or not word]
 
 
-@pytest.mark.parametrize("name", [JOURNAL, history.FILE, grid.FILE])
+@pytest.mark.parametrize("name", [JOURNAL, submission.EVENTS, grid.FILE])
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(
     name: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +115,7 @@ def test_a_damaged_lease_reaches_no_command_of_slurm(
     job = "12 13" if lease is None else lease.job
     if lease is None or lease.job != "3":
         assert slurm.tasks([job]) == {}
-        with pytest.raises(InputError, match="is no number of a job"):
+        with pytest.raises(InputError, match="is not the number of a job"):
             slurm.cancel(job)
 
 

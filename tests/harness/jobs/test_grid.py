@@ -8,11 +8,11 @@ import pytest
 
 from harness.config.errors import InputError
 from harness.jobs import grid
-from harness.jobs.grid import Row
+from harness.jobs.grid import GridRow
 
 
-def _row(name: str, *words: str, row: int = 0) -> Row:
-    return Row(words or ("steps=1",), row, name, f"/runs/g/{name}", "id")
+def _row(name: str, *words: str, row: int = 0) -> GridRow:
+    return GridRow(words or ("steps=1",), row, name, f"/runs/g/{name}", "id")
 
 
 def test_numbers_stay_and_new_rows_go_to_the_end() -> None:
@@ -42,4 +42,4 @@ def test_written_and_read_and_printed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "has no row 2" in capsys.readouterr().err
     path.write_text(path.read_text() + "{\n")
     assert grid.main([str(path), "0"]) == 2
-    assert "line 3 is no row of a grid" in capsys.readouterr().err
+    assert "line 3 is not a row of a grid" in capsys.readouterr().err

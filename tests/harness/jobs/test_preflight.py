@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.jobs.preflight import Facts, Limits, judge, rounds
+from harness.jobs.preflight import Limits, NodeFacts, judge, rounds
 
 LIMITS = Limits(gpus=8, min_free_gb=10, max_skew_s=2, min_gb_per_s=1)
 NODES = ["n1", "n2", "n3"]
 
 
-def _facts(node: str, **changes: object) -> Facts:
-    return Facts(node, 8, "", {"/tmp": 50.0}, 1000.0, 5.0, {})._replace(**changes)
+def _facts(node: str, **changes: object) -> NodeFacts:
+    return NodeFacts(node, 8, "", {"/tmp": 50.0}, 1000.0, 5.0, {})._replace(**changes)
 
 
 @pytest.mark.parametrize(

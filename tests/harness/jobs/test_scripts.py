@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from harness.config import cluster
 from harness.config.errors import InputError
-from harness.jobs import examples, scripts, slurm
+from harness.jobs import scripts, slurm
 from harness.jobs.scripts import Job, Kind
 
 HOSTILE = [
@@ -128,8 +128,8 @@ def test_rows_of_an_array_there_and_back(rows: set[int], throttle: int | None) -
 
 def test_examples_are_what_the_templates_make() -> None:
     folder = scripts.template_root().parent
-    for name, text in examples.texts().items():
+    for name, text in scripts.example_texts().items():
         assert (folder / name).read_text() == text, (
-            f"python -m harness.jobs.examples  # {name} is older than its template"
+            f"python -m harness.jobs.scripts  # {name} is older than its template"
         )
-    assert {path.name for path in folder.glob("*.sbatch")} == set(examples.texts())
+    assert {path.name for path in folder.glob("*.sbatch")} == set(scripts.example_texts())

@@ -11,10 +11,10 @@ import pytest
 
 from harness import cli
 from harness.config.schema import RunConfig
-from harness.jobs import grid, history, slurm, status
-from harness.jobs.grid import Row
+from harness.jobs import grid, slurm, status
+from harness.jobs.grid import GridRow
 from harness.jobs.slurm import Task
-from harness.jobs.submission import Submission
+from harness.jobs.submission import Submission, add_event
 from harness.record.folder import RunFolder
 
 
@@ -81,14 +81,14 @@ def test_running_is_what_shows_signs_of_life_and_the_rest_is_dead(tmp_path: Path
 
 def test_a_job_that_waits_runs_and_waits_again(tmp_path: Path, queue: dict[str, Task]) -> None:
     run = _run(tmp_path, "a", None)
-    submission = Submission(run)
-    submission.path.mkdir()
-    submission.add("12", "train", submission.path / "submit.sbatch")
+    jobs = Submission(run)
+    jobs.path.mkdir()
+    jobs.add("12", "train", jobs.path / "submit.sbatch")
     queue["12"] = Task("PENDING", "Priority", 0, "")
     assert (_one(tmp_path).state, _one(tmp_path).reason) == ("pending", "waits: Priority")
     queue["12"] = Task("RUNNING", "", 0, "node[1-2]")
     assert (_one(tmp_path).state, _one(tmp_path).nodes) == ("starting", "node[1-2]")
-    history.add(run, "12", 0, "requeued", "after step 7")
+    add_event(run, "12", 0, "requeued", "after step 7")
     queue["12"] = Task("PENDING", "BeginTime", 1, "")
     assert (_one(tmp_path).state, _one(tmp_path).reason) == ("requeued", "after step 7; waits: BeginTime")
     del queue["12"]
@@ -112,8 +112,8 @@ def test_what_the_batch_script_noted_is_told_long_after_slurm_forgot(
     kind: str, own: str, state: str, tmp_path: Path
 ) -> None:
     run = _run(tmp_path, "a", own)
-    history.add(run, "12", 0, "started", "attempt 1")
-    history.add(run, "12", 0, kind, "after step 7")
+    add_event(run, "12", 0, "started", "attempt 1")
+    add_event(run, "12", 0, kind, "after step 7")
     assert _one(tmp_path).state == state
 
 
@@ -122,12 +122,12 @@ def test_signs_of_life_of_the_attempt_before_are_not_this_one_s(
 ) -> None:
     run = _run(tmp_path, "a", "interrupted")
     _beat(run, 8, age_s=3)
-    history.add(run, "9", 0, "cancelled", "after step 8")
-    submission = Submission(run)
-    submission.add("12", "train", submission.path / "submit.sbatch")
+    add_event(run, "9", 0, "cancelled", "after step 8")
+    jobs = Submission(run)
+    jobs.add("12", "train", jobs.path / "submit.sbatch")
     queue["12"] = Task("RUNNING", "", 1, "node1")
     assert _one(tmp_path).state == "starting", "its script has not even begun"
-    history.add(run, "12", 1, "started", "attempt 2")
+    add_event(run, "12", 1, "started", "attempt 2")
     assert _one(tmp_path).state == "starting"
     os.utime(run / "heartbeat" / "rank_00000.json", (time.time() + 1, time.time() + 1))
     assert _one(tmp_path).state == "running"
@@ -135,9 +135,9 @@ def test_signs_of_life_of_the_attempt_before_are_not_this_one_s(
 
 def test_an_older_job_says_nothing_about_a_newer_one(tmp_path: Path, queue: dict[str, Task]) -> None:
     run = _run(tmp_path, "a", "interrupted")
-    history.add(run, "9", 0, "cancelled", "after step 7")
-    submission = Submission(run)
-    submission.add("12", "train", submission.path / "submit.sbatch")
+    add_event(run, "9", 0, "cancelled", "after step 7")
+    jobs = Submission(run)
+    jobs.add("12", "train", jobs.path / "submit.sbatch")
     queue["12"] = Task("PENDING", "Priority", 0, "")
     assert (_one(tmp_path).job, _one(tmp_path).state) == ("12", "pending")
 
@@ -146,7 +146,7 @@ def test_rows_of_a_grid_show_before_they_have_a_folder(tmp_path: Path, queue: di
     group = tmp_path / "g"
     submission = Submission(group)
     submission.path.mkdir(parents=True)
-    rows = [Row(("a=1",), number, f"r{number}", f"/elsewhere/g/r{number}", "id") for number in range(3)]
+    rows = [GridRow(("a=1",), number, f"r{number}", f"/elsewhere/g/r{number}", "id") for number in range(3)]
     grid.write(submission.path / grid.FILE, rows)
     submission.add("12", "sweep", submission.path / "sweep.sbatch", [0, 2])
     submission.add("13", "report", submission.path / "report.sbatch")
@@ -168,7 +168,7 @@ def test_rows_of_an_array_in_scontrol_s_lines() -> None:
         "JobId=15 ArrayJobId=12 ArrayTaskId=0 JobName=a JobState=RUNNING Reason=None Restarts=2 NodeList=node[1-2]",
         "JobId=16 JobName=b JobState=CANCELLED Reason=None Restarts=0 NodeList=(null)",
     ):
-        slurm._take(line, found)
+        found |= slurm._tasks_of_line(line)
     assert sorted(found) == ["12_0", "12_1", "12_2", "12_5", "16"]
     assert found["12_0"] == Task("RUNNING", "", 2, "node[1-2]")
     assert found["12_5"] == Task("PENDING", "Resources", 0, "")
