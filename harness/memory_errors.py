@@ -6,7 +6,8 @@ import torch
 
 from harness.config.schema import RunConfig
 from harness.loop import Run
-from harness.probes.memory import peak_bytes, state_bytes
+from harness.probes.memory import peak_bytes
+from harness.tracked_optimizer import tracked
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -20,7 +21,7 @@ def is_one(error: BaseException) -> bool:
 
 def explained(run: Run) -> str:
     """A line: bytes by kind on this process, and options that would help here, the cheapest first."""
-    kinds = {**run.engine.held_bytes(), "optimizer state": sum(state_bytes(run.optimizer).values())}
+    kinds = {**run.engine.held_bytes(), "optimizer state": sum(tracked(run.optimizer).state_bytes().values())}
     peak = peak_bytes(run.engine.device)
     kinds["activations and the rest"] = max(0, peak - sum(kinds.values()))
     parts = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in kinds.items())

@@ -10,6 +10,7 @@ from torch import nn
 import optimizers
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.tracked_optimizer import tracked
 from optimizers.layouts.axes import preferred_axes
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def _refused(error: optimizers.OptionError) -> InputError:
 
 def ownership(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
     """Which parameter took which rule, for parameters.json. A plug-in owns all of them."""
-    routes = getattr(optimizer, "routes", None)
-    if routes is None:
+    routes = tracked(optimizer).routes
+    if not routes:
         rule = type(optimizer).__name__
         return [
             {"name": name, "shape": list(p.shape), "numel": p.numel(), "rule": rule, "reason": "plug-in"}

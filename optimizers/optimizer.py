@@ -71,7 +71,9 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     default_preset: ClassVar[str] = "adamw"
+    reads_found_inf: bool = True
     found_inf: Tensor | None = None
+    observes_moments: bool = True
 
     def __init__(
         self,

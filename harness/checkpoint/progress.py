@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import optimizers
 from harness.loop import Run
+from harness.tracked_optimizer import tracked
 
 _SEED_STRIDE = 1_000_003
 
@@ -78,7 +78,7 @@ def facts(run: Run) -> dict[str, Any]:
         "clock": run.clock.peek(),
         "spikes": run.spikes.state() if run.spikes else None,
         "scaler": run.engine.scaler_state(),
-        "fallbacks": int(run.optimizer.fallbacks) if isinstance(run.optimizer, optimizers.Optimizer) else 0,
+        "fallbacks": int(tracked(run.optimizer).fallbacks),
         "probes": {type(probe).__name__: probe.state() for probe in run.probes},
     }
 
@@ -107,9 +107,9 @@ def restore(run: Run, all_facts: Sequence[Mapping[str, Any]], own: Mapping[str, 
     engine.load_scaler_state(mine["scaler"])
     if run.spikes is not None:
         run.spikes.restore(mine["spikes"])
-    if isinstance(run.optimizer, optimizers.Optimizer):
-        lost = 0 if same else sum(f["fallbacks"] for f in all_facts) if engine.rank == 0 else 0
-        run.optimizer.add_fallbacks(mine["fallbacks"] if same else lost)
+    # Counts of processes that are no more go to the first one.
+    lost = sum(f["fallbacks"] for f in all_facts) if engine.rank == 0 else 0
+    tracked(run.optimizer).add_fallbacks(mine["fallbacks"] if same else lost)
     lost = []
     for probe in run.probes:
         state = mine["probes"].get(type(probe).__name__)

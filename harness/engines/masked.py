@@ -11,6 +11,7 @@ from torch import nn
 
 from harness.config.schema import RunConfig
 from harness.engines.processes import Processes
+from harness.tracked_optimizer import tracked
 
 
 class MaskedSteps(Processes):
@@ -63,10 +64,7 @@ class MaskedSteps(Processes):
 
     def update(self, nonfinite: torch.Tensor) -> None:
         """One optimizer step that leaves weights and state untouched where ``nonfinite`` is 1.0."""
-        # Ours, and torch's fused ones: they read `found_inf` on the device.
-        if hasattr(self._optimizer, "found_inf") or getattr(
-            self._optimizer, "_step_supports_amp_scaling", False
-        ):
+        if tracked(self._optimizer).reads_found_inf:
             self._optimizer.found_inf = nonfinite  # pyright: ignore[reportAttributeAccessIssue]
             self._apply()
         elif not nonfinite.item():
@@ -77,9 +75,7 @@ class MaskedSteps(Processes):
 
     def retract_step(self) -> None:
         """Take back the host's counters of the last step, which was masked on the device."""
-        retract = getattr(self._optimizer, "retract_step", None)
-        if retract is not None:
-            retract()
+        tracked(self._optimizer).retract_step()
 
     def scaler_state(self) -> dict[str, float]:
         """Of `torch.amp.GradScaler`."""

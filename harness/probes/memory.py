@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable
 
 import torch
 
 from harness.engines import Engine
-from harness.engines.holdings import tensor_bytes
 from harness.record.folder import Row
+from harness.tracked_optimizer import tracked
 
 
 class MemoryMeter:
@@ -27,7 +26,7 @@ class MemoryMeter:
         """The four ``memory/…_bytes`` keys (a collective)."""
         figures = {
             **self._engine.held_bytes(),
-            "optimizer_state": sum(state_bytes(self._optimizer).values()),
+            "optimizer_state": sum(tracked(self._optimizer).state_bytes().values()),
             "peak": peak_bytes(self._engine.device),
         }
         tensor = torch.tensor(list(figures.values()), dtype=torch.float64, device=self._engine.device)
@@ -37,33 +36,9 @@ class MemoryMeter:
         }
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Exact bytes of this process' optimizer state by kind; a plug-in's state by its own key names."""
-    own = getattr(optimizer, "state_bytes", None)
-    if own is not None:
-        return own()
-    kinds: dict[str, int] = {}
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            for tensor in _tensors(value):
-                kinds[str(key)] = kinds.get(str(key), 0) + tensor_bytes([tensor])
-    return kinds
-
-
 def peak_bytes(device: torch.device) -> int:
     """High-water mark of this process, bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _tensors(value: object) -> Iterable[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

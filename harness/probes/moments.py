@@ -17,6 +17,7 @@ from harness.files import atomic
 from harness.loop import Run
 from harness.record.folder import Row
 from harness.record.schema import MOMENT_FIGURES
+from harness.tracked_optimizer import tracked
 
 BUDGET = 0.01
 """Share of the run's time that ``moments.every=auto`` may spend."""
@@ -33,19 +34,20 @@ class Moments:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._rules = {route.name: route.rule for route in getattr(run.optimizer, "routes", [])}
+        self._optimizer = tracked(run.optimizer)
+        self._rules = {route.name: route.rule for route in self._optimizer.routes}
         self._every = run.config.moments.every
         self._next = 0
         self._spent = 0.0
         self._rows: list[dict[str, object]] = []
 
     def due(self, step: int) -> bool:
-        if self._every is None or not hasattr(self._run.optimizer, "moment_figures"):
+        if self._every is None or not self._optimizer.observes_moments:
             return False
         return step == 0 or step + 1 == self._run.config.steps or step >= self._next
 
     def before_update(self, step: int) -> None:
-        self._run.optimizer.observe_moments(True)  # pyright: ignore[reportAttributeAccessIssue]
+        self._optimizer.observe_moments()
 
     def state(self) -> dict[str, Any]:
         """When the next probe is affordable, and what the last ones cost."""
@@ -72,18 +74,18 @@ class Moments:
 
     def measure(self, step: int, row: Row) -> None:
         begin = time.perf_counter()
-        inside = self._run.optimizer.observation_seconds()  # pyright: ignore[reportAttributeAccessIssue]
+        inside = self._optimizer.observation_seconds()
         self._run.clock.move("optimizer", "probes", inside)
         with self._run.clock.part("probes"):
             self._collect(step, row)
         self._schedule(step, inside + time.perf_counter() - begin)
 
     def _collect(self, step: int, row: Row) -> None:
-        figures: dict[str, dict[str, torch.Tensor]] = self._run.optimizer.moment_figures()  # pyright: ignore[reportAttributeAccessIssue]
         layers = {
-            name: {key: float(value) for key, value in values.items()} for name, values in figures.items()
+            name: {key: float(value) for key, value in values.items()}
+            for name, values in self._optimizer.moment_figures().items()
         }
-        if getattr(self._run.optimizer, "is_divided", False):
+        if self._optimizer.is_divided:
             layers = _of_all_processes(layers)
         for figure in MOMENT_FIGURES:
             values = [v for layer in layers.values() if math.isfinite(v := layer.get(figure, math.nan))]

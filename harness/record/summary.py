@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config import checks
 from harness.devices import device_name
-from harness.probes.memory import state_bytes
 from harness.record.folder import Row, finite
 from harness.record.schema import MEMORY_KINDS, SCHEMA_VERSION, TIME_PARTS
 from harness.redaction import redact_argv
+from harness.tracked_optimizer import tracked
 
 if TYPE_CHECKING:
     from harness.data import Corpus
@@ -69,7 +69,7 @@ def build(
     last, warm = (rows[-1] if rows else {}), (rows[1:] or rows)
     losses = [loss for row in rows if (loss := finite(row.get("val/loss"))) is not None]
     ended = ledger.step == config.steps
-    routes = getattr(run.optimizer, "routes", [])
+    optimizer = tracked(run.optimizer)
     return {
         "schema_version": SCHEMA_VERSION,
         "state": state,
@@ -97,10 +97,10 @@ def build(
         "step_ms": step_ms(rows),
         "time_s": mean_times(rows),
         "memory_bytes": {kind: last.get(f"memory/{kind}_bytes") for kind in MEMORY_KINDS},
-        "state_bytes": state_bytes(run.optimizer),
-        "optimizer_fallbacks": int(getattr(run.optimizer, "fallbacks", 0)),
+        "state_bytes": optimizer.state_bytes(),
+        "optimizer_fallbacks": int(optimizer.fallbacks),
         "parameters": run.whole.parameters,
-        "matrix_parameters": sum(route.numel for route in routes if route.rule != "adamw"),
+        "matrix_parameters": sum(route.numel for route in optimizer.routes if route.rule != "adamw"),
         "corpus_sha256": corpus.sha256,
         "train_tokens_available": corpus.train_tokens,
         "epochs": run.feed.epoch(ledger.step - 1) if ledger.step else 0.0,

@@ -19,6 +19,7 @@ from harness.record import environment
 from harness.record.certificates import Cell
 from harness.run import assemble
 from harness.schedule import Factor
+from harness.tracked_optimizer import tracked
 from harness.verify.cells import EXAMPLE_RULE, REFERENCE_STEPS, is_rounded, overrides
 from harness.verify.replay import Build, of_preset, relative_error, replayed, update_error
 from harness.verify.witness import Gradients, OfLayout, Witness, replica_digests
@@ -108,7 +109,7 @@ def trained(words: list[str], defect: Defect, gradients: Callable[[Run], Gradien
             digests = replica_digests(run, witness.end)
         finally:
             run.engine.release()
-    routes = getattr(run.optimizer, "routes", [])
+    routes = tracked(run.optimizer).routes
     matrices = sum(len(route.blocks) for route in routes if route.rule != "adamw")
     return Trained(prepared.config, state, witness, run.factor, digests, matrices)
 
@@ -137,7 +138,7 @@ def figures(done: Trained, build: Build, reference: Path | None) -> dict[str, An
     """What rank 0 tells beside: errors against the replay and against one process."""
     witness = done.witness
     error, worst, optimizer = _replay(done, build)
-    routes = getattr(optimizer, "routes", [])
+    routes = tracked(optimizer).routes
     found: dict[str, Any] = {
         "replay_error": error,
         "replay_worst": worst,

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.loop import Run
 from harness.record.folder import Row
+from harness.tracked_optimizer import tracked
 
 
 class Gradients(Protocol):
@@ -185,9 +186,7 @@ class Witness:
         return self.weights[max(self.weights)]
 
     def _traffic(self) -> tuple[float, int]:
-        optimizer: Any = self._run.optimizer
-        if not hasattr(optimizer, "bytes_sent"):
-            return 0.0, 0
+        optimizer = tracked(self._run.optimizer)
         return sum(optimizer.bytes_sent().values()), optimizer.collective_calls()
 
 

@@ -13,12 +13,14 @@ import torch
 from harness import engines, model
 from harness.config import compose
 from harness.data import Validation
+from harness.engines.holdings import tensor_bytes
 from harness.model import loss_sum
 from harness.preparation import prepare
 from harness.probes import memory
 from harness.probes.device_peaks import bf16_peak
 from harness.probes.flops import FlopCount
 from harness.probes.validation import evaluate
+from harness.tracked_optimizer import tracked
 from tests.distributed.pool import RankPool
 from tests.harness.running import small, write_documents
 
@@ -42,7 +44,7 @@ def test_a_tied_head_costs_and_an_embedding_does_not() -> None:
 
 def test_shared_memory_counts_once() -> None:
     weight = torch.zeros(10, 4)
-    assert memory.tensor_bytes([weight, weight, torch.zeros(3, dtype=torch.bfloat16)]) == 160 + 6
+    assert tensor_bytes([weight, weight, torch.zeros(3, dtype=torch.bfloat16)]) == 160 + 6
 
 
 def test_state_of_a_foreign_optimizer_by_kind() -> None:
@@ -50,7 +52,7 @@ def test_state_of_a_foreign_optimizer_by_kind() -> None:
     optimizer = torch.optim.Adam([weight])
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    assert memory.state_bytes(optimizer) == {"step": 4, "exp_avg": 256, "exp_avg_sq": 256}
+    assert tracked(optimizer).state_bytes() == {"step": 4, "exp_avg": 256, "exp_avg_sq": 256}
 
 
 def test_peak_on_a_cpu_is_the_resident_set() -> None:
