@@ -243,7 +243,7 @@ COMMANDS: dict[str, Command] = {
             ("experiment=margin_inits", "many random starts, dead ones counted"),
         ),
         (Option(("--out",), "write there instead of runs/margin/<name>", "DIR", "--out runs/margin/mine"),),
-        keys="analysis.margin.settings:text",
+        keys="analysis.margin.config:help_text",
     ),
     "reconstruct": Command(
         "analysis.reconstruction.command:main",
@@ -260,7 +260,7 @@ COMMANDS: dict[str, Command] = {
                 "a network of your own, if the theory covers it",
             ),
         ),
-        keys="analysis.reconstruction.config:text",
+        keys="analysis.reconstruction.config:help_text",
     ),
     "export": Command(
         "harness.export:main",

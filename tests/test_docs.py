@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from analysis.margin import settings
+from analysis.margin import config as margin_config
 from analysis.reconstruction import config
 from analysis.tuning import study_file
 from harness.commands import COMMANDS
@@ -50,7 +50,10 @@ OURS = [
 ]
 
 
-COMPANIONS: dict[str, Callable[[list[str]], object]] = {"margin": settings.read, "reconstruct": config.load}
+COMPANIONS: dict[str, Callable[[list[str]], object]] = {
+    "margin": margin_config.load,
+    "reconstruct": config.load,
+}
 """Commands with keys of their own → what reads those keys."""
 
 

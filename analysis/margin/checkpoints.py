@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from analysis.margin.settings import Settings
+from analysis.margin.config import MarginConfig
 from harness.config.errors import InputError
 from harness.data.paths import expand
 from harness.record import readers
@@ -19,7 +19,7 @@ ROWS = 8
 SEQ_LEN = 64
 
 
-class Loaded(NamedTuple):
+class LoadedCheckpoint(NamedTuple):
     """A model and what it is measured on.
 
     Attributes:
@@ -40,25 +40,25 @@ class UnreadableCheckpoint(InputError):
     """One checkpoint that cannot be read; the others are measured without it."""
 
 
-def find(settings: Settings, say: Callable[[str], None]) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints, ascending in step; those that cannot be read are said and left out.
+def find_checkpoints(config: MarginConfig, say: Callable[[str], None]) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the checkpoints, ascending in step; name and leave out those that cannot be read.
 
     Raises:
         InputError: no pattern, no folder that matches, a folder that is no checkpoint or has no step; other
             architectures among them; no checkpoint that can be read.
     """
-    if settings.checkpoints is None:
+    if config.checkpoints is None:
         fix = "\"checkpoints='runs/GROUP/NAME/checkpoints/step_*'\""
         raise InputError("checkpoints", "null", "is needed: mode=head measures checkpoints", fix=fix)
-    paths = [path for path in expand(settings.checkpoints) if path.is_dir()]
+    paths = [path for path in expand(config.checkpoints) if path.is_dir()]
     if not paths:
         raise InputError(
             "checkpoints",
-            settings.checkpoints,
+            config.checkpoints,
             "matches no folder",
             allowed="a pattern of checkpoint folders",
         )
-    found: list[tuple[int, Path]] = []
+    readable: list[tuple[int, Path]] = []
     shapes: dict[Path, dict[str, Any]] = {}
     problems: list[UnreadableCheckpoint] = []
     for path in paths:
@@ -67,52 +67,52 @@ def find(settings: Settings, say: Callable[[str], None]) -> list[tuple[int, Path
         except UnreadableCheckpoint as error:
             problems.append(error)
             continue
-        found.append((step, path))
-    if not found:
+        readable.append((step, path))
+    if not readable:
         raise problems[0]
     for problem in problems:
         say(f"left out: {problem}")
-    found.sort()
-    first = found[0][1]
-    for _, path in found:
+    readable.sort()
+    first = readable[0][1]
+    for _, path in readable:
         if shapes[path] != shapes[first]:
             differing = [k for k in shapes[first] if shapes[path].get(k) != shapes[first][k]] or ["keys"]
             reason = f"mixes architectures: {first.name} and {path.name} differ in {', '.join(differing[:4])}"
-            raise InputError(
-                "checkpoints", settings.checkpoints, reason, fix="a pattern that matches one run"
-            )
-    _refuse_twins(found, settings)
-    return found
+            raise InputError("checkpoints", config.checkpoints, reason, fix="a pattern that matches one run")
+    _refuse_twins(readable, config)
+    return readable
 
 
-def _refuse_twins(found: Sequence[tuple[int, Path]], settings: Settings) -> None:
-    """Two checkpoints of one step and optimizer are two runs, which no curve can show as one."""
+def _refuse_twins(checkpoints: Sequence[tuple[int, Path]], config: MarginConfig) -> None:
+    """Refuse two checkpoints of one step and optimizer: they are two runs, which no curve can show as one."""
     seen: dict[tuple[int, str], Path] = {}
-    for step, path in found:
-        label = _label(path, settings)
+    for step, path in checkpoints:
+        label = _label(path, config)
         other = seen.setdefault((step, label), path)
         if other != path:
             reason = f"matches two runs of {label}: {other} and {path}"
             raise InputError(
-                "checkpoints", settings.checkpoints, reason, fix="a pattern that matches one of them"
+                "checkpoints", config.checkpoints, reason, fix="a pattern that matches one of them"
             )
 
 
-def _label(path: Path, settings: Settings) -> str:
-    if settings.optimizer_label:
-        return settings.optimizer_label
+def _label(path: Path, config: MarginConfig) -> str:
+    if config.optimizer_label:
+        return config.optimizer_label
     return _run_config(path).optimizer.name if _is_ours(path) else path.parent.name
 
 
-def load(path: Path, step: int, settings: Settings, say: Callable[[str], None]) -> Loaded:
-    """One checkpoint with its tokens.
+def load_checkpoint(
+    path: Path, step: int, config: MarginConfig, say: Callable[[str], None]
+) -> LoadedCheckpoint:
+    """Return one checkpoint with its tokens.
 
     Raises:
         InputError: damaged files, no tokens to measure on.
     """
     if _is_ours(path):
-        return _ours(path, step, settings, say)
-    return _hugging_face(path, step, settings)
+        return _ours(path, step, config, say)
+    return _hugging_face(path, step, config)
 
 
 def _is_ours(path: Path) -> bool:
@@ -138,10 +138,10 @@ def _step(path: Path) -> int:
 
 
 def _architecture(path: Path) -> dict[str, Any]:
-    """What has to be equal for margins to be comparable."""
+    """Return what has to be equal for margins to be comparable."""
     if _is_ours(path):
-        config = _run_config(path).model
-        return {"model_type": config.model_type, **config.config}
+        model = _run_config(path).model
+        return {"model_type": model.model_type, **model.config}
     values, problems = readers.json_object(path / "config.json")
     if values is None:
         raise UnreadableCheckpoint("checkpoints", path, f"cannot be read: {'; '.join(problems)}")
@@ -162,19 +162,19 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None]) -> Loaded:
+def _ours(path: Path, step: int, config: MarginConfig, say: Callable[[str], None]) -> LoadedCheckpoint:
     from harness import data
     from harness import model as models
     from harness.checkpoint import store
     from harness.checkpoint.files import Saved
     from harness.checkpoint.parts import WEIGHT
 
-    config = _run_config(path)
+    run_config = _run_config(path)
     try:
         store.verify(path)
         saved = Saved(path)
-        trusted = config.trust_remote_code
-        model: Any = models.build(config.model, seed=0, trust_remote_code=trusted, weights=False).double()
+        trusted = run_config.trust_remote_code
+        model: Any = models.build(run_config.model, seed=0, trust_remote_code=trusted, weights=False).double()
         names = saved.names(WEIGHT)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -185,21 +185,21 @@ def _ours(path: Path, step: int, settings: Settings, say: Callable[[str], None])
         saved.close()
     except store.DamagedCheckpoint as error:
         raise UnreadableCheckpoint("checkpoints", path, f"is damaged: {error}") from None
-    corpus = data.check(config.data, config.seq_len, 1, 1, None, say=say, trust_remote_code=trusted)
-    validation = data.Validation(corpus, config.seq_len, config.data.mode)
+    corpus = data.check(run_config.data, run_config.seq_len, 1, 1, None, say=say, trust_remote_code=trusted)
+    validation = data.Validation(corpus, run_config.seq_len, run_config.data.mode)
     ids, labels = validation.batch(0, min(ROWS, validation.length))
-    label = _label(path, settings)
-    return Loaded(step, label, model.eval(), torch.from_numpy(ids), torch.from_numpy(labels))
+    label = _label(path, config)
+    return LoadedCheckpoint(step, label, model.eval(), torch.from_numpy(ids), torch.from_numpy(labels))
 
 
-def _hugging_face(path: Path, step: int, settings: Settings) -> Loaded:
+def _hugging_face(path: Path, step: int, config: MarginConfig) -> LoadedCheckpoint:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not isinstance(settings.data, str):
+    if not isinstance(config.data, str):
         raise InputError(
-            "data", settings.data, "is no text to measure a Hugging Face folder on", fix="data=text.txt"
+            "data", config.data, "is no text to measure a Hugging Face folder on", fix="data=text.txt"
         )
-    text_file = Path(settings.data)
+    text_file = Path(config.data)
     if not text_file.is_file():
         raise InputError("data", text_file, "does not exist", allowed="a text file")
     try:
@@ -220,4 +220,4 @@ def _hugging_face(path: Path, step: int, settings: Settings) -> Loaded:
         raise InputError("data", text_file, f"holds fewer than {SEQ_LEN + 1} tokens", allowed="a longer text")
     ids = tokens[: rows * SEQ_LEN].view(rows, SEQ_LEN)
     labels = tokens[1 : rows * SEQ_LEN + 1].view(rows, SEQ_LEN)
-    return Loaded(step, _label(path, settings), model.eval(), ids, labels)
+    return LoadedCheckpoint(step, _label(path, config), model.eval(), ids, labels)

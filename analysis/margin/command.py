@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from analysis.margin import outputs, toy, toy_results
-from analysis.margin.mirror import mirror
-from analysis.margin.outputs import Finished
-from analysis.margin.settings import Settings, read
-from analysis.margin.trajectory import Run
+from analysis.margin import outputs, toy
+from analysis.margin.config import MarginConfig, load
+from analysis.margin.outputs import MarginReport
+from analysis.margin.trajectory import MarginRun
 from harness import command_line
 from harness.console import for_tables
 from harness.files import atomic
@@ -29,53 +28,55 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input; nothing was computed.
     """
     arguments = command_line.parse("margin", argv)
-    settings = read(arguments.rest)
-    folder = Path(arguments.options.out) if arguments.options.out else _folder(settings)
+    config = load(arguments.rest)
+    folder = Path(arguments.options.out) if arguments.options.out else _default_folder(config)
     atomic.check_folder("--out", folder, fix="--out runs/margin/mine")
     console = for_tables(stderr=True)
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
 
-    done = _done(settings, say)
-    files = outputs.write(settings, done, folder)
-    code = _code(done.runs)
-    mirror(settings, done, folder, say, code)
+    report = _run(config, say)
+    files = outputs.write(config, report, folder)
+    code = _exit_code(report.runs)
+    outputs.mirror(config, report, folder, say, code)
     if arguments.options.json:
-        print(json_document(**outputs.document(settings, done)))
+        print(json_document(**outputs.document(config, report)))
     else:
-        _show(done, files)
+        _show(report, files)
     return code
 
 
-def _done(settings: Settings, say: Callable[[str], None]) -> Finished:
-    if settings.mode == "mlp":
+def _run(config: MarginConfig, say: Callable[[str], None]) -> MarginReport:
+    if config.mode == "mlp":
         # torch is imported here: the toy does without.
-        from analysis.margin import mlp, net_results
+        from analysis.margin import mlp
 
-        return net_results.mlp(settings, mlp.run_mlp(settings, say))
-    if settings.mode == "head":
-        from analysis.margin import head, net_results
+        return mlp.report(config, mlp.run_mlp(config, say))
+    if config.mode == "head":
+        from analysis.margin import head
 
-        return net_results.head(settings, head.run_head(settings, say))
-    runs = toy.run_flow(settings, say) if settings.mode == "flow" else toy.run_toy(settings, say)
-    return toy_results.finished(settings, runs)
-
-
-def _folder(settings: Settings) -> Path:
-    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
-    name = settings.name or "-".join([settings.mode, *settings.optimizer[:4], digest])
-    return Path(settings.runs_dir) / settings.group / name
+        return head.report(config, head.run_head(config, say))
+    runs = toy.run_flow(config, say) if config.mode == "flow" else toy.run_toy(config, say)
+    return toy.report(config, runs)
 
 
-def _code(runs: Sequence[Run]) -> int:
+def _default_folder(config: MarginConfig) -> Path:
+    # The digest separates jobs whose names agree but whose keys differ.
+    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:6]
+    name = config.name or "-".join([config.mode, *config.optimizer[:4], digest])
+    return Path(config.runs_dir) / config.group / name
+
+
+def _exit_code(runs: Sequence[MarginRun]) -> int:
     if any(run.status == "diverged" for run in runs):
         return FAILED
     joins = [run.facts["join"]["passed"] for run in runs if "join" in run.facts]
     return NO if all(run.status == "dead" for run in runs) or not all(joins) else DONE
 
 
-def _show(done: Finished, files: Sequence[Path]) -> None:
+def _show(report: MarginReport, files: Sequence[Path]) -> None:
     console = for_tables()
-    for text in (outputs.markdown(done), *(f"note: {note}" for note in done.notes), *map(str, files)):
-        console.print(text, markup=False, soft_wrap=True)
+    notes = (f"note: {note}" for note in report.notes)
+    for line in (outputs.markdown(report), *notes, *map(str, files)):
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,4 +1,7 @@
-"""What a margin job writes: trajectory.csv, summary.json, table.md, table.csv, report.html; its JSON document."""
+"""Files of a margin job, its JSON document and its mirror in W&B.
+
+The files are trajectory.csv, summary.json, table.md, table.csv and report.html.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from analysis import companion_jobs
 from analysis.formatting import to_jsonable
-from analysis.margin.settings import Settings
-from analysis.margin.trajectory import Run
+from analysis.margin.config import MarginConfig
+from analysis.margin.plots import shown_runs
+from analysis.margin.trajectory import MarginRun
 from analysis.pages import job_page
 from analysis.pages.figures import Plot
 from harness import visible
@@ -21,13 +27,19 @@ from harness.files import atomic
 from harness.visible import csv_cell, markdown_row
 
 SCHEMA_VERSION = 1
+UNLOGGED = ("pattern",)
+"""Columns of a row that W&B does not get: text."""
+OBSERVED = (
+    "Observed, not proved. An attack radius is an upper bound of the margin, a certified radius a lower one; what lies "
+    "between is not known. With biases, norms or attention a normalized margin is a heuristic."
+)
 SHOWN_KEYS = ("t", "ln_tau", "gap", "margin")
 MANY = 20
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A margin job with all that is said about it.
+class MarginReport:
+    """A finished margin job: its runs, tables, plots and sentences.
 
     Attributes:
         runs: one per optimizer and start.
@@ -38,7 +50,7 @@ class Finished:
         more: further tables by name, each a list of rows.
     """
 
-    runs: Sequence[Run]
+    runs: Sequence[MarginRun]
     notes: Sequence[str]
     headline: str
     scope: str
@@ -47,27 +59,27 @@ class Finished:
     more: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
-def document(settings: Settings, done: Finished) -> dict[str, Any]:
-    """`{"runs": […], …}` of `--json`; numbers that are not finite are null.
+def document(config: MarginConfig, report: MarginReport) -> dict[str, Any]:
+    """Return the document of `--json`, `{"runs": […], …}`; numbers that are not finite are null.
 
     Of more than 20 runs the trajectories hold powers of ten only.
     """
-    thin = len(done.runs) > MANY
+    thin = len(report.runs) > MANY
     return to_jsonable(
         {
-            "mode": settings.mode,
-            "runs": [described(run, thin=thin) for run in done.runs],
-            "table": list(done.table),
-            **done.more,
-            "counts": counts(done.runs),
-            "sentence": done.headline,
-            "notes": list(done.notes),
+            "mode": config.mode,
+            "runs": [run_entry(run, thin=thin) for run in report.runs],
+            "table": list(report.table),
+            **report.more,
+            "counts": counts(report.runs),
+            "sentence": report.headline,
+            "notes": list(report.notes),
         }
     )
 
 
-def described(run: Run, *, thin: bool) -> dict[str, Any]:
-    """One run of the document."""
+def run_entry(run: MarginRun, *, thin: bool) -> dict[str, Any]:
+    """Return one run of the document."""
     rows = [row for row in run.rows if row["t"] is None or row["t"] > 0]
     if thin:
         rows = [row for row in rows if _is_power_of_ten(row["t"])]
@@ -84,81 +96,83 @@ def described(run: Run, *, thin: bool) -> dict[str, Any]:
     }
 
 
-def write(settings: Settings, done: Finished, folder: Path) -> list[Path]:
+def write(config: MarginConfig, report: MarginReport, folder: Path) -> list[Path]:
     """Write the files, each whole, and return them."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = ({"run": run.run, "optimizer": run.optimizer, **row} for run in done.runs for row in run.rows)
+    rows = ({"run": run.run, "optimizer": run.optimizer, **row} for run in report.runs for row in run.rows)
     texts = {
         "trajectory.csv": to_csv(rows),
-        "table.csv": to_csv(done.table),
-        "table.md": markdown(done),
-        **{f"{name}.csv": to_csv(table) for name, table in done.more.items()},
-        "summary.json": json.dumps(summary(settings, done), indent=2, allow_nan=False) + "\n",
-        "report.html": page(settings, done),
+        "table.csv": to_csv(report.table),
+        "table.md": markdown(report),
+        **{f"{name}.csv": to_csv(table) for name, table in report.more.items()},
+        "summary.json": json.dumps(summary(config, report), indent=2, allow_nan=False) + "\n",
+        "report.html": page(config, report),
     }
     for name, text in texts.items():
         atomic.write_text(folder / name, text)
     return [folder / name for name in texts]
 
 
-def summary(settings: Settings, done: Finished) -> dict[str, Any]:
-    """summary.json: settings, what was found of each run, and the tables."""
-    runs = [described(run, thin=True) for run in done.runs]
+def summary(config: MarginConfig, report: MarginReport) -> dict[str, Any]:
+    """Return the content of summary.json: settings, figures of each run, and the tables."""
+    runs = [run_entry(run, thin=True) for run in report.runs]
     return to_jsonable(
         {
             "schema_version": SCHEMA_VERSION,
-            "settings": asdict(settings),
+            "settings": asdict(config),
             "code_version": _version(),
-            "sentence": done.headline,
-            "counts": counts(done.runs),
-            "notes": list(done.notes),
-            "table": list(done.table),
-            **done.more,
+            "sentence": report.headline,
+            "counts": counts(report.runs),
+            "notes": list(report.notes),
+            "table": list(report.table),
+            **report.more,
             "runs": [{key: value for key, value in run.items() if key != "trajectory"} for run in runs],
         }
     )
 
 
-def page(settings: Settings, done: Finished) -> str:
-    """report.html."""
-    tables = [job_page.Table(*cells(done.table))]
-    tables += [job_page.Table(*cells(rows), title=name.replace("_", " ")) for name, rows in done.more.items()]
+def page(config: MarginConfig, report: MarginReport) -> str:
+    """Return report.html."""
+    tables = [job_page.Table(*cells(report.table))]
+    tables += [
+        job_page.Table(*cells(rows), title=name.replace("_", " ")) for name, rows in report.more.items()
+    ]
     return job_page.render(
         command="margin",
         kicker="Robustness margin",
-        title=settings.mode,
-        headline=done.headline,
-        scope=done.scope,
-        notes=done.notes,
+        title=config.mode,
+        headline=report.headline,
+        scope=report.scope,
+        notes=report.notes,
         tables=tables,
-        plots=done.plots,
-        settings={key: str(value) for key, value in asdict(settings).items()},
+        plots=report.plots,
+        settings={key: str(value) for key, value in asdict(config).items()},
     )
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the table, for people: columns without any number are left out, quartiles in brackets."""
-    columns = [key for key in (rows[0] if rows else {}) if any(_word(row[key]) for row in rows)]
+    """Return heads and cells of a table for people, without empty columns, with quartiles in brackets."""
+    columns = [key for key in (rows[0] if rows else {}) if any(_text(row[key]) for row in rows)]
     shown = [key for key in columns if not key.endswith((" q1", " q3"))]
-    return shown, [[_word(row[key]) + _quartiles(row, key) for key in shown] for row in rows]
+    return shown, [[_text(row[key]) + _quartiles(row, key) for key in shown] for row in rows]
 
 
-def counts(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
-    """optimizer → status → number of runs: those that died are counted, not averaged."""
-    found: dict[str, dict[str, int]] = {}
+def counts(runs: Sequence[MarginRun]) -> dict[str, dict[str, int]]:
+    """Return optimizer → status → number of runs: those that died are counted, not averaged."""
+    numbers: dict[str, dict[str, int]] = {}
     for run in runs:
-        by_status = found.setdefault(run.optimizer, {})
+        by_status = numbers.setdefault(run.optimizer, {})
         by_status[run.status] = by_status.get(run.status, 0) + 1
-    return found
+    return numbers
 
 
-def markdown(done: Finished) -> str:
-    """The tables, what they say, and how many runs ended how."""
-    lines = [visible.markdown(done.headline), "", *_markdown_table(done.table)]
-    for name, rows in done.more.items():
+def markdown(report: MarginReport) -> str:
+    """Return headline and tables as Markdown, and how many runs ended in each status."""
+    lines = [visible.markdown(report.headline), "", *_markdown_table(report.table)]
+    for name, rows in report.more.items():
         lines += ["", visible.markdown(f"{name.replace('_', ' ')}:"), "", *_markdown_table(rows)]
     lines.append("")
-    for name, by_status in counts(done.runs).items():
+    for name, by_status in counts(report.runs).items():
         text = ", ".join(f"{n} {status}" for status, n in by_status.items())
         lines.append(visible.markdown(f"{name}: {text}"))
     return "\n".join(lines) + "\n"
@@ -170,7 +184,7 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """CSV with the columns of all rows, in the order in which they appear; what is not finite is empty."""
+    """Return CSV with the columns of all rows in order of appearance; what is not finite is empty."""
     listed = list(rows)
     columns = list(dict.fromkeys(key for row in listed for key in row))
     out = io.StringIO()
@@ -183,10 +197,10 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _quartiles(row: Mapping[str, Any], key: str) -> str:
     low, high = row.get(f"{key} q1"), row.get(f"{key} q3")
-    return f" [{_word(low)}, {_word(high)}]" if low is not None and high is not None else ""
+    return f" [{_text(low)}, {_text(high)}]" if low is not None and high is not None else ""
 
 
-def _word(value: Any) -> str:
+def _text(value: Any) -> str:
     if _is_nothing(value):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -207,3 +221,49 @@ def _version() -> str:
         return version("optbench")
     except PackageNotFoundError:
         return "checkout"
+
+
+def mirror(
+    config: MarginConfig, report: MarginReport, folder: Path, say: Callable[[str], None], exit_code: int
+) -> None:
+    """Log the shown runs to W&B row by row, then the table."""
+    figures = {
+        f"{row['optimizer']}/{key}": value
+        for row in report.table
+        for key, value in row.items()
+        if key != "optimizer"
+    }
+    companion_jobs.mirror(
+        job_type="margin",
+        wandb={"mode": config.wandb_mode},
+        group=config.group,
+        run_id=uuid.uuid4().hex[:8],
+        folder=folder,
+        keys={"margin": to_jsonable(asdict(config))},
+        rows=_rows_by_state(shown_runs(report.runs)),
+        summary=to_jsonable({"sentence": report.headline, "counts": counts(report.runs), **figures}),
+        exit_code=exit_code,
+        say=say,
+    )
+
+
+def _rows_by_state(runs: Sequence[MarginRun]) -> list[dict[str, Any]]:
+    """Return a row per recorded state, optimizers side by side; `step` counts rows, since t may exceed any integer."""
+    longest = max((len(run.rows) for run in runs), default=0)
+    rows: list[dict[str, Any]] = []
+    for i in range(longest):
+        row: dict[str, Any] = {"step": i}
+        for run in runs:
+            if i < len(run.rows):
+                state = run.rows[i]
+                row |= {"t": state.get("t"), "ln_tau": state.get("ln_tau")}
+                numbers = {k: v for k, v in state.items() if k not in ("t", "ln_tau", *UNLOGGED)}
+                row |= {f"{run.optimizer}/{key}": value for key, value in numbers.items()}
+        rows.append(
+            {
+                key: value
+                for key, value in row.items()
+                if value == value and value not in (None, float("-inf"))
+            }
+        )
+    return rows

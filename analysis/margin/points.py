@@ -21,7 +21,7 @@ class Points:
     Attributes:
         x: (n, d) fp64.
         y: (n,) of -1.0 and 1.0.
-        name: how they are called in tables.
+        name: of the points in error messages.
     """
 
     x: Floats
@@ -41,8 +41,7 @@ class Points:
 
     @property
     def geometry(self) -> tuple[float, float, Floats] | None:
-        """(a, c, e) where the points are -a·e with label -1 and c·e with label 1, a, c > 0 and ‖e‖ = 1; else
-        None."""
+        """(a, c, e) where the points are -a·e with label -1 and c·e with label 1, a, c > 0, ‖e‖ = 1; else None."""
         if len(self.y) != 2 or self.y.sum() != 0.0:
             return None
         negative, positive = self.x[int(np.argmin(self.y))], self.x[int(np.argmax(self.y))]
@@ -56,14 +55,14 @@ class Points:
 
 
 def pair(a: float, c: float, dim: int = 1) -> Points:
-    """-a·e₁ with label -1 and c·e₁ with label 1, in R^dim."""
+    """Return -a·e₁ with label -1 and c·e₁ with label 1, in R^dim."""
     x = np.zeros((2, dim))
     x[0, 0], x[1, 0] = -a, c
     return Points(x, np.array([-1.0, 1.0]), f"({-a:g}, {c:g})")
 
 
-def given(value: object, dim: int) -> Points:
-    """Points from the key `data`: two numbers, or a CSV file with a row `x1, …, xd, y` per point.
+def parse_points(value: object, dim: int) -> Points:
+    """Return the points of the key `data`: two numbers, or a CSV file with a row `x1, …, xd, y` per point.
 
     Two positive numbers a, c stand for the points -a and c. A negative and a positive one are the points
     themselves.
@@ -72,7 +71,7 @@ def given(value: object, dim: int) -> Points:
         InputError: not of these forms, no such file, identical or inseparable points.
     """
     if isinstance(value, str):
-        return checked(_from_file(Path(value)))
+        return check_points(_from_file(Path(value)))
     numbers = value if isinstance(value, list | tuple) else []
     if len(numbers) != 2 or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
         raise InputError(
@@ -90,8 +89,8 @@ def given(value: object, dim: int) -> Points:
     return pair(a, second, dim)
 
 
-def checked(points: Points) -> Points:
-    """The points, if a net can tell them apart.
+def check_points(points: Points) -> Points:
+    """Return the points if a net can tell them apart.
 
     Raises:
         InputError: one label only, or the same point with both labels.
@@ -105,7 +104,7 @@ def checked(points: Points) -> Points:
 
 
 def sign_changes(points: Points) -> int:
-    """How often the label changes along the line (d = 1)."""
+    """Return how often the label changes along the line (d = 1)."""
     labels = points.y[np.argsort(points.x[:, 0], kind="stable")]
     return int((labels[1:] != labels[:-1]).sum())
 

@@ -1,10 +1,12 @@
-"""The optimizer classes of `optimizers` on a toy net: the reference of the fast rules, and what computes the rest.
+"""Optimizers on torch modules: the classes of `optimizers`, and the reference descents as one more class.
 
-The hidden matrix [w | b] is one fp64 parameter, so that a matrix rule sees it whole; v is another. Runs are
-independent: each has a module and an optimizer of its own.
+For toy nets they are the truth that the fast rules are held to, and compute what has no fast rule (plug-ins, and
+matrix rules where v is trained). The networks of mode `mlp` are trained with them alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -12,14 +14,77 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import optimizers
-from analysis.margin.chosen import Chosen
-from analysis.margin.net import Nets, Problem
+from analysis.margin.net import Nets, ToyProblem
+from analysis.margin.optimizer_specs import OptimizerSpec
 from harness.config.errors import InputError
 from optimizers.linalg.precision import full_precision
 
+DESCENTS = ("gd", "ngd", "sign", "spectral")
 
-class Toy(nn.Module):
-    """f(x) = Σ v_j relu(hidden_j · (x, 1))."""
+
+class SteepestDescent(torch.optim.Optimizer):
+    """Gradient descent, or steepest descent of unit size in a norm.
+
+    Args:
+        params: parameters.
+        lr: step size.
+        kind: "gd"; "ngd" (unit length over all parameters); "sign" (max norm); "spectral" (the exact polar factor
+            of each matrix, and the unit vector of each vector).
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, kind: str) -> None:
+        if kind not in DESCENTS:
+            raise ValueError(f"kind must be one of {', '.join(DESCENTS)}, got {kind!r}")
+        self.kind = kind
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pairs = [(p, p.grad, g["lr"]) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        total = torch.sqrt(sum((grad.square().sum() for _, grad, _ in pairs), torch.zeros(())))
+        for parameter, grad, lr in pairs:
+            parameter.sub_(lr * self._direction(grad, total))
+        return loss
+
+    def _direction(self, grad: Tensor, total: Tensor) -> Tensor:
+        if self.kind == "gd":
+            return grad
+        if self.kind == "ngd":
+            return grad / total.clamp_min(torch.finfo(grad.dtype).tiny)
+        if self.kind == "sign":
+            return grad.sign()
+        if grad.ndim == 2:
+            with full_precision(grad.device.type):
+                return optimizers.polar(grad, "svd").factor
+        # A vector is a matrix of one column: its polar factor is the unit vector.
+        return grad / torch.linalg.vector_norm(grad).clamp_min(torch.finfo(grad.dtype).tiny)
+
+
+def build(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """Return the optimizer of a module: a reference descent, or a class of `optimizers` routed by module type.
+
+    Raises:
+        InputError: the options do not fit the model.
+    """
+    if spec.preset is None:
+        return SteepestDescent([p for p in model.parameters() if p.requires_grad], spec.lr, spec.name)
+    options = {key: value for key, value in spec.options.items() if key != "lr"}
+    try:
+        return optimizers.build(spec.preset, model.named_parameters(), lr=spec.lr, **options)
+    except (optimizers.OptionError, TypeError, ValueError) as error:
+        raise InputError(f"optimizer {spec.name}", "", f"cannot be built: {error}") from None
+
+
+class ToyModule(nn.Module):
+    """f(x) = Σ v_j relu(hidden_j · (x, 1)).
+
+    The hidden matrix [w | b] is one parameter, so that a matrix rule sees it whole; v is another.
+    """
 
     def __init__(self, hidden: NDArray[np.floating], output: NDArray[np.floating], *, trains: bool) -> None:
         super().__init__()
@@ -27,12 +92,12 @@ class Toy(nn.Module):
         self.output = nn.Parameter(torch.tensor(output), requires_grad=trains)
 
     def forward(self, augmented: Tensor) -> Tensor:
-        """(n, d + 1) → (n,)."""
+        """Map (n, d + 1) to (n,)."""
         return torch.relu(augmented @ self.hidden.mT) @ self.output
 
 
-def objective(outputs: Tensor, y: Tensor, problem: Problem, *, scale_free: bool) -> Tensor:
-    """The loss; or, scale-free, a function whose gradient is Σ p_i y_i ∇f with p = softmax of ln |ℓ'|."""
+def objective(outputs: Tensor, y: Tensor, problem: ToyProblem, *, scale_free: bool) -> Tensor:
+    """Return the loss; scale-free, a function whose gradient is -Σ p_i y_i ∇f with p = softmax of ln |ℓ'|."""
     z = y * outputs
     if not scale_free:
         each = torch.exp(-z) if problem.loss == "exp" else nn.functional.softplus(-z)
@@ -41,56 +106,45 @@ def objective(outputs: Tensor, y: Tensor, problem: Problem, *, scale_free: bool)
     return -(torch.softmax(slopes.detach(), 0) * z).sum()
 
 
-class Real:
-    """Steps with the real classes (`steps.Stepper`)."""
+class TorchStepper:
+    """Steps of toy nets with torch optimizers (`steps.Stepper`); each run has a module and an optimizer of its own.
 
-    def __init__(self, start: Nets, problem: Problem, optimizer: Chosen) -> None:
-        self._problem, self._optimizer = problem, optimizer
+    Raises:
+        InputError: spectral descent with a trained v, which is no matrix.
+    """
+
+    def __init__(self, start: Nets, problem: ToyProblem, spec: OptimizerSpec) -> None:
+        if spec.kind == "spectral" and problem.train_output:
+            reason = "has a rule for the hidden matrix alone, and v is trained"
+            raise InputError("optimizer", spec.name, reason, fix="v=fixed")
+        self._problem, self._spec = problem, spec
         dtype = torch.float64 if start.hidden.dtype == np.float64 else torch.float32
         self._x = torch.tensor(problem.points.augmented, dtype=dtype)
         self._y = torch.tensor(problem.points.y, dtype=dtype)
-        self._models = [
-            Toy(start.hidden[..., run], start.output[..., run], trains=problem.train_output)
+        self._modules = [
+            ToyModule(start.hidden[..., run], start.output[..., run], trains=problem.train_output)
             for run in range(start.runs)
         ]
-        self._steppers = [build(model, optimizer) for model in self._models]
+        self._optimizers = [build(module, spec) for module in self._modules]
 
     @property
     def nets(self) -> Nets:
         """The weights as arrays."""
-        hidden = [model.hidden.detach().numpy() for model in self._models]
-        output = [model.output.detach().numpy() for model in self._models]
+        hidden = [module.hidden.detach().numpy() for module in self._modules]
+        output = [module.output.detach().numpy() for module in self._modules]
         return Nets(np.stack(hidden, axis=-1), np.stack(output, axis=-1))
 
     def advance(self, first: int, last: int) -> None:
-        """Steps of every run."""
-        scale_free = self._optimizer.scale_free
+        """Take steps of every run."""
         with full_precision("cpu"):
-            for model, stepper in zip(self._models, self._steppers):
+            for module, optimizer in zip(self._modules, self._optimizers):
                 for _ in range(first, last):
-                    stepper.zero_grad(set_to_none=True)
-                    objective(model(self._x), self._y, self._problem, scale_free=scale_free).backward()
-                    stepper.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    outputs = module(self._x)
+                    objective(outputs, self._y, self._problem, scale_free=self._spec.scale_free).backward()
+                    optimizer.step()
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
-        """Drop runs."""
-        self._models = [model for model, is_kept in zip(self._models, mask) if is_kept]
-        self._steppers = [stepper for stepper, is_kept in zip(self._steppers, mask) if is_kept]
-
-
-def build(model: nn.Module, optimizer: Chosen) -> torch.optim.Optimizer:
-    """The optimizer over a model; every 2-D parameter takes the matrix rule.
-
-    Raises:
-        InputError: the reference has no torch class, or the options don't fit the model.
-    """
-    if optimizer.kind == "gd":
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=optimizer.lr)
-    if optimizer.preset is None:
-        reason = "has a rule for the hidden matrix alone, and v is trained"
-        raise InputError("optimizer", optimizer.name, reason, fix="v=fixed")
-    options = {key: value for key, value in optimizer.options.items() if key != "lr"}
-    try:
-        return optimizers.build(optimizer.preset, model.named_parameters(), lr=optimizer.lr, **options)
-    except (optimizers.OptionError, TypeError, ValueError) as error:
-        raise InputError(f"optimizer {optimizer.name}", "", f"cannot be built: {error}") from None
+        """Drop the runs that the mask does not mark."""
+        self._modules = [module for module, is_kept in zip(self._modules, mask) if is_kept]
+        self._optimizers = [optimizer for optimizer, is_kept in zip(self._optimizers, mask) if is_kept]

@@ -1,36 +1,41 @@
 """Update rules in plain numpy for many small nets at once: what they subtract from the weights, over lr.
 
-The rules of `optimizers` computed again without torch, whose step costs more than a million times the
-arithmetic of a net of six numbers. tests/analysis/margin/test_rules.py holds each of them to the real class over
-10,000 steps. A gradient is a list: hidden (k, d + 1, R), then output (k, R) where v is trained.
+These are the rules of `optimizers` computed again without torch, whose step costs more than a million times the
+arithmetic of a net of six numbers; `optimizers.reference` has the same rules for one matrix, as teaching text. Tests
+hold each rule here to the real class over 10,000 steps. A gradient is a list: hidden (k, d + 1, R), then output (k, R)
+where v is trained. Polar factors and leading subspaces are those that `optimizers.linalg` defines.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.margin.matrices import leading, newton_schulz, polar
+from analysis.margin.optimizer_specs import OptimizerSpec
 
 Floats = NDArray[np.floating]
+EXACT_FACTORS = ("auto", "svd", "qr_svd", "gram", "dwh")
+OVERSAMPLING = 8
+"""Columns that the randomized basis of `optimizers` draws beyond the rank."""
+GRAM_RTOL = 1e-6
+"""Below this share of σ1 a Gram matrix in fp64 holds no vectors (`optimizers.linalg.inverse_root`)."""
+JORDAN = (3.4445, -4.7750, 2.0315)
+"""Coefficients of Muon's quintic Newton–Schulz step (Jordan et al. 2024)."""
 
 
-class Rule(ABC):
+class BatchedRule(ABC):
     """One optimizer with its state."""
-
-    matrix_only = False
-    """It has a rule for the hidden matrix alone, so that v has to stay fixed."""
 
     @abstractmethod
     def update(self, gradient: list[Floats]) -> list[Floats]:
-        """What one step subtracts, divided by the learning rate."""
+        """Return what one step subtracts, divided by the learning rate."""
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
-        """Forget the runs that the mask (R,) does not mark."""
+        """Drop the state of the runs that the mask (R,) does not mark."""
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 setattr(self, name, value[..., mask])
@@ -38,33 +43,33 @@ class Rule(ABC):
                 setattr(self, name, [entry[..., mask] for entry in value])
 
 
-class Descent(Rule):
-    """Gradient descent."""
+class Descent(BatchedRule):
+    """Gradient descent: g."""
 
     def update(self, gradient: list[Floats]) -> list[Floats]:
-        """g."""
+        """Return the gradient itself."""
         return gradient
 
 
-class NormalizedDescent(Rule):
+class NormalizedDescent(BatchedRule):
     """Gradient descent of unit length over all parameters."""
 
     def update(self, gradient: list[Floats]) -> list[Floats]:
-        """g/‖g‖₂."""
+        """Return g/‖g‖₂."""
         squares = sum((g * g).reshape(-1, g.shape[-1]).sum(0) for g in gradient)
         norm = np.sqrt(squares)
         return [g / np.where(norm > 0.0, norm, 1.0) for g in gradient]
 
 
-class SignDescent(Rule):
+class SignDescent(BatchedRule):
     """Steepest descent in the max norm, of unit size."""
 
     def update(self, gradient: list[Floats]) -> list[Floats]:
-        """sign g."""
+        """Return sign g."""
         return [np.sign(g) for g in gradient]
 
 
-class Adam(Rule):
+class Adam(BatchedRule):
     """Adam with bias correction; ε is added after it."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -74,7 +79,7 @@ class Adam(Rule):
         self.count = 0
 
     def update(self, gradient: list[Floats]) -> list[Floats]:
-        """M̂/(√V̂ + ε)."""
+        """Return M̂/(√V̂ + ε) (arXiv 1412.6980, Algorithm 1)."""
         if not self.first:
             self.first = [np.zeros_like(g) for g in gradient]
             self.second = [np.zeros_like(g) for g in gradient]
@@ -89,36 +94,34 @@ class Adam(Rule):
         return out
 
 
-class MatrixRule(Rule):
+class BatchedMatrixRule(BatchedRule):
     """A rule for the hidden matrix [w | b] as one parameter."""
 
-    matrix_only = True
-
     def update(self, gradient: list[Floats]) -> list[Floats]:
-        """`step` on (R, k, d + 1)."""
+        """Apply `step` to the hidden matrices, (R, k, d + 1)."""
         moved = self.step(np.moveaxis(gradient[0], -1, 0))
         return [np.moveaxis(moved, 0, -1)]
 
     @abstractmethod
     def step(self, gradient: Floats) -> Floats:
-        """The update of a stack (R, m, n)."""
+        """Return the update of a stack of matrices (R, m, n)."""
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
-        """State of matrix rules has the runs first."""
+        """Drop state as `BatchedRule.keep` does; matrix rules hold it with the runs first."""
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 setattr(self, name, value[mask])
 
 
-class SpectralDescent(MatrixRule):
+class SpectralDescent(BatchedMatrixRule):
     """Steepest descent in the spectral norm, of unit size: the exact polar factor of the gradient."""
 
     def step(self, gradient: Floats) -> Floats:
-        """U Vᵀ."""
+        """Return U Vᵀ of G = U Σ Vᵀ."""
         return polar(gradient)
 
 
-class Muon(MatrixRule):
+class Muon(BatchedMatrixRule):
     """Muon (`optimizers.rules.muon`), the exact factor or Newton–Schulz in the dtype of the weights."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -126,16 +129,18 @@ class Muon(MatrixRule):
         self.moment: Floats | None = None
 
     def step(self, gradient: Floats) -> Floats:
-        """s·α·orth(look-ahead of the moment)."""
+        """Return s·α·orth(M), with M the moment looked ahead."""
         direction = self.momentum(gradient)
         if self.options["orthogonalizer"] == "newton_schulz":
             factor = newton_schulz(direction, self.options["orthogonalizer_steps"])
         else:
             factor = polar(direction)
-        return factor * (scale(self.options["update_scale"], gradient.shape[-2:]) * self.options["alpha"])
+        return factor * (
+            update_scale(self.options["update_scale"], gradient.shape[-2:]) * self.options["alpha"]
+        )
 
     def momentum(self, gradient: Floats) -> Floats:
-        """Advance the moment (`optimizers.rules.orthogonalize.momentum`); returns what is orthogonalized."""
+        """Advance the moment, M ← μM + wG, and return what is orthogonalized (wG + μM with look-ahead)."""
         mu, nesterov = self.options["momentum"], self.options["nesterov"]
         weight = 1.0 if self.options["momentum_form"] == "sum" else 1.0 - mu
         before = np.zeros_like(gradient) if self.moment is None else self.moment
@@ -147,8 +152,8 @@ class Muon(MatrixRule):
         return weight * gradient + mu * after if nesterov is True else after
 
 
-class Subspace(MatrixRule):
-    """What SUMO and GaLore share: a basis of leading singular vectors, renewed at an interval."""
+class Subspace(BatchedMatrixRule):
+    """Common part of SUMO and GaLore: a basis Q of leading singular vectors, renewed at an interval."""
 
     def __init__(self, options: Mapping[str, Any], shape: tuple[int, int]) -> None:
         m, n = shape
@@ -159,24 +164,24 @@ class Subspace(MatrixRule):
         self.count = 0
 
     def projected(self, gradient: Floats) -> Floats:
-        """Renew the basis if it is due; the gradient in it: (R, r, n) or (R, m, r)."""
+        """Renew the basis if it is due, and return Ĝ = QᵀG, (R, r, n), or GQ, (R, m, r)."""
         due = (self.count + self.options["refresh_offset"]) % self.options["refresh_interval"] == 0
         if self.basis is None or due:
-            new = leading(gradient, self.rank, left=self.left)
+            basis = leading(gradient, self.rank, left=self.left)
             if self.basis is not None and self.options["transport"]:
-                self.carry(np.swapaxes(new, -1, -2) @ self.basis)
-            self.basis = new
+                self.carry(np.swapaxes(basis, -1, -2) @ self.basis)
+            self.basis = basis
         self.count += 1
         basis = self.basis
         return np.swapaxes(basis, -1, -2) @ gradient if self.left else gradient @ basis
 
     def lifted(self, moved: Floats) -> Floats:
-        """Back to (R, m, n)."""
+        """Return an update in the basis as one of the whole matrix, (R, m, n)."""
         assert self.basis is not None
         return self.basis @ moved if self.left else moved @ np.swapaxes(self.basis, -1, -2)
 
     def carry(self, overlap: Floats) -> None:
-        """Bring moments into the new basis; overlap = Q_newᵀ Q_old."""
+        """Bring moments into the new basis, with overlap = Q_newᵀ Q_old."""
 
 
 class Sumo(Subspace, Muon):
@@ -187,13 +192,13 @@ class Sumo(Subspace, Muon):
         self.moment: Floats | None = None
 
     def carry(self, overlap: Floats) -> None:
-        """M ← R M."""
+        """Transport the moment, M ← Q_newᵀ Q_old M (arXiv 2505.24749, Algorithm 1, Block 1.1)."""
         moment = self.moment
         assert moment is not None
         self.moment = overlap @ moment if self.left else moment @ np.swapaxes(overlap, -1, -2)
 
     def step(self, gradient: Floats) -> Floats:
-        """α(ρ(G - QĜ) + s·QO)."""
+        """Return α(ρ(G - QĜ) + s·QO), with O the factor of the moment in the subspace."""
         options = self.options
         inside = self.projected(gradient)
         direction = self.momentum(inside)
@@ -201,7 +206,10 @@ class Sumo(Subspace, Muon):
             factor = newton_schulz(direction, options["orthogonalizer_steps"])
         else:
             factor = polar(direction)
-        s, rho = scale(options["update_scale"], gradient.shape[-2:], self.rank), options["residual_scale"]
+        s, rho = (
+            update_scale(options["update_scale"], gradient.shape[-2:], self.rank),
+            options["residual_scale"],
+        )
         return options["alpha"] * (rho * gradient + self.lifted(s * factor - rho * inside))
 
 
@@ -214,7 +222,7 @@ class GaLore(Subspace):
         self.second: Floats | None = None
 
     def step(self, gradient: Floats) -> Floats:
-        """α·Q·(M̂/(√V̂ + ε)), with ε before bias correction for eps_form raw."""
+        """Return α·Q·(M̂/(√V̂ + ε)), with ε before bias correction for eps_form raw (arXiv 2403.03507, Algorithm 2)."""
         options = self.options
         inside = self.projected(gradient)
         (beta1, beta2), eps = options["betas"], options["eps"]
@@ -229,8 +237,47 @@ class GaLore(Subspace):
         return options["alpha"] * self.lifted(moved)
 
 
-def scale(name: str, shape: tuple[int, ...], rank: int | None = None) -> float:
-    """The factor `update_scale` on an orthogonal m×n update (`optimizers.rules.orthogonalize.scale`)."""
+def has_fast_rule(spec: OptimizerSpec, shape: tuple[int, int], *, train_output: bool) -> bool:
+    """Return True if `fast_rule` computes it for hidden matrices of this shape; else the optimizer class has to."""
+    options = spec.options
+    if spec.kind in ("gd", "ngd", "sign"):
+        return True
+    if spec.kind == "adamw":
+        return options["rounding"] == "nearest"
+    if train_output or spec.kind == "plugin":
+        return False
+    if spec.kind == "spectral":
+        return True
+    exact = options.get("orthogonalizer", "auto") in (*EXACT_FACTORS, "newton_schulz")
+    if spec.kind == "muon":
+        return exact
+    # A sketch that spans the short side finds the exact subspace.
+    rank = options["rank"] or max(1, min(shape) // 4)
+    spans = options["basis"] == "svd" or rank + OVERSAMPLING >= min(shape)
+    is_early = options["decay_order"] == "before" or spec.weight_decay == 0.0
+    plain = is_early and not options["refresh_stagger"] and options.get("refresh_threshold") is None
+    unlimited = options.get("norm_growth_limit") is None
+    carries = spec.kind == "sumo" or not options["transport"]
+    return exact and spans and plain and carries and unlimited
+
+
+def fast_rule(spec: OptimizerSpec, shape: tuple[int, int]) -> BatchedRule:
+    """Return the fast rule with fresh state."""
+    by_kind: dict[str, Callable[[], BatchedRule]] = {
+        "gd": Descent,
+        "ngd": NormalizedDescent,
+        "sign": SignDescent,
+        "spectral": SpectralDescent,
+        "adamw": lambda: Adam(spec.options),
+        "muon": lambda: Muon(spec.options),
+        "sumo": lambda: Sumo(spec.options, shape),
+        "galore": lambda: GaLore(spec.options, shape),
+    }
+    return by_kind[spec.kind]()
+
+
+def update_scale(name: str, shape: tuple[int, ...], rank: int | None = None) -> float:
+    """Return the factor of the option `update_scale` on an orthogonal m×n update."""
     m, n = shape
     return {
         "none": 1.0,
@@ -238,3 +285,67 @@ def scale(name: str, shape: tuple[int, ...], rank: int | None = None) -> float:
         "rows_cols": max(1.0, m / n) ** 0.5,
         "rms_rank": 0.2 * (m * n / (rank or min(m, n))) ** 0.5,
     }[name]
+
+
+def polar(matrices: Floats) -> Floats:
+    """Return the exact polar factors of (b, m, n), without the directions of σ ≤ max(m, n)·eps·σ1."""
+    if matrices.shape[-2:] == (2, 2):
+        return _polar_2x2(matrices)
+    left, values, right = np.linalg.svd(matrices, full_matrices=False)
+    keep = values > max(matrices.shape[-2:]) * np.finfo(matrices.dtype).eps * values[:, :1]
+    return (left * keep[:, None, :]) @ right
+
+
+def _polar_2x2(matrices: Floats) -> Floats:
+    """Return (M + sign(det M)·cof M)/(σ1 + σ2), the polar factor of a 2×2 matrix without an SVD."""
+    a, b, c, d = (matrices[:, i, j] for i in (0, 1) for j in (0, 1))
+    # Entries of 1e-300 have no square.
+    top = np.abs(matrices).max((1, 2))
+    unit = np.where(top > 0.0, top, 1.0)
+    a, b, c, d = a / unit, b / unit, c / unit, d / unit
+    determinant = a * d - b * c
+    squares = a * a + b * b + c * c + d * d
+    sums = np.sqrt(squares + 2.0 * np.abs(determinant))
+    largest = 0.5 * (sums + np.sqrt(np.maximum(squares - 2.0 * np.abs(determinant), 0.0)))
+    cut = 2.0 * np.finfo(matrices.dtype).eps * largest * largest
+    # σ2 = |det|/σ1. One direction alone: u vᵀ = M/σ1.
+    sign = np.where(np.abs(determinant) > cut, np.sign(determinant), 0.0)
+    size = np.where(sign != 0.0, sums, largest)
+    size = np.where(size > 0.0, size, 1.0)
+    rows = [a + sign * d, b - sign * c, c - sign * b, d + sign * a]
+    return np.stack([row / size for row in rows], axis=-1).reshape(matrices.shape)
+
+
+def newton_schulz(matrices: Floats, steps: int) -> Floats:
+    """Apply `steps` steps aX + bXXᵀX + c(XXᵀ)²X from X = M/max(‖M‖_F, 1e-7)."""
+    m, n = matrices.shape[-2:]
+    x = np.swapaxes(matrices, -1, -2) if m > n else matrices
+    x = x / np.maximum(np.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-7)
+    a, b, c = JORDAN
+    for _ in range(steps):
+        gram = x @ np.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return np.swapaxes(x, -1, -2) if m > n else x
+
+
+def leading(matrices: Floats, rank: int, *, left: bool) -> Floats:
+    """Return leading singular vectors (b, m or n, rank), largest component positive, zeros below the cut.
+
+    By the Gram matrix of the short side, as `optimizers.linalg.subspace` has it: where two components are
+    equal, rounding decides the sign, and a different route rounds differently.
+    """
+    m, n = matrices.shape[-2:]
+    tall = np.swapaxes(matrices, -1, -2) if m < n else matrices
+    squares, vectors = np.linalg.eigh(np.swapaxes(tall, -1, -2) @ tall)
+    squares = np.maximum(squares[:, ::-1][:, :rank], 0.0)
+    vectors = vectors[:, :, ::-1][:, :, :rank]
+    cut = max(max(m, n) * float(np.finfo(matrices.dtype).eps), GRAM_RTOL)
+    keep = (squares > cut**2 * squares[:, :1])[:, None, :]
+    if left == (m >= n):  # the wanted vectors live on the long side
+        vectors = tall @ vectors / np.sqrt(np.maximum(squares, np.finfo(matrices.dtype).tiny))[:, None, :]
+    vectors = np.where(keep, vectors, 0.0)
+    size = np.abs(vectors)
+    # Of components that tie to rounding the first decides.
+    tied = size >= size.max(1, keepdims=True) * (1.0 - 16.0 * np.finfo(matrices.dtype).eps)
+    leader = np.take_along_axis(vectors, tied.argmax(1)[:, None, :], axis=1)
+    return np.where(leader < 0.0, -vectors, vectors)

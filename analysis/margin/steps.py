@@ -1,11 +1,12 @@
-"""Real optimizer steps on toy nets: which of three equal computations does them, and what is kept.
+"""Optimizer steps on toy nets: which of three equal computations takes them, and what is recorded.
 
 One fp64 run of two neurons on two points of the line takes `scalar`; everything that has a fast rule takes
-`rules`, many runs at once; what has none takes the class of `optimizers` on a torch module (`real`).
+`rules`, many runs at once; the rest takes a torch optimizer on a module (`real`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,14 +14,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.margin import chosen as choice
 from analysis.margin import scalar
-from analysis.margin.chosen import Chosen
-from analysis.margin.gradients import ascent
-from analysis.margin.net import Nets, Problem, log_loss
+from analysis.margin.net import Nets, ToyProblem, ascent, is_dead
+from analysis.margin.optimizer_specs import OptimizerSpec
+from analysis.margin.rules import fast_rule, has_fast_rule
 
 ABORT_AT = 10_000
-"""Steps after which random starts that don't separate the points are given up."""
+"""Steps after which random starts that do not separate the points are given up."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Snapshot:
 
 
 @dataclass
-class Stepped:
-    """What steps leave behind.
+class TrainResult:
+    """What training leaves behind.
 
     Attributes:
         snapshots: at the recorded steps.
@@ -56,7 +56,7 @@ class Stepped:
 
 
 class Stepper(Protocol):
-    """One way to do steps."""
+    """One way to take steps."""
 
     @property
     def nets(self) -> Nets:
@@ -64,32 +64,32 @@ class Stepper(Protocol):
         ...
 
     def advance(self, first: int, last: int) -> None:
-        """Do the steps first … last - 1."""
+        """Take the steps first … last - 1."""
         ...
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
-        """Go on with the runs that the mask marks."""
+        """Go on with the runs that the mask marks alone."""
         ...
 
 
 def record_times(steps: int, per_decade: int, also: Sequence[int] = ()) -> list[int]:
-    """0, all powers of ten, `per_decade` steps in between, the last step and `also`, ascending."""
+    """Return 0, all powers of ten, `per_decade` steps in between, the last step and `also`, ascending."""
     decades = int(np.ceil(np.log10(max(steps, 1)))) + 1
     grid = np.rint(10.0 ** (np.arange(decades * per_decade + 1) / per_decade)).astype(int)
-    wanted = {0, steps, *(10**n for n in range(decades)), *grid.tolist(), *also}
-    return sorted(t for t in wanted if t <= steps)
+    times = {0, steps, *(10**n for n in range(decades)), *grid.tolist(), *also}
+    return sorted(t for t in times if t <= steps)
 
 
 def train(
     start: Nets,
-    problem: Problem,
-    optimizer: Chosen,
+    problem: ToyProblem,
+    optimizer: OptimizerSpec,
     at: Sequence[int],
     *,
     gives_up: bool,
     computed_by: str = "auto",
-) -> Stepped:
-    """Do max(at) steps from `start` and keep the nets at the steps `at`.
+) -> TrainResult:
+    """Take max(at) steps from `start` and keep the nets at the steps `at`.
 
     Args:
         start: R runs; not changed.
@@ -101,7 +101,7 @@ def train(
     """
     ids = np.arange(start.runs)
     stepper, name = _stepper(start.copy(), problem, optimizer, computed_by)
-    out = Stepped(computed_by=name)
+    out = TrainResult(computed_by=name)
     done = 0
     extra = {ABORT_AT} if gives_up and at[-1] >= ABORT_AT else set[int]()
     for t in sorted(extra.union(at)):
@@ -122,18 +122,15 @@ def train(
     return out
 
 
-def is_dead(nets: Nets, problem: Problem) -> NDArray[np.bool_]:
-    """(R,): the loss is not below that of a net which leaves one point undecided; NaN counts as dead."""
-    total = np.log(1.0 if problem.loss == "exp" else np.log(2.0))
-    if problem.reduction == "mean":
-        total -= np.log(len(problem.points.y))
-    return ~(log_loss(nets, problem) < total)
-
-
 def _one_watched_step(
-    stepper: Stepper, problem: Problem, optimizer: Chosen, t: int, ids: NDArray[np.int64], out: Stepped
+    stepper: Stepper,
+    problem: ToyProblem,
+    optimizer: OptimizerSpec,
+    t: int,
+    ids: NDArray[np.int64],
+    out: TrainResult,
 ) -> None:
-    """A step that looks for weights which rounding keeps where they are, though their gradient is not 0."""
+    """Take one step, and flag runs in which rounding holds a weight whose gradient is not 0."""
     before = stepper.nets.copy()
     stepper.advance(t, t + 1)
     pull = ascent(before, problem, scale_free=optimizer.scale_free)
@@ -155,27 +152,27 @@ def _one_watched_step(
             out.flags.setdefault(run, (t, reason))
 
 
-def _stepper(start: Nets, problem: Problem, optimizer: Chosen, computed_by: str) -> tuple[Stepper, str]:
+def _stepper(
+    start: Nets, problem: ToyProblem, optimizer: OptimizerSpec, computed_by: str
+) -> tuple[Stepper, str]:
     shape = start.hidden.shape[0], start.hidden.shape[1]
-    fast = choice.has_rule(optimizer, shape, train_output=problem.train_output)
-    if (
-        computed_by in ("auto", "scalar")
-        and fast
-        and scalar.fits(start, problem, optimizer.kind, optimizer.weight_decay)
-    ):
-        return _Scalar(start, problem, optimizer), "scalar"
-    if computed_by in ("auto", "rules") and fast:
-        return _Rules(start, problem, optimizer), "rules"
-    from analysis.margin.real import Real
+    is_fast = has_fast_rule(optimizer, shape, train_output=problem.train_output)
+    is_small = scalar.fits(start, problem, optimizer.kind, optimizer.weight_decay)
+    if computed_by in ("auto", "scalar") and is_fast and is_small:
+        return _ScalarStepper(start, problem, optimizer), "scalar"
+    if computed_by in ("auto", "rules") and is_fast:
+        return _RuleStepper(start, problem, optimizer), "rules"
+    # torch is imported here: the default job takes a second without it.
+    from analysis.margin.real import TorchStepper
 
-    return Real(start, problem, optimizer), "optimizers"
+    return TorchStepper(start, problem, optimizer), "optimizers"
 
 
-class _Scalar:
+class _ScalarStepper:
     """`scalar` as a stepper."""
 
-    def __init__(self, start: Nets, problem: Problem, optimizer: Chosen) -> None:
-        self.values = scalar.numbers(start)
+    def __init__(self, start: Nets, problem: ToyProblem, optimizer: OptimizerSpec) -> None:
+        self._numbers = scalar.to_numbers(start)
         self._advance = scalar.advance(
             optimizer.kind, problem, optimizer.lr, optimizer.options, scale_free=optimizer.scale_free
         )
@@ -183,48 +180,43 @@ class _Scalar:
     @property
     def nets(self) -> Nets:
         """The one net."""
-        return scalar.net_of(self.values)
+        return scalar.to_net(self._numbers)
 
     def advance(self, first: int, last: int) -> None:
-        """Steps; where e^(-z) overflows the numbers become NaN, as in numpy."""
+        """Take steps; where e^(-z) overflows the numbers become NaN, as in numpy."""
         try:
-            self.values = self._advance(self.values, first, last)
+            self._numbers = self._advance(self._numbers, first, last)
         except OverflowError:
-            self.values = [float("nan")] * len(self.values)
+            self._numbers = (math.nan,) * 6
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
-        """Nothing to choose from one run; a dead one goes."""
+        """Drop the one run if the mask does not mark it."""
         if not mask.all():
-            self.values = [float("nan")] * len(self.values)
+            self._numbers = (math.nan,) * 6
 
 
-class _Rules:
+class _RuleStepper:
     """`rules` as a stepper."""
 
-    def __init__(self, start: Nets, problem: Problem, optimizer: Chosen) -> None:
+    def __init__(self, start: Nets, problem: ToyProblem, optimizer: OptimizerSpec) -> None:
         self.nets = start
         self._problem, self._optimizer = problem, optimizer
-        self._rule = choice.rule(optimizer, (start.hidden.shape[0], start.hidden.shape[1]))
+        self._rule = fast_rule(optimizer, (start.hidden.shape[0], start.hidden.shape[1]))
 
     def advance(self, first: int, last: int) -> None:
-        """Steps, in place."""
+        """Take steps, in place."""
         lr, decay = self._optimizer.lr, 1.0 - self._optimizer.lr * self._optimizer.weight_decay
-        scale_free = self._optimizer.scale_free
-        hidden, output = self.nets
+        weights = [self.nets.hidden, self.nets.output] if self._problem.train_output else [self.nets.hidden]
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             for _ in range(first, last):
-                pull = ascent(self.nets, self._problem, scale_free=scale_free)
-                gradient = [-pull.hidden] if pull.output is None else [-pull.hidden, -pull.output]
-                moved = self._rule.update(gradient)
-                if decay != 1.0:
-                    hidden *= decay
-                    if pull.output is not None:
-                        output *= decay
-                hidden -= lr * moved[0]
-                if pull.output is not None:
-                    output -= lr * moved[1]
+                pull = ascent(self.nets, self._problem, scale_free=self._optimizer.scale_free)
+                updates = self._rule.update([-part for part in pull if part is not None])
+                for weight, update in zip(weights, updates):
+                    if decay != 1.0:
+                        weight *= decay
+                    weight -= lr * update
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
         """Drop runs, and the rule's state of them."""
-        self.nets = Nets(*(np.ascontiguousarray(part) for part in self.nets.chosen(mask)))
+        self.nets = Nets(*(np.ascontiguousarray(part) for part in self.nets.select(mask)))
         self._rule.keep(mask)

@@ -1,117 +1,133 @@
-"""Modes `toy` and `flow`: from settings to judged runs."""
+"""Modes `toy` and `flow`: from the configuration to judged runs, their table, notes and headline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from analysis.margin import chosen as choice
-from analysis.margin import points as sites
-from analysis.margin import starts, trajectory
-from analysis.margin.chosen import Chosen
-from analysis.margin.flow import Flowed, flow
-from analysis.margin.judging import judged
-from analysis.margin.net import Nets, Problem
-from analysis.margin.settings import Settings
-from analysis.margin.steps import Stepped, record_times, train
-from analysis.margin.trajectory import Run
+from analysis.formatting import listing, significant
+from analysis.margin import starts
+from analysis.margin.config import MarginConfig
+from analysis.margin.flow import FlowResult, flow
+from analysis.margin.net import Nets, ToyProblem
+from analysis.margin.optimizer_specs import OptimizerSpec, resolve_spec
+from analysis.margin.outputs import MarginReport
+from analysis.margin.plots import shown_runs, toy_plots
+from analysis.margin.points import parse_points
+from analysis.margin.steps import TrainResult, record_times, train
+from analysis.margin.trajectory import MarginRun, TrajectoryRow, judge, measure, value_at_loss
 from harness.config.errors import InputError
 
 LR, STEPS = 0.01, 100_000
 PER_DECADE, PER_DECADE_FLOW, MANY = 20, 4, 20
+"""States recorded per decade of steps, of flow or many runs, and how many runs are many."""
 FIRST_DECADE = -2
+"""log₁₀ of the first recorded flow time."""
+TABLE_STEPS = (10**3, 10**4, 10**5, 10**6)
+TABLE_LOSSES = (-5.0, -10.0, -20.0, -40.0)
+"""ln of the loss at which optimizers are compared, next to equal steps."""
+PROVED = (
+    "Proved by others for two ReLU neurons and two points: gradient descent reaches the optimum, at the rate 1/ln t "
+    "exactly (arXiv 2603.02095). Derived here, and checked against steps: the constant C. All else on this page was "
+    "observed."
+)
 Say = Callable[[str], None]
 
 
-def problem_of(settings: Settings) -> Problem:
-    """Points, loss and what is trained.
+def problem_of(config: MarginConfig) -> ToyProblem:
+    """Return points, loss and what is trained.
 
     Raises:
         InputError: points that nothing separates.
     """
-    points = sites.given(
-        list(settings.data) if isinstance(settings.data, tuple) else settings.data, settings.dim
-    )
-    return Problem(points, settings.loss, settings.reduction, settings.train_v or settings.v == "trained")
+    points = parse_points(list(config.data) if isinstance(config.data, tuple) else config.data, config.dim)
+    return ToyProblem(points, config.loss, config.reduction, config.train_v or config.v == "trained")
 
 
-def optimizers_of(settings: Settings, default_lr: float) -> list[Chosen]:
-    """The optimizers of a comparison, with their options.
+def optimizers_of(config: MarginConfig, default_lr: float) -> list[OptimizerSpec]:
+    """Return the optimizers of a comparison, with their options.
 
     Raises:
         InputError: unknown names or options; options of an optimizer that is not compared.
     """
-    strangers = [name for name in settings.options if name and name not in settings.optimizer]
+    strangers = [name for name in config.options if name and name not in config.optimizer]
     if strangers:
-        key = next(iter(settings.options[strangers[0]]))
+        key = next(iter(config.options[strangers[0]]))
         raise InputError(
             f"{strangers[0]}.{key}",
-            settings.options[strangers[0]][key],
+            config.options[strangers[0]][key],
             "is for an optimizer that does not run",
-            fix=f"optimizer={','.join([*settings.optimizer, strangers[0]])}",
+            fix=f"optimizer={','.join([*config.optimizer, strangers[0]])}",
         )
-    found = []
-    for name in settings.optimizer:
-        options = {**settings.options.get("", {}), **settings.options.get(name, {})}
-        lr = options.pop("lr", settings.lr if settings.lr is not None else default_lr)
+    specs = []
+    for name in config.optimizer:
+        options = {**config.options.get("", {}), **config.options.get(name, {})}
+        lr = options.pop("lr", config.lr if config.lr is not None else default_lr)
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0.0 < lr < math.inf:
             raise InputError(f"{name}.lr", lr, allowed="a number > 0")
-        found.append(choice.choose(name, float(lr), options, settings.grad))
-    return found
+        specs.append(resolve_spec(name, float(lr), options, config.grad))
+    return specs
 
 
-def run_toy(settings: Settings, say: Say) -> list[Run]:
-    """Optimizer steps.
+def run_toy(config: MarginConfig, say: Say) -> list[MarginRun]:
+    """Take optimizer steps from each start and judge the runs.
 
     Raises:
         InputError: bad input.
     """
-    problem, chosen = problem_of(settings), optimizers_of(settings, LR)
-    start = starts.start(settings, problem)
-    steps = settings.steps or STEPS
-    per_decade = settings.record or (PER_DECADE_FLOW if settings.runs > MANY else PER_DECADE)
+    problem, optimizers = problem_of(config), optimizers_of(config, LR)
+    start = starts.start(config, problem)
+    steps = config.steps or STEPS
+    per_decade = config.record or (PER_DECADE_FLOW if config.runs > MANY else PER_DECADE)
     at = record_times(steps, per_decade)
-    runs: list[Run] = []
-    for optimizer in chosen:
-        stepped = train(start, problem, optimizer, at, gives_up=settings.runs > 1)
+    runs: list[MarginRun] = []
+    for optimizer in optimizers:
+        stepped = train(start, problem, optimizer, at, gives_up=config.runs > 1)
         say(f"{optimizer.name}: {steps} steps of {start.runs} run(s), computed by {stepped.computed_by}")
         dead = set(stepped.dead)
         runs += [
-            _judged_steps(settings, problem, optimizer, stepped, run, is_dead=run in dead)
+            _judged_steps(config, problem, optimizer, stepped, run, is_dead=run in dead)
             for run in range(start.runs)
         ]
     return runs
 
 
-def run_flow(settings: Settings, say: Say) -> list[Run]:
-    """Gradient flow, from the start or from where gradient descent is after `join_at` steps.
+def run_flow(config: MarginConfig, say: Say) -> list[MarginRun]:
+    """Follow gradient flow, from the start or from where gradient descent is after `join_at` steps.
 
     Raises:
         InputError: bad input.
     """
-    problem, chosen = problem_of(settings), optimizers_of(settings, LR)
-    others = [optimizer.name for optimizer in chosen if optimizer.kind != "gd"]
+    problem, optimizers = problem_of(config), optimizers_of(config, LR)
+    others = [optimizer.name for optimizer in optimizers if optimizer.kind != "gd"]
     if others:
         reason = "has no flow here: flow is the limit of gradient descent for small lr"
         raise InputError("optimizer", others[0], reason, allowed="gd", fix="mode=toy, or optimizer=gd")
-    if settings.dtype != "float64":
-        raise InputError("dtype", settings.dtype, "is for steps", allowed="float64 with mode=flow")
-    start = starts.start(settings, problem)
-    runs = [_flowed(settings, problem, chosen[0], start.one(run), run) for run in range(start.runs)]
-    say(f"flow of {start.runs} run(s) to ln τ = {settings.ln_tau_max:.1f}")
+    if config.dtype != "float64":
+        raise InputError("dtype", config.dtype, "is for steps", allowed="float64 with mode=flow")
+    start = starts.start(config, problem)
+    runs = [_flowed(config, problem, optimizers[0], start.one(run), run) for run in range(start.runs)]
+    say(f"flow of {start.runs} run(s) to ln τ = {config.ln_tau_max:.1f}")
     return runs
 
 
-def log_time(t: float, optimizer: Chosen, problem: Problem) -> float:
-    """ln τ of step t."""
+def log_time(t: float, optimizer: OptimizerSpec, problem: ToyProblem) -> float:
+    """Return ln τ of step t."""
     return math.log(t * optimizer.lr * problem.time_per_lr) if t > 0 else -math.inf
 
 
 def _judged_steps(
-    settings: Settings, problem: Problem, optimizer: Chosen, stepped: Stepped, run: int, *, is_dead: bool
-) -> Run:
+    config: MarginConfig,
+    problem: ToyProblem,
+    optimizer: OptimizerSpec,
+    stepped: TrainResult,
+    run: int,
+    *,
+    is_dead: bool,
+) -> MarginRun:
     times: list[float] = []
     states: list[Nets] = []
     # Of a run that was given up its last state tells all; there may be thousands of them.
@@ -124,44 +140,46 @@ def _judged_steps(
                 break
     log_taus = [log_time(t, optimizer, problem) for t in times]
     flag = stepped.flags.get(run)
-    out = Run(optimizer.name, run, "dead" if is_dead else "ok")
+    out = MarginRun(optimizer.name, run, "dead" if is_dead else "ok")
     out.facts = {
         "lr": optimizer.lr,
         "grad": "log" if optimizer.scale_free else "raw",
-        "dtype": settings.dtype,
+        "dtype": config.dtype,
         "computed_by": stepped.computed_by,
         "steps": int(times[-1]),
         "stagnated_at": flag[0] if flag else None,
         "stagnation": flag[1] if flag else "",
     }
     stop = log_time(flag[0], optimizer, problem) if flag else math.inf
-    return judged(out, problem, optimizer, list(zip(times, log_taus, states)), stop)
+    return judge(out, problem, optimizer, list(zip(times, log_taus, states)), stop)
 
 
-def _flowed(settings: Settings, problem: Problem, optimizer: Chosen, start: Nets, run: int) -> Run:
-    out = Run("gd", run, "ok")
+def _flowed(
+    config: MarginConfig, problem: ToyProblem, optimizer: OptimizerSpec, start: Nets, run: int
+) -> MarginRun:
+    out = MarginRun("gd", run, "ok")
     states: list[tuple[float | None, float, Nets]] = [(0.0, -math.inf, start)]
     net, joined = start, -math.inf
-    if settings.join_at is not None:
-        at = record_times(settings.join_at, settings.record or PER_DECADE, [settings.join_at // 10])
+    if config.join_at is not None:
+        at = record_times(config.join_at, config.record or PER_DECADE, [config.join_at // 10])
         stepped = train(start, problem, optimizer, at, gives_up=False)
         states = [(float(s.t), log_time(s.t, optimizer, problem), s.nets) for s in stepped.snapshots]
         net, joined = states[-1][2], states[-1][1]
-        out.facts["join"] = _join_check(problem, optimizer, states, settings.join_at)
-    if settings.ln_tau_max <= joined:
+        out.facts["join"] = _join_check(problem, optimizer, states, config.join_at)
+    if config.ln_tau_max <= joined:
         reason = f"is before the join at ln τ = {joined:.3f}"
-        raise InputError("ln_tau_max", settings.ln_tau_max, reason, fix="ln_tau_max=690.8")
-    at_flow = _flow_times(joined, settings.ln_tau_max, settings.record or PER_DECADE_FLOW)
+        raise InputError("ln_tau_max", config.ln_tau_max, reason, fix="ln_tau_max=690.8")
+    at_flow = _flow_times(joined, config.ln_tau_max, config.record or PER_DECADE_FLOW)
     flowed = flow(net, problem, at_flow, joined)
     shift = math.log(optimizer.lr * problem.time_per_lr)
     states += [
         (_step_of(log_tau - shift), log_tau, state) for log_tau, state in zip(flowed.log_tau, flowed.states)
     ]
     out.facts |= {"lr": optimizer.lr, "dtype": "float64", **_flow_facts(flowed)}
-    return judged(out, problem, optimizer, states, math.inf)
+    return judge(out, problem, optimizer, states, math.inf)
 
 
-def _flow_facts(flowed: Flowed) -> dict[str, object]:
+def _flow_facts(flowed: FlowResult) -> dict[str, object]:
     return {
         "flow_steps": flowed.steps,
         "flow_switches": flowed.switches,
@@ -171,7 +189,7 @@ def _flow_facts(flowed: Flowed) -> dict[str, object]:
 
 
 def _flow_times(joined: float, last: float, per_decade: int) -> list[float]:
-    """Powers of ten of τ and steps in between, after the join, and the last time."""
+    """Return powers of ten of τ and times in between, after the join, and the last time."""
     unit = math.log(10.0) / per_decade
     first = FIRST_DECADE * per_decade
     grid = [n * unit for n in range(first, math.ceil(last / unit) + 1)]
@@ -180,9 +198,12 @@ def _flow_times(joined: float, last: float, per_decade: int) -> list[float]:
 
 
 def _join_check(
-    problem: Problem, optimizer: Chosen, states: Sequence[tuple[float | None, float, Nets]], join_at: int
+    problem: ToyProblem,
+    optimizer: OptimizerSpec,
+    states: Sequence[tuple[float | None, float, Nets]],
+    join_at: int,
 ) -> dict[str, object]:
-    """Flow from a tenth of the steps on, against the steps themselves.
+    """Compare flow from a tenth of the steps on with the steps themselves.
 
     A step of gradient descent and flow over the same time differ by ½(lr·e^(-u))² in u, in all by
     ½ lr·ln(10)/τ over a decade, the same for both points to leading order; 1/T leaves room for inits with larger
@@ -194,9 +215,7 @@ def _join_check(
     flowed = flow(before, problem, [log_tau], log_time(tenth, optimizer, problem))
     if not flowed.states:
         return {"t": join_at, "passed": False, "why": "the gradient vanished"}
-    by_flow, by_steps = (
-        trajectory.measured(net, problem, None, log_tau)[0]["gap"] for net in (flowed.states[0], after)
-    )
+    by_flow, by_steps = (measure(net, problem, None, log_tau)[0]["gap"] for net in (flowed.states[0], after))
     difference = abs(by_flow - by_steps)
     tolerance = max(abs(by_steps), 1e-6) / join_at + 1e-9
     return {
@@ -211,5 +230,112 @@ def _join_check(
 
 
 def _step_of(log_t: float) -> float | None:
-    """e^x to 12 digits, so that powers of ten are what they are called; None beyond fp64."""
+    """Return e^x to 12 digits, so that powers of ten are what they are called; None beyond fp64."""
     return float(f"{math.exp(log_t):.12g}") if log_t < 709.0 else None
+
+
+def report(config: MarginConfig, runs: Sequence[MarginRun]) -> MarginReport:
+    """Return the report of a toy or flow job."""
+    return MarginReport(
+        runs, notes_on(runs), headline(runs), scope(config, runs), table(runs), toy_plots(runs)
+    )
+
+
+def table(runs: Sequence[MarginRun]) -> list[dict[str, Any]]:
+    """Return a row per optimizer: median and quartiles over the runs that separate the points.
+
+    Gaps are taken at equal steps and at equal loss.
+    """
+    rows = []
+    for name in dict.fromkeys(run.optimizer for run in runs):
+        alive = [run for run in runs if run.optimizer == name and run.status in ("ok", "flat")]
+        classes = [run.rate.rate_class for run in alive]
+        ratios = [run.rate.constant / run.predicted for run in alive if run.rate.constant and run.predicted]
+        row: dict[str, Any] = {
+            "optimizer": name,
+            "runs": sum(run.optimizer == name for run in runs),
+            "separated": len(alive),
+            "rate_class": max(sorted(set(classes)), key=classes.count) if classes else None,
+            "C_predicted": _median([run.predicted for run in alive]),
+            "C_fit": _median([run.rate.constant for run in alive]),
+            "C_fit/C_predicted": _median(ratios),
+        }
+        for t in TABLE_STEPS:
+            row |= _spread(f"gap at {t:.0e}".replace("e+0", "e"), [_at_step(run.rows, t) for run in alive])
+        for level in TABLE_LOSSES:
+            row |= _spread(
+                f"gap at ln L = {level:g}", [value_at_loss(run.rows, level, "gap") for run in alive]
+            )
+        rows.append(row)
+    return rows
+
+
+def notes_on(runs: Sequence[MarginRun]) -> list[str]:
+    """Return what a reader must know before believing a number, once per optimizer."""
+    notes: list[str] = []
+    for run in runs:
+        name = run.optimizer
+        if run.facts.get("stagnated_at") is not None:
+            notes.append(
+                f"{name}: from step {run.facts['stagnated_at']} on {run.facts['stagnation']}; "
+                "nothing after it is used for a rate"
+            )
+        join = run.facts.get("join")
+        if join and not join["passed"]:
+            notes.append(
+                f"{name}: flow and steps disagree at step {join['t']}: the learning rate is too large for flow"
+            )
+        if run.facts.get("flow_stuck"):
+            notes.append(f"{name}: every neuron is off, so that flow stops")
+        if run.facts.get("note"):
+            notes.append(f"{name}: {run.facts['note']}")
+    return list(dict.fromkeys(notes))
+
+
+def headline(runs: Sequence[MarginRun]) -> str:
+    """Return a sentence: which optimizer closes the gap at which rate."""
+    rows = [row for row in table(runs) if row["separated"]]
+    if not rows:
+        return "No run separates the points."
+    by_class: dict[str, list[str]] = {}
+    for row in rows:
+        by_class.setdefault(row["rate_class"], []).append(row["optimizer"])
+    parts = []
+    for kind, text in (
+        ("log", "gap as 1/ln t"),
+        ("power", "gap as a power of t"),
+        ("zero", "no gap"),
+        ("undetermined", "no settled rate yet"),
+    ):
+        if kind in by_class:
+            parts.append(f"{listing(by_class[kind])}: {text}")
+    return "; ".join(parts) + "."
+
+
+def scope(config: MarginConfig, runs: Sequence[MarginRun]) -> str:
+    """Return what was run, and what of it is known."""
+    shown = [run for run in shown_runs(runs) if run.status in ("ok", "flat") and run.rows]
+    gaps = ", ".join(f"{run.optimizer} {significant(run.rows[-1]['gap'])}" for run in shown)
+    last = shown[0].rows[-1] if shown else None
+    at = f" Gap at ln τ = {last['ln_tau']:.4g}: {gaps}." if last else ""
+    points = shown[0].facts["margin_opt"] if shown else None
+    best = f" The optimal margin is {points:g}." if points is not None else ""
+    loss = {"exp": "exponential", "logistic": "logistic"}[config.loss]
+    return f"{config.mode}, {loss} loss.{best}{at} {PROVED}"
+
+
+def _at_step(rows: Sequence[TrajectoryRow], t: int) -> float | None:
+    return next((row["gap"] for row in rows if row["t"] is not None and abs(row["t"] - t) < 0.5), None)
+
+
+def _spread(key: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return {key: known[0] if known else None, f"{key} q1": None, f"{key} q3": None}
+    low, middle, high = (float(q) for q in np.quantile(known, (0.25, 0.5, 0.75)))
+    return {key: middle, f"{key} q1": low, f"{key} q3": high}
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None

@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.margin.attacks import attack, functional_margins
-from analysis.margin.boundary import margin
-from analysis.margin.bounds import certified_radius, layers_of, lipschitz_radius
-from analysis.margin.net import Nets
+from analysis.margin.input_margins import (
+    attack,
+    certified_radius,
+    functional_margins,
+    layers_of,
+    lipschitz_radius,
+)
+from analysis.margin.net import Nets, exact_margin
 from tests.analysis.margin.toys import I1, A, net, random_net, states
 
 
@@ -51,7 +55,7 @@ def test_20_the_bracket_closes_on_the_trained_toy_net() -> None:
     toy = states(net(*I1), [0, 10_000])[-1]
     model = classifier(toy)
     x, labels = torch.tensor([[-1.0], [1.0]], dtype=torch.float64), torch.tensor([0, 1])
-    exact = margin(toy, A.points).each
+    exact = exact_margin(toy, A.points).each
     assert sorted(exact) == pytest.approx([0.8775127090, 1.1224872910], abs=1e-9)
     for norm in ("l2", "linf"):
         upper = attack(model, x, labels, norm)
@@ -118,7 +122,7 @@ def test_the_attack_finds_exact_margins_of_random_toy_nets() -> None:
         from analysis.margin.points import Points
 
         points = Points(x.numpy(), np.where(labels.numpy() == 1, 1.0, -1.0), "random")
-        exact = torch.tensor(margin(toy, points).each)
+        exact = torch.tensor(exact_margin(toy, points).each)
         upper = attack(model, x, labels, "l2")
         lower = certified_radius(model, x, labels, "l2", "crown", upper)
         assert (exact <= upper + 1e-9).all()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from analysis.margin import command
-from analysis.margin.settings import Settings, read
+from analysis.margin.config import MarginConfig, load
 from harness import cli
 from harness.config import sources
 from harness.config.errors import InputError
@@ -206,14 +206,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(words: list[str], part: str, t
 
 def test_shipped_experiments_can_be_read() -> None:
     ours = [name for name in sources.options("experiment") if name.startswith("margin")]
-    assert {read([f"experiment={name}"]).mode for name in ours} == {"toy", "flow", "mlp", "head"}
-    assert read(["experiment=margin_inits", "runs=7"]).runs == 7
+    assert {load([f"experiment={name}"]).mode for name in ours} == {"toy", "flow", "mlp", "head"}
+    assert load(["experiment=margin_inits", "runs=7"]).runs == 7
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["margin", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    keys = {f.name.replace("wandb_", "wandb.") for f in fields(Settings)} - {"options"}
+    keys = {f.name.replace("wandb_", "wandb.") for f in fields(MarginConfig)} - {"options"}
     shown = {line.split("=")[0].strip(): line for line in lines if line.startswith("  ") and "=" in line}
     assert keys <= set(shown)
     assert all(len(shown[key].split("  ")) == 3 for key in keys)

@@ -9,14 +9,10 @@ import pytest
 from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
-from analysis.margin.boundary import margin
-from analysis.margin.closed_form import separated
-from analysis.margin.flow import flow
-from analysis.margin.gradients import ascent
-from analysis.margin.net import Nets, Problem, log_loss, outputs
+from analysis.margin.flow import flow, separated_state
+from analysis.margin.net import Nets, ToyProblem, ascent, exact_margin, is_dead, log_loss, outputs
 from analysis.margin.points import Points, pair
-from analysis.margin.rates import classify
-from analysis.margin.steps import is_dead
+from analysis.margin.trajectory import classify
 from tests.analysis.margin.toys import I2, A, flowed, gap, ln10, net, random_net, states
 
 
@@ -35,7 +31,7 @@ def test_margins_on_the_line_against_a_grid(seed: int) -> None:
         value = float(outputs(toy, line(start))[0, 0])
         if value == 0.0:
             continue
-        found = margin(toy, Points(np.array([[start]]), np.sign([value]), "one"))
+        found = exact_margin(toy, Points(np.array([[start]]), np.sign([value]), "one"))
         crossed = np.abs(x - start)[np.sign(value) * f <= 0.0]
         nearest = crossed.min() if len(crossed) else np.inf
         if found.value < 4.5:
@@ -57,7 +53,7 @@ def test_margins_in_space_against_an_optimizer(seed: int) -> None:
     if value == 0.0:
         pytest.skip("undecided start")
     y = math.copysign(1.0, value)
-    found = margin(toy, Points(x[None], np.array([y]), "one")).value
+    found = exact_margin(toy, Points(x[None], np.array([y]), "one")).value
 
     def f(z: np.ndarray) -> float:
         return y * float(outputs(toy, Points(z[None], np.ones(1), "one"))[0, 0])
@@ -75,10 +71,10 @@ def test_margins_in_space_against_an_optimizer(seed: int) -> None:
 
 
 def test_a_zero_net_has_no_margin_and_a_one_sided_one_no_boundary() -> None:
-    assert margin(net([0.0, 0.0]), A.points).value == 0.0
+    assert exact_margin(net([0.0, 0.0]), A.points).value == 0.0
     rising = Points(np.array([[1.0]]), np.ones(1), "one")
-    assert margin(net([1.0, 1.0], [5.0, -100.0], [1.0, 1.0]), rising).value == 6.0
-    constant = margin(net([0.0, 0.0], [1.0, -1.0]), rising)
+    assert exact_margin(net([1.0, 1.0], [5.0, -100.0], [1.0, 1.0]), rising).value == 6.0
+    constant = exact_margin(net([0.0, 0.0], [1.0, -1.0]), rising)
     assert constant.value == np.inf
 
 
@@ -100,7 +96,7 @@ def test_flow_against_an_integrator_of_its_own_accord() -> None:
 
 
 def test_the_logistic_loss_far_out() -> None:
-    problem = Problem(pair(1.0, 1.0), "logistic")
+    problem = ToyProblem(pair(1.0, 1.0), "logistic")
     for scale, tolerance in ((1.0, 1e-12), (30.0, 1e-9), (500.0, 1e-12)):
         state = net([scale, -scale])
         z = scale
@@ -120,7 +116,7 @@ def test_constants_are_read_at_the_first_separated_state(seed: int) -> None:
     assert bool(is_dead(end, A)[0]) == (seed not in SEEDS)
     if seed not in SEEDS:
         return
-    state = separated(end, A, math.log(400.0))
+    state = separated_state(end, A, math.log(400.0))
     assert state is not None
     assert state.constant == pytest.approx(SEEDS[seed], abs=1e-6)
     far = flow(end, A, [ln10(30), ln10(60)], math.log(400.0)).states
@@ -135,7 +131,7 @@ def test_constants_are_read_at_the_first_separated_state(seed: int) -> None:
 
 
 def test_steps_to_a_small_gap_are_beyond_any_training_run() -> None:
-    state = separated(net([2.0, -0.5]), A, -math.inf)
+    state = separated_state(net([2.0, -0.5]), A, -math.inf)
     assert state is not None
     assert state.margin(ln10(6)) == pytest.approx(1.0 - 0.05, abs=1e-3)
     assert state.margin(ln10(32)) == pytest.approx(1.0 - 0.01, abs=1e-4)

@@ -10,13 +10,12 @@ import math
 import numpy as np
 import pytest
 
-from analysis.margin import own_norms
-from analysis.margin.boundary import margin
-from analysis.margin.closed_form import separated
-from analysis.margin.net import Nets, Problem, log_loss
+from analysis.margin import head
+from analysis.margin.flow import separated_state
+from analysis.margin.net import Nets, ToyProblem, exact_margin, is_dead, log_loss
 from analysis.margin.points import pair
-from analysis.margin.rates import classify
-from analysis.margin.steps import is_dead, train
+from analysis.margin.steps import train
+from analysis.margin.trajectory import classify
 from tests.analysis.margin.toys import I1, I2, A, flowed, gap, ln10, net, optimizer, states
 
 MILLION = [0, 1, 100, 10**3, 10**4, 10**5, 10**6]
@@ -34,9 +33,9 @@ def second() -> dict[int, Nets]:
     return dict(zip(MILLION, states(net([1.0, -5.0]), MILLION)))
 
 
-def closed_gap(start: Nets, log_tau: float, problem: Problem = A) -> float:
+def closed_gap(start: Nets, log_tau: float, problem: ToyProblem = A) -> float:
     """1 - margin by the closed form."""
-    found = separated(start, problem, -math.inf)
+    found = separated_state(start, problem, -math.inf)
     assert found is not None
     return problem.points.margin_optimum - found.margin(log_tau)
 
@@ -121,16 +120,16 @@ def test_7_what_gradient_descent_conserves(first: dict[int, Nets]) -> None:
 
 
 def test_8_flat_zones() -> None:
-    found = margin(net([1.0, -1.0], [-0.3, -0.4]), A.points)
+    found = exact_margin(net([1.0, -1.0], [-0.3, -0.4]), A.points)
     assert found.value == pytest.approx(0.6, abs=1e-12)
     assert found.each == pytest.approx([0.6, 0.7], abs=1e-12)
     assert found.flat
-    other = margin(net([2.041, -2.556], [0.418, -0.568]), A.points)
+    other = exact_margin(net([2.041, -2.556], [0.418, -0.568]), A.points)
     assert other.value == pytest.approx(0.7777777777777778, abs=1e-12)
 
 
 def test_9_logistic_becomes_exponential(far: dict[int, Nets]) -> None:
-    logistic = flowed(net(*I1), [2.0, 4.0, 6.0, 8.0], Problem(pair(1.0, 1.0), "logistic"))
+    logistic = flowed(net(*I1), [2.0, 4.0, 6.0, 8.0], ToyProblem(pair(1.0, 1.0), "logistic"))
     for state, expected in zip(logistic, (0.12181125, 0.07166713, 0.04978237)):
         assert gap(state) == pytest.approx(expected, abs=3e-7)
     assert gap(logistic[3]) == pytest.approx(gap(far[8]), rel=1e-6)
@@ -138,7 +137,7 @@ def test_9_logistic_becomes_exponential(far: dict[int, Nets]) -> None:
 
 
 def test_10_trained_output_weights_have_another_law(far: dict[int, Nets]) -> None:
-    problem = Problem(pair(1.0, 1.0), train_output=True)
+    problem = ToyProblem(pair(1.0, 1.0), train_output=True)
     powers = [float(p) for p in range(3, 301, 3)]
     found = [gap(state, problem) for state in flowed(net(*I1), powers, problem)]
     assert found[-1] * math.sqrt(ln10(300)) == pytest.approx(0.603, rel=0.01)
@@ -178,12 +177,12 @@ GEOMETRIES += [(0.5, 3.0, 0.256244, 0.25), (2.0, 2.0, 7.22e-4, 0.0)]
 
 @pytest.mark.parametrize(("a", "c", "expected", "limit"), GEOMETRIES)
 def test_12_the_limit_need_not_be_the_optimum(a: float, c: float, expected: float, limit: float) -> None:
-    problem = Problem(pair(a, c))
+    problem = ToyProblem(pair(a, c))
     start = net([1.0, -2.0])
     (state,) = flowed(start, [300.0], problem)
     assert gap(state, problem) == pytest.approx(expected, abs=1e-6)
     assert gap(state, problem) == pytest.approx(limit, abs=7e-3)
-    found = separated(state, problem, ln10(300))
+    found = separated_state(state, problem, ln10(300))
     assert found is not None
     assert problem.points.margin_optimum - found.margin_limit == pytest.approx(limit, abs=1e-12)
     if (a, c) in ((2.0, 1.5), (3.0, 1.0)):
@@ -192,11 +191,11 @@ def test_12_the_limit_need_not_be_the_optimum(a: float, c: float, expected: floa
 
 def test_12_points_close_to_each_other_leave_the_law() -> None:
     """At ±0.5 neurons slide on the other point and the gap falls like a power of τ."""
-    problem = Problem(pair(0.5, 0.5))
+    problem = ToyProblem(pair(0.5, 0.5))
     found = [gap(state, problem) for state in flowed(net([1.0, -2.0]), [2.0, 4.0], problem)]
     assert found[0] == pytest.approx(6.5e-3, rel=0.05)
     assert found[1] < 2e-5  # below 1e-5 it is the chatter of the kink
-    assert separated(net([1.0, -2.0]), problem, 0.0) is None
+    assert separated_state(net([1.0, -2.0]), problem, 0.0) is None
 
 
 def starts(seed: int, count: int = 10_000) -> Nets:
@@ -305,7 +304,7 @@ def test_17_float32_stagnates_within_two_million_steps() -> None:
 
 
 def test_18_more_dimensions() -> None:
-    problem = Problem(pair(1.0, 1.0, dim=3))
+    problem = ToyProblem(pair(1.0, 1.0, dim=3))
     start = net([[1.2, 0.7, -0.3], [-0.4, 0.5, 0.9]])
     for state, expected in zip(flowed(start, [4.0, 30.0], problem), (0.04696039, 0.00587495)):
         assert gap(state, problem) == pytest.approx(expected, abs=1e-7)
@@ -327,16 +326,16 @@ def own_norm_problem() -> tuple[np.ndarray, np.ndarray]:
 
 def test_19_each_descent_wins_in_its_own_norm() -> None:
     x, y = own_norm_problem()
-    found = own_norms.table({d: own_norms.descend(x, y, 5, d, 300) for d in own_norms.DESCENTS}, x, y)
-    assert own_norms.wins_in_own_norm(found)
+    found = head.own_norm_table({d: head.descend(x, y, 5, d, 300) for d in head.DESCENTS}, x, y)
+    assert head.wins_in_own_norm(found)
     swapped = {"l2": found["sign"], "sign": found["l2"], "spectral": found["spectral"]}
-    assert not own_norms.wins_in_own_norm(swapped)
+    assert not head.wins_in_own_norm(swapped)
 
 
 def test_19_values_after_30000_steps() -> None:
     x, y = own_norm_problem()
-    found = own_norms.table({d: own_norms.descend(x, y, 5, d, 30_000) for d in own_norms.DESCENTS}, x, y)
-    assert own_norms.wins_in_own_norm(found)
+    found = head.own_norm_table({d: head.descend(x, y, 5, d, 30_000) for d in head.DESCENTS}, x, y)
+    assert head.wins_in_own_norm(found)
     for descent, row in OWN.items():
         for norm, expected in row.items():
             # Steps of constant spectral norm chatter, which the largest entry shows most.

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.margin import checkpoints, command, digits, head, mlp
-from analysis.margin.attacks import functional_margins
-from analysis.margin.settings import Settings, read
+from analysis.margin import checkpoints, command, head, mlp
+from analysis.margin.config import MarginConfig, load
+from analysis.margin.input_margins import functional_margins
 from harness.checkpoint import files, store
 from harness.config import compose
 from harness.config.errors import InputError
@@ -32,7 +32,7 @@ def quiet(_: str) -> None:
 def trained() -> dict[str, Any]:
     """Two optimizers on digits, a small net."""
     words = ["mode=mlp", "optimizer=spectral,adam", "hidden=32", "steps=150", "max_samples=6", "record=1"]
-    settings = read([*words, "adam.lr=0.03", "spectral.lr=0.05"])
+    settings = load([*words, "adam.lr=0.03", "spectral.lr=0.05"])
     return {run.optimizer: run for run in mlp.run_mlp(settings, quiet)}
 
 
@@ -56,7 +56,7 @@ def test_spectral_descent_has_the_larger_spectral_margin(trained: dict[str, Any]
 
 
 def test_digits_are_split_once() -> None:
-    found = digits.load()
+    found = mlp.load_digits()
     assert (len(found.train_y), len(found.test_y)) == (1000, 797)
     assert found.train_x.shape == (1000, 64)
     assert (float(found.train_x.min()), float(found.train_x.max())) == (0.0, 1.0)
@@ -133,13 +133,13 @@ def config(tmp_path: Path) -> Any:
 def test_heads_of_our_checkpoints(tmp_path: Path, config: Any) -> None:
     for step in (5, 20):
         our_checkpoint(tmp_path / "run", config, step, seed=step)
-    settings = read(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
+    settings = load(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
     (run,) = head.run_head(settings, quiet)
     assert run.optimizer == "muon"
     assert [row["t"] for row in run.rows] == [5.0, 20.0]
     # The weights that were read are those that were written.
     model: Any = build(config.model, seed=20).double().eval()
-    loaded = checkpoints.load(tmp_path / "run/checkpoints/step_00000020", 20, settings, quiet)
+    loaded = checkpoints.load_checkpoint(tmp_path / "run/checkpoints/step_00000020", 20, settings, quiet)
     with torch.no_grad():
         scores = model(input_ids=loaded.ids).logits.flatten(0, 1)
     used = loaded.labels.flatten() != -100
@@ -175,7 +175,7 @@ def test_the_head_of_a_run_from_its_training_on(
     copytree(tmp_path / "runs" / "g" / "n", tmp_path / "runs" / "g" / "m")
     with pytest.raises(InputError, match=r"matches two runs of adamw: .*fix: a pattern that matches one"):
         command.main(["mode=head", "checkpoints='runs/g/*/checkpoints/step_*'", "wandb.mode=disabled"])
-    assert head.run_head(read(["mode=head", pattern, "optimizer_label=mine"]), quiet)[0].optimizer == "mine"
+    assert head.run_head(load(["mode=head", pattern, "optimizer_label=mine"]), quiet)[0].optimizer == "mine"
 
 
 def hugging_face(folder: Path, size: int = 16) -> Path:
@@ -209,7 +209,7 @@ def test_heads_of_hugging_face_folders(tmp_path: Path) -> None:
     hugging_face(tmp_path / "llama" / "checkpoint-40")
     (tmp_path / "text.txt").write_text("a b c d e " * 60)
     words = ["mode=head", f"checkpoints='{tmp_path}/llama/checkpoint-*'", f"data={tmp_path}/text.txt"]
-    (run,) = head.run_head(read(words), quiet)
+    (run,) = head.run_head(load(words), quiet)
     (row,) = run.rows
     assert row["accuracy"] > 0.9
     assert row["head_l2_q50"] > row["head_linf_q50"] > 0.0
@@ -221,7 +221,7 @@ def test_heads_of_hugging_face_folders(tmp_path: Path) -> None:
 
 def test_bad_checkpoints(tmp_path: Path, config: Any) -> None:
     def refused(pattern: str, part: str, data: str = "x.txt") -> None:
-        settings = Settings(mode="head", checkpoints=str(tmp_path / pattern), data=data)
+        settings = MarginConfig(mode="head", checkpoints=str(tmp_path / pattern), data=data)
         with pytest.raises(InputError, match=part):
             head.run_head(settings, quiet)
 
@@ -267,11 +267,11 @@ def test_a_damaged_checkpoint_is_said_and_the_others_are_measured(
     else:
         path = next(folder.glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-9])
-    settings = read(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
+    settings = load(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
     said: list[str] = []
     (run,) = head.run_head(settings, said.append)
     assert [row["t"] for row in run.rows] == [5.0]
     assert len([line for line in said if line.startswith("left out: ") and "step_00000020" in line]) == 1
-    alone = read(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_00000020'", "max_samples=20"])
+    alone = load(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_00000020'", "max_samples=20"])
     with pytest.raises(InputError):
         head.run_head(alone, quiet)

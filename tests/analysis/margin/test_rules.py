@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.margin import references
-from analysis.margin.chosen import choose, has_rule
-from analysis.margin.gradients import ascent
-from analysis.margin.net import Nets, Problem
+from analysis.margin import real
+from analysis.margin.net import Nets, ToyProblem, ascent
+from analysis.margin.optimizer_specs import resolve_spec
 from analysis.margin.points import pair
-from analysis.margin.real import Toy, objective
+from analysis.margin.real import ToyModule, objective
+from analysis.margin.rules import has_fast_rule
 from analysis.margin.steps import train
 from harness.config.errors import InputError
 from tests.analysis.margin.toys import A, net, optimizer
@@ -39,7 +39,7 @@ TOLERANCE = 1e-10
 def apart(start: Nets, name: str, options: dict[str, object], steps: int, ways: tuple[str, str]) -> float:
     """Largest difference of the weights over the way."""
     at = sorted({0, 1, 10, steps})
-    chosen = choose(name, 0.01, options, "auto")
+    chosen = resolve_spec(name, 0.01, options, "auto")
     first, second = (train(start, A, chosen, at, gives_up=False, computed_by=way).snapshots for way in ways)
     return max(float(np.abs(a.nets.hidden - b.nets.hidden).max()) for a, b in zip(first, second))
 
@@ -79,10 +79,10 @@ def test_scalar_is_vectorized(name: str) -> None:
 @pytest.mark.parametrize("name", ["gd", "ngd", "sign", "spectral"])
 def test_references_are_the_torch_references(name: str) -> None:
     """The torch optimizer of mode mlp, against the rules of the toy."""
-    chosen = choose(name, 0.01, {}, "raw")
+    chosen = resolve_spec(name, 0.01, {}, "raw")
     found = train(TWO, A, chosen, [0, 200], gives_up=False, computed_by="rules").snapshots[-1].nets
-    model = Toy(TWO.hidden[..., 0], TWO.output[..., 0], trains=False)
-    stepper = references.build(model, chosen)
+    model = ToyModule(TWO.hidden[..., 0], TWO.output[..., 0], trains=False)
+    stepper = real.build(model, chosen)
     x, y = torch.tensor(A.points.augmented), torch.tensor(A.points.y)
     for _ in range(200):
         stepper.zero_grad()
@@ -106,13 +106,13 @@ def test_another_rule_is_seen() -> None:
 @pytest.mark.parametrize("scale_free", [False, True])
 @pytest.mark.parametrize("trains", [False, True])
 def test_gradients_are_autograds(loss: str, reduction: str, scale_free: bool, trains: bool) -> None:
-    problem = Problem(pair(0.7, 1.9, dim=3), loss, reduction, trains)
+    problem = ToyProblem(pair(0.7, 1.9, dim=3), loss, reduction, trains)
     rng = np.random.default_rng(0)
     nets = Nets(rng.normal(size=(5, 4, 6)), rng.normal(size=(5, 6)))
     found = ascent(nets, problem, scale_free=scale_free)
     x, y = torch.tensor(problem.points.augmented), torch.tensor(problem.points.y)
     for run in range(nets.runs):
-        model = Toy(nets.hidden[..., run], nets.output[..., run], trains=trains)
+        model = ToyModule(nets.hidden[..., run], nets.output[..., run], trains=trains)
         objective(model(x), y, problem, scale_free=scale_free).backward()
         assert model.hidden.grad is not None
         assert -model.hidden.grad.numpy() == pytest.approx(found.hidden[..., run], rel=1e-12, abs=1e-14)
@@ -140,7 +140,7 @@ def test_float32_sign_descent_on_raw_gradients_underflows_and_is_flagged() -> No
 
 
 def test_a_trained_v_takes_steps_too() -> None:
-    problem = Problem(pair(1.0, 1.0), train_output=True)
+    problem = ToyProblem(pair(1.0, 1.0), train_output=True)
     at = [0, 1, 10, 500]
     for name in ("gd", "ngd", "sign", "adam"):
         ways = [
@@ -150,7 +150,7 @@ def test_a_trained_v_takes_steps_too() -> None:
         first, second = (way.snapshots[-1].nets for way in ways)
         assert first.output == pytest.approx(second.output, abs=1e-11)
         assert np.abs(first.output - TWO.output).max() > 0.01
-    assert not has_rule(optimizer("muon"), (2, 2), train_output=True)
+    assert not has_fast_rule(optimizer("muon"), (2, 2), train_output=True)
     by_class = train(TWO, problem, optimizer("muon"), [0, 5], gives_up=False)
     assert by_class.computed_by == "optimizers"
     with pytest.raises(InputError, match="v is trained"):
@@ -158,7 +158,7 @@ def test_a_trained_v_takes_steps_too() -> None:
 
 
 def test_foreign_optimizers_by_import_path() -> None:
-    stepped = train(TWO, A, choose("torch.optim.SGD", 0.01, {}, "auto"), [0, 50], gives_up=False)
+    stepped = train(TWO, A, resolve_spec("torch.optim.SGD", 0.01, {}, "auto"), [0, 50], gives_up=False)
     by_rule = train(TWO, A, optimizer("gd"), [0, 50], gives_up=False)
     assert stepped.computed_by == "optimizers"
     assert stepped.snapshots[-1].nets.hidden == pytest.approx(by_rule.snapshots[-1].nets.hidden, abs=1e-14)
@@ -175,7 +175,7 @@ def test_foreign_optimizers_by_import_path() -> None:
 )
 def test_bad_optimizers(name: str, options: dict[str, object], part: str) -> None:
     with pytest.raises(InputError, match=part):
-        choose(name, 0.01, options, "auto")
+        resolve_spec(name, 0.01, options, "auto")
 
 
 def test_weight_decay_is_off_unless_asked_for() -> None:

@@ -7,17 +7,24 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.margin.boundary import margin
-from analysis.margin.chosen import Chosen, choose
 from analysis.margin.flow import flow
-from analysis.margin.net import Nets, Problem, nets
+from analysis.margin.net import Nets, ToyProblem, exact_margin
+from analysis.margin.optimizer_specs import OptimizerSpec, resolve_spec
 from analysis.margin.points import pair
 from analysis.margin.steps import train
 
-A = Problem(pair(1.0, 1.0))
+A = ToyProblem(pair(1.0, 1.0))
 """Setting A of the dossier: points -1 and 1, mean exponential loss, v = (1, -1) fixed."""
 I1 = ([2.0, -0.5], [0.0, 0.0])
 I2 = ([1.0, -3.0], [0.5, 0.0])
+
+
+def nets(w: object, b: object, v: object, dtype: type = np.float64) -> Nets:
+    """Return one net from w (k,) or (k, d), b (k,) and v (k,)."""
+    weights = np.asarray(w, dtype=dtype)
+    weights = weights[:, None] if weights.ndim == 1 else weights
+    hidden = np.concatenate([weights, np.asarray(b, dtype=dtype)[:, None]], axis=1)
+    return Nets(hidden[..., None], np.asarray(v, dtype=dtype)[:, None])
 
 
 def net(w: object, b: object | None = None, v: object | None = None) -> Nets:
@@ -27,25 +34,25 @@ def net(w: object, b: object | None = None, v: object | None = None) -> Nets:
     return nets(w, np.zeros(k) if b is None else b, half if v is None else v)
 
 
-def gap(state: Nets, problem: Problem = A) -> float:
+def gap(state: Nets, problem: ToyProblem = A) -> float:
     """Optimum less exact margin."""
-    return problem.points.margin_optimum - margin(state, problem.points).value
+    return problem.points.margin_optimum - exact_margin(state, problem.points).value
 
 
-def optimizer(name: str, lr: float = 0.01, grad: str = "auto", **options: object) -> Chosen:
+def optimizer(name: str, lr: float = 0.01, grad: str = "auto", **options: object) -> OptimizerSpec:
     """An optimizer with its defaults here."""
-    return choose(name, lr, options, grad)
+    return resolve_spec(name, lr, options, grad)
 
 
 def states(
-    start: Nets, at: list[int], name: str = "gd", lr: float = 0.01, problem: Problem = A
+    start: Nets, at: list[int], name: str = "gd", lr: float = 0.01, problem: ToyProblem = A
 ) -> list[Nets]:
     """The net at each of the steps `at`."""
     stepped = train(start, problem, optimizer(name, lr), at, gives_up=False)
     return [snapshot.nets for snapshot in stepped.snapshots]
 
 
-def flowed(start: Nets, powers: list[float], problem: Problem = A) -> list[Nets]:
+def flowed(start: Nets, powers: list[float], problem: ToyProblem = A) -> list[Nets]:
     """The net at flow times 10^power."""
     found = flow(start, problem, [power * math.log(10.0) for power in powers])
     return found.states

@@ -1,15 +1,20 @@
-"""What each key of `optbench margin` means and which values it takes. Nothing here imports torch."""
+"""Keys of `optbench margin`, and the way from command-line arguments to a checked configuration. Torch-free."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from harness.config.errors import InputError
+from analysis import companion_jobs
+from analysis.margin.optimizer_specs import REFERENCES
+from harness.config.errors import InputError, closest
+from harness.config.overrides import leaves, parse
+from optimizers.presets import names
 
 MODES = ("toy", "flow", "mlp", "head")
-RANDOM = ("he", "gauss")
+RANDOM_INITS = ("he", "gauss")
 
 
 class Key(NamedTuple):
@@ -41,7 +46,7 @@ KEYS: Mapping[str, Key] = {
         "explicit: w and b; he: w ~ N(0, 2/dim), b = 0; gauss: w, b ~ N(0, 1); thesis: w = (1, -10), b = (1, 10); "
         "null: explicit for one run of two neurons, else he",
         "word",
-        ("explicit", *RANDOM, "thesis"),
+        ("explicit", *RANDOM_INITS, "thesis"),
     ),
     "w": Key("first layer: a number per neuron, or a list of dim numbers; null: 2,-0.5", "any"),
     "b": Key("biases, a number per neuron; null: 0", "any"),
@@ -94,8 +99,8 @@ KEYS: Mapping[str, Key] = {
 }
 
 
-def checked(name: str, value: Any, text: str | None, *, nullable: bool) -> Any:
-    """The value as the key's type.
+def check_value(name: str, value: Any, text: str | None, *, nullable: bool) -> Any:
+    """Return a value converted to the type of its key.
 
     Args:
         name: one of `KEYS`.
@@ -174,3 +179,96 @@ _KINDS: Mapping[str, Any] = {
     "bool": _bool,
     "any": lambda value, text: (value, ""),
 }
+
+
+LN_TAU_MAX = 300.0 * math.log(10.0)
+
+
+@dataclass(frozen=True)
+class MarginConfig:
+    """One `optbench margin`; `KEYS` says what each key means.
+
+    Attributes:
+        options: optimizer name or "" (all) → options (`adam.eps=…`, `optimizer.eps=…`).
+        wandb_mode: the key `wandb.mode`.
+    """
+
+    mode: str = "toy"
+    loss: str = "exp"
+    reduction: str = "mean"
+    data: Any = (1, 1)
+    k: int = 2
+    dim: int = 1
+    init: str | None = None
+    w: Any = None
+    b: Any = None
+    v: Any = "fixed"
+    train_v: bool = False
+    optimizer: tuple[str, ...] = ("gd",)
+    lr: float | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: int | None = None
+    join_at: int | None = None
+    ln_tau_max: float = LN_TAU_MAX
+    runs: int = 1
+    seed: int = 0
+    record: int | None = None
+    dtype: str = "float64"
+    grad: str = "auto"
+    hidden: tuple[int, ...] = (64,)
+    bias: bool = False
+    max_samples: int = 100
+    norms: tuple[str, ...] = ("l2", "linf")
+    certify: str = "crown"
+    checkpoints: str | None = None
+    optimizer_label: str | None = None
+    name: str | None = None
+    group: str = "margin"
+    runs_dir: str = "runs"
+    wandb_mode: str = "auto"
+
+
+_DEFAULTS = {key: getattr(MarginConfig(), key.replace(".", "_")) for key in KEYS}
+
+
+def help_text() -> str:
+    """Return every key with default and meaning, for `optbench margin --help`."""
+    return companion_jobs.help_lines((key, _DEFAULTS[key], KEYS[key].meaning) for key in KEYS)
+
+
+def load(overrides: Sequence[str]) -> MarginConfig:
+    """Return the configuration of `key=value` arguments; lists with or without brackets (`w=2,-0.5`).
+
+    `experiment=NAME` takes the keys of configs/experiment/NAME.yaml first.
+
+    Raises:
+        InputError: an unknown key or experiment, or a value of the wrong kind.
+    """
+    assignments = parse([companion_jobs.bracketed(argument) for argument in overrides], lambda *_: None)
+    flat: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    for assignment in assignments:
+        if assignment.key == "experiment":
+            flat = {**leaves("", companion_jobs.experiment(assignment.text, "margin")), **flat}
+        else:
+            flat |= leaves(assignment.key, assignment.value)
+            texts[assignment.key] = assignment.text.strip("'\"")
+    values: dict[str, Any] = {"options": {}}
+    for key, value in flat.items():
+        if key in KEYS:
+            nullable = _DEFAULTS[key] is None
+            values[key.replace(".", "_")] = check_value(key, value, texts.get(key), nullable=nullable)
+        else:
+            _option(key, value, values["options"])
+    return MarginConfig(**values)
+
+
+def _option(key: str, value: Any, options: dict[str, dict[str, Any]]) -> None:
+    """`optimizer.eps=…` for all, `adam.eps=…` for one."""
+    owner, dot, option = key.partition(".")
+    optimizers = ["optimizer", *REFERENCES, *names()]
+    if not dot or owner not in optimizers:
+        known = [*KEYS, "experiment"]
+        word = closest(key, known)
+        raise InputError(key, value, "is for an unknown key", allowed=known, suggestion=word)
+    options.setdefault("" if owner == "optimizer" else owner, {})[option] = value

@@ -1,4 +1,4 @@
-"""Which optimizer a name stands for here, with which options, and whether a fast rule computes it.
+"""Which optimizer a name stands for in this job, and with which options.
 
 Weight decay is 0 unless asked for: with it norms stay bounded and no law for t → ∞ applies.
 """
@@ -21,16 +21,14 @@ REFERENCES = {
     "adam": "Adam as published: betas 0.9, 0.999, eps 1e-8",
 }
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-EXACT = ("auto", "svd", "qr_svd", "gram", "dwh")
-OVERSAMPLING = 8
 
 
 @dataclass(frozen=True)
-class Chosen:
+class OptimizerSpec:
     """One optimizer of a comparison.
 
     Attributes:
-        name: as given.
+        name: as the user gave it.
         preset: of `optimizers`, or None for a reference that has none.
         lr: learning rate; every optimizer has one.
         options: resolved options.
@@ -45,19 +43,19 @@ class Chosen:
 
     @property
     def weight_decay(self) -> float:
-        """Decoupled, times lr, before the step."""
+        """Decoupled weight decay, times lr, before the step."""
         return float(self.options.get("weight_decay") or 0.0)
 
     @property
     def kind(self) -> str:
-        """Reference name, or the rule of the preset."""
+        """Name of the reference, or rule of the preset; "plugin" for an optimizer by import path."""
         if self.preset is None:
             return self.name
         return PRESETS[self.preset].rule if self.preset in PRESETS else "plugin"
 
 
-def choose(name: str, lr: float, overrides: Mapping[str, Any], grad: str) -> Chosen:
-    """Resolve a name and its options.
+def resolve_spec(name: str, lr: float, overrides: Mapping[str, Any], grad: str) -> OptimizerSpec:
+    """Return the optimizer that a name stands for, with its options resolved.
 
     Args:
         name: a reference (`REFERENCES`), "adam", or a preset or plug-in of `optimizers`.
@@ -78,9 +76,9 @@ def choose(name: str, lr: float, overrides: Mapping[str, Any], grad: str) -> Cho
             key = next(iter(overrides))
             reason = f"is not an option of {name}, which has none but lr"
             raise InputError(f"{name}.{key}", overrides[key], reason)
-        return Chosen(name, None, lr, {}, grad == "log" or (grad == "auto" and name != "gd"))
+        return OptimizerSpec(name, None, lr, {}, grad == "log" or (grad == "auto" and name != "gd"))
     if name not in known:
-        return Chosen(name, name, lr, dict(overrides), grad == "log")
+        return OptimizerSpec(name, name, lr, dict(overrides), grad == "log")
     preset = "adamw" if name == "adam" else name
     base = {"weight_decay": 0.0, **(_ADAM if name == "adam" else {})}
     try:
@@ -96,45 +94,4 @@ def choose(name: str, lr: float, overrides: Mapping[str, Any], grad: str) -> Cho
     if options.get("orthogonalizer_dtype") not in (None, "float32"):
         options["orthogonalizer_dtype"] = "float32"  # of fp64 weights this means fp64: nothing here is bf16
     adaptive = "betas" in options
-    return Chosen(name, preset, lr, options, grad == "log" or (grad == "auto" and not adaptive))
-
-
-def has_rule(chosen: Chosen, shape: tuple[int, int], *, train_output: bool) -> bool:
-    """Whether `rule` computes it for hidden matrices of this shape; else the class of `optimizers` has to."""
-    options = chosen.options
-    if chosen.kind in ("gd", "ngd", "sign"):
-        return True
-    if chosen.kind == "adamw":
-        return options["rounding"] == "nearest"
-    if train_output or chosen.kind == "plugin":
-        return False
-    if chosen.kind == "spectral":
-        return True
-    exact = options.get("orthogonalizer", "auto") in (*EXACT, "newton_schulz")
-    if chosen.kind == "muon":
-        return exact
-    # A sketch that spans the short side finds the exact subspace.
-    rank = options["rank"] or max(1, min(shape) // 4)
-    spans = options["basis"] == "svd" or rank + OVERSAMPLING >= min(shape)
-    is_early = options["decay_order"] == "before" or chosen.weight_decay == 0.0
-    plain = is_early and not options["refresh_stagger"] and options.get("refresh_threshold") is None
-    unlimited = options.get("norm_growth_limit") is None
-    carries = chosen.kind == "sumo" or not options["transport"]
-    return exact and spans and plain and carries and unlimited
-
-
-def rule(chosen: Chosen, shape: tuple[int, int]) -> Any:
-    """The fast rule, fresh (`rules.Rule`)."""
-    from analysis.margin import rules
-
-    plain = {
-        "gd": rules.Descent,
-        "ngd": rules.NormalizedDescent,
-        "sign": rules.SignDescent,
-        "spectral": rules.SpectralDescent,
-    }
-    if chosen.kind in plain:
-        return plain[chosen.kind]()
-    if chosen.kind in ("adamw", "muon"):
-        return {"adamw": rules.Adam, "muon": rules.Muon}[chosen.kind](chosen.options)
-    return {"sumo": rules.Sumo, "galore": rules.GaLore}[chosen.kind](chosen.options, shape)
+    return OptimizerSpec(name, preset, lr, options, grad == "log" or (grad == "auto" and not adaptive))
