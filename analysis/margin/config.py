@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from analysis import companion_jobs
+from analysis import job_keys
 from analysis.margin.optimizer_specs import REFERENCES
 from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
@@ -233,7 +233,7 @@ _DEFAULTS = {key: getattr(MarginConfig(), key.replace(".", "_")) for key in KEYS
 
 def help_text() -> str:
     """Return every key with default and meaning, for `optbench margin --help`."""
-    return companion_jobs.help_lines((key, _DEFAULTS[key], KEYS[key].meaning) for key in KEYS)
+    return job_keys.listed((key, _DEFAULTS[key], KEYS[key].meaning) for key in KEYS)
 
 
 def load(overrides: Sequence[str]) -> MarginConfig:
@@ -244,12 +244,12 @@ def load(overrides: Sequence[str]) -> MarginConfig:
     Raises:
         InputError: an unknown key or experiment, or a value of the wrong kind.
     """
-    assignments = parse([companion_jobs.bracketed(argument) for argument in overrides], lambda *_: None)
+    assignments = parse([job_keys.bracketed(argument) for argument in overrides], lambda *_: None)
     flat: dict[str, Any] = {}
     texts: dict[str, str] = {}
     for assignment in assignments:
         if assignment.key == "experiment":
-            flat = {**leaves("", companion_jobs.experiment(assignment.text, "margin")), **flat}
+            flat = {**leaves("", job_keys.experiment(assignment.text, "margin")), **flat}
         else:
             flat |= leaves(assignment.key, assignment.value)
             texts[assignment.key] = assignment.text.strip("'\"")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis import companion_jobs
+from analysis import job_mirror
 from analysis.formatting import to_jsonable
 from analysis.margin.config import MarginConfig
 from analysis.margin.plots import shown_runs
@@ -233,7 +233,7 @@ def mirror(
         for key, value in row.items()
         if key != "optimizer"
     }
-    companion_jobs.mirror(
+    job_mirror.mirror(
         job_type="margin",
         wandb={"mode": config.wandb_mode},
         group=config.group,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from analysis import companion_jobs
+from analysis import job_keys
 from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
 
@@ -177,7 +177,7 @@ def describe() -> list[tuple[str, Any, str]]:
 
 def help_text() -> str:
     """Every key, one a line: name, default, meaning (for `optbench reconstruct --help`)."""
-    return companion_jobs.help_lines(describe())
+    return job_keys.listed(describe())
 
 
 _FIXTURE: Mapping[str, Any] = {"classes": [0, 4], "per_class": 15, "attack": {"steps": 0}}
@@ -199,12 +199,10 @@ def load(words: Sequence[str]) -> Config:
     Raises:
         InputError: unknown keys, wrong values, values that exclude each other.
     """
-    given = {
-        a.key: a.value for a in parse([companion_jobs.bracketed(word) for word in words], lambda *_: None)
-    }
+    given = {a.key: a.value for a in parse([job_keys.bracketed(word) for word in words], lambda *_: None)}
     values: dict[str, Any] = {}
     if experiment := given.pop("experiment", None):
-        values = companion_jobs.experiment(str(experiment), "reconstruct")
+        values = job_keys.experiment(str(experiment), "reconstruct")
     flat = {k: v for name, value in given.items() for k, v in leaves(name, value).items()}
     mode = flat.get("mode", values.get("mode", "victim"))
     merged = _nested({**_flattened(_FIXTURE if mode == "fixture" else {}), **_flattened(values), **flat})
