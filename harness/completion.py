@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from harness import command_line
 from harness.commands import COMMANDS, JSON, load
-from harness.config import keys, sources
+from harness.config import sources
 from harness.config.errors import InputError
+from harness.config.schema import run_keys
 from harness.output import json_document
 
 SHELLS = ("bash", "zsh", "fish")
@@ -110,7 +111,7 @@ def _values(name: str) -> list[str]:
 def _keys() -> list[str]:
     """Return ``group=option`` of every choice, ``key=value`` of keys with listed values, and ``key=`` of the others."""
     candidates = [f"{group}={option}" for group in sources.GROUPS for option in sources.options(group)]
-    for key in keys.schema_keys().values():
+    for key in run_keys().values():
         values = () if isinstance(key.allowed, str) else key.allowed
         candidates += [f"{key.name}={value}" for value in values if _is_plain(value)] or [f"{key.name}="]
     return list(dict.fromkeys(candidates))

@@ -16,11 +16,12 @@ from rich.text import Text
 
 from harness import command_line
 from harness.commands import COMMANDS
-from harness.config import checks, cluster, keys, learning_rates, sources
+from harness.config import checks, cluster, learning_rates, sources
 from harness.config.compose import load
 from harness.config.errors import InputError, closest
 from harness.config.model_facts import facts
-from harness.config.schema import ModelConfig
+from harness.config.schema import ModelConfig, run_keys
+from harness.config.typed_keys import Key, format_value
 from harness.console import for_tables
 from harness.output import json_document
 
@@ -103,8 +104,8 @@ def keys_text() -> str:
     lines = ["groups (a file of configs/GROUP; your own ./configs is searched first):"]
     for group in sources.GROUPS:
         lines.append(f"  {group}={' '.join(sources.options_of_runs(group))}")
-    sections: dict[str, list[keys.Key]] = {}
-    for key in keys.schema_keys().values():
+    sections: dict[str, list[Key]] = {}
+    for key in run_keys().values():
         sections.setdefault(key.name.rpartition(".")[0], []).append(key)
     for section, members in sorted(sections.items(), key=lambda item: item[0] != ""):
         lines += [
@@ -115,7 +116,7 @@ def keys_text() -> str:
         ]
         for key in members:
             allowed = key.allowed if isinstance(key.allowed, str) else ", ".join(key.allowed)
-            lines.append(f"  {key.name}={keys.word(key.default)}  ({allowed})  {key.doc}".rstrip())
+            lines.append(f"  {key.name}={format_value(key.default)}  ({allowed})  {key.doc}".rstrip())
         if section == "optimizer":
             lines.append("  optimizer.OPTION=…  options of an optimizer: optbench show NAME")
     return "\n".join(lines)
@@ -257,7 +258,7 @@ def _show_keys() -> dict[str, Any]:
 
 def _group_keys(group: str | None) -> list[dict[str, Any]]:
     rows = []
-    known = cluster.known() if group == cluster.GROUP else keys.schema_keys()
+    known = cluster.known() if group == cluster.GROUP else run_keys()
     for key in known.values():
         if group is None or key.name.startswith(f"{group}."):
             allowed = key.allowed if isinstance(key.allowed, str) else ", ".join(key.allowed)
@@ -285,7 +286,7 @@ def _plain(value: Any) -> Any:
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, (list, dict)):
-        return keys.word(value)
+        return format_value(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -14,9 +14,9 @@ from analysis.runs.run import Run
 from harness.config import compose
 from harness.config.errors import InputError
 from harness.config.identity import differing_keys
-from harness.config.keys import word
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
+from harness.config.typed_keys import format_value
 
 _SHOWN = 6
 """Differing keys that a remark names."""
@@ -122,7 +122,7 @@ def choose(matching: Sequence[Finished], unstated: Sequence[str]) -> Chosen | No
     settings: dict[str, dict[int, Finished]] = {}
     for found in matching:
         values = leaves("", found.config.model_dump(mode="json"))
-        setting = " ".join(f"{key}={word(values.get(key))}" for key in unstated)
+        setting = " ".join(f"{key}={format_value(values.get(key))}" for key in unstated)
         settings.setdefault(setting, {}).setdefault(found.run.seed, found)
     if not settings:
         return None

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.config import keys, sources, yaml_files
+from harness.config import sources, yaml_files
 from harness.config.errors import InputError
+from harness.config.typed_keys import format_value
 
 GROUP = "study"
 NUMBERS = ("trials", "seeds", "seed", "extend")
@@ -57,4 +58,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     """A value as a word has it: of a list the tuned values, of a list in a list one value that is a list."""
-    return ",".join(map(keys.word, value)) if isinstance(value, list) else keys.word(value)
+    return ",".join(map(format_value, value)) if isinstance(value, list) else format_value(value)

@@ -25,9 +25,9 @@ from harness.config import (
     optimizer_target,
 )
 from harness.config.errors import InputError
-from harness.config.keys import word
 from harness.config.model_facts import ModelFacts, facts
 from harness.config.schema import ModelConfig, RunConfig
+from harness.config.typed_keys import format_value
 from harness.visible import visible
 
 
@@ -187,13 +187,15 @@ def _option_error(error: Any, name: str) -> InputError:
         suggestion = None
         fix = f"leave it out, or choose one of optimizer={', '.join(owners)}"
     elif is_unknown_option:
-        fix = f"{suggestion}={word(error.value)}" if suggestion else f"remove optimizer.{error.key}"
+        fix = f"{suggestion}={format_value(error.value)}" if suggestion else f"remove optimizer.{error.key}"
     else:
-        fallback = error.suggestion or word(PRESETS[name].options[error.key] if name in PRESETS else None)
+        fallback = error.suggestion or format_value(
+            PRESETS[name].options[error.key] if name in PRESETS else None
+        )
         fix = f"optimizer.{error.key}={fallback}"
     return InputError(
         f"optimizer.{error.key}",
-        word(error.value),
+        format_value(error.value),
         error.reason,
         allowed=error.allowed,
         suggestion=suggestion,

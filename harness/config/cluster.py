@@ -10,11 +10,12 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from harness.config import durations, keys, sources
+from harness.config import durations, sources
 from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
+from harness.config.typed_keys import Key, TypedKeys, format_value, keys_of, unknown, validate
 from harness.redaction import REDACTED, is_secret_name, secret_in
 
 GROUP = "cluster"
@@ -26,13 +27,7 @@ _BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Overrides of the writing direction: what a terminal shows is then not what is in the file."""
 
 
-class _Keys(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class PreflightConfig(_Keys):
+class PreflightConfig(TypedKeys):
     """A look at the nodes before training; it names the one that is not as it should be."""
 
     enabled: bool = True
@@ -50,7 +45,7 @@ class PreflightConfig(_Keys):
     """A node that has not answered by then is bad, seconds."""
 
 
-class ClusterConfig(_Keys):
+class ClusterConfig(TypedKeys):
     """Resources and habits of a SLURM cluster."""
 
     name: str = DEFAULT
@@ -121,13 +116,13 @@ class ClusterConfig(_Keys):
         return self.nodes * self.processes_per_node
 
 
-class _Described(_Keys):
+class _Described(TypedKeys):
     cluster: ClusterConfig
 
 
-def known() -> dict[str, keys.Key]:
-    """Every ``cluster.…`` key."""
-    return keys.keys_of(_Described)
+def known() -> Mapping[str, Key]:
+    """Return every ``cluster.…`` key."""
+    return keys_of(_Described)
 
 
 def split(words: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -169,12 +164,9 @@ def load(words: Sequence[str]) -> ClusterConfig:
             _check_known(key, value, schema, None)
             _set(values, key.split(".")[1:], value)
         texts[assignment.key] = assignment.text
-    given = {GROUP: values}
-    normal = keys.normalize(_texts_of_env(given), texts, schema)
-    try:
-        return _checked(_Described.model_validate(normal).cluster)
-    except ValidationError as error:
-        raise keys.translate(error, normal, None if texts else source, schema) from None
+    nested = _with_text_environment({GROUP: values})
+    described = validate(_Described, nested, texts, source=lambda key: None if texts else source)
+    return _checked(described.cluster)
 
 
 def time_limit(config: ClusterConfig) -> str:
@@ -272,12 +264,12 @@ def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
         yield key, " ".join(map(str, value))
 
 
-def _check_known(key: str, value: Any, schema: Mapping[str, keys.Key], source: str | None) -> None:
+def _check_known(key: str, value: Any, schema: Mapping[str, Key], source: str | None) -> None:
     if key in schema or any(key.startswith(f"{name}.") and schema[name].default == {} for name in schema):
         return
     if any(name.startswith(f"{key}.") for name in schema):
         return  # a group given as a value: the validation says so in words
-    raise keys.unknown(key, value, list(schema), source)
+    raise unknown(key, value, list(schema), source)
 
 
 def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -290,9 +282,9 @@ def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     values[last] = value
 
 
-def _texts_of_env(given: dict[str, Any]) -> dict[str, Any]:
-    """Values of environment variables are text, whatever YAML takes them for."""
-    env = given[GROUP].get("env")
+def _with_text_environment(values: dict[str, Any]) -> dict[str, Any]:
+    """Make the values of environment variables text, whatever YAML takes them for."""
+    env = values[GROUP].get("env")
     if isinstance(env, dict):
-        given[GROUP]["env"] = {str(name): keys.word(value) for name, value in env.items()}
-    return given
+        values[GROUP]["env"] = {str(name): format_value(value) for name, value in env.items()}
+    return values

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from harness.config import (
     evaluation_budget,
-    keys,
     learning_rates,
     model_keys,
     model_section,
@@ -32,8 +30,9 @@ from harness.config.interpolation import resolve
 from harness.config.model_keys import config_fields
 from harness.config.overrides import Assignment, leaves, parse
 from harness.config.run_file import RunFile
-from harness.config.schema import FILLED_IN, RunConfig
+from harness.config.schema import FILLED_IN, RunConfig, all_keys, run_keys
 from harness.config.sources import GROUPS, command_of, compose, find, options, options_of_runs, plugin_rules
+from harness.config.typed_keys import FREE, meant, unknown, validate
 from harness.redaction import redact_secrets
 
 __all__ = [
@@ -112,11 +111,11 @@ def load_file(path: str | Path) -> RunConfig:
     values = yaml_files.read("config", path)
     if not isinstance(values, dict):
         raise InputError("config", str(path), "holds no keys", fix="give the config.yaml of a run")
-    known = [*keys.all_keys(list(_model_fields(values))), *FILLED_IN]
+    known = [*all_keys(list(_model_fields(values))), *FILLED_IN]
     for key, value in _all_leaves(values).items():
         if key not in known and not _is_free(key, values):
             known = [name for name in known if name not in FILLED_IN]
-            raise keys.unknown(key, value, known, yaml_files.at(path, key))
+            raise unknown(key, value, known, yaml_files.at(path, key))
     texts = {key: place.text for key, place in yaml_files.places(path).items() if place.text is not None}
     return _validate(values, texts, lambda key: yaml_files.at(path, key))
 
@@ -269,14 +268,14 @@ def _refuse_two_names(groups: Mapping[str, Assignment], assignments: Sequence[As
 
 def _check_known(values: Mapping[str, Any], origin: Callable[[str], str | None], *, recorded: bool) -> None:
     """Refuse a key that does not exist; ``recorded``: the keys that the checks fill in may be there."""
-    known = keys.all_keys(list(_model_fields(values)))
+    known = all_keys(list(_model_fields(values)))
     allowed = {*known, *FILLED_IN} if recorded else set(known)
     for key, value in _all_leaves(values).items():
         if key in allowed or _is_free(key, values):
             continue
         if any(name.startswith(f"{key}.") for name in known):
             continue  # a group given as a value: the validation says so in words
-        raise keys.unknown(key, value, known, origin(key))
+        raise unknown(key, value, known, origin(key))
 
 
 def _is_free(key: str, values: Mapping[str, Any]) -> bool:
@@ -284,13 +283,11 @@ def _is_free(key: str, values: Mapping[str, Any]) -> bool:
     optimizer = values.get("optimizer") or {}
     if key.startswith("optimizer.") and isinstance(optimizer, dict):
         return bool(optimizer.get("target")) or optimizer.get("name") in plugin_rules()
-    if key == keys.FREE:
+    if key == FREE:
         return True
-    if key.startswith(f"{keys.FREE}."):
-        return _is_model_key(_model_type(values), key.removeprefix(f"{keys.FREE}."))
-    return any(
-        key.startswith(f"{name}.") for name, field in keys.schema_keys().items() if field.default == {}
-    )
+    if key.startswith(f"{FREE}."):
+        return _is_model_key(_model_type(values), key.removeprefix(f"{FREE}."))
+    return any(key.startswith(f"{name}.") for name, field in run_keys().items() if field.default == {})
 
 
 def _is_model_key(kind: str, name: str) -> bool:
@@ -337,12 +334,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 def _validate(
     values: dict[str, Any], texts: Mapping[str, str], origin: Callable[[str], str | None]
 ) -> RunConfig:
-    normal = keys.normalize(values, texts)
-    try:
-        return RunConfig.model_validate(normal)
-    except ValidationError as error:
-        location = ".".join(str(part) for part in error.errors()[0]["loc"] if isinstance(part, str))
-        raise keys.translate(error, normal, origin(location)) from None
+    return validate(RunConfig, values, texts, names=all_keys, source=origin)
 
 
 def _origin(overridden: set[str], files: Sequence[Path], file: RunFile | None, location: str) -> str | None:
@@ -373,14 +365,14 @@ def _jsonable(value: Any) -> Any:
 
 def _meant_assignment(words: Sequence[str], word: str, following: str | None) -> str | None:
     """The assignment (or the command) that a stray word was probably meant to be."""
-    known = [*keys.all_keys(), *GROUPS]
+    known = [*all_keys(), *GROUPS]
     bare = word.lstrip("-")
     key, separator, value = bare.partition("=")
     if not separator:
         key, separator, value = bare.partition(":")
     if separator:
         special = suggestions.special(key, value, known)
-        return special or (suggestions.assign(key, value) if key in known else keys.meant(key, value, known))
+        return special or (suggestions.assign(key, value) if key in known else meant(key, value, known))
     if not bare:
         return None
     if not word.startswith("-"):
@@ -395,15 +387,15 @@ def _meant_assignment(words: Sequence[str], word: str, following: str | None) ->
     if bare in known:
         return suggestions.assign(bare, following) if follows else f"{bare}={_switched_on(bare)}"
     is_on = bare in ("help", "h") or word.startswith("--")
-    if (is_on or follows) and (meant := keys.meant(bare, following if follows else None, known)):
-        return meant.replace("=…", f"={_switched_on(meant.removesuffix('=…'))}")
+    if (is_on or follows) and (guess := meant(bare, following if follows else None, known)):
+        return guess.replace("=…", f"={_switched_on(guess.removesuffix('=…'))}")
     for group in GROUPS:
         if guess := closest(bare, options_of_runs(group)):
             return f"{group}={guess}"
-    return keys.meant(bare, None, known)
+    return meant(bare, None, known)
 
 
 def _switched_on(key: str) -> str:
     """What a flag without a value says about a key."""
-    known = keys.schema_keys().get(key)
+    known = run_keys().get(key)
     return "true" if known is not None and "true" in known.allowed and known.is_number is False else "…"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.errors import InputError
-from harness.config.keys import word
 from harness.config.schema import RunConfig
+from harness.config.typed_keys import format_value
 
 KEY = "engine.config_file"
 
@@ -143,8 +143,8 @@ def user_settings(path: str, stage: int) -> dict[str, Any]:
             reason = f"asks for {name}, which is not supported"
             raise InputError(KEY, path, reason, allowed=", ".join(_TOP), fix=f"remove {name} from it")
     if zero.get("stage", stage) != stage:
-        reason = f"asks for ZeRO stage {word(zero['stage'])}, and the engine is zero{stage}"
-        raise InputError(KEY, path, reason, fix=f"engine=zero{word(zero['stage'])}")
+        reason = f"asks for ZeRO stage {format_value(zero['stage'])}, and the engine is zero{stage}"
+        raise InputError(KEY, path, reason, fix=f"engine=zero{format_value(zero['stage'])}")
     for name, value in zero.items():
         # Offload to nowhere is what many files say.
         if name not in _ZERO and not (isinstance(value, dict) and value.get("device") == "none"):

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from harness.config import deepspeed_config
 from harness.config.errors import InputError
-from harness.config.keys import word
 from harness.config.schema import EngineConfig, Precision, RunConfig
+from harness.config.typed_keys import format_value
 
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 PARTITIONED = ("zero1", "zero2", "zero3")
@@ -78,9 +78,9 @@ def _check_keys(engine: EngineConfig, name: str) -> None:
         value, default = getattr(engine, key), EngineConfig.model_fields[key].default
         if name not in owners and value != default:
             reason = f"means nothing to engine {name}"
-            fix = f"engine={owners[-1]}, or engine.{key}={word(default)}"
+            fix = f"engine={owners[-1]}, or engine.{key}={format_value(default)}"
             raise InputError(
-                f"engine.{key}", word(value), reason, allowed=f"with {', '.join(owners)}", fix=fix
+                f"engine.{key}", format_value(value), reason, allowed=f"with {', '.join(owners)}", fix=fix
             )
 
 
@@ -97,7 +97,7 @@ def _check_replicas(engine: EngineConfig, name: str, world_size: int) -> None:
         nearest = min(divisors, key=lambda count: abs(int(count) - (engine.replicas or 2)))
         raise InputError(
             "engine.replicas",
-            word(engine.replicas),
+            format_value(engine.replicas),
             reason,
             allowed=divisors,
             fix=f"engine.replicas={nearest}",
@@ -171,8 +171,8 @@ def _check_launchers_fsdp(config: RunConfig, environ: Mapping[str, str]) -> None
         wanted = environ.get(variable, "").lower()
         # Without its flag the launcher says false for checkpointing: only true is a wish.
         is_wish = wanted == "true" or (wanted == "false" and "RESHARD" in variable)
-        if is_wish and wanted != word(ours):
-            _refuse_launcher(key, word(ours), f"was given {wanted}", f"{key}={wanted}", variable)
+        if is_wish and wanted != format_value(ours):
+            _refuse_launcher(key, format_value(ours), f"was given {wanted}", f"{key}={wanted}", variable)
 
 
 def _check_launchers_deepspeed(config: RunConfig, environ: Mapping[str, str]) -> None:
@@ -192,9 +192,11 @@ def _check_launchers_deepspeed(config: RunConfig, environ: Mapping[str, str]) ->
             what = f"asks for {flag}, which is not supported"
             _refuse_launcher("engine.name", name, what, f"{flag} none", variable)
     clipping = environ.get(variable := "ACCELERATE_GRADIENT_CLIPPING", "none")
-    if clipping not in ("none", "") and clipping != word(config.max_grad_norm):
+    if clipping not in ("none", "") and clipping != format_value(config.max_grad_norm):
         fix = f"max_grad_norm={clipping}"
-        _refuse_launcher("max_grad_norm", word(config.max_grad_norm), f"clips at {clipping}", fix, variable)
+        _refuse_launcher(
+            "max_grad_norm", format_value(config.max_grad_norm), f"clips at {clipping}", fix, variable
+        )
 
 
 def _launchers_file(environ: Mapping[str, str]) -> str | None:

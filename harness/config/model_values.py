@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.config import model_keys
 from harness.config.errors import InputError
-from harness.config.keys import word
+from harness.config.typed_keys import format_value
 
 LARGEST = 1 << 24
 """Of every size and count; the longest context of a published model is 10 M positions."""
@@ -105,30 +105,30 @@ def check_own_loss(
             check_own_loss(kind, value, {**is_on, **inner, **value}, prefix=key, defaults=inner)
         if name in _NO_EFFECT and value != default:
             reason, instead = _NO_EFFECT[name]
-            raise InputError(key, word(value), reason, fix=instead or f"remove {key}")
+            raise InputError(key, format_value(value), reason, fix=instead or f"remove {key}")
         if name == "output_router_logits" and value and not model_keys.has_router_loss(kind):
             reason = f"has no effect: {kind} computes no load-balancing loss"
-            raise InputError(key, word(value), reason, fix=f"remove {key}")
+            raise InputError(key, format_value(value), reason, fix=f"remove {key}")
         if name in ROUTER_COEFFICIENTS:
             if value and value != default and not model_keys.has_router_loss(kind):
                 reason = f"has no effect: {kind} computes no load-balancing loss"
-                raise InputError(key, word(value), reason, fix=f"remove {key}")
+                raise InputError(key, format_value(value), reason, fix=f"remove {key}")
             if value and value != default and not values.get("output_router_logits"):
                 reason = "has no effect as long as output_router_logits is false"
-                fix = f"{prefix}.output_router_logits=true {key}={word(value)}"
-                raise InputError(key, word(value), reason, fix=fix)
+                fix = f"{prefix}.output_router_logits=true {key}={format_value(value)}"
+                raise InputError(key, format_value(value), reason, fix=fix)
         elif _OWN_LOSS.search(name) and value not in (0, None, False, default):
             reason = (
                 "acts only inside the model's own loss, and the loss here is cross-entropy of next tokens"
             )
-            raise InputError(key, word(value), reason, fix=f"remove {key}")
+            raise InputError(key, format_value(value), reason, fix=f"remove {key}")
 
 
 def shown(value: Any) -> str:
     """Return a value as it is typed, cut where that would fill the screen."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**18:
         return f"a number of {len(str(abs(value))):,} digits"
-    text = word(value)
+    text = format_value(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
@@ -138,7 +138,7 @@ def _check_fields(keys: model_keys.ModelKeys | None, given: Mapping[str, Any], p
     for name, value in given.items():
         field = fields.get(aliases.get(name, name), model_keys.Field(None, frozenset()))
         key, default = f"{prefix}.{name}", field.default
-        fix = f"{key}={word(default)}" if default is not None else f"remove {key}"
+        fix = f"{key}={format_value(default)}" if default is not None else f"remove {key}"
         allowed = _wrong(name, value, field)
         if allowed is not None:
             raise InputError(key, shown(value), allowed=allowed, fix=fix)

@@ -6,9 +6,13 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from harness.config.typed_keys import FREE, Key, TypedKeys, keys_of
 
 Precision = Literal["fp32", "bf16", "bf16_pure", "fp16"]
 EngineName = Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"]
@@ -22,13 +26,7 @@ Every = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 """Steps between two events, the harness's choice, or never."""
 
 
-class _Group(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class ModelConfig(_Group):
+class ModelConfig(TypedKeys):
     """A causal language model of `transformers`, built from its configuration (nothing is downloaded)."""
 
     name: str = "llama_tiny"
@@ -47,7 +45,7 @@ class ModelConfig(_Group):
     """Recompute activations in the backward pass."""
 
 
-class DataConfig(_Group):
+class DataConfig(TypedKeys):
     """Where the text comes from and how it becomes rows of tokens."""
 
     name: str = "kjv"
@@ -83,12 +81,10 @@ class DataConfig(_Group):
     """Tokenized corpora, shared by all runs; default: OPTBENCH_CACHE or ~/.cache/optbench."""
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(TypedKeys):
     """A preset and the options that differ from it. The options of each preset: `optbench show NAME`."""
 
-    model_config = ConfigDict(
-        extra="allow", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="allow")
 
     name: str = "adamw"
     """Preset: `optbench list` names them."""
@@ -107,7 +103,7 @@ class OptimizerConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class EngineConfig(_Group):
+class EngineConfig(TypedKeys):
     """How the processes share the work."""
 
     name: EngineName = "auto"
@@ -130,7 +126,7 @@ class EngineConfig(_Group):
     """zero0 … zero3: a DeepSpeed JSON file of your own; what our keys decide may not stand in it."""
 
 
-class ScheduleConfig(_Group):
+class ScheduleConfig(TypedKeys):
     """Learning rate over the run, as a factor of the peak."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -143,7 +139,7 @@ class ScheduleConfig(_Group):
     """Learning rate at the end of the decay over the peak."""
 
 
-class EvalConfig(_Group):
+class EvalConfig(TypedKeys):
     """Validation on a fixed token budget."""
 
     every: Every = "auto"
@@ -154,7 +150,7 @@ class EvalConfig(_Group):
     the last evaluation alone would take a quarter of the training compute."""
 
 
-class MomentsConfig(_Group):
+class MomentsConfig(TypedKeys):
     """Spectra of what the matrix rules orthogonalize or normalize."""
 
     every: Every = "auto"
@@ -162,7 +158,7 @@ class MomentsConfig(_Group):
     first and the last step are probed."""
 
 
-class CheckpointConfig(_Group):
+class CheckpointConfig(TypedKeys):
     """What is kept so that a run can go on."""
 
     every: Every = "auto"
@@ -178,7 +174,7 @@ class CheckpointConfig(_Group):
     """Write while training goes on; takes memory for a copy of what is written."""
 
 
-class WandbConfig(_Group):
+class WandbConfig(TypedKeys):
     """Mirror of the run folder in Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -189,7 +185,7 @@ class WandbConfig(_Group):
     """Let W&B record host name, user name, program path and hardware; off: nothing of the machine is sent."""
 
 
-class RunConfig(_Group):
+class RunConfig(TypedKeys):
     """One training run."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -246,3 +242,17 @@ class RunConfig(_Group):
     overwrite: bool = False
     """Replace a finished run, or one of another identity, in the same folder (the old one is moved aside,
     not deleted)."""
+
+
+@lru_cache(maxsize=1)
+def run_keys() -> Mapping[str, Key]:
+    """Return the keys of a run that a user can give, in the schema's order."""
+    return {name: key for name, key in keys_of(RunConfig).items() if name not in FILLED_IN}
+
+
+def all_keys(model_fields: Sequence[str] = ()) -> list[str]:
+    """Return every dotted key of a run: the schema's, options of all optimizers, and ``model.config`` fields."""
+    from optimizers.presets import OPTIONS
+
+    options = [f"optimizer.{name}" for name in OPTIONS]
+    return [*dict.fromkeys([*run_keys(), *options]), *(f"{FREE}.{name}" for name in model_fields)]

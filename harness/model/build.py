@@ -13,9 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from harness.config import model_folder, model_keys
 from harness.config.errors import InputError
-from harness.config.keys import word
 from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
+from harness.config.typed_keys import format_value
 from harness.model.precision import cast_parameters, may_mix_dtypes, mixed_dtypes
 
 
@@ -96,7 +96,9 @@ def configuration(
         return CONFIG_MAPPING[kind].from_dict({**values, "use_cache": False})
     except Exception as error:
         # The configuration classes raise whatever their validators raise (TypeError, ValueError, a hub's own).
-        raise InputError("model.config", word(config.config), f"is refused by {kind}: {error}") from error
+        raise InputError(
+            "model.config", format_value(config.config), f"is refused by {kind}: {error}"
+        ) from error
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

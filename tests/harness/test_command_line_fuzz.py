@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from harness import cli
 from harness.commands import COMMANDS, Command
-from harness.config import checks, compose, keys, sources
+from harness.config import checks, compose, sources
 from harness.config.errors import InputError
+from harness.config.schema import run_keys
 from harness.record.folder import path_of
 
 ACCEPTED = (0, 1, 2, 75)
@@ -65,7 +66,7 @@ FLAGS += [
     "--json=1",
 ]
 NAMES = [
-    *keys.schema_keys(),
+    *run_keys(),
     *sources.GROUPS,
     "cluster",
     "cluster.env",

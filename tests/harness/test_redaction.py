@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import cluster, compose, keys
+from harness.config import cluster, compose
+from harness.config.schema import all_keys
 from harness.record.folder import RunFolder
 from harness.record.schema import METRICS, SUMMARY_KEYS
 from harness.redaction import (
@@ -53,7 +54,7 @@ def test_harmless_names(name: str) -> None:
 
 def test_no_key_of_ours_looks_secret() -> None:
     """A key of the schema that did would vanish from config.yaml."""
-    names = [*keys.all_keys(), *cluster.known(), *METRICS, *SUMMARY_KEYS]
+    names = [*all_keys(), *cluster.known(), *METRICS, *SUMMARY_KEYS]
     assert [name for name in names if is_secret_name(name)] == []
 
 

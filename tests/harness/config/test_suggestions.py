@@ -6,8 +6,9 @@ import shlex
 
 import pytest
 
-from harness.config import aliases, compose, keys, sources, suggestions
+from harness.config import aliases, compose, sources, suggestions
 from harness.config.errors import InputError
+from harness.config.schema import all_keys, run_keys
 
 MEANT = [
     # words as typed, what the error says to type instead
@@ -110,10 +111,10 @@ def test_control_no_suggestion_where_nothing_is_near(line: str) -> None:
 
 
 def test_tables_name_what_exists() -> None:
-    known = [*keys.all_keys(["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])]
+    known = [*all_keys(["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])]
     known += sources.GROUPS
     assert {target for target in aliases.KEYS.values() if target not in known} == set()
-    schema = keys.schema_keys()
+    schema = run_keys()
     for name, table in aliases.VALUES.items():
         assert all(schema[name].accepts(value) for value in table.values()), name
     for group, table in aliases.OPTIONS.items():

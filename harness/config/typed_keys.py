@@ -1,21 +1,36 @@
-"""Every key of a run: its field, what it accepts in words, and the error that a wrong key or value earns."""
+"""The base of all typed keys: fields with defaults, bounds and meaning, and the error that a wrong key or value gets.
+
+A schema is a pydantic model below `TypedKeys` whose fields have a docstring. From it come the list of keys for
+``--help`` and `optbench show`, the check of values, and one-line errors that say what to type.
+"""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from harness.config import suggestions
 from harness.config.errors import InputError, closest
-from harness.config.schema import FILLED_IN, RunConfig
 
 FREE = "model.config"
+"""Key whose inner keys are those of another library; `unknown` does not mistake them for ours."""
+
+
+class TypedKeys(BaseModel):
+    """Base of every schema: unknown keys are errors, defaults are validated, a field's docstring is its meaning."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+Schema = TypeVar("Schema", bound=TypedKeys)
 
 
 class Key(NamedTuple):
@@ -52,23 +67,10 @@ class Key(NamedTuple):
         return True
 
 
-@lru_cache(maxsize=1)
-def schema_keys() -> dict[str, Key]:
-    """The keys of `RunConfig`, in its order; groups (dicts of keys) are not keys themselves."""
-    return keys_of(RunConfig)
-
-
-def keys_of(model: type[BaseModel], prefix: str = "") -> dict[str, Key]:
-    """The keys of a schema, each with ``prefix`` before its name."""
-    return {key.name: key for key in _walk(model, prefix)}
-
-
-def all_keys(model_fields: Sequence[str] = ()) -> list[str]:
-    """Every dotted key that could be meant: schema, options of all optimizers, model configuration."""
-    from optimizers.presets import OPTIONS
-
-    options = [f"optimizer.{name}" for name in OPTIONS]
-    return [*dict.fromkeys([*schema_keys(), *options]), *(f"{FREE}.{name}" for name in model_fields)]
+@lru_cache(maxsize=32)
+def keys_of(schema: type[TypedKeys]) -> Mapping[str, Key]:
+    """Return the keys of a schema by dotted name, in its order; groups (dicts of keys) are not keys themselves."""
+    return types.MappingProxyType({key.name: key for key in _walk(schema, "")})
 
 
 def unknown(key: str, value: Any, known: Sequence[str], source: str | None = None) -> InputError:
@@ -81,7 +83,7 @@ def unknown(key: str, value: Any, known: Sequence[str], source: str | None = Non
         source: file that holds it; None: the command line.
     """
     groups = dict.fromkeys([*(name.split(".")[0] for name in known if "." in name), "experiment"])
-    text = None if isinstance(value, dict) else word(value)
+    text = None if isinstance(value, dict) else format_value(value)
     names = [*known, *groups] if isinstance(value, str) and "." not in key else known
     assignment = meant(key, text, names) if text is not None else None
     target = (assignment or "").partition("=")[0] if assignment else meant_key(key, names)
@@ -139,74 +141,102 @@ def meant_key(key: str, known: Sequence[str]) -> str | None:
     return leaves[match] if match else None
 
 
-def normalize(
-    values: dict[str, Any], texts: Mapping[str, str], known: Mapping[str, Key] | None = None
-) -> dict[str, Any]:
-    """Values as the schema's types want them, where YAML and Hydra guess otherwise.
+def validate(
+    schema: type[Schema],
+    values: dict[str, Any],
+    texts: Mapping[str, str],
+    *,
+    names: Callable[[], Sequence[str]] | None = None,
+    source: Callable[[str], str | None] = lambda key: None,
+) -> Schema:
+    """Build a schema from nested values.
 
-    A number in a text field becomes the text as typed (`name=007`), one word in a list field a list of one, and true
+    Args:
+        schema: class of the result.
+        values: nested values.
+        texts: dotted key → value as typed or as written in a file.
+        names: returns the dotted keys that exist, for a suggestion; None: those of the schema.
+        source: dotted key → the file that holds it, None for the command line.
+
+    Raises:
+        InputError: an unknown key, or a value of the wrong type or out of bounds.
+    """
+    normal = normalize(values, texts, keys_of(schema))
+    try:
+        return schema.model_validate(normal)
+    except ValidationError as error:
+        key = _key_of(error.errors()[0]["loc"], keys_of(schema))
+        known = names() if names is not None else list(keys_of(schema))
+        raise _translate(error, normal, keys_of(schema), known, source(key)) from None
+
+
+def normalize(values: dict[str, Any], texts: Mapping[str, str], known: Mapping[str, Key]) -> dict[str, Any]:
+    """Convert values to the schema's types where YAML and the grammar of overrides guess otherwise.
+
+    A number in a text field becomes the text as typed (`name=007`), one value in a list field a list of one, and true
     or false in a number field is refused, because Python would take it for 1 or 0.
 
     Args:
         values: nested values; not changed.
         texts: dotted key → as typed on the command line.
-        known: keys of the schema; None: those of a run.
+        known: keys of the schema.
 
     Raises:
         InputError: a truth value where a number belongs.
     """
-    known = schema_keys() if known is None else known
     return {name: _normalize(name, value, texts, known) for name, value in values.items()}
 
 
-def translate(
+def _translate(
     error: ValidationError,
     values: dict[str, Any],
-    source: str | None = None,
-    known: Mapping[str, Key] | None = None,
+    keys: Mapping[str, Key],
+    names: Sequence[str],
+    source: str | None,
 ) -> InputError:
-    """The first problem that pydantic found, in our words; ``known``: keys of the schema, None: those of a run."""
-    keys = schema_keys() if known is None else known
+    """Return the first problem that pydantic found as a one-line error."""
     for problem in error.errors():
         key = _key_of(problem["loc"], keys)
         value = _lookup(values, key)
         if problem["type"] == "extra_forbidden":
-            return unknown(key, value, all_keys() if known is None else list(keys), source)
+            return unknown(key, value, names, source)
         if key in keys:
             return _wrong_value(keys[key], value, source)
         if any(name.startswith(f"{key}.") for name in keys):
-            inside = [name.rpartition(".")[2] for name in keys if name.startswith(f"{key}.")]
-            guess = _inside_group(key, word(value), keys)
-            fix = guess or f"{key}.{inside[0]}=…"
-            if source is not None:
-                fix = f"in {source}, below defaults: 'override /{key}: {word(value)}'"
-            return InputError(
-                key, word(value), "is a group of keys", allowed=inside, suggestion=guess, fix=fix
-            )
-    return InputError("configuration", word(values), f"is wrong ({error.errors()[0]['msg']})")
+            return _value_for_group(key, format_value(value), keys, source)
+    return InputError("configuration", format_value(values), f"is wrong ({error.errors()[0]['msg']})")
 
 
-def word(value: Any) -> str:
-    """A value as it is typed on the command line."""
+def _value_for_group(group: str, text: str, keys: Mapping[str, Key], source: str | None) -> InputError:
+    inside = [name.rpartition(".")[2] for name in keys if name.startswith(f"{group}.")]
+    guess = _inside_group(group, text, keys)
+    fix = guess or f"{group}.{inside[0]}=…"
+    if source is not None:
+        fix = f"in {source}, below defaults: 'override /{group}: {text}'"
+    return InputError(group, text, "is a group of keys", allowed=inside, suggestion=guess, fix=fix)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(word(item) for item in value) + "]"
+        return "[" + ",".join(format_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{word(item)}" for name, item in value.items()) + "}"
+        return "{" + ",".join(f"{name}:{format_value(item)}" for name, item in value.items()) + "}"
     return str(value)
 
 
 def _wrong_value(key: Key, value: Any, source: str | None) -> InputError:
     reason = "is wrong" + (f" in {source}" if source else "")
-    text = word(value)
+    text = format_value(value)
     if key.name == "resume" and (command := suggestions.run_of(text)):
         reason = "names a run, and a run goes on by itself when its command is repeated"
         return InputError(key.name, text, reason, allowed=key.allowed, fix=command)
     guess = _guess(key, text)
-    example = word(key.default) if key.default not in (None, {}, []) else _example(key, value)
+    example = format_value(key.default) if key.default not in (None, {}, []) else _example(key, value)
     fix = suggestions.assign(key.name, guess or example)
     return InputError(key.name, text, reason, allowed=key.allowed, suggestion=guess, fix=fix)
 
@@ -246,34 +276,39 @@ def _inside_group(group: str, text: str, keys: Mapping[str, Key]) -> str | None:
 
 def _example(key: Key, value: Any) -> str:
     if key.is_list:
-        return word([value])
+        return format_value([value])
     return "1" if key.is_number else "null"
 
 
-def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
-    for name, field in model.model_fields.items():
+def _walk(schema: type[BaseModel], prefix: str) -> Iterator[Key]:
+    for name, field in schema.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from _walk(annotation, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in FILLED_IN:
+        else:
             yield _key(f"{prefix}{name}", field)
 
 
 def _key(name: str, field: FieldInfo) -> Key:
     members = _members(field.annotation)
-    choices = [str(choice) for kind in members if get_origin(kind) is Literal for choice in get_args(kind)]
+    choices = _choices(members)
     kinds = {get_origin(kind) or kind for kind in members}
-    null = type(None) in kinds
-    plain = [phrase for kind, phrase in _PHRASES.items() if kind in kinds]
-    default = field.get_default(call_default_factory=True)
-    doc = " ".join((field.description or "").split())
+    if type(None) in kinds:
+        choices.append("null")
+    phrases = [phrase for kind, phrase in _PHRASES.items() if kind in kinds]
+    items = next((get_args(kind) for kind in members if get_origin(kind) is list), ())
     allowed: list[str] | str
     if bool in kinds:
         allowed = ["true", "false"]
-    elif not plain:
-        allowed = [*choices, *(["null"] if null else [])]
+    elif not phrases:
+        allowed = choices or "a number, text or a list"
     else:
-        allowed = " or ".join([plain[0] + _bounds(field, members), *choices, *(["null"] if null else [])])
+        phrase = phrases[0] + _bounds(field.metadata, field.annotation)
+        if list in kinds and phrases[0] == _PHRASES[list]:
+            phrase = _list_phrase(items)
+        allowed = " or ".join([phrase, *choices])
+    default = field.get_default(call_default_factory=True)
+    doc = " ".join((field.description or "").split())
     return Key(name, allowed, default, doc, str in kinds, bool(kinds & {int, float}), list in kinds, field)
 
 
@@ -286,6 +321,20 @@ _PHRASES: dict[Any, str] = {
 }
 
 
+def _list_phrase(items: Sequence[Any]) -> str:
+    members = [member for item in items for member in _members(item)]
+    if choices := _choices(members):
+        return f"a list of {', '.join(choices)}"
+    if int in members or float in members:
+        numbers = "numbers" if float in members else "whole numbers"
+        return f"a list of {numbers}{_bounds((), items[0])}, e.g. [1,2]"
+    return _PHRASES[list]
+
+
+def _choices(members: Sequence[Any]) -> list[str]:
+    return [str(choice) for kind in members if get_origin(kind) is Literal for choice in get_args(kind)]
+
+
 def _members(annotation: Any) -> list[Any]:
     """The types of a union, `Annotated` unwrapped."""
     origin = get_origin(annotation)
@@ -296,9 +345,10 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _bounds(field: FieldInfo, members: list[Any]) -> str:
-    limits = list(field.metadata)
-    for member in get_args(field.annotation):
+def _bounds(metadata: Iterable[Any], annotation: Any) -> str:
+    """Return the bounds of a number in words, from a field's metadata and the `Annotated` parts of its type."""
+    limits = list(metadata)
+    for member in (annotation, *get_args(annotation)):
         for extra in getattr(member, "__metadata__", ()):
             limits += extra.metadata if isinstance(extra, FieldInfo) else [extra]
     signs = [(Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt")]
@@ -310,16 +360,16 @@ def _bounds(field: FieldInfo, members: list[Any]) -> str:
 
 def _normalize(key: str, value: Any, texts: Mapping[str, str], all_known: Mapping[str, Key]) -> Any:
     known = all_known.get(key)
-    if isinstance(value, dict) and not (key == FREE or key.startswith(f"{FREE}.")):
+    if isinstance(value, dict):
         return {name: _normalize(f"{key}.{name}", inner, texts, all_known) for name, inner in value.items()}
     if known is None or value is None:
         return value
     if known.is_text and isinstance(value, (bool, int, float)):
-        return texts.get(key, word(value))
+        return texts.get(key, format_value(value))
     if known.is_number and isinstance(value, bool):
         raise _wrong_value(known, value, None)
     if known.is_list and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        text = value if isinstance(value, str) else texts.get(key, word(value))
+        text = value if isinstance(value, str) else texts.get(key, format_value(value))
         is_quoted = texts.get(key, "").startswith(("'", '"'))
         # Not where several words may be meant: `cluster.container=apptainer exec` is two of them.
         return value if " " in text and not is_quoted else [text]
