@@ -159,10 +159,10 @@ def _engines() -> Iterator[Finding]:
 
 def _folders() -> Iterator[Finding]:
     """Where runs and corpora go."""
-    from harness.data.cache import cache_root
+    from harness.files.cache import cache_root
 
     config = RunConfig()
-    for name, path in (("runs_dir", Path(config.runs_dir)), ("corpora", cache_root(config.data))):
+    for name, path in (("runs_dir", Path(config.runs_dir)), ("corpora", cache_root(config.data.cache_dir))):
         place = path.expanduser().absolute()
         while not place.exists() and place != place.parent:
             place = place.parent

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from analysis.margin.config import MarginConfig
 from harness.config.errors import InputError
-from harness.data.paths import expand
+from harness.files.paths import expand
 from harness.record import readers
 
 ROWS = 8

@@ -15,6 +15,7 @@ from harness.config import model_folder
 from harness.config.errors import InputError
 from harness.config.model_facts import router_coefficient
 from harness.config.schema import RunConfig
+from harness.files.cache import Fingerprints, cache_root
 
 _DIGITS = 16
 
@@ -77,11 +78,7 @@ def _weights(config: RunConfig) -> str | None:
     """
     if config.model.path is None:
         return None
-    # Not at import: it brings numpy along.
-    from harness.data.cache import cache_root
-    from harness.data.fingerprints import Fingerprints
-
-    fingerprints = Fingerprints(cache_root(config.data) / "fingerprints")
+    fingerprints = Fingerprints(cache_root(config.data.cache_dir))
     try:
         files = list(model_folder.weight_files(config.model.path))
         if config.trust_remote_code:

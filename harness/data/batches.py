@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.data.cache import Corpus
+from harness.data.corpus import Corpus
 from harness.data.order import Order
 
 Ids = NDArray[np.int64]

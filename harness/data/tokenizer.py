@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from harness.config.errors import InputError
-from harness.data import paths
-from harness.data.fingerprints import file_sha256
-from harness.data.messages import quiet
-from harness.files import atomic
+from harness.data.hub import quiet
+from harness.files import atomic, paths
 from harness.files.atomic import sync_folder
+from harness.files.cache import file_sha256
 
 EOS, PAD = "<eos>", "<pad>"
 # Enters the keys of caches: raise it when the same text and vocabulary size would give another tokenizer.

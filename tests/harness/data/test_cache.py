@@ -14,7 +14,8 @@ import pytest
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import cache as caching
-from harness.data import cache_root, open_corpus, prepare
+from harness.data import open_corpus, prepare
+from harness.files.cache import cache_root
 
 from .conftest import MakeConfig, documents, write_jsonl
 
@@ -42,7 +43,7 @@ def start(config: DataConfig, code: str = WORKER) -> subprocess.Popen[str]:
 
 
 def leftovers(config: DataConfig) -> list[str]:
-    return [p.name for p in cache_root(config).iterdir() if p.name.startswith(".")]
+    return [p.name for p in cache_root(config.cache_dir).iterdir() if p.name.startswith(".")]
 
 
 def test_the_second_call_opens_what_the_first_built(config_for: MakeConfig) -> None:
@@ -106,7 +107,7 @@ def test_killed_while_building_then_built_by_the_next(config_for: MakeConfig) ->
     assert "waiting for another process" in waiting.stderr.readline()
     unfinished = leftovers(config)
     assert len(unfinished) == 1
-    assert not list(cache_root(config).glob("test-*"))
+    assert not list(cache_root(config.cache_dir).glob("test-*"))
     victim.send_signal(signal.SIGKILL)
     victim.communicate(timeout=30)
     stdout, stderr = waiting.communicate(timeout=60)
@@ -164,17 +165,17 @@ def test_a_build_that_fails_leaves_nothing(config_for: MakeConfig, monkeypatch: 
         with pytest.raises(RuntimeError):
             prepare(config)
     assert leftovers(config) == []
-    assert not list(cache_root(config).glob("test-*"))
+    assert not list(cache_root(config.cache_dir).glob("test-*"))
     prepare(config)
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTBENCH_CACHE", str(tmp_path / "env"))
-    assert cache_root(DataConfig()) == tmp_path / "env"
-    assert cache_root(DataConfig(cache_dir=str(tmp_path / "key"))) == tmp_path / "key"
+    assert cache_root(None) == tmp_path / "env"
+    assert cache_root(str(tmp_path / "key")) == tmp_path / "key"
     monkeypatch.delenv("OPTBENCH_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_root(DataConfig()) == tmp_path / ".cache" / "optbench"
+    assert cache_root(None) == tmp_path / ".cache" / "optbench"
 
 
 def test_a_cache_that_cannot_be_written(config_for: MakeConfig, tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_files_readable_by_others_and_without_machine_paths(config_for: MakeConf
 
 def test_warm_start_reads_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(DataConfig())  # in the cache of all tests
-    monkeypatch.setattr("harness.data.corpus.ast.parse", lambda *_: pytest.fail("parsed again"))
+    monkeypatch.setattr("harness.data.sources.ast.parse", lambda *_: pytest.fail("parsed again"))
     corpus = prepare(DataConfig(), say=lambda line: pytest.fail(line))
     assert corpus.unigram_entropy == pytest.approx(
         6.0558, abs=1e-4

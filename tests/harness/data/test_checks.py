@@ -10,7 +10,8 @@ import yaml
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
-from harness.data import cache_root, check, prepare
+from harness.data import check, prepare
+from harness.files.cache import cache_root
 
 from .conftest import MakeConfig, documents, t5_like
 
@@ -69,7 +70,7 @@ def test_a_vocabulary_that_is_too_large_is_told_before_tokenizing(config_for: Ma
     config = config_for(documents(50))
     with pytest.raises(InputError):
         check(config, **{**GOOD, "model_vocab_size": 300}, say=lambda line: pytest.fail(line))
-    assert not cache_root(config).exists()
+    assert not cache_root(config.cache_dir).exists()
 
 
 def test_ids_that_never_occur_do_not_count(config_for: MakeConfig, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.config.errors import InputError
-from harness.data import compression, files
+from harness.data import formats, local_files
 
 from .conftest import documents, write_jsonl
 
@@ -52,7 +52,7 @@ CODECS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read(path: Path, source: str = "jsonl", field: str = "text") -> list[str | None]:
-    return list(files.read(files.find([str(path)], source), source, field))
+    return list(local_files.read(local_files.find([str(path)], source), source, field))
 
 
 def line_of(path: Path, source: str = "jsonl", field: str = "text") -> str:
@@ -275,7 +275,7 @@ def test_latin1_is_converted_by_iconv_only_where_that_helps(tmp_path: Path) -> N
 def test_bombs_are_refused_before_they_fill_memory_or_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compression, "BOMB_BYTES", 2**20)
+    monkeypatch.setattr(formats, "BOMB_BYTES", 2**20)
     zeros = b" " * (8 * 2**20)
     for codec in ("gzip", "bzip2", "xz", "zstd"):
         (tmp_path / codec).write_bytes(CODECS[codec](zeros))
@@ -303,11 +303,11 @@ def test_a_large_bomb_takes_bounded_memory(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": repeated}), tmp_path / "x.parquet")
     code = (
         "import pyarrow.parquet, sys, resource\n"
-        "from harness.data import files\n"
+        "from harness.data import local_files\n"
         "from harness.config.errors import InputError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
         "from pathlib import Path\n"
-        "try: sum(1 for _ in files.read([Path(sys.argv[1])], sys.argv[2], 'text'))\n"
+        "try: sum(1 for _ in local_files.read([Path(sys.argv[1])], sys.argv[2], 'text'))\n"
         "except InputError as error: print(error)\n"
     )
     for name, source in (("x.gz", "text"), ("x.gz", "jsonl"), ("x.parquet", "parquet")):
@@ -317,7 +317,7 @@ def test_a_large_bomb_takes_bounded_memory(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(local_files, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "x").write_text('{"text": "a"}\n{"text": "' + "b" * 2**21)
     assert "x, line 2 is longer than 1 MiB" in line_of(tmp_path / "x")
 
@@ -345,7 +345,7 @@ def test_what_is_not_a_file_is_refused_without_waiting(
     assert reason in line_of(Path("x.jsonl"))
     if kind != "folder":
         with pytest.raises(InputError, match=reason):
-            files.find(["x*"], "jsonl")
+            local_files.find(["x*"], "jsonl")
 
 
 @pytest.mark.parametrize("closed", ["x.jsonl", "."])
@@ -354,9 +354,9 @@ def test_a_file_that_may_not_be_read(open_folder: Path, closed: str) -> None:
     path.parent.mkdir()
     write_jsonl(path, ["a"])
     code = (
-        "import os, sys; from harness.data import files; from harness.config.errors import InputError\n"
+        "import os, sys; from harness.data import local_files; from harness.config.errors import InputError\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
-        "try: files.find([sys.argv[1]], 'jsonl')\n"
+        "try: local_files.find([sys.argv[1]], 'jsonl')\n"
         "except InputError as error: print(error)\n"
     )
     (path.parent / closed).chmod(0)

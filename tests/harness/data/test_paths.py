@@ -11,7 +11,8 @@ import pytest
 
 from harness.config import compose
 from harness.config.errors import InputError
-from harness.data import files, paths
+from harness.data import local_files
+from harness.files import paths
 
 NAMES = [
     "a[1].jsonl",
@@ -45,12 +46,12 @@ def test_an_existing_file_is_taken_before_a_pattern(tmp_path: Path, name: str, p
         other = tmp_path / decoy if place == "name" else tmp_path / decoy / "x.jsonl"
         other.parent.mkdir(exist_ok=True)
         other.write_text("")
-    assert files.find([str(path)], "jsonl") == [path]
+    assert local_files.find([str(path)], "jsonl") == [path]
     # Escaped as the message says, it is the same file.
-    assert files.find([glob.escape(str(path))], "jsonl") == [path]
+    assert local_files.find([glob.escape(str(path))], "jsonl") == [path]
     if place == "folder":
-        assert files.find([f"{path.parent}/*.jsonl"], "jsonl") == [path]
-        assert files.find([f"{path.parent}/**/x.*"], "jsonl") == [path]
+        assert local_files.find([f"{path.parent}/*.jsonl"], "jsonl") == [path]
+        assert local_files.find([f"{path.parent}/**/x.*"], "jsonl") == [path]
 
 
 def test_relative_paths_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,11 +60,11 @@ def test_relative_paths_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.
     Path("d[1]").mkdir()
     Path("d[1]/a.txt").write_text("")
     for pattern in ("d[1]/a.txt", "d[1]/*.txt", "./d[1]/?.txt", "d[[]1]/*.txt"):
-        assert [p.name for p in files.find([pattern], "text")] == ["a.txt"], pattern
-    assert files.find(["~/d[1]/*.txt"], "text") == [tmp_path / "d[1]" / "a.txt"]
+        assert [p.name for p in local_files.find([pattern], "text")] == ["a.txt"], pattern
+    assert local_files.find(["~/d[1]/*.txt"], "text") == [tmp_path / "d[1]" / "a.txt"]
     for name in ("~nobody_of_this_name/x", "x" * 300, "nul\0byte", ""):
         with pytest.raises(InputError, match="matches no file"):
-            files.find([name], "text")
+            local_files.find([name], "text")
 
 
 def test_symbolic_links_are_followed(tmp_path: Path) -> None:
@@ -71,27 +72,27 @@ def test_symbolic_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "real" / "a[0].txt").write_text("")
     (tmp_path / "link[0]").symlink_to("real")
     (tmp_path / "b.txt").symlink_to("real/a[0].txt")
-    assert [p.name for p in files.find([f"{tmp_path}/link[0]/*"], "text")] == ["a[0].txt"]
-    assert [p.name for p in files.find([f"{tmp_path}/*.txt"], "text")] == ["b.txt"]
+    assert [p.name for p in local_files.find([f"{tmp_path}/link[0]/*"], "text")] == ["a[0].txt"]
+    assert [p.name for p in local_files.find([f"{tmp_path}/*.txt"], "text")] == ["b.txt"]
 
 
 def test_a_pattern_that_matches_nothing_says_how_to_escape(tmp_path: Path) -> None:
     (tmp_path / "a1.txt").write_text("")
-    assert [p.name for p in files.find([f"{tmp_path}/a[1].txt"], "text")] == ["a1.txt"]
+    assert [p.name for p in local_files.find([f"{tmp_path}/a[1].txt"], "text")] == ["a1.txt"]
     with pytest.raises(
         InputError, match=r"matches no file; allowed: .*a \[ that is part of a name is written \[\[\]"
     ):
-        files.find([f"{tmp_path}/b[1].txt"], "text")
+        local_files.find([f"{tmp_path}/b[1].txt"], "text")
     (tmp_path / "sub").mkdir()
     with pytest.raises(InputError, match=r"matches no file, only folders|is a folder"):
-        files.find([f"{tmp_path}/su*"], "text")
+        local_files.find([f"{tmp_path}/su*"], "text")
 
 
 def test_a_list_in_quotes_is_seen_through(tmp_path: Path) -> None:
     path = tmp_path / "a[1].txt"
     path.write_text("")
     with pytest.raises(InputError) as error:
-        files.find([f"[{path}]"], "text")
+        local_files.find([f"[{path}]"], "text")
     assert str(error.value).endswith(f"""fix: 'data.files=["{path}"]'""")
 
 

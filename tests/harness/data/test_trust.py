@@ -14,7 +14,7 @@ from harness.config.errors import InputError
 from harness.config.schema import DataConfig, RunConfig
 from harness.data import hub
 from harness.data import tokenizer as tok
-from harness.data.fingerprints import Fingerprints
+from harness.files.cache import Fingerprints
 
 from .conftest import t5_like, write_jsonl
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.errors import InputError
-from harness.data import formats, paths
-from harness.data.compression import DamagedFile, check_expansion, codec_of, open_decompressed
+from harness.data import formats
+from harness.data.formats import DamagedFile, check_expansion, codec_of, open_decompressed
+from harness.files import paths
 
 MAX_LINE_BYTES = 256 * 2**20
 """Longest JSON line that is read."""
