@@ -9,7 +9,6 @@ medians over the rounds. The first save is told apart: it also touches the memor
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -21,10 +20,10 @@ import torch
 
 from harness import engines
 from harness.checkpoint import resuming
-from harness.checkpoint.progress import Randomness
+from harness.checkpoint.contents import Randomness
 from harness.checkpoint.saving import Checkpoints
 from harness.checkpoint.store import Store
-from harness.loop import Run, train
+from harness.loop import Callbacks, Run, train
 from harness.preparation import prepare
 from harness.run import assemble
 
@@ -43,8 +42,8 @@ def started(words: Sequence[str], folder: Path, steps: int) -> tuple[Run, Checkp
     )
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
-    here = dataclasses.replace(prepared, folder=folder / "run", identity="benchmark")
-    return run, Checkpoints(run, here, 1, print)
+    facts = {**prepared.hashes(), "identity": "benchmark"}
+    return run, Checkpoints(run, folder / "run", facts, attempt=1, say=print)
 
 
 def seconds(action: Any) -> float:
@@ -54,36 +53,36 @@ def seconds(action: Any) -> float:
     return time.perf_counter() - begin
 
 
-def saves(run: Run, keeper: Checkpoints, rounds: int) -> dict[str, float]:
+def saves(run: Run, checkpoints: Checkpoints, rounds: int) -> dict[str, float]:
     """Medians: a save in the foreground, and what training waits for one in the background."""
     state = Randomness.now(run.engine.device)
     found: dict[str, list[float]] = {"foreground": [], "background": []}
-    first = seconds(lambda: keeper.save(state, background=True))
-    keeper.finish()
+    first = seconds(lambda: checkpoints.save(state, background=True))
+    checkpoints.finish()
     for _ in range(rounds):
-        found["foreground"].append(seconds(lambda: keeper.save(state, background=False)))
-        found["background"].append(seconds(lambda: keeper.save(state, background=True)))
-        keeper.finish()
+        found["foreground"].append(seconds(lambda: checkpoints.save(state, background=False)))
+        found["background"].append(seconds(lambda: checkpoints.save(state, background=True)))
+        checkpoints.finish()
     return {"first": first, **{name: statistics.median(times) for name, times in found.items()}}
 
 
 def resumes(words: Sequence[str], folder: Path, step: int, rounds: int) -> float:
     """Median time from an assembled run to its next batch, from a checkpoint after ``step`` steps."""
-    run, keeper = started(words, folder / str(step), step + 10)
+    run, checkpoints = started(words, folder / str(step), step + 10)
     (folder / str(step) / "run").mkdir(parents=True)
     for group in run.optimizer.param_groups:
         for parameter in group["params"]:
             run.optimizer.state[parameter]["step"] = step
-    run.ledger.step = step
-    keeper.save(Randomness.now(run.engine.device), background=False)
+    run.state.step = step
+    checkpoints.save(Randomness.now(run.engine.device), background=False)
     times = []
     for _ in range(rounds):
-        run, keeper = started(words, folder / str(step), step + 10)
+        run, checkpoints = started(words, folder / str(step), step + 10)
 
-        def resume(run: Run = run, keeper: Checkpoints = keeper) -> None:
-            choice = resuming.choose(run, keeper.store, identity="benchmark", attempt=2)
-            assert resuming.resume(run, keeper.store, choice, lambda line: None) == step
-            run.feed.step(run.ledger.step)
+        def resume(run: Run = run, checkpoints: Checkpoints = checkpoints) -> None:
+            choice = resuming.choose(run, checkpoints.store, identity="benchmark", attempt=2)
+            assert resuming.resume(run, [], checkpoints.store, choice, lambda line: None) == step
+            run.loader.micro_batches(run.state.step)
 
         times.append(seconds(resume))
     return statistics.median(times)
@@ -96,11 +95,11 @@ def main() -> None:
     arguments, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        run, keeper = started(words, folder, 2)
+        run, checkpoints = started(words, folder, 2)
         (folder / "run").mkdir(parents=True)
-        train(run)
-        times = saves(run, keeper, arguments.rounds)
-        size = sum(path.stat().st_size for path in Store(folder / "run").folder(run.ledger.step).iterdir())
+        train(run, Callbacks())
+        times = saves(run, checkpoints, arguments.rounds)
+        size = sum(path.stat().st_size for path in Store(folder / "run").folder(run.state.step).iterdir())
         print(f"checkpoint of {size / 1e6:.1f} MB, {torch.get_num_threads()} thread(s)")
         print(f"in the foreground            {times['foreground'] * 1e3:8.1f} ms")
         print(f"training waits (background)  {times['background'] * 1e3:8.1f} ms", end="  ")

@@ -10,6 +10,7 @@ and their first and last, always taken, would weigh too much in rounds this shor
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -20,13 +21,14 @@ from pathlib import Path
 import torch
 
 from harness import engines
-from harness.feed import Feed
-from harness.loop import Ledger, Run, train
+from harness.data import Corpus
+from harness.data.micro_batches import MicroBatchLoader
+from harness.loop import Callbacks, Run, TrainState, train
 from harness.model import loss_sum
 from harness.preparation import prepare
 from harness.probes.validation import Evaluation
 from harness.record.folder import RunFolder
-from harness.run import assemble
+from harness.run import assemble, build_probes
 
 ROUNDS = 30
 STEPS = 10
@@ -37,10 +39,12 @@ class _FolderSink:
         self.write = folder.add_row
 
 
-def bare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, feed: Feed, max_norm: float) -> None:
+def bare(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: MicroBatchLoader, max_norm: float
+) -> None:
     """The loop that one writes without a harness."""
     for step in range(STEPS):
-        for ids, labels in feed.step(step):
+        for ids, labels in loader.micro_batches(step):
             loss = loss_sum(model(input_ids=ids).logits, labels) / labels.numel()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
@@ -48,11 +52,12 @@ def bare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, feed: Feed, m
         optimizer.zero_grad()
 
 
-def harness_round(run: Run) -> None:
-    """The harness's loop over the same steps."""
-    run.ledger = Ledger()
+def restarted(run: Run, corpus: Corpus, sink: _FolderSink) -> tuple[Run, Callbacks]:
+    """Return the run as before its first step, with all probes but the evaluation."""
+    run = dataclasses.replace(run, state=TrainState())
+    probes = [probe for probe in build_probes(run, corpus) if not isinstance(probe, Evaluation)]
     run.clock.read()
-    assert train(run) == "finished"
+    return run, Callbacks(probes, [sink])
 
 
 def main() -> None:
@@ -75,17 +80,17 @@ def main() -> None:
         twin = assemble(prepared, run.engine)
         twin.stop.restore()
         run.engine.prepare(run.model, run.optimizer)
-        run.probes = [probe for probe in run.probes if not isinstance(probe, Evaluation)]
-        run.sinks = [_FolderSink(RunFolder(Path(scratch) / "run", config, prepared.identity))]
+        sink = _FolderSink(RunFolder(Path(scratch) / "run", config, prepared.identity))
         seconds: dict[str, list[float]] = {"harness": [], "bare": []}
         for round_number in range(ROUNDS + 1):
             # Turns are swapped each round: whoever comes second may find a warmer machine.
             for name in ("harness", "bare")[:: 1 if round_number % 2 else -1]:
+                again, callbacks = restarted(run, prepared.corpus, sink)
                 begin = time.perf_counter()
                 if name == "harness":
-                    harness_round(run)
+                    assert train(again, callbacks) == "finished"
                 else:
-                    bare(twin.model, twin.optimizer, twin.feed, config.max_grad_norm or float("inf"))
+                    bare(twin.model, twin.optimizer, twin.loader, config.max_grad_norm or float("inf"))
                 if round_number:  # the first round warms up
                     seconds[name].append(time.perf_counter() - begin)
     tokens = STEPS * config.batch_size * config.seq_len

@@ -13,10 +13,10 @@ import sys
 import tempfile
 
 from harness import engines
-from harness.loop import train
+from harness.loop import Callbacks, train
 from harness.preparation import prepare
 from harness.probes.validation import Evaluation
-from harness.run import assemble
+from harness.run import assemble, build_probes
 
 
 def final_loss(words: list[str]) -> float:
@@ -24,8 +24,13 @@ def final_loss(words: list[str]) -> float:
     prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
-    evaluation = next(probe for probe in run.probes if isinstance(probe, Evaluation))
-    return evaluation.best if train(run) == "finished" and evaluation.best is not None else float("inf")
+    probes = build_probes(run, prepared.corpus)
+    evaluation = next(probe for probe in probes if isinstance(probe, Evaluation))
+    return (
+        evaluation.best
+        if train(run, Callbacks(probes)) == "finished" and evaluation.best is not None
+        else float("inf")
+    )
 
 
 def main() -> None:

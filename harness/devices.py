@@ -1,11 +1,12 @@
-"""Which device a process trains on: its own GPU, or the CPU if asked for or if there is no GPU."""
+"""The device that a process trains on: its own GPU, or the CPU if asked for or if there is no GPU; and bytes there."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from harness.config.errors import InputError
 from harness.config.launcher import cpu_is_requested
@@ -46,3 +47,16 @@ def claim_gpu(environ: Mapping[str, str] = os.environ) -> None:
 def device_name(device: torch.device) -> str:
     """Return the name of a GPU as its driver reports it, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the elements on this process; memory that tensors share (tied weights, views) counts once."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        key = (local.untyped_storage().data_ptr(), int(local.storage_offset()))
+        if key not in seen or key[0] == 0:
+            seen.add(key)
+            total += local.numel() * local.element_size()
+    return total

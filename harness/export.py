@@ -174,8 +174,8 @@ def load(folder: Path, config: RunConfig) -> nn.Module:
     """
     import torch
 
+    from harness.checkpoint.contents import WEIGHT
     from harness.checkpoint.files import Saved
-    from harness.checkpoint.parts import WEIGHT
     from harness.model.build import build
     from optimizers.named_state import StatePiece
 

@@ -1,248 +1,201 @@
-"""The training loop. Everything beside training (evaluation, probes, records) hangs on two small interfaces."""
+"""The training loop, and the parts of a run that it works on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from harness.clock import Clock
 from harness.config.schema import RunConfig
-from harness.engines import Engine
-from harness.feed import Feed, MicroBatch
-from harness.model import attention_mask, aux_loss_sum, loss_sum, router_coefficient
-from harness.probes.flops import FlopCount
 from harness.process.heartbeat import Heartbeat
 from harness.process.stop import Stop
-from harness.record.folder import Row
+from harness.profiling import Clock
+from harness.protocols import (
+    BatchLoader,
+    CheckpointManager,
+    Engine,
+    MetricRow,
+    NoCheckpoints,
+    Objective,
+    Probe,
+    Sink,
+    StepObserver,
+)
 from harness.schedule import Factor
-from harness.spikes import SpikeGuard
 
+if TYPE_CHECKING:
+    from harness.protocols import MicroBatch
 
-class Probe(Protocol):
-    """Something measured at some steps. Runs on every process, so it may issue collectives."""
-
-    def due(self, step: int) -> bool:
-        """Whether this step needs a row with this probe's keys; the same answer on all processes."""
-        ...
-
-    def before_update(self, step: int) -> None:
-        """Called right before the optimizer step of a step that is due."""
-        ...
-
-    def measure(self, step: int, row: Row) -> None:
-        """Add keys to the row of a step that is due."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What it must know to go on in another process: JSON."""
-        ...
-
-    def restore(self, state: dict[str, Any], steps: int) -> str | None:
-        """Go on from what `state` gave after ``steps`` steps; returns what of its own files is lost, one line."""
-        ...
-
-
-class Keeper(Protocol):
-    """Who keeps checkpoints. Runs on every process, which call each method at the same points."""
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether this process wants a checkpoint now. Does not block."""
-        ...
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether this process is still writing one. Does not block."""
-        ...
-
-    def before_step(self) -> None:
-        """Called before a step draws random numbers."""
-        ...
-
-    def after_step(self, *, wanted: bool, writing: bool) -> None:
-        """Called after a step, with what any process said of the two properties, up to two steps ago."""
-        ...
-
-    @property
-    def problem(self) -> str:
-        """Why the last step is not on the disk, one line; empty where it is, or where nobody asked for it."""
-        ...
-
-    def stop(self) -> None:
-        """Called where the run is asked to stop before its end: nothing that was done may be lost."""
-        ...
-
-    def finish(self) -> None:
-        """Called after the last step, also that of a run that diverged."""
-        ...
-
-
-class NoKeeper:
-    """Keeps nothing."""
-
-    is_wanted = False
-    is_writing = False
-    problem = ""
-
-    def before_step(self) -> None:
-        """Nothing."""
-
-    def after_step(self, *, wanted: bool, writing: bool) -> None:
-        """Nothing."""
-
-    def stop(self) -> None:
-        """Nothing."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-
-class StepObserver(Protocol):
-    """Something that follows the steps of this process from outside, e.g. a profiler."""
-
-    @property
-    def problem(self) -> str:
-        """Why what it promised is not there, one line; empty where it is."""
-        ...
-
-    def step(self) -> None:
-        """Called after every step. Issues no collectives."""
-        ...
-
-
-class Sink(Protocol):
-    """Somewhere that rows go. Runs on rank 0 alone."""
-
-    def write(self, row: Row) -> None:
-        """Take one row. Must not raise for reasons outside of this machine."""
-        ...
+_MEAN_WEIGHT = 0.98
+"""Weight of the past in the spike guard's running mean: about the last 50 steps."""
 
 
 @dataclass
-class Ledger:
-    """Host-side running totals."""
+class TrainState:
+    """Running totals of a run on the host."""
 
     step: int = 0
     """Steps done."""
     tokens: int = 0
     wall_s: float = 0.0
     skipped: int = 0
-    stop: bool = False
-    wanted: bool = False
-    """A checkpoint was wanted, at the last vote that was read."""
-    writing: bool = False
-    """One was being written, at that vote."""
+    """Steps whose gradient was not finite, so that they changed nothing."""
+    stop_requested: bool = False
+    checkpoint_wanted: bool = False
+    """Any process wanted a checkpoint when the last flags that were read were set."""
+    checkpoint_writing: bool = False
+    """Any process was writing one at that time."""
     loss: torch.Tensor | None = None
-    """Loss sums of this process since the last row, in nats."""
+    """Loss sum of this process since the last row, nats, 0-dim."""
     aux_loss: torch.Tensor | None = None
     """The same for the routers' load-balancing loss; None: the model has none."""
     loss_tokens: int = 0
     """Tokens of all processes since the last row."""
     grad_norm: torch.Tensor | None = None
+    """Global gradient norm of the last step before clipping, 0-dim."""
     pending: Callable[[], list[float]] | None = None
-    """Vote of the last step: read one step late, so that the host never waits for the device."""
+    """Flags of the last step: read one step late, so that the host never waits for the device."""
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What was counted on the model before an engine cut it."""
+class ModelInfo:
+    """Facts of the model that were counted before an engine cut it.
+
+    Attributes:
+        parameters: trainable ones, tied ones once.
+        routes: which parameter takes which rule, as parameters.json has it.
+        flops_per_token: forward and backward.
+        peak_flops: dense peak of one device, FLOP/s; None where it is unknown, such as on a CPU.
+    """
 
     parameters: int
-    """Trainable ones, tied ones once."""
-    ownership: list[dict[str, Any]]
-    """Which parameter takes which rule (`harness.optimizer.ownership`)."""
-    flops: FlopCount
+    routes: list[dict[str, Any]]
+    flops_per_token: float
+    peak_flops: float | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """All that a run consists of, as `harness.run.assemble` puts it together."""
+    """The parts of a run, as `harness.run.assemble` puts them together. Only `state` changes."""
 
     config: RunConfig
     engine: Engine
     model: nn.Module
-    whole: Whole
+    info: ModelInfo
     optimizer: torch.optim.Optimizer
-    factor: Factor
-    feed: Feed
+    objective: Objective
+    lr_factor: Factor
+    loader: BatchLoader
     clock: Clock
     stop: Stop
+    spikes: SpikeGuard | None = None
+    state: TrainState = field(default_factory=TrainState)
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What happens around the steps of a run: measuring, recording, saving, watching.
+
+    Attributes:
+        probes: in the order in which they measure.
+        sinks: take the rows on rank 0.
+        checkpoints: saves and restores.
+        heartbeat: told the current step.
+        observer: told the end of each step.
+    """
+
     probes: Sequence[Probe] = ()
     sinks: Sequence[Sink] = ()
-    checkpoints: Keeper = field(default_factory=NoKeeper)
+    checkpoints: CheckpointManager = field(default_factory=NoCheckpoints)
     heartbeat: Heartbeat | None = None
-    spikes: SpikeGuard | None = None
     observer: StepObserver | None = None
-    folder: Path | None = None
-    """The run folder, where this process is the one that writes it."""
-    ledger: Ledger = field(default_factory=Ledger)
 
+    def before_step(self, step: int) -> list[Probe]:
+        """Prepare for a step and return the probes that are due in it."""
+        if self.heartbeat is not None:
+            self.heartbeat.step = step + 1
+        self.checkpoints.before_step()
+        return [probe for probe in self.probes if probe.due(step)]
 
-def train(run: Run) -> str:
-    """Train to the end, to a stop signal or to divergence; returns the state to record (`record.schema.STATES`)."""
-    config, engine, clock, ledger, checkpoints = (
-        run.config,
-        run.engine,
-        run.clock,
-        run.ledger,
-        run.checkpoints,
-    )
-    if ledger.step == 0:
-        # Since the clock was made the run folder was opened and W&B was started.
-        clock.read()
-    for step in range(ledger.step, config.steps):
-        if run.heartbeat is not None:
-            run.heartbeat.step = step + 1
-        due = [probe for probe in run.probes if probe.due(step)]
-        checkpoints.before_step()
-        with clock.part("data"):
-            micro_batches = run.feed.step(step)
-            tokens = run.feed.loss_tokens(step)
-        with clock.part("forward_backward"):
-            # Not right after the update: a row in between counts the gradients' bytes.
-            run.optimizer.zero_grad(set_to_none=True)
-            loss, aux_loss = forward_backward(run, micro_batches, weight=engine.world_size / tokens)
-        with clock.part("optimizer"):
-            settle(run)
-            if ledger.stop or ledger.skipped > config.max_skipped_steps:
-                break
-            for probe in due:
-                probe.before_update(step)
-            set_lr(run.optimizer, run.factor(step))
-            if run.spikes is not None:
-                run.spikes.check(loss, tokens)
-            ledger.grad_norm, nonfinite = engine.step(config.max_grad_norm)
-            said = (run.stop.requested, checkpoints.is_wanted, checkpoints.is_writing)
-            ledger.pending = engine.vote(
-                torch.stack([nonfinite, *(torch.full_like(nonfinite, word) for word in said)])
-            )
-        ledger.loss = loss if ledger.loss is None else ledger.loss + loss
-        if aux_loss is not None:
-            ledger.aux_loss = aux_loss if ledger.aux_loss is None else ledger.aux_loss + aux_loss
-        ledger.loss_tokens += tokens
-        ledger.tokens += tokens
-        ledger.step = step + 1
+    def after_step(self, run: Run, step: int, due: Sequence[Probe]) -> None:
+        """Write the row of a step with probes that are due, save, and tell the observer."""
         if due:
-            write_row(run, step, due)
-        checkpoints.after_step(wanted=ledger.wanted, writing=ledger.writing)
-        if run.observer is not None:
-            run.observer.step()
-    settle(run)
-    is_diverged = ledger.skipped > config.max_skipped_steps
-    if ledger.step < config.steps and not is_diverged:
+            write_row(run, step, due, self.sinks)
+        state = run.state
+        self.checkpoints.after_step(wanted=state.checkpoint_wanted, writing=state.checkpoint_writing)
+        if self.observer is not None:
+            self.observer.step()
+
+
+def train(run: Run, callbacks: Callbacks) -> str:
+    """Train to the end, to a stop signal or to divergence.
+
+    Returns:
+        The state to record (`harness.record.schema.STATES`).
+    """
+    config, state, checkpoints = run.config, run.state, callbacks.checkpoints
+    if state.step == 0:
+        # Since the clock was made, the run folder was opened and W&B was started.
+        run.clock.read()
+    for step in range(state.step, config.steps):
+        due = callbacks.before_step(step)
+        if not train_step(run, callbacks, step, due):
+            break
+        callbacks.after_step(run, step, due)
+    drain_pending(run)
+    is_diverged = state.skipped > config.max_skipped_steps
+    if state.step < config.steps and not is_diverged:
         checkpoints.stop()
         return "interrupted"
     checkpoints.finish()
     if is_diverged:
         return "diverged"
-    # A finished run promises its weights: without them the same command has to be able to go on.
+    # A finished run promises its weights: without them the same command has to be able to continue.
     return "failed" if checkpoints.problem else "finished"
+
+
+def train_step(run: Run, callbacks: Callbacks, step: int, due: Sequence[Probe]) -> bool:
+    """Make one optimizer step; returns False, without an update, if the flags of the step before end the run."""
+    config, engine, clock, state, checkpoints = (
+        run.config,
+        run.engine,
+        run.clock,
+        run.state,
+        callbacks.checkpoints,
+    )
+    with clock.part("data"):
+        micro_batches = run.loader.micro_batches(step)
+        tokens = run.loader.loss_tokens(step)
+    with clock.part("forward_backward"):
+        # Not right after the update: a row in between counts the gradients' bytes.
+        run.optimizer.zero_grad(set_to_none=True)
+        loss, aux_loss = forward_backward(run, micro_batches, weight=engine.world_size / tokens)
+    with clock.part("optimizer"):
+        drain_pending(run)
+        if state.stop_requested or state.skipped > config.max_skipped_steps:
+            return False
+        for probe in due:
+            probe.before_update(step)
+        set_lr(run.optimizer, run.lr_factor(step))
+        if run.spikes is not None:
+            run.spikes.check(loss, tokens)
+        state.grad_norm, nonfinite = engine.step(config.max_grad_norm)
+        # One small reduction for all that the processes must agree on.
+        flags = (run.stop.requested, checkpoints.is_wanted, checkpoints.is_writing)
+        state.pending = engine.reduce_flags(
+            torch.stack([nonfinite, *(torch.full_like(nonfinite, flag) for flag in flags)])
+        )
+    state.loss = loss if state.loss is None else state.loss + loss
+    if aux_loss is not None:
+        state.aux_loss = aux_loss if state.aux_loss is None else state.aux_loss + aux_loss
+    state.loss_tokens += tokens
+    state.tokens += tokens
+    state.step = step + 1
+    return True
 
 
 class LossSums(NamedTuple):
@@ -260,40 +213,43 @@ class LossSums(NamedTuple):
 def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], weight: float) -> LossSums:
     """Accumulate the gradient of the token-weighted mean loss; return this process' loss sums.
 
-    ``weight`` is world_size over the loss tokens of the *global* batch. The engine averages gradients over
-    processes, so what comes out is the mean over all tokens of the step, however it was cut. The routers' loss of a
-    micro-batch is weighted with the micro-batch's tokens (`harness.model.loss`).
+    Args:
+        run: assembled.
+        micro_batches: of this process in one step.
+        weight: world_size over the loss tokens of the *global* batch. The engine averages gradients over processes,
+            so the result is the mean over all tokens of the step, however they were dealt out. The routers' loss of
+            a micro-batch is weighted with the micro-batch's tokens (`harness.model.loss`).
     """
-    coefficient = router_coefficient(run.model)
-    is_padded = run.config.data.mode == "padded"
     total = torch.zeros((), device=run.engine.device)
-    aux_total = torch.zeros_like(total) if coefficient else None
-    for index, (ids, labels) in enumerate(micro_batches):
-        # Causal attention never looks at padding on the right; the routers' loss would count it.
-        mask = {"attention_mask": attention_mask(labels)} if coefficient and is_padded else {}
+    aux_total: torch.Tensor | None = None
+    for index, batch in enumerate(micro_batches):
         with run.engine.micro_step(last=index == len(micro_batches) - 1):
+            inputs = run.objective.inputs(batch)
             with run.clock.part("forward"), run.engine.autocast():
-                outputs = run.engine.model(input_ids=ids, **mask)
-            loss = objective = loss_sum(outputs.logits, labels)
-            if aux_total is not None:
-                aux_loss = aux_loss_sum(outputs, labels)
-                objective = loss + coefficient * aux_loss
-                aux_total += aux_loss.detach()
+                outputs = run.engine.model(**inputs)
+            objective, loss, aux_loss = run.objective.losses(outputs, batch)
             run.engine.backward(objective * weight)
         total += loss.detach()
+        if aux_loss is not None:
+            aux_total = aux_loss.detach() if aux_total is None else aux_total + aux_loss.detach()
     return LossSums(total, aux_total)
 
 
-def settle(run: Run) -> None:
-    """Read the last step's vote, if there is one, and let the host catch up with what it says."""
-    if run.ledger.pending is None:
+def drain_pending(run: Run) -> None:
+    """Read the flags of the last step, if they were not read yet, and let the host catch up with them."""
+    state = run.state
+    if state.pending is None:
         return
-    nonfinite, stop, wanted, writing = run.ledger.pending()
-    run.ledger.pending = None
+    nonfinite, stop, wanted, writing = state.pending()
+    state.pending = None
     if nonfinite:
-        run.ledger.skipped += 1
-        run.engine.retract_step()
-    run.ledger.stop, run.ledger.wanted, run.ledger.writing = bool(stop), bool(wanted), bool(writing)
+        state.skipped += 1
+        run.engine.undo_step_counters()
+    state.stop_requested, state.checkpoint_wanted, state.checkpoint_writing = (
+        bool(stop),
+        bool(wanted),
+        bool(writing),
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -303,29 +259,68 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
-def write_row(run: Run, step: int, due: Sequence[Probe]) -> None:
+def write_row(run: Run, step: int, due: Sequence[Probe], sinks: Sequence[Sink]) -> None:
     """Measure what is due and hand the row to the sinks: the one place where the host waits for the device."""
-    ledger = run.ledger
-    settle(run)
-    row: Row = {"step": ledger.step, "tokens": ledger.tokens}
+    drain_pending(run)
+    row: MetricRow = {"step": run.state.step, "tokens": run.state.tokens}
     for probe in due:
         probe.measure(step, row)
-    for sink in run.sinks:
+    for sink in sinks:
         sink.write(row)
 
 
 def mean_losses(run: Run) -> dict[str, float]:
-    """Return token-weighted means over all processes since this was last asked, and start anew (a collective).
+    """Return token-weighted mean losses over all processes since the last call (a collective).
 
     Returns:
-        metric key → mean; what is not finite is NaN.
+        Metric key → mean; what is not finite is NaN.
     """
-    ledger = run.ledger
-    assert ledger.loss is not None
-    sums = {"train/loss": ledger.loss}
-    if ledger.aux_loss is not None:
-        sums["train/aux_loss"] = ledger.aux_loss
+    state = run.state
+    assert state.loss is not None
+    sums = {"train/loss": state.loss}
+    if state.aux_loss is not None:
+        sums["train/aux_loss"] = state.aux_loss
     totals = run.engine.sum(torch.stack(list(sums.values()))).tolist()
-    means = {key: total / ledger.loss_tokens for key, total in zip(sums, totals)}
-    ledger.loss, ledger.aux_loss, ledger.loss_tokens = None, None, 0
+    means = {key: total / state.loss_tokens for key, total in zip(sums, totals)}
+    state.loss, state.aux_loss, state.loss_tokens = None, None, 0
     return {key: mean if math.isfinite(mean) else math.nan for key, mean in means.items()}
+
+
+class SpikeGuard:
+    """Skips steps whose training loss exceeds its running mean by more than ``max_rise``.
+
+    Such a step is treated like one with a non-finite gradient: all processes skip it, weights and state stay
+    untouched, and it is counted. The guard costs one small reduction a step, and the host does not wait.
+
+    Args:
+        engine: of the run.
+        max_rise: nats per token.
+    """
+
+    def __init__(self, engine: Engine, max_rise: float) -> None:
+        self._engine, self._max_rise = engine, max_rise
+        self._mean = torch.full((), math.inf, dtype=torch.float64, device=engine.device)
+
+    def check(self, loss: torch.Tensor, tokens: int) -> None:
+        """Compare the loss of a step with the running mean, after its backward pass (a collective).
+
+        Args:
+            loss: this process' loss sum, nats, 0-dim.
+            tokens: loss tokens of all processes.
+        """
+        loss = self._engine.sum(loss.double()) / tokens
+        is_spike = loss > self._mean + self._max_rise
+        self._engine.force_skip(is_spike)
+        # The first finite loss starts the mean; spikes and non-finite losses leave it as it was.
+        updated = torch.where(torch.isfinite(self._mean), torch.lerp(loss, self._mean, _MEAN_WEIGHT), loss)
+        self._mean = torch.where(is_spike | ~torch.isfinite(loss), self._mean, updated)
+
+    def state(self) -> float | None:
+        """Return the running mean, None before the first step. Waits for the device."""
+        mean = self._mean.item()
+        return mean if math.isfinite(mean) else None
+
+    def restore(self, mean: float | None) -> None:
+        """Continue from a running mean that `state` returned."""
+        if mean is not None:
+            self._mean.fill_(mean)

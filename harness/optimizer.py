@@ -14,7 +14,7 @@ from harness.tracked_optimizer import tracked
 from optimizers.layouts.axes import preferred_axes
 
 if TYPE_CHECKING:
-    from harness.engines import Engine
+    from harness.protocols import Engine
 
 
 def build_optimizer(config: RunConfig, model: nn.Module, engine: Engine) -> torch.optim.Optimizer:

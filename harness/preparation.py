@@ -1,19 +1,27 @@
-"""All that can be known before a process starts or torch is imported: configuration, data, the folder to write to."""
+"""All that can be known before a process starts or torch is imported: configuration, data, the folder to write to.
+
+A run may also continue a shorter one in its folder, under a new identity: where the schedule leaves the past as it was
+(constant, and wsd before its decay). What is a share of the run (warm-up, tokens of an evaluation) keeps its value.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from harness.checkpoint.store import Store
 from harness.config import checks, compose, evaluation_budget
+from harness.config.errors import InputError
 from harness.config.identity import comparison_key, identity
 from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
-from harness.record import extending
 from harness.record import folder as run_folder
-from harness.record.extending import ShorterRun
+from harness.record import readers
+from harness.record.folder import EXTENDED
+from harness.schedule import ShorterRun, factor, length, shared_steps
 
 if TYPE_CHECKING:
     from harness.data import Corpus
@@ -32,17 +40,25 @@ class Prepared:
     shorter_runs: tuple[ShorterRun, ...] = ()
     """What the folder held before this run asked for more steps, the shortest first."""
 
+    def hashes(self) -> dict[str, str]:
+        """Return what tells this run from others: "identity", "comparison_key" and "corpus_sha256"."""
+        return {
+            "identity": self.identity,
+            "comparison_key": self.comparison_key,
+            "corpus_sha256": self.corpus.sha256,
+        }
+
 
 def prepare(
     overrides: Sequence[str], *, say: Callable[[str], None], worker: bool = False, writes_folder: bool = True
 ) -> Prepared:
-    """Compose and check the configuration, tokenize the corpus if that was not done yet, check the run folder.
+    """Compose and check the configuration, tokenize the corpus if it is not cached, and check the run folder.
 
     Safe in many processes at once: the corpus is built by the first, the others wait for it.
 
     Args:
-        overrides: ``key=value`` words.
-        say: where messages go.
+        overrides: ``key=value`` of the command line.
+        say: takes messages.
         worker: this is one of the run's own processes, not the command that starts them.
         writes_folder: whether this process will write the run folder (rank 0), so that it must be free.
 
@@ -69,13 +85,131 @@ def prepare(
         return identity(config, corpus.sha256, corpus.tokenizer_sha256)
 
     folder = run_folder.path_of(config, identity_of(config))
-    config, shorter_runs = extending.plan(folder, config, identity_of)
+    config, shorter_runs = plan_extension(folder, config, identity_of)
     run_identity = identity_of(config)
     is_new = config.name is None and writes_folder and not worker and not folder.exists()
-    if is_new and (neighbour := extending.shorter_neighbour(folder, config, identity_of)):
-        path, steps = neighbour
+    if is_new and (shorter := find_shorter_run(folder, config, identity_of)):
+        path, steps = shorter
         say(f"{path} has {steps} steps of the same run: name={path.name} goes on from there")
     key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
     if writes_folder:
         run_folder.check(folder, config, run_identity, shorter_runs)
     return Prepared(tuple(overrides), config, corpus, run_identity, key, folder, shorter_runs)
+
+
+def plan_extension(
+    folder: Path, config: RunConfig, identity_of: Callable[[RunConfig], str]
+) -> tuple[RunConfig, tuple[ShorterRun, ...]]:
+    """Return the configuration to train with, and the shorter runs that it goes on from (none: it is a run of its own).
+
+    Args:
+        folder: of the run; read only.
+        config: checked, with ``steps`` as they are wanted now.
+        identity_of: identity of a configuration on the same corpus.
+
+    Raises:
+        InputError: the folder holds a shorter run whose schedule does not let it go on.
+    """
+    if config.overwrite or not config.resume:
+        return config, ()
+    status, _ = readers.status(folder)
+    if status is None or status.identity is None or status.steps is None:
+        return config, ()
+    runs = [*_recorded(status), (status.identity, status.steps)]
+    # The first one has what the user typed; from then on the shares are pinned.
+    (first, first_steps), *later = runs
+    if config.steps < status.steps or identity_of(_with_steps(config, first_steps)) != first:
+        return config, ()
+    pinned = _pinned(config, first_steps)
+    if any(identity_of(_with_steps(pinned, steps)) != identity for identity, steps in later):
+        return config, ()
+    shorter = tuple(
+        ShorterRun(identity, steps, shared_steps(pinned.schedule, config.steps, steps))
+        for identity, steps in runs
+        if steps < config.steps
+    )
+    if not shorter:
+        return config, ()
+    if config.steps > status.steps:
+        _check_extension(folder, config, shorter[-1])
+    return pinned, shorter
+
+
+def find_shorter_run(
+    folder: Path, config: RunConfig, identity_of: Callable[[RunConfig], str]
+) -> tuple[Path, int] | None:
+    """Return the longest run next to ``folder`` that a name would let go on, with its steps; None if there is none.
+
+    Args:
+        folder: of a run without a name of its own; it does not exist.
+        config: of that run.
+        identity_of: identity of a configuration on the same corpus.
+    """
+    if config.schedule.name == "cosine" or not folder.parent.is_dir():
+        return None
+    found = []
+    for path in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
+        status, _ = readers.status(path)
+        if status is None or not status.steps or status.steps >= config.steps:
+            continue
+        if status.identity == identity_of(_with_steps(config, status.steps)):
+            found.append((status.steps, path))
+    return max(found)[::-1] if found else None
+
+
+def _recorded(status: readers.Status) -> list[tuple[str, int]]:
+    entries: Any = status.facts().get(EXTENDED)
+    found = []
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict):
+            identity, steps = entry.get("identity"), entry.get("steps")
+            if isinstance(identity, str) and isinstance(steps, int) and steps > 0:
+                found.append((identity, steps))
+    return found
+
+
+def _with_steps(config: RunConfig, steps: int) -> RunConfig:
+    return config.model_copy(update={"steps": steps})
+
+
+def _pinned(config: RunConfig, steps: int) -> RunConfig:
+    """Return the configuration with shares of a run of ``steps`` as the numbers that they were there."""
+    warmup = length(config.schedule.warmup, steps)
+    changes: dict[str, Any] = {"schedule": config.schedule.model_copy(update={"warmup": float(warmup)})}
+    evaluated = evaluation_budget.tokens(_with_steps(config, steps))
+    if evaluated != evaluation_budget.tokens(config):
+        changes["eval"] = config.eval.model_copy(update={"tokens": evaluated})
+    return config.model_copy(update=changes)
+
+
+def _check_extension(folder: Path, config: RunConfig, shorter: ShorterRun) -> None:
+    """Refuse what cannot go on, before anything is spent; says what would change and what to do instead."""
+    instead = (
+        f"optbench export {shlex.quote(str(folder))} MODEL, then optbench train model.path=MODEL name=… "
+        f"(a new schedule from those weights), or overwrite=true (begins anew with all {config.steps} steps)"
+    )
+    if config.schedule.name == "cosine":
+        before, after = (factor(config.schedule, steps) for steps in (shorter.steps, config.steps))
+        last = shorter.steps - 1
+        peak = config.optimizer.lr or 0.0
+        raise InputError(
+            "steps",
+            config.steps,
+            f"would change the past of the run of {shorter.steps} steps in {folder}: a cosine schedule stretches over "
+            f"all steps, so step {last + 1} had lr {peak * before(last):.3g} and would have {peak * after(last):.3g}",
+            allowed="more steps of a run with schedule=constant, or schedule=wsd before its decay",
+            fix=instead,
+        )
+    steps = sorted(Store(folder).steps())
+    if not any(step <= shorter.shared_steps for step in steps):
+        have = (
+            f"holds checkpoints of step {', '.join(map(str, steps))} only" if steps else "holds no checkpoint"
+        )
+        raise InputError(
+            "steps",
+            config.steps,
+            f"cannot go on from the run of {shorter.steps} steps in {folder}, which {have}; the learning rates are the "
+            f"same up to step {shorter.shared_steps}",
+            allowed=f"a run that kept a checkpoint up to step {shorter.shared_steps} (checkpoint.keep_every=…)",
+            fix=instead,
+        )

@@ -1,19 +1,80 @@
-"""`profile=true`: a trace of a few steps, and what took the time in them."""
+"""Where the time of a step goes: the clock of every run, and with ``profile=true`` a trace of a few steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from harness.files import atomic
 
 WAIT, WARM, ACTIVE = 2, 1, 3
 """Steps that are left alone (allocation, compilation), that warm the profiler up, and that are recorded."""
 _ROWS = 40
+
+
+class Clock:
+    """Accumulates seconds per named part between two reads.
+
+    On a CPU the parts are host time. On CUDA they are pairs of events on the current stream, added up when
+    `read` waits for the device, which is the only wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._last_read = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the enclosed work as ``name``, which a profiler shows, too."""
+        with record_function(name):
+            yield from self._timed(name)
+
+    def _timed(self, name: str) -> Iterator[None]:
+        if self._device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begin
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count ``seconds`` that were measured inside of ``source`` as ``target`` instead."""
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
+
+    def read(self) -> dict[str, float]:
+        """Return seconds per part since the last read, and "total", the wall time between. Waits for the device."""
+        seconds = self.peek()
+        self._seconds, self._last_read = defaultdict(float), time.perf_counter()
+        return seconds
+
+    def peek(self) -> dict[str, float]:
+        """Return what `read` would, without starting anew. Waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            for name, begin, end in self._events:
+                self._seconds[name] += begin.elapsed_time(end) * 1e-3
+            self._events = []
+        return {**self._seconds, "total": time.perf_counter() - self._last_read}
+
+    def resume(self, seconds: dict[str, float]) -> None:
+        """Continue, from now, what `peek` returned in an earlier process."""
+        parts = {name: value for name, value in seconds.items() if name != "total"}
+        self._seconds, self._events = defaultdict(float, parts), []
+        self._last_read = time.perf_counter() - seconds["total"]
 
 
 class StepProfile:
@@ -23,7 +84,7 @@ class StepProfile:
     Args:
         folder: the run folder.
         device: of the run.
-        say: told where the files are.
+        say: takes messages, such as where the files are.
     """
 
     def __init__(self, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
@@ -44,15 +105,15 @@ class StepProfile:
         )
 
     def start(self) -> None:
-        """Before the first step."""
+        """Start recording, before the first step."""
         self._profiler.start()
 
     def step(self) -> None:
-        """After each step."""
+        """Note the end of a step."""
         self._profiler.step()
 
     def stop(self) -> None:
-        """After the last step."""
+        """End the profile after the last step; warn where the run was too short for one."""
         self._profiler.stop()
         if not self._is_recorded:
             self._say(
@@ -80,7 +141,7 @@ class StepProfile:
 
 
 def _ends_with_a_brace(path: Path) -> bool:
-    """Whether a file is there up to the end of its JSON object."""
+    """Return True if a file is there up to the end of its JSON object."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

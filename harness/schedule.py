@@ -1,9 +1,10 @@
-"""Learning-rate schedules: a factor of the peak, as a pure function of the step."""
+"""Learning-rate schedules: a factor of the peak, as a pure function of the step, and what longer runs share of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from harness.config.errors import InputError
 from harness.config.schema import ScheduleConfig
@@ -12,7 +13,7 @@ Factor = Callable[[int], float]
 
 
 def factor(config: ScheduleConfig, steps: int) -> Factor:
-    """The factor of the peak learning rate for step 0 … steps−1.
+    """Return the factor of the peak learning rate for step 0 … steps−1.
 
     Warm-up of w steps: (t+1)/w for t < w, so that no step is spent at lr 0. Then
 
@@ -49,5 +50,26 @@ def factor(config: ScheduleConfig, steps: int) -> Factor:
 
 
 def length(value: float, steps: int) -> int:
-    """Steps that a share of the run (below 1) or a number of steps means."""
+    """Return the number of steps that a share of the run (below 1) or a number of steps means."""
     return round(value * steps) if value < 1 else round(value)
+
+
+@dataclass(frozen=True)
+class ShorterRun:
+    """A run that a longer one continues.
+
+    Attributes:
+        identity: of the shorter run.
+        steps: that it was asked for.
+        shared_steps: first steps that both runs do alike: its checkpoints up to there are the longer run's, too.
+    """
+
+    identity: str
+    steps: int
+    shared_steps: int
+
+
+def shared_steps(config: ScheduleConfig, longer_steps: int, shorter_steps: int) -> int:
+    """Return how many first steps have the same learning rates in a longer and in a shorter run."""
+    longer, shorter = factor(config, longer_steps), factor(config, shorter_steps)
+    return next((step for step in range(shorter_steps) if longer(step) != shorter(step)), shorter_steps)

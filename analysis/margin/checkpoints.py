@@ -166,8 +166,8 @@ def _ours(path: Path, step: int, config: MarginConfig, say: Callable[[str], None
     from harness import data
     from harness import model as models
     from harness.checkpoint import store
+    from harness.checkpoint.contents import WEIGHT
     from harness.checkpoint.files import Saved
-    from harness.checkpoint.parts import WEIGHT
 
     run_config = _run_config(path)
     try:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from harness.files import bounded
 from harness.files.bounded import MIB, UnreadableFile
+from harness.protocols import MetricRow
 from harness.record import readers
-from harness.record.readers import Record, Row
+from harness.record.readers import Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +84,7 @@ def metrics(path: Path, notes: list[str]) -> Columns:
     return _columns([by_step[step] for step in sorted(by_step)], notes)
 
 
-def _columns(table: Sequence[Row], notes: list[str]) -> Columns:
+def _columns(table: Sequence[MetricRow], notes: list[str]) -> Columns:
     keys = {key for row in table for key in row}
     columns = {key: np.array([number(row.get(key)) for row in table]) for key in keys}
     for key in ("train/loss", "val/loss"):

@@ -1,23 +1,24 @@
-"""Which checkpoint a run goes on from, and going on from it."""
+"""Choose the checkpoint that a run continues from, and continue from it."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from harness.checkpoint import parts, progress, store
-from harness.checkpoint.agreement import from_all, from_first
+from harness.checkpoint import contents, store
 from harness.checkpoint.files import Saved
 from harness.checkpoint.store import DamagedCheckpoint, Store
 from harness.config import compose
 from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.loop import Run, forward_backward
-from harness.record.extending import ShorterRun
+from harness.protocols import Probe
+from harness.schedule import ShorterRun
 
 _ODD = (DamagedCheckpoint, KeyError, IndexError, TypeError, ValueError, AttributeError)
 """What a checkpoint raises that is whole, and yet holds something else than `progress.facts` and `parts` wrote."""
@@ -45,9 +46,9 @@ def choose(
     attempt: int,
     shorter_runs: Sequence[ShorterRun] = (),
 ) -> Choice:
-    """The newest checkpoint all of whose files are what they were when they were written (a collective).
+    """Return the newest checkpoint whose files are all as they were written (a collective).
 
-    The processes share the work of checking. Rank 0's view of folder and attempt counts.
+    The processes share the work of checking; rank 0's view of folder and attempt counts.
 
     Args:
         run: assembled.
@@ -68,7 +69,7 @@ def choose(
             manifest = store.verify(checkpoints.folder(step), run.engine.rank, run.engine.world_size)
             theirs = manifest.get("identity", "")
             if theirs != identity and theirs not in shorter:
-                raise _foreign(run, checkpoints.folder(step), theirs, identity)
+                raise _other_run(run, checkpoints.folder(step), theirs, identity)
             if theirs != identity and step > shorter[theirs].shared_steps:
                 other = shorter[theirs]
                 raise DamagedCheckpoint(
@@ -86,11 +87,13 @@ def choose(
     return Choice(None, attempt, tuple(rejected))
 
 
-def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], None]) -> int:
-    """Put the run where the chosen checkpoint left it; returns how many steps are done (a collective).
+def resume(
+    run: Run, probes: Sequence[Probe], checkpoints: Store, choice: Choice, say: Callable[[str], None]
+) -> int:
+    """Put the run where the chosen checkpoint left it; return how many steps are done (a collective).
 
-    The same number of processes goes on bit by bit; another number, or another engine, with the same samples and the
-    same numbers, which are then rounded in another order.
+    The same number of processes continues bit by bit. Another number, or another engine, continues with the same
+    samples and the same numbers, which are then rounded in another order.
     """
     for line in choice.rejected:
         say(f"checkpoint not used: {line}")
@@ -100,15 +103,15 @@ def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], No
         elif run.config.resume:
             say("no checkpoint: starting at step 0")
         return 0
-    run.engine.rehearse(lambda: forward_backward(run, run.feed.step(0), weight=0.0))
+    run.engine.warm_up(lambda: forward_backward(run, run.loader.micro_batches(0), weight=0.0))
     folder = checkpoints.folder(choice.step)
     try:
         saved = Saved(folder)
         try:
             with torch.no_grad():
-                parts.load(run, saved)
+                contents.load_tensors(run, saved)
             rank, same = run.engine.rank, len(saved.facts) == run.engine.world_size
-            lost = progress.restore(run, saved.facts, saved.own(rank) if same else None)
+            problems = contents.restore_counters(run, probes, saved.facts, saved.own(rank) if same else None)
             before = saved.manifest
         finally:
             saved.close()
@@ -121,7 +124,7 @@ def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], No
             f"holds something else than this run wrote ({reason})",
             fix=f"resume=false, or without this checkpoint: rm -r {shlex.quote(str(folder))}",
         ) from error
-    for problem in lost:
+    for problem in problems:
         say(problem)
     line = f"resumed after step {choice.step}"
     if (before.get("engine"), before["world_size"]) != (run.engine.name, run.engine.world_size):
@@ -130,7 +133,7 @@ def resume(run: Run, checkpoints: Store, choice: Choice, say: Callable[[str], No
     return choice.step
 
 
-def _foreign(run: Run, folder: Path, theirs: str, ours: str) -> InputError:
+def _other_run(run: Run, folder: Path, theirs: str, ours: str) -> InputError:
     try:
         keys = differing_keys(compose.load_file(folder / "config.yaml"), run.config)
     except (OSError, InputError):
@@ -142,3 +145,21 @@ def _foreign(run: Run, folder: Path, theirs: str, ours: str) -> InputError:
         f"is a checkpoint of run {theirs}, this is run {ours}; they differ in {what}",
         fix="resume=false, or another name=",
     )
+
+
+def from_first(value: Any) -> Any:
+    """Return rank 0's value on all processes (a collective)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def from_all(value: str) -> list[str]:
+    """Return the values of all processes, by rank (a collective)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,10 +1,10 @@
-"""When a checkpoint is due, and writing it while training goes on."""
+"""Decide when a checkpoint is due, and write it while training continues."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.checkpoint import agreement, files, parts, progress, store
-from harness.checkpoint.progress import Randomness
+from harness.checkpoint import contents, files, store
+from harness.checkpoint.contents import Randomness
+from harness.checkpoint.resuming import from_all
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
 from harness.config.compose import to_yaml
 from harness.config.schema import RunConfig
 from harness.files import atomic
-from harness.loop import Run, settle
-from harness.preparation import Prepared
+from harness.loop import Run, drain_pending
+from harness.protocols import Probe
 from harness.schedule import length
 from optimizers.named_state import StatePiece
 
@@ -46,40 +47,47 @@ class _Write:
 
 
 class Checkpoints:
-    """Keeps the checkpoints of one run; every process has one and calls it at the same points of the loop.
+    """Writes the checkpoints of one run. Every process has one and calls it at the same points of the loop.
 
-    A save copies this process' part to host memory, and from there a thread writes it; the next steps do not wait.
-    When all processes are done, which the loop's vote tells, rank 0 gives the checkpoint its name. A save that
-    fails (full disk, unreadable folder) is said, and the run goes on; older checkpoints are not touched. The last
-    step is tried again (`LAST_TRIES`); what still fails then is the run's `problem`.
+    A save copies this process' part to host memory, and a thread writes it from there, so that the next steps do not
+    wait. When all processes are done, as the loop's flags tell, rank 0 gives the checkpoint its name. A save that fails
+    (full disk, unreadable folder) is reported and the run continues; older checkpoints stay untouched. The last step is
+    tried `LAST_TRIES` times; what still fails then is the run's `problem`.
 
     Args:
         run: assembled.
-        prepared: as prepared; its folder is the same for all processes.
+        folder: of the run, the same for all processes.
+        facts: what the manifest says about the run, "identity" among it.
         attempt: number of this attempt, the same for all processes.
-        say: where this process' messages go.
-        saved_step: step of the checkpoint that the run goes on from; None: it begins.
+        say: takes messages.
+        probes: of the run, whose state belongs to a checkpoint.
+        saved_step: step of the checkpoint that the run continues from; None: it starts.
+
+    Attributes:
+        duration_s: from the start of the last save to its name.
+        waited_s: how long training waited for the last save.
     """
 
     def __init__(
         self,
         run: Run,
-        prepared: Prepared,
+        folder: Path,
+        facts: Mapping[str, Any],
+        *,
         attempt: int,
         say: Callable[[str], None],
-        *,
+        probes: Sequence[Probe] = (),
         saved_step: int | None = None,
     ) -> None:
-        self._run, self._say, self._attempt = run, say, attempt
+        self._run, self._say, self._attempt, self._probes = run, say, attempt, probes
+        self._rows = folder / "metrics.jsonl"
         self._facts = {
-            "identity": prepared.identity,
-            "comparison_key": prepared.comparison_key,
-            "corpus_sha256": prepared.corpus.sha256,
+            **facts,
             "attempt": attempt,
             "engine": run.engine.name,
             "world_size": run.engine.world_size,
         }
-        self.store = Store(prepared.folder)
+        self.store = Store(folder)
         config = run.config.checkpoint
         self._every, self._background = config.every, config.background
         self._before_decay = _before_decay(run.config)
@@ -98,9 +106,7 @@ class Checkpoints:
         self._randomness: Randomness | None = None
         self._tries = 0
         self.duration_s = 0.0
-        """From the beginning of the last save to its name."""
         self.waited_s = 0.0
-        """How long training waited for the last save."""
 
     def before_step(self) -> None:
         """Remember the random states that a stop before this step's update would need."""
@@ -108,31 +114,32 @@ class Checkpoints:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether this process' clock asks for a checkpoint: rank 0's alone, or they would not agree."""
+        """True if the clock of this process asks for a checkpoint."""
+        # Rank 0's alone: the processes would not agree.
         is_due = self._every == "auto" and time.monotonic() - self._last_began >= EVERY_S
         return is_due and self._run.engine.rank == 0
 
     @property
     def is_writing(self) -> bool:
-        """Whether this process is still writing."""
+        """True while this process is writing."""
         thread = self._writing.thread if self._writing else None
         return thread is not None and thread.is_alive()
 
     def after_step(self, *, wanted: bool, writing: bool) -> None:
-        """Save where it is due, and name what has been written.
+        """Save where it is due, and give its name to what has been written.
 
         Args:
-            wanted: any process wanted a checkpoint, as the vote said.
+            wanted: any process wanted a checkpoint, as the flags say.
             writing: any process was still writing.
         """
-        ledger = self._run.ledger
-        # Two steps on, the vote was cast after that save had begun.
-        if self._writing is not None and not writing and ledger.step >= self._writing.step + 2:
+        state = self._run.state
+        # Two steps on, the flags were set after that save had begun.
+        if self._writing is not None and not writing and state.step >= self._writing.step + 2:
             self._name()
-        due = isinstance(self._every, int) and ledger.step % self._every == 0
-        due = due or (self._every is not None and ledger.step == self._before_decay)
-        if due or (wanted and wish_stands(self._last_step, ledger.step)):
-            settle(self._run)
+        due = isinstance(self._every, int) and state.step % self._every == 0
+        due = due or (self._every is not None and state.step == self._before_decay)
+        if due or (wanted and is_still_wanted(self._last_step, state.step)):
+            drain_pending(self._run)
             with self._run.clock.part("probes"):
                 self.save(Randomness.now(self._run.engine.device), background=self._background)
 
@@ -148,14 +155,14 @@ class Checkpoints:
             self._save_last()
 
     def _save_last(self) -> None:
-        ledger = self._run.ledger
+        state = self._run.state
         self._name()
         for number in range(LAST_TRIES):
-            if self._saved_step == ledger.step:
+            if self._saved_step == state.step:
                 return
             if number:
                 time.sleep(RETRY_S)
-            if ledger.step == self._run.config.steps:
+            if state.step == self._run.config.steps:
                 randomness = Randomness.now(self._run.engine.device)
             else:
                 # The step that was broken off has drawn numbers since.
@@ -164,11 +171,11 @@ class Checkpoints:
             # As a probe's time, should the run be gone on with: it is no training.
             with self._run.clock.part("probes"):
                 self.save(randomness, background=False)
-        if self._saved_step != ledger.step:
-            goes_on = "the beginning" if self._saved_step is None else f"step {self._saved_step}"
+        if self._saved_step != state.step:
+            start = "the beginning" if self._saved_step is None else f"step {self._saved_step}"
             self.problem = (
-                f"the checkpoint of step {ledger.step} could not be written ({self._reason}); "
-                f"the same command goes on from {goes_on}"
+                f"the checkpoint of step {state.step} could not be written ({self._reason}); "
+                f"the same command goes on from {start}"
             )
 
     def save(self, randomness: Randomness, *, background: bool) -> None:
@@ -181,17 +188,21 @@ class Checkpoints:
         self._name()
         run, began = self._run, time.monotonic()
         self._last_began = began
-        pieces = [p for p in (*parts.weights(run), *parts.state(run)) if p.is_primary and p.tensor.numel()]
+        pieces = [
+            p
+            for p in (*contents.weight_pieces(run), *contents.state_pieces(run))
+            if p.is_primary and p.tensor.numel()
+        ]
         if self._lacks_space(pieces):
             return
         self._tries += 1
-        partial = self.store.partial(run.ledger.step, f"{self._attempt}-{self._tries}")
-        facts = progress.facts(run)
+        partial = self.store.partial(run.state.step, f"{self._attempt}-{self._tries}")
+        facts = contents.counters(run, self._probes)
         if run.engine.rank == 0:
-            facts["optimizer"] = parts.bookkeeping(run)
+            facts["optimizer"] = contents.optimizer_facts(run)
         copies = self._copied(pieces)
-        manifest = {**self._facts, "step": run.ledger.step, "tokens": run.ledger.tokens, **self._known_loss()}
-        self._writing = _Write(run.ledger.step, partial, manifest, None, began)
+        manifest = {**self._facts, "step": run.state.step, "tokens": run.state.tokens, **self._known_loss()}
+        self._writing = _Write(run.state.step, partial, manifest, None, began)
         write = self._writing
 
         def work() -> None:
@@ -207,7 +218,7 @@ class Checkpoints:
 
         write.thread = threading.Thread(target=work, name="checkpoint")
         write.thread.start()
-        self._last_step = run.ledger.step
+        self._last_step = run.state.step
         if not background:
             self._name()
         self.waited_s = time.monotonic() - began
@@ -229,12 +240,12 @@ class Checkpoints:
         self._run.stop.save_s = self.duration_s
 
     def _is_agreed_failure(self, write: _Write) -> bool:
-        """Whether the save failed on any process (a collective); says so and cleans up if it did."""
+        """Return True if the save failed on any process (a collective); then report it and clean up."""
         engine = self._run.engine
         failed = torch.tensor(float(bool(write.problem)), device=engine.device)
         if not engine.max(failed).item():
             return False
-        problems = agreement.from_all(write.problem)
+        problems = from_all(write.problem)
         rank, self._reason = next((r, line) for r, line in enumerate(problems) if line)
         if engine.rank == 0:
             self.store.discard_partial()
@@ -258,8 +269,8 @@ class Checkpoints:
 
     def _sync_rows(self) -> None:
         """Put the rows up to this step on the disk: a checkpoint that outlives a power failure needs them."""
-        if self._run.folder is not None and (rows := self._run.folder / "metrics.jsonl").exists():
-            atomic.sync_file(rows)
+        if self._rows.exists():
+            atomic.sync_file(self._rows)
 
     def _lacks_space(self, pieces: Sequence[StatePiece]) -> bool:
         engine = self._run.engine
@@ -279,14 +290,14 @@ class Checkpoints:
         self._reason = f"it needs {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB" + why
         if engine.rank == 0:
             self._say(
-                f"no checkpoint of step {self._run.ledger.step}: {self._reason}; "
+                f"no checkpoint of step {self._run.state.step}: {self._reason}; "
                 "its older checkpoints are as they were"
             )
         return True
 
     def _copied(self, pieces: Sequence[StatePiece]) -> list[StatePiece]:
-        """The parts in host memory. The memory is kept from save to save: touching new pages costs more than the
-        copy itself."""
+        """Return copies of the parts in host memory."""
+        # The memory is kept from save to save: touching new pages costs more than the copy itself.
         copies = []
         is_cuda = self._run.engine.device.type == "cuda"
         for part in pieces:
@@ -302,15 +313,15 @@ class Checkpoints:
         return copies
 
     def _known_loss(self) -> dict[str, float | None]:
-        for probe in self._run.probes:
+        for probe in self._probes:
             step, loss = getattr(probe, "last", (None, None))
-            if step == self._run.ledger.step:
+            if step == self._run.state.step:
                 return {"val_loss": loss}
         return {"val_loss": None}
 
 
-def wish_stands(last: int | None, step: int) -> bool:
-    """Whether a wish that was uttered a step ago still stands: the save that it asked for may have been made since."""
+def is_still_wanted(last: int | None, step: int) -> bool:
+    """Return True if the checkpoint that a process wanted one step ago has not been made since."""
     return last is None or step > last + 1
 
 

@@ -1,172 +1,140 @@
-"""What the loop asks of an engine, and the table of engines."""
+"""Base of the engines: the processes of a run, small reductions between them, and leaving together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from importlib import import_module
-from typing import Protocol
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
+from harness.config.errors import InputError
 from harness.config.schema import RunConfig
-from harness.engines.holdings import Layout
-from optimizers.layouts.layout import Layout as ParameterLayout
+from harness.devices import claim_gpu, uses_cuda
 
 
-class Engine(Protocol):
-    """One process' view of the training processes.
+class ProcessEngine:
+    """This process among those that a launcher started (gloo on CPUs, NCCL on GPUs). Base of the engines.
 
-    Every process calls every method in the same order: several of them are collectives. In the order of a run:
-    `shard`, build the optimizer, `prepare`; then per step `micro_step`, `autocast` and `backward` for each
-    micro-batch, and `step`.
+    Args:
+        config: a checked configuration.
+        needs_group: a process group exists also where there is one process.
+
+    Raises:
+        InputError: the launcher started another number of processes than ``world_size``, or more than there are GPUs.
     """
 
     name: str
-    layout: Layout
-    """How the weights are held when the optimizer steps."""
     rank: int
     world_size: int
-    shards: int
-    """Processes over which `shard` cuts one copy of the weights; 1 where it does nothing."""
+    shards: int = 1
+    forward_is_local: bool = True
     device: torch.device
-    forward_is_local: bool
-    """Whether forward passes communicate nothing, so that their time is this process' own."""
-    model: nn.Module
-    """The model as it must be called in the forward pass."""
 
-    def process_group(self) -> torch.distributed.ProcessGroup | None:
-        """The group over which weights are replicated; None for one process, and where weights are cut."""
-        ...
+    def __init__(self, config: RunConfig, *, needs_group: bool = False) -> None:
+        # torch's own wrappers call collectives under names that it deprecated.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        torch.set_num_threads(config.engine.threads or _threads_per_process())
+        self._timeout = timedelta(seconds=config.engine.timeout_s)
+        on_gpu = uses_cuda()
+        if on_gpu:
+            claim_gpu()
+        with without_accelerate_plugins():
+            state = PartialState(cpu=not on_gpu, timeout=self._timeout)
+        self.name = config.engine.name
+        self.rank, self.world_size = state.process_index, state.num_processes
+        self.device = torch.device(state.device or "cpu")
+        if self.world_size != config.world_size:
+            raise InputError(
+                "world_size",
+                config.world_size,
+                f"disagrees with the launcher, which started {self.world_size}",
+                fix=f"world_size={self.world_size}, or start {config.world_size} processes",
+            )
+        if needs_group and not dist.is_initialized():
+            backend = "gloo" if self.device.type == "cpu" else "nccl"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=self._timeout)
 
-    def shard(self, model: nn.Module, axes: Mapping[str, int]) -> None:
-        """Cut the model (already on `device`) where the optimizer is to be built on shards; else do nothing.
+    def shard(self, model: nn.Module, axes: Mapping[str, int], blocks: Sequence[nn.Module]) -> None:
+        """Do nothing: the optimizer is built on whole parameters."""
 
-        Args:
-            model: whole, the same on every process.
-            axes: parameter name → axis to cut it along; 0 for names that are not in it.
-        """
-        ...
-
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Take the model and the optimizer over."""
-        ...
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision for a forward pass."""
-        ...
-
-    def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
-        """Around forward and backward of one micro-batch; only the ``last`` one reduces gradients (means)."""
-        ...
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add this micro-batch's gradients."""
-        ...
-
-    def void_gradients(self, where: torch.Tensor) -> None:
-        """Make the gradient non-finite where ``where`` (0-dim bool, equal on all processes) is true, so that the
-        next `step` is masked. Does not wait for the device."""
-        ...
-
-    def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unscale and clip the gradients, then one optimizer step.
-
-        It leaves weights and state untouched on all processes where the gradient is not finite anywhere.
-
-        Args:
-            max_norm: of the global gradient; None: no clipping.
-
-        Returns:
-            The global gradient norm before clipping, and 1.0 where it is not finite (else 0.0): 0-dim fp32
-            tensors on `device`, equal on all processes.
-        """
-        ...
-
-    def retract_step(self) -> None:
-        """Take back what the host counted in the last step, which turned out to be masked."""
-        ...
-
-    def inference(self) -> AbstractContextManager[nn.Module]:
-        """What to call in forward passes without gradients, the same number of times on every process."""
-        ...
+    def set_collective_timeout(self) -> None:
+        """Give every process group the configured timeout."""
+        # Meshes and DeepSpeed make groups with torch's default of half an hour.
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes (a copy)."""
-        ...
+        """Return the sum over the processes (a copy)."""
+        return self._reduced(value, dist.ReduceOp.SUM)
 
     def max(self, value: torch.Tensor) -> torch.Tensor:
-        """Maximum over the processes (a copy)."""
-        ...
+        """Return the maximum over the processes (a copy)."""
+        return self._reduced(value, dist.ReduceOp.MAX)
 
-    def vote(self, value: torch.Tensor) -> Callable[[], list[float]]:
-        """Start a maximum over the processes; calling the result waits for it. Does not block."""
-        ...
+    def _reduced(self, value: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        value = value.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(value, op)
+        return value
 
-    def exposed_communication(self) -> float | None:
-        """Seconds of gradient communication in the last step that computation did not hide, where known."""
-        ...
+    def reduce_flags(self, flags: torch.Tensor) -> Callable[[], list[float]]:
+        """Start a maximum over the processes without blocking; calling the result waits for it."""
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True) if self.world_size > 1 else None
+        if flags.device.type == "cpu":
+            return lambda: (work.wait(), flags.tolist())[1] if work else flags.tolist()
+        if work:
+            work.wait()  # NCCL: orders the current stream behind the reduction, does not block the host
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return lambda: (done.synchronize(), host.tolist())[1]
 
-    def held_bytes(self) -> dict[str, int]:
-        """Bytes of "weights" (buffers and master copies included) and "gradients" that this process holds."""
-        ...
+    def sync_from_masters(self) -> None:
+        """Do nothing: there are no masters beside the weights."""
 
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        """Whole weights by parameter name on rank 0, nothing elsewhere: fp32 copies on the CPU (a collective)."""
-        ...
-
-    def bound_waiting(self) -> None:
-        """Let no collective wait longer than ``engine.timeout_s``; once everything is prepared."""
-        ...
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name, as they are between steps."""
-        ...
-
-    def parameter_layout(self) -> ParameterLayout:
-        """How the trainable parameters lie on the processes, where the optimizer (a plug-in) does not know."""
-        ...
-
-    def weights_were_replaced(self) -> None:
-        """Bring along what the engine derives from the weights, after they were overwritten (a collective)."""
-        ...
-
-    def rehearse(self, step: Callable[[], object]) -> None:
-        """Call ``step`` (forward and backward, gradients of no use) where the engine settles in with its first one, so
-        that what follows adds up in the order of a run that is under way (a collective)."""
-        ...
-
-    def scaler_state(self) -> dict[str, float]:
-        """The loss scale and what decides when it changes; empty without loss scaling."""
-        ...
-
-    def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        """Go on from that; an empty one changes nothing."""
-        ...
+    def warm_up(self, step: Callable[[], object]) -> None:
+        """Do nothing: the first step adds up as every other."""
 
     def release(self) -> None:
-        """Undo what the engine did to this process, which stays in the process group and may start another one."""
-        ...
+        """Undo what the engine did to this process, which stays in the process group."""
 
     def close(self) -> None:
-        """Release, wait for the others and leave the process group."""
-        ...
+        """Wait for the others and leave the process group."""
+        self.release()
+        if dist.is_initialized():
+            dist.barrier(device_ids=[self.device.index or 0] if self.device.type == "cuda" else None)
+            dist.destroy_process_group()
 
 
-_ENGINES = {
-    "single": "harness.engines.ddp:ReplicatedEngine",
-    "ddp": "harness.engines.ddp:ReplicatedEngine",
-    "fsdp2": "harness.engines.fsdp2:ShardedEngine",
-    "hsdp": "harness.engines.fsdp2:ShardedEngine",
-    "zero0": "harness.engines.deepspeed:UnpartitionedEngine",
-    "zero1": "harness.engines.deepspeed:PartitionedEngine",
-    "zero2": "harness.engines.deepspeed:PartitionedEngine",
-    "zero3": "harness.engines.deepspeed:PartitionedEngine",
-}
+@contextmanager
+def without_accelerate_plugins() -> Iterator[None]:
+    """Hide from Accelerate that its launcher was given an FSDP or a DeepSpeed configuration.
+
+    `harness.config.engine_checks` compared it with ours; Accelerate itself would answer by another backend
+    (on CPUs by none at all: every process would believe that it is the only one).
+    """
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
 
 
-def start(config: RunConfig) -> Engine:
-    """Start this process' part of the engine that ``config.engine`` names (a collective)."""
-    module, name = _ENGINES[config.engine.name].split(":")
-    return getattr(import_module(module), name)(config)
+def _threads_per_process() -> int:
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    # Under a launcher it is the launcher's default of one thread, not a choice of the user's.
+    if threads.isdecimal() and int(threads) > 0 and "WORLD_SIZE" not in os.environ:
+        return int(threads)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores // local)

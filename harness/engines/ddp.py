@@ -11,19 +11,20 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from harness.config.schema import RunConfig
-from harness.engines.holdings import Layout, tensor_bytes
-from harness.engines.masked import MaskedSteps
-from harness.engines.processes import without_accelerate_plugins
+from harness.devices import tensor_bytes
+from harness.engines.base import without_accelerate_plugins
+from harness.engines.skip_step import SkipStepEngine
+from harness.protocols import WeightLayout
 from optimizers.layouts.replicated import ReplicatedLayout
 
 
-class ReplicatedEngine(MaskedSteps):
+class ReplicatedEngine(SkipStepEngine):
     """Engines `single` and `ddp`: every process holds all weights and sees the mean gradient.
 
     Accelerate owns processes and devices and wraps the model; mixed precision is ours.
     """
 
-    layout: Layout = "replicated"
+    layout: WeightLayout = "replicated"
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
@@ -57,12 +58,13 @@ class ReplicatedEngine(MaskedSteps):
         return autocast(self._precision, self.device)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
-        """Around forward and backward of a micro-batch: only the last one communicates."""
+        """Enclose forward and backward of a micro-batch: only the last one communicates."""
         return nullcontext() if last else self._accelerator.no_sync(self.model)
 
     @contextmanager
     def inference(self) -> Iterator[nn.Module]:
-        """The module itself: its DDP wrapper has nothing to add without gradients."""
+        """Give the module itself."""
+        # Its DDP wrapper has nothing to add without gradients.
         yield self._module
 
     def exposed_communication(self) -> float | None:
@@ -72,7 +74,7 @@ class ReplicatedEngine(MaskedSteps):
         total, hidden = data.get("backward_comm_time"), data.get("backward_compute_comm_overlap_time")
         return None if not total else max(0.0, (int(total) - int(hidden or 0)) * 1e-9)
 
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         return {
             "weights": tensor_bytes([*self._module.parameters(), *self._module.buffers()]),
             "gradients": tensor_bytes(p.grad for p in self._module.parameters() if p.grad is not None),
@@ -84,8 +86,9 @@ class ReplicatedEngine(MaskedSteps):
     def parameter_layout(self) -> ReplicatedLayout:
         return ReplicatedLayout(self.process_group())
 
-    def rehearse(self, step: Callable[[], object]) -> None:
-        """DDP orders its buckets by the first backward pass, and with them the sums of three processes or more."""
+    def warm_up(self, step: Callable[[], object]) -> None:
+        """Run ``step`` once and drop its gradients."""
+        # DDP orders its buckets by the first backward pass, and with them the sums of three processes or more.
         if self.world_size > 1:
             step()
             self._optimizer.zero_grad(set_to_none=True)
@@ -97,6 +100,6 @@ class ReplicatedEngine(MaskedSteps):
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Mixed precision over fp32 weights, for ``precision`` bf16 and fp16."""
+    """Compute the enclosed code in mixed precision over fp32 weights, for ``precision`` bf16 and fp16."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()

@@ -21,18 +21,17 @@ import optimizers
 from harness.config import deepspeed_config
 from harness.config.errors import InputError
 from harness.config.schema import RunConfig
-from harness.devices import uses_cuda
+from harness.devices import tensor_bytes, uses_cuda
+from harness.engines.base import ProcessEngine
 from harness.engines.ddp import autocast
-from harness.engines.holdings import Layout, tensor_bytes
-from harness.engines.masked import MaskedSteps, void
-from harness.engines.processes import Processes
-from harness.model.precision import exact_buffers
+from harness.engines.skip_step import SkipStepEngine, set_nonfinite
+from harness.protocols import WeightLayout
 from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.layouts.replicated import ReplicatedLayout
 
 
-class _DeepSpeed(Processes):
-    """What both engines do with DeepSpeed's."""
+class _DeepSpeedEngine(ProcessEngine):
+    """Base of both engines: starts DeepSpeed and undoes what it did to the process."""
 
     _engine: Any
     _linear: Callable[..., torch.Tensor]
@@ -44,10 +43,10 @@ class _DeepSpeed(Processes):
         return nullcontext()
 
     def exposed_communication(self) -> float | None:
-        """DeepSpeed does not measure it."""
+        """Return None: DeepSpeed does not measure it."""
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """By name, without the prefix of DeepSpeed's wrapper."""
+        """Return the trainable parameters by name, without the prefix of DeepSpeed's wrapper."""
         return {name: p for name, p in self._engine.module.named_parameters() if p.requires_grad}
 
     def release(self) -> None:
@@ -68,10 +67,10 @@ class _DeepSpeed(Processes):
         return self._engine
 
 
-class UnpartitionedEngine(_DeepSpeed, MaskedSteps):
-    """Engine `zero0`: DeepSpeed sums the gradients; precision, clipping and masked steps are ours, as under ddp."""
+class UnpartitionedEngine(_DeepSpeedEngine, SkipStepEngine):
+    """Engine `zero0`: DeepSpeed sums the gradients; precision, clipping and skipped steps are ours, as under ddp."""
 
-    layout: Layout = "replicated"
+    layout: WeightLayout = "replicated"
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config, needs_group=True)
@@ -97,7 +96,7 @@ class UnpartitionedEngine(_DeepSpeed, MaskedSteps):
     def inference(self) -> Iterator[nn.Module]:
         yield self._engine.module
 
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         module = self._engine.module
         return {
             "weights": tensor_bytes([*module.parameters(), *module.buffers()]),
@@ -117,14 +116,14 @@ class UnpartitionedEngine(_DeepSpeed, MaskedSteps):
         self._engine.step()
 
 
-class PartitionedEngine(_DeepSpeed):
+class PartitionedEngine(_DeepSpeedEngine):
     """Engines `zero1`, `zero2` and `zero3`: the optimizer works on flat fp32 slices of the parameters.
 
     DeepSpeed unscales, clips and decides whether a step is skipped, for which the host waits in every step.
     bf16 and fp16 are weights of that dtype with fp32 masters, which start from the exact fp32 initialization.
     """
 
-    layout: Layout = "partitioned"
+    layout: WeightLayout = "partitioned"
     _update_loss_scale: Callable[[bool], None]
 
     def __init__(self, config: RunConfig) -> None:
@@ -156,15 +155,15 @@ class PartitionedEngine(_DeepSpeed):
         self._set_masters(exact)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Nothing: the weights themselves have the dtype to compute in."""
+        """Do nothing: the weights themselves have the dtype to compute in."""
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         # The loss already carries its weight in the whole batch: no division by the accumulation steps.
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def void_gradients(self, where: torch.Tensor) -> None:
-        void(self._gradients(), where)
+    def force_skip(self, where: torch.Tensor) -> None:
+        set_nonfinite(self._gradients(), where)
 
     def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert max_norm == self._config.max_grad_norm, "DeepSpeed was told at its start where to clip"
@@ -175,27 +174,27 @@ class PartitionedEngine(_DeepSpeed):
         norm = math.nan if skipped else float(self._engine.get_global_grad_norm())
         return self._scalar(norm), self._scalar(float(skipped))
 
-    def retract_step(self) -> None:
-        """Nothing: DeepSpeed does not call the optimizer in a step that it skips."""
+    def undo_step_counters(self) -> None:
+        """Do nothing: DeepSpeed does not call the optimizer in a step that it skips."""
 
     @contextmanager
     def inference(self) -> Iterator[nn.Module]:
         yield self._engine
 
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         module, zero = self._engine.module, self._zero
-        held = [*module.parameters(), *module.buffers()]
+        tensors = [*module.parameters(), *module.buffers()]
         if self._stage == 3:
-            held += [p.ds_tensor for p in module.parameters()] + list(zero.fp32_partitioned_groups_flat)
+            tensors += [p.ds_tensor for p in module.parameters()] + list(zero.fp32_partitioned_groups_flat)
         else:
-            held += list(zero.single_partition_of_fp32_groups)
-        return {"weights": tensor_bytes(held), "gradients": self._gradient_bytes}
+            tensors += list(zero.single_partition_of_fp32_groups)
+        return {"weights": tensor_bytes(tensors), "gradients": self._gradient_bytes}
 
     def parameter_layout(self) -> PartitionedLayout:
         return self._layout
 
-    def weights_were_replaced(self) -> None:
-        """The weights to compute with, from the fp32 masters, as after a step."""
+    def sync_from_masters(self) -> None:
+        """Compute the low-precision weights from the fp32 masters, as after a step."""
         zero = self._zero
         if self._stage < 3:
             zero.update_lp_params()
@@ -214,7 +213,7 @@ class PartitionedEngine(_DeepSpeed):
         return {key: value for key, value in scaler.items() if isinstance(value, bool | int | float)}
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        """Of DeepSpeed's scaler, or the scale alone of torch's."""
+        """Continue from the state of DeepSpeed's scaler, or from the scale alone of torch's."""
         scaler = self._zero.loss_scaler
         if "cur_scale" in state:
             vars(scaler).update({key: value for key, value in state.items() if key in vars(scaler)})
@@ -241,7 +240,7 @@ class PartitionedEngine(_DeepSpeed):
                 safe_set_full_fp32_param(p, exact.pop(name).float())
 
     def _gradients(self) -> Iterable[torch.Tensor]:
-        """What holds gradients right before a step."""
+        """Yield the tensors that hold gradients right before a step."""
         for p in self._engine.module.parameters():
             for tensor in (p.grad, getattr(p, "grad_accum", None)):
                 if tensor is not None:
@@ -313,6 +312,18 @@ def _library() -> Any:
     # It warns of every optimizer that it does not know, and says again what our record says of skipped steps.
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
+
+
+@contextmanager
+def exact_buffers(model: nn.Module) -> Iterator[None]:
+    """Undo what the enclosed code does to the dtype and the values of the model's floating-point buffers."""
+    kept = {
+        name: buffer.detach().clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()
+    }
+    yield
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            buffer.data = kept[name].to(buffer.device)
 
 
 def _check_precision(config: RunConfig) -> None:

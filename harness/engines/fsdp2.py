@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -14,14 +14,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from harness.config.schema import RunConfig
-from harness.engines.holdings import Layout, tensor_bytes
-from harness.engines.masked import MaskedSteps, root_sum_square
-from harness.model import decoder_layers
+from harness.devices import tensor_bytes
+from harness.engines.skip_step import SkipStepEngine, root_sum_square
+from harness.protocols import WeightLayout
 from optimizers.layouts.axes import possible_axis
 from optimizers.layouts.sharded import ShardedLayout
 
 
-class ShardedEngine(MaskedSteps):
+class ShardedEngine(SkipStepEngine):
     """Engines `fsdp2` and `hsdp`: parameters, gradients and optimizer state are DTensors, cut along one axis.
 
     Every decoder layer is a group of its own; embeddings, head and last norm are the root's. bf16 and fp16
@@ -30,7 +30,7 @@ class ShardedEngine(MaskedSteps):
     Not Accelerate's FSDP plugin: on CPUs it silently becomes DDP.
     """
 
-    layout: Layout = "sharded"
+    layout: WeightLayout = "sharded"
     forward_is_local = False
 
     def __init__(self, config: RunConfig) -> None:
@@ -55,11 +55,9 @@ class ShardedEngine(MaskedSteps):
     def process_group(self) -> dist.ProcessGroup | None:
         return None
 
-    def shard(self, model: nn.Module, axes: Mapping[str, int]) -> None:
-        """Turn the parameters of ``model`` into DTensors, in place (a collective).
-
-        torch refuses uneven shards along axis 1: what does not divide is cut along axis 0.
-        """
+    def shard(self, model: nn.Module, axes: Mapping[str, int], blocks: Sequence[nn.Module]) -> None:
+        """Turn the parameters of ``model`` into DTensors, in place (a collective)."""
+        # torch refuses uneven shards along axis 1: what does not divide is cut along axis 0.
         by_parameter = {
             id(p): possible_axis(axes.get(name, 0), p.shape, self.shards)
             for name, p in model.named_parameters()
@@ -73,8 +71,8 @@ class ShardedEngine(MaskedSteps):
             "mp_policy": self._policy,
             "shard_placement_fn": placement,
         }
-        for layer in decoder_layers(model):
-            fully_shard(layer, reshard_after_forward=self._reshard, **options)
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=self._reshard, **options)
         # The root's weights are the first ones that the backward pass needs again.
         fully_shard(model, reshard_after_forward=False, **options)
 
@@ -86,11 +84,11 @@ class ShardedEngine(MaskedSteps):
         self._parameters = [p for p in self._named.values() if p.requires_grad]
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Nothing: `fully_shard` gathers the weights in the dtype to compute in."""
+        """Do nothing: `fully_shard` gathers the weights in the dtype to compute in."""
         return nullcontext()
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
-        """Gradients of the micro-batches before the last one add up whole, in fp32, on each process."""
+        """Let only the last micro-batch communicate: before it, whole fp32 gradients add up on each process."""
         cast(FSDPModule, self.model).set_requires_gradient_sync(last)
         return nullcontext()
 
@@ -103,7 +101,7 @@ class ShardedEngine(MaskedSteps):
     def exposed_communication(self) -> float | None:
         return None
 
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return {
             "weights": tensor_bytes([*self._named.values(), *self.model.buffers()]),

@@ -30,7 +30,6 @@ from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
 from harness.process import exit_markers, parent
 from harness.process.stop import REPEAT_S, handled_signals, outlive_the_terminal
-from harness.train import ERROR_FILE
 
 SHARED: ContextVar[Callable[[Prepared], RunOutcome | None] | None] = ContextVar("shared", default=None)
 """Trains a run in processes that several runs share, or returns None if it needs processes of its own."""
@@ -53,7 +52,7 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
     with tempfile.TemporaryDirectory() as scratch:
         error = Path(scratch) / "error.json"
         began = time.time()
-        markers = {ERROR_FILE: str(error), exit_markers.FOLDER_VARIABLE: scratch}
+        markers = {exit_markers.ERROR_VARIABLE: str(error), exit_markers.FOLDER_VARIABLE: scratch}
         with SignalForwarder(Path(scratch)) as forwarder:
             # A session of its own keeps a terminal's Ctrl-C from reaching launcher and workers each by itself.
             process = subprocess.Popen(
@@ -74,7 +73,7 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
 
 
 def read_error(path: Path) -> InputError | None:
-    """Return the bad input that a run's first process found (`harness.train.ERROR_FILE`); None if it found none."""
+    """Return the bad input that rank 0 wrote (`harness.process.exit_markers.write_error`); None if it wrote none."""
     try:
         return InputError(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

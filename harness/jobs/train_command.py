@@ -10,6 +10,7 @@ from harness.jobs import ending, launch
 from harness.output import json_document
 from harness.preparation import prepare
 from harness.record import readers
+from harness.worker import closing_lines
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,5 +40,5 @@ def main(argv: Sequence[str]) -> int:
             )
         )
     else:
-        print(*ending.lines(outcome.folder, outcome.state, outcome.reason, resume), sep="\n")
+        print(*closing_lines(outcome.folder, outcome.state, outcome.reason, resume), sep="\n")
     return outcome.exit_code

@@ -32,7 +32,6 @@ from harness.jobs import launch, outcome
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
 from harness.process import exit_markers
-from harness.train import ERROR_FILE
 from optimizers import presets
 
 ENGINES = ("single", "ddp", "fsdp2", "hsdp")
@@ -162,7 +161,7 @@ class _Group:
         with tempfile.TemporaryDirectory() as scratch:
             error = Path(scratch) / "error.json"
             environment = {
-                ERROR_FILE: str(error),
+                exit_markers.ERROR_VARIABLE: str(error),
                 exit_markers.FOLDER_VARIABLE: scratch,
                 "MASTER_PORT": str(launch.free_port()),
             }

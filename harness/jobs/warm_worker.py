@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from harness import train
+from harness import worker
 from harness.jobs.warm import PEAK_RESET
 from harness.process import parent
 from harness.process.heartbeat import BEAT_S
@@ -44,13 +44,13 @@ def main(argv: Sequence[str]) -> int:
         os.environ.update(environment)
         try:
             with warnings.catch_warnings():
-                code = train.main(words)
+                code = worker.main(words)
         except BaseException:
             traceback.print_exc()
             return 1
         sys.stdout.flush()
         sys.stderr.flush()
-        pipe.send((code, code in train.EXIT_CODES.values() and before.restore()))
+        pipe.send((code, code in worker.EXIT_CODES.values() and before.restore()))
 
 
 def warm_up() -> None:

@@ -9,20 +9,57 @@ of processes changes nothing at a fixed ``micro_batch_size``, which is part of t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from harness.config.model_values import ROUTER_COEFFICIENTS
+from harness.protocols import Losses
+
+if TYPE_CHECKING:
+    from harness.protocols import MicroBatch
 
 IGNORED = -100
 """Label of a position that carries no loss (padding)."""
 
 
+class CausalLMObjective:
+    """Next-token prediction: cross-entropy summed over loss tokens, plus the routers' loss where the model has one.
+
+    Args:
+        model: a `transformers` causal language model.
+        is_padded: rows end in padding, which routers must not balance.
+    """
+
+    def __init__(self, model: nn.Module, *, is_padded: bool) -> None:
+        self._coefficient = router_coefficient(model)
+        # Causal attention never looks at padding on the right; the routers' loss would count it.
+        self._needs_mask = bool(self._coefficient) and is_padded
+
+    def inputs(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of the model's forward pass."""
+        ids, labels = batch
+        return {"input_ids": ids, **({"attention_mask": attention_mask(labels)} if self._needs_mask else {})}
+
+    def losses(self, outputs: Any, batch: MicroBatch) -> Losses:
+        """Return the losses of a forward pass, as 0-dim fp32 sums over its loss tokens."""
+        _, labels = batch
+        loss = loss_sum(outputs.logits, labels)
+        if not self._coefficient:
+            return Losses(loss, loss, None)
+        aux_loss = aux_loss_sum(outputs, labels)
+        return Losses(loss + self._coefficient * aux_loss, loss, aux_loss)
+
+    def validation_sums(self, outputs: Any, batch: MicroBatch) -> torch.Tensor:
+        """Return summed cross-entropy and number of loss tokens, ``(2,)`` fp64; the routers' loss is left out."""
+        _, labels = batch
+        return torch.stack([loss_sum(outputs.logits, labels).double(), (labels != IGNORED).sum().double()])
+
+
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy in nats over the labels that are not `IGNORED`.
+    """Return the cross-entropy in nats, summed over the labels that are not `IGNORED`.
 
     A sum instead of a mean: means of micro-batches or processes with different numbers of tokens do not
     average to the mean over the global batch. The softmax is taken in fp32 whatever the logits' dtype.

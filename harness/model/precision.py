@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,15 +42,3 @@ def mixed_dtypes(model: Any) -> str | None:
     finally:
         model.train(was_training)
     return None
-
-
-@contextmanager
-def exact_buffers(model: nn.Module) -> Iterator[None]:
-    """Undo what the enclosed code does to the dtype and the values of the model's floating-point buffers."""
-    kept = {
-        name: buffer.detach().clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()
-    }
-    yield
-    for name, buffer in model.named_buffers():
-        if name in kept:
-            buffer.data = kept[name].to(buffer.device)

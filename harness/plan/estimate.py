@@ -15,8 +15,7 @@ from harness.plan import activations, network
 from harness.plan.rank import ranks_to_look_at, simulate
 from harness.plan.state import held_bytes
 from harness.plan.traffic import sent_bytes
-from harness.probes.device_peaks import bf16_peak
-from harness.probes.flops import FlopCount
+from harness.probes.flops import FlopCount, bf16_peak
 
 MAX_DEPTH = 128
 """Deepest model that is laid out whole; beyond it two depths are, and the rest follows from their difference."""

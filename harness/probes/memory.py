@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer state, counted by walking the tensors, and the peak as measured."""
+"""Bytes of weights, gradients and optimizer state, the measured peak, and what to do where memory runs out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import sys
 
 import torch
 
-from harness.engines import Engine
-from harness.record.folder import Row
+from harness.config.schema import RunConfig
+from harness.loop import Run
+from harness.protocols import Engine, MetricRow
 from harness.tracked_optimizer import tracked
+
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+"""Parts of the messages of errors that say that memory ran out."""
 
 
 class MemoryMeter:
@@ -22,10 +26,10 @@ class MemoryMeter:
     def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
         self._engine, self._optimizer = engine, optimizer
 
-    def read(self) -> Row:
-        """The four ``memory/…_bytes`` keys (a collective)."""
+    def read(self) -> MetricRow:
+        """Return the four ``memory/…_bytes`` keys (a collective)."""
         figures = {
-            **self._engine.held_bytes(),
+            **self._engine.memory_bytes(),
             "optimizer_state": sum(tracked(self._optimizer).state_bytes().values()),
             "peak": peak_bytes(self._engine.device),
         }
@@ -37,8 +41,60 @@ class MemoryMeter:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """High-water mark of this process, bytes."""
+    """Return the high-water mark of this process in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an exception says that memory ran out, on the device or the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _SIGNS)
+
+
+def explain_out_of_memory(run: Run) -> str:
+    """Return one line: bytes by kind on this process, and options that would help, the cheapest first."""
+    kinds = {
+        **run.engine.memory_bytes(),
+        "optimizer state": sum(tracked(run.optimizer).state_bytes().values()),
+    }
+    peak = peak_bytes(run.engine.device)
+    kinds["activations and the rest"] = max(0, peak - sum(kinds.values()))
+    parts = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in kinds.items())
+    return (
+        f"out of memory: {parts}; peak {peak / 2**20:,.0f} MiB; try {', '.join(remedies(run.config, kinds))}"
+    )
+
+
+def remedies(config: RunConfig, kinds: dict[str, int]) -> list[str]:
+    """Return options that lower the largest kind first.
+
+    Args:
+        config: of the run.
+        kinds: bytes by kind, as `explain_out_of_memory` counts them.
+    """
+    micro = config.micro_batch_size or 1
+    rest = kinds.get("activations and the rest", 0)
+    fixed = sum(kinds.values()) - rest
+    activations = []
+    if micro > 1:
+        activations.append(f"micro_batch_size={micro // 2}")
+    if not config.model.activation_checkpointing:
+        activations.append("model.activation_checkpointing=true")
+    if config.precision == "fp32":
+        activations.append("precision=bf16")
+    state = []
+    if config.world_size and config.world_size > 1:
+        if config.engine.name in ("single", "ddp", "zero0"):
+            state.append("engine=fsdp2")
+            if config.engine.optimizer_work == "replicated" and config.optimizer.target is None:
+                state.append("engine.optimizer_work=split")
+        elif config.engine.name in ("zero1", "zero2"):
+            state.append("engine=zero3")
+    else:
+        state.append("more processes with engine=fsdp2")
+    options = activations + state if rest >= fixed else state + activations
+    return options or ["a shorter seq_len"]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from harness.files import atomic
 from harness.loop import Run
-from harness.record.folder import Row
+from harness.protocols import MetricRow
 from harness.record.schema import MOMENT_FIGURES
 from harness.tracked_optimizer import tracked
 
@@ -30,10 +30,14 @@ class Moments:
 
     The first and the last step are always probed. With ``every=auto`` the cost of each probe, on the slowest
     process, decides when the next one is affordable; all processes agree because they take the maximum.
+
+    Args:
+        run: assembled.
+        folder: the run folder where this process is the one that writes it, else None.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, folder: Path | None) -> None:
+        self._run, self._folder = run, folder
         self._optimizer = tracked(run.optimizer)
         self._rules = {route.name: route.rule for route in self._optimizer.routes}
         self._every = run.config.moments.every
@@ -50,13 +54,13 @@ class Moments:
         self._optimizer.observe_moments()
 
     def state(self) -> dict[str, Any]:
-        """When the next probe is affordable, and what the last ones cost."""
+        """Return when the next probe is affordable, and what the last ones cost."""
         return {"next": self._next, "spent": self._spent}
 
     def restore(self, state: dict[str, Any], steps: int) -> str | None:
-        """Go on from that; rank 0 takes the rows of its file up to there, and says if they cannot be read."""
+        """Continue from that; rank 0 takes the rows of its file up to there, or returns why they cannot be read."""
         self._next, self._spent = state["next"], state["spent"]
-        path = None if self._run.folder is None else self._run.folder / "moments.parquet"
+        path = None if self._folder is None else self._folder / "moments.parquet"
         if path is None or not path.exists():
             return None
         try:
@@ -72,7 +76,7 @@ class Moments:
             return f"{path.name} cannot be read ({reason}): it is now {aside.name}"
         return None
 
-    def measure(self, step: int, row: Row) -> None:
+    def measure(self, step: int, row: MetricRow) -> None:
         begin = time.perf_counter()
         inside = self._optimizer.observation_seconds()
         self._run.clock.move("optimizer", "probes", inside)
@@ -80,7 +84,7 @@ class Moments:
             self._collect(step, row)
         self._schedule(step, inside + time.perf_counter() - begin)
 
-    def _collect(self, step: int, row: Row) -> None:
+    def _collect(self, step: int, row: MetricRow) -> None:
         layers = {
             name: {key: float(value) for key, value in values.items()}
             for name, values in self._optimizer.moment_figures().items()
@@ -92,7 +96,7 @@ class Moments:
             if values:
                 row[f"moments/{figure}/median"] = statistics.median(values)
                 row[f"moments/{figure}/max"] = max(values)
-        if self._run.folder is not None:
+        if self._folder is not None:
             self._rows += [
                 {
                     "step": step + 1,
@@ -102,15 +106,15 @@ class Moments:
                 }
                 for name, layer in layers.items()
             ]
-            _write(self._run.folder / "moments.parquet", self._rows)
+            _write(self._folder / "moments.parquet", self._rows)
 
     def _schedule(self, step: int, cost: float) -> None:
         if isinstance(self._every, int):
             self._next = step + 1 + (-step - 2) % self._every  # steps count from 1 for people: n·every done
             return
-        engine, ledger = self._run.engine, self._run.ledger
+        engine, state = self._run.engine, self._run.state
         cost_s, elapsed = engine.max(
-            torch.tensor([cost, ledger.wall_s], dtype=torch.float64, device=engine.device)
+            torch.tensor([cost, state.wall_s], dtype=torch.float64, device=engine.device)
         ).tolist()
         self._spent += cost_s
         # The first step is dearer than the others (allocation, compilation): what a step takes is only trusted
@@ -123,7 +127,7 @@ class Moments:
 
 
 def _of_all_processes(layers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Layers that any process knows, in the order of their names (a collective)."""
+    """Return the layers that any process knows, in the order of their names (a collective)."""
     parts: list[dict[str, dict[str, float]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, layers)
     return dict(sorted((name, layer) for part in parts for name, layer in part.items()))

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from harness.config import evaluation_budget
-from harness.data.batches import Validation
-from harness.engines import Engine
-from harness.feed import to_device
 from harness.loop import Run
-from harness.model.loss import IGNORED, loss_sum
-from harness.record.folder import Row
+from harness.protocols import Engine, MetricRow, Objective
+
+if TYPE_CHECKING:
+    from harness.protocols import MicroBatch
+
+
+class ValidationRows(Protocol):
+    """Rows of the validation split."""
+
+    def count(self, tokens: int) -> int:
+        """Return how many rows, from the first, hold ``tokens`` loss tokens."""
+        ...
+
+    def rows(self, start: int, count: int) -> MicroBatch:
+        """Return ``count`` rows from row ``start`` on, on this process' device."""
+        ...
 
 
 class Evaluation:
-    """Adds ``val/loss`` every ``eval.every`` steps and at the end."""
+    """Adds ``val/loss`` every ``eval.every`` steps and at the end.
 
-    def __init__(self, run: Run, validation: Validation) -> None:
+    Args:
+        run: assembled.
+        validation: rows to evaluate on.
+    """
+
+    def __init__(self, run: Run, validation: ValidationRows) -> None:
         self._run, self._validation = run, validation
         self._rows = validation.count(evaluation_budget.tokens(run.config))
         self._every = evaluation_budget.every(run.config)
@@ -33,13 +49,20 @@ class Evaluation:
         )
 
     def before_update(self, step: int) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
-    def measure(self, step: int, row: Row) -> None:
+    def measure(self, step: int, row: MetricRow) -> None:
         run = self._run
         micro = run.config.micro_batch_size or 1
         with run.clock.part("probes"):
-            loss = evaluate(run.engine, run.model, self._validation, rows=self._rows, micro_batch_size=micro)
+            loss = evaluate(
+                run.engine,
+                run.model,
+                run.objective,
+                self._validation,
+                rows=self._rows,
+                micro_batch_size=micro,
+            )
         row["val/loss"] = loss
         row["val/perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self.best is None or loss < self.best:
@@ -47,19 +70,25 @@ class Evaluation:
         self.last = (step + 1, loss if math.isfinite(loss) else None)
 
     def state(self) -> dict[str, Any]:
-        """The best loss so far."""
+        """Return the best loss so far."""
         return {"best": self.best}
 
     def restore(self, state: dict[str, Any], steps: int) -> None:
-        """Go on from it."""
+        """Continue from it."""
         self.best = state["best"]
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, model: torch.nn.Module, validation: Validation, *, rows: int, micro_batch_size: int
+    engine: Engine,
+    model: torch.nn.Module,
+    objective: Objective,
+    validation: ValidationRows,
+    *,
+    rows: int,
+    micro_batch_size: int,
 ) -> float:
-    """Token-weighted mean loss in nats over the first ``rows`` validation rows (a collective).
+    """Return the token-weighted mean loss over the first ``rows`` validation rows (a collective).
 
     The rows are dealt out to the processes and sums are taken in fp64, so the result does not depend on how.
     A process that holds fewer rows than others repeats one without counting it, because a forward pass of
@@ -73,12 +102,11 @@ def evaluate(
     with engine.inference() as forward:
         for start in range(engine.rank * share, (engine.rank + 1) * share, micro_batch_size):
             count = min(micro_batch_size, end - start)
-            batch = validation.batch(start, count) if count > 0 else validation.batch(0, 1)
-            ids, labels = to_device(batch, engine.device)
+            batch = validation.rows(start, count) if count > 0 else validation.rows(0, 1)
             with engine.autocast():
-                logits = forward(input_ids=ids).logits
+                outputs = forward(input_ids=batch[0])
             if count > 0:
-                total += torch.stack([loss_sum(logits, labels).double(), (labels != IGNORED).sum().double()])
+                total += objective.validation_sums(outputs, batch)
     model.train(was_training)
     loss, tokens = engine.sum(total).tolist()
     return loss / tokens

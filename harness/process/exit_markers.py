@@ -7,14 +7,18 @@ rank. The command notes the signal that asked it to stop, because it passes ever
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 FOLDER_VARIABLE = "OPTBENCH_EXIT_MARKERS"
 """Environment variable with the folder of the marks; without it no process makes any."""
+ERROR_VARIABLE = "OPTBENCH_ERROR_FILE"
+"""Environment variable with the file in which rank 0 leaves bad input for the command that started it."""
 _SIGNAL_FILE = "asked"
 _READABLE = {"SIGINT": "Ctrl-C (SIGINT)", "SIGHUP": "SIGHUP (the terminal was closed)"}
 
@@ -64,3 +68,10 @@ def requested_signal() -> signal.Signals | None:
 def signal_name(number: signal.Signals) -> str:
     """Return the name of a signal, with the key or event that sends it."""
     return _READABLE.get(number.name, number.name)
+
+
+def write_error(fields: Mapping[str, Any]) -> None:
+    """Write bad input for the command that started this process, if it waits for that."""
+    if ERROR_VARIABLE in os.environ:
+        with suppress(OSError):
+            Path(os.environ[ERROR_VARIABLE]).write_text(json.dumps(fields))

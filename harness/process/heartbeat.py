@@ -1,4 +1,4 @@
-"""A file per process that says that the process lives, which step it is in and which line it executes."""
+"""Heartbeat files: each process writes every two seconds which step it is in and which line it executes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from pathlib import Path
 FOLDER = "heartbeat"
 """Name of the folder of these files in a run folder."""
 BEAT_S = 2.0
-"""Seconds between two signs of life."""
-_HARNESS = Path(__file__).parent.parent
+"""Seconds between two writes."""
+_HARNESS = Path(__file__).parents[1]
 
 
 class Heartbeat:
-    """A file per process that says, every `BEAT_S` seconds, which step it is in and which line it executes.
+    """A thread that writes this process' heartbeat file every `BEAT_S` seconds.
 
-    A thread writes it, so it stops where the process was stopped or killed, and shows the place where it hangs. A
-    folder that cannot be written stops nothing.
+    It stops when the process is stopped or killed, and its last file shows the line where a process hangs. A folder
+    that cannot be written ends the thread and nothing else.
 
     Args:
         folder: the run folder.
         rank: of this process.
+
+    Attributes:
+        step: the step that the process is in; set by the loop.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -30,15 +33,14 @@ class Heartbeat:
         self._main = threading.main_thread().ident
         self._ended = threading.Event()
         self.step = 0
-        """That the process is in; set by the loop."""
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End; the file stays."""
+        """End the thread; the file stays."""
         self._ended.set()
 
     def _beat(self) -> None:
@@ -55,14 +57,11 @@ class Heartbeat:
                 return
 
     def _where(self) -> str:
+        """Return the innermost line of the main thread that is in this package."""
         frame = sys._current_frames().get(self._main or 0)
-        while frame is not None and not _is_ours(frame.f_code.co_filename):
+        while frame is not None and not Path(frame.f_code.co_filename).parent.is_relative_to(_HARNESS):
             frame = frame.f_back
         if frame is None:
             return ""
         path = Path(frame.f_code.co_filename)
         return f"{path.parent.name}/{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
-
-
-def _is_ours(filename: str) -> bool:
-    return Path(filename).parent.is_relative_to(_HARNESS)

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by signals, by its time limit, and by the end of the command that started it."""
+"""Stop requests to a training process: by signals, by the clock, or because its parent is gone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from harness.process import exit_markers
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """USR1 is what SLURM's ``--signal`` sends by convention; HUP comes when a terminal is closed."""
 REPEAT_S = 3.0
-"""A signal within this time after the first one is the same wish again: SLURM signals each process of a step, the
-launcher among them, which passes it on."""
+"""A signal within this time, s, after the first one repeats the same request: SLURM signals each process of a step, and
+the launcher among them passes it on."""
 KILLED = 128
 """Exit code of a process that stops at once: this plus the signal's number, as a shell has it."""
 RESERVE_S = 10.0
@@ -32,21 +32,23 @@ def handled_signals() -> tuple[signal.Signals, ...]:
 
 
 class Stop:
-    """Notes that the run is asked to end; the loop then finishes its step on all processes and saves.
+    """Notes that the run is asked to stop; the loop then finishes its step on all processes and saves.
 
-    Signals: the first one asks, a second SIGINT or SIGTERM (`REPEAT_S` later or more) ends this process at once;
-    whatever it is writing then has a name that nobody reads. SIGUSR1 may come again: batch scripts send it until it
-    must have been heard. The clock: ``time_limit`` counts from the start of this process.
-
-    The command that started this process may end without a word (`harness.process.parent`), which asks, too.
+    - Signals: the first one asks. A second SIGINT or SIGTERM, `REPEAT_S` later or more, ends this process at once;
+      what it is writing then has a temporary name that nobody reads. SIGUSR1 may come again: batch scripts send it
+      until a process must have received it.
+    - The clock: ``time_limit`` counts from the start of this process.
+    - The parent: the command that started this process may be killed (`harness.process.parent`).
 
     Args:
-        time_limit_s: seconds; None: none.
+        time_limit_s: seconds; None: no limit.
 
     Attributes:
-        installed: a run of this process takes the signals.
-        abandoned: that the command is gone, in words; "" while it is there.
-        look: finds that out now, where another process saw it first.
+        installed: a run of this process handles the signals.
+        abandoned: which parent is gone, as a phrase; "" while all run.
+        look: returns that phrase as of now, for a process that heard of the stop from another rank first.
+        save_s: how long saving takes, s, as far as it is known.
+        signal: the first signal that came.
     """
 
     installed: ClassVar[bool] = False
@@ -56,28 +58,26 @@ class Stop:
     def __init__(self, time_limit_s: float | None = None) -> None:
         self.time_limit_s = time_limit_s
         self.save_s = 0.0
-        """How long saving takes, as far as it is known."""
         self.signal: signal.Signals | None = None
-        """The first one that came."""
-        self._noted_at = 0.0
+        self._received_at = 0.0
         self._started = psutil.Process().create_time()
         self._previous = {}
 
     @property
     def requested(self) -> bool:
-        """Whether this process has been asked."""
+        """Return True once this process has been asked to stop."""
         return self.signal is not None or self.is_late or bool(Stop.abandoned)
 
     @property
     def is_late(self) -> bool:
-        """Whether there is just the time left to save."""
+        """Return True if the time left is just enough to save."""
         if self.time_limit_s is None:
             return False
         return time.time() - self._started >= self.time_limit_s - RESERVE_S - 2 * self.save_s
 
     @property
     def reason(self) -> str:
-        """Who asked, for people."""
+        """Return who asked, as a phrase for people."""
         if self.signal is not None:
             return exit_markers.signal_name(exit_markers.requested_signal() or self.signal)
         if not self.is_late and (gone := Stop.abandoned or Stop.look()):
@@ -85,22 +85,22 @@ class Stop:
         return f"time_limit of {self.time_limit_s:g} s" if self.is_late else "a signal to another process"
 
     def install(self) -> None:
-        """Take the handlers over (main thread only)."""
+        """Install the signal handlers (main thread only)."""
         for number in handled_signals():
-            self._previous[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._receive)
         Stop.installed = True
 
     def restore(self) -> None:
-        """Give the handlers back."""
+        """Restore the signal handlers that `install` replaced."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         Stop.installed = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signal is None:
-            self.signal, self._noted_at = signal.Signals(number), now
-        elif number != signal.SIGUSR1 and now - self._noted_at >= REPEAT_S:
+            self.signal, self._received_at = signal.Signals(number), now
+        elif number != signal.SIGUSR1 and now - self._received_at >= REPEAT_S:
             os._exit(KILLED + number)
 
 

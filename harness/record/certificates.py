@@ -18,7 +18,13 @@ from optimizers import presets
 SHIPPED = Path(__file__).with_name("certificates.json")
 """Written by `make certify`."""
 
-_SOURCES = ("optimizers", "harness/engines", "harness/loop.py", "harness/feed.py", "harness/optimizer.py")
+_SOURCES = (
+    "optimizers",
+    "harness/engines",
+    "harness/loop.py",
+    "harness/data/micro_batches.py",
+    "harness/optimizer.py",
+)
 """Files and folders that a certificate covers."""
 
 ENGINES: Mapping[str, int] = {

@@ -21,11 +21,14 @@ from harness.config.identity import differing_keys
 from harness.config.identity import identity as identity_of
 from harness.config.schema import RunConfig
 from harness.files import atomic, locks
+from harness.protocols import MetricRow
 from harness.record import readers
-from harness.record.extending import EXTENDED, ShorterRun
-from harness.record.readers import Row
 from harness.record.schema import METRICS, SCHEMA_VERSION
 from harness.redaction import redact_text
+from harness.schedule import ShorterRun
+
+EXTENDED = "extended_from"
+"""Key of status.json: the shorter runs that the folder held, {identity, steps, val/loss, wandb_run_id, when} each."""
 
 REQUEUE = "REQUEUE"
 """Name of the mark in the folder of a run that was stopped with a checkpoint."""
@@ -228,7 +231,7 @@ class RunFolder:
         """The shorter runs that this one goes on from, as status.json has them."""
         return self._status.get(EXTENDED, [])
 
-    def begin(self, first_step: int) -> list[Row]:
+    def begin(self, first_step: int) -> list[MetricRow]:
         """Open this attempt, which goes on after ``first_step`` steps; returns the rows up to there.
 
         Lines that cannot be read are left out and kept in ``metrics.damaged.jsonl``; `problems` tells how many.
@@ -254,7 +257,7 @@ class RunFolder:
         self.set_state("running", step=first_step)
         return kept
 
-    def _keep_superseded(self, rows: Sequence[Row], first_step: int) -> None:
+    def _keep_superseded(self, rows: Sequence[MetricRow], first_step: int) -> None:
         marker = {"attempt": self.attempt, "goes_on_after": first_step, "rows": len(rows)}
         with (self.path / SUPERSEDED).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in (marker, *rows))

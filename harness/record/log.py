@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.console import show_control_characters
-from harness.record.folder import Row
+from harness.protocols import MetricRow
 
 Say = Callable[[str], None]
 SLOW = 1.5
@@ -65,7 +65,7 @@ class ProgressSink:
             self._task = self._bar.add_task("training", total=steps, text="")
             self._bar.start()
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricRow) -> None:
         step, loss, speed, wall = (
             row[key] or 0 for key in ("step", "train/loss", "throughput/tokens_per_s", "wall_s")
         )
@@ -82,7 +82,7 @@ class ProgressSink:
             self._log.say(line)
         self._watch_balance(row)
 
-    def _watch_balance(self, row: Row) -> None:
+    def _watch_balance(self, row: MetricRow) -> None:
         ratio = row.get("balance/ratio")
         if ratio is None:
             return

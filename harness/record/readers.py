@@ -24,9 +24,7 @@ from pydantic import (
 from harness.files import bounded
 from harness.files.bounded import MIB, JsonDecoder, UnreadableFile, UnreadableValue
 from harness.process import heartbeat
-
-Row = dict[str, float | int | None]
-"""One row of metrics.jsonl."""
+from harness.protocols import MetricRow
 
 STATUS, SUMMARY, CONFIG = "status.json", "summary.json", "config.yaml"
 METRICS, ENVIRONMENT, PARAMETERS = "metrics.jsonl", "environment.json", "parameters.json"
@@ -344,7 +342,7 @@ def parameters(folder: Path) -> tuple[list[Parameter], list[str]]:
     return found, problems
 
 
-def metrics(path: Path) -> tuple[list[Row], list[str]]:
+def metrics(path: Path) -> tuple[list[MetricRow], list[str]]:
     """Read the rows of a metrics.jsonl, in their order; each has a whole ``step`` from 0 on.
 
     Lines that are no such row are skipped and counted, wherever they are. In a row, a value that is no number is
@@ -362,7 +360,7 @@ def metrics(path: Path) -> tuple[list[Row], list[str]]:
     return _rows(content, path.name)
 
 
-def last_rows(path: Path) -> list[Row]:
+def last_rows(path: Path) -> list[MetricRow]:
     """Read the rows in the last 64 KiB of a metrics.jsonl; lines that cannot be read are skipped."""
     try:
         content = bounded.read_bytes(path, _TAIL, tail=True)
@@ -371,7 +369,7 @@ def last_rows(path: Path) -> list[Row]:
     return _rows(content, path.name)[0]
 
 
-def _rows(content: bytes, name: str) -> tuple[list[Row], list[str]]:
+def _rows(content: bytes, name: str) -> tuple[list[MetricRow], list[str]]:
     lines = content.split(b"\n")
     decoder, rows, keys = JsonDecoder(), [], set()
     skipped: dict[int, str] = {}
@@ -394,7 +392,7 @@ def _rows(content: bytes, name: str) -> tuple[list[Row], list[str]]:
     return rows, [*_skipped(skipped, len(lines), name), *_repeated(decoder, name), *_wrong(wrong, name)]
 
 
-def _row(line: bytes, decoder: JsonDecoder) -> tuple[Row, list[str]]:
+def _row(line: bytes, decoder: JsonDecoder) -> tuple[MetricRow, list[str]]:
     """Return one row, and its keys whose values are left out."""
     if len(line) > _LINE_LIMIT:
         raise UnreadableValue("the line is too long")
@@ -404,7 +402,7 @@ def _row(line: bytes, decoder: JsonDecoder) -> tuple[Row, list[str]]:
         raise UnreadableValue("not UTF-8") from None
     if not isinstance(content, dict):
         raise UnreadableValue("no object")
-    row: Row = {}
+    row: MetricRow = {}
     strange: list[str] = []
     for key, value in content.items():
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import RunConfig
-from harness.record.folder import Row
+from harness.protocols import MetricRow
 from harness.redaction import redact_paths
 
 X_AXES = ("step", "tokens", "wall_s", "flops")
@@ -71,7 +71,7 @@ class WandbSink:
             else:
                 self._say(f"W&B: not available ({_first_line(error)}); the run folder has everything")
 
-    def catch_up(self, rows: Iterable[Row]) -> None:
+    def catch_up(self, rows: Iterable[MetricRow]) -> None:
         """Log the rows that the folder holds from before, as far as W&B lacks them.
 
         W&B's service sends rows in batches, and dies with a process that is killed; offline, its file ends torn. So the
@@ -84,7 +84,7 @@ class WandbSink:
             for old in self._superseded:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricRow) -> None:
         """Log a row: all x axes in the same call, so that any of them can be a chart's axis."""
         if self._run is None:
             return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness import engines
 from harness.config.schema import RunConfig
-from harness.loop import Run, train
+from harness.loop import Callbacks, Run, train
 from harness.preparation import prepare
 from harness.record import environment
 from harness.record.certificates import Cell
@@ -104,14 +104,13 @@ def trained(words: list[str], defect: Defect, gradients: Callable[[Run], Gradien
         try:
             witness = Witness(run, gradients(run) if gradients else OfLayout(run.optimizer), REFERENCE_STEPS)
             defect.change(run, witness)
-            run.probes = [witness]
-            state = train(run)
+            state = train(run, Callbacks([witness]))
             digests = replica_digests(run, witness.end)
         finally:
             run.engine.release()
     routes = tracked(run.optimizer).routes
     matrices = sum(len(route.blocks) for route in routes if route.rule != "adamw")
-    return Trained(prepared.config, state, witness, run.factor, digests, matrices)
+    return Trained(prepared.config, state, witness, run.lr_factor, digests, matrices)
 
 
 def build_of(config: RunConfig) -> Build:

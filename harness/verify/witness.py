@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from harness.loop import Run
-from harness.record.folder import Row
+from harness.protocols import MetricRow
 from harness.tracked_optimizer import tracked
 
 
@@ -158,9 +158,9 @@ class Witness:
     def restore(self, state: dict[str, Any], steps: int) -> None:
         """Nothing."""
 
-    def measure(self, step: int, row: Row) -> None:
+    def measure(self, step: int, row: MetricRow) -> None:
         """Gather what the step did (a collective)."""
-        norm = self._run.ledger.grad_norm
+        norm = self._run.state.grad_norm
         assert norm is not None
         self.grad_norms.append(float(norm))
         self.orthogonalized.append(dict(self._counts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def _ranked(
 
 def _mean_per_rank(run: Run) -> None:
     """The wrong variant: every process divides by its own tokens, and the means are averaged."""
-    feed = run.feed
+    loader: Any = run.loader
     share, rank, world = (
         run.config.batch_size // run.engine.world_size,
         run.engine.rank,
@@ -46,9 +47,9 @@ def _mean_per_rank(run: Run) -> None:
     )
 
     def own_tokens(step: int) -> int:
-        return feed._batches.loss_tokens(step * run.config.batch_size + rank * share, share) * world
+        return loader._batches.loss_tokens(step * run.config.batch_size + rank * share, share) * world
 
-    run.feed.loss_tokens = own_tokens  # pyright: ignore[reportAttributeAccessIssue]
+    loader.loss_tokens = own_tokens
 
 
 @pytest.mark.parametrize("mode", ["packed", "padded"])

@@ -74,32 +74,33 @@ def attempt(
         change: what to do wrong when resuming.
     """
     from harness import engines
-    from harness.checkpoint import parts, resuming
+    from harness.checkpoint import contents, resuming
     from harness.checkpoint.saving import Checkpoints
-    from harness.loop import train
+    from harness.loop import Callbacks, train
     from harness.preparation import prepare
-    from harness.run import assemble
+    from harness.run import assemble, build_probes
     from optimizers.named_state import StatePiece
 
     prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
     rows: list[dict[str, Any]] = []
-    run.sinks = [_Rows(rows)]
+    if stop_after is not None:
+        stand_in: Any = _StopAfter(run.state, stop_after)
+        run = dataclasses.replace(run, stop=stand_in)
+    probes = build_probes(run, prepared.corpus)
     said: list[str] = []
     try:
         choice = resuming.choose(run, _store(folder), identity=prepared.identity, attempt=1)
-        here = dataclasses.replace(prepared, folder=folder)
-        keeper = run.checkpoints = Checkpoints(run, here, choice.attempt, said.append)
+        checkpoints = Checkpoints(
+            run, folder, prepared.hashes(), attempt=choice.attempt, say=said.append, probes=probes
+        )
         with _wrong(change):
-            first = resuming.resume(run, keeper.store, choice, said.append)
-        if stop_after is not None:
-            stand_in: Any = _StopAfter(run, stop_after)
-            run.stop = stand_in
-        state = train(run)
+            first = resuming.resume(run, probes, checkpoints.store, choice, said.append)
+        state = train(run, Callbacks(probes, [_Rows(rows)], checkpoints))
         weights = run.engine.full_weights()
         pieces: list[StatePiece] = [
-            piece._replace(tensor=piece.tensor.detach().clone()) for piece in parts.state(run)
+            piece._replace(tensor=piece.tensor.detach().clone()) for piece in contents.state_pieces(run)
         ]
     finally:
         run.engine.release()
@@ -119,12 +120,12 @@ class _StopAfter:
 
     reason = "a test"
 
-    def __init__(self, run: Any, steps: int) -> None:
-        self._run, self._steps = run, steps
+    def __init__(self, state: Any, steps: int) -> None:
+        self._state, self._steps = state, steps
 
     @property
     def requested(self) -> bool:
-        return self._run.ledger.step >= self._steps - 1
+        return self._state.step >= self._steps - 1
 
 
 def _store(folder: Path) -> Any:
@@ -138,23 +139,23 @@ def _wrong(change: str) -> Any:
     from contextlib import nullcontext
     from unittest import mock
 
-    from harness.checkpoint import parts, progress
+    from harness.checkpoint import contents
 
     if change == "no optimizer state":
         # What DeepSpeed does with state outside of its flat tensors, and GaLore's --continue_from with all of it.
-        return mock.patch.object(parts.named_state, "load", return_value=None)
+        return mock.patch.object(contents.named_state, "load", return_value=None)
     if change == "data from the beginning":
-        restore = progress.restore
+        restore = contents.restore_counters
 
         def forgetful(run: Any, *args: Any) -> list[str]:
             lost = restore(run, *args)
-            feed, before = run.feed.step, run.ledger.step
-            run.feed.step = lambda step: feed(step - before)
+            give, before = run.loader.micro_batches, run.state.step
+            run.loader.micro_batches = lambda step: give(step - before)
             return lost
 
-        return mock.patch.object(progress, "restore", forgetful)
+        return mock.patch.object(contents, "restore_counters", forgetful)
     if change == "no randomness":
-        return mock.patch.object(progress, "set_randomness", return_value=None)
+        return mock.patch.object(contents, "set_randomness", return_value=None)
     return nullcontext()
 
 

@@ -62,17 +62,18 @@ def small(corpus: Path, runs_dir: Path, *overrides: str) -> list[str]:
 
 
 def train_weights(
-    overrides: Sequence[str], *, change: Callable[..., None] | None = None
+    overrides: Sequence[str], *, change: Callable[..., None] | None = None, sinks: Sequence[Any] = ()
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Train in this process (one rank of several, if a group is up); returns weights before and after.
 
     Args:
         change: called with the assembled run before training, to break something on purpose.
+        sinks: take the rows.
     """
     from harness import engines
-    from harness.loop import train
+    from harness.loop import Callbacks, train
     from harness.preparation import prepare
-    from harness.run import assemble
+    from harness.run import assemble, build_probes
 
     prepared = prepare(overrides, say=lambda text: None, worker=True, writes_folder=False)
     run = assemble(prepared, engines.start(prepared.config))
@@ -80,7 +81,7 @@ def train_weights(
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     if change is not None:
         change(run)
-    state = train(run)
+    state = train(run, Callbacks(build_probes(run, prepared.corpus), sinks))
     assert state == "finished", state
     return before, {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
@@ -105,26 +106,26 @@ def trained(rank: int, overrides: Sequence[str], change: Callable[..., None] | N
         change: called with the assembled run before training, to break something on purpose.
     """
     from harness import engines
-    from harness.loop import train
+    from harness.loop import Callbacks, train
     from harness.preparation import prepare
-    from harness.run import assemble
+    from harness.run import assemble, build_probes
 
     prepared = prepare(overrides, say=lambda text: None, worker=True, writes_folder=False)
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
     sink = _Rows()
-    run.sinks = [sink]
+    probes = build_probes(run, prepared.corpus)
     try:
         before = run.engine.full_weights()
         if change is not None:
             change(run)
-        assert train(run) == "finished"
+        assert train(run, Callbacks(probes, [sink])) == "finished"
         after = run.engine.full_weights()
     finally:
         run.engine.release()
     tensors = [v for entry in run.optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
     state = [float(tensor.float().abs().sum()) for tensor in tensors]
-    return Trained(before, after, sink.rows, run.ledger.skipped, state)
+    return Trained(before, after, sink.rows, run.state.skipped, state)
 
 
 class _Rows:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from harness import engines
-from harness.loop import Run, set_lr, train
+from harness.loop import Callbacks, Run, set_lr, train
 from harness.preparation import prepare
 from harness.run import assemble
 from tests.distributed.pool import RankPool
-from tests.harness.running import small, train_weights, update_error, write_documents
+from tests.harness.running import small, train_weights, trained, update_error, write_documents
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,6 @@ def _run(overrides: list[str]) -> Run:
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
     return run
-
-
-class _Rows:
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float | int | None]] = []
-
-    def write(self, row: dict[str, float | int | None]) -> None:
-        self.rows.append(row)
 
 
 def _poison(run: Run, at: int) -> None:
@@ -67,8 +59,8 @@ def test_a_step_with_a_nan_gradient_leaves_everything_as_it_was(
     run = _run(small(corpus, tmp_path, *words))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     _poison(run, at=0)
-    assert train(run) == "finished"
-    assert run.ledger.skipped == 1
+    assert train(run, Callbacks()) == "finished"
+    assert run.state.skipped == 1
     for name, p in run.model.named_parameters():
         assert torch.equal(before[name], p), name
     for state in run.optimizer.state.values():
@@ -85,7 +77,7 @@ def test_control_unmasked_nan_reaches_the_weights(corpus: Path, tmp_path: Path) 
     engine: Any = run.engine
     update = engine.update
     engine.update = lambda nonfinite: update(torch.zeros_like(nonfinite))
-    train(run)
+    train(run, Callbacks())
     assert not all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
@@ -98,8 +90,8 @@ def _poisoned_rank(rank: int, overrides: list[str]) -> tuple[int, dict[str, torc
         forward(loss * (math.nan if rank == 1 and next(count) == 1 else 1.0))
 
     run.engine.backward = backward
-    assert train(run) == "finished"
-    return run.ledger.skipped, {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    assert train(run, Callbacks()) == "finished"
+    return run.state.skipped, {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
 
 def test_a_nan_on_one_rank_masks_the_step_on_all(corpus: Path, tmp_path: Path, two_ranks: RankPool) -> None:
@@ -157,8 +149,8 @@ def test_fp16_overflow_skips_and_lowers_the_scale(corpus: Path, tmp_path: Path) 
     )
     scaler = run.engine._scaler  # pyright: ignore[reportAttributeAccessIssue]
     scaler._init_scale = 2.0**40  # far beyond fp16's 65504: the first backward passes must overflow
-    assert train(run) == "finished"
-    assert run.ledger.skipped >= 1
+    assert train(run, Callbacks()) == "finished"
+    assert run.state.skipped >= 1
     assert scaler.get_scale() < 2.0**40
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
@@ -173,15 +165,14 @@ def test_compiled_model_trains_the_same_weights(corpus: Path, tmp_path: Path) ->
 
 
 def test_rows_come_when_a_probe_is_due(corpus: Path, tmp_path: Path) -> None:
-    run = _run(small(corpus, tmp_path, "steps=9", "log_every=4", "eval.every=6", "moments.every=null"))
-    sink = _Rows()
-    run.sinks = [sink]
-    train(run)
-    assert [row["step"] for row in sink.rows] == [1, 4, 6, 8, 9]
-    assert [row["step"] for row in sink.rows if "val/loss" in row] == [6, 9]
-    assert not any("moments/condition_number/median" in row for row in sink.rows)
-    assert [row["tokens"] for row in sink.rows] == [row["step"] * 8 * 32 for row in sink.rows if row["step"]]
-    for row in sink.rows:
+    rows = trained(
+        0, small(corpus, tmp_path, "steps=9", "log_every=4", "eval.every=6", "moments.every=null")
+    ).rows
+    assert [row["step"] for row in rows] == [1, 4, 6, 8, 9]
+    assert [row["step"] for row in rows if "val/loss" in row] == [6, 9]
+    assert not any("moments/condition_number/median" in row for row in rows)
+    assert [row["tokens"] for row in rows] == [row["step"] * 8 * 32 for row in rows if row["step"]]
+    for row in rows:
         parts = sum(value for key, value in row.items() if key.startswith("time/") and value is not None)
         assert parts > 0
 
@@ -189,17 +180,11 @@ def test_rows_come_when_a_probe_is_due(corpus: Path, tmp_path: Path) -> None:
 def test_the_same_words_give_the_same_losses(corpus: Path, tmp_path: Path) -> None:
     losses = []
     for _ in range(2):
-        run = _run(small(corpus, tmp_path, "steps=3", "log_every=1", "optimizer=muon"))
-        sink = _Rows()
-        run.sinks = [sink]
-        train(run)
-        losses.append([row["train/loss"] for row in sink.rows])
+        rows = trained(0, small(corpus, tmp_path, "steps=3", "log_every=1", "optimizer=muon")).rows
+        losses.append([row["train/loss"] for row in rows])
     assert losses[0] == losses[1]
-    run = _run(small(corpus, tmp_path, "steps=3", "log_every=1", "optimizer=muon", "seed=1"))
-    sink = _Rows()
-    run.sinks = [sink]
-    train(run)
-    assert [row["train/loss"] for row in sink.rows] != losses[0]
+    rows = trained(0, small(corpus, tmp_path, "steps=3", "log_every=1", "optimizer=muon", "seed=1")).rows
+    assert [row["train/loss"] for row in rows] != losses[0]
 
 
 def test_a_plug_in_by_import_path_trains(corpus: Path, tmp_path: Path) -> None:
@@ -211,14 +196,11 @@ def test_a_plug_in_by_import_path_trains(corpus: Path, tmp_path: Path) -> None:
 def test_a_stop_vote_ends_the_run_on_the_next_step(corpus: Path, tmp_path: Path) -> None:
     run = _run(small(corpus, tmp_path, "steps=50"))
     run.stop.signal = signal.SIGTERM
-    assert train(run) == "interrupted"
-    assert run.ledger.step == 1
+    assert train(run, Callbacks()) == "interrupted"
+    assert run.state.step == 1
 
 
 def test_probes_come_every_so_many_steps(corpus: Path, tmp_path: Path) -> None:
     words = ["steps=8", "log_every=8", "eval.every=null", "moments.every=3", "optimizer=muon"]
-    run = _run(small(corpus, tmp_path, *words))
-    sink = _Rows()
-    run.sinks = [sink]
-    train(run)
-    assert [row["step"] for row in sink.rows if "moments/condition_number/median" in row] == [1, 3, 6, 8]
+    rows = trained(0, small(corpus, tmp_path, *words)).rows
+    assert [row["step"] for row in rows if "moments/condition_number/median" in row] == [1, 3, 6, 8]

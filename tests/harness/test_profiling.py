@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import memory_errors
 from harness.config import checks, compose
+from harness.probes import memory
 from tests.faults.checkpoints import status
 from tests.faults.forked import trained
 from tests.harness.running import small, write_documents
@@ -94,7 +94,7 @@ def test_the_largest_kind_decides_what_is_tried_first(
     words: list[str], kinds: dict[str, int], first: str
 ) -> None:
     config = checks.check(compose.load([*words, "steps=1"]), environ={}, devices=0)
-    assert memory_errors.remedies(config, kinds)[0] == first
+    assert memory.remedies(config, kinds)[0] == first
 
 
 @pytest.mark.parametrize(
@@ -111,4 +111,4 @@ def test_the_largest_kind_decides_what_is_tried_first(
     ],
 )
 def test_which_errors_say_that_memory_ran_out(error: BaseException, is_one: bool) -> None:
-    assert memory_errors.is_one(error) is is_one
+    assert memory.is_out_of_memory(error) is is_one

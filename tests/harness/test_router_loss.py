@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from harness.config import compose, model_facts
 from harness.config.checks import check
 from harness.config.errors import InputError
 from harness.config.identity import identity
-from harness.loop import Run, forward_backward, train
+from harness.loop import Callbacks, Run, forward_backward, train
+from harness.model import CausalLMObjective
 from harness.preparation import prepare
 from harness.run import assemble
 from tests.distributed.pool import RankPool
@@ -56,7 +58,7 @@ def test_one_forward_pass_has_the_gradient_of_transformers_own_objective(
     kind: str, corpus: Path, tmp_path: Path
 ) -> None:
     run = _run(small(corpus, tmp_path, *_words(kind, *LOUD)))
-    ((ids, labels),) = run.feed.step(0)
+    ((ids, labels),) = run.loader.micro_batches(0)
     losses = forward_backward(run, [(ids, labels)], weight=1 / labels.numel())
     ours = _gradients(run)
     run.optimizer.zero_grad(set_to_none=True)
@@ -70,6 +72,7 @@ def test_one_forward_pass_has_the_gradient_of_transformers_own_objective(
     # Control: without the coefficient the routers' gradients are others.
     run.optimizer.zero_grad(set_to_none=True)
     run.model.config.output_router_logits = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    run = dataclasses.replace(run, objective=CausalLMObjective(run.model, is_padded=False))
     assert forward_backward(run, [(ids, labels)], weight=1 / labels.numel()).aux is None
     router = next(name for name in ours if "gate.weight" in name or "router.weight" in name)
     assert (_gradients(run)[router] - ours[router]).norm() > 0.1 * ours[router].norm()
@@ -111,7 +114,7 @@ def test_other_engines_add_the_same_loss(
 def test_padding_is_not_balanced(corpus: Path, tmp_path: Path) -> None:
     """The value of padded rows is that of the same rows one by one without their padding, put together."""
     run = _run(small(corpus, tmp_path, *_words("mixtral", *LOUD), "data.mode=padded"))
-    ((ids, labels),) = run.feed.step(0)
+    ((ids, labels),) = run.loader.micro_batches(0)
     assert (labels == -100).float().mean() > 0.2
     losses = forward_backward(run, [(ids, labels)], weight=1.0)
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -138,16 +141,16 @@ def test_evaluation_is_cross_entropy_alone(corpus: Path, tmp_path: Path) -> None
 
 
 def test_the_sum_survives_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
-    from harness.checkpoint import progress
+    from harness.checkpoint import contents
 
     run = _run(small(corpus, tmp_path, *_words("olmoe", *LOUD), "steps=1", "log_every=5"))
-    assert train(run) == "finished"
-    run.ledger.loss, run.ledger.aux_loss = torch.tensor(1.0), torch.tensor(2.5)
-    kept = progress.facts(run)
-    run.ledger.aux_loss = None
-    progress.restore(run, [kept], None)
-    assert run.ledger.aux_loss is not None
-    assert run.ledger.aux_loss.item() == 2.5
+    assert train(run, Callbacks()) == "finished"
+    run.state.loss, run.state.aux_loss = torch.tensor(1.0), torch.tensor(2.5)
+    kept = contents.counters(run, [])
+    run.state.aux_loss = None
+    contents.restore_counters(run, [], [kept], None)
+    assert run.state.aux_loss is not None
+    assert run.state.aux_loss.item() == 2.5
 
 
 def test_the_cut_is_part_of_the_identity_only_with_the_loss() -> None:

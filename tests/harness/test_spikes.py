@@ -10,7 +10,7 @@ import torch
 
 from harness.config import compose
 from harness.config.identity import identity
-from harness.engines.masked import void
+from harness.engines.skip_step import set_nonfinite
 from tests.harness.running import small, trained, write_documents
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spoil(run: Any) -> None:
     """One batch whose labels are all the same rare token: its loss is far above the others'."""
-    give = run.feed.step
+    give = run.loader.micro_batches
 
     def step(number: int) -> list[Any]:
         batches = give(number)
@@ -34,7 +34,7 @@ def spoil(run: Any) -> None:
             [(ids, torch.full_like(labels, 1)) for ids, labels in batches] if number == BAD_STEP else batches
         )
 
-    run.feed.step = step
+    run.loader.micro_batches = step
 
 
 def spoiled(rank: int, words: list[str]) -> Any:
@@ -91,6 +91,6 @@ def test_a_gradient_is_voided_whatever_its_strides(where: bool) -> None:
     """Columns of a shard are no contiguous memory; an empty shard has no first element."""
     whole = torch.ones(4, 6)
     gradients = [whole[:, 2:4], torch.empty(0, 3), torch.ones(()), torch.ones(5)]
-    void(gradients, torch.tensor(where))
+    set_nonfinite(gradients, torch.tensor(where))
     assert [bool(g.isfinite().all()) for g in gradients] == [not where, True, not where, not where]
     assert int(whole.isfinite().sum()) == 24 - where

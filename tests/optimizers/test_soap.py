@@ -47,10 +47,9 @@ def soap(rank: int, words: list[str]) -> tuple[Weights, Weights, list[float], li
     optimizers: list[torch.optim.Optimizer] = []
 
     def watch(run: Any) -> None:
-        run.sinks = [rows]
         optimizers.append(run.optimizer)
 
-    before, after = train_weights(words, change=watch)
+    before, after = train_weights(words, change=watch, sinks=[rows])
     kinds = {kind for state in optimizers[0].state.values() for kind in state}
     train, validation = ([r[k] for r in rows.rows if k in r] for k in ("train/loss", "val/loss"))
     return before, after, train, validation, type(optimizers[0]).__module__, kinds

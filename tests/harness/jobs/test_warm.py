@@ -22,8 +22,8 @@ from harness.config import checks, compose
 from harness.jobs import launch, warm, warm_worker
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import prepare
+from harness.protocols import MetricRow
 from harness.record import readers
-from harness.record.readers import Row
 from tests.harness.running import small, write_documents
 
 SUMO = ("optimizer=sumo", "optimizer.rank=8", "seed=1")
@@ -46,7 +46,7 @@ def start(tmp_path: Path) -> Callable[..., RunOutcome]:
     return start
 
 
-def _rows(folder: Path) -> list[Row]:
+def _rows(folder: Path) -> list[MetricRow]:
     return readers.metrics(folder / "metrics.jsonl")[0]
 
 

@@ -11,7 +11,8 @@ import torch
 from harness import engines, model
 from harness.config.errors import InputError
 from harness.config.schema import ModelConfig
-from harness.model.precision import cast_parameters, exact_buffers
+from harness.engines.deepspeed import exact_buffers
+from harness.model.precision import cast_parameters
 from harness.preparation import prepare
 from harness.run import assemble
 from tests.harness.running import small, write_documents

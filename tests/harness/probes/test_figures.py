@@ -13,12 +13,12 @@ import torch
 from harness import engines, model
 from harness.config import compose
 from harness.data import Validation
-from harness.engines.holdings import tensor_bytes
+from harness.data.micro_batches import ValidationLoader
+from harness.devices import tensor_bytes
 from harness.model import loss_sum
 from harness.preparation import prepare
 from harness.probes import memory
-from harness.probes.device_peaks import bf16_peak
-from harness.probes.flops import FlopCount
+from harness.probes.flops import FlopCount, bf16_peak
 from harness.probes.validation import evaluate
 from harness.tracked_optimizer import tracked
 from tests.distributed.pool import RankPool
@@ -66,10 +66,12 @@ def _evaluated(rank: int, overrides: list[str], rows: int, micro: int) -> float:
     prepared = prepare(overrides, say=lambda text: None, worker=True, writes_folder=False)
     engine = engines.start(prepared.config)
     network = model.build(prepared.config.model, seed=0)
-    engine.shard(network, {})
+    engine.shard(network, {}, model.decoder_layers(network))
     engine.prepare(network, torch.optim.SGD(network.parameters(), lr=0.1))
     validation = Validation(prepared.corpus, seq_len=prepared.config.seq_len, mode=prepared.config.data.mode)
-    return evaluate(engine, network, validation, rows=rows, micro_batch_size=micro)
+    objective = model.CausalLMObjective(network, is_padded=False)
+    loader = ValidationLoader(validation, engine.device)
+    return evaluate(engine, network, objective, loader, rows=rows, micro_batch_size=micro)
 
 
 @pytest.mark.parametrize("mode", ["packed", "padded"])

@@ -16,6 +16,7 @@ from harness.config.errors import InputError
 from harness.config.identity import identity
 from harness.config.schema import RunConfig
 from harness.files import atomic
+from harness.protocols import MetricRow
 from harness.record import folder, readers
 
 
@@ -95,7 +96,7 @@ def test_overwrite_moves_the_old_run_aside(tmp_path: Path) -> None:
 def test_an_unfinished_run_starts_a_new_attempt_and_keeps_the_old_metrics(
     first_step: int, kept: list[int], tmp_path: Path
 ) -> None:
-    rows: list[folder.Row] = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.5}]
+    rows: list[MetricRow] = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.5}]
     first = folder.RunFolder(tmp_path / "run", _config(), "aaaa")
     first.begin(0)
     for row in rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.record.folder import Row
+from harness.protocols import MetricRow
 from harness.record.log import SLOW, SLOW_ROWS, Log, ProgressSink
 
 
@@ -12,7 +12,7 @@ def said(ratios: list[tuple[float | None, int]]) -> list[str]:
     lines: list[str] = []
     sink = ProgressSink(Log(lines.append, silent=True), steps=100)
     for step, (ratio, rank) in enumerate(ratios, start=1):
-        row: Row = {"step": step, "train/loss": 1.0, "throughput/tokens_per_s": 1.0, "wall_s": 1.0}
+        row: MetricRow = {"step": step, "train/loss": 1.0, "throughput/tokens_per_s": 1.0, "wall_s": 1.0}
         sink.write({**row, "balance/ratio": ratio, "balance/slowest_rank": rank})
     return [line for line in lines if "is slow" in line]
 

@@ -1,4 +1,4 @@
-"""Loss scaling, clipping and steps that a non-finite gradient masks, for engines whose gradients are at hand."""
+"""Loss scaling, clipping, and skipping of steps with non-finite gradients, for engines that hold their gradients."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import nn
 
 from harness.config.schema import RunConfig
-from harness.engines.processes import Processes
+from harness.engines.base import ProcessEngine
 from harness.tracked_optimizer import tracked
 
 
-class MaskedSteps(Processes):
+class SkipStepEngine(ProcessEngine):
     """Steps of an optimizer over gradients that this process holds whole or in part (`_local_gradients`).
 
     Whether a step counts is a number on the device: the host does not wait for it. Loss scaling and the
@@ -29,15 +29,15 @@ class MaskedSteps(Processes):
         self._parameters: list[nn.Parameter] = []
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add this micro-batch's gradients."""
+        """Add the gradients of this micro-batch's loss, scaled under fp16."""
         self._scaler.scale(loss).backward()
 
-    def void_gradients(self, where: torch.Tensor) -> None:
-        """See `harness.engines.base.Engine.void_gradients`; under fp16 the loss scale takes it for an overflow."""
-        void(self._local_gradients(), where)
+    def force_skip(self, where: torch.Tensor) -> None:
+        """Make the next step skip its update where a flag is set; under fp16 it counts as an overflow."""
+        set_nonfinite(self._local_gradients(), where)
 
     def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip, then step; see `harness.engines.base.Engine.step`."""
+        """Clip, then step; see `harness.protocols.Engine.step`."""
         norm, nonfinite = self.clip(max_norm)
         self.update(nonfinite)
         return norm, nonfinite
@@ -57,13 +57,14 @@ class MaskedSteps(Processes):
         norm = self._total_norm(torch.linalg.vector_norm(torch.stack(norms)))
         nonfinite = (~torch.isfinite(norm)).float()
         if max_norm is not None:
-            # A non-finite norm gives a useless factor, but then the update is masked anyway.
+            # A non-finite norm gives a useless factor, but then the update is skipped anyway.
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
         return norm, nonfinite
 
     def update(self, nonfinite: torch.Tensor) -> None:
-        """One optimizer step that leaves weights and state untouched where ``nonfinite`` is 1.0."""
+        """Make one optimizer step that leaves weights and state untouched where ``nonfinite`` is 1.0."""
+        # Ours, and torch's fused ones: they read `found_inf` on the device.
         if tracked(self._optimizer).reads_found_inf:
             self._optimizer.found_inf = nonfinite  # pyright: ignore[reportAttributeAccessIssue]
             self._apply()
@@ -73,16 +74,16 @@ class MaskedSteps(Processes):
         if self._scaler.is_enabled():
             self._scaler.update()
 
-    def retract_step(self) -> None:
-        """Take back the host's counters of the last step, which was masked on the device."""
+    def undo_step_counters(self) -> None:
+        """Take back the host's counters of the last step, which was skipped on the device."""
         tracked(self._optimizer).retract_step()
 
     def scaler_state(self) -> dict[str, float]:
-        """Of `torch.amp.GradScaler`."""
+        """Return the state of `torch.amp.GradScaler`."""
         return self._scaler.state_dict()
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        """Of a run in the same precision, on whichever engine."""
+        """Continue from the loss scale of a run in the same precision, on whichever engine."""
         if state and self._scaler.is_enabled():
             self._scaler.load_state_dict(dict(state))
 
@@ -90,15 +91,15 @@ class MaskedSteps(Processes):
         self._optimizer.step()
 
     def _local_gradients(self) -> list[torch.Tensor]:
-        """The gradients as this process holds them, one tensor a parameter."""
+        """Return the gradients as this process holds them, one tensor a parameter."""
         return [p.grad for p in self._parameters if p.grad is not None]
 
     def _total_norm(self, local: torch.Tensor) -> torch.Tensor:
-        """The global gradient norm from that of `_local_gradients`: the same where these are whole."""
+        """Return the global gradient norm from that of `_local_gradients`: the same where these are whole."""
         return local
 
 
-def void(gradients: Iterable[torch.Tensor], where: torch.Tensor) -> None:
+def set_nonfinite(gradients: Iterable[torch.Tensor], where: torch.Tensor) -> None:
     """Multiply the first element of each tensor, whatever its strides, by NaN where ``where`` is true, else by 1."""
     factor = torch.where(where, math.nan, 1.0)
     for gradient in gradients:
@@ -107,7 +108,8 @@ def void(gradients: Iterable[torch.Tensor], where: torch.Tensor) -> None:
 
 
 def root_sum_square(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """√(Σ x²) over the processes of a group, in fp64: squares of fp32 norms beyond 1.8e19 overflow fp32."""
+    """Return √(Σ x²) over the processes of a group (a collective)."""
+    # In fp64: squares of fp32 norms beyond 1.8e19 overflow fp32.
     square = local.double().square()
     dist.all_reduce(square, group=group)
     return square.sqrt().float()

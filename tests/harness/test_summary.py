@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from harness.record import summary
-from harness.record.folder import Row
+from harness import summary
+from harness.protocols import MetricRow
 
 
-def _row(step: int, optimizer_s: float, probes_s: float = 0.0) -> Row:
+def _row(step: int, optimizer_s: float, probes_s: float = 0.0) -> MetricRow:
     return {"step": step, "time/optimizer_s": optimizer_s, "time/data_s": 0.001, "time/probes_s": probes_s}
 
 
@@ -29,6 +29,11 @@ def test_a_run_of_one_row_has_its_times() -> None:
 
 
 def test_medians_skip_what_is_not_finite() -> None:
-    rows: list[Row] = [{"val/loss": 1.0}, {"val/loss": None}, {"val/loss": float("nan")}, {"val/loss": 3.0}]
+    rows: list[MetricRow] = [
+        {"val/loss": 1.0},
+        {"val/loss": None},
+        {"val/loss": float("nan")},
+        {"val/loss": 3.0},
+    ]
     assert summary.median(rows, "val/loss") == 2.0
     assert summary.median([], "val/loss") is None

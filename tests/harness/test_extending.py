@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from harness import preparation
 from harness.config.errors import InputError
 from harness.config.identity import identity
 from harness.config.schema import RunConfig
-from harness.record import extending, readers
+from harness.record import readers
 from harness.record.folder import SUPERSEDED, RunFolder
 from tests.faults.checkpoints import assert_same, assert_whole, status
 from tests.faults.forked import trained
@@ -60,9 +61,9 @@ def test_what_it_goes_on_from(
     longer = config(schedule, steps=250)
     if checkpoints is None:
         with pytest.raises(InputError, match="cosine"):
-            extending.plan(tmp_path / "mine", longer, identity_of)
+            preparation.plan_extension(tmp_path / "mine", longer, identity_of)
         return
-    pinned, runs = extending.plan(tmp_path / "mine", longer, identity_of)
+    pinned, runs = preparation.plan_extension(tmp_path / "mine", longer, identity_of)
     assert [(run.identity, run.steps, run.shared_steps) for run in runs] == [
         (identity_of(config(schedule)), 100, shared)
     ]
@@ -71,8 +72,8 @@ def test_what_it_goes_on_from(
     assert pinned.steps == 250
     # The same words again while it trains, and then still more steps: each time the same plan from the folder alone.
     RunFolder(tmp_path / "mine", pinned, identity_of(pinned), runs).end("interrupted", step=120, reason="")
-    assert extending.plan(tmp_path / "mine", longer, identity_of) == (pinned, runs)
-    again, chain = extending.plan(tmp_path / "mine", config(schedule, steps=400), identity_of)
+    assert preparation.plan_extension(tmp_path / "mine", longer, identity_of) == (pinned, runs)
+    again, chain = preparation.plan_extension(tmp_path / "mine", config(schedule, steps=400), identity_of)
     assert again.schedule.warmup == pinned.schedule.warmup
     assert [run.steps for run in chain] == [100, 250]
 
@@ -81,7 +82,7 @@ def test_provenance_is_in_the_folder(tmp_path: Path) -> None:
     path, schedule = tmp_path / "mine", {"name": "constant"}
     finished(path, config(schedule), 100)
     (path / "summary.json").write_text(json.dumps({"val/loss": 2.5, "state": "finished"}))
-    pinned, runs = extending.plan(path, config(schedule, steps=250), identity_of)
+    pinned, runs = preparation.plan_extension(path, config(schedule, steps=250), identity_of)
     folder = RunFolder(path, pinned, identity_of(pinned), runs)
     assert not (path / "DONE").exists()
     folder.end("interrupted", step=120, reason="")
@@ -98,7 +99,7 @@ def test_cosine_says_what_would_change_and_what_to_do(tmp_path: Path) -> None:
     schedule = {"name": "cosine"}
     finished(tmp_path / "mine", config(schedule), 100)
     with pytest.raises(InputError) as caught:
-        extending.plan(tmp_path / "mine", config(schedule, steps=200), identity_of)
+        preparation.plan_extension(tmp_path / "mine", config(schedule, steps=200), identity_of)
     line = str(caught.value)
     # Step 100 ends at a tenth of the peak of 0.1; over 200 steps with 20 of warm-up, (t-20)/180 of the way.
     assert "step 100 had lr 0.01 and would have 0.0628" in line
@@ -113,9 +114,9 @@ def test_a_run_without_a_name_hears_of_a_shorter_one(tmp_path: Path) -> None:
     (tmp_path / "llama-sumo-seed0-broken").mkdir()
     (tmp_path / "llama-sumo-seed0-broken" / "status.json").write_text("[")
     wanted, folder = config(schedule, steps=200), tmp_path / "llama-sumo-seed0-abcdef"
-    found = extending.shorter_neighbour(folder, wanted, identity_of)
+    found = preparation.find_shorter_run(folder, wanted, identity_of)
     assert found == (tmp_path / "llama-sumo-seed0-000100", 100)
-    assert extending.shorter_neighbour(folder, config({"name": "wsd"}, steps=200), identity_of) is None
+    assert preparation.find_shorter_run(folder, config({"name": "wsd"}, steps=200), identity_of) is None
 
 
 @pytest.mark.parametrize("checkpoints", [[], [100]])
@@ -124,7 +125,7 @@ def test_wsd_whose_decay_has_begun_is_refused_without_an_older_checkpoint(
 ) -> None:
     finished(tmp_path / "mine", config({"name": "wsd"}), *checkpoints)
     with pytest.raises(InputError, match=r"same up to step 80; .*fix: optbench export"):
-        extending.plan(tmp_path / "mine", config({"name": "wsd"}, steps=200), identity_of)
+        preparation.plan_extension(tmp_path / "mine", config({"name": "wsd"}, steps=200), identity_of)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_what_is_no_longer_run_of_the_same_settings_is_left_alone(
 ) -> None:
     finished(tmp_path / "mine", config({"name": "constant"}), 100)
     wanted = config({"name": "constant"}, **changes)
-    assert extending.plan(tmp_path / "mine", wanted, identity_of) == (wanted, ())
+    assert preparation.plan_extension(tmp_path / "mine", wanted, identity_of) == (wanted, ())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, and what a reader must be warned of."""
+"""summary.json: the result of a run, and what its reader must be warned of."""
 
 from __future__ import annotations
 
@@ -6,69 +6,72 @@ import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.config import checks
 from harness.devices import device_name
-from harness.record.folder import Row, finite
+from harness.loop import Run
+from harness.preparation import Prepared
+from harness.protocols import MetricRow
+from harness.record.folder import finite
 from harness.record.schema import MEMORY_KINDS, SCHEMA_VERSION, TIME_PARTS
 from harness.redaction import redact_argv
 from harness.tracked_optimizer import tracked
 
-if TYPE_CHECKING:
-    from harness.data import Corpus
-    from harness.loop import Run
-    from harness.preparation import Prepared
 
-
-def reason(state: str, run: Run) -> str:
-    """Why a run ended, in one line."""
-    ledger = run.ledger
-    what = {
+def reason(state: str, run: Run, problem: str) -> str:
+    """Return why a run ended, in one line; ``problem`` is that of its checkpoints."""
+    reasons = {
         "finished": "all steps done",
-        "interrupted": f"stopped by {run.stop.reason} after step {ledger.step}",
-        "diverged": f"{ledger.skipped} steps with non-finite gradients "
+        "interrupted": f"stopped by {run.stop.reason} after step {run.state.step}",
+        "diverged": f"{run.state.skipped} steps with non-finite gradients "
         f"(max_skipped_steps={run.config.max_skipped_steps})",
-    }.get(state, "")
-    return "; ".join(part for part in (what, run.checkpoints.problem) if part) or state
+    }
+    what = reasons.get(state, "")
+    return "; ".join(part for part in (what, problem) if part) or state
 
 
-def warnings(run: Run, corpus: Corpus) -> list[str]:
-    """What makes this run's numbers weaker than they look."""
-    config, found = run.config, []
-    epochs = run.feed.epoch(config.steps - 1)
+def warnings(run: Run, train_tokens: int) -> list[str]:
+    """Return what makes this run's numbers weaker than they look, a line each.
+
+    Args:
+        run: assembled.
+        train_tokens: of the training split.
+    """
+    config, lines = run.config, []
+    epochs = run.loader.epoch(config.steps - 1)
     if epochs > 1:
-        found.append(
-            f"{epochs:.1f} epochs: the training split of {corpus.train_tokens:,} tokens is seen more than once"
+        lines.append(
+            f"{epochs:.1f} epochs: the training split of {train_tokens:,} tokens is seen more than once"
         )
-    found += checks.warnings(config)
-    is_said = any(line.startswith("optimizer.lr") for line in found)
+    lines += checks.warnings(config)
+    is_said = any(line.startswith("optimizer.lr") for line in lines)
     if config.optimizer.lr_source != "given" and not config.optimizer.lr_tuned and not is_said:
-        found.append(
+        lines.append(
             f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
         )
-    if run.engine.device.type == "cuda" and config.precision != "fp32" and run.whole.flops.peak is None:
+    if run.engine.device.type == "cuda" and config.precision != "fp32" and run.info.peak_flops is None:
         name = device_name(run.engine.device)
-        found.append(f"no throughput/mfu: the peak of {name} is unknown (peak_flops=… FLOP/s gives it)")
-    return found
+        lines.append(f"no throughput/mfu: the peak of {name} is unknown (peak_flops=… FLOP/s gives it)")
+    return lines
 
 
 def build(
     prepared: Prepared,
     run: Run,
     *,
-    rows: Sequence[Row],
+    rows: Sequence[MetricRow],
     state: str,
     reason: str,
     warnings: Sequence[str],
     resumed_from: Sequence[int] = (),
     extended_from: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
-    config, corpus, ledger = run.config, prepared.corpus, run.ledger
+    """Return the summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
+    config, corpus, totals = run.config, prepared.corpus, run.state
     last, warm = (rows[-1] if rows else {}), (rows[1:] or rows)
     losses = [loss for row in rows if (loss := finite(row.get("val/loss"))) is not None]
-    ended = ledger.step == config.steps
+    ended = totals.step == config.steps
     optimizer = tracked(run.optimizer)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -81,16 +84,16 @@ def build(
         "lr": config.optimizer.lr,
         "lr_source": config.optimizer.lr_source,
         "lr_tuned": bool(config.optimizer.lr_tuned),
-        "steps": ledger.step,
+        "steps": totals.step,
         "steps_planned": config.steps,
-        "tokens": ledger.tokens,
-        "wall_s": ledger.wall_s,
+        "tokens": totals.tokens,
+        "wall_s": totals.wall_s,
         "world_size": run.engine.world_size,
         "val/loss": finite(last.get("val/loss")) if ended else None,
         "val/perplexity": finite(last.get("val/perplexity")) if ended else None,
         "train/loss": finite(last.get("train/loss")),
         "best_val_loss": min(losses, default=None),
-        "skipped_steps": ledger.skipped,
+        "skipped_steps": totals.skipped,
         "resumed_from": list(resumed_from),
         "extended_from": [dict(shorter) for shorter in extended_from],
         "tokens_per_s": median(warm, "throughput/tokens_per_s"),
@@ -99,11 +102,11 @@ def build(
         "memory_bytes": {kind: last.get(f"memory/{kind}_bytes") for kind in MEMORY_KINDS},
         "state_bytes": optimizer.state_bytes(),
         "optimizer_fallbacks": int(optimizer.fallbacks),
-        "parameters": run.whole.parameters,
+        "parameters": run.info.parameters,
         "matrix_parameters": sum(route.numel for route in optimizer.routes if route.rule != "adamw"),
         "corpus_sha256": corpus.sha256,
         "train_tokens_available": corpus.train_tokens,
-        "epochs": run.feed.epoch(ledger.step - 1) if ledger.step else 0.0,
+        "epochs": run.loader.epoch(totals.step - 1) if totals.step else 0.0,
         "unigram_entropy": corpus.unigram_entropy,
         "device": device_name(run.engine.device),
         "engine": run.engine.name,
@@ -113,14 +116,14 @@ def build(
     }
 
 
-def median(rows: Sequence[Row], key: str) -> float | None:
-    """Median of a key over the rows that have it."""
+def median(rows: Sequence[MetricRow], key: str) -> float | None:
+    """Return the median of a key over the rows that have it; None where none has."""
     values = [value for row in rows if (value := finite(row.get(key))) is not None]
     return statistics.median(values) if values else None
 
 
-def mean_times(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Mean seconds per step of each part, weighted by the steps of the rows; the first row warms up."""
+def mean_times(rows: Sequence[MetricRow]) -> dict[str, float | None]:
+    """Return mean seconds per step of each part, weighted by the steps of the rows; the first row warms up."""
     kept = list(pairwise(rows)) or [({"step": 0}, row) for row in rows]
     means: dict[str, float | None] = {}
     for part in TIME_PARTS:
@@ -134,8 +137,8 @@ def mean_times(rows: Sequence[Row]) -> dict[str, float | None]:
     return means
 
 
-def step_ms(rows: Sequence[Row]) -> float | None:
-    """Mean milliseconds per step without evaluation and probes."""
+def step_ms(rows: Sequence[MetricRow]) -> float | None:
+    """Return mean milliseconds per step without evaluation and probes."""
     times = mean_times(rows)
     known = [value for part, value in times.items() if part != "probes" and value is not None]
     return sum(known) * 1e3 if known else None
