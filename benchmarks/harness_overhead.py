@@ -22,11 +22,11 @@ import torch
 
 from harness import engines
 from harness.data import Corpus
-from harness.data.micro_batches import MicroBatchLoader
 from harness.loop import Callbacks, Run, TrainState, train
 from harness.model import loss_sum
 from harness.preparation import prepare
 from harness.probes.validation import Evaluation
+from harness.protocols import BatchLoader
 from harness.record.folder import RunFolder
 from harness.run import assemble, build_probes
 
@@ -40,7 +40,7 @@ class _FolderSink:
 
 
 def bare(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: MicroBatchLoader, max_norm: float
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: BatchLoader, max_norm: float
 ) -> None:
     """The loop that one writes without a harness."""
     for step in range(STEPS):
