@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from optimizers.linalg.newton_schulz import newton_schulz
-from optimizers.linalg.polar import default_rtol, polar
+from optimizers.linalg.polar import polar
+from optimizers.linalg.robust import default_rtol
 from optimizers.linalg.subspace import randomized_basis, svd_basis, test_matrix
 
 BEGIN, END = "<!-- tables: written by benchmarks/polar.py -->", "<!-- end of tables -->"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from optimizers.layouts.batches import ApplyConfig
-from optimizers.linalg.precision import iteration_dtype
+from optimizers.linalg.robust import iteration_dtype
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
 from optimizers.rounding import Rounding

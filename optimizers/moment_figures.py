@@ -11,8 +11,11 @@ from torch import Tensor
 
 from optimizers.interfaces import Collectives, Rule
 from optimizers.linalg.inverse_root import inverse_root
-from optimizers.linalg.polar import default_rtol, polar
-from optimizers.linalg.precision import full_precision
+from optimizers.linalg.polar import polar
+from optimizers.linalg.robust import (
+    default_rtol,
+    full_precision,
+)
 from optimizers.linalg.spectra import figures, orthogonality_error, polar_error
 
 Figures = dict[str, Tensor]

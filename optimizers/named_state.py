@@ -17,7 +17,7 @@ from torch import Tensor
 from optimizers import rules
 from optimizers.interfaces import MatrixRef, Rule
 from optimizers.layouts.batches import BatchState
-from optimizers.layouts.buckets import WorkSplitBucket
+from optimizers.layouts.owner_buckets import WorkSplitBucket
 
 if TYPE_CHECKING:
     from optimizers.optimizer import Optimizer

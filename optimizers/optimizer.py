@@ -12,13 +12,16 @@ from torch.profiler import record_function
 
 from optimizers import groups, rules, skipping
 from optimizers.layouts.batches import ApplyConfig, BatchEntry
-from optimizers.layouts.buckets import Bucket
-from optimizers.layouts.collectives import run_updates
-from optimizers.layouts.layout import Layout, StepUnit
+from optimizers.layouts.layout import (
+    Bucket,
+    Layout,
+    StepUnit,
+    run_updates,
+)
 from optimizers.layouts.partitioned import PartitionedLayout, Unattached
 from optimizers.layouts.replicated import ReplicatedLayout
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
-from optimizers.linalg.precision import without_autocast
+from optimizers.linalg.robust import without_autocast
 from optimizers.moment_figures import Figures
 from optimizers.named_state import check_state_dict, compact, kind_bytes, restore_exactly
 from optimizers.options import OptionError

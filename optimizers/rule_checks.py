@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optimizers.fused_projections import Block
 from optimizers.interfaces import LowRank, MatrixRef, Rule, Update
 from optimizers.layouts.batches import BatchState
-from optimizers.layouts.collectives import Unsharded, run_updates
+from optimizers.layouts.layout import Unsharded, run_updates
 from optimizers.layouts.replicated import FullView
 from optimizers.options import OPTIONS, Option, OptionError, closest
 from optimizers.presets import PLUGIN_COMMON

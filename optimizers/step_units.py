@@ -11,8 +11,11 @@ from torch import Tensor
 from optimizers import rules
 from optimizers.groups import RuleGroup, check_rank
 from optimizers.interfaces import MatrixRef
-from optimizers.layouts.buckets import Bucket
-from optimizers.layouts.layout import Layout, StepUnit
+from optimizers.layouts.layout import (
+    Bucket,
+    Layout,
+    StepUnit,
+)
 from optimizers.routing import Route
 from optimizers.rules import adamw
 

@@ -17,8 +17,8 @@ from harness.verify.cells import MAX_NORM
 from harness.verify.witness import Witness
 from optimizers.interfaces import MatrixRef, Rule
 from optimizers.layouts.batches import make_batch_states
-from optimizers.layouts.buckets import Bucket, LocalBucket
-from optimizers.layouts.collectives import Unsharded
+from optimizers.layouts.layout import Bucket, LocalBucket
+from optimizers.layouts.layout import Unsharded
 from optimizers.layouts.replicated import ReplicaCollectives
 from optimizers.layouts.sharded import ShardedLayout
 from optimizers.linalg import subspace as sketches

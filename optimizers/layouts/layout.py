@@ -1,17 +1,48 @@
-"""What the optimizer asks of a layout: how matrices lie on this process, and in which buckets they are stepped."""
+"""How a layout steps the matrices of a group: units, buckets, and the driver that answers the requests of rules.
+
+A layout says which part of each matrix this process holds and puts the matrices into buckets. The optimizer steps one
+bucket after the other; `run_updates` runs the rule on the batches of a bucket.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from optimizers.fused_projections import Block
-from optimizers.interfaces import Collectives, LocalView, MatrixRef, Rule
-from optimizers.layouts.batches import compensation
-from optimizers.layouts.buckets import Bucket
+from optimizers.interfaces import (
+    AllReduce,
+    BroadcastBasis,
+    Collectives,
+    GatherPolar,
+    InTurn,
+    LocalView,
+    LowRank,
+    MatrixBatch,
+    MatrixRef,
+    Request,
+    Rule,
+    SolveRoot,
+    Steps,
+    Update,
+)
+from optimizers.layouts.batches import (
+    ApplyConfig,
+    BatchEntry,
+    BatchState,
+    OptimizerState,
+    apply_update,
+    batch_entries,
+    compensation,
+)
 from optimizers.layouts.communicator import Communicator
+from optimizers.linalg.inverse_root import InverseRoot
+from optimizers.linalg.polar import Polar
+from optimizers.linalg.requests import answer_alone, drive
+from optimizers.skipping import StepMask
 
 
 class StepUnit(NamedTuple):
@@ -26,6 +57,85 @@ class StepUnit(NamedTuple):
     key: Hashable
     group: int
     positions: list[int]
+
+
+class Bucket(Protocol):
+    """Stacks that take a step together, and how their updates reach the weights.
+
+    All processes step the same buckets in the same order, whatever they hold of them: `begin` and `end` are
+    collectives, and so are the answers to the rule's requests.
+
+    Attributes:
+        batch_states: what this process computes and keeps the state of.
+        receivers: the weights of this process whose update another one computes.
+        collectives: what answers the rule's requests.
+    """
+
+    batch_states: list[BatchState]
+    receivers: list[BatchState]
+    collectives: Collectives
+
+    def begin(self) -> None:
+        """Start bringing gradients to where they are needed; does not wait."""
+        ...
+
+    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
+        """The stacks that have gradients, in the batches in which the rule is to be called."""
+        ...
+
+    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
+        """Take a stack's update to the weights, now or at the `end`."""
+        ...
+
+    def end(self, config: ApplyConfig) -> None:
+        """Finish the step."""
+        ...
+
+
+class LocalBucket:
+    """Every process updates the weights that it computes the update of.
+
+    Args:
+        batch_states: all stacks.
+        collectives: what answers the rule's requests.
+        together: all batches are run in lock step, because each of their requests communicates.
+    """
+
+    def __init__(
+        self, batch_states: list[BatchState], collectives: Collectives, together: bool = False
+    ) -> None:
+        self.batch_states, self.collectives = batch_states, collectives
+        self.receivers: list[BatchState] = []
+        self._together = together
+
+    def begin(self) -> None:
+        """Nothing: the gradients are here."""
+
+    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
+        """One stack at a time, so that one stack's transients are alive; together where they share a
+        collective, and then gradients are read again whenever they are needed."""
+        entries = [
+            entry for batch_state in self.batch_states for entry in batch_entries(batch_state, state, mask)
+        ]
+        if self._together:
+            shared = entries
+        else:
+            shared = (
+                [entry for entry in entries if entry.batch.due] if self.collectives.exchanges_bases else []
+            )
+        for entry in shared:
+            entry.batch.keep_gradient = len(shared) == 1
+        if shared:
+            yield shared
+        in_shared = {id(entry) for entry in shared}
+        yield from ([entry] for entry in entries if id(entry) not in in_shared)
+
+    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
+        """At once."""
+        apply_update(batch, delta, config)
+
+    def end(self, config: ApplyConfig) -> None:
+        """Nothing is left to do."""
 
 
 class Layout(Protocol):
@@ -119,3 +229,86 @@ def local_shapes(
 def whole_groups(groups: Sequence[Mapping[str, Any]]) -> list[StepUnit]:
     """Each parameter group as one unit."""
     return [StepUnit(i, i, list(range(len(group["params"])))) for i, group in enumerate(groups)]
+
+
+def run_updates(
+    rule: Rule, batches: Sequence[MatrixBatch], collectives: Collectives
+) -> Iterator[tuple[MatrixBatch, Update]]:
+    """Run a rule on batches in lock step; yield each update before the next batch is resumed.
+
+    In each phase every batch yields one request (or a list); equal ones of all batches become one collective.
+    """
+    running = [(batch, _steps(rule, batch)) for batch in batches]
+    replies: deque[Any] = deque([None] * len(running))
+    while running:
+        paused, requests = [], []
+        for batch, steps in running:
+            try:
+                request = steps.send(replies.popleft())
+            except StopIteration as end:
+                yield batch, end.value
+                continue
+            if isinstance(request, InTurn):
+                yield batch, drive(steps, lambda request: answer([request], collectives)[0])
+                continue
+            paused.append((batch, steps))
+            requests.append(request)
+        running, replies = paused, answer(requests, collectives)
+
+
+def _steps(rule: Rule, batch: MatrixBatch) -> Steps[Update]:
+    # A plain function does its work when it is called, so it is called when its turn has come.
+    update = rule.update(batch)
+    return (yield from update) if isinstance(update, Generator) else update
+
+
+def answer(requests: Sequence[Request | list[Request]], collectives: Collectives) -> deque[Any]:
+    """Answer one phase: one reply for each entry, a list of replies for a list of requests."""
+    flat = [one for entry in requests for one in (entry if isinstance(entry, list) else [entry])]
+    replies: dict[int, Any] = {}
+    for kind in (AllReduce, SolveRoot, BroadcastBasis, GatherPolar):
+        positions = [i for i, request in enumerate(flat) if isinstance(request, kind)]
+        if positions:
+            replies.update(zip(positions, _collective(kind, [flat[i] for i in positions], collectives)))
+    ordered = iter([replies[i] for i in range(len(flat))])
+    return deque(
+        [next(ordered) for _ in entry] if isinstance(entry, list) else next(ordered) for entry in requests
+    )
+
+
+def _collective(kind: type, requests: list[Any], collectives: Collectives) -> list[Any]:
+    if kind is AllReduce:
+        return collectives.all_reduce([r.tensor for r in requests], [r.partial for r in requests])
+    if kind is SolveRoot:
+        return collectives.inverse_roots(requests)
+    if kind is BroadcastBasis:
+        return collectives.broadcast_bases(requests)
+    return collectives.polar_factors(requests)
+
+
+class Unsharded:
+    """The collectives of one process: every sum is complete, every basis is made here."""
+
+    exchanges_bases = False
+
+    def all_reduce(self, tensors: Sequence[Tensor], partial: Sequence[bool] | None = None) -> list[Tensor]:
+        """Return the tensors themselves."""
+        return list(tensors)
+
+    def inverse_roots(self, requests: Sequence[SolveRoot]) -> list[InverseRoot]:
+        """Solve here: a smooth map of numbers that all replicas share bit by bit."""
+        return [request.solver(request.gram) for request in requests]
+
+    def polar_factors(self, requests: Sequence[GatherPolar]) -> list[Polar]:
+        """Solve here."""
+        return [request.solve(request.moment) for request in requests]
+
+    def broadcast_bases(self, requests: Sequence[BroadcastBasis]) -> list[Tensor]:
+        """Make them here."""
+        return [make_basis(request) for request in requests]
+
+
+def make_basis(request: BroadcastBasis) -> Tensor:
+    """Compute a basis where nothing is split."""
+    basis = request.maker()
+    return basis if isinstance(basis, Tensor) else drive(basis, answer_alone)

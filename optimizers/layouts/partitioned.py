@@ -25,11 +25,16 @@ from optimizers.layouts.batches import (
     make_batch_states,
     stepped,
 )
-from optimizers.layouts.buckets import Bucket, LocalBucket, OwnerBucket, bucket_positions
-from optimizers.layouts.collectives import Unsharded
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Arriving, Exchange, Interval
-from optimizers.layouts.layout import StepUnit, local_shapes
+from optimizers.layouts.layout import (
+    Bucket,
+    LocalBucket,
+    StepUnit,
+    Unsharded,
+    local_shapes,
+)
+from optimizers.layouts.owner_buckets import OwnerBucket, bucket_positions
 from optimizers.layouts.sharded import ShardCollectives
 from optimizers.skipping import StepMask
 

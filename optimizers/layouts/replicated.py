@@ -14,11 +14,18 @@ from torch.distributed.tensor import DTensor
 from optimizers.fused_projections import Block
 from optimizers.interfaces import BroadcastBasis, Collectives, LocalView, MatrixRef, Rule, ShardBounds
 from optimizers.layouts.batches import make_batch_states
-from optimizers.layouts.buckets import Bucket, LocalBucket, WorkSplitBucket, bucket_positions
-from optimizers.layouts.collectives import Unsharded, make_basis
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import balanced_owners
-from optimizers.layouts.layout import StepUnit, local_shapes, whole_groups
+from optimizers.layouts.layout import (
+    Bucket,
+    LocalBucket,
+    StepUnit,
+    Unsharded,
+    local_shapes,
+    make_basis,
+    whole_groups,
+)
+from optimizers.layouts.owner_buckets import WorkSplitBucket, bucket_positions
 
 
 @dataclass(frozen=True)

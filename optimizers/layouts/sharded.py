@@ -27,16 +27,24 @@ from optimizers.interfaces import (
 )
 from optimizers.layouts.axes import traffic
 from optimizers.layouts.batches import make_batch_states
-from optimizers.layouts.buckets import Bucket, LocalBucket, OwnerBucket, bucket_positions
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Exchange, balanced_owners, whole_at
-from optimizers.layouts.layout import StepUnit, local_shapes, whole_groups
+from optimizers.layouts.layout import (
+    Bucket,
+    LocalBucket,
+    StepUnit,
+    local_shapes,
+    whole_groups,
+)
+from optimizers.layouts.owner_buckets import OwnerBucket, bucket_positions
 from optimizers.layouts.replicated import work_of
 from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.polar import Polar
-from optimizers.linalg.precision import full_precision
 from optimizers.linalg.requests import AllGather, AllReduce, Eigh, drive
-from optimizers.linalg.robust import robust_eigh
+from optimizers.linalg.robust import (
+    full_precision,
+    robust_eigh,
+)
 
 
 class ShardCollectives:

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 
 from optimizers.linalg.newton_schulz import polynomials
-from optimizers.linalg.precision import full_precision
-from optimizers.linalg.robust import cleaned, finite_matrices, flattened, robust_eigh
+from optimizers.linalg.robust import (
+    cleaned,
+    finite_matrices,
+    flattened,
+    full_precision,
+    robust_eigh,
+)
 
 # An fp64 Gram carries noise of about r * eps64 * σ1² on its eigenvalues: below 1e-6 σ1 (r up to 4096) a
 # singular value read off it means nothing, so no cut made on a Gram is lower than this.

@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimizers.linalg.precision import full_precision, multiplies
-from optimizers.linalg.robust import flattened
+from optimizers.linalg.robust import (
+    flattened,
+    full_precision,
+    multiplies,
+)
 
 Coefficients = tuple[float, float, float]
 

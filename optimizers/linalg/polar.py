@@ -10,22 +10,22 @@ from torch import Tensor
 
 from optimizers.linalg.inverse_root import GRAM_RTOL, root_by_dwh, root_by_eigh
 from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
-from optimizers.linalg.precision import full_precision
 from optimizers.linalg.robust import (
+    choose_method,
     cleaned,
+    default_rtol,
     finite_matrices,
     flattened,
+    full_precision,
     rescue_svd,
     robust_svd,
     thin_svd_of_tall,
+    work_dtype,
 )
 
 EXACT = ("svd", "qr_svd", "gram", "dwh")
 APPROXIMATE = ("newton_schulz", "cubic", "polar_express")
 METHODS = (*EXACT, *APPROXIMATE, "auto")
-
-# Below this size an eigenproblem is cheaper than four Cholesky factorizations, also on a GPU.
-_SMALL = 32
 
 
 class Polar(NamedTuple):
@@ -37,38 +37,6 @@ class Polar(NamedTuple):
     )  # (…, min(m, n)) descending, fp32 (fp64 for fp64 input); None: method has none
     effective_rank: Tensor | None  # (…) int64, singular values above the cut; None for approximate methods
     fallbacks: Tensor  # 0-dim int64, on the device: matrices that the method could not do by itself
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a matrix of `dtype` is factorized: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def default_rtol(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> float:
-    """The cut max(m, n)·eps, relative to σ1; eps of the dtype that is worked in (fp32 for half precision)."""
-    return max(shape[-2], shape[-1], 1) * torch.finfo(work_dtype(dtype)).eps
-
-
-def choose_method(
-    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str | None = None
-) -> str:
-    """The exact method that "auto" stands for; depends on its arguments alone, not on data or timing.
-
-    fp64 input: "qr_svd" (a Gram would lose half the digits). CPU: "gram", the fastest exact method measured
-    there. CUDA: "dwh" (eigh and SVD are latency-bound there, and torch's synchronize), "gram" up to 32
-    columns. Devices without fp64: "svd".
-
-    Args:
-        shape: (…, m, n).
-        dtype: of the matrix.
-        device: where it lives; None: CPU.
-    """
-    kind = torch.device(device).type if device is not None else "cpu"
-    if kind not in ("cpu", "cuda", "meta"):
-        return "svd"
-    if dtype == torch.float64:
-        return "qr_svd"
-    return "dwh" if kind == "cuda" and min(shape[-2], shape[-1]) > _SMALL else "gram"
 
 
 def polar(matrix: Tensor, method: str = "auto", rtol: float | None = None, sync: bool | None = None) -> Polar:

@@ -1,19 +1,108 @@
-"""Factorizations that never raise: what a LAPACK or cuSOLVER routine gives up on goes down a chain.
+"""What every factorization here rests on: full precision, cuts and methods by dtype, routines that never raise.
 
-The chain for one matrix: the same routine alone (a batch fails as a whole) → QR-SVD in fp64 on the device →
-the same on the CPU → LAPACK's `gesvd` (QR iteration, which converges where divide and conquer does not) →
-zeros. `gesvd` needs scipy, which is imported there and may be missing.
+What a LAPACK or cuSOLVER routine gives up on goes down a chain. For one matrix: the same routine alone (a batch fails
+as a whole) → QR-SVD in fp64 on the device → the same on the CPU → LAPACK's `gesvd` (QR iteration, which converges where
+divide and conquer does not) → zeros. `gesvd` needs scipy, which is imported there and may be missing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]
+
+# Below this size an eigenproblem is cheaper than four Cholesky factorizations, also on a GPU.
+_SMALL = 32
+
+_MKLDNN: Any = torch.backends.mkldnn
+_BACKENDS = (torch.backends.cuda.matmul, _MKLDNN.matmul)
+
+
+_CPU_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
+"""dtype → CPU features that multiply it, as `torch.cpu.get_capabilities` names them."""
+
+
+def multiplies(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a device multiplies a dtype in hardware. CPUs without units for it take forty times longer than for
+    fp32 (bf16, measured)."""
+    if device_type != "cpu" or dtype not in _CPU_UNITS:
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit, False) for unit in _CPU_UNITS[dtype])
+
+
+def iteration_dtype(device: torch.device) -> str:
+    """Return what orthogonalizer_dtype "auto" means: bf16 where the hardware multiplies it."""
+    return "bfloat16" if multiplies(torch.bfloat16, device.type) else "float32"
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off for a block; meta tensors have none."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Switch TF32, bf16-internal fp32 products and autocast off for a block; restore them afterwards.
+
+    A TF32 or bf16 product inside a factorization injects an error of size eps * kappa that does not commute
+    with the Gram matrix: no later iteration removes it and no orthogonality test sees it.
+
+    The flags are process-wide, so the block is not meant to overlap with matrix products of other threads.
+
+    Args:
+        device_type: `tensor.device.type` of the operands, whose autocast is disabled.
+    """
+    # The per-operator setting, not `set_float32_matmul_precision`: a process that uses one of torch's two
+    # interfaces may be refused the other, and writing back what was read leaves both usable.
+    before = [backend.fp32_precision for backend in _BACKENDS]
+    with ExitStack() as stack:
+        stack.enter_context(without_autocast(device_type))
+        try:
+            for backend in _BACKENDS:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, value in zip(_BACKENDS, before):
+                backend.fp32_precision = value
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a matrix of `dtype` is factorized: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def default_rtol(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> float:
+    """The cut max(m, n)·eps, relative to σ1; eps of the dtype that is worked in (fp32 for half precision)."""
+    return max(shape[-2], shape[-1], 1) * torch.finfo(work_dtype(dtype)).eps
+
+
+def choose_method(
+    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str | None = None
+) -> str:
+    """The exact method that "auto" stands for; depends on its arguments alone, not on data or timing.
+
+    fp64 input: "qr_svd" (a Gram would lose half the digits). CPU: "gram", the fastest exact method measured
+    there. CUDA: "dwh" (eigh and SVD are latency-bound there, and torch's synchronize), "gram" up to 32
+    columns. Devices without fp64: "svd".
+
+    Args:
+        shape: (…, m, n).
+        dtype: of the matrix.
+        device: where it lives; None: CPU.
+    """
+    kind = torch.device(device).type if device is not None else "cpu"
+    if kind not in ("cpu", "cuda", "meta"):
+        return "svd"
+    if dtype == torch.float64:
+        return "qr_svd"
+    return "dwh" if kind == "cuda" and min(shape[-2], shape[-1]) > _SMALL else "gram"
 
 
 def flattened(stack: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.linalg.polar import default_rtol, polar
+from optimizers.linalg.polar import polar
+from optimizers.linalg.robust import default_rtol
 
 
 class MomentFigures(NamedTuple):

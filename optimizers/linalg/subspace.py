@@ -14,10 +14,15 @@ from torch import Tensor
 
 from optimizers.linalg import sketching
 from optimizers.linalg.inverse_root import GRAM_RTOL
-from optimizers.linalg.polar import default_rtol
-from optimizers.linalg.precision import full_precision
 from optimizers.linalg.requests import answer_alone, drive
-from optimizers.linalg.robust import cleaned, finite_matrices, flattened, robust_eigh
+from optimizers.linalg.robust import (
+    cleaned,
+    default_rtol,
+    finite_matrices,
+    flattened,
+    full_precision,
+    robust_eigh,
+)
 
 
 def canonical_signs(basis: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from optimizers.interfaces import MatrixBatch
 from optimizers.linalg.inverse_root import GRAM_RTOL, RootSolver
 from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
-from optimizers.linalg.polar import Polar, choose_method, default_rtol, polar
+from optimizers.linalg.polar import Polar, polar
+from optimizers.linalg.robust import choose_method, default_rtol
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ITERATIONS = {"newton_schulz": newton_schulz, "cubic": cubic, "polar_express": polar_express}

@@ -139,7 +139,7 @@ def test_replicas_of_shards(four_ranks: RankPool, preset: str) -> None:
 
 def broken(rank: int, preset: str, how: str) -> list[torch.Tensor]:
     """Runs on each rank with one sum over ranks left out."""
-    from optimizers.layouts.collectives import Unsharded
+    from optimizers.layouts.layout import Unsharded
     from optimizers.layouts.sharded import ShardCollectives
     from optimizers.rules import sumo
 

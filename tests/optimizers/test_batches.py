@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optimizers
 from optimizers import rules
 from optimizers.layouts import batches
-from optimizers.layouts.collectives import Unsharded, answer
+from optimizers.layouts.layout import Unsharded, answer
 from optimizers.linalg.requests import drive
 from optimizers.presets import PRESETS, names, resolve
 from optimizers.rules import Update

@@ -10,7 +10,7 @@ import torch
 from optimizers.linalg.inverse_root import inverse_root
 from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
 from optimizers.linalg.polar import METHODS, polar
-from optimizers.linalg.precision import full_precision
+from optimizers.linalg.robust import full_precision
 from optimizers.linalg.spectra import orthogonality_error, polar_error
 from optimizers.linalg.subspace import randomized_basis, svd_basis, test_matrix
 

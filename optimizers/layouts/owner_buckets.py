@@ -1,10 +1,10 @@
-"""What a layout makes of the matrices of a group: buckets, which the optimizer steps one after the other."""
+"""Buckets whose matrices are computed by one owner each: brought whole to it, or replicated with the work split."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from optimizers.interfaces import (
 from optimizers.layouts.batches import (
     ApplyConfig,
     BatchEntry,
-    BatchState,
     OptimizerState,
     apply_update,
     batch_entries,
@@ -30,89 +29,10 @@ from optimizers.layouts.batches import (
     make_batch_states,
     matrices_per_batch,
 )
-from optimizers.layouts.collectives import Unsharded
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Arriving, Distribution, Exchange, whole_at
+from optimizers.layouts.layout import Unsharded
 from optimizers.skipping import StepMask
-
-
-class Bucket(Protocol):
-    """Stacks that take a step together, and how their updates reach the weights.
-
-    All processes step the same buckets in the same order, whatever they hold of them: `begin` and `end` are
-    collectives, and so are the answers to the rule's requests.
-
-    Attributes:
-        batch_states: what this process computes and keeps the state of.
-        receivers: the weights of this process whose update another one computes.
-        collectives: what answers the rule's requests.
-    """
-
-    batch_states: list[BatchState]
-    receivers: list[BatchState]
-    collectives: Collectives
-
-    def begin(self) -> None:
-        """Start bringing gradients to where they are needed; does not wait."""
-        ...
-
-    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
-        """The stacks that have gradients, in the batches in which the rule is to be called."""
-        ...
-
-    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
-        """Take a stack's update to the weights, now or at the `end`."""
-        ...
-
-    def end(self, config: ApplyConfig) -> None:
-        """Finish the step."""
-        ...
-
-
-class LocalBucket:
-    """Every process updates the weights that it computes the update of.
-
-    Args:
-        batch_states: all stacks.
-        collectives: what answers the rule's requests.
-        together: all batches are run in lock step, because each of their requests communicates.
-    """
-
-    def __init__(
-        self, batch_states: list[BatchState], collectives: Collectives, together: bool = False
-    ) -> None:
-        self.batch_states, self.collectives = batch_states, collectives
-        self.receivers: list[BatchState] = []
-        self._together = together
-
-    def begin(self) -> None:
-        """Nothing: the gradients are here."""
-
-    def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
-        """One stack at a time, so that one stack's transients are alive; together where they share a
-        collective, and then gradients are read again whenever they are needed."""
-        entries = [
-            entry for batch_state in self.batch_states for entry in batch_entries(batch_state, state, mask)
-        ]
-        if self._together:
-            shared = entries
-        else:
-            shared = (
-                [entry for entry in entries if entry.batch.due] if self.collectives.exchanges_bases else []
-            )
-        for entry in shared:
-            entry.batch.keep_gradient = len(shared) == 1
-        if shared:
-            yield shared
-        in_shared = {id(entry) for entry in shared}
-        yield from ([entry] for entry in entries if id(entry) not in in_shared)
-
-    def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
-        """At once."""
-        apply_update(batch, delta, config)
-
-    def end(self, config: ApplyConfig) -> None:
-        """Nothing is left to do."""
 
 
 class _DividedBucket:

@@ -1,0 +1,113 @@
+"""Files and functions of this project that one optimizer step enters, in the order of first entry.
+
+    python -m benchmarks.step_walk [--preset sumo] [--ranks 1] [--refresh] [--json]
+
+How far a reader walks to follow one step under FSDP2: a profile hook notes each function of the project that
+`optimizer.step()` calls, on rank 0 of gloo processes. An ordinary step; with --refresh one that renews every subspace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import optimizers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def walk(call: Callable[[], object]) -> dict[str, list[str]]:
+    """Return file → functions of this project that `call` enters, both in the order of first entry."""
+    entered: dict[str, dict[str, None]] = {}
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT) and ".venv" not in path.parts:
+            functions = entered.setdefault(str(path.relative_to(ROOT)), {})
+            # Comprehensions and lambdas are read with the function around them.
+            if not frame.f_code.co_name.startswith("<"):
+                functions[frame.f_code.co_qualname] = None
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return {path: list(functions) for path, functions in entered.items()}
+
+
+def _rank(rank: int, ranks: int, port: int, preset: str, is_refresh: bool, queue: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 32), nn.LayerNorm(32))
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (ranks,)))
+    has_subspace = "rank" in optimizers.resolve(preset)
+    options: dict[str, Any] = {"rank": 4, "refresh_interval": 1 if is_refresh else 100} if has_subspace else {}
+    optimizer: Any = optimizers.build(preset, model.named_parameters(), modules=model, **options)
+    for step in range(3):
+        model(torch.randn(8, 32)).square().mean().backward()
+        if step == 2:
+            entered = walk(optimizer.step)
+            if rank == 0:
+                queue.put(entered)
+        else:
+            optimizer.step()  # the first step allocates and renews every subspace
+        optimizer.zero_grad()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(preset: str = "sumo", ranks: int = 1, is_refresh: bool = False) -> dict[str, list[str]]:
+    """Return file → functions that one step of `preset` enters under FSDP2."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, port, preset, is_refresh, queue))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    entered = queue.get()
+    for process in processes:
+        process.join()
+    return entered
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--preset", default="sumo")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--refresh", action="store_true", help="a step that renews every subspace")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(argv)
+    entered = measure(arguments.preset, arguments.ranks, arguments.refresh)
+    functions = sum(len(names) for names in entered.values())
+    if arguments.json:
+        document = {"schema_version": 1, "files": len(entered), "functions": functions, "entered": entered}
+        print(json.dumps(document))
+        return 0
+    for path, names in entered.items():
+        print(f"{path}: {', '.join(names)}")
+    print(f"\n{len(entered)} files, {functions} functions")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
