@@ -1,7 +1,7 @@
 """What rules and layouts share: batches of same-shape matrices, updates, and the requests that cross ranks.
 
 A rule (`Rule.update`) is straight-line code over one `MatrixBatch`. Where it needs a number from other ranks it yields
-a request; the layout sends the answer (`layouts.collectives.run_updates`).
+a request; the layout sends the answer (`layouts.layout.run_updates`).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from analysis.margin.rules import polar
 from analysis.margin.trajectory import MarginRun, TrajectoryRow
 from analysis.pages.figures import Plot, figure
 from harness.model.loss import IGNORED
-from optimizers.linalg.precision import full_precision
+from optimizers.linalg.robust import full_precision
 
 Floats = NDArray[np.float64]
 QUANTILES = {"q05": 0.05, "q50": 0.5}

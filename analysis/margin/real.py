@@ -17,7 +17,7 @@ import optimizers
 from analysis.margin.net import Nets, ToyProblem
 from analysis.margin.optimizer_specs import OptimizerSpec
 from harness.config.errors import InputError
-from optimizers.linalg.precision import full_precision
+from optimizers.linalg.robust import full_precision
 
 DESCENTS = ("gd", "ngd", "sign", "spectral")
 

@@ -17,8 +17,7 @@ from harness.verify.cells import MAX_NORM
 from harness.verify.witness import Witness
 from optimizers.interfaces import MatrixRef, Rule
 from optimizers.layouts.batches import make_batch_states
-from optimizers.layouts.layout import Bucket, LocalBucket
-from optimizers.layouts.layout import Unsharded
+from optimizers.layouts.layout import Bucket, LocalBucket, Unsharded
 from optimizers.layouts.replicated import ReplicaCollectives
 from optimizers.layouts.sharded import ShardedLayout
 from optimizers.linalg import subspace as sketches
