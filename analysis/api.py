@@ -2,7 +2,7 @@
 
 Keys are those of the command line: words (``"optimizer.rank=16"``), keyword arguments (``steps=100``,
 ``**{"optimizer.rank": 16}``) or nested mappings (``optimizer={"name": "sumo", "rank": 16}``). Results are pandas data
-frames, whose ``attrs`` hold what is not a table. Bad input raises `harness.config.errors.InputError`.
+frames, whose ``attrs`` hold what is not a table. Bad input raises `harness.errors.InputError`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from analysis.runs import loading
 from analysis.runs.run import Run
 from analysis.training import arguments, sessions
 from analysis.training.progress import Verbosity
-from harness.config.errors import InputError
 from harness.config.overrides import leaves
+from harness.errors import InputError
 from harness.preparation import prepare
 from harness.record.schema import METRICS
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, Field
 
 from harness.config import sources, yaml_files
-from harness.config.errors import InputError
 from harness.config.overrides import leaves, parse
 from harness.config.typed_keys import TypedKeys, format_value, keys_of, unknown, validate
+from harness.errors import InputError
 
 OPTIONS = "options"
 """Field of `JobKeys` that holds options of optimizers; it is typed as ``NAME.option``, never by this name."""

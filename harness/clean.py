@@ -20,8 +20,8 @@ from rich.table import Table
 
 from harness import command_line
 from harness.commands import ExitCode
-from harness.config.errors import InputError
 from harness.console import cell, for_tables
+from harness.errors import InputError
 from harness.files import locks
 from harness.output import json_document
 from harness.record.readers import STATUS

@@ -73,7 +73,7 @@ def _refuse_nul(argv: Sequence[str]) -> None:
     """Refuse a NUL, which a program that calls `main` can pass; no file has one in its name."""
     for argument in argv:
         if "\0" in argument:
-            from harness.config.errors import InputError
+            from harness.errors import InputError
 
             raise InputError(
                 "command line", ascii(argument)[:80], "holds a NUL character", fix="leave it out"
@@ -91,7 +91,7 @@ def _command_first(argv: Sequence[str]) -> list[str]:
 
 
 def _failure(error: Exception, *, is_json: bool) -> int:
-    from harness.config.errors import InputError
+    from harness.errors import InputError
 
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         # A promised file that could not be written: a full disk needs a line, not a traceback.
@@ -131,7 +131,7 @@ def _discard_stdout() -> None:
 
 
 def _unknown_command(name: str, arguments: list[str]) -> Exception:
-    from harness.config.errors import InputError, closest
+    from harness.errors import InputError, closest
 
     typed = " ".join(arguments)
     if "=" in name:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from harness.commands import COMMANDS, JSON, Option
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 
 
 class Arguments(NamedTuple):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from harness import command_line
 from harness.commands import COMMANDS, JSON, load
 from harness.config import sources
-from harness.config.errors import InputError
 from harness.config.schema import run_keys
+from harness.errors import InputError
 from harness.output import json_document
 
 SHELLS = ("bash", "zsh", "fish")

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch.distributed.tensor import DTensor
 
-from harness.config.errors import InputError
 from harness.config.launcher import cpu_is_requested
+from harness.errors import InputError
 
 
 def uses_cuda(environ: Mapping[str, str] = os.environ) -> bool:

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import command_line
-from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.output import json_document
 
 Verdict = Literal["ok", "missing", "broken"]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from harness import command_line
 from harness.config import compose
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic
 from harness.output import json_document
 from harness.record import readers

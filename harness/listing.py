@@ -18,11 +18,11 @@ from harness import command_line
 from harness.commands import COMMANDS
 from harness.config import checks, cluster, learning_rates, sources
 from harness.config.compose import load
-from harness.config.errors import InputError, closest
 from harness.config.model_facts import facts
 from harness.config.schema import ModelConfig, run_keys
 from harness.config.typed_keys import Key, format_value
 from harness.console import for_tables
+from harness.errors import InputError, closest
 from harness.output import json_document
 
 _KINDS = {

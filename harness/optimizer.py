@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import optimizers
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.tracked_optimizer import tracked
 from optimizers.layouts.axes import preferred_axes
 

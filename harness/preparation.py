@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from harness.checkpoint.store import Store
 from harness.config import checks, compose, evaluation_budget
-from harness.config.errors import InputError
 from harness.config.identity import comparison_key, identity
 from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.record import folder as run_folder
 from harness.record import readers
 from harness.record.folder import EXTENDED

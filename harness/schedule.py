@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness.config.errors import InputError
 from harness.config.schema import ScheduleConfig
+from harness.errors import InputError
 
 Factor = Callable[[int], float]
 

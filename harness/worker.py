@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.preparation import Prepared, prepare
 from harness.process import exit_markers, parent
 from harness.record import readers

@@ -17,7 +17,7 @@ from analysis.reconstruction import config
 from analysis.tuning import study_file
 from harness.commands import COMMANDS
 from harness.config import checks, cluster, compose
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

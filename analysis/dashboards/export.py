@@ -13,8 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from analysis.dashboards import access
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.files import atomic
 from harness.record import readers
 from harness.record.schema import METRICS, SCHEMA_VERSION, STATES, SUMMARY_KEYS

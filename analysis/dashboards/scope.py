@@ -10,7 +10,7 @@ from analysis.compare.comparison import ComparisonSet
 from analysis.compare.document import Document
 from analysis.pages.figures import colour
 from analysis.runs.run import Run
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 DEFAULT_PROJECT = "optbench"
 OPTIMIZER = "optimizer.name"

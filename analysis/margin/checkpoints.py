@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.margin.config import MarginConfig
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files.paths import expand
 from harness.record import readers
 

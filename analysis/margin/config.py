@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from analysis import job_keys
 from analysis.margin.optimizer_specs import REFERENCES
-from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
+from harness.errors import InputError, closest
 from optimizers.presets import names
 
 MODES = ("toy", "flow", "mlp", "head")

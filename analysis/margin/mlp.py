@@ -30,7 +30,7 @@ from analysis.margin.steps import record_times
 from analysis.margin.toy import optimizers_of
 from analysis.margin.trajectory import MarginRun, TrajectoryRow, value_at_loss
 from analysis.pages.figures import Plot, colour, figure
-from harness.config.errors import InputError
+from harness.errors import InputError
 from optimizers.linalg.robust import full_precision
 
 STEPS, PER_DECADE = 2000, 2

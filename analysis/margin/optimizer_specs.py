@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, names, resolve
 

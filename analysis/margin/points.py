@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 Floats = NDArray[np.float64]
 

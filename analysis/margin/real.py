@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import optimizers
 from analysis.margin.net import Nets, ToyProblem
 from analysis.margin.optimizer_specs import OptimizerSpec
-from harness.config.errors import InputError
+from harness.errors import InputError
 from optimizers.linalg.robust import full_precision
 
 DESCENTS = ("gd", "ngd", "sign", "spectral")

@@ -9,7 +9,7 @@ import numpy as np
 from analysis.margin.config import RANDOM_INITS, MarginConfig
 from analysis.margin.net import Nets, ToyProblem, preactivations
 from analysis.margin.points import Points, sign_changes
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 DEFAULT_W, DEFAULT_B = (2.0, -0.5), (0.0, 0.0)
 THESIS_W, THESIS_B = (1.0, -10.0), (1.0, 10.0)

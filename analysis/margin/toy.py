@@ -19,7 +19,7 @@ from analysis.margin.plots import shown_runs, toy_plots
 from analysis.margin.points import parse_points
 from analysis.margin.steps import TrainResult, record_times, train
 from analysis.margin.trajectory import MarginRun, TrajectoryRow, judge, measure, value_at_loss
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 LR, STEPS = 0.01, 100_000
 PER_DECADE, PER_DECADE_FLOW, MANY = 20, 4, 20

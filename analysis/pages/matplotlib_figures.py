@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.pages.figures import GREY, Plot
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.visible import visible
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from analysis.paper import tables
 from harness import command_line
 from harness.commands import COMMANDS
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 
 KEYS = ("runs",)
 

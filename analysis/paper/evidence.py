@@ -12,11 +12,11 @@ from analysis.paper.tables import Quantity
 from analysis.runs import loading
 from analysis.runs.run import Run
 from harness.config import compose
-from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
 from harness.config.typed_keys import format_value
+from harness.errors import InputError
 
 _SHOWN = 6
 """Differing keys that a remark names."""

@@ -16,9 +16,9 @@ from analysis.paper.judging import Value, judge
 from analysis.paper.numbers import Printed
 from analysis.paper.tables import PaperTable, Quantity
 from harness.config import checks, compose
-from harness.config.errors import InputError
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 
 _BUFFERS = 1e-3
 """Share of the weights that a model's buffers (rotary frequencies) may be: the plan counts parameters only."""

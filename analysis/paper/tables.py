@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from analysis.paper.numbers import Printed, evaluate
 from harness.config import sources, yaml_files
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 
 GROUP = "paper"
 BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "GB": 1e9, "MB": 1e6}

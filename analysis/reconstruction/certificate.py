@@ -12,7 +12,7 @@ from torch import Tensor
 from analysis.reconstruction import multipliers
 from analysis.reconstruction.geometry import NORMS, Geometry, best_alignment
 from analysis.reconstruction.network import Network, forward, kkt_coefficients, outputs, patterns
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 @dataclass(frozen=True)

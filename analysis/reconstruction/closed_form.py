@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from analysis.reconstruction.network import Network
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from analysis import job_keys
-from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
+from harness.errors import InputError, closest
 
 STAGES = ("victim", "certificate", "alternatives", "attack")
 _PLACES = ("out", "overwrite", "wandb", "stages")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analysis.reconstruction.network import Network
 from analysis.reconstruction.samples import Samples
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 _REFUSED = (
     (r"(norm|\bln\b|ln_|layernorm|bn\d|batchnorm)", "normalization: Φ is not homogeneous in its parameters"),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 _IDX_IMAGES, _IDX_LABELS = 0x803, 0x801
 _CIFAR_SHAPE = (3, 32, 32)

@@ -18,7 +18,7 @@ from analysis.reconstruction.subjects import (
     subjects,
     write_tables,
 )
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 Say = Callable[[str], None]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.reconstruction.image_files import read
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 HELDOUT_PER_CLASS = 200
 

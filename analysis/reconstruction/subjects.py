@@ -28,7 +28,7 @@ from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import Network
 from analysis.reconstruction.samples import Samples
 from analysis.reconstruction.victim import Architecture, Checkpoint
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic, bounded
 from harness.files.bounded import UnreadableFile
 from harness.record import readers

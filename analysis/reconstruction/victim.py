@@ -16,7 +16,7 @@ from torch import Tensor
 import optimizers
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import Network, combination, forward, label_margins, output_descent
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 GD = "gd"
 EPS = 1e-12

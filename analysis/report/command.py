@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness import command_line
 from harness.commands import COMMANDS
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 if TYPE_CHECKING:
     from analysis.compare.document import Document

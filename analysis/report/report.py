@@ -21,7 +21,7 @@ from analysis.pages.theme import plot_data
 from analysis.report import cost_plots, details, moment_plots, plots, provenance, tuning_plot, tuning_tables
 from analysis.report.main_plot import main_plot
 from harness import visible
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic
 
 PICTURE = (1200, 640)

@@ -17,7 +17,7 @@ from analysis import formatting
 from analysis.runs import external, reading
 from analysis.runs.reading import number
 from analysis.runs.run import Run
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.record.folder import JOBS
 from harness.record.readers import Environment, Status, Summary
 from harness.record.schema import SCHEMA_VERSION, STATES

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from analysis.training.progress import Verbosity
 from harness import command_line
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 from harness.redaction import redact_argv
 from optimizers import presets
 

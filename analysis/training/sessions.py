@@ -21,7 +21,7 @@ from analysis.runs import reading
 from analysis.training.arguments import Plan
 from analysis.training.progress import SessionProgress, Verbosity
 from harness.config import compose
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic
 from harness.jobs import launch, warm
 from harness.preparation import Prepared, prepare

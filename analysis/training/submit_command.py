@@ -16,7 +16,7 @@ from analysis.training import arguments, sessions
 from harness import command_line
 from harness.commands import COMMANDS
 from harness.config import cluster
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 from harness.jobs import scripts, slurm, submit
 from harness.jobs.grid import GridRow
 from harness.jobs.submit import Queued, SubmitRequest

@@ -13,7 +13,7 @@ from analysis.training.arguments import Plan, plan, verbosity
 from analysis.tuning import space, study_file
 from analysis.tuning.space import Axis
 from harness import command_line
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.redaction import redact_argv
 from optimizers import presets
 

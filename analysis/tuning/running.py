@@ -13,7 +13,7 @@ from analysis.training.arguments import Plan
 from analysis.tuning import trials
 from analysis.tuning.arguments import Study
 from analysis.tuning.trials import Planned
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic
 from harness.preparation import Prepared
 from harness.record import folder as run_folder

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 FACTOR = 2.0
 """From one learning rate of the default ladder to the next."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import sources, yaml_files
-from harness.config.errors import InputError
 from harness.config.typed_keys import format_value
+from harness.errors import InputError
 
 GROUP = "study"
 NUMBERS = ("trials", "seeds", "seed", "extend")

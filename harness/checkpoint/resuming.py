@@ -14,8 +14,8 @@ from harness.checkpoint import contents, store
 from harness.checkpoint.files import Saved
 from harness.checkpoint.store import DamagedCheckpoint, Store
 from harness.config import compose
-from harness.config.errors import InputError
 from harness.config.identity import differing_keys
+from harness.errors import InputError
 from harness.loop import Run, forward_backward
 from harness.protocols import Probe
 from harness.schedule import ShorterRun

@@ -24,10 +24,10 @@ from harness.config import (
     model_checks,
     optimizer_target,
 )
-from harness.config.errors import InputError
 from harness.config.model_facts import ModelFacts, facts
 from harness.config.schema import ModelConfig, RunConfig
 from harness.config.typed_keys import format_value
+from harness.errors import InputError
 from harness.visible import visible
 
 

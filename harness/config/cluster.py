@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import Field
 
 from harness.config import durations, sources
-from harness.config.errors import InputError, closest
 from harness.config.overrides import leaves, parse
 from harness.config.typed_keys import Key, TypedKeys, format_value, keys_of, unknown, validate
+from harness.errors import InputError, closest
 from harness.redaction import REDACTED, is_secret_name, secret_in
 
 GROUP = "cluster"

@@ -24,7 +24,6 @@ from harness.config import (
     suggestions,
     yaml_files,
 )
-from harness.config.errors import InputError, closest
 from harness.config.identity import comparison_key, differing_keys, identity
 from harness.config.interpolation import resolve
 from harness.config.model_keys import config_fields
@@ -33,6 +32,7 @@ from harness.config.run_file import RunFile
 from harness.config.schema import FILLED_IN, RunConfig, all_keys, run_keys
 from harness.config.sources import GROUPS, command_of, compose, find, options, options_of_runs, plugin_rules
 from harness.config.typed_keys import FREE, meant, unknown, validate
+from harness.errors import InputError, closest
 from harness.redaction import redact_secrets
 
 __all__ = [

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
 from harness.config.typed_keys import format_value
+from harness.errors import InputError
 
 KEY = "engine.config_file"
 

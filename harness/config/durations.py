@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _WITH_UNITS = re.compile(

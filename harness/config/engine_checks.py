@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from harness.config import deepspeed_config
-from harness.config.errors import InputError
 from harness.config.schema import EngineConfig, Precision, RunConfig
 from harness.config.typed_keys import format_value
+from harness.errors import InputError
 
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 PARTITIONED = ("zero1", "zero2", "zero3")

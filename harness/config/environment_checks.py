@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 
 _ON = ("1", "true", "yes", "y", "on", "t")
 

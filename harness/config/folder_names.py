@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.visible import visible
 
 MAX_BYTES = 200

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import model_folder
-from harness.config.errors import InputError
 from harness.config.model_facts import router_coefficient
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.files.cache import Fingerprints, cache_root
 
 _DIGITS = 16

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.redaction import is_secret_name, secret_in
 
 ENVIRONMENT = ("HOME", "USER", "LOGNAME", "TMPDIR", "SCRATCH", "WORK", "PROJECT", "HF_HOME", "XDG_CACHE_HOME")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import psutil
 import yaml
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 _MULTI = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "

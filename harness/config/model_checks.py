@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from harness.config import model_folder, model_keys, model_values
-from harness.config.errors import InputError
 from harness.config.model_facts import LLAMA_LIKE, ModelFacts, full_config
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 
 
 def check(config: RunConfig, shapes: ModelFacts) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.config import model_keys
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import bounded
 from harness.files.bounded import UnreadableFile
 

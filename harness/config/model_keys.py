@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 
 BASE_FIELDS = (
     "architectures",

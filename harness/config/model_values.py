@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.config import model_keys
-from harness.config.errors import InputError
 from harness.config.typed_keys import format_value
+from harness.errors import InputError
 
 LARGEST = 1 << 24
 """Of every size and count; the longest context of a published model is 10 M positions."""

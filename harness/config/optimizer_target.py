@@ -7,7 +7,7 @@ import importlib.util
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 
 KEY = "optimizer.target"
 _DISTRIBUTIONS = {"pytorch_optimizer": "pytorch-optimizer", "galore_torch": "galore-torch"}

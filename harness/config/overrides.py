@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override, QuotedString, ValueType
 from hydra.errors import HydraException
 
 from harness.config import suggestions
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.visible import visible
 
 MAX_LENGTH = 20_000

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.config import yaml_files
-from harness.config.errors import InputError
 from harness.config.overrides import leaves
 from harness.config.sources import GROUPS, find
 from harness.config.suggestions import is_run_file
+from harness.errors import InputError
 
 
 class RunFile(NamedTuple):

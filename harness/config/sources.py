@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.config import yaml_files
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 GROUPS = ("model", "data", "optimizer", "engine", "schedule", "experiment")
 OTHER_GROUPS = ("cluster", "paper", "study")

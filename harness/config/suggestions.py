@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import aliases, sources
-from harness.config.errors import closest
+from harness.errors import closest
 
 RUN_FILES = (".yaml", ".yml")
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from harness.config import suggestions
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 
 FREE = "model.config"
 """Key whose inner keys are those of another library; `unknown` does not mistake them for ours."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import bounded
 from harness.files.bounded import MAX_DEPTH, UnreadableFile
 

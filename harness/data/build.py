@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data.sources import TextSource
 from harness.data.split import Tokens, ValidationText, split
 from harness.data.spool import ByteSpan, Say, Spool, throttle
 from harness.data.tokenizer import Encoder, load, train_bpe
+from harness.errors import InputError
 
 # Text from which bytes per token are estimated where max_tokens limits how much is read.
 HEAD_BYTES = 16 * 2**20

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import tokenizer
 from harness.data.batches import Batches, Validation
@@ -36,6 +35,7 @@ from harness.data.corpus import (
 )
 from harness.data.sources import TextSource, open_source
 from harness.data.spool import Say
+from harness.errors import InputError
 from harness.files import locks
 from harness.files.atomic import sync_folder
 from harness.files.cache import Fingerprints, cache_root, file_sha256

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
+from harness.errors import InputError
 from harness.files import paths
 from harness.files.cache import Fingerprints
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.config.errors import InputError
 from harness.data import formats
 from harness.data.formats import DamagedFile, check_expansion, codec_of, open_decompressed
+from harness.errors import InputError
 from harness.files import paths
 
 MAX_LINE_BYTES = 256 * 2**20

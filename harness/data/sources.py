@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import hub, local_files
+from harness.errors import InputError
 from harness.files.cache import Fingerprints, file_sha256
 
 # Translations in the public domain, packaged alike; their texts have been out of copyright for decades

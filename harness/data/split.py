@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data.spool import ByteSpan, Say, Spool
 from harness.data.tokenizer import Encoder, cached_bpe
+from harness.errors import InputError
 
 Tokens = NDArray[np.int64]
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from harness.config.errors import InputError
 from harness.data.hub import quiet
+from harness.errors import InputError
 from harness.files import atomic, paths
 from harness.files.atomic import sync_folder
 from harness.files.cache import file_sha256

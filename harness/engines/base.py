@@ -15,9 +15,9 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
 from harness.devices import claim_gpu, uses_cuda
+from harness.errors import InputError
 
 
 class ProcessEngine:

@@ -19,12 +19,12 @@ from torch import nn
 
 import optimizers
 from harness.config import deepspeed_config
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
 from harness.devices import tensor_bytes, uses_cuda
 from harness.engines.base import ProcessEngine
 from harness.engines.ddp import autocast
 from harness.engines.skip_step import SkipStepEngine, set_nonfinite
+from harness.errors import InputError
 from harness.protocols import WeightLayout
 from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.layouts.replicated import ReplicatedLayout

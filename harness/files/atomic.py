@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 PARTIAL = ".partial"
 """How the temporary name of a folder ends that is being written, or was left behind by a process that died."""

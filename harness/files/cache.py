@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic
 
 # Below this size hashing costs less than 50 ms, and nothing is taken on trust.

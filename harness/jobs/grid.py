@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic, bounded
 from harness.files.bounded import MIB, JsonDecoder, UnreadableFile
 from harness.jobs.folder import folder_of

@@ -22,9 +22,9 @@ from typing import IO, Self
 import psutil
 
 from harness import import_path
-from harness.config.errors import InputError
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.jobs import outcome
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import filelock
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic, locks
 from harness.process import exit_markers
 from harness.record import folder as run_folder

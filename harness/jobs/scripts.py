@@ -19,7 +19,7 @@ import jinja2
 from harness import import_path
 from harness.config import cluster as cluster_config
 from harness.config.cluster import ClusterConfig
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 Kind = Literal["train", "sweep", "analysis"]
 

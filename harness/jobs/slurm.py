@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 TIMEOUT_S = 60
 JOB = "[0-9]{1,18}(_[0-9]{1,9})?"

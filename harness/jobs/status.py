@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import grid, leases, slurm
 from harness.jobs.grid import GridRow
 from harness.jobs.slurm import Task

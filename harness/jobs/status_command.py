@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from harness import command_line
-from harness.config.errors import InputError, closest
 from harness.console import cell, for_tables
+from harness.errors import InputError, closest
 from harness.jobs import slurm, status
 from harness.jobs.status import ACTIVE, JobStatus, RunStatus
 from harness.jobs.submission import Submission, add_event

@@ -19,7 +19,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field, TypeAdapter
 
 from harness.config.cluster import ClusterConfig
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import bounded
 from harness.files.bounded import MIB, UnreadableFile
 from harness.jobs import slurm

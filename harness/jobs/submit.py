@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.config.cluster import ClusterConfig
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic
 from harness.jobs import grid, leases, scripts, slurm
 from harness.jobs.folder import check_attempts

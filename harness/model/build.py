@@ -12,10 +12,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from harness.config import model_folder, model_keys
-from harness.config.errors import InputError
 from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
 from harness.config.typed_keys import format_value
+from harness.errors import InputError
 from harness.model.precision import cast_parameters, may_mix_dtypes, mixed_dtypes
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from harness import command_line
 from harness.config import checks, compose
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.output import json_document
 
 DEVICE_MEMORY = "80GB"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.model import decoder_layers
 from harness.plan import activations, network
 from harness.plan.rank import ranks_to_look_at, simulate

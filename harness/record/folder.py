@@ -16,10 +16,10 @@ import filelock
 from omegaconf import OmegaConf
 
 from harness.config import compose, folder_names
-from harness.config.errors import InputError
 from harness.config.identity import differing_keys
 from harness.config.identity import identity as identity_of
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.files import atomic, locks
 from harness.protocols import MetricRow
 from harness.record import readers

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from harness.config.errors import InputError, closest
+from harness.errors import InputError, closest
 from harness.record.certificates import CROSSED, ENGINES, Cell
 from optimizers import presets
 

@@ -16,7 +16,7 @@ import harness
 from analysis import api
 from analysis.pages import screenshot
 from harness.config import overrides
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import launch
 from tests.analysis import synthetic
 from tests.analysis.stand_in import Launcher

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from analysis import job_keys
 from analysis.job_keys import JobKeys
-from harness.config.errors import InputError
 from harness.config.typed_keys import TypedKeys
+from harness.errors import InputError
 
 
 class Attack(TypedKeys):

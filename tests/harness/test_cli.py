@@ -12,7 +12,7 @@ import pytest
 
 from harness import cli
 from harness.commands import COMMANDS, HEADINGS, Command
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.output import json_document
 
 ROOT = Path(__file__).resolve().parents[2]

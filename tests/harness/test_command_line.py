@@ -6,7 +6,7 @@ import pytest
 
 from harness.command_line import parse
 from harness.commands import COMMANDS, load
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 def test_options_may_stand_anywhere_and_the_rest_keeps_its_order() -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from harness import cli
 from harness.commands import COMMANDS, Command
 from harness.config import checks, compose, sources
-from harness.config.errors import InputError
 from harness.config.schema import run_keys
+from harness.errors import InputError
 from harness.record.folder import path_of
 
 ACCEPTED = (0, 1, 2, 75)

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from harness import completion
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 _ASK = """
 source /dev/stdin <<'SCRIPT'

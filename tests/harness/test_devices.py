@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.config.errors import InputError
 from harness.devices import claim_gpu, uses_cuda
+from harness.errors import InputError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from harness import doctor
 from harness.cli import main
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 def test_this_machine_can_run(

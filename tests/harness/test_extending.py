@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from harness import preparation
-from harness.config.errors import InputError
 from harness.config.identity import identity
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.record import readers
 from harness.record.folder import SUPERSEDED, RunFolder
 from tests.faults.checkpoints import assert_same, assert_whole, status

@@ -12,8 +12,8 @@ import torch
 from harness import engines
 from harness.config import compose, model_facts
 from harness.config.checks import check
-from harness.config.errors import InputError
 from harness.config.identity import identity
+from harness.errors import InputError
 from harness.loop import Callbacks, Run, forward_backward, train
 from harness.model import CausalLMObjective
 from harness.preparation import prepare

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from harness import schedule
-from harness.config.errors import InputError
 from harness.config.schema import ScheduleConfig
+from harness.errors import InputError
 
 
 def test_warmup_rises_linearly_and_wastes_no_step() -> None:

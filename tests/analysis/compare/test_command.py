@@ -14,7 +14,7 @@ import pytest
 from analysis.compare import command
 from analysis.pages import screenshot
 from analysis.report import command as report_command
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import launch
 from tests.analysis import synthetic
 from tests.analysis.stand_in import SMALL, Launcher

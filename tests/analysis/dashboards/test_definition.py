@@ -12,7 +12,7 @@ from analysis.compare import document
 from analysis.dashboards import preview, scope, workspace
 from analysis.dashboards.definition import COLUMNS, SECTIONS
 from analysis.dashboards.scope import Scope
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.record.schema import METRICS, SUMMARY_KEYS
 from harness.record.wandb import X_AXES
 from tests.analysis import synthetic

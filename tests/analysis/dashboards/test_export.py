@@ -13,8 +13,8 @@ from analysis.compare import document
 from analysis.dashboards import export
 from analysis.pages import screenshot
 from analysis.report import command as report_command
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.record.schema import METRICS
 from harness.record.wandb import WandbSink
 from tests.analysis import synthetic

@@ -18,7 +18,7 @@ from analysis.margin import command
 from analysis.margin.config import MarginConfig, load
 from harness import cli
 from harness.config import sources
-from harness.config.errors import InputError
+from harness.errors import InputError
 from tests.harness.record import wandb_file
 
 OFF = "wandb.mode=disabled"

@@ -17,7 +17,7 @@ from analysis.margin.config import MarginConfig, load
 from analysis.margin.input_margins import functional_margins
 from harness.checkpoint import files, store
 from harness.config import compose
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.model import build
 from optimizers.named_state import StatePiece
 from tests.faults import forked

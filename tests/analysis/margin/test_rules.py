@@ -13,7 +13,7 @@ from analysis.margin.points import pair
 from analysis.margin.real import ToyModule, objective
 from analysis.margin.rules import has_fast_rule
 from analysis.margin.steps import train
-from harness.config.errors import InputError
+from harness.errors import InputError
 from tests.analysis.margin.toys import A, net, optimizer
 
 PRESETS: list[tuple[str, dict[str, object]]] = [

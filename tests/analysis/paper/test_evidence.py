@@ -14,7 +14,7 @@ import yaml
 
 from analysis.paper.cells import Cell, Filled
 from analysis.paper.filling import fill
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.preparation import prepare
 from harness.run import execute
 from tests.harness.running import SMALL_MODEL, small, write_documents

@@ -11,7 +11,7 @@ from analysis.paper.cells import Cell
 from analysis.paper.counting import count
 from analysis.paper.filling import fill
 from harness.config import checks, compose
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 # hidden, feed-forward, layers, rank of the GaLore protocol; vocabulary 32,000, embedding and head untied
 SIZES = {

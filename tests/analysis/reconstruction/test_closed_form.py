@@ -13,7 +13,7 @@ from analysis.reconstruction import alternatives, certificate, closed_form, mult
 from analysis.reconstruction.alternatives import Alternative, Verified
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import flat
-from harness.config.errors import InputError
+from harness.errors import InputError
 from tests.analysis.reconstruction.problems import exact_problem, fixture, pair
 
 

@@ -16,7 +16,7 @@ import torch
 
 from analysis.reconstruction import alternatives, config, examination, job, subjects
 from harness import cli
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 SMALL = (
     "per_class=3",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from analysis.reconstruction import external
 from analysis.reconstruction.network import outputs
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 def _mlp(bias: bool = True) -> nn.Sequential:

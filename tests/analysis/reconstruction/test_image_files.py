@@ -16,7 +16,7 @@ import pytest
 
 from analysis.reconstruction import samples
 from analysis.reconstruction.image_files import read
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 28, 28), dtype=np.uint8)

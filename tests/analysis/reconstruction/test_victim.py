@@ -10,7 +10,7 @@ from analysis.reconstruction.alternatives import Problem
 from analysis.reconstruction.geometry import Geometry, polar
 from analysis.reconstruction.network import Network, kkt_coefficients, outputs
 from analysis.reconstruction.victim import Architecture
-from harness.config.errors import InputError
+from harness.errors import InputError
 from optimizers import OptionError
 from tests.analysis.reconstruction.problems import Data, digits, start, trained
 

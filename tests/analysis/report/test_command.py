@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from analysis.report.command import ReportRequest, parse
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 def test_report_words() -> None:

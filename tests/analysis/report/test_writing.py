@@ -25,7 +25,7 @@ from analysis.pages import matplotlib_figures, screenshot
 from analysis.report import command as report_command
 from analysis.report import report
 from harness import cli
-from harness.config.errors import InputError
+from harness.errors import InputError
 from tests.analysis import synthetic
 
 FILES = ["comparison.csv", "comparison.json", "comparison.md", "report.html"]

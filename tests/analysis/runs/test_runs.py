@@ -12,7 +12,7 @@ from analysis.compare.comparison import compare
 from analysis.report import report
 from analysis.runs.loading import load
 from analysis.runs.run import Run
-from harness.config.errors import InputError
+from harness.errors import InputError
 from tests.analysis import synthetic
 from tests.analysis.synthetic import Recipe
 

@@ -3,7 +3,7 @@
 import pytest
 
 from analysis.training import arguments
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 def test_arms_seeds_and_shared_words() -> None:

@@ -17,7 +17,7 @@ from analysis.training import arguments, progress, sessions
 from analysis.training.progress import SessionProgress, Verbosity
 from analysis.tuning import arguments as tuning_arguments
 from analysis.tuning import command as tuning_command
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.files import atomic
 from harness.jobs import launch
 from harness.jobs.outcome import RunOutcome

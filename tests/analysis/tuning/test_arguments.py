@@ -9,7 +9,7 @@ import pytest
 from analysis.training import submit_command
 from analysis.tuning import arguments
 from analysis.tuning.space import Axis
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 def test_defaults_are_a_ladder_of_five_and_three_fresh_seeds() -> None:

@@ -22,7 +22,7 @@ from analysis.report import command as report_command
 from analysis.runs import tuning_ledger
 from analysis.tuning import command
 from harness.config import compose, learning_rates, sources
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import launch
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.tuning import space
 from analysis.tuning.space import Axis
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 def axis(text: str, key: str = "lr") -> Axis:

@@ -11,8 +11,8 @@ import pytest
 
 from harness.config import checks, learning_rates
 from harness.config.compose import load
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 
 LLAMA = {
     "vocab_size": 4096,

@@ -8,8 +8,8 @@ import pytest
 
 from harness.config import cluster
 from harness.config.compose import load as load_run
-from harness.config.errors import InputError
 from harness.config.sources import options
+from harness.errors import InputError
 
 
 def test_presets_compose_and_words_win() -> None:

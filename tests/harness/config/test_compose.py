@@ -8,8 +8,8 @@ import pytest
 
 from harness.config.checks import check
 from harness.config.compose import difference, load, load_file, to_yaml
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 
 BAD_WORDS = [
     # words, what the message starts with, what else it holds

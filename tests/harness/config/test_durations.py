@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.config.durations import seconds
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 @pytest.mark.parametrize(

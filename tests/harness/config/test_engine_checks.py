@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from harness.config import checks, deepspeed_config
-from harness.config.errors import InputError
 from harness.config.schema import EngineConfig, RunConfig
+from harness.errors import InputError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from harness.config import checks, compose, folder_names
-from harness.config.errors import InputError
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.record.folder import path_of
 
 BAD = [

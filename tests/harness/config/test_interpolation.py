@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from harness.config import compose
 from harness.config.cluster import load as load_cluster
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 SECRET = "3f1c0de7c0ffee5ec2e7"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.config import launcher
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from harness import model
 from harness.config import checks, compose, model_keys
-from harness.config.errors import InputError
 from harness.config.model_facts import facts
 from harness.config.schema import ModelConfig
+from harness.errors import InputError
 
 ROUTED = "num_experts_per_tok=2 moe_intermediate_size=16"
 ACCEPTED = {

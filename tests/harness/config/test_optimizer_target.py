@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.config import optimizer_target
-from harness.config.errors import InputError
+from harness.errors import InputError
 
 CODE = "import torch\n\n\nclass SignSGD(torch.optim.Optimizer):\n    pass\n"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from harness.config.compose import load
-from harness.config.errors import InputError
 from harness.config.sources import find, options, package_root, search_path
+from harness.errors import InputError
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 from harness.config import aliases, compose, sources, suggestions
-from harness.config.errors import InputError
 from harness.config.schema import all_keys, run_keys
+from harness.errors import InputError
 
 MEANT = [
     # words as typed, what the error says to type instead

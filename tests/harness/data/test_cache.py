@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import cache as caching
 from harness.data import open_corpus, prepare
+from harness.errors import InputError
 from harness.files.cache import cache_root
 
 from .conftest import MakeConfig, documents, write_jsonl

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import check, prepare
+from harness.errors import InputError
 from harness.files.cache import cache_root
 
 from .conftest import MakeConfig, documents, t5_like

@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harness.config.errors import InputError
 from harness.data import formats, local_files
+from harness.errors import InputError
 
 from .conftest import documents, write_jsonl
 
@@ -304,7 +304,7 @@ def test_a_large_bomb_takes_bounded_memory(tmp_path: Path) -> None:
     code = (
         "import pyarrow.parquet, sys, resource\n"
         "from harness.data import local_files\n"
-        "from harness.config.errors import InputError\n"
+        "from harness.errors import InputError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
         "from pathlib import Path\n"
         "try: sum(1 for _ in local_files.read([Path(sys.argv[1])], sys.argv[2], 'text'))\n"
@@ -354,7 +354,7 @@ def test_a_file_that_may_not_be_read(open_folder: Path, closed: str) -> None:
     path.parent.mkdir()
     write_jsonl(path, ["a"])
     code = (
-        "import os, sys; from harness.data import local_files; from harness.config.errors import InputError\n"
+        "import os, sys; from harness.data import local_files; from harness.errors import InputError\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         "try: local_files.find([sys.argv[1]], 'jsonl')\n"
         "except InputError as error: print(error)\n"

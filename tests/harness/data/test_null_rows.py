@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import prepare
+from harness.errors import InputError
 
 from .conftest import documents
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from harness.config import compose
-from harness.config.errors import InputError
 from harness.data import local_files
+from harness.errors import InputError
 from harness.files import paths
 
 NAMES = [

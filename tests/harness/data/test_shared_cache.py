@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import open_corpus, prepare
 from harness.data.cache import tokenizer_folder
+from harness.errors import InputError
 from harness.files import locks
 from harness.files.cache import cache_root
 
@@ -212,7 +212,7 @@ def test_the_next_build_of_any_corpus_removes_what_a_dead_one_left(config_for: M
 FULL = """
 import resource, shutil, sys
 from pathlib import Path
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import prepare
 config = DataConfig.model_validate_json(sys.argv[1])
@@ -244,7 +244,7 @@ def test_a_disk_that_fills_up_at_any_point_is_one_line(config_for: MakeConfig) -
 
 AS_ANOTHER_USER = """
 import importlib.metadata, os, sys
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import prepare
 importlib.metadata.version("numpy")
@@ -302,7 +302,7 @@ def test_a_disk_without_locks_is_named_with_the_way_out(config_for: MakeConfig, 
     config = config_for(documents(60))
     code = (
         "import sys; from harness.config.schema import DataConfig; from harness.data import prepare\n"
-        "from harness.config.errors import InputError\n"
+        "from harness.errors import InputError\n"
         "try: prepare(DataConfig.model_validate_json(sys.argv[1]))\n"
         "except InputError as error: print(error)\n"
     )

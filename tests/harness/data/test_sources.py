@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig
 from harness.data import hub, local_files, prepare
 from harness.data.sources import PACKAGES, open_source
+from harness.errors import InputError
 from harness.files.cache import Fingerprints
 
 from .conftest import MakeConfig, documents, write_jsonl

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from harness.config.errors import InputError
 from harness.data import Corpus, prepare
 from harness.data import build as building
 from harness.data import split as splitting
+from harness.errors import InputError
 
 from .conftest import MakeConfig, documents, write_jsonl
 

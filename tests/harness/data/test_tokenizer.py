@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from harness.config.errors import InputError
 from harness.data import prepare
 from harness.data import tokenizer as tok
+from harness.errors import InputError
 
 from .conftest import MakeConfig, documents, t5_like
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.errors import InputError
 from harness.config.schema import DataConfig, RunConfig
 from harness.data import hub
 from harness.data import tokenizer as tok
+from harness.errors import InputError
 from harness.files.cache import Fingerprints
 
 from .conftest import t5_like, write_jsonl

@@ -12,7 +12,7 @@ import torch
 
 from harness import engines
 from harness.config import deepspeed_config
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.loop import Run
 from harness.preparation import prepare
 from tests.distributed.pool import RankPool

@@ -13,7 +13,7 @@ import pytest
 
 from harness import cli
 from harness.config import compose
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import grid, leases, slurm, submission, submit
 from harness.jobs.submission import JOURNAL, Submission
 from harness.record.folder import RunFolder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import grid
 from harness.jobs.grid import GridRow
 

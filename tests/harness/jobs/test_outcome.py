@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from harness.config import compose
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import ending, outcome
 from harness.record import folder as run_folder
 from harness.record.folder import REQUEUE, RunFolder

@@ -16,7 +16,7 @@ import pytest
 from analysis.training import submit_command
 from harness.config import cluster
 from harness.config.cluster import ClusterConfig
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import scripts
 from harness.jobs.scripts import Job, Kind
 from tests.harness.running import small, write_documents

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.config import cluster
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.jobs import scripts, slurm
 from harness.jobs.scripts import Job, Kind
 

@@ -9,8 +9,8 @@ import torch
 
 from harness import model
 from harness.config import compose
-from harness.config.errors import InputError
 from harness.config.schema import ModelConfig
+from harness.errors import InputError
 
 # GaLore's protocol (arXiv 2403.03507, C4 configurations), embedding and head untied, in millions.
 PUBLISHED = {

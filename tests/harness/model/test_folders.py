@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from harness import model
 from harness.config import checks, compose
-from harness.config.errors import InputError
 from harness.config.identity import identity
 from harness.config.model_facts import facts
 from harness.config.schema import ModelConfig, RunConfig
+from harness.errors import InputError
 
 SIZES = {
     "vocab_size": 300,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from harness import engines, model
-from harness.config.errors import InputError
 from harness.config.schema import ModelConfig
 from harness.engines.deepspeed import exact_buffers
+from harness.errors import InputError
 from harness.model.precision import cast_parameters
 from harness.preparation import prepare
 from harness.run import assemble

@@ -9,7 +9,7 @@ import pytest
 
 from harness import cli
 from harness.config import checks, compose
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.plan.command import main, plan
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.errors import InputError
 from harness.config.identity import identity
 from harness.config.schema import RunConfig
+from harness.errors import InputError
 from harness.files import atomic
 from harness.protocols import MetricRow
 from harness.record import folder, readers

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.errors import InputError
+from harness.errors import InputError
 from harness.record.certificates import Cell
 from harness.verify import cells
 
