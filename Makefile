@@ -1,4 +1,4 @@
-# Two commands do all set-up: `make quickstart` and `make test`. `make help` lists the rest.
+# `make quickstart` and `make test` install what they need. `make help` lists all targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -28,15 +28,15 @@ $(DOCS)/.installed: requirements-docs.lock
 	$(DOCS)/bin/pip --disable-pip-version-check install --quiet --require-hashes --no-deps -r requirements-docs.lock
 	@touch $@
 
-setup: $(VENV)/.installed ## a virtual environment in .venv, exactly as the lock files say (pip checks every hash)
+setup: $(VENV)/.installed ## create the virtual environment .venv from the lock files (pip checks every hash)
 
-quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each, write runs/quickstart/report.html
+quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each; write runs/quickstart/report.html
 	$(BIN)/optbench compare adamw muon galore sumo preset=quickstart seeds=1 group=quickstart
 
-test: setup ## the tests (about 12 minutes on 2 cores)
+test: setup ## run the tests (about 12 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-full: setup ## the tests and the slow ones
+test-full: setup ## run all tests, including the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: $(DOCS)/.installed ## build the documentation and the API reference into site/; a warning is an error
@@ -45,16 +45,16 @@ docs: $(DOCS)/.installed ## build the documentation and the API reference into s
 docs-check: setup ## test the commands, links, examples and pictures of the documentation
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_notebook.py tests/optimizers/test_use_elsewhere.py
 
-lint: setup ## ruff and basedpyright
+lint: setup ## run ruff and basedpyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
 
-format: setup ## let ruff rewrite the code
+format: setup ## format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## the ratios of docs/benchmarks.md
+bench: setup ## measure the ratios of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.harness_overhead optimizer=adamw
 	$(BIN)/python -m benchmarks.harness_overhead optimizer=sumo
 	$(BIN)/python -m benchmarks.step_time
@@ -65,25 +65,25 @@ bench: setup ## the ratios of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.rooflines
 	$(BIN)/python -m benchmarks.checkpoint
 
-faults: setup ## kills, damage, signals, full disks and hanging ranks, with the long ones (about 20 minutes)
+faults: setup ## test kills, damage, signals, full disks and hanging ranks, including the long tests (about 20 minutes)
 	$(BIN)/python -m pytest tests/faults
 
-certify: setup ## every optimizer on every engine, proven: docs/certificates.md and what runs are told (8 minutes)
+certify: setup ## certify every optimizer on every engine; write docs/certificates.md and the shipped table (8 minutes)
 	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates
 	cp runs/certificates/certificates.md docs/certificates.md
 	cp runs/certificates/certificates.json harness/record/certificates.json
 
-study: setup ## tune the quickstart's four optimizers with equal budgets, compare them on fresh seeds (32 to 40 runs)
+study: setup ## tune the quickstart's four optimizers with equal budgets, then compare on fresh seeds (32 to 40 runs)
 	$(BIN)/optbench sweep study=quickstart group=study
 
-reconstruct: setup ## which training images can be told from weights: 18 victims' checkpoints, 81 attacks (5 to 10 minutes)
+reconstruct: setup ## reconstruct training images from weights: 18 victims' checkpoints, 81 attacks (5 to 10 minutes)
 	$(BIN)/optbench reconstruct mode=fixture out=runs/reconstruction/fixture
 	$(BIN)/optbench reconstruct experiment=reconstruct_digits out=runs/reconstruction/digits
 
 lock: $(TOOLS)/.installed ## rewrite the lock files from pyproject.toml; UPGRADE=--upgrade takes newer versions
 	$(TOOLS)/bin/python .ci/lock.py $(UPGRADE)
 
-sbom: setup $(TOOLS)/.installed ## a CycloneDX bill of materials of the environment: dist/sbom.json
+sbom: setup $(TOOLS)/.installed ## write a CycloneDX bill of materials of the environment: dist/sbom.json
 	mkdir -p dist
 	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --of JSON -o dist/sbom.json
 
