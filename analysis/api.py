@@ -17,7 +17,7 @@ import pandas as pd
 from analysis.compare import document
 from analysis.report import report
 from analysis.runs import loading
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 from analysis.training import arguments, sessions
 from analysis.training.progress import Verbosity
 from harness.config.overrides import leaves
@@ -98,10 +98,9 @@ def compare(*optimizers: str | Iterable[str], progress: bool = True, **keys: Any
     code, folder = sessions.train(plan)
     if not folder.is_dir():
         raise RunFailed("no run left a folder")
-    from analysis.report import finish
 
-    finish.leave_origin(folder, plan)
-    judged = document.read(folder)
+    sessions.write_provenance(folder, plan)
+    judged = document.judge_folder(folder)
     written = report.write(judged, folder)
     frame = load_runs(folder)
     frame.attrs |= {
@@ -140,11 +139,11 @@ def load_runs(folder: str | PathLike[str] = "runs", *, metrics: bool = False) ->
     return frame
 
 
-def _names(run: Run) -> dict[str, Any]:
+def _names(run: LoadedRun) -> dict[str, Any]:
     return {"run": run.where, "optimizer": run.optimizer, "seed": run.seed}
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: LoadedRun) -> dict[str, Any]:
     """Name, state and the scalars of the summary, the most wanted ones first."""
     scalars = {key: value for key, value in run.summary.items() if not isinstance(value, Mapping | list)}
     facts = {**scalars, **_names(run), "state": run.state, "reason": run.reason, "folder": str(run.folder)}
@@ -152,7 +151,7 @@ def _facts(run: Run) -> dict[str, Any]:
     return {**first, **{key: value for key, value in facts.items() if key not in first}}
 
 
-def _metrics(run: Run) -> pd.DataFrame:
+def _metrics(run: LoadedRun) -> pd.DataFrame:
     """The logged rows, columns in the order of the table of metrics."""
     known = [key for key in METRICS if key in run.metrics]
     others = [key for key in run.metrics if key not in METRICS]

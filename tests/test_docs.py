@@ -14,7 +14,7 @@ import yaml
 
 from analysis.margin import config as margin_config
 from analysis.reconstruction import config
-from analysis.tuning import study_file
+from analysis.tuning import arguments as study_arguments
 from harness.commands import COMMANDS
 from harness.config import checks, cluster, compose
 from harness.errors import InputError
@@ -93,7 +93,7 @@ def use_as_written(block: str, folder: Path) -> None:
     if group == "cluster":
         cluster.load([f"cluster={name}"])
     elif group == "study":
-        assert study_file.words(name, [])
+        assert study_arguments.read_study_file(name, [])
     else:
         words = [str(path)] if not group else [f"{group}={name}"]
         checks.check(compose.load(words), environ={}, devices=0)

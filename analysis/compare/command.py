@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     if not folder.is_dir():
         print("no run left a folder: there is nothing to report", file=sys.stderr)
         return code or FAILED
-    from analysis.report import finish
+    from analysis.report import report
 
-    finish.leave_origin(folder, plan)
-    finish.write(folder, folder, as_json=plan.as_json)
+    sessions.write_provenance(folder, plan)
+    report.finish(folder, folder, as_json=plan.as_json)
     return code

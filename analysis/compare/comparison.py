@@ -1,4 +1,4 @@
-"""Runs sorted into sets that may be compared, and each set into arms (optimizers) with paired seeds."""
+"""Group runs into sets that may be compared, and each set into arms (optimizers) with common seeds."""
 
 from __future__ import annotations
 
@@ -14,76 +14,70 @@ from analysis import formatting
 from analysis.compare import statistics
 from analysis.compare.statistics import Floats, Interval, Pairwise
 from analysis.runs.curves import Curve, mean_curve
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 
 if TYPE_CHECKING:
-    from analysis.runs.tuning_ledger import Tuned
+    from analysis.runs.tuning_ledger import TunedArm
 
 
 @dataclass
 class Arm:
-    """One optimizer with one set of options: all its runs in a set."""
+    """All runs of a set that use one optimizer with one set of options."""
 
     label: str
-    """Optimizer name, with the options that tell it from other arms of the same name."""
+    """Optimizer name, followed by the options in which it differs from other arms of that name."""
     optimizer: str
-    runs: list[Run]
-    """All of them, failures too, in the order of seeds."""
+    runs: list[LoadedRun]
+    """Including failed ones, in the order of seeds."""
     final: Interval = field(default_factory=lambda: Interval(0, math.nan, math.nan, math.nan))
-    """Final validation loss over the seeds that finished."""
+    """Final validation loss over the finished seeds."""
     curve: Curve | None = None
     """Mean validation loss over training; None if no run finished."""
 
     @property
-    def finished(self) -> list[Run]:
-        """Runs that reached the end with a finite loss."""
+    def finished(self) -> list[LoadedRun]:
+        """Runs that reached their last step with a finite loss."""
         return [run for run in self.runs if run.finished]
 
     @property
-    def tuning(self) -> Tuned | None:
-        """The study that chose this arm's setting."""
+    def tuning(self) -> TunedArm | None:
+        """The tuning study that selected this arm's setting; None without one."""
         return next((run.tuning for run in self.runs if run.tuning is not None), None)
 
     def losses(self) -> dict[int, float]:
-        """Seed → final validation loss of the runs that finished."""
+        """Return seed → final validation loss of the finished runs."""
         return {run.seed: run.final_loss for run in self.finished}
 
     def mean(self, key: str, part: str | None = None) -> float:
-        """Mean over the finished runs of a number of their summaries; NaN if none has it."""
+        """Return the mean over finished runs of a number in their summaries; NaN if none has it."""
         values = [value for run in self.finished if math.isfinite(value := run.fact(key, part))]
         return float(np.mean(values)) if values else math.nan
 
     def mean_time(self, *parts: str) -> float:
-        """Seconds per step spent in ``parts``, mean over steps and finished runs; NaN if unmeasured."""
-        sums = [
-            sum(times) for run in self.finished if (times := measured([run.time(part) for part in parts]))
-        ]
+        """Return seconds per step spent in ``parts``, averaged over steps and finished runs; NaN if not measured."""
+        times = [[t for part in parts if math.isfinite(t := run.time(part))] for run in self.finished]
+        sums = [sum(measured) for measured in times if measured]
         return float(np.mean(sums)) if sums else math.nan
-
-
-def measured(values: Sequence[float]) -> list[float]:
-    """The values that are finite."""
-    return [value for value in values if math.isfinite(value)]
 
 
 @dataclass
 class ComparisonSet:
-    """Runs with equal data, model, budget and precision (one comparison key)."""
+    """Runs with the same data, model, budget and precision (one comparison key)."""
 
     key: str
     title: str
-    """Model, budget and data in a few words."""
-    runs: list[Run]
+    """Short description of model, budget and data."""
+    runs: list[LoadedRun]
     arms: list[Arm]
     seeds: list[int]
     """All seeds that any arm has."""
     losses: Floats
-    """(arms, seeds) final validation losses, NaN where missing."""
+    """Final validation losses, shape (arms, seeds), in nats/token; NaN where missing."""
     tests: Pairwise
     target: float = math.nan
-    """Mean final loss of the arm that ends highest, of those below the unigram entropy; NaN without one."""
-    set_aside: list[str] = field(default_factory=list)
-    """Runs that are not used because another one has the same arm and seed, one line each."""
+    """Highest mean final loss among the arms below the unigram entropy; NaN without a finished arm."""
+    replaced: list[str] = field(default_factory=list)
+    """One line for each run that is not used because another one has the same arm and seed."""
 
     @property
     def entropy(self) -> float:
@@ -91,32 +85,37 @@ class ComparisonSet:
         values = [value for run in self.runs if math.isfinite(value := run.fact("unigram_entropy"))]
         return float(np.median(values)) if values else math.nan
 
+    @property
+    def studies(self) -> list[tuple[int, TunedArm]]:
+        """Index and tuning study of each arm whose setting a study selected."""
+        return [(index, arm.tuning) for index, arm in enumerate(self.arms) if arm.tuning is not None]
+
     def pair(self, i: int, j: int) -> int:
-        """Index into ``tests`` of the pair of arms i and j."""
+        """Return the index into ``tests`` of the pair of arms i and j."""
         return self.tests.pairs.index((min(i, j), max(i, j)))
 
     def ranked(self) -> list[int]:
-        """Indices of the arms that finished, lowest mean final loss first."""
-        have = [i for i, arm in enumerate(self.arms) if arm.final.n]
-        return sorted(have, key=lambda i: self.arms[i].final.mean)
+        """Return the indices of the arms with finished runs, lowest mean final loss first."""
+        finished = [i for i, arm in enumerate(self.arms) if arm.final.n]
+        return sorted(finished, key=lambda i: self.arms[i].final.mean)
 
 
-def compare(runs: Sequence[Run], order: Sequence[str] = ()) -> list[ComparisonSet]:
-    """Sort runs into sets by comparison key, largest set first.
+def group_into_sets(runs: Sequence[LoadedRun], order: Sequence[str] = ()) -> list[ComparisonSet]:
+    """Group runs into sets by comparison key, largest set first.
 
     Args:
-        runs: of `runs.load`.
-        order: optimizer names in the order in which their arms are to stand; others follow by name.
+        runs: as `analysis.runs.loading.load` returns them.
+        order: optimizer names in the order of their arms; other optimizers follow by name.
     """
-    by_key: dict[str, list[Run]] = {}
+    by_key: dict[str, list[LoadedRun]] = {}
     for run in runs:
         by_key.setdefault(run.comparison_key, []).append(run)
     sets = [_build(key, members, order) for key, members in by_key.items()]
     return sorted(sets, key=lambda s: (-len(s.runs), s.title))
 
 
-def _build(key: str, runs: list[Run], order: Sequence[str]) -> ComparisonSet:
-    arms, set_aside = _arms(runs, order)
+def _build(key: str, runs: list[LoadedRun], order: Sequence[str]) -> ComparisonSet:
+    arms, replaced = _build_arms(runs, order)
     seeds = sorted({run.seed for arm in arms for run in arm.runs})
     losses = np.full((len(arms), len(seeds)), np.nan)
     for i, arm in enumerate(arms):
@@ -124,7 +123,7 @@ def _build(key: str, runs: list[Run], order: Sequence[str]) -> ComparisonSet:
             losses[i, seeds.index(seed)] = value
         arm.final = statistics.interval(losses[i])
         arm.curve = mean_curve(arm.finished)
-    chosen = ComparisonSet(
+    comparison = ComparisonSet(
         key=key,
         title=_title(runs),
         runs=runs,
@@ -132,40 +131,41 @@ def _build(key: str, runs: list[Run], order: Sequence[str]) -> ComparisonSet:
         seeds=seeds,
         losses=losses,
         tests=statistics.pairwise(losses),
-        set_aside=set_aside,
+        replaced=replaced,
     )
-    chosen.target = _target(chosen)
-    return chosen
+    comparison.target = _target(comparison)
+    return comparison
 
 
-def _target(chosen: ComparisonSet) -> float:
-    """The highest mean final loss of the arms that learned something (of all arms if none did)."""
-    means = [arm.final.mean for arm in chosen.arms if arm.final.n]
-    return max([mean for mean in means if mean < chosen.entropy] or means, default=math.nan)
+def _target(comparison: ComparisonSet) -> float:
+    """Return the highest mean final loss of the arms below the unigram entropy, or of all arms if none is."""
+    means = [arm.final.mean for arm in comparison.arms if arm.final.n]
+    return max([mean for mean in means if mean < comparison.entropy] or means, default=math.nan)
 
 
-def _arms(runs: list[Run], order: Sequence[str]) -> tuple[list[Arm], list[str]]:
-    members: dict[tuple[str, str], list[Run]] = {}
+def _build_arms(runs: list[LoadedRun], order: Sequence[str]) -> tuple[list[Arm], list[str]]:
+    members: dict[tuple[str, str], list[LoadedRun]] = {}
     for run in runs:
         settings = json.dumps(run.optimizer_config, sort_keys=True, default=str)
         members.setdefault((run.optimizer, settings), []).append(run)
     labels = _labels({key: group[0] for key, group in members.items()})
     arms: list[Arm] = []
-    set_aside: list[str] = []
+    replaced: list[str] = []
     for key, group in members.items():
-        chosen: dict[int, Run] = {}
+        by_seed: dict[int, LoadedRun] = {}
+        # Sorted so that a finished run replaces one that is not.
         for run in sorted(group, key=lambda r: (r.finished, r.summary != {}, r.where)):
-            if (other := chosen.get(run.seed)) is not None:
-                set_aside.append(f"{other.where} is not used: {run.where} has the same optimizer and seed")
-            chosen[run.seed] = run
-        arms.append(Arm(labels[key], key[0], [chosen[seed] for seed in sorted(chosen)]))
+            if (other := by_seed.get(run.seed)) is not None:
+                replaced.append(f"{other.where} is not used: {run.where} has the same optimizer and seed")
+            by_seed[run.seed] = run
+        arms.append(Arm(labels[key], key[0], [by_seed[seed] for seed in sorted(by_seed)]))
     place = {name: index for index, name in enumerate(order)}
     arms.sort(key=lambda arm: (place.get(arm.optimizer, len(place)), arm.label))
-    return arms, set_aside
+    return arms, replaced
 
 
-def _labels(first: Mapping[tuple[str, str], Run]) -> dict[tuple[str, str], str]:
-    """Names of arms: the optimizer's, and where several arms share it the options in which they differ."""
+def _labels(first: Mapping[tuple[str, str], LoadedRun]) -> dict[tuple[str, str], str]:
+    """Label each arm by its optimizer, and by the options in which arms of one optimizer differ."""
     labels = {}
     for key, run in first.items():
         rivals = [other.optimizer_config for k, other in first.items() if k[0] == key[0]]
@@ -180,8 +180,8 @@ def _labels(first: Mapping[tuple[str, str], Run]) -> dict[tuple[str, str], str]:
     return labels
 
 
-def _title(runs: list[Run]) -> str:
-    """``llama_tiny (1.31 M parameters) · 200 steps, 410 k tokens · kjv · fp32``, of what is recorded."""
+def _title(runs: list[LoadedRun]) -> str:
+    """Return e.g. ``llama_tiny (1.31 M parameters) · 200 steps, 410 k tokens · kjv · fp32`` from the fullest record."""
     run = max(runs, key=lambda r: (r.finished, len(r.summary)))
     model, data = (run.config.get(part) for part in ("model", "data"))
     parts = []
@@ -207,36 +207,36 @@ def _title(runs: list[Run]) -> str:
     return " · ".join(parts) or run.where
 
 
-def unequal_budgets(chosen: ComparisonSet) -> list[str]:
-    """Why the arms' budgets are not equal, one phrase per quantity; empty if they are.
+def unequal_budgets(comparison: ComparisonSet) -> list[str]:
+    """Return one phrase per quantity in which the arms' budgets differ; empty if they are equal.
 
-    Steps must agree exactly, tokens within a seed to 0.1 % (a masked step carries none).
+    Steps must agree exactly, tokens within a seed to 0.1 % (a skipped step counts no tokens).
     """
-    finished = [run for arm in chosen.arms for run in arm.finished]
-    found = []
-    for key, word in (("steps", "steps done"), ("steps_planned", "steps planned")):
+    finished = [run for arm in comparison.arms for run in arm.finished]
+    differences = []
+    for key, noun in (("steps", "steps done"), ("steps_planned", "steps planned")):
         values = sorted({run.fact(key) for run in finished if math.isfinite(run.fact(key))})
         if len(values) > 1:
-            found.append(
-                f"{word} range from {formatting.grouped(values[0])} to {formatting.grouped(values[-1])}"
+            differences.append(
+                f"{noun} range from {formatting.grouped(values[0])} to {formatting.grouped(values[-1])}"
             )
-    for seed in chosen.seeds:
+    for seed in comparison.seeds:
         tokens = [
             value for run in finished if run.seed == seed and math.isfinite(value := run.fact("tokens"))
         ]
         if tokens and max(tokens) > 1.001 * min(tokens):
-            found.append(
+            differences.append(
                 f"tokens of seed {seed} range from {formatting.count(min(tokens))} to {formatting.count(max(tokens))}"
             )
-    return found
+    return differences
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            leaves.update(flat(value, f"{prefix}{key}."))
+            leaves.update(flatten(value, f"{prefix}{key}."))
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves

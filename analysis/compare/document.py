@@ -1,79 +1,76 @@
-"""A comparison with all that is said about it, and its JSON form (`--json`, comparison.json)."""
+"""Judge all runs below a folder, and convert the result to JSON (`--json`, comparison.json)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.compare import cautions, comparison, tables, verdict
-from analysis.compare.caution import Caution
-from analysis.compare.comparison import ComparisonSet
+from analysis.compare import results_table
+from analysis.compare.comparison import ComparisonSet, group_into_sets
+from analysis.compare.results_table import ResultsRow, ResultsTable
 from analysis.compare.statistics import RESOLUTION
-from analysis.compare.tables import Table
-from analysis.compare.verdict import Verdict
+from analysis.compare.verdict import Verdict, judge
+from analysis.compare.warnings import ReportWarning, find_warnings
 from analysis.formatting import to_jsonable
-from analysis.report import tuning_tables
 from analysis.runs import tuning_ledger
 from analysis.runs.loading import load
-from analysis.runs.reading import mapping
-from analysis.runs.run import Run
+from analysis.runs.reading import read_provenance
+from analysis.runs.run import LoadedRun
 from harness.redaction import redact_paths
 
 SCHEMA_VERSION = 1
-ORIGIN = "compare.json"
-"""Left in a group's folder by `optbench compare`: its commands and the order of its arms."""
 NO_RUNS = "There are no runs below this folder: nothing is compared."
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One set with what is said about it."""
+class JudgedSet:
+    """One set with its verdict, table and warnings."""
 
-    chosen: ComparisonSet
+    comparison: ComparisonSet
     verdict: Verdict
-    table: Table
-    cautions: list[Caution]
+    table: ResultsTable
+    warnings: list[ReportWarning]
     commands: list[str]
-    """The `optbench compare` commands that made the set, else those of its single runs, as far as recorded."""
+    """Recorded `optbench compare` commands of the set, else the recorded commands of its runs."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """All sets below one folder."""
+    """All runs below one folder, grouped into judged sets."""
 
     folder: Path
-    runs: list[Run]
-    sets: list[Judged]
+    runs: list[LoadedRun]
+    sets: list[JudgedSet]
     remarks: list[str] = field(default_factory=list)
-    """What was found below the folder and is not in the report, one line each."""
+    """One line for each file below the folder that is not in the report."""
 
     @property
     def commands(self) -> list[str]:
-        """The commands of all sets."""
+        """The commands of all sets, each once."""
         return list(dict.fromkeys(command for judged in self.sets for command in judged.commands))
 
     @property
     def sentence(self) -> str:
-        """The verdict of the only set; of several sets that there is none across them."""
+        """The verdict of the only set; with several sets, the statement that they are not compared."""
         if not self.sets:
             return NO_RUNS
         if len(self.sets) == 1:
             return self.sets[0].verdict.sentence
         return (
             f"The runs fall into {len(self.sets)} sets that differ in data, model, budget or precision: "
-            "each is judged by itself, and nothing is concluded across them."
+            "each set is judged separately, and no conclusion is drawn across sets."
         )
 
 
-def read(folder: str | Path, *, public: bool = False) -> Document:
-    """Load all runs below ``folder`` and judge them. A folder without runs makes a document that says so.
+def judge_folder(folder: str | Path, *, public: bool = False) -> Document:
+    """Load all runs below ``folder``, group them into sets, and judge each set.
 
     Args:
-        folder: of runs.
-        public: cut the paths of this machine out of all that is said, for what leaves it.
+        folder: contains run folders or tables at any depth; it may hold none.
+        public: redact paths of this machine in all texts, for output that leaves it.
 
     Raises:
         InputError: no such folder.
@@ -81,45 +78,38 @@ def read(folder: str | Path, *, public: bool = False) -> Document:
     root = Path(folder)
     remarks: list[str] = []
     runs = tuning_ledger.without_trials(load(root, remarks), remarks)
-    tuning_ledger.adopt(runs)
-    origins = _origins(root, runs)
+    tuning_ledger.attach(runs)
+    places = dict.fromkeys([root, *(run.folder.parent for run in runs)])
+    provenance = {place: read_provenance(place) for place in places}
     if public:
         for run in runs:
             for name in ("config", "summary", "status", "environment", "reason", "notes"):
                 setattr(run, name, redact_paths(getattr(run, name)))
             run.tuning = tuning_ledger.public(run.tuning) if run.tuning is not None else None
-        origins = {place: redact_paths(origin) for place, origin in origins.items()}
+        provenance = {place: redact_paths(record) for place, record in provenance.items()}
         remarks = redact_paths(remarks)
-    order = list(dict.fromkeys(name for origin in origins.values() for name in strings(origin["optimizers"])))
-    judged = [_judged(chosen, origins) for chosen in comparison.compare(runs, order)]
-    return Document(root, runs, judged, remarks)
+    order = list(dict.fromkeys(name for record in provenance.values() for name in record["optimizers"]))
+    sets = [_judge_set(comparison, provenance) for comparison in group_into_sets(runs, order)]
+    return Document(root, runs, sets, remarks)
 
 
-def strings(value: object) -> list[str]:
-    """The words of a list; nothing of anything else."""
-    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
-
-
-def _judged(chosen: ComparisonSet, origins: Mapping[Path, Mapping[str, Any]]) -> Judged:
-    said = verdict.judge(chosen)
+def _judge_set(comparison: ComparisonSet, provenance: Mapping[Path, Mapping[str, list[str]]]) -> JudgedSet:
     commands: dict[str, None] = {}
-    for run in chosen.runs:
-        made_by = strings(origins.get(run.folder.parent, {}).get("commands"))
-        commands |= dict.fromkeys(made_by or [run.text("command")])
+    for run in comparison.runs:
+        recorded = provenance[run.folder.parent]["commands"]
+        commands |= dict.fromkeys(recorded or [run.text("command")])
     commands.pop("", None)
-    table = tables.build(chosen)
-    return Judged(chosen, said, table, cautions.cautions(chosen), list(commands))
-
-
-def _origins(root: Path, runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
-    """What `optbench compare` left beside the runs, by the folder that it lies in."""
-    places = dict.fromkeys([root, *(run.folder.parent for run in runs)])
-    found = {place: mapping(place / ORIGIN, []) for place in places}
-    return {place: {"commands": [], "optimizers": [], **origin} for place, origin in found.items() if origin}
+    return JudgedSet(
+        comparison,
+        judge(comparison),
+        results_table.build(comparison),
+        find_warnings(comparison),
+        list(commands),
+    )
 
 
 def to_json(document: Document) -> dict[str, Any]:
-    """``{"schema_version", "runs", "comparison", "warnings"}``; numbers that are not finite are null."""
+    """Return ``{"schema_version", "runs", "comparison", "warnings"}``; non-finite numbers become null."""
     return {
         "schema_version": SCHEMA_VERSION,
         "runs": [_run(run) for run in document.runs],
@@ -129,18 +119,14 @@ def to_json(document: Document) -> dict[str, Any]:
             "sets": [_set(judged) for judged in document.sets],
         },
         "warnings": [
-            *({"set": None, **asdict(Caution("remark", remark))} for remark in document.remarks),
-            *([] if document.runs else [{"set": None, **asdict(Caution("no_runs", NO_RUNS))}]),
-        ]
-        + [
-            {"set": judged.chosen.key, **asdict(caution)}
-            for judged in document.sets
-            for caution in judged.cautions
+            *(ReportWarning("remark", remark).to_json(None) for remark in document.remarks),
+            *([] if document.runs else [ReportWarning("no_runs", NO_RUNS).to_json(None)]),
+            *(w.to_json(judged.comparison.key) for judged in document.sets for w in judged.warnings),
         ],
     }
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: LoadedRun) -> dict[str, Any]:
     return to_jsonable(
         {
             "folder": run.where,
@@ -152,27 +138,27 @@ def _run(run: Run) -> dict[str, Any]:
             "identity": run.text("identity") or None,
             "final_loss": run.final_loss,
             "notes": run.notes,
-            "foreign": run.foreign,
+            "foreign": run.is_external,
             "summary": run.summary,
         }
     )
 
 
-def _set(judged: Judged) -> dict[str, Any]:
-    chosen = judged.chosen
-    names = [arm.label for arm in chosen.arms]
-    tests = chosen.tests
+def _set(judged: JudgedSet) -> dict[str, Any]:
+    comparison = judged.comparison
+    names = [arm.label for arm in comparison.arms]
+    tests = comparison.tests
     return to_jsonable(
         {
-            "key": chosen.key,
-            "title": chosen.title,
+            "key": comparison.key,
+            "title": comparison.title,
             "verdict": {**asdict(judged.verdict), "sentence": judged.verdict.sentence},
-            "seeds": chosen.seeds,
-            "target": chosen.target,
-            "unigram_entropy": chosen.entropy,
+            "seeds": comparison.seeds,
+            "target": comparison.target,
+            "unigram_entropy": comparison.entropy,
             "commands": judged.commands,
             "resolution": RESOLUTION,
-            "tuning": tuning_ledger.to_json([arm for _, arm in tuning_tables.of_set(chosen)]),
+            "tuning": tuning_ledger.to_json([study for _, study in comparison.studies]),
             "arms": [
                 {
                     "label": arm.label,
@@ -183,7 +169,7 @@ def _set(judged: Judged) -> dict[str, Any]:
                     "half_width_95": arm.final.half_width,
                     "losses": {str(seed): value for seed, value in arm.losses().items()},
                 }
-                for arm in chosen.arms
+                for arm in comparison.arms
             ],
             "pairs": [
                 {
@@ -206,12 +192,7 @@ def _set(judged: Judged) -> dict[str, Any]:
     )
 
 
-def _row(row: tables.Row) -> dict[str, Any]:
+def _row(row: ResultsRow) -> dict[str, Any]:
     values = {key: cell.value for key, cell in row.cells.items()}
     blank = {key: None for key, value in values.items() if isinstance(value, float) and math.isnan(value)}
     return {"failed": row.failed, **values, **blank}
-
-
-def grave(document: Document) -> Sequence[Caution]:
-    """The grave warnings of all sets."""
-    return [caution for judged in document.sets for caution in judged.cautions if caution.grave]

@@ -1,8 +1,7 @@
-"""Is the difference real? Paired t-tests over common seeds, Holm's correction, and the power that was there.
+"""Test whether a difference is real: paired t-tests over common seeds, Holm's correction, statistical power.
 
-Arrays are float64 of shape (…, arms, seeds), NaN where a seed is missing in an arm; leading axes are
-independent comparisons, so that a simulation of thousands of them runs through the very code that names a
-winner.
+Arrays are float64 of shape (…, arms, seeds), NaN where an arm lacks a seed. Leading axes are independent
+comparisons, so that a simulation of thousands of them uses the same code that names a winner.
 
 Sources: Student (1908) for the paired t-test; Holm, "A simple sequentially rejective multiple test
 procedure", Scand. J. Statist. 6 (1979) 65-70; power of the t-test by the noncentral t distribution (Johnson &
@@ -25,7 +24,7 @@ ALPHA = 0.05
 """Family-wise error rate of a verdict."""
 POWER = 0.80
 RESOLUTION = 0.01
-"""The difference (nats/token) that "n = … seeds would show" speaks of."""
+"""Difference in nats/token for which the number of seeds is given."""
 MAX_SEEDS = 10_000
 
 
@@ -33,7 +32,7 @@ MAX_SEEDS = 10_000
 class Interval:
     """Mean of ``n`` values, their standard deviation (ddof 1), and the half width of the t-interval.
 
-    ``sd`` and ``half_width`` are NaN for n < 2, ``mean`` too for n = 0.
+    ``sd`` and ``half_width`` are NaN for n < 2, ``mean`` is NaN for n = 0.
     """
 
     n: int
@@ -44,21 +43,21 @@ class Interval:
 
 @dataclass(frozen=True)
 class Pairwise:
-    """All pairs (i, j), i < j, of arms. Arrays have shape (…, pairs); a difference is loss_i − loss_j."""
+    """Paired differences loss_i − loss_j of all pairs i < j of arms; arrays have shape (…, pairs)."""
 
     pairs: list[tuple[int, int]]
     n: NDArray[np.int64]
     mean: Floats
     sd: Floats
     half_width: Floats
-    """Of the 95 % t-interval of the mean difference, not adjusted for the number of pairs."""
+    """Half width of the 95 % t-interval of the mean difference, not adjusted for the number of pairs."""
     p: Floats
-    """Two-sided; NaN where it can't be tested (n < 2, or differences that don't vary)."""
+    """Two-sided p-value; NaN if it cannot be tested (n < 2, or differences that do not vary)."""
     p_holm: Floats
 
 
 def interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Mean and t-interval of the finite entries of a 1-D array."""
+    """Return mean and t-interval of the finite entries of a 1-D array."""
     kept = np.asarray(values, float)
     kept = kept[np.isfinite(kept)]
     n = len(kept)
@@ -70,9 +69,9 @@ def interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
 
 def holm(p: ArrayLike) -> Floats:
-    """Holm-adjusted p-values along the last axis; NaN entries stay NaN but count as hypotheses.
+    """Return Holm-adjusted p-values along the last axis; NaN entries stay NaN but count as hypotheses.
 
-    Counting them keeps the correction as strict as the number of questions that were asked.
+    Counting them keeps the correction as strict as the number of tests that were intended.
     """
     p = np.asarray(p, float)
     m = p.shape[-1]
@@ -86,13 +85,13 @@ def holm(p: ArrayLike) -> Floats:
 
 
 def pairwise(losses: ArrayLike, confidence: float = 0.95) -> Pairwise:
-    """Paired t-tests between all arms over the seeds that both have.
+    """Compute paired t-tests between all arms over the seeds that both have.
+
+    Differences that are all equal have no p-value, except that p = 1 if all are zero: bit-equal seeds are copies
+    of one run and no evidence.
 
     Args:
-        losses: (…, arms, seeds), NaN where a run is missing.
-
-    Differences that are all equal get no p-value unless they are all zero (p = 1): seeds that repeat each
-    other to the last bit are copies of one run, not evidence.
+        losses: shape (…, arms, seeds), NaN where a run is missing.
     """
     losses = np.asarray(losses, float)
     pairs = list(combinations(range(losses.shape[-2]), 2))
@@ -105,7 +104,7 @@ def pairwise(losses: ArrayLike, confidence: float = 0.95) -> Pairwise:
     spread = np.where(common, difference - mean[..., None], 0.0)
     freedom = np.maximum(n - 1, 1)
     sd = np.sqrt((spread**2).sum(-1) / freedom)
-    # Rounding of the mean leaves differences that are equal a spread of some eps: not a spread.
+    # Equal differences have a spread of some eps from rounding of their mean: that is not a variation.
     varies = sd > 8 * np.finfo(float).eps * np.maximum(np.abs(mean), np.finfo(float).tiny)
     error = sd / np.sqrt(safe_n)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -126,25 +125,32 @@ def pairwise(losses: ArrayLike, confidence: float = 0.95) -> Pairwise:
 
 
 def winners(tests: Pairwise, arms: int, *, p: Floats | None = None) -> NDArray[np.int64]:
-    """The arm that ends lower than every other at family-wise error ``ALPHA``, or −1: shape (…).
+    """Return the arm that ends lower than every other at family-wise error ``ALPHA``, or −1; shape (…).
 
     Args:
-        tests: of `pairwise`.
+        tests: result of `pairwise`.
         arms: number of arms.
-        p: p-values to decide by instead of the Holm-adjusted ones (for controls).
+        p: p-values to use in place of the Holm-adjusted ones (for controls).
     """
     p = tests.p_holm if p is None else p
-    shown = np.nan_to_num(p, nan=1.0) < ALPHA
-    beaten = np.zeros((*shown.shape[:-1], arms), np.int64)
+    is_significant = np.nan_to_num(p, nan=1.0) < ALPHA
+    beaten = np.zeros((*is_significant.shape[:-1], arms), np.int64)
     for index, (i, j) in enumerate(tests.pairs):
-        beaten[..., i] += shown[..., index] & (tests.mean[..., index] < 0)
-        beaten[..., j] += shown[..., index] & (tests.mean[..., index] > 0)
+        beaten[..., i] += is_significant[..., index] & (tests.mean[..., index] < 0)
+        beaten[..., j] += is_significant[..., index] & (tests.mean[..., index] > 0)
     best = beaten.argmax(-1)
     return np.where((beaten.max(-1) == arms - 1) & (arms > 1), best, -1)
 
 
 def power(n: int, difference: float, sd: float, alpha: float = ALPHA) -> float:
-    """Chance that a two-sided paired t-test on n pairs shows ``difference`` (sd: of the differences)."""
+    """Return the power of a two-sided paired t-test on n pairs for a true mean ``difference``.
+
+    Args:
+        n: number of pairs.
+        difference: true mean difference.
+        sd: standard deviation of the differences.
+        alpha: significance level.
+    """
     if n < 2:
         return 0.0
     if sd == 0:
@@ -158,17 +164,18 @@ def power(n: int, difference: float, sd: float, alpha: float = ALPHA) -> float:
 
 
 def seeds_needed(sd: float, difference: float = RESOLUTION, alpha: float = ALPHA) -> int | None:
-    """Fewest seeds at which a paired t-test shows ``difference`` with 80 % power; None beyond 10,000 or sd
-    unknown.
+    """Return the fewest seeds for which a paired t-test detects ``difference`` with 80 % power.
+
+    Returns:
+        None if more than 10,000 seeds are needed or ``sd`` is unknown.
     """
     if not math.isfinite(sd):
         return None
     if sd == 0:
         return 2
     z = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER))
-    n = max(
-        2, math.floor((z * sd / difference) ** 2)
-    )  # the normal figure is below the t figure: count up from it
+    # The normal approximation is below the exact number: count up from it.
+    n = max(2, math.floor((z * sd / difference) ** 2))
     while n <= MAX_SEEDS:
         if power(n, difference, sd, alpha) >= POWER:
             return n

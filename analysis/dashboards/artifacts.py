@@ -100,5 +100,5 @@ def _certificates(shown: Document) -> list[dict[str, Any]]:
             **(run.certified or {"passed": None}),
         }
         for run in shown.runs
-        if not run.foreign
+        if not run.is_external
     ]

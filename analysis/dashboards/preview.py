@@ -18,7 +18,7 @@ from analysis.pages.figures import MAX_POINTS, Plot, colour, figure, line
 from analysis.report.plots import AXIS_TITLES
 from analysis.runs.curves import AXES, mean_curve, thinned
 from analysis.runs.reading import number
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 
 HEIGHT = 240
 MOST_COMPARED = 12
@@ -29,7 +29,7 @@ _AXIS_OF = {metric: axis for axis, metric in AXES.items()}
 def render(document: Document, scope: Scope) -> str:
     """The page. Lines and bars are means over the seeds of an arm, bands and whiskers reach from least to most."""
     titles = dict(scope.sets)
-    shown = [judged.chosen for judged in document.sets if judged.chosen.key in titles]
+    shown = [judged.comparison for judged in document.sets if judged.comparison.key in titles]
     place = f"{scope.entity}/{scope.project}" if scope.entity else scope.project
     return theme.render(
         "preview.html.j2",
@@ -38,38 +38,38 @@ def render(document: Document, scope: Scope) -> str:
         title=place,
         scope=f"Project {place}, grouped by {', '.join(f'config.{key}' for key in scope.group_by)}; "
         "seeds folded to mean and range.",
-        sets=[_set(chosen, f"set{index}") for index, chosen in enumerate(shown)],
+        sets=[_set(comparison, f"set{index}") for index, comparison in enumerate(shown)],
     )
 
 
-def panel_plot(panel: Panel, chosen: ComparisonSet, key: str) -> Plot | None:
+def panel_plot(panel: Panel, comparison: ComparisonSet, key: str) -> Plot | None:
     """One panel over one set; None where no run recorded what it shows."""
-    traces, axes = _bars(panel, chosen) if panel.kind == "bar" else _lines(panel, chosen)
+    traces, axes = _bars(panel, comparison) if panel.kind == "bar" else _lines(panel, comparison)
     if not traces:
         return None
     built = figure(traces, margin={"l": 52, "r": 8, "t": 8, "b": 40}, **axes)
     return Plot(key, panel.title, "", built, HEIGHT)
 
 
-def _set(chosen: ComparisonSet, key: str) -> dict[str, Any]:
-    sections = [_section(section, chosen, f"s{index}") for index, section in enumerate(SECTIONS)]
+def _set(comparison: ComparisonSet, key: str) -> dict[str, Any]:
+    sections = [_section(section, comparison, f"s{index}") for index, section in enumerate(SECTIONS)]
     plots = [plot for section in sections for plot in section["plots"]]
     return {
         "key": key,
-        "title": chosen.title,
-        "arms": [arm.label for arm in chosen.arms],
+        "title": comparison.title,
+        "arms": [arm.label for arm in comparison.arms],
         "sections": sections,
         "data": theme.plot_data(key, plots),
     }
 
 
-def _section(section: Section, chosen: ComparisonSet, key: str) -> dict[str, Any]:
+def _section(section: Section, comparison: ComparisonSet, key: str) -> dict[str, Any]:
     drawn = {
-        panel: panel_plot(panel, chosen, f"{key}p{index}")
+        panel: panel_plot(panel, comparison, f"{key}p{index}")
         for index, panel in enumerate(section.panels)
         if panel.kind != "comparer"
     }
-    compared = chosen.runs[:MOST_COMPARED] if len(drawn) < len(section.panels) else []
+    compared = comparison.runs[:MOST_COMPARED] if len(drawn) < len(section.panels) else []
     return {
         "name": section.name,
         "plots": [plot for plot in drawn.values() if plot is not None],
@@ -79,10 +79,10 @@ def _section(section: Section, chosen: ComparisonSet, key: str) -> dict[str, Any
     }
 
 
-def _lines(panel: Panel, chosen: ComparisonSet) -> tuple[list[Any], dict[str, Any]]:
+def _lines(panel: Panel, comparison: ComparisonSet) -> tuple[list[Any], dict[str, Any]]:
     traces: list[Any] = []
     axis = _AXIS_OF[panel.x]
-    for index, arm in enumerate(chosen.arms):
+    for index, arm in enumerate(comparison.arms):
         for metric in panel.y:
             # A run that is not over would cut the mean of the others where it stands.
             curve = mean_curve([run for run in arm.finished or arm.runs if metric in run.metrics], metric)
@@ -127,9 +127,9 @@ def _lines(panel: Panel, chosen: ComparisonSet) -> tuple[list[Any], dict[str, An
     return traces, {"xaxis": title, "yaxis": scale, "showlegend": False}
 
 
-def _bars(panel: Panel, chosen: ComparisonSet) -> tuple[list[Any], dict[str, Any]]:
+def _bars(panel: Panel, comparison: ComparisonSet) -> tuple[list[Any], dict[str, Any]]:
     traces: list[Any] = []
-    for index, arm in enumerate(chosen.arms):
+    for index, arm in enumerate(comparison.arms):
         values = {metric: _last(arm, metric) for metric in panel.y}
         values = {metric: found for metric, found in values.items() if found}
         if values:
@@ -160,7 +160,7 @@ def _last(arm: Arm, metric: str) -> list[float]:
     return [value for run in arm.runs if math.isfinite(value := _value(run, metric))]
 
 
-def _value(run: Run, metric: str) -> float:
+def _value(run: LoadedRun, metric: str) -> float:
     logged = run.metrics.get(metric)
     finite = logged[np.isfinite(logged)] if logged is not None else np.empty(0)
     return float(finite[-1]) if len(finite) else number(run.summary.get(metric))
@@ -171,7 +171,7 @@ def _faint(hexadecimal: str) -> str:
     return f"rgba({red},{green},{blue},0.18)"
 
 
-def _difference(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def _difference(runs: Sequence[LoadedRun]) -> list[tuple[str, list[str]]]:
     """Configuration keys with more than one value, a value a run."""
     flat = [dict(_flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)

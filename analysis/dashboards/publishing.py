@@ -11,7 +11,7 @@ from analysis.compare import document
 from analysis.compare.document import Document
 from analysis.dashboards import access, artifacts, preview, scope, syncing
 from analysis.dashboards.scope import Scope
-from analysis.report.report import Written
+from analysis.report.report import WrittenReport
 from harness.files import atomic
 from harness.record import readers
 
@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 DEFINITION, PREVIEW = "wandb_dashboards.json", "wandb_preview.html"
 
 
-def publish(found: Document, written: Written, place: tuple[str | None, str] | None) -> Written:
+def publish(found: Document, written: WrittenReport, place: tuple[str | None, str] | None) -> WrittenReport:
     """Write the definition beside the report; save it, and log the report's files, where W&B can be reached.
 
     Args:
@@ -35,7 +35,7 @@ def publish(found: Document, written: Written, place: tuple[str | None, str] | N
     """
     out = written.html.parent
     # Of what leaves the machine, from here on: without its paths.
-    shown = document.read(found.folder, public=True)
+    shown = document.judge_folder(found.folder, public=True)
     where = scope.of(shown, place)
     remarks = [*written.remarks, *_left_out(found)]
     if not where.sets:
@@ -65,8 +65,8 @@ def publish(found: Document, written: Written, place: tuple[str | None, str] | N
 
 def _left_out(found: Document) -> list[str]:
     """Runs that the dashboards cannot show, because W&B does not have them."""
-    foreign = [run for run in found.runs if run.foreign]
-    own = [run.config.get("wandb") for run in found.runs if not run.foreign]
+    foreign = [run for run in found.runs if run.is_external]
+    own = [run.config.get("wandb") for run in found.runs if not run.is_external]
     silent = sum(isinstance(keys, dict) and keys.get("mode") == "disabled" for keys in own)
     lines = {"from tables": len(foreign), "trained with wandb.mode=disabled": silent}
     return [
@@ -79,7 +79,7 @@ def _sync(found: Document) -> list[str]:
     lines: list[str] = []
     sent = 0
     for run in found.runs:
-        if run.foreign or run.state == "running" or not syncing.waiting(run.folder):
+        if run.is_external or run.state == "running" or not syncing.waiting(run.folder):
             continue
         problem = syncing.sync(run.folder)
         sent += problem is None

@@ -9,7 +9,7 @@ from typing import Any
 from analysis.compare.comparison import ComparisonSet
 from analysis.compare.document import Document
 from analysis.pages.figures import colour
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 from harness.errors import InputError
 
 DEFAULT_PROJECT = "optbench"
@@ -47,27 +47,31 @@ def of(document: Document, place: tuple[str | None, str] | None) -> Scope:
     Raises:
         InputError: the runs name more than one project, and the user none.
     """
-    own = [run for run in document.runs if not run.foreign]
+    own = [run for run in document.runs if not run.is_external]
     entity, project = place or _place(own)
-    sets = [chosen for chosen in (judged.chosen for judged in document.sets) if not _is_foreign(chosen)]
+    sets = [
+        comparison
+        for comparison in (judged.comparison for judged in document.sets)
+        if not _is_foreign(comparison)
+    ]
     groups = dict.fromkeys(str(run.config["group"]) for run in own if run.config.get("group"))
     keys: dict[str, None] = {OPTIMIZER: None}
     colours: dict[str, str] = {}
-    for chosen in sets:
-        keys |= dict.fromkeys(_told_apart_by(chosen))
-        for index, arm in enumerate(chosen.arms):
+    for comparison in sets:
+        keys |= dict.fromkeys(_told_apart_by(comparison))
+        for index, arm in enumerate(comparison.arms):
             colours.setdefault(arm.optimizer, colour(index))
     return Scope(
         entity,
         project,
         tuple(groups),
-        tuple((chosen.key, chosen.title) for chosen in sets),
+        tuple((comparison.key, comparison.title) for comparison in sets),
         tuple(keys),
         tuple(colours.items()),
     )
 
 
-def _place(runs: list[Run]) -> tuple[str | None, str]:
+def _place(runs: list[LoadedRun]) -> tuple[str | None, str]:
     places = {
         (found.get("entity"), str(found.get("project") or DEFAULT_PROJECT))
         for run in runs
@@ -81,15 +85,15 @@ def _place(runs: list[Run]) -> tuple[str | None, str]:
     return places.pop() if places else (None, DEFAULT_PROJECT)
 
 
-def _is_foreign(chosen: ComparisonSet) -> bool:
-    return all(run.foreign for run in chosen.runs)
+def _is_foreign(comparison: ComparisonSet) -> bool:
+    return all(run.is_external for run in comparison.runs)
 
 
-def _told_apart_by(chosen: ComparisonSet) -> list[str]:
+def _told_apart_by(comparison: ComparisonSet) -> list[str]:
     """Options in which arms with one optimizer name differ: without them their runs would fold into one curve."""
     found: dict[str, None] = {}
-    for name in dict.fromkeys(arm.optimizer for arm in chosen.arms):
-        options = [arm.runs[0].optimizer_config for arm in chosen.arms if arm.optimizer == name]
+    for name in dict.fromkeys(arm.optimizer for arm in comparison.arms):
+        options = [arm.runs[0].optimizer_config for arm in comparison.arms if arm.optimizer == name]
         for key in dict.fromkeys(key for option in options for key in option):
             values: set[Any] = {
                 json.dumps(option.get(key), sort_keys=True, default=str) for option in options

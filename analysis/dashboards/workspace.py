@@ -12,7 +12,7 @@ import wandb_workspaces.expr as expr
 import wandb_workspaces.reports.v2.interface as wr
 import wandb_workspaces.workspaces as ws
 
-from analysis.compare import renderings
+from analysis.compare import results_table
 from analysis.compare.document import Document
 from analysis.dashboards.definition import COLUMNS, SECTIONS, Panel, Section
 from analysis.dashboards.scope import OPTIMIZER, Scope
@@ -68,16 +68,16 @@ def report(scope: Scope, document: Document, name: str, *, online: bool) -> wr.R
     blocks: list[Any] = [wr.TableOfContents()]
     titles = dict(scope.sets)
     for judged in document.sets:
-        key = judged.chosen.key
+        key = judged.comparison.key
         if key not in titles:
             continue
-        blocks += [wr.H1(visible(judged.chosen.title)), wr.P(visible(judged.verdict.headline))]
+        blocks += [wr.H1(visible(judged.comparison.title)), wr.P(visible(judged.verdict.headline))]
         if judged.verdict.detail:
             blocks.append(wr.P(visible(judged.verdict.detail)))
         blocks += [
-            wr.P(visible(f"Warning: {caution.message}")) for caution in judged.cautions if caution.grave
+            wr.P(visible(f"Warning: {warning.message}")) for warning in judged.warnings if warning.severe
         ]
-        blocks.append(wr.MarkdownBlock(text=renderings.markdown([(judged.table, judged.verdict.scope)])))
+        blocks.append(wr.MarkdownBlock(text=results_table.markdown([(judged.table, judged.verdict.scope)])))
         for section in SECTIONS:
             panels = _panels(section, places=True, salt=key)
             blocks += [

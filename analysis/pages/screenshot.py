@@ -35,7 +35,7 @@ def sandbox_flags() -> list[str]:
     return ["--no-sandbox"] if os.geteuid() == 0 else []
 
 
-def photograph(page: str, target: Path, *, width: int, height: int) -> str | None:
+def take_screenshot(page: str, target: Path, *, width: int, height: int) -> str | None:
     """Render an HTML page and write it as a PNG of twice ``width`` × ``height`` pixels.
 
     Returns:

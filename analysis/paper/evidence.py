@@ -10,7 +10,7 @@ from statistics import fmean
 
 from analysis.paper.tables import Quantity
 from analysis.runs import loading
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 from harness.config import compose
 from harness.config.identity import differing_keys
 from harness.config.overrides import leaves
@@ -29,7 +29,7 @@ _TEXT = ("source", "package", "files", "dataset", "subset", "split", "field", "t
 class Finished:
     """A finished run with the configuration that it had."""
 
-    run: Run
+    run: LoadedRun
     config: RunConfig
 
     @property
@@ -100,7 +100,7 @@ def read(folder: Path) -> tuple[list[Finished], list[str]]:
     finished: list[Finished] = []
     remarks: list[str] = []
     for run in loading.load(folder):
-        if run.foreign:
+        if run.is_external:
             remarks.append(
                 f"{run.where}: not taken, a run of another trainer, whose protocol cannot be checked"
             )

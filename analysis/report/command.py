@@ -17,7 +17,7 @@ from harness.errors import InputError
 
 if TYPE_CHECKING:
     from analysis.compare.document import Document
-    from analysis.report.report import Written
+    from analysis.report.report import WrittenReport
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,18 @@ def main(argv: Sequence[str]) -> int:
         folders, remarks = export(request.export, request.folder)
         for line in (*remarks, f"{len(folders)} runs read from W&B into {request.folder}"):
             print(line, file=sys.stderr)
-    from analysis.report import finish
+    from analysis.report import report
 
-    def publish(document: Document, written: Written) -> Written:
+    def publish(document: Document, written: WrittenReport) -> WrittenReport:
         from analysis.dashboards import publishing
 
         return publishing.publish(document, written, request.project)
 
-    finish.write(
+    report.finish(
         request.folder,
         request.out,
         as_json=request.as_json,
-        further=publish if request.wandb else None,
+        publish=publish if request.wandb else None,
         figures=request.figures,
     )
     return 0

@@ -1,4 +1,4 @@
-"""The plot above the fold: mean loss with the range of seeds, zoomed on the finish, over an axis of choice."""
+"""The first plot of a report: mean loss with the range of seeds, zoomed on the end of training."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from analysis.runs.curves import AXES, Curve, Floats, mean_curve, single_curve, 
 LABEL_HEIGHT = 17
 """Pixels from one label to the next at the ends of curves."""
 MAX_LABELS = 60
-"""The lowest curves are labelled; a taller plot than that fits no screen."""
+"""Only the lowest curves are labelled; a taller plot would not fit a screen."""
 FINISH = 0.6
-"""The zoom on the finish starts at this share of the run."""
+"""The zoom on the end starts at this share of the run."""
 
 
-def main_plot(chosen: ComparisonSet) -> Plot | None:
-    """Mean loss with the range of seeds, zoomed on the finish; None if no run logged a loss.
+def main_plot(comparison: ComparisonSet) -> Plot | None:
+    """Draw the mean loss with the range of seeds; None if no run logged a loss.
 
-    Validation loss, or training loss where it was evaluated at the end only.
+    It is the validation loss, or the training loss if validation ran only at the end.
     """
-    key, curves = _loss_curves(chosen)
+    key, curves = _loss_curves(comparison)
     axes = [axis for axis in AXES if curves and all(axis in curve.x for curve in curves.values())]
     if not axes:
         return None
@@ -38,26 +38,28 @@ def main_plot(chosen: ComparisonSet) -> Plot | None:
         x = {axis: curve.x[axis][keep] for axis in axes}
         if curve.seeds > 1:
             traces.append(_band(index, curve, keep, x, axes[0]))
-        traces.append(_mean(index, chosen.arms[index], curve, keep, x, axes[0]))
+        traces.append(_mean(index, comparison.arms[index], curve, keep, x, axes[0]))
         ends = {axis: float(curve.x[axis][-1]) for axis in axes}
-        labels.append({"arm": index, "text": chosen.arms[index].label, "y": float(curve.mean[-1]), "x": ends})
+        labels.append(
+            {"arm": index, "text": comparison.arms[index].label, "y": float(curve.mean[-1]), "x": ends}
+        )
     if len(labels) > MAX_LABELS:
         labels = sorted(labels, key=lambda label: label["y"])[:MAX_LABELS]
-    traces += _unfinished(chosen, key, axes)
-    word = "validation" if key == "val/loss" else "training"
+    traces += _unfinished(comparison, key, axes)
+    kind = "validation" if key == "val/loss" else "training"
     built = figure(
         traces,
         xaxis={"title": {"text": AXIS_TITLES[axes[0]]}},
-        yaxis={"title": {"text": f"{word} loss (nats/token)"}},
+        yaxis={"title": {"text": f"{kind} loss (nats/token)"}},
         hovermode="x unified",
         showlegend=False,
         meta={
             "main": True,
             "labels": labels,
-            "ranges": {axis: _ranges(chosen, curves, axis) for axis in axes},
+            "ranges": {axis: _ranges(comparison, curves, axis) for axis in axes},
             "titles": {axis: AXIS_TITLES[axis] for axis in axes},
-            "entropy": to_jsonable(chosen.entropy),
-            "target": to_jsonable(chosen.target) if key == "val/loss" else None,
+            "entropy": to_jsonable(comparison.entropy),
+            "target": to_jsonable(comparison.target) if key == "val/loss" else None,
         },
     )
     seeds = max(curve.seeds for curve in curves.values())
@@ -66,37 +68,41 @@ def main_plot(chosen: ComparisonSet) -> Plot | None:
         if seeds > 1
         else "One seed per line."
     )
-    stopped = " Thin lines that end in a cross: runs that did not finish." if _any_unfinished(chosen) else ""
-    learned = _learned(chosen, curves)
-    hidden = [chosen.arms[i].label for i, curve in curves.items() if not any(curve is c for c in learned)]
+    stopped = (
+        " Thin lines that end in a cross: runs that did not finish." if _any_unfinished(comparison) else ""
+    )
+    learned = _learned(comparison, curves)
+    hidden = [comparison.arms[i].label for i, curve in curves.items() if not any(curve is c for c in learned)]
     above = f" Above the view of the finish: {formatting.listing(hidden)}." if hidden else ""
-    title = f"{word.capitalize()} loss"
-    named = [(chosen.arms[i].label, curve) for i, curve in curves.items()]
+    title = f"{kind.capitalize()} loss"
+    named = [(comparison.arms[i].label, curve) for i, curve in curves.items()]
     caption = band + stopped + above + absent_axes(named, axes)
     height = max(480, 80 + LABEL_HEIGHT * min(len(labels), MAX_LABELS))
     return Plot("main", title, caption, built, height, axes=axes)
 
 
-def _learned(chosen: ComparisonSet, curves: dict[int, Curve]) -> list[Curve]:
-    """The curves that end below the unigram entropy (all of them if none does)."""
-    return [c for c in curves.values() if c.mean[-1] < chosen.entropy] or list(curves.values())
+def _learned(comparison: ComparisonSet, curves: dict[int, Curve]) -> list[Curve]:
+    """Return the curves that end below the unigram entropy, or all of them if none does."""
+    return [c for c in curves.values() if c.mean[-1] < comparison.entropy] or list(curves.values())
 
 
-def _loss_curves(chosen: ComparisonSet) -> tuple[str, dict[int, Curve]]:
-    curves = {i: arm.curve for i, arm in enumerate(chosen.arms) if arm.curve is not None}
+def _loss_curves(comparison: ComparisonSet) -> tuple[str, dict[int, Curve]]:
+    curves = {i: arm.curve for i, arm in enumerate(comparison.arms) if arm.curve is not None}
     if curves and max(len(curve.mean) for curve in curves.values()) > 1:
         return "val/loss", curves
-    found = {i: mean_curve(arm.finished or arm.runs, "train/loss") for i, arm in enumerate(chosen.arms)}
-    return "train/loss", {i: curve for i, curve in found.items() if curve is not None}
+    training = {
+        i: mean_curve(arm.finished or arm.runs, "train/loss") for i, arm in enumerate(comparison.arms)
+    }
+    return "train/loss", {i: curve for i, curve in training.items() if curve is not None}
 
 
 def _mean(index: int, arm: Arm, curve: Curve, keep: Any, x: dict[str, Floats], axis: str) -> go.Scatter:
-    few = len(keep) <= 40
+    has_markers = len(keep) <= 40
     return go.Scatter(
         x=x[axis],
         y=curve.mean[keep],
         name=arm.label,
-        mode="lines+markers" if few else "lines",
+        mode="lines+markers" if has_markers else "lines",
         marker={"size": 5},
         line=line(index),
         hovertemplate="%{y:.4f}",
@@ -118,13 +124,13 @@ def _band(index: int, curve: Curve, keep: Any, x: dict[str, Floats], axis: str) 
     )
 
 
-def _any_unfinished(chosen: ComparisonSet) -> bool:
-    return any(not run.finished for arm in chosen.arms for run in arm.runs)
+def _any_unfinished(comparison: ComparisonSet) -> bool:
+    return any(not run.finished for arm in comparison.arms for run in arm.runs)
 
 
-def _unfinished(chosen: ComparisonSet, key: str, axes: list[str]) -> list[Any]:
+def _unfinished(comparison: ComparisonSet, key: str, axes: list[str]) -> list[Any]:
     traces = []
-    for index, arm in enumerate(chosen.arms):
+    for index, arm in enumerate(comparison.arms):
         for run in arm.runs:
             curve = None if run.finished else single_curve(run, key)
             if curve is None or any(axis not in curve.x for axis in axes):
@@ -148,19 +154,22 @@ def _unfinished(chosen: ComparisonSet, key: str, axes: list[str]) -> list[Any]:
     return traces
 
 
-def _ranges(chosen: ComparisonSet, curves: dict[int, Curve], axis: str) -> dict[str, Any]:
-    """Axis limits of the whole run and of its finish.
+def _ranges(comparison: ComparisonSet, curves: dict[int, Curve], axis: str) -> dict[str, Any]:
+    """Return the axis limits of the whole run and of its end.
 
-    Curves that never came below the unigram entropy don't stretch the finish: they would flatten the others.
+    Curves above the unigram entropy do not extend the limits of the end: they would flatten the others.
     """
-    learned = _learned(chosen, curves)
+    learned = _learned(comparison, curves)
     ends = [float(curve.x[axis][-1]) for curve in curves.values()]
     start = FINISH * min(ends)
     late = [values[curve.x[axis] >= start] for curve in learned for values in (curve.high, curve.low)]
     low, high = min(v.min() for v in late), max(v.max() for v in late)
     pad = 0.06 * max(high - low, 1e-3)
     everything = [v for curve in curves.values() for v in (curve.low.min(), curve.high.max())]
-    bottom, top = min(everything), max([*everything, *([chosen.entropy] if chosen.entropy < 50 else [])])
+    bottom, top = (
+        min(everything),
+        max([*everything, *([comparison.entropy] if comparison.entropy < 50 else [])]),
+    )
     margin = 0.04 * max(top - bottom, 1e-3)
     return {
         "finish": {"x": [start, max(ends)], "y": [low - pad, high + pad]},

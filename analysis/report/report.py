@@ -1,140 +1,168 @@
-"""The report: one self-contained HTML page, and the same comparison as Markdown, CSV, JSON and a picture."""
+"""Report the runs of a folder: read and judge them, write the report's files, print the tables or the JSON document.
+
+The files are one self-contained HTML page (`report_page`), and the comparison as Markdown, CSV, JSON and a picture.
+"""
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from analysis.compare import renderings
-from analysis.compare.document import Document, Judged, to_json
-from analysis.pages import matplotlib_figures, screenshot, theme
-from analysis.pages.theme import plot_data
-from analysis.report import cost_plots, details, moment_plots, plots, provenance, tuning_plot, tuning_tables
+from analysis.compare import document, results_table
+from analysis.compare.document import Document
+from analysis.pages import matplotlib_figures, screenshot
+from analysis.report import report_page
 from analysis.report.main_plot import main_plot
-from harness import visible
+from harness.console import cell, for_tables
 from harness.errors import InputError
 from harness.files import atomic
+from harness.visible import markdown, visible
 
-PICTURE = (1200, 640)
-_ASIDE = ".report-"
-"""Beginning of the name of the folder that a report is written to before its files are put in place."""
-BESIDE = {"loss": "interval"}
-"""Columns that stand in the cell of another, behind its number."""
-BENEATH = {"loss": "perplexity", "lr": "lr_standing", "state": "state_kinds"}
-"""Columns that stand in small print below a number, so that the table fits a screen."""
-UNSHOWN = ("lr_source",)
-"""Told in the notes below the table."""
-SPANNING = "outcome"
-"""Shown across the row of a run that did not finish; of an arm that did, n says it."""
+PICTURE_FILE, PICTURE_SIZE = "comparison.png", (1200, 640)
+MIN_WIDTH = 110
+"""Width of tables where the output is not a terminal."""
+_TEMPORARY = ".report-"
+"""Prefix of the folder in which a report is written before its files are moved into place."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """Files that were written, remarks on those that could not be, and where the comparison lies elsewhere."""
+class WrittenReport:
+    """Files that were written, remarks about those that could not be, and links to copies elsewhere."""
 
     html: Path
     files: list[Path]
     remarks: list[str]
     links: dict[str, str] = field(default_factory=dict)
-    """What → its address."""
+    """Name → address."""
 
 
-def write(document: Document, out: Path, *, figures: bool = False) -> Written:
-    """Write report.html, comparison.md, comparison.csv, comparison.json and comparison.png into ``out``.
+Publish = Callable[[Document, WrittenReport], WrittenReport]
+"""Publishes a comparison elsewhere; returns the report with the added files, remarks and links."""
 
-    All are made before the first is put in its place, so that none is there in halves. The picture is taken by a
-    Chromium; without one it is drawn with ``figures``, and else a remark says so.
+
+def finish(
+    folder: Path,
+    out: Path,
+    *,
+    as_json: bool,
+    publish: Publish | None = None,
+    extra: Mapping[str, object] | None = None,
+    figures: bool = False,
+) -> None:
+    """Judge the runs below ``folder``, write the report into ``out``, and print the result.
 
     Args:
-        document: of the comparison.
-        out: folder; made if it is not there.
-        figures: write each plot as ``figures/NAME.png`` too, by matplotlib.
+        folder: contains the runs.
+        out: receives the report.
+        as_json: print the JSON document in place of the tables.
+        publish: called with the comparison after its report is written.
+        extra: additional keys of the JSON document.
+        figures: also write each plot as a PNG.
 
     Raises:
-        InputError: the folder can't be written to, or matplotlib is needed and missing.
+        InputError: no such folder, or ``out`` cannot be written to.
+    """
+    judged = document.judge_folder(folder)
+    written = write(judged, out, figures=figures)
+    if publish is not None:
+        written = publish(judged, written)
+    if as_json:
+        _print_json(judged, written, extra or {})
+    else:
+        _print_tables(judged, written)
+
+
+def write(document_: Document, out: Path, *, figures: bool = False) -> WrittenReport:
+    """Write report.html, comparison.md, comparison.csv, comparison.json and comparison.png into ``out``.
+
+    All files are made before the first one is moved into place, so that a report is never incomplete. Chromium takes
+    the picture; without it matplotlib draws the picture if ``figures`` is set, else a remark says why it is missing.
+
+    Args:
+        document_: the judged runs.
+        out: folder; created if necessary.
+        figures: also write each plot as ``figures/NAME.png`` with matplotlib.
+
+    Raises:
+        InputError: the folder cannot be written to, or matplotlib is required and missing.
     """
     if figures:
         matplotlib_figures.require()
-    html = out / "report.html"
-    judged = [(j.table, f"{j.verdict.sentence} {j.verdict.scope}") for j in document.sets]
+    tables = [
+        (judged.table, f"{judged.verdict.sentence} {judged.verdict.scope}") for judged in document_.sets
+    ]
     texts = {
-        "comparison.md": renderings.markdown(judged)
-        if judged
-        else f"{visible.markdown(document.sentence)}\n",
-        "comparison.csv": renderings.to_csv(table for table, _ in judged),
-        "comparison.json": json.dumps(to_json(document), indent=1, allow_nan=False) + "\n",
-        "report.html": render(document),
+        "comparison.md": results_table.markdown(tables) if tables else f"{markdown(document_.sentence)}\n",
+        "comparison.csv": results_table.to_csv(table for table, _ in tables),
+        "comparison.json": json.dumps(document.to_json(document_), indent=1, allow_nan=False) + "\n",
+        "report.html": report_page.render(document_),
     }
     files = {name: text.encode("utf-8", "replace") for name, text in texts.items()}
-    picture_bytes, remark = _picture(document, figures)
-    if picture_bytes is not None:
-        files["comparison.png"] = picture_bytes
+    picture, remark = _make_picture(document_, figures)
+    if picture is not None:
+        files[PICTURE_FILE] = picture
     if figures:
-        files |= _figures(document)
-    _put(files, out, stale=["comparison.png"])
-    return Written(
-        html, [html, *(out / name for name in files if name != html.name)], [remark] if remark else []
-    )
+        files |= {
+            f"figures/set{index}-{plot.key}.png": matplotlib_figures.png(plot)
+            for index, judged in enumerate(document_.sets)
+            for plot in report_page.build_plots(judged.comparison).in_order()
+        }
+    _write_together(files, out, stale=[PICTURE_FILE])
+    html = out / "report.html"
+    others = [out / name for name in files if name != html.name]
+    return WrittenReport(html, [html, *others], [remark] if remark else [])
 
 
-def _picture(document: Document, figures: bool) -> tuple[bytes | None, str | None]:
-    """Return the main plot of the first set that has one, or why there is none."""
-    name = "comparison.png"
-    shown = next((j for j in document.sets if main_plot(j.chosen)), None)
-    if shown is None:
-        return None, f"{name} is not written: no run logged a loss" if document.runs else None
+def _make_picture(document_: Document, figures: bool) -> tuple[bytes | None, str | None]:
+    """Return the main plot of the first set that has one as a PNG, or the reason why there is none."""
+    plots = ((judged, main_plot(judged.comparison)) for judged in document_.sets)
+    judged, plot = next(((judged, plot) for judged, plot in plots if plot is not None), (None, None))
+    if judged is None or plot is None:
+        return None, f"{PICTURE_FILE} is not written: no run logged a loss" if document_.runs else None
     with tempfile.TemporaryDirectory(prefix="optbench-") as scratch:
-        target = Path(scratch, name)
-        remark = screenshot.photograph(render_picture(shown), target, width=PICTURE[0], height=PICTURE[1])
+        target = Path(scratch, PICTURE_FILE)
+        width, height = PICTURE_SIZE
+        remark = screenshot.take_screenshot(
+            report_page.render_picture(judged), target, width=width, height=height
+        )
         if remark is None:
             return target.read_bytes(), None
-    plot = main_plot(shown.chosen)
-    if plot is not None and figures:
-        return matplotlib_figures.png(plot, heading=shown.verdict.headline), None
-    return None, f"{remark}; --figures png draws it by matplotlib"
+    if figures:
+        return matplotlib_figures.png(plot, heading=judged.verdict.headline), None
+    return None, f"{remark}; --figures png draws it with matplotlib"
 
 
-def _figures(document: Document) -> dict[str, bytes]:
-    """File name → PNG of every plot of the page."""
-    return {
-        f"figures/set{index}-{plot.key}.png": matplotlib_figures.png(plot)
-        for index, judged in enumerate(document.sets)
-        for plot in _plots(judged)["all"]
-    }
-
-
-def _put(files: Mapping[str, bytes], out: Path, stale: Sequence[str]) -> None:
-    """Put all files in place at once: they are written aside, flushed, and renamed; the page comes last.
+def _write_together(files: Mapping[str, bytes], out: Path, stale: Sequence[str]) -> None:
+    """Write all files to a temporary folder, flush them, and move them into place in order.
 
     Args:
-        files: name below ``out`` → content.
+        files: name below ``out`` → content; the page is the last one.
         out: folder.
-        stale: names of an earlier report that are removed where this one does not have them.
+        stale: files of an earlier report that are removed if this one does not have them.
 
     Raises:
-        InputError: something can't be written; what was there before is left as it was.
+        InputError: a file cannot be written; the earlier report is left unchanged.
     """
-    aside = out / f"{_ASIDE}{os.getpid()}"
+    temporary = out / f"{_TEMPORARY}{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
         for name, content in files.items():
-            path = aside / name
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_bytes(path, content)
         for name in files:
             target = out / name
             target.parent.mkdir(exist_ok=True)
-            os.replace(aside / name, target)
+            os.replace(temporary / name, target)
         for name in set(stale) - files.keys():
             (out / name).unlink(missing_ok=True)
         atomic.sync_folder(out)
@@ -142,80 +170,49 @@ def _put(files: Mapping[str, bytes], out: Path, stale: Sequence[str]) -> None:
         reason = f"can't be written to: {error.strerror or error}"
         raise InputError("report", out, reason, fix="--out FOLDER, on a disk with room") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove_leftovers(out: Path) -> None:
-    """What a report that was killed while it was written has left."""
-    for path in out.glob(f"{_ASIDE}*"):
-        number = path.name.removeprefix(_ASIDE)
-        if (
-            path.is_dir()
-            and not path.is_symlink()
-            and number.isdecimal()
-            and not psutil.pid_exists(int(number))
-        ):
+    """Remove the temporary folders of processes that were killed while they wrote a report."""
+    for path in out.glob(f"{_TEMPORARY}*"):
+        pid = path.name.removeprefix(_TEMPORARY)
+        is_ours = path.is_dir() and not path.is_symlink() and pid.isdecimal()
+        if is_ours and not psutil.pid_exists(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def render(document: Document) -> str:
-    """The page as text. It loads nothing: plotly.js, styles and data are inside."""
-    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    sections = [_section(judged, f"set{index}") for index, judged in enumerate(document.sets)]
-    return _page("report.html.j2", document=document, sections=sections, made=made)
+def _print_json(document_: Document, written: WrittenReport, extra: Mapping[str, object]) -> None:
+    for remark in written.remarks:
+        print(visible(remark), file=sys.stderr)
+    content = {**document.to_json(document_), **extra, "files": [str(path) for path in written.files]}
+    if written.links:
+        content["links"] = written.links
+    print(json.dumps(content, indent=2, allow_nan=False))
 
 
-def render_picture(judged: Judged) -> str:
-    """The page that is photographed: verdict and main plot of one set."""
-    main = main_plot(judged.chosen)
-    return _page("picture.html.j2", judged=judged, main=main, data=plot_data("main", [main] if main else []))
-
-
-def _page(template: str, **values: Any) -> str:
-    return theme.render(template, "analysis.report", axis_titles=plots.AXIS_TITLES, **values)
-
-
-def _plots(judged: Judged) -> dict[str, Any]:
-    """The plots of one set by where the page has them; ``all`` lists them in that order."""
-    chosen = judged.chosen
-    main = main_plot(chosen)
-    training = [plots.training_loss(chosen), cost_plots.step_time(chosen), cost_plots.memory(chosen)]
-    found = moment_plots.find(chosen)
-    by_step, by_depth = moment_plots.over_steps(chosen, found), moment_plots.over_depth(chosen, found)
-    pairs = [[by_step[name], *([by_depth[name]] if name in by_depth else [])] for name in by_step]
-    heat = moment_plots.heat_map(chosen, found)
-    sensitivity = tuning_plot.sensitivity(chosen)
-    shown = [main, sensitivity, *training, *(plot for pair in pairs for plot in pair), heat]
-    return {
-        "main": main,
-        "sensitivity": sensitivity,
-        "training": [plot for plot in training if plot is not None],
-        "pairs": pairs,
-        "heat": heat,
-        "all": [plot for plot in shown if plot is not None],
-    }
-
-
-def _section(judged: Judged, key: str) -> dict[str, Any]:
-    chosen = judged.chosen
-    drawn = _plots(judged)
-    studies = [arm for _, arm in tuning_tables.of_set(chosen)]
-    inside = (*BENEATH.values(), *BESIDE.values(), SPANNING, *UNSHOWN)
-    return {
-        "key": key,
-        "judged": judged,
-        "finish": details.finish(chosen),
-        "columns": [c for c in judged.table.columns if c.key not in inside],
-        "beside": BESIDE,
-        "beneath": BENEATH,
-        "tuning": tuning_tables.overview(studies) if studies else None,
-        "trials": tuning_tables.listing(studies),
-        "matrix": details.pair_matrix(chosen) if len(chosen.arms) > 1 else [],
-        "provenance": provenance.provenance(chosen),
-        "ownership": details.ownership(chosen),
-        "parameters": details.parameters(chosen),
-        "difference": details.config_difference(chosen),
-        "environment": details.environment(chosen.runs),
-        "data": plot_data(key, drawn["all"]),
-        **drawn,
-    }
+def _print_tables(document_: Document, written: WrittenReport) -> None:
+    """Print table, verdict and severe warnings of each set; the last line is the path of the page."""
+    console = for_tables(width=MIN_WIDTH)
+    for judged in document_.sets:
+        console.print()
+        results_table.print_table(judged.table, console)
+        console.print()
+        console.print(cell(judged.verdict.headline, "bold"))
+        if judged.verdict.detail:
+            console.print(cell(judged.verdict.detail))
+        severe = [warning for warning in judged.warnings if warning.severe]
+        for warning in severe:
+            console.print(cell(f"! {warning.message}", "red"))
+        if notes := len(judged.warnings) - len(severe):
+            console.print(cell(f"{notes} more notes are in the report", "dim"))
+    if len(document_.sets) != 1:
+        console.print()
+        console.print(cell(document_.sentence, "bold"))
+    for remark in document_.remarks:
+        console.print(cell(f"! {remark}", "red"))
+    for remark in written.remarks:
+        print(visible(remark))
+    for name, address in written.links.items():
+        print(visible(f"{name}: {address}"))
+    print(visible(written.html))

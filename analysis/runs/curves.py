@@ -1,4 +1,4 @@
-"""Curves over training: the mean over seeds with its range, and what of it a plot can show."""
+"""Compute curves over training: mean and range over seeds, and a thinned version for plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 
 Floats = NDArray[np.float64]
 AXES = {"tokens": "tokens", "steps": "step", "seconds": "wall_s", "flops": "flops"}
@@ -19,10 +19,10 @@ AXES = {"tokens": "tokens", "steps": "step", "seconds": "wall_s", "flops": "flop
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over training; all arrays have shape (points,)."""
+    """Mean and range over seeds of a metric; all arrays have shape (points,)."""
 
     x: dict[str, Floats]
-    """Axis of ``AXES`` → positions; an axis that some run lacks is absent."""
+    """Axis of ``AXES`` → positions; without the axes that some run lacks."""
     mean: Floats
     low: Floats
     """Lowest seed."""
@@ -31,12 +31,11 @@ class Curve:
     seeds: int
 
     def first_below(self, target: float, axis: str) -> float:
-        """Where on ``axis`` the mean first reaches ``target`` (linear between points); NaN if never."""
+        """Return where the mean first reaches ``target`` on ``axis``, interpolated linearly; NaN if never."""
         if axis not in self.x or math.isnan(target):
             return math.nan
-        below = np.flatnonzero(
-            self.mean <= target + 1e-6
-        )  # the mean of recorded and of logged losses may round apart
+        # The target is a mean of recorded losses, the curve one of logged losses: they may differ by rounding.
+        below = np.flatnonzero(self.mean <= target + 1e-6)
         if not len(below):
             return math.nan
         i, x = int(below[0]), self.x[axis]
@@ -46,15 +45,13 @@ class Curve:
         return float(x[i - 1] + share * (x[i] - x[i - 1]))
 
 
-def single_curve(run: Run, key: str) -> Curve | None:
-    """The finite values of one metric of one run; None if there are none."""
+def single_curve(run: LoadedRun, key: str) -> Curve | None:
+    """Return the finite values of a metric of one run; None if there are none."""
     return mean_curve([run], key)
 
 
-def mean_curve(runs: Sequence[Run], key: str = "val/loss") -> Curve | None:
-    """Mean and range over runs of a metric, at the steps where every run has a finite value; None if there
-    are none.
-    """
+def mean_curve(runs: Sequence[LoadedRun], key: str = "val/loss") -> Curve | None:
+    """Return mean and range of a metric over runs at the steps where all have a finite value; None without any."""
     series = [_finite(run, key) for run in runs]
     if not series or any(not len(steps) for steps, _ in series):
         return None
@@ -72,23 +69,23 @@ def mean_curve(runs: Sequence[Run], key: str = "val/loss") -> Curve | None:
     return Curve(axes, values.mean(0), values.min(0), values.max(0), len(runs))
 
 
-def _finite(run: Run, key: str) -> tuple[Floats, Floats]:
+def _finite(run: LoadedRun, key: str) -> tuple[Floats, Floats]:
     if key not in run.metrics:
         return np.empty(0), np.empty(0)
     keep = np.isfinite(run.metrics[key])
     return run.metrics["step"][keep], run.metrics[key][keep]
 
 
-def _at(run: Run, metric: str, steps: Floats) -> Floats | None:
+def _at(run: LoadedRun, metric: str, steps: Floats) -> Floats | None:
     if metric not in run.metrics:
         return None
     return run.metrics[metric][np.searchsorted(run.metrics["step"], steps)]
 
 
 def thinned(values: Floats, points: int) -> NDArray[np.int64]:
-    """Indices of at most ``points`` entries of a 1-D array that keep each stretch's lowest and highest value.
+    """Return at most ``points`` indices into a 1-D array: first, last, and the extremes of equal stretches.
 
-    A spike is what a reader looks for: plain striding would drop it. First and last entry are always kept.
+    Plain striding would drop spikes, which are what a reader looks for.
     """
     n = len(values)
     if n <= points:

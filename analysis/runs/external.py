@@ -1,15 +1,17 @@
-"""Runs of other trainers, read from CSV and JSONL tables; docs/report.md describes the format.
+"""Read runs of other trainers from CSV and JSONL tables; docs/report.md describes the format.
 
-A row is one logged step of one run. ``optimizer`` and ``seed`` say which run it belongs to; its other cells are
-metrics (the keys of `harness.record.schema.METRICS`) or facts of the run (`TEXTS`, `NUMBERS`, `NESTED`), which
-may stand in any row, also in one without a step. What can't be read costs a note with its line, never the file.
+A row is one logged step of one run. ``optimizer`` and ``seed`` name the run; the other cells are metrics (the
+keys of `harness.record.schema.METRICS`) or facts of the run (`TEXTS`, `NUMBERS`, `NESTED`), which may be in any
+row, also in one without a step. An unreadable line costs a note with its number, never the file.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,82 +20,87 @@ import numpy as np
 import pandas as pd
 
 from analysis import formatting
-from analysis.runs import external_rows
 from analysis.runs.reading import Columns
-from analysis.runs.run import Run
-from harness.files.bounded import UnreadableFile
+from analysis.runs.run import LoadedRun
+from harness.files import bounded
+from harness.files.bounded import MIB, JsonDecoder, UnreadableFile, UnreadableValue
 from harness.record.schema import METRICS, STATES
 
+DELIMITERS = ",;\t"
+LIMIT = 512 * MIB
+"""Largest table that is read, in bytes."""
 ALIASES = {"val_loss": "val/loss", "train_loss": "train/loss", "seconds": "wall_s"}
 """Other spellings of metric keys."""
 TEXTS = ("comparison_key", "state", "reason", "lr_source", "precision", "device", "engine", "command")
 NAMES = ("model", "data")
-"""Facts that are a name in words."""
+"""Facts that are the name of a configuration."""
 NUMBERS = ("steps_planned", "world_size", "parameters", "epochs", "unigram_entropy", "train_tokens_available")
 NUMBERS += ("tokens_per_s", "step_ms", "skipped_steps", "optimizer_fallbacks")
 FLAGS = ("lr_tuned",)
 NESTED = ("state_bytes", "memory_bytes", "time_s")
 """Facts by kind: ``state_bytes.moment``; an object in JSONL."""
 OPTION = "optimizer."
-"""Prefix of an option that makes an arm of its own: ``optimizer.rank``."""
+"""Prefix of an optimizer option (``optimizer.rank``); runs that differ in one belong to different arms."""
 LOSSES = ("val/loss", "train/loss")
-OWN = ("comparison.csv",)
-"""Tables that a report itself leaves."""
+REPORT_TABLES = ("comparison.csv",)
+"""Tables that a report itself writes."""
 
 
 @dataclass
-class _Gathered:
-    """The rows of one run, and what they say of it as a whole."""
+class _RunRows:
+    """The rows of one run by step, and the facts that they state about the run."""
 
     rows: dict[float, dict[str, float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     repeated: int = 0
 
 
-def may_be(name: str) -> bool:
-    """Whether a file of this name is looked into."""
-    return Path(name).suffix.lower() in (".csv", ".jsonl") and name not in OWN and not name.startswith(".")
+def is_table_name(name: str) -> bool:
+    """Return True if a file of this name may be a table of runs."""
+    return (
+        Path(name).suffix.lower() in (".csv", ".jsonl")
+        and name not in REPORT_TABLES
+        and not name.startswith(".")
+    )
 
 
-def read(path: Path, root: Path, remarks: list[str]) -> list[Run]:
-    """The runs of one table, in the order of their first rows; a remark, and no run, if it holds none."""
+def read(path: Path, root: Path, remarks: list[str]) -> list[LoadedRun]:
+    """Return the runs of one table in the order of their first rows; add a remark if there are none."""
     where = path.relative_to(root).as_posix()
     complaints: list[str] = []
     try:
-        lines = list(external_rows.rows(path, complaints))
+        lines = list(read_rows(path, complaints))
     except (FileNotFoundError, UnreadableFile) as error:
         remarks.append(f"{where} is not read: {error}")
         return []
     lines = [(line, {ALIASES.get(key, key): value for key, value in row.items()}) for line, row in lines]
     keys = dict.fromkeys(key for _, row in lines for key in row)
     if "step" not in keys or not any(loss in keys for loss in LOSSES):
-        said = f" ({complaints[0]})" if complaints else ""
-        remarks.append(f"{where} is not read: it has no column step, or none of {', '.join(LOSSES)}{said}")
+        detail = f" ({complaints[0]})" if complaints else ""
+        remarks.append(f"{where} is not read: it has no column step, or none of {', '.join(LOSSES)}{detail}")
         return []
-    runs: dict[tuple[str, int], _Gathered] = {}
+    runs: dict[tuple[str, int], _RunRows] = {}
     for line, row in lines:
-        problem = _take(row, path.stem, runs)
-        complaints += [f"line {line}: {text}" for text in problem]
+        complaints += [f"line {line}: {problem}" for problem in _add_row(row, path.stem, runs)]
     if not runs:
-        said = "; ".join(complaints[:2]) or "it has no rows"
-        remarks.append(f"{where} holds no run: {said}")
+        detail = "; ".join(complaints[:2]) or "it has no rows"
+        remarks.append(f"{where} holds no run: {detail}")
     notes = _file_notes(keys, complaints)
-    return [_run(key, found, path, where, notes) for key, found in runs.items()]
+    return [_build_run(key, rows, path, where, notes) for key, rows in runs.items()]
 
 
-def _take(row: Mapping[str, Any], stem: str, runs: dict[tuple[str, int], _Gathered]) -> list[str]:
-    """Put one row where it belongs; what is wrong with it, in words."""
-    named, said = _of_name(stem), []
-    optimizer = str(row.get("optimizer") or "").strip() or named[0]
-    seed = external_rows.value(row.get("seed")) if row.get("seed") not in (None, "") else named[1]
+def _add_row(row: Mapping[str, Any], stem: str, runs: dict[tuple[str, int], _RunRows]) -> list[str]:
+    """Add a row to its run; return what is wrong with it."""
+    from_name, problems = _parse_name(stem), []
+    optimizer = str(row.get("optimizer") or "").strip() or from_name[0]
+    seed = parse_value(row.get("seed")) if row.get("seed") not in (None, "") else from_name[1]
     if not isinstance(seed, int | float) or not math.isfinite(seed) or seed != int(seed) or seed < 0:
-        return [f"seed {row.get('seed')!r} is no whole number from 0 on; the row is left out"]
+        return [f"seed {row.get('seed')!r} is not a whole number ≥ 0; the row is skipped"]
     has_step = row.get("step") not in (None, "")
     step = _number("step", row["step"])[0] if has_step else math.nan
     if has_step and not (math.isfinite(step) and step >= 0):
-        return [f"step {row['step']!r} is no number from 0 on; the row is left out"]
-    found = runs.setdefault((optimizer, int(seed)), _Gathered())
+        return [f"step {row['step']!r} is not a number ≥ 0; the row is skipped"]
+    run = runs.setdefault((optimizer, int(seed)), _RunRows())
     values: dict[str, float] = {}
     for key, cell in row.items():
         if cell is None or cell == "":
@@ -101,52 +108,53 @@ def _take(row: Mapping[str, Any], stem: str, runs: dict[tuple[str, int], _Gather
                 values[key] = math.nan  # JSON's null: a loss that was not finite
         elif key in METRICS and key != "step":
             values[key], problem = _number(key, cell)
-            said += problem
+            problems += problem
         elif key not in ("optimizer", "seed", "step"):
-            said += _fact(key, cell, found)
+            problems += _add_fact(key, cell, run)
     if not has_step:
-        return [*said, "has losses but no step"] if any(loss in values for loss in LOSSES) else said
-    before = found.rows.setdefault(step, {})
-    found.repeated += not values.keys().isdisjoint(before)  # a row of each loss is one step in two rows
+        return [*problems, "has losses but no step"] if any(loss in values for loss in LOSSES) else problems
+    before = run.rows.setdefault(step, {})
+    # A step may be spread over rows with different keys; only a key that comes twice is a repetition.
+    run.repeated += not values.keys().isdisjoint(before)
     before.update(values)
-    return said
+    return problems
 
 
-def _fact(key: str, cell: Any, found: _Gathered) -> list[str]:
-    """Record a fact of the run; what is wrong with it, in words."""
+def _add_fact(key: str, cell: Any, run: _RunRows) -> list[str]:
+    """Record a fact of the run; return what is wrong with it."""
     kind, _, part = key.partition(".")
     if key in TEXTS or key in NAMES:
-        found.facts[key] = str(cell)
+        run.facts[key] = str(cell)
     elif key in FLAGS:
-        flag = external_rows.flag(cell)
+        flag = parse_flag(cell)
         if flag is None:
             return [f"{key} {cell!r} is neither true nor false"]
-        found.facts[key] = flag
+        run.facts[key] = flag
     elif key in NUMBERS or (kind in NESTED and part):
         value, problem = _number(key, cell)
         if problem or not math.isfinite(value):
             return problem or [f"{key} {cell!r} is not finite"]
         if part:
-            found.facts.setdefault(kind, {})[part] = value
+            run.facts.setdefault(kind, {})[part] = value
         else:
-            found.facts[key] = value
+            run.facts[key] = value
     elif key.startswith(OPTION):
-        found.facts.setdefault("options", {})[key.removeprefix(OPTION)] = external_rows.value(cell)
+        run.facts.setdefault("options", {})[key.removeprefix(OPTION)] = parse_value(cell)
     return []
 
 
 def _number(key: str, cell: Any) -> tuple[float, list[str]]:
-    value = external_rows.value(cell)
+    value = parse_value(cell)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan, [f"{key} {cell!r} is no number"]
+        return math.nan, [f"{key} {cell!r} is not a number"]
     try:
         return float(value), []
     except OverflowError:
         return math.nan, [f"{key} is too large"]
 
 
-def _of_name(stem: str) -> tuple[str, int]:
-    """Optimizer and seed from a file name: ``soap-seed3`` → soap, 3; ``soap`` → soap, 0."""
+def _parse_name(stem: str) -> tuple[str, int]:
+    """Return optimizer and seed from a file name: ``soap-seed3`` → soap, 3; ``soap`` → soap, 0."""
     matched = re.fullmatch(r"(.+?)[-_.]?seed[-_]?(\d+)", stem)
     return (matched[1], int(matched[2])) if matched else (stem, 0)
 
@@ -158,28 +166,28 @@ def _file_notes(keys: Iterable[str], complaints: list[str]) -> list[str]:
     notes = []
     if other:
         more = f" and {len(other) - 8} more" if len(other) > 8 else ""
-        notes.append(f"columns that are not used: {', '.join(other[:8])}{more}")
+        notes.append(f"unused columns: {', '.join(other[:8])}{more}")
     if complaints:
         more = f"; {len(complaints) - 4} more such lines" if len(complaints) > 4 else ""
         notes.append(f"{'; '.join(complaints[:4])}{more}")
     return notes
 
 
-def _run(key: tuple[str, int], found: _Gathered, path: Path, where: str, notes: list[str]) -> Run:
+def _build_run(key: tuple[str, int], rows: _RunRows, path: Path, where: str, notes: list[str]) -> LoadedRun:
     optimizer, seed = key
-    metrics = _columns(found.rows)
-    facts = {k: v for k, v in found.facts.items() if k not in (*NAMES, "options")}
+    metrics = _columns(rows.rows)
+    facts = {k: v for k, v in rows.facts.items() if k not in (*NAMES, "options")}
     summary = {"optimizer": optimizer, "seed": seed, **_last(metrics), **facts}
     rates = metrics.get("lr")
     if rates is not None and np.isfinite(rates).any():
         summary["lr"] = float(np.nanmax(rates))
     options = {"name": optimizer, **({"lr": summary["lr"]} if "lr" in summary else {})}
-    run = Run(
+    run = LoadedRun(
         folder=path,
         where=f"{where} ({optimizer}, seed {seed})",
         config={
-            "optimizer": {**options, **found.facts.get("options", {})},
-            **{name: {"name": found.facts[name]} for name in NAMES if name in found.facts},
+            "optimizer": {**options, **rows.facts.get("options", {})},
+            **{name: {"name": rows.facts[name]} for name in NAMES if name in rows.facts},
         },
         summary=summary,
         status={},
@@ -190,12 +198,12 @@ def _run(key: tuple[str, int], found: _Gathered, path: Path, where: str, notes: 
         state="running",
         reason=str(facts.get("reason") or ""),
         comparison_key=str(facts.get("comparison_key") or f"table:{where}"),
-        notes=[*found.notes, *notes],
-        foreign=True,
+        notes=notes.copy(),
+        is_external=True,
     )
-    if found.repeated:
-        run.notes.append(f"{formatting.plural(found.repeated, 'step')} logged twice; the later row is used")
-    _judge(run, found.rows)
+    if rows.repeated:
+        run.notes.append(f"{formatting.plural(rows.repeated, 'step')} logged twice; the later row is used")
+    _set_state(run, rows.rows)
     return run
 
 
@@ -209,34 +217,34 @@ def _columns(rows: Mapping[float, Mapping[str, float]]) -> Columns:
 
 
 def _last(metrics: Columns) -> dict[str, float]:
-    """What the last row says of the run as a whole."""
+    """Return the summary values that the last row states."""
     if not metrics:
         return {}
     kept = {"step": "steps", "tokens": "tokens", "wall_s": "wall_s", "val/loss": "val/loss"}
     kept |= {"train/loss": "train/loss"}
-    found = {new: float(metrics[old][-1]) for old, new in kept.items() if old in metrics}
+    summary = {new: float(metrics[old][-1]) for old, new in kept.items() if old in metrics}
     losses = metrics.get("val/loss")
     if losses is not None and np.isfinite(losses).any():
-        found["best_val_loss"] = float(np.nanmin(losses))
-    return {key: value for key, value in found.items() if math.isfinite(value)}
+        summary["best_val_loss"] = float(np.nanmin(losses))
+    return {key: value for key, value in summary.items() if math.isfinite(value)}
 
 
-def _judge(run: Run, rows: Mapping[float, Mapping[str, float]]) -> None:
-    """The state of the run: what the table says, else whether it reached its last step with a finite loss."""
-    said, planned = run.text("state"), run.fact("steps_planned")
-    if said and said not in STATES:
-        run.notes.append(f"state {said!r} is unknown (known: {', '.join(STATES)}): it counts as failed")
-        run.state, run.reason = "failed", run.reason or f"unknown state {said}"
+def _set_state(run: LoadedRun, rows: Mapping[float, Mapping[str, float]]) -> None:
+    """Set the run's state: the one that the table states, else the one that its last step shows."""
+    stated, planned = run.text("state"), run.fact("steps_planned")
+    if stated and stated not in STATES:
+        run.notes.append(f"state {stated!r} is unknown (known: {', '.join(STATES)}): it counts as failed")
+        run.state, run.reason = "failed", run.reason or f"unknown state {stated}"
         return
-    run.state = said or ("interrupted" if run.steps < planned else "finished")
+    run.state = stated or ("interrupted" if run.steps < planned else "finished")
     if run.state == "interrupted" and not run.reason:
         run.reason = f"the table ends at step {run.steps:g} of {planned:g}"
     if run.state == "finished" and not run.finished:
-        run.state, run.reason = _without_loss(run, rows)
+        run.state, run.reason = _state_without_loss(run, rows)
 
 
-def _without_loss(run: Run, rows: Mapping[float, Mapping[str, float]]) -> tuple[str, str]:
-    """What became of a run that is over and has no finite validation loss at its last step."""
+def _state_without_loss(run: LoadedRun, rows: Mapping[float, Mapping[str, float]]) -> tuple[str, str]:
+    """Return state and reason of an ended run without a finite validation loss at its last step."""
     if not rows:
         return "failed", "the table has no row with a step"
     last = rows[max(rows)]
@@ -249,3 +257,84 @@ def _without_loss(run: Run, rows: Mapping[float, Mapping[str, float]]) -> tuple[
         "failed",
         f"no validation loss at its last step {run.steps:g} (the last one is at step {max(evaluated):g})",
     )
+
+
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "+inf": math.inf, "-inf": -math.inf, "infinity": math.inf}
+_NOT_FINITE |= {"-infinity": -math.inf, "null": math.nan, "none": math.nan, "na": math.nan}
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def read_rows(path: Path, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number (from 1) and cells of each readable line; add a complaint for each of the others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UnreadableFile: not a regular file, too large, or it cannot be opened.
+    """
+    text = bounded.read_text(path, LIMIT, complaints)
+    yield from (_csv if path.suffix.lower() == ".csv" else _jsonl)(text, complaints)
+
+
+def _csv(text: str, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    head = text.split("\n", 1)[0]
+    reader = csv.reader(io.StringIO(text), delimiter=max(DELIMITERS, key=head.count))
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(names):
+                complaints.append(f"line {reader.line_num}: {len(cells)} cells, the header has {len(names)}")
+                continue
+            yield reader.line_num, dict(zip(names, (cell.strip() for cell in cells), strict=True))
+    except csv.Error as error:
+        complaints.append(f"line {reader.line_num}: {error}")
+
+
+def _jsonl(text: str, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    lines, decoder = text.split("\n"), JsonDecoder()
+    for index, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = decoder.decode(line)
+        except UnreadableValue:
+            torn = " (cut off: the file ends within it)" if index == len(lines) else ""
+            complaints.append(f"line {index}: not JSON{torn}")
+            continue
+        if not isinstance(row, dict):
+            complaints.append(f"line {index}: not an object")
+            continue
+        yield index, _flat(row)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{part}": entry for part, entry in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def parse_value(cell: Any) -> Any:
+    """Return a cell as a number if it is one (``nan`` and ``inf`` included), else unchanged."""
+    if not isinstance(cell, str):
+        return cell
+    word = cell.strip().lower()
+    if word in _NOT_FINITE:
+        return _NOT_FINITE[word]
+    try:
+        return int(word)
+    except ValueError:
+        pass
+    try:
+        return float(word)
+    except ValueError:
+        return cell
+
+
+def parse_flag(cell: Any) -> bool | None:
+    """Return the truth value of a cell; None if it is neither true nor false."""
+    return cell if isinstance(cell, bool) else _FLAGS.get(str(cell).strip().lower())

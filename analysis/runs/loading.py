@@ -1,7 +1,7 @@
-"""All runs below a folder. The format of a run folder is described in `harness.record.schema`.
+"""Load all runs below a folder. `harness.record.schema` describes the format of a run folder.
 
-What another trainer left is read from the same files (`metrics.jsonl` and a `summary.json` are enough), or from
-CSV and JSONL tables (`foreign`); docs/report.md describes both.
+Runs of other trainers are read from the same files (`metrics.jsonl` and `summary.json` are enough) or from CSV
+and JSONL tables (`external`); docs/report.md describes both.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from analysis import formatting
 from analysis.runs import external, reading
 from analysis.runs.reading import number
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 from harness.errors import InputError
 from harness.record.folder import JOBS
 from harness.record.readers import Environment, Status, Summary
 from harness.record.schema import SCHEMA_VERSION, STATES
 
-# What may differ between two runs whose losses are compared: the arm, the seed, and what changes no loss.
+# Keys that may differ between runs whose losses are compared: the arm, the seed, and what does not change a loss.
 NOT_COMPARED = ("optimizer", "seed", "name", "group", "runs_dir", "engine", "world_size", "micro_batch_size")
 NOT_COMPARED += (
     "log_every",
@@ -38,13 +38,13 @@ NOT_COMPARED += (
 _MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "status.json")
 
 
-def load(folder: str | Path, remarks: list[str] | None = None) -> list[Run]:
-    """All runs below ``folder`` (or ``folder`` itself), in the order of their paths; none is no error.
+def load(folder: str | Path, remarks: list[str] | None = None) -> list[LoadedRun]:
+    """Load all runs below ``folder`` (or ``folder`` itself) in the order of their paths; it may hold none.
 
     Args:
         folder: where to look.
-        remarks: gets a line for each table that looks like runs of another trainer and is none, and for each folder
-            that can't be listed.
+        remarks: receives a line for each table that looks like external runs but holds none, and for each folder
+            that cannot be listed.
 
     Raises:
         InputError: the folder does not exist.
@@ -52,54 +52,54 @@ def load(folder: str | Path, remarks: list[str] | None = None) -> list[Run]:
     root = Path(folder)
     if not root.is_dir():
         raise InputError("report", folder, "is not a folder", fix="optbench report runs/GROUP")
-    runs: list[Run] = []
+    runs: list[LoadedRun] = []
     remarks = [] if remarks is None else remarks
     for path in sorted(_sources(root, remarks)):
         if path.is_dir():
-            runs.append(_read(path, root))
+            runs.append(_load_folder(path, root))
         else:
             runs.extend(external.read(path, root, remarks))
-    _adopt_keys(runs)
+    _fill_comparison_keys(runs)
     return runs
 
 
 def _sources(root: Path, remarks: list[str]) -> Iterator[Path]:
-    """Run folders, and tables that lie outside of them."""
+    """Yield run folders, and tables outside of run folders."""
 
     def note(error: OSError) -> None:
-        remarks.append(f"{error.filename} can't be listed ({error.strerror})")
+        remarks.append(f"{error.filename} cannot be listed ({error.strerror})")
 
     for directory, below, files in os.walk(root, onerror=note):
         if any(mark in files for mark in _MARKS):
             below.clear()
             yield Path(directory)
             continue
-        # A run that was replaced is moved aside under a name with a dot.
+        # A run that was replaced is archived under a name with a leading dot.
         below[:] = sorted(name for name in below if not name.startswith(".") and name != JOBS)
-        yield from (Path(directory, name) for name in files if external.may_be(name))
+        yield from (Path(directory, name) for name in files if external.is_table_name(name))
 
 
-def _read(folder: Path, root: Path) -> Run:
+def _load_folder(folder: Path, root: Path) -> LoadedRun:
     notes: list[str] = []
     config = reading.mapping(folder / "config.yaml", notes, required=True)
     summary = reading.record(folder / "summary.json", Summary, notes)
     status = reading.record(folder / "status.json", Status, notes)
     version = number(summary.get("schema_version", status.get("schema_version")))
     if version < SCHEMA_VERSION:
-        notes.append(f"written by schema {version:g}, this is {SCHEMA_VERSION}: what it lacks is left blank")
+        notes.append(f"written by schema {version:g}, this is {SCHEMA_VERSION}: missing values stay blank")
     elif version > SCHEMA_VERSION:
         notes.append(
-            f"written by the newer schema {version:g}, this is {SCHEMA_VERSION}: unknown parts are left out"
+            f"written by the newer schema {version:g}, this is {SCHEMA_VERSION}: unknown parts are ignored"
         )
     relative = folder.relative_to(root).as_posix()
-    run = Run(
+    run = LoadedRun(
         folder=folder,
         where=folder.name if relative == "." else relative,
         config=config,
         summary=summary,
         status=status,
         environment=reading.record(folder / "environment.json", Environment, notes),
-        parameters=reading.rows(folder, notes),
+        parameters=reading.parameters(folder, notes),
         metrics=reading.metrics(folder / "metrics.jsonl", notes),
         moments=reading.moments(folder / "moments.parquet", notes),
         state="running",
@@ -114,45 +114,48 @@ def _read(folder: Path, root: Path) -> Run:
     return run
 
 
-def _state(run: Run) -> tuple[str, str]:
-    """What became of the run, and why, from whichever file tells."""
+def _state(run: LoadedRun) -> tuple[str, str]:
+    """Return the state of a run and its reason, from the first file that records them."""
     notes, attempts = run.notes, run.attempts
-    again = len(attempts) - 1 - len(run.resumed_at)
-    if again > 0:
-        notes.append(f"begun anew {formatting.plural(again, 'time')} after an attempt that did not finish")
+    restarts = len(attempts) - 1 - len(run.resumed_at)
+    if restarts > 0:
+        notes.append(
+            f"restarted from step 0 {formatting.plural(restarts, 'time')} after an attempt that did not finish"
+        )
     last = attempts[-1] if attempts else {}
     state = str(run.summary.get("state") or run.status.get("state") or last.get("state") or "running")
     reason = str(run.summary.get("reason") or last.get("reason") or "")
     if run.status.get("state") == "running" and state in ("interrupted", "failed", "diverged"):
-        return "running", "begun again, and not over"  # the summary is that of the attempt before
+        # The summary is that of the previous attempt.
+        return "running", "started again and not finished"
     if state not in STATES:
         notes.append(f"state {state!r} is unknown: it counts as failed")
         return "failed", reason or f"unknown state {state}"
     if not run.summary:
-        notes.append("no summary.json: the run is not over, or was killed")
+        notes.append("no summary.json: the run is still running or was killed")
         if state == "finished":
             return "failed", "no summary.json"
-        return state, reason or ("not over, or killed" if state == "running" else "no summary.json")
+        return state, reason or ("still running, or killed" if state == "running" else "no summary.json")
     if state == "finished" and not (run.folder / "DONE").exists():
         notes.append("finished, but the DONE file is missing")
     return state, reason
 
 
-def _adopt_keys(runs: list[Run]) -> None:
-    """Give a run without a comparison key the key of the runs whose configuration agrees where it matters."""
+def _fill_comparison_keys(runs: list[LoadedRun]) -> None:
+    """Give runs without a comparison key the key of runs with an equivalent configuration."""
     known: dict[str, str] = {}
     for run in runs:
         if run.comparison_key and run.config:
             known.setdefault(_fingerprint(run.config), run.comparison_key)
     for run in runs:
         if not run.comparison_key:
-            print_ = _fingerprint(run.config)
+            fingerprint = _fingerprint(run.config)
             run.comparison_key = known.get(
-                print_, f"config:{print_}" if run.config else f"unknown:{run.where}"
+                fingerprint, f"config:{fingerprint}" if run.config else f"unknown:{run.where}"
             )
-            if print_ in known:
+            if fingerprint in known:
                 run.notes.append(
-                    "placed beside runs of the same configuration (it records no comparison key)"
+                    "compared with runs of the same configuration (it records no comparison key)"
                 )
 
 

@@ -1,6 +1,6 @@
-"""Files of a run folder, read so that a damaged one costs a note and never the report.
+"""Read the files of a run folder; a damaged file adds a note and never stops the report.
 
-Every reader takes the list of notes of its run and adds one line for each oddity it met.
+Each reader takes the list of notes of its run and adds one line for each problem.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Columns = dict[str, NDArray[np.float64]]
+PROVENANCE_FILE = "compare.json"
+"""Written into a group's folder by `optbench compare`: its commands and the order of its arms."""
 MOMENTS_LIMIT = 1024 * MIB
-"""Bytes of a moments.parquet."""
+"""Largest moments.parquet that is read, in bytes."""
 MOMENTS_VALUES = 200_000_000
-"""Rows × columns of a moments.parquet, whose size on disk says little of them."""
+"""Largest rows × columns of a moments.parquet; its size on disk says little about them."""
 
 
 def number(value: object) -> float:
-    """``value`` as a float; NaN for null, text, lists and all else that is no number."""
+    """Return ``value`` as a float; NaN for null, text, lists and everything else that is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -41,9 +43,7 @@ def number(value: object) -> float:
 
 
 def mapping(path: Path, notes: list[str], *, required: bool = False) -> dict[str, Any]:
-    """A JSON or YAML file that holds one object; ``{}`` and a note if it is damaged (or required and
-    absent).
-    """
+    """Read a JSON or YAML file with one object; return ``{}`` and a note if it is damaged, or required but absent."""
     content, problems = (readers.config if path.suffix == ".yaml" else readers.json_object)(path)
     notes += problems
     if content is None and not problems and required:
@@ -51,32 +51,39 @@ def mapping(path: Path, notes: list[str], *, required: bool = False) -> dict[str
     return content or {}
 
 
+def read_provenance(folder: Path) -> dict[str, list[str]]:
+    """Return ``commands`` and ``optimizers`` of a group's compare.json; empty lists where they are not recorded."""
+    content = mapping(folder / PROVENANCE_FILE, [])
+    lists = {key: content.get(key) for key in ("commands", "optimizers")}
+    return {
+        key: [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+        for key, value in lists.items()
+    }
+
+
 def record(path: Path, kind: type[Record], notes: list[str]) -> dict[str, Any]:
-    """The values of the right type in a JSON file of a known kind; ``{}`` if it is absent or damaged."""
+    """Return the valid values of a JSON file of a known kind; ``{}`` if it is absent or damaged."""
     content, problems = readers.record(path, kind)
     notes += problems
     return {} if content is None else content.facts()
 
 
-def rows(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The entries of parameters.json."""
-    found, problems = readers.parameters(folder)
+def parameters(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the entries of parameters.json."""
+    entries, problems = readers.parameters(folder)
     notes += problems
-    return [parameter.facts() for parameter in found]
+    return [parameter.facts() for parameter in entries]
 
 
 def metrics(path: Path, notes: list[str]) -> Columns:
-    """metrics.jsonl as columns of float64, one entry per step in ascending order; NaN where a row lacks the
-    key.
-
-    A run that was resumed may have logged a step twice: the later row holds.
-    """
+    """Read metrics.jsonl as float64 columns, one entry per step in ascending order; NaN where a row lacks a key."""
     table, problems = readers.metrics(path)
     notes += problems
     if not table:
         if not problems:
             notes.append("metrics.jsonl holds no rows" if path.exists() else "metrics.jsonl is missing")
         return {}
+    # A resumed run may have logged a step twice: the later row is used.
     by_step = {row["step"] or 0: row for row in table}
     repeated = len(table) - len(by_step)
     if repeated:
@@ -95,8 +102,8 @@ def _columns(table: Sequence[MetricRow], notes: list[str]) -> Columns:
 
 
 def moments(path: Path, notes: list[str]) -> pd.DataFrame:
-    """moments.parquet (step, layer, rule and the spectrum figures); an empty frame where there is none."""
-    import pandas as pd  # half a second, which a command that only trains does not owe
+    """Read moments.parquet (step, layer, rule and the spectrum figures); return an empty frame if there is none."""
+    import pandas as pd  # takes half a second, which a command that only trains does not need
     import pyarrow.parquet as pq
 
     try:
@@ -107,15 +114,15 @@ def moments(path: Path, notes: list[str]) -> pd.DataFrame:
         notes.append(str(error))
         return pd.DataFrame()
     try:
-        # Repeated values are packed so well that a file of some kB can hold a billion rows.
+        # Parquet compresses repeated values so well that a file of some kB can hold a billion rows.
         shape = pq.ParquetFile(io.BytesIO(content)).metadata
         if shape.num_rows * shape.num_columns > MOMENTS_VALUES:
-            notes.append(f"moments.parquet holds more than {MOMENTS_VALUES:,} values: left out")
+            notes.append(f"moments.parquet holds more than {MOMENTS_VALUES:,} values: it is not read")
             return pd.DataFrame()
         frame = pd.read_parquet(io.BytesIO(content))
     except Exception as error:  # pyarrow raises its own hierarchy, OSError and ValueError for damaged files
         reason = " ".join(str(error).split())[:200]
-        notes.append(f"moments.parquet can't be read: {reason}")
+        notes.append(f"moments.parquet cannot be read: {reason}")
         return pd.DataFrame()
     if not {"step", "layer"} <= set(frame.columns):
         notes.append("moments.parquet lacks step or layer")

@@ -1,4 +1,4 @@
-"""One run, as the comparison needs it. `loading` reads it from its folder, `foreign` from a table."""
+"""One run as analysis reads it: `loading` reads it from a run folder, `external` from a table."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pandas as pd
 from analysis.runs.reading import Columns, number
 
 if TYPE_CHECKING:
-    from analysis.runs.tuning_ledger import Tuned
+    from analysis.runs.tuning_ledger import TunedArm
 
 
 @dataclass
-class Run:
-    """One run, read. Absent files leave empty containers; every oddity is a line of ``notes``."""
+class LoadedRun:
+    """A run read from files. Absent files leave empty containers; each problem adds a line to ``notes``."""
 
     folder: Path
-    """The run folder, or the table that holds a run of another trainer."""
+    """The run folder, or the table that holds an external run."""
     where: str
-    """Its path relative to the folder that was loaded; for a table with what picks the run out of it."""
+    """Path relative to the loaded folder; for a table also the optimizer and seed of the run."""
     config: dict[str, Any]
     summary: dict[str, Any]
     status: dict[str, Any]
@@ -33,25 +33,25 @@ class Run:
     """Metric key → float64 array, one entry per logged step; NaN where a row lacks the key."""
     moments: pd.DataFrame
     state: str
-    """One of `harness.record.schema.STATES`; ``running`` also if the run was killed without a word."""
+    """One of `harness.record.schema.STATES`; ``running`` also if the run was killed before it recorded its end."""
     reason: str
     comparison_key: str
     """Runs that share it have equal data, model, budget and precision."""
     notes: list[str] = field(default_factory=list)
-    foreign: bool = False
-    """Read from a table of another trainer: what it says of data and budget is not checked."""
-    tuning: Tuned | None = None
-    """The study that chose this run's setting (`tuning_ledger.adopt`); None: no study did."""
+    is_external: bool = False
+    """Read from a table of another trainer; what it states about data and budget is not checked."""
+    tuning: TunedArm | None = None
+    """The tuning study that selected this run's setting (`tuning_ledger.attach`); None without one."""
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        """What status.json tells of each attempt."""
-        found = self.status.get("attempts")
-        return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+        """Attempts as status.json records them."""
+        attempts = self.status.get("attempts")
+        return [entry for entry in attempts if isinstance(entry, dict)] if isinstance(attempts, list) else []
 
     @property
     def resumed_at(self) -> list[int]:
-        """Steps from which later attempts went on; an attempt that began anew has none."""
+        """Steps at which later attempts resumed; an attempt that restarted from step 0 has none."""
         steps = [number(attempt.get("first_step")) for attempt in self.attempts[1:]]
         return [int(step) for step in steps if math.isfinite(step) and step > 0]
 
@@ -62,21 +62,19 @@ class Run:
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """Name, learning rate and options, as resolved, without what makes no other arm.
-
-        That is what is only said about them, and the seed of their random draws where it follows the run's.
-        """
-        found = self.config.get("optimizer")
-        if not isinstance(found, dict):
+        """Resolved optimizer options that define an arm, without provenance notes and the run's own seed."""
+        options = self.config.get("optimizer")
+        if not isinstance(options, dict):
             return {}
         skipped = {"lr_source", "lr_tuned"}
-        if found.get("seed") == self.config.get("seed"):
+        # A seed of the optimizer that differs from the run's is an option that somebody set.
+        if options.get("seed") == self.config.get("seed"):
             skipped.add("seed")
-        return {key: value for key, value in found.items() if key not in skipped}
+        return {key: value for key, value in options.items() if key not in skipped}
 
     @property
     def seed(self) -> int:
-        """Seed; −1 where none is recorded."""
+        """Seed of the run; −1 if none is recorded."""
         value = number(self.summary.get("seed", self.config.get("seed")))
         return int(value) if math.isfinite(value) else -1
 
@@ -88,66 +86,63 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Reached its last step with a finite validation loss."""
+        """True if the run reached its last step with a finite validation loss."""
         return math.isfinite(self.final_loss)
 
     @property
     def steps(self) -> float:
-        """Steps done; NaN where nothing tells."""
+        """Number of steps done; NaN if it is not recorded."""
         recorded = number(self.summary.get("steps", self.status.get("step")))
         logged = self.metrics.get("step")
         return float(logged[-1]) if math.isnan(recorded) and logged is not None else recorded
 
     @property
     def certificate(self) -> str:
-        """What is known of its optimizer on its engine (`optbench certify`), in words; empty if not recorded."""
-        found = self.certified
-        if found is None:
+        """Certificate of the optimizer on the run's engine (`optbench certify`) as text; empty if not recorded."""
+        certificate = self.certified
+        if certificate is None:
             return ""
-        if found.get("passed") is None:
-            return f"none: {found.get('reason', 'uncertified cell')}"
-        if not found["passed"]:
+        if certificate.get("passed") is None:
+            return f"none: {certificate.get('reason', 'uncertified cell')}"
+        if not certificate["passed"]:
             return "failed"
         error = self.replay_error
-        words = ["passed"] + ([f"replay error {error:.1e}"] if math.isfinite(error) else [])
-        if found.get("current") is False:
-            words.append("of other sources")
-        return ", ".join(words)
+        parts = ["passed"] + ([f"replay error {error:.1e}"] if math.isfinite(error) else [])
+        if certificate.get("current") is False:
+            parts.append("of other sources")
+        return ", ".join(parts)
 
     @property
     def certified(self) -> dict[str, Any] | None:
-        """The certificate as the run recorded it (`harness.verify.certificates.of_run`); None if it did not."""
-        found = self.environment.get("certificate")
-        return found if isinstance(found, dict) else None
+        """Certificate as the run recorded it (`harness.verify.certificates.of_run`); None if it recorded none."""
+        certificate = self.environment.get("certificate")
+        return certificate if isinstance(certificate, dict) else None
 
     @property
     def replay_error(self) -> float:
-        """Replay error of its certificate; NaN without one."""
+        """Replay error of the certificate; NaN without one."""
         return number((self.certified or {}).get("replay_error"))
 
     @property
     def commit(self) -> str:
         """Git commit of the code; empty if not recorded."""
-        found = self.environment.get("git")
-        commit = found.get("commit") if isinstance(found, dict) else None
+        git = self.environment.get("git")
+        commit = git.get("commit") if isinstance(git, dict) else None
         return commit if isinstance(commit, str) else ""
 
     def fact(self, key: str, part: str | None = None) -> float:
-        """A number of the summary, or of a table in it (``fact("time_s", "optimizer")``); NaN if absent."""
+        """Return a number of the summary, or of a table in it (``fact("time_s", "optimizer")``); NaN if absent."""
         value = self.summary.get(key)
         if part is not None:
             value = value.get(part) if isinstance(value, dict) else None
         return number(value)
 
     def time(self, part: str) -> float:
-        """Seconds per step spent in ``part``: mean over all steps but those of the first row; NaN if
-        unmeasured.
-
-        The mean, not a median over rows: an update that is dear every 200th step pays for it here.
-        """
+        """Return seconds per step spent in ``part``, averaged over all rows but the first; NaN if not measured."""
         values, steps = self.metrics.get(f"time/{part}_s"), self.metrics.get("step")
         if values is None or steps is None or len(steps) < 2:
             return self.fact("time_s", part)
+        # The mean, not a median: it includes updates that are expensive at every 200th step only.
         weights = np.diff(steps)
         kept = np.isfinite(values[1:])
         if not kept.any():
@@ -155,6 +150,6 @@ class Run:
         return float(np.average(values[1:][kept], weights=weights[kept]))
 
     def text(self, key: str) -> str:
-        """A word of the summary, else of the configuration; empty if absent."""
+        """Return a text of the summary; empty if absent."""
         value = self.summary.get(key)
         return "" if value is None else str(value)

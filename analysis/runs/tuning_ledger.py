@@ -1,6 +1,6 @@
-"""tuning.json: every trial of a tuning study, what each optimizer was given, and what was chosen.
+"""tuning.json: all trials of a tuning study, the budget of each optimizer, and the setting that was selected.
 
-`optbench sweep` writes it into the folder of the comparison that it ends with; reports read it from there.
+`optbench sweep` writes it into the folder of its final comparison; reports read it from there.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pydantic import TypeAdapter, ValidationError
 
 from analysis.formatting import to_jsonable
 from analysis.runs import reading
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 from harness.redaction import redact_paths
 
 SCHEMA_VERSION = 1
 FILE = "tuning.json"
 TRIALS = "trials.json"
-"""Left in the folder of the trials: runs below it took part in a choice and are not compared."""
+"""Written into the folder of the trials: runs below it selected a setting and are not compared."""
 SPENT = ("finished", "diverged")
-"""States whose outcome is known: these trials make the budget."""
+"""States with a known outcome: these trials count as budget."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting, trained once.
+    """A setting that was trained once.
 
     Attributes:
         number: from 1, in the order of training.
-        values: option → number or word; an option that is no number of its own is as typed.
-        state: of the run; "pending" if it was not begun.
+        values: option → number, or the text as typed.
+        state: of the run; "pending" if it was not started.
         loss: final validation loss, nats/token; NaN unless it finished with a finite one.
         seconds: training seconds over all attempts; NaN if not recorded.
-        added: by the extension, not by the space.
+        added: True if the extension added it to the search space.
     """
 
     number: int
@@ -52,8 +52,8 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """One optimizer of a study.
+class TunedArm:
+    """An optimizer of a tuning study.
 
     Attributes:
         space: option → list of values or [low, "..", high]; the default ladder is ``{"lr": "ladder"}``.
@@ -61,7 +61,7 @@ class Tuned:
         edges: option → "lowest" or "highest", where the best value lies on the edge of what was tried.
         seed: of the trials.
         confirmed: identities of the runs of the best setting on fresh seeds.
-        lost: of the same study, the optimizers without a finite trial.
+        lost: optimizers of the same study without a finite trial.
     """
 
     label: str
@@ -76,17 +76,17 @@ class Tuned:
 
     @property
     def spent(self) -> list[Trial]:
-        """Trials whose outcome is known."""
+        """Trials with a known outcome."""
         return [trial for trial in self.trials if trial.state in SPENT]
 
     @property
     def seconds(self) -> float:
-        """Training seconds of all trials that recorded them."""
+        """Training seconds, summed over the trials that recorded them."""
         return math.fsum(trial.seconds for trial in self.trials if math.isfinite(trial.seconds))
 
     @property
-    def chosen(self) -> Trial | None:
-        """The best trial."""
+    def best_trial(self) -> Trial | None:
+        """The trial with the lowest loss; None if none finished."""
         return next((trial for trial in self.trials if trial.number == self.best), None)
 
     @property
@@ -95,14 +95,14 @@ class Tuned:
         return Counter(trial.state for trial in self.trials)
 
 
-def best(trials: Sequence[Trial]) -> Trial | None:
-    """The trial with the lowest finite loss, the earlier one of two equal ones; None if there is none."""
+def lowest(trials: Sequence[Trial]) -> Trial | None:
+    """Return the trial with the lowest finite loss, the earlier of two equal ones; None if there is none."""
     finite = [trial for trial in trials if math.isfinite(trial.loss)]
     return min(finite, key=lambda trial: (trial.loss, trial.number), default=None)
 
 
-def to_json(arms: Sequence[Tuned]) -> list[dict[str, Any]]:
-    """Rows for tuning.json and ``--json``; numbers that are not finite are null."""
+def to_json(arms: Sequence[TunedArm]) -> list[dict[str, Any]]:
+    """Return the entries of tuning.json and ``--json``; non-finite numbers become null."""
     rows = []
     for arm in arms:
         facts = asdict(arm)
@@ -112,46 +112,46 @@ def to_json(arms: Sequence[Tuned]) -> list[dict[str, Any]]:
     return rows
 
 
-def read(folder: Path) -> list[Tuned]:
-    """The optimizers of the ledger in a folder; none without one, or where it can't be read."""
+def read(folder: Path) -> list[TunedArm]:
+    """Return the optimizers in a folder's ledger; none if it is absent or damaged."""
     rows = reading.mapping(folder / FILE, []).get("arms")
     arms = [arm for row in (rows if isinstance(rows, list) else []) if (arm := _arm(row)) is not None]
     lost = tuple(arm.label for arm in arms if arm.best is None)
     return [replace(arm, lost=lost) for arm in arms]
 
 
-def _arm(row: Any) -> Tuned | None:
-    """One optimizer; None where the row is not what `to_json` writes."""
+def _arm(row: Any) -> TunedArm | None:
+    """Return one optimizer; None if the row is not one that `to_json` writes."""
     try:
         trials = [
             {**trial, "loss": reading.number(trial["loss"]), "seconds": reading.number(trial["seconds"])}
             for trial in row["trials"]
         ]
-        arm = TypeAdapter(Tuned).validate_python({**row, "trials": trials})
+        arm = TypeAdapter(TunedArm).validate_python({**row, "trials": trials})
     except (KeyError, TypeError, ValidationError):
         return None
-    known = arm.chosen.values if arm.chosen is not None else {}
+    known = arm.best_trial.values if arm.best_trial is not None else {}
     return arm if (arm.best is None or known) and set(arm.edges) <= set(known) else None
 
 
-def public(arm: Tuned) -> Tuned:
-    """Without the paths of this machine, for what leaves it."""
+def public(arm: TunedArm) -> TunedArm:
+    """Return the study with the paths of this machine redacted."""
     return replace(arm, trials=tuple(replace(t, reason=redact_paths(t.reason)) for t in arm.trials))
 
 
-def adopt(runs: Sequence[Run]) -> None:
-    """Tell the runs that a study chose how they were chosen."""
+def attach(runs: Sequence[LoadedRun]) -> None:
+    """Set ``tuning`` of the runs whose setting a study selected."""
     ledgers = {folder: read(folder) for folder in dict.fromkeys(run.folder.parent for run in runs)}
     for run in runs:
         identity = run.text("identity") or str(run.status.get("identity") or "")
-        chosen = [arm for arm in ledgers[run.folder.parent] if identity and identity in arm.confirmed]
-        run.tuning = chosen[0] if chosen else None
+        studies = (arm for arm in ledgers[run.folder.parent] if identity and identity in arm.confirmed)
+        run.tuning = next(studies, None)
 
 
-def without_trials(runs: list[Run], remarks: list[str]) -> list[Run]:
-    """The runs without tuning trials, if others are there; what was left out is said.
+def without_trials(runs: list[LoadedRun], remarks: list[str]) -> list[LoadedRun]:
+    """Return the runs without tuning trials if there are others, and add a remark for each folder of trials.
 
-    The best of several noisy trials is lower than what its setting gives: it must not stand beside fresh runs.
+    The best of several noisy trials is biased low: it must not be compared with runs on fresh seeds.
     """
     folders = dict.fromkeys(run.folder.parent for run in runs)
     marked = {folder for folder in folders if (folder / TRIALS).is_file()}

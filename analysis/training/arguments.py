@@ -21,7 +21,7 @@ size.
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmSpec:
     """A label and the words that choose its optimizer and options."""
 
     label: str
@@ -29,10 +29,10 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """Which runs a comparison consists of."""
 
-    arms: list[Arm]
+    arms: list[ArmSpec]
     seeds: list[int]
     shared: list[str]
     """Words that all runs get."""
@@ -42,13 +42,13 @@ class Plan:
     as_json: bool
     verbosity: Verbosity = Verbosity.NORMAL
 
-    def overrides(self, arm: Arm, seed: int) -> list[str]:
+    def overrides(self, arm: ArmSpec, seed: int) -> list[str]:
         """The words of one run."""
         own = [f"seed={seed}", f"group={self.group}", f"name={arm.label}-seed{seed}"]
         return [*self.shared, *arm.overrides, *own]
 
 
-def plan(argv: Sequence[str], command: str = "compare") -> Plan:
+def plan(argv: Sequence[str], command: str = "compare") -> ComparisonPlan:
     """Read the words after ``optbench compare`` (or those of another ``command`` with the same grammar).
 
     ``NAME`` is an arm; ``seeds=N`` runs the seeds ``seed``, ``seed`` + 1, …; ``NAME.key=value`` sets an
@@ -83,7 +83,7 @@ def plan(argv: Sequence[str], command: str = "compare") -> Plan:
             given[key] = value
         else:
             shared.append(_shared(key.removeprefix("+"), word, labels, command))
-    return Plan(
+    return ComparisonPlan(
         arms=[_arm(label, own[label], command) for label in labels],
         seeds=_seeds(given),
         shared=shared,
@@ -126,7 +126,7 @@ def _shared(key: str, word: str, labels: Sequence[str], command: str) -> str:
     return word
 
 
-def _arm(label: str, options: Mapping[str, str], command: str) -> Arm:
+def _arm(label: str, options: Mapping[str, str], command: str) -> ArmSpec:
     name = options.get("name", label)
     if "target" in options:
         words = [f"optimizer.name={name}", f"optimizer.target={options['target']}"]
@@ -137,7 +137,7 @@ def _arm(label: str, options: Mapping[str, str], command: str) -> Arm:
         fix = closest(name, presets.names()) or f"{label}.target=your.module.Optimizer"
         raise InputError(key, name, "is not an optimizer", allowed=presets.names(), fix=fix)
     rest = [f"optimizer.{key}={value}" for key, value in options.items() if key not in ("name", "target")]
-    return Arm(label, (*words, *rest))
+    return ArmSpec(label, (*words, *rest))
 
 
 def _seeds(given: Mapping[str, str]) -> list[int]:

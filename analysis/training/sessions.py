@@ -18,7 +18,7 @@ import filelock
 
 from analysis.formatting import listing
 from analysis.runs import reading
-from analysis.training.arguments import Plan
+from analysis.training.arguments import ComparisonPlan
 from analysis.training.progress import SessionProgress, Verbosity
 from harness.config import compose
 from harness.errors import InputError
@@ -91,7 +91,7 @@ class Trainer:
 
 
 @contextmanager
-def holding(group: Path) -> Iterator[None]:
+def lock_group(group: Path) -> Iterator[None]:
     """Keep other commands from training runs of the same group meanwhile.
 
     Args:
@@ -209,7 +209,7 @@ class Session:
         return code, f"{state} in {time.monotonic() - started:.1f} s: {result}"
 
 
-def train(plan: Plan) -> tuple[int, Path]:
+def train(plan: ComparisonPlan) -> tuple[int, Path]:
     """Train the runs of a plan that are not finished.
 
     Returns:
@@ -219,14 +219,25 @@ def train(plan: Plan) -> tuple[int, Path]:
         InputError: bad input of any arm; nothing was started.
     """
     with Trainer(as_json=plan.as_json, verbosity=plan.verbosity) as trainer:
-        runs = prepared(plan, trainer.say)
+        runs = prepare_runs(plan, trainer.say)
         folder = runs[0].folder.parent
         session = Session(runs, trainer, group=plan.group)
-        with holding(folder):
+        with lock_group(folder):
             return session.train(), folder
 
 
-def prepared(plan: Plan, say: Callable[[str], None]) -> list[Prepared]:
+def write_provenance(folder: Path, plan: ComparisonPlan) -> None:
+    """Record the command and optimizers of a comparison in its group's folder, after those of earlier commands."""
+    optimizers = [arm.overrides[0].partition("=")[2] for arm in plan.arms]
+    earlier = reading.read_provenance(folder)
+    merged = {
+        "commands": list(dict.fromkeys([*earlier["commands"], plan.command])),
+        "optimizers": list(dict.fromkeys([*earlier["optimizers"], *optimizers])),
+    }
+    atomic.write_json(folder / reading.PROVENANCE_FILE, {"schema_version": 1, **merged})
+
+
+def prepare_runs(plan: ComparisonPlan, say: Callable[[str], None]) -> list[Prepared]:
     """All runs of a plan, composed and checked: seeds outside, arms inside.
 
     Raises:

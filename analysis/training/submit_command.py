@@ -93,9 +93,7 @@ def _compare(words: Sequence[str], request: SubmitRequest) -> Queued:
     request = replace(request, then=(("report", str(home)), *request.then))
     queued = submit.sweep(rows, home, request, done=done, overwrite=overwrite)
     if queued.job is not None:
-        from analysis.report import finish
-
-        finish.leave_origin(home, plan)
+        sessions.write_provenance(home, plan)
     return queued
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from analysis.training.arguments import Plan, plan, verbosity
-from analysis.tuning import space, study_file
+from analysis.training.arguments import ComparisonPlan, plan, verbosity
+from analysis.tuning import space
 from analysis.tuning.space import Axis
 from harness import command_line
+from harness.config import sources, yaml_files
+from harness.config.typed_keys import format_value
 from harness.errors import InputError
 from harness.redaction import redact_argv
 from optimizers import presets
@@ -21,6 +25,9 @@ DEFAULT_TRIALS = 5
 MOST_TRIALS = 1000
 DEFAULT_EXTEND = 2
 """More trials where a best lies on the edge of the default ladder; a space that was given is left as it is."""
+GROUP = "study"
+NUMBERS = ("trials", "seeds", "seed", "extend")
+KNOWN = ("optimizers", *NUMBERS, "space", "run")
 _OWN = ("trials", "extend", "seed", "seeds", "study")
 
 
@@ -37,7 +44,7 @@ class Study:
         dry_run: say what would be done.
     """
 
-    plan: Plan
+    plan: ComparisonPlan
     trials: int
     seed: int
     extend: int
@@ -60,7 +67,7 @@ def read(argv: Sequence[str]) -> Study:
     arguments = command_line.parse("sweep", argv)
     options, words = arguments.options, arguments.rest
     for name in _values(words, "study"):
-        words = study_file.words(name, [word for word in words if not word.startswith("study=")])
+        words = read_study_file(name, [word for word in words if not word.startswith("study=")])
     labels = [word for word in words if "=" not in word]
     own = {key: _whole(words, key) for key in ("trials", "extend", "seed")}
     shared, tuned = _spaces(labels, [word for word in words if word.partition("=")[0] not in _OWN])
@@ -185,3 +192,49 @@ def _extend(given: int | None, spaces: dict[str, tuple[Axis, ...]]) -> int:
     if given is not None:
         return given
     return 0 if any(spaces.values()) else DEFAULT_EXTEND
+
+
+def read_study_file(name: str, given: Sequence[str]) -> list[str]:
+    """The words of a study, and after them those of the command line, which win.
+
+    ``optimizers`` is a list, replaced as a whole by optimizers on the command line; ``space`` maps options (``lr``,
+    ``sumo.rank``) to lists or ranges; ``run`` maps keys of a run, or ``OPTIMIZER.key``, to values.
+
+    Args:
+        name: of the file.
+        given: words of the command line, without ``study=``.
+
+    Raises:
+        InputError: no such study, no YAML, or a key that a study does not have.
+    """
+    path = sources.find(GROUP, name)
+    if path is None:
+        shown = sources.options(GROUP)
+        raise InputError(GROUP, name, allowed=shown, fix=f"study={shown[0]}" if shown else None)
+    content = _load_yaml(path)
+    own = {word.partition("=")[0].removeprefix("optimizer.") for word in given if "=" in word}
+    labels = [word for word in given if "=" not in word and not word.startswith("-")]
+    found = [] if labels else [str(label) for label in content.get("optimizers", ())]
+    pairs = {key: content[key] for key in NUMBERS if key in content}
+    pairs |= {**content.get("run", {}), **content.get("space", {})}
+    found += [f"{key}={_value(value)}" for key, value in pairs.items() if key not in own]
+    return [*found, *given]
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    content = yaml_files.read(GROUP, path)
+    if not isinstance(content, dict):
+        raise InputError(GROUP, path, "holds no keys", allowed=KNOWN)
+    for key, value in content.items():
+        if key not in KNOWN:
+            raise InputError(f"{GROUP} {path.stem}", str(key), "is an unknown key", allowed=KNOWN)
+        kind = list if key == "optimizers" else dict if key in ("space", "run") else int
+        if not isinstance(value, kind):
+            allowed = {list: "a list", dict: "key: value lines", int: "a whole number"}[kind]
+            raise InputError(f"{key} in {path}", value, allowed=allowed)
+    return content
+
+
+def _value(value: Any) -> str:
+    """A value as a word has it: of a list the tuned values, of a list in a list one value that is a list."""
+    return ",".join(map(format_value, value)) if isinstance(value, list) else format_value(value)

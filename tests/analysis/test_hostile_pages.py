@@ -18,7 +18,7 @@ from analysis.compare import document
 from analysis.dashboards import preview, scope
 from analysis.pages import job_page, screenshot
 from analysis.pages.figures import Plot, figure
-from analysis.report import report
+from analysis.report import report_page
 from tests.analysis import synthetic
 from tests.analysis.synthetic import Recipe
 
@@ -86,10 +86,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "runs" / f"{HOSTILE[:20].replace('/', '-')}.csv").write_text(
         f'step,val/loss,optimizer,seed,comparison_key\n1,8.0,"{HOSTILE}",0,k\n200,3.0,"{HOSTILE}",0,k\n'
     )
-    found = document.read(root / "runs")
+    found = document.judge_folder(root / "runs")
     texts = {
-        "report": report.render(found),
-        "picture": report.render_picture(found.sets[0]),
+        "report": report_page.render(found),
+        "picture": report_page.render_picture(found.sets[0]),
         "job": _job_page(),
         "preview": preview.render(found, scope.of(found, None)),
     }

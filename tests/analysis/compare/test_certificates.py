@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from analysis.compare import document
-from analysis.report import report
+from analysis.report import report_page
 from analysis.runs.loading import load
 from tests.analysis import synthetic
 
@@ -42,14 +42,14 @@ def test_the_report_shows_it_and_a_failed_one_is_grave(tmp_path: Path) -> None:
     for folder in tmp_path.iterdir():
         failed = folder.name.startswith("sumo")
         certify(folder, {"passed": False, "current": True} if failed else PASSED)
-    found = document.read(tmp_path)
-    grave = [
-        c.message for judged in found.sets for c in judged.cautions if c.code == "certificate" and c.grave
+    found = document.judge_folder(tmp_path)
+    severe = [
+        c.message for judged in found.sets for c in judged.warnings if c.code == "certificate" and c.severe
     ]
-    assert grave == ["The optimizer failed its certificate on this engine: sumo (seeds 0 and 1)."]
-    page = report.render(found)
+    assert severe == ["The optimizer failed its certificate on this engine: sumo (seeds 0 and 1)."]
+    page = report_page.render(found)
     assert "<td>passed, replay error 1.2e-06</td>" in page
-    assert grave[0] in page
+    assert severe[0] in page
 
 
 @pytest.mark.parametrize(
@@ -67,5 +67,5 @@ def test_an_arm_is_as_certified_as_its_worst_run(
 ) -> None:
     for seed, certificate in enumerate(certificates):
         certify(synthetic.write(tmp_path, synthetic.Recipe(seed=seed)), certificate)
-    (judged,) = document.read(tmp_path).sets
+    (judged,) = document.judge_folder(tmp_path).sets
     assert judged.table.rows[0].cells["certificate"].text == text

@@ -162,7 +162,7 @@ def test_a_report_of_reports_does_not_grow(tmp_path: Path, launcher: Launcher) -
 def test_the_commands_import_no_torch() -> None:
     import subprocess
 
-    code = "import sys, analysis.training.sessions, analysis.report.finish; sys.exit('torch' in sys.modules)"
+    code = "import sys, analysis.training.sessions, analysis.report.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -175,7 +175,7 @@ def test_real_runs_end_in_a_report(
     assert command.main([*small, "sumo.rank=16", "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
     assert [run["state"] for run in data["runs"]] == ["finished", "finished"]
-    (chosen,) = data["comparison"]["sets"]
-    assert chosen["verdict"]["kind"] == "one_seed"
-    state = {row["optimizer"]: row["state"] for row in chosen["table"]["rows"]}
+    (comparison,) = data["comparison"]["sets"]
+    assert comparison["verdict"]["kind"] == "one_seed"
+    state = {row["optimizer"]: row["state"] for row in comparison["table"]["rows"]}
     assert state["sumo"] < state["adamw"]

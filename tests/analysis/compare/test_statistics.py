@@ -28,9 +28,9 @@ def closed_testing(p: np.ndarray) -> np.ndarray:
     m = len(p)
     adjusted = np.zeros(m)
     for size in range(1, m + 1):
-        for chosen in combinations(range(m), size):
-            value = min(1.0, size * min(p[list(chosen)]))
-            for i in chosen:
+        for comparison in combinations(range(m), size):
+            value = min(1.0, size * min(p[list(comparison)]))
+            for i in comparison:
                 adjusted[i] = max(adjusted[i], value)
     return adjusted
 

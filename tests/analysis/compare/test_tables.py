@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from analysis.compare import document, renderings
-from analysis.compare.tables import COLUMNS, Table
+from analysis.compare import document, results_table
+from analysis.compare.results_table import COLUMNS, ResultsTable
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
 
-def table(root: Path) -> Table:
-    (judged,) = document.read(root).sets
+def table(root: Path) -> ResultsTable:
+    (judged,) = document.judge_folder(root).sets
     return judged.table
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Table:
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> ResultsTable:
     """Four arms with three seeds, and a fourth run of galore that diverged."""
     root = synthetic.group(tmp_path_factory.mktemp("mixed"))
     synthetic.write(
@@ -29,7 +29,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Table:
     return table(root)
 
 
-def test_rows_stand_by_mean_loss_with_failures_below_their_arm(mixed: Table) -> None:
+def test_rows_stand_by_mean_loss_with_failures_below_their_arm(mixed: ResultsTable) -> None:
     names = [row.cells["optimizer"].text for row in mixed.rows]
     assert names == ["sumo", "muon", "adamw", "galore", "galore seed 3"]
     assert [row.failed for row in mixed.rows] == [False] * 4 + [True]
@@ -61,11 +61,11 @@ def test_what_is_said_of_a_learning_rate_agrees_with_its_source(
     synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1], lr_source=source, lr_tuned=tuned)
     found = table(tmp_path)
     assert {row.cells["lr_standing"].text for row in found.rows} == {standing}
-    everything = " ".join([renderings.markdown([(found, "")]), renderings.to_csv([found])])
+    everything = " ".join([results_table.markdown([(found, "")]), results_table.to_csv([found])])
     assert not ("untuned" in everything and "tuned at" in everything)
 
 
-def test_figures_are_those_of_the_runs(mixed: Table) -> None:
+def test_figures_are_those_of_the_runs(mixed: ResultsTable) -> None:
     cells = mixed.rows[0].cells
     assert cells["state"].value == pytest.approx((1_300_000 + 900_000 + 4_200_000) / 2**20)
     assert cells["optimizer_ms"].value == pytest.approx(19.0)
@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_runs(mixed: Table) -> None:
     assert cells["n"].text == "3"
 
 
-def test_the_target_is_the_worst_finishing_mean(mixed: Table) -> None:
+def test_the_target_is_the_worst_finishing_mean(mixed: ResultsTable) -> None:
     """The worst arm reaches it with its last step; a better one where its own closed-form curve does."""
     worst = mixed.rows[3].cells
     assert worst["steps_to_target"].value == pytest.approx(200)
@@ -88,13 +88,13 @@ def test_the_target_is_the_worst_finishing_mean(mixed: Table) -> None:
     assert expected <= float(sumo["steps_to_target"].value) <= expected + 5
 
 
-def test_markdown_and_csv_hold_every_cell(mixed: Table) -> None:
-    text = renderings.markdown([(mixed, "The verdict.")])
+def test_markdown_and_csv_hold_every_cell(mixed: ResultsTable) -> None:
+    text = results_table.markdown([(mixed, "The verdict.")])
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
     assert shown == [[row.cells[c.key].text for c in COLUMNS] for row in mixed.rows]
     assert "The verdict." in text
-    parsed = list(csv.reader(io.StringIO(renderings.to_csv([mixed]))))
+    parsed = list(csv.reader(io.StringIO(results_table.to_csv([mixed]))))
     assert len(parsed) == 1 + len(mixed.rows)
     for line, row in zip(parsed[1:], mixed.rows, strict=True):
         for text, column in zip(line[1:], COLUMNS, strict=True):
@@ -107,9 +107,9 @@ def test_markdown_and_csv_hold_every_cell(mixed: Table) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 110, 240])
-def test_the_terminal_shows_every_number_at_any_width(mixed: Table, width: int) -> None:
+def test_the_terminal_shows_every_number_at_any_width(mixed: ResultsTable, width: int) -> None:
     out = io.StringIO()
-    renderings.print_table(mixed, Console(file=out, width=width))
+    results_table.print_table(mixed, Console(file=out, width=width))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     words = out.getvalue().split()
@@ -124,6 +124,6 @@ def test_names_of_markup_and_pipes_are_harmless(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["[red]x|y"], seeds=[0, 1])
     found = table(tmp_path)
     out = io.StringIO()
-    renderings.print_table(found, Console(file=out, width=240))
+    results_table.print_table(found, Console(file=out, width=240))
     assert "[red]x|y" in out.getvalue()
-    assert "[red]x\\|y" in renderings.markdown([(found, "")])
+    assert "[red]x\\|y" in results_table.markdown([(found, "")])

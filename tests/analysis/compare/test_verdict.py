@@ -6,26 +6,26 @@ from typing import Any
 
 import pytest
 
-from analysis.compare.cautions import cautions
-from analysis.compare.comparison import ComparisonSet, compare
+from analysis.compare.comparison import ComparisonSet, group_into_sets
 from analysis.compare.verdict import Verdict, judge
+from analysis.compare.warnings import find_warnings
 from analysis.runs.loading import load
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
 
 def only(root: Path) -> ComparisonSet:
-    (chosen,) = compare(load(root))
-    return chosen
+    (comparison,) = group_into_sets(load(root))
+    return comparison
 
 
 def judged(root: Path) -> Verdict:
     return judge(only(root))
 
 
-def codes(root: Path, *, grave: bool | None = None) -> set[str]:
-    found = cautions(only(root))
-    return {caution.code for caution in found if grave is None or caution.grave == grave}
+def codes(root: Path, *, severe: bool | None = None) -> set[str]:
+    found = find_warnings(only(root))
+    return {warning.code for warning in found if severe is None or warning.severe == severe}
 
 
 def write(root: Path, name: str, seed: int, **changes: Any) -> None:
@@ -41,7 +41,7 @@ def test_a_clear_winner_is_named_with_interval_n_and_scope(tmp_path: Path) -> No
         assert part in verdict.detail
     for part in ("llama_tiny", "1.31 M parameters", "200 steps", "kjv"):
         assert part in verdict.scope
-    assert codes(tmp_path, grave=True) == {"undertrained"}, "0.3 tokens per parameter, and nothing else"
+    assert codes(tmp_path, severe=True) == {"undertrained"}, "0.3 tokens per parameter, and nothing else"
 
 
 def test_one_seed_ranks_nothing(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_one_seed_ranks_nothing(tmp_path: Path) -> None:
     assert (verdict.kind, verdict.winner, verdict.ranks) == ("one_seed", None, False)
     assert "nothing is ranked" in verdict.headline
     assert "lowest" not in verdict.sentence
-    assert "one_seed" in codes(tmp_path, grave=True)
+    assert "one_seed" in codes(tmp_path, severe=True)
 
 
 def test_arms_that_are_alike_are_not_told_apart(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_arms_that_are_alike_are_not_told_apart(tmp_path: Path) -> None:
     assert (verdict.kind, verdict.winner) == ("no_difference", None)
     assert verdict.headline.startswith("No difference shown")
     assert verdict.seeds_needed
-    assert f"n = {verdict.seeds_needed} seeds would show 0.01" in verdict.detail
+    assert f"n = {verdict.seeds_needed} seeds would show a difference of 0.01" in verdict.detail
 
 
 def test_a_shared_lead_names_no_winner(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_shared_lead_names_no_winner(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["muon", "sumo"], range(4), end=3.31)
     verdict = judged(tmp_path)
     assert (verdict.kind, verdict.winner) == ("partial", None)
-    assert "does end below adamw" in verdict.detail
+    assert "ends below adamw" in verdict.detail
 
 
 @pytest.mark.parametrize("state", ["diverged", "failed", "interrupted", "running"])
@@ -75,7 +75,7 @@ def test_a_run_that_did_not_finish_withholds_the_winner(tmp_path: Path, state: s
     verdict = judged(tmp_path)
     assert (verdict.kind, verdict.winner, verdict.ranks) == ("withheld", None, True)
     assert "1 of 13 runs did not finish" in verdict.headline
-    assert state in codes(tmp_path, grave=True)
+    assert state in codes(tmp_path, severe=True)
 
 
 def test_a_sentence_within_a_sentence_starts_small(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_lead_over_many_names_three(tmp_path: Path) -> None:
     for index in range(5):
         synthetic.group(tmp_path, [f"worse{index}"], end=3.8 + 0.1 * index, noise=0.0005)
     detail = judged(tmp_path).detail
-    assert "does end below" in detail
+    assert "ends below" in detail
     assert detail.count("worse") == 3
     assert "and 2 others." in detail
 
@@ -101,7 +101,7 @@ def test_unequal_budgets_withhold_and_rank_nothing(tmp_path: Path) -> None:
     assert (verdict.kind, verdict.ranks) == ("withheld", False)
     assert "150 to 200" in verdict.headline
     assert "lowest" not in verdict.sentence
-    assert "unequal_budget" in codes(tmp_path, grave=True)
+    assert "unequal_budget" in codes(tmp_path, severe=True)
 
 
 def test_nothing_learned_ranks_nothing(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_nothing_learned_ranks_nothing(tmp_path: Path) -> None:
     verdict = judged(tmp_path)
     assert (verdict.kind, verdict.ranks) == ("withheld", False)
     assert "unigram entropy" in verdict.headline
-    assert "above_entropy" in codes(tmp_path, grave=True)
+    assert "above_entropy" in codes(tmp_path, severe=True)
 
 
 def test_a_missing_seed_is_said_and_the_rest_is_used(tmp_path: Path) -> None:
@@ -119,15 +119,15 @@ def test_a_missing_seed_is_said_and_the_rest_is_used(tmp_path: Path) -> None:
     verdict = judged(tmp_path)
     assert verdict.common_seeds == 2
     assert verdict.kind in ("winner", "partial", "no_difference")
-    assert "missing_seed" in codes(tmp_path, grave=True)
+    assert "missing_seed" in codes(tmp_path, severe=True)
 
 
 def test_different_budgets_are_different_sets(tmp_path: Path) -> None:
     synthetic.group(tmp_path / "short", seeds=[0, 1])
     synthetic.group(tmp_path / "long", seeds=[0, 1, 2], steps=400, overrides={"steps": 400})
-    sets = compare(load(tmp_path))
-    assert [len(chosen.runs) for chosen in sets] == [12, 8]
-    assert len({chosen.key for chosen in sets}) == 2
+    sets = group_into_sets(load(tmp_path))
+    assert [len(comparison.runs) for comparison in sets] == [12, 8]
+    assert len({comparison.key for comparison in sets}) == 2
 
 
 def test_arms_of_one_name_are_told_apart_by_their_options(tmp_path: Path) -> None:
@@ -139,16 +139,16 @@ def test_arms_of_one_name_are_told_apart_by_their_options(tmp_path: Path) -> Non
 def test_a_run_made_twice_counts_once(tmp_path: Path) -> None:
     synthetic.group(tmp_path / "a", ["adamw", "sumo"])
     synthetic.group(tmp_path / "b", ["sumo"], [0])
-    chosen = only(tmp_path)
-    assert [arm.final.n for arm in chosen.arms] == [3, 3]
-    assert "set_aside" in codes(tmp_path, grave=False)
+    comparison = only(tmp_path)
+    assert [arm.final.n for arm in comparison.arms] == [3, 3]
+    assert "set_aside" in codes(tmp_path, severe=False)
 
 
-def test_cautions_for_what_weakens_the_numbers(tmp_path: Path) -> None:
+def test_warnings_for_what_weakens_the_numbers(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw"], epochs=2.5, lr_tuned=False)
     synthetic.group(tmp_path, ["sumo"], epochs=2.5, summary={"device": "NVIDIA H100", "skipped_steps": 2})
     expected = {"epochs", "untuned_lr", "unequal_tuning", "undertrained", "different_machines"}
-    assert codes(tmp_path, grave=True) == {*expected, "skipped_steps"}
+    assert codes(tmp_path, severe=True) == {*expected, "skipped_steps"}
 
 
 @pytest.mark.parametrize(("tokens", "warned"), [(19.9, True), (20.1, False)])
@@ -156,7 +156,7 @@ def test_undertrained_is_below_twenty_tokens_per_parameter(
     tmp_path: Path, tokens: float, warned: bool
 ) -> None:
     synthetic.group(tmp_path, ["adamw"], summary={"parameters": 200 * 2048 / tokens})
-    assert ("undertrained" in codes(tmp_path, grave=True)) is warned
+    assert ("undertrained" in codes(tmp_path, severe=True)) is warned
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_unequal_care_for_learning_rates_is_said(
 ) -> None:
     synthetic.group(tmp_path, ["adamw"])
     synthetic.group(tmp_path, ["sumo"], summary={"lr_source": source, "lr_tuned": tuned})
-    found = [c.message for c in cautions(only(tmp_path)) if c.code == "unequal_tuning"]
+    found = [c.message for c in find_warnings(only(tmp_path)) if c.code == "unequal_tuning"]
     assert found == ([f"Unequal tuning of the learning rate: {said}."] if said else [])
 
 
@@ -187,13 +187,13 @@ def test_resumed_is_grave_and_says_where_begun_anew_is_a_note(tmp_path: Path) ->
     synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1])
     attempts(tmp_path / "sumo-seed1", 0, 80, 140)
     attempts(tmp_path / "adamw-seed0", 0, 0)
-    found = {c.code: c for c in cautions(only(tmp_path)) if c.code in ("resumed", "record")}
-    assert found["resumed"].grave
+    found = {c.code: c for c in find_warnings(only(tmp_path)) if c.code in ("resumed", "record")}
+    assert found["resumed"].severe
     assert (
         found["resumed"].message
         == "Resumed: sumo seed 1 at step 80 and 140. Seconds are summed over attempts."
     )
-    assert not found["record"].grave
+    assert not found["record"].severe
     assert found["record"].message.startswith("adamw-seed0: begun anew 1 time")
 
 
@@ -206,7 +206,7 @@ def test_an_uncertified_cell_is_grave(tmp_path: Path) -> None:
         if folder.name.startswith("sumo"):
             del environment["certificate"]
         (folder / "environment.json").write_text(json.dumps(environment))
-    found = [c.message for c in cautions(only(tmp_path)) if c.code == "uncertified" and c.grave]
+    found = [c.message for c in find_warnings(only(tmp_path)) if c.code == "uncertified" and c.severe]
     assert found == [
         "No certificate for muon: options that differ: side.",
         "No certificate is recorded for sumo.",

@@ -112,19 +112,19 @@ def _commit_artifact(server: Server, asked: dict[str, Any]) -> Any:
 
 def _list_runs(server: Server, asked: dict[str, Any]) -> Any:
     wanted = json.loads(asked.get("filters") or "{}")
-    chosen = [
+    comparison = [
         run
         for run in server.runs.values()
         if run.project == asked["project"]
         and run.group == wanted.get("group", run.group)
         and run.job_type == wanted.get("jobType", run.job_type)
     ]
-    edges = [{"node": _listed(run), "cursor": run.name} for run in chosen]
-    page = {"endCursor": chosen[-1].name if chosen else None, "hasNextPage": False}
+    edges = [{"node": _listed(run), "cursor": run.name} for run in comparison]
+    page = {"endCursor": comparison[-1].name if comparison else None, "hasNextPage": False}
     listed = {"edges": edges, "pageInfo": page}
     if asked["project"] not in server.projects:
         return {"project": None}
-    return {"project": {"internalId": "1", "runCount": len(chosen), "readOnly": False, "runs": listed}}
+    return {"project": {"internalId": "1", "runCount": len(comparison), "readOnly": False, "runs": listed}}
 
 
 def _one_run(server: Server, asked: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ PANELS = [panel for section in SECTIONS for panel in section.panels]
 
 
 def _scope(root: Path) -> Scope:
-    return scope.of(document.read(root), None)
+    return scope.of(document.judge_folder(root), None)
 
 
 def test_every_key_is_one_that_runs_record() -> None:
@@ -63,7 +63,7 @@ def test_the_workspace_holds_every_panel_folded_over_seeds(tmp_path: Path) -> No
 
 
 def test_the_report_says_the_verdict_and_shows_every_panel(tmp_path: Path) -> None:
-    shown = document.read(synthetic.group(tmp_path))
+    shown = document.judge_folder(synthetic.group(tmp_path))
     where = scope.of(shown, ("team", "p"))
     found = workspace.to_json(workspace.report(where, shown, "name", online=False))
     assert (found["displayName"], found["project"]) == ("name", {"name": "p", "entityName": "team"})
@@ -85,7 +85,7 @@ def test_the_report_says_the_verdict_and_shows_every_panel(tmp_path: Path) -> No
 
 
 def test_the_same_comparison_makes_the_same_definition(tmp_path: Path) -> None:
-    shown = document.read(synthetic.group(tmp_path))
+    shown = document.judge_folder(synthetic.group(tmp_path))
     where = scope.of(shown, None)
     for make in (
         lambda: workspace.workspace(where, "n"),
@@ -109,21 +109,21 @@ def test_runs_of_two_projects_need_a_word(tmp_path: Path) -> None:
     for index, project in enumerate(("a", "b")):
         keys = {"wandb": {"project": project, "entity": None}}
         synthetic.write(tmp_path, Recipe("sumo", seed=index, overrides=keys), project)
-    shown = document.read(tmp_path)
+    shown = document.judge_folder(tmp_path)
     with pytest.raises(InputError, match=r"several W&B projects; fix: .*--wandb=ENTITY/PROJECT"):
         scope.of(shown, None)
     assert scope.of(shown, ("team", "a")).project == "a"
 
 
 def test_the_page_draws_what_was_recorded_and_names_what_was_not(tmp_path: Path) -> None:
-    shown = document.read(synthetic.group(tmp_path))
+    shown = document.judge_folder(synthetic.group(tmp_path))
     where = scope.of(shown, None)
-    chosen = shown.sets[0].chosen
+    comparison = shown.sets[0].comparison
     recorded = {key for run in shown.runs for key in run.metrics} | {"best_val_loss"}
     for panel in PANELS:
         if panel.kind == "comparer":
             continue
-        plot = preview.panel_plot(panel, chosen, "k")
+        plot = preview.panel_plot(panel, comparison, "k")
         assert (plot is not None) == bool(recorded & set(panel.y)), panel.title
         if plot is None:
             continue
@@ -136,11 +136,11 @@ def test_the_page_draws_what_was_recorded_and_names_what_was_not(tmp_path: Path)
 
 
 def test_a_mean_and_its_range_are_those_of_the_seeds(tmp_path: Path) -> None:
-    shown = document.read(synthetic.group(tmp_path, ["sumo"]))
+    shown = document.judge_folder(synthetic.group(tmp_path, ["sumo"]))
     (judged,) = shown.sets
     finals = [run.final_loss for run in shown.runs]
     bar = next(panel for panel in PANELS if panel.title == "Validation loss at the last evaluation")
-    plot = preview.panel_plot(bar, judged.chosen, "k")
+    plot = preview.panel_plot(bar, judged.comparison, "k")
     assert plot is not None
     (trace,) = plot.figure["data"]
     assert trace["x"] == pytest.approx([sum(finals) / 3], abs=1e-12)
@@ -151,7 +151,7 @@ def test_a_mean_and_its_range_are_those_of_the_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["🚀 fast", "a+b=c|d $5", "👩‍👩‍👧" * 60, "x\u202e\x1b[1m", "^`~", ""])
 def test_w_and_b_takes_a_group_of_any_name(tmp_path: Path, name: str) -> None:
     synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1], has_moments=False, log_every=50)
-    found = document.read(tmp_path)
+    found = document.judge_folder(tmp_path)
     for run in found.runs:
         run.config["group"] = name
     where = scope.of(found, None)

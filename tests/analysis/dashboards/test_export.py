@@ -54,8 +54,8 @@ def test_a_comparison_comes_back_with_its_verdict(
     out, err = capsys.readouterr()
     assert "6 runs read from W&B" in err
     (back,) = json.loads(out)["comparison"]["sets"]
-    (judged,) = document.read(source).sets
-    original = document.to_json(document.read(source))["comparison"]["sets"][0]
+    (judged,) = document.judge_folder(source).sets
+    original = document.to_json(document.judge_folder(source))["comparison"]["sets"][0]
     for key in ("verdict", "arms", "pairs", "seeds", "target", "key", "unigram_entropy"):
         assert back[key] == original[key], key
     rows = {row["optimizer"]: row for row in back["table"]["rows"]}
@@ -65,7 +65,7 @@ def test_a_comparison_comes_back_with_its_verdict(
     assert kept == [
         json.loads(line) for line in (source / "sumo-seed0" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert judged.chosen.key == back["key"]
+    assert judged.comparison.key == back["key"]
 
 
 def test_what_the_mirror_sends_comes_back_row_by_row(
@@ -145,7 +145,7 @@ def test_odd_runs_are_kept_or_named(server: Server, tmp_path: Path) -> None:
         "muon-seed0",
         "sumo-seed0-id3",
     ]
-    runs = {run.where.split("/")[-1]: run for run in document.read(tmp_path / "here").runs}
+    runs = {run.where.split("/")[-1]: run for run in document.judge_folder(tmp_path / "here").runs}
     assert {name: run.state for name, run in runs.items()} == {
         "sumo-seed0": "finished",
         "adamw-seed0": "running",

@@ -15,14 +15,14 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from analysis import formatting
-from analysis.compare import comparison, document
+from analysis.compare import document
+from analysis.compare.comparison import group_into_sets
 from analysis.compare.document import Document
 from analysis.pages import screenshot
-from analysis.report import details, provenance, report
-from analysis.report.cost_plots import memory, step_time
+from analysis.report import details, report, report_page
 from analysis.report.main_plot import main_plot
-from analysis.report.moment_plots import find, heat_map, over_depth, over_steps
-from analysis.report.spectra import short
+from analysis.report.moment_plots import heat_map, over_depth, over_steps, read_spectra, short
+from analysis.report.plots import memory, step_time
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
@@ -33,12 +33,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Document:
     root = synthetic.group(tmp_path_factory.mktemp("runs"), seeds=[0, 1])
     synthetic.write(root, Recipe(**{**vars(TYPICAL["muon"]), "seed": 2, "state": "diverged", "stop_at": 70}))
     synthetic.write(root / "other", Recipe("adamw", steps=400, overrides={"steps": 400}))
-    return document.read(root)
+    return document.judge_folder(root)
 
 
 @pytest.fixture(scope="module")
 def html(found: Document) -> str:
-    return report.render(found)
+    return report_page.render(found)
 
 
 class Tags(HTMLParser):
@@ -130,7 +130,7 @@ def test_words_from_runs_can_not_break_the_page(tmp_path: Path) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         facts = json.loads((folder / "summary.json").read_text())
         (folder / "summary.json").write_text(json.dumps({**facts, "optimizer": evil, "command": evil}))
-    page = parsed(report.render(document.read(tmp_path)))
+    page = parsed(report_page.render(document.judge_folder(tmp_path)))
     assert page.errors == []
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 4
@@ -164,17 +164,17 @@ def test_the_command_of_the_comparison_is_shown(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text(
         json.dumps({"commands": [command], "optimizers": ["sumo", "adamw"]})
     )
-    read = document.read(tmp_path)
-    assert command in report.render(read)
-    assert [arm.label for arm in read.sets[0].chosen.arms] == ["sumo", "adamw", "galore", "muon"]
+    read = document.judge_folder(tmp_path)
+    assert command in report_page.render(read)
+    assert [arm.label for arm in read.sets[0].comparison.arms] == ["sumo", "adamw", "galore", "muon"]
 
 
 def test_the_finish_shows_all_arms_that_learned_and_no_more(tmp_path: Path) -> None:
     """An arm that stayed above the unigram entropy must not flatten the others."""
     synthetic.group(tmp_path, seeds=[0, 1])
     synthetic.group(tmp_path, ["stuck"], seeds=[0, 1], end=8.0)
-    (judged,) = document.read(tmp_path).sets
-    main = main_plot(judged.chosen)
+    (judged,) = document.judge_folder(tmp_path).sets
+    main = main_plot(judged.comparison)
     assert main
     meta = main.figure["layout"]["meta"]
     low, high = meta["ranges"]["tokens"]["finish"]["y"]
@@ -186,11 +186,11 @@ def test_the_finish_shows_all_arms_that_learned_and_no_more(tmp_path: Path) -> N
 
 
 def test_bands_span_the_seeds(found: Document) -> None:
-    main = main_plot(found.sets[0].chosen)
+    main = main_plot(found.sets[0].comparison)
     assert main
     bands = [trace for trace in main.figure["data"] if trace["meta"].get("band")]
     assert len(bands) == 4
-    arm = found.sets[0].chosen.arms[0]
+    arm = found.sets[0].comparison.arms[0]
     finals = [run.final_loss for run in arm.finished]
     half = len(bands[0]["y"]) // 2
     assert bands[0]["y"][half - 1] == max(finals)
@@ -199,8 +199,8 @@ def test_bands_span_the_seeds(found: Document) -> None:
 
 def test_a_run_that_was_evaluated_once_shows_its_training_loss(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw", "sumo"], eval_every=1000)
-    (judged,) = document.read(tmp_path).sets
-    main = main_plot(judged.chosen)
+    (judged,) = document.judge_folder(tmp_path).sets
+    main = main_plot(judged.comparison)
     assert main
     assert main.title == "Training loss"
 
@@ -219,9 +219,9 @@ def test_thinning_keeps_spikes_and_ends(found: Document) -> None:
 
 
 def test_bars_and_spectra_carry_the_measured_numbers(found: Document) -> None:
-    chosen = found.sets[0].chosen
-    spectra = find(chosen)
-    times, sizes, heat = step_time(chosen), memory(chosen), heat_map(chosen, spectra)
+    comparison = found.sets[0].comparison
+    spectra = read_spectra(comparison)
+    times, sizes, heat = step_time(comparison), memory(comparison), heat_map(comparison, spectra)
     assert times
     assert sizes
     assert heat
@@ -234,7 +234,7 @@ def test_bars_and_spectra_carry_the_measured_numbers(found: Document) -> None:
     assert len(heat.figure["data"][0]["z"]) == 28
     shown = {
         plot.key: {t["name"] for t in plot.figure["data"]}
-        for plots in (over_steps(chosen, spectra), over_depth(chosen, spectra))
+        for plots in (over_steps(comparison, spectra), over_depth(comparison, spectra))
         for plot in plots.values()
     }
     assert len(shown) == 10
@@ -253,8 +253,8 @@ def test_figures_over_depth_are_those_of_the_last_probe(tmp_path: Path) -> None:
         for part, x in (("up_proj", 1), ("down_proj", 3), ("gate_proj", 2))
     ]
     pd.DataFrame(rows).to_parquet(folder / "moments.parquet")
-    (judged,) = document.read(tmp_path).sets
-    plot = over_depth(judged.chosen, find(judged.chosen))["condition_number"]
+    (judged,) = document.judge_folder(tmp_path).sets
+    plot = over_depth(judged.comparison, read_spectra(judged.comparison))["condition_number"]
     median, largest = plot.figure["data"]
     assert median["x"] == [0, 2, 10], "blocks by number, not by letter"
     assert median["y"] == pytest.approx([200 * 10.0**b for b in (0, 2, 10)])
@@ -265,8 +265,8 @@ def test_figures_over_depth_are_those_of_the_last_probe(tmp_path: Path) -> None:
 def test_heat_maps_stay_light_with_many_arms_and_matrices(tmp_path: Path) -> None:
     for arm in range(12):
         synthetic.write(tmp_path, Recipe(f"arm{arm}", layers=24, steps=4000, log_every=100))
-    (judged,) = document.read(tmp_path).sets
-    heat = heat_map(judged.chosen, find(judged.chosen))
+    (judged,) = document.judge_folder(tmp_path).sets
+    heat = heat_map(judged.comparison, read_spectra(judged.comparison))
     assert heat
     cells = sum(len(t["z"]) * len(t["z"][0]) for t in heat.figure["data"])
     assert 50_000 < cells <= 150_000
@@ -275,7 +275,7 @@ def test_heat_maps_stay_light_with_many_arms_and_matrices(tmp_path: Path) -> Non
 
 
 def test_every_parameter_is_listed_with_the_rule_of_each_arm(found: Document) -> None:
-    head, body = details.parameters(found.sets[0].chosen)
+    head, body = details.parameters(found.sets[0].comparison)
     assert head == ["parameter", "shape", "adamw", "galore", "muon", "sumo"]
     rows = {row[0]: row[1:] for row in body}
     assert rows["model.layers.[0–3].self_attn.q_proj.weight"] == [
@@ -298,8 +298,8 @@ def test_blocks_with_other_rules_stand_apart(tmp_path: Path) -> None:
         if row["name"] == "model.layers.1.mlp.up_proj.weight":
             row["rule"] = "adamw"
     path.write_text(json.dumps(rows))
-    (judged,) = document.read(tmp_path).sets
-    body = details.parameters(judged.chosen)[1]
+    (judged,) = document.judge_folder(tmp_path).sets
+    body = details.parameters(judged.comparison)[1]
     mine = {row[0]: row[2] for row in body if "up_proj" in row[0]}
     assert mine == {
         "model.layers.[0, 2, 3].mlp.up_proj.weight": "sumo",
@@ -310,20 +310,20 @@ def test_blocks_with_other_rules_stand_apart(tmp_path: Path) -> None:
 def test_differences_outside_of_the_optimizer_stand_apart(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw"], [0], overrides={"max_grad_norm": 2.0})
     synthetic.group(tmp_path, ["sumo"], [0], options={"rank": 32})
-    runs = document.read(tmp_path).runs
+    runs = document.judge_folder(tmp_path).runs
     for run in runs:
         run.comparison_key = "same"
-    (chosen,) = comparison.compare(runs)
-    outside, own = details.config_difference(chosen)
+    (comparison,) = group_into_sets(runs)
+    outside, own = details.config_difference(comparison)
     assert outside == (["key", "adamw", "sumo"], [["max_grad_norm", "2.0", "1.0"]])
     assert [row[0] for row in own[1]] == ["optimizer.name", "optimizer.lr", "optimizer.rank"]
 
 
 def test_the_finish_stands_in_numbers_too(found: Document) -> None:
-    head, body = details.finish(found.sets[0].chosen)
+    head, body = details.last_evaluations(found.sets[0].comparison)
     assert head == ["step", "adamw", "galore", "muon", "sumo"]
     assert [row[0] for row in body] == [str(step) for step in range(20, 201, 20)]
-    assert body[-1][1:] == [formatting.loss(arm.final.mean) for arm in found.sets[0].chosen.arms]
+    assert body[-1][1:] == [formatting.loss(arm.final.mean) for arm in found.sets[0].comparison.arms]
 
 
 def test_where_it_came_from_is_said_once_and_where_runs_disagree_twice(tmp_path: Path) -> None:
@@ -331,16 +331,16 @@ def test_where_it_came_from_is_said_once_and_where_runs_disagree_twice(tmp_path:
     path = tmp_path / "sumo-seed0" / "environment.json"
     changed = {**json.loads(path.read_text()), "git": {"commit": "f" * 40, "modified": True}}
     path.write_text(json.dumps(changed))
-    (judged,) = document.read(tmp_path).sets
-    told = dict(provenance.provenance(judged.chosen))
+    (judged,) = document.judge_folder(tmp_path).sets
+    told = dict(details.provenance(judged.comparison))
     assert told["code"] == (
         "optbench 0.1.0, commit 0123456789 | optbench 0.1.0, commit ffffffffff with uncommitted changes"
     )
     assert told["versions"] == "Python 3.11.2, torch 2.13.0+cpu"
     assert told["machine"] == "cpu, 2 processes (ddp)"
     assert told["corpus"] == "c" * 12
-    assert told["comparison key"] == judged.chosen.key
-    assert "different_code" in {c.code for c in judged.cautions}
+    assert told["comparison key"] == judged.comparison.key
+    assert "different_code" in {c.code for c in judged.warnings}
 
 
 def test_commands_are_those_that_made_each_set(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_commands_are_those_that_made_each_set(tmp_path: Path) -> None:
     synthetic.group(tmp_path / "a", ["adamw", "sumo"], [0])
     synthetic.group(tmp_path / "b", ["muon"], [0])
     (tmp_path / "a" / "compare.json").write_text(json.dumps({"commands": ["optbench compare adamw sumo"]}))
-    (judged,) = document.read(tmp_path).sets
+    (judged,) = document.judge_folder(tmp_path).sets
     assert judged.commands == [
         "optbench compare adamw sumo",
         "optbench train optimizer=muon seed=0 steps=200",
@@ -357,10 +357,10 @@ def test_commands_are_those_that_made_each_set(tmp_path: Path) -> None:
 
 def test_an_axis_that_an_arm_lacks_is_named(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw"], [0, 1])
-    key = document.read(tmp_path).runs[0].comparison_key
+    key = document.judge_folder(tmp_path).runs[0].comparison_key
     (tmp_path / "soap.csv").write_text(f"step,val/loss,comparison_key\n100,4,{key}\n200,3.4,{key}\n")
-    (judged,) = document.read(tmp_path).sets
-    main = main_plot(judged.chosen)
+    (judged,) = document.judge_folder(tmp_path).sets
+    main = main_plot(judged.comparison)
     assert main
     assert main.axes == ["steps"]
     for words_ in ("Not over tokens: soap records none.", "Not over FLOPs: soap records none."):
@@ -392,9 +392,9 @@ def test_what_is_wrong_with_runs_is_on_the_page_beside_the_rest(tmp_path: Path) 
     ):
         target = tmp_path / name / path
         target.write_text(json.dumps({**json.loads(target.read_text()), **changes}))
-    found = document.read(tmp_path)
-    page = report.render(found)
-    grave = [caution.message for caution in document.grave(found)]
+    found = document.judge_folder(tmp_path)
+    page = report_page.render(found)
+    severe = [warning.message for judged in found.sets for warning in judged.warnings if warning.severe]
     for text in (
         "No winner is named: 2 of 12 runs did not finish.",
         "sumo has no run with seed 2 or 3; pairs use common seeds only.",
@@ -403,7 +403,7 @@ def test_what_is_wrong_with_runs_is_on_the_page_beside_the_rest(tmp_path: Path) 
         "Resumed: adamw seed 1 at step 80.",
     ):
         assert text in page
-        assert any(text in message for message in grave) or text == found.sets[0].verdict.headline
+        assert any(text in message for message in severe) or text == found.sets[0].verdict.headline
     for text in (
         "the last line of metrics.jsonl is torn",
         "muon-seed3: no summary.json: the run is not over, or was killed.",
@@ -411,8 +411,8 @@ def test_what_is_wrong_with_runs_is_on_the_page_beside_the_rest(tmp_path: Path) 
         "galore-seed2: finished without a finite validation loss: it counts as failed.",
     ):
         assert text in page
-    labels = [arm.label for arm in found.sets[0].chosen.arms]
-    assert [(arm.label, arm.final.n) for arm in found.sets[0].chosen.arms] == list(
+    labels = [arm.label for arm in found.sets[0].comparison.arms]
+    assert [(arm.label, arm.final.n) for arm in found.sets[0].comparison.arms] == list(
         zip(labels, [3, 2, 3, 2], strict=True)
     )
 
@@ -420,12 +420,12 @@ def test_what_is_wrong_with_runs_is_on_the_page_beside_the_rest(tmp_path: Path) 
 def test_many_commands_and_pairs_are_folded(tmp_path: Path) -> None:
     for arm in range(13):
         synthetic.write(tmp_path, Recipe("sumo", options={"rank": arm}, has_moments=False), f"{arm}")
-    page = report.render(document.read(tmp_path))
+    page = report_page.render(document.judge_folder(tmp_path))
     assert "<summary>78 pairs of 13 optimizers</summary>" in page
-    (judged,) = document.read(tmp_path).sets
+    (judged,) = document.judge_folder(tmp_path).sets
     judged.commands[:] = [f"optbench train seed={seed}" for seed in range(9)]
     again = document.Document(tmp_path, [], [judged])
-    assert "<summary>9 commands</summary>" in report.render(again)
+    assert "<summary>9 commands</summary>" in report_page.render(again)
 
 
 def test_runs_without_measurements_still_make_a_page(tmp_path: Path) -> None:
@@ -433,4 +433,4 @@ def test_runs_without_measurements_still_make_a_page(tmp_path: Path) -> None:
         folder = synthetic.write(tmp_path, Recipe(seed=seed, has_moments=False))
         for name in ("parameters.json", "environment.json", "metrics.jsonl"):
             (folder / name).unlink()
-    assert parsed(report.render(document.read(tmp_path))).errors == []
+    assert parsed(report_page.render(document.judge_folder(tmp_path))).errors == []

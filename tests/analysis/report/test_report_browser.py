@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from analysis.compare import document
 from analysis.pages import screenshot
-from analysis.report import report
+from analysis.report import report_page
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
@@ -43,7 +43,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     failed = {"seed": 3, "state": "diverged", "stop_at": 700, "steps": 2000, "overrides": {"steps": 2000}}
     synthetic.write(root / "runs", Recipe(**{**vars(TYPICAL["galore"]), **failed}))
     path = root / "report.html"
-    path.write_text(report.render(document.read(root / "runs")))
+    path.write_text(report_page.render(document.judge_folder(root / "runs")))
     return path
 
 
@@ -306,18 +306,18 @@ def test_the_heat_map_follows_its_choice(wide: Visit) -> None:
     canvas.scroll_into_view_if_needed()
     canvas.locator(".main-svg").first.wait_for()
     data = "document.querySelector('[data-figure=set0-heat]').data"
-    chosen = f"{data}.filter(t => t.visible).map(t => t.meta.choice.join())"
+    comparison = f"{data}.filter(t => t.visible).map(t => t.meta.choice.join())"
     figure, optimizer = wide.page.locator("#set0-heat-figure select").all()
-    assert wide.page.evaluate(chosen) == ["0,0"]
+    assert wide.page.evaluate(comparison) == ["0,0"]
     optimizer.select_option(label="sumo")
-    wide.until(lambda page: page.evaluate(chosen) == ["0,3"])
+    wide.until(lambda page: page.evaluate(comparison) == ["0,3"])
     figure.select_option(label="polar error")
-    wide.until(lambda page: page.evaluate(chosen) == ["4,3"])
+    wide.until(lambda page: page.evaluate(comparison) == ["4,3"])
     optimizer.select_option(label="adamw")
-    wide.until(lambda page: page.evaluate(chosen) == [])
+    wide.until(lambda page: page.evaluate(comparison) == [])
     sync_api.expect(canvas).to_contain_text("not recorded for this optimizer")
     optimizer.select_option(label="muon")
-    wide.until(lambda page: page.evaluate(chosen) == ["4,2"])
+    wide.until(lambda page: page.evaluate(comparison) == ["4,2"])
     sync_api.expect(canvas).not_to_contain_text("not recorded")
 
 
@@ -339,7 +339,7 @@ def test_two_hundred_runs_open(browser: Any, tmp_path: Path, arms: int) -> None:
             recipe = Recipe("sumo", seed, end=3.3 + 0.01 * arm, options=options, has_moments=False)
             synthetic.write(tmp_path, recipe, f"{arm}-{seed}")
     path = tmp_path / "report.html"
-    path.write_text(report.render(document.read(tmp_path)))
+    path.write_text(report_page.render(document.judge_folder(tmp_path)))
     assert path.stat().st_size < 8_000_000
     for width in (1280, 390):
         visit = Visit(browser, path, width=width, scheme="light")
@@ -360,7 +360,7 @@ def test_two_hundred_runs_open(browser: Any, tmp_path: Path, arms: int) -> None:
 def test_an_empty_folder_has_a_page(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
     path = tmp_path / "report.html"
-    path.write_text(report.render(document.read(tmp_path)))
+    path.write_text(report_page.render(document.judge_folder(tmp_path)))
     page = browser.new_page(viewport={"width": 390, "height": 900})
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -376,9 +376,9 @@ def test_an_empty_folder_has_a_page(browser: Any, tmp_path: Path) -> None:
 def test_the_picture_is_a_png_of_the_plot(page_file: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    (judged,) = document.read(page_file.parent / "runs").sets
+    (judged,) = document.judge_folder(page_file.parent / "runs").sets
     target = tmp_path / "comparison.png"
-    remark = screenshot.photograph(report.render_picture(judged), target, width=1200, height=640)
+    remark = screenshot.take_screenshot(report_page.render_picture(judged), target, width=1200, height=640)
     assert remark is None
     with Image.open(target) as image:
         assert image.size == (2400, 1280)

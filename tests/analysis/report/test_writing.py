@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis.compare import document, renderings
+from analysis.compare import document, results_table
 from analysis.pages import matplotlib_figures, screenshot
 from analysis.report import command as report_command
-from analysis.report import report
+from analysis.report import report, report_page
 from harness import cli
 from harness.errors import InputError
 from tests.analysis import synthetic
@@ -56,7 +56,7 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_a_full_disk_leaves_the_report_of_before(runs: Path, tmp_path: Path, size: int) -> None:
     out = tmp_path / "out"
-    found = document.read(runs)
+    found = document.judge_folder(runs)
     report.write(found, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with largest_file(size), pytest.raises(InputError, match="can't be written to") as caught:
@@ -67,7 +67,7 @@ def test_a_full_disk_leaves_the_report_of_before(runs: Path, tmp_path: Path, siz
 
 def test_a_full_disk_leaves_no_half_of_a_first_report(runs: Path, tmp_path: Path) -> None:
     with largest_file(100_000), pytest.raises(InputError):
-        report.write(document.read(runs), tmp_path / "out")
+        report.write(document.judge_folder(runs), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -94,7 +94,7 @@ def test_what_a_killed_report_left_is_removed_and_a_living_one_s_is_not(runs: Pa
     for pid in (int(gone.stdout), os.getppid()):
         (out / f".report-{pid}").mkdir(parents=True)
     (out / "comparison.png").write_bytes(b"of an earlier report")
-    report.write(document.read(runs), out)
+    report.write(document.judge_folder(runs), out)
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, f".report-{os.getppid()}"])
 
 
@@ -103,10 +103,10 @@ def test_a_report_that_is_killed_at_any_time_is_whole_or_the_one_before(
     runs: Path, tmp_path: Path, rounds: int
 ) -> None:
     out, rng = tmp_path / "out", random.Random(rounds)
-    report.write(document.read(runs), out)
+    report.write(document.judge_folder(runs), out)
     code = (
         "import sys; from pathlib import Path; from analysis.compare import document, picture, report\n"
-        "screenshot.browser = lambda: None; found = document.read(sys.argv[1]); print('ready', flush=True)\n"
+        "screenshot.browser = lambda: None; found = document.judge_folder(sys.argv[1]); print('ready', flush=True)\n"
         "while True: report.write(found, Path(sys.argv[2]))"
     )
     for _ in range(rounds):
@@ -121,13 +121,13 @@ def test_a_report_that_is_killed_at_any_time_is_whole_or_the_one_before(
         assert len(json.loads((out / "comparison.json").read_text())["runs"]) == 4
         assert (out / "comparison.md").read_text().count("\n| ") >= 3
         assert len(list(csv.reader((out / "comparison.csv").open()))) == 3
-    report.write(document.read(runs), out)
+    report.write(document.judge_folder(runs), out)
     assert sorted(path.name for path in out.iterdir()) == FILES
 
 
 def test_figures_are_drawn_without_a_browser(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = document.read(runs)
+    found = document.judge_folder(runs)
     written = report.write(found, tmp_path / "out", figures=True)
     names = sorted(path.name for path in (tmp_path / "out" / "figures").iterdir())
     assert names == ["set0-main.png", "set0-memory.png", "set0-step-time.png", "set0-training-loss.png"]
@@ -145,8 +145,8 @@ def test_figures_hold_any_name(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     hostile = "_$x^2$ <b>[r]</b> \\frac{ 🚀 \u202e\x1b[1m"
     synthetic.group(tmp_path, [hostile.replace("/", "-"), "sumo"], [0, 1], has_moments=False, log_every=50)
-    (judged,) = document.read(tmp_path).sets
-    for plot in report._plots(judged)["all"]:
+    (judged,) = document.judge_folder(tmp_path).sets
+    for plot in report_page.build_plots(judged.comparison).in_order():
         assert matplotlib_figures.png(plot).startswith(b"\x89PNG")
 
 
@@ -182,4 +182,4 @@ def test_files_of_hostile_names_are_harmless(tmp_path: Path, capsys: pytest.Capt
     assert {row["optimizer"][:2] for row in rows} == {"'=", "-1"}
     assert all(float(row["loss [nats/token]"]) > 0 for row in rows)
     assert all(cell[:1] not in ("=", "+", "@") for row in rows for cell in row.values())
-    assert renderings.markdown([(document.read(root).sets[0].table, hostile)]).count("<") == 0
+    assert results_table.markdown([(document.judge_folder(root).sets[0].table, hostile)]).count("<") == 0

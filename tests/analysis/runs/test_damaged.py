@@ -18,8 +18,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from analysis.compare import document, renderings
-from analysis.report import report
+from analysis.compare import document, results_table
+from analysis.report import report_page
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
@@ -65,17 +65,17 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("trial", range(12))
 def test_junk_of_every_type_costs_no_report(root: Path, trial: int) -> None:
-    whole = {run.where: run.final_loss for run in document.read(root).runs if run.where != "damaged"}
+    whole = {run.where: run.final_loss for run in document.judge_folder(root).runs if run.where != "damaged"}
     rewrite(root / "damaged", np.random.default_rng(trial))
-    found = document.read(root)
+    found = document.judge_folder(root)
     assert {run.where: run.final_loss for run in found.runs if run.where != "damaged"} == whole
     assert len(found.runs) == 5
-    assert report.render(found).rstrip().endswith("</html>")
+    assert report_page.render(found).rstrip().endswith("</html>")
     json.dumps(document.to_json(found), allow_nan=False)
     for judged in found.sets:
-        renderings.print_table(judged.table, Console(file=io.StringIO(), width=120))
-        renderings.markdown([(judged.table, judged.verdict.sentence)])
-        renderings.to_csv([judged.table])
+        results_table.print_table(judged.table, Console(file=io.StringIO(), width=120))
+        results_table.markdown([(judged.table, judged.verdict.sentence)])
+        results_table.to_csv([judged.table])
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "config.yaml"])
@@ -83,9 +83,9 @@ def test_junk_of_every_type_costs_no_report(root: Path, trial: int) -> None:
 def test_a_file_that_was_cut_anywhere_costs_no_report(root: Path, name: str, length: int) -> None:
     path = root / "damaged" / name
     path.write_bytes(path.read_bytes()[:length])
-    found = document.read(root)
+    found = document.judge_folder(root)
     assert len(found.runs) == 5
-    assert report.render(found).rstrip().endswith("</html>")
+    assert report_page.render(found).rstrip().endswith("</html>")
     if name != "config.yaml" or length in (0, 1):  # YAML that lacks its last lines is YAML
         said = [note for run in found.runs for note in run.notes]
         assert any(name in note for note in said)

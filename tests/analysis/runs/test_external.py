@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from analysis.compare import document
-from analysis.report import report
+from analysis.report import report_page
 from analysis.runs import external
 from analysis.runs.loading import load
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 from harness.record.schema import METRICS, SUMMARY_KEYS
 from tests.analysis import synthetic
 
@@ -24,8 +24,8 @@ soap,1,200,409600,20.8,3.27,3.3,0.0003,KEY,200,1048576,false
 """
 
 
-def by_seed(root: Path) -> dict[int, Run]:
-    return {run.seed: run for run in load(root) if run.foreign}
+def by_seed(root: Path) -> dict[int, LoadedRun]:
+    return {run.seed: run for run in load(root) if run.is_external}
 
 
 def test_a_csv_holds_several_runs(tmp_path: Path) -> None:
@@ -70,24 +70,24 @@ def test_they_stand_beside_our_runs_in_one_table(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1])
     key = load(tmp_path)[0].comparison_key
     (tmp_path / "theirs.csv").write_text(CSV.replace("KEY", key))
-    (judged,) = document.read(tmp_path).sets
-    assert [arm.label for arm in judged.chosen.arms] == ["adamw", "soap", "sumo"]
-    assert judged.chosen.tests.n.tolist() == [2, 2, 2]
+    (judged,) = document.judge_folder(tmp_path).sets
+    assert [arm.label for arm in judged.comparison.arms] == ["adamw", "soap", "sumo"]
+    assert judged.comparison.tests.n.tolist() == [2, 2, 2]
     row = next(row for row in judged.table.rows if row.cells["optimizer"].text == "soap")
     assert row.cells["loss"].value == pytest.approx(3.26)
     assert row.cells["state"].value == 1.0
     assert row.cells["certificate"].text == "none"
-    codes = {c.code for c in judged.cautions}
+    codes = {c.code for c in judged.warnings}
     assert {"foreign", "uncertified"} <= codes
-    assert "Read from tables of other trainers: soap (seeds 0 and 1)." in report.render(
-        document.read(tmp_path)
+    assert "Read from tables of other trainers: soap (seeds 0 and 1)." in report_page.render(
+        document.judge_folder(tmp_path)
     )
 
 
 def test_without_a_key_they_are_compared_with_nothing_else(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw"], [0, 1])
     (tmp_path / "theirs.csv").write_text(CSV.replace("comparison_key", "comparison").replace("KEY", ""))
-    assert len(document.read(tmp_path).sets) == 2
+    assert len(document.judge_folder(tmp_path).sets) == 2
 
 
 BAD_CSV = """\
@@ -207,8 +207,8 @@ def test_options_make_arms_of_their_own(tmp_path: Path) -> None:
     for rank in (8, 16):
         mine = [row for row in rows if f",{rank},k" in row]
         (tmp_path / f"r{rank}.csv").write_text(text + "\n".join(mine) + "\n")
-    (judged,) = document.read(tmp_path).sets
-    assert [arm.label for arm in judged.chosen.arms] == ["soap (rank=16)", "soap (rank=8)"]
+    (judged,) = document.judge_folder(tmp_path).sets
+    assert [arm.label for arm in judged.comparison.arms] == ["soap (rank=16)", "soap (rank=8)"]
 
 
 @pytest.mark.parametrize(
@@ -228,21 +228,21 @@ def test_a_table_that_is_none_is_said_and_the_rest_is_shown(
 ) -> None:
     synthetic.group(tmp_path, ["adamw"], [0, 1])
     (tmp_path / name).write_text(content)
-    found = document.read(tmp_path)
+    found = document.judge_folder(tmp_path)
     assert len(found.runs) == 2
     (remark,) = found.remarks
     assert remark.startswith(name)
     assert re.search(said, remark)
     warnings = document.to_json(found)["warnings"]
     assert {"set": None, "code": "remark", "message": remark, "grave": True} in warnings
-    assert name in report.render(found)
+    assert name in report_page.render(found)
 
 
 def test_our_own_tables_and_run_folders_are_not_taken_for_theirs(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw"], [0])
     (tmp_path / "comparison.csv").write_text("set,optimizer\n")
     (tmp_path / "adamw-seed0" / "extra.csv").write_text(CSV)
-    found = document.read(tmp_path)
+    found = document.judge_folder(tmp_path)
     assert (len(found.runs), found.remarks) == (1, [])
 
 

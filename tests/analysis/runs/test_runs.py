@@ -8,16 +8,16 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from analysis.compare import document
-from analysis.compare.comparison import compare
-from analysis.report import report
+from analysis.compare.comparison import group_into_sets
+from analysis.report import report_page
 from analysis.runs.loading import load
-from analysis.runs.run import Run
+from analysis.runs.run import LoadedRun
 from harness.errors import InputError
 from tests.analysis import synthetic
 from tests.analysis.synthetic import Recipe
 
 
-def only(root: Path) -> Run:
+def only(root: Path) -> LoadedRun:
     (run,) = load(root)
     return run
 
@@ -78,7 +78,7 @@ def test_a_killed_run_is_placed_beside_its_equals(tmp_path: Path) -> None:
     synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1])
     killed = {"seed": 2, "state": "running", "stop_at": 60}
     synthetic.write(tmp_path, Recipe(**{**vars(synthetic.TYPICAL["sumo"]), **killed}))
-    (chosen,) = compare(load(tmp_path))
+    (chosen,) = group_into_sets(load(tmp_path))
     assert [(arm.optimizer, len(arm.runs)) for arm in chosen.arms] == [("adamw", 2), ("sumo", 3)]
 
 
@@ -165,10 +165,10 @@ def test_a_foreign_run_needs_two_files(tmp_path: Path) -> None:
 
 def test_two_hundred_runs_make_one_page(tmp_path: Path) -> None:
     synthetic.group(tmp_path, seeds=range(50), has_moments=False, log_every=50)
-    found = document.read(tmp_path)
+    found = document.judge_folder(tmp_path)
     (judged,) = found.sets
-    assert len(judged.chosen.runs) == 200
-    assert judged.chosen.losses.shape == (4, 50)
-    page = report.render(found)
+    assert len(judged.comparison.runs) == 200
+    assert judged.comparison.losses.shape == (4, 50)
+    page = report_page.render(found)
     assert "50 common seeds" in page
     assert len(page) < len(get_plotlyjs()) + 1_500_000

@@ -151,7 +151,7 @@ def test_quiet_and_verbose_contradict_each_other(read: Any) -> None:
 def test_a_group_belongs_to_one_command_at_a_time(
     second: Any, launcher: Talkative, words: list[str], tmp_path: Path
 ) -> None:
-    with sessions.holding(tmp_path / "runs" / "g"):
+    with sessions.lock_group(tmp_path / "runs" / "g"):
         with pytest.raises(InputError, match="by another compare or sweep"):
             second(words)
         assert launcher.started == []

@@ -266,7 +266,7 @@ def test_runs_of_another_command_are_found_before_the_trials_are_spent(
 TRIAL = tuning_ledger.Trial(
     1, {"lr": 0.1, "basis": "svd"}, "failed", f"no {Path.home()}/x", math.nan, math.nan, "a-trial1", "1f"
 )
-ARM = tuning_ledger.Tuned("a", "adamw", {"lr": "ladder"}, (TRIAL,), 1, {"lr": "lowest"}, 0, ("2f",))
+ARM = tuning_ledger.TunedArm("a", "adamw", {"lr": "ladder"}, (TRIAL,), 1, {"lr": "lowest"}, 0, ("2f",))
 
 
 def test_a_ledger_is_read_as_it_was_written_and_a_damaged_one_is_none(tmp_path: Path) -> None:

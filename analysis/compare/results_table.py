@@ -1,0 +1,304 @@
+"""The results table of a set: its cells, and its form on a terminal, in Markdown and in CSV.
+
+A row per arm, and one per run that did not finish. report.html.j2 writes the same table as HTML.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from analysis import formatting
+from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.compare.warnings import lr_standing
+from analysis.runs.reading import number
+from analysis.runs.run import LoadedRun
+from analysis.text_tables import markdown_lines
+from harness import visible
+from harness.console import cell
+from harness.record.schema import TIME_PARTS
+
+
+@dataclass(frozen=True)
+class ResultsColumn:
+    """A column. ``block`` is the half of the table that has it where the width does not hold both."""
+
+    key: str
+    label: str
+    unit: str
+    meaning: str
+    block: str
+    numeric: bool = True
+
+    @property
+    def head(self) -> str:
+        """Label with the unit in parentheses."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+@dataclass(frozen=True)
+class ResultsCell:
+    """``text`` for people, ``value`` for programs: a float (NaN: missing) or the same text."""
+
+    text: str
+    value: float | str
+
+
+@dataclass(frozen=True)
+class ResultsRow:
+    """A row of the arm with index ``arm``. If ``failed``, it is one unfinished run, explained in ``outcome``."""
+
+    arm: int
+    failed: bool
+    cells: dict[str, ResultsCell]
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """The table of one set, with notes below it."""
+
+    title: str
+    columns: list[ResultsColumn]
+    rows: list[ResultsRow]
+    notes: list[str]
+
+
+STEP_PARTS = tuple(part for part in TIME_PARTS if part != "probes")
+
+_RESULT, _COST = "result", "cost"
+COLUMNS = [
+    ResultsColumn(
+        "optimizer", "optimizer", "", "preset, and the options that tell its arms apart", "both", False
+    ),
+    ResultsColumn(
+        "loss", "val loss", "nats/token", "validation loss at the last step, mean over seeds", _RESULT
+    ),
+    ResultsColumn("interval", "± 95 %", "nats/token", "half width of the t-interval of that mean", _RESULT),
+    ResultsColumn("n", "n", "seeds", "runs that finished", _RESULT),
+    ResultsColumn("perplexity", "ppl", "", "exp(val loss)", _RESULT),
+    ResultsColumn(
+        "steps_to_target", "to target", "steps", "where the mean curve first reaches the target", _RESULT
+    ),
+    ResultsColumn(
+        "seconds_to_target", "to target", "s", "the same in seconds, with evaluations and probes", _RESULT
+    ),
+    ResultsColumn("lr", "lr", "", "peak learning rate", _RESULT),
+    ResultsColumn(
+        "lr_standing",
+        "lr is",
+        "",
+        "tuned (n trials): by optbench sweep; tuned default: tuned at this model size; "
+        "default tuned at another size; untuned default: published for other sizes or models; "
+        "given: by the command line",
+        _RESULT,
+        False,
+    ),
+    ResultsColumn("lr_source", "lr from", "", "where the learning rate came from", _RESULT, False),
+    ResultsColumn(
+        "outcome", "outcome", "", "how many runs finished, and how the others ended", _RESULT, False
+    ),
+    ResultsColumn("state", "state", "MiB", "optimizer state of rank 0, exact", _COST),
+    ResultsColumn("state_kinds", "state by kind", "MiB", "the same by kind", _COST, False),
+    ResultsColumn("optimizer_ms", "optimizer", "ms/step", "time in the optimizer, mean over steps", _COST),
+    ResultsColumn("step_ms", "step", "ms", "time per step, mean, without evaluation and probes", _COST),
+    ResultsColumn(
+        "tokens_per_s", "throughput", "tokens/s", "median over rows, all processes together", _COST
+    ),
+    ResultsColumn(
+        "peak",
+        "peak",
+        "MiB",
+        "allocator's peak on CUDA, resident set on CPU; max over processes",
+        _COST,
+    ),
+    ResultsColumn(
+        "certificate",
+        "certificate",
+        "",
+        "whether this rule computes the correct update on this engine (optbench certify), and the replay error; "
+        "stale: certified with other sources than the run's",
+        _COST,
+        False,
+    ),
+]
+
+
+def build(comparison: ComparisonSet) -> ResultsTable:
+    """Build the table of one set: a row per arm, lowest mean loss first, and a row per unfinished run.
+
+    The order is that of the means only; the verdict states which differences are significant.
+    """
+    ranked = comparison.ranked()
+    order = ranked + [i for i in range(len(comparison.arms)) if i not in ranked]
+    rows_of = {index: _arm(comparison.arms[index], comparison.target) for index in order}
+    rows = []
+    for index, cells in rows_of.items():
+        arm = comparison.arms[index]
+        rows.append(ResultsRow(index, False, cells))
+        rows.extend(ResultsRow(index, True, _failure(arm, run)) for run in arm.runs if not run.finished)
+    notes = []
+    if math.isfinite(comparison.target):
+        highest = next(arm for arm in comparison.arms if arm.final.mean == comparison.target)
+        notes.append(
+            f"target: {formatting.loss(comparison.target)} nats/token, the mean final loss of {highest.label}"
+        )
+    if math.isfinite(comparison.entropy):
+        notes.append(f"unigram entropy of the corpus: {formatting.loss(comparison.entropy)} nats/token")
+    sources: dict[str, list[str]] = {}
+    for index in order:
+        if (source := rows_of[index]["lr_source"].text) not in ("given", formatting.MISSING):
+            sources.setdefault(source, []).append(comparison.arms[index].label)
+    for source, labels in sources.items():
+        subject = "learning rates" if len(sources) == 1 else f"learning rate of {formatting.listing(labels)}"
+        notes.append(f"{subject}: {source}")
+    return ResultsTable(comparison.title, COLUMNS, rows, notes)
+
+
+def _arm(arm: Arm, target: float) -> dict[str, ResultsCell]:
+    run = (arm.finished or arm.runs)[0]
+    kinds, mib = state_kinds(run), 2**20
+    finished, curve = len(arm.finished), arm.curve
+    perplexity = math.exp(min(arm.final.mean, 700)) if arm.final.n else math.nan
+    steps = curve.first_below(target, "steps") if curve else math.nan
+    seconds = curve.first_below(target, "seconds") if curve else math.nan
+    state = sum(kinds.values()) / mib if kinds else math.nan
+    return {
+        "optimizer": _text_cell(arm.label),
+        "loss": ResultsCell(formatting.loss(arm.final.mean), arm.final.mean),
+        "interval": _number_cell(arm.final.half_width, 2),
+        "n": ResultsCell(str(finished), float(finished)),
+        "perplexity": _number_cell(perplexity, 4),
+        "steps_to_target": ResultsCell(formatting.grouped(steps), steps),
+        "seconds_to_target": _number_cell(seconds),
+        "lr": _number_cell(run.fact("lr")),
+        "lr_standing": _text_cell(lr_standing(arm)),
+        "lr_source": _text_cell(run.text("lr_source")),
+        "outcome": _text_cell(f"{finished} of {len(arm.runs)} finished"),
+        "state": _number_cell(state),
+        "state_kinds": _text_cell(
+            ", ".join(f"{kind} {formatting.significant(size / mib)}" for kind, size in kinds.items())
+        ),
+        "optimizer_ms": _number_cell(arm.mean_time("optimizer") * 1000),
+        "step_ms": _number_cell(arm.mean_time(*STEP_PARTS) * 1000),
+        "tokens_per_s": ResultsCell(formatting.grouped(arm.mean("tokens_per_s")), arm.mean("tokens_per_s")),
+        "peak": _number_cell(arm.mean("memory_bytes", "peak") / mib),
+        "certificate": _text_cell(_certificate(arm)),
+    }
+
+
+def state_kinds(run: LoadedRun) -> dict[str, float]:
+    """Return the bytes of the optimizer state by kind."""
+    kinds = run.summary.get("state_bytes")
+    sizes = {str(kind): number(size) for kind, size in kinds.items()} if isinstance(kinds, dict) else {}
+    return {kind: size for kind, size in sizes.items() if math.isfinite(size)}
+
+
+def _certificate(arm: Arm) -> str:
+    """Return the certificate of the arm: failed if one run's failed, none if one is missing, else the largest error."""
+    certificates = [run.certified for run in arm.runs]
+    if any(c is not None and c.get("passed") is False for c in certificates):
+        return "✗ failed"
+    if not all(c is not None and c.get("passed") for c in certificates):
+        return "none"
+    errors = [run.replay_error for run in arm.runs if math.isfinite(run.replay_error)]
+    stale = " (stale)" if any(c is not None and c.get("current") is False for c in certificates) else ""
+    return (f"✓ {max(errors):.1e}" if errors else "✓") + stale
+
+
+def _failure(arm: Arm, run: LoadedRun) -> dict[str, ResultsCell]:
+    """Return the row of an unfinished run: its name and outcome; the other cells stay blank."""
+    cells = {
+        column.key: ResultsCell(formatting.MISSING, math.nan if column.numeric else "") for column in COLUMNS
+    }
+    step = f"at step {formatting.grouped(run.steps)}" if math.isfinite(run.steps) else ""
+    reason = "" if run.reason.startswith(run.state) and step in run.reason else run.reason
+    story = " ".join(part for part in (run.state, step) if part)
+    cells["optimizer"] = _text_cell(f"{arm.label} seed {run.seed}")
+    cells["lr"] = _number_cell(run.fact("lr"))
+    cells["outcome"] = _text_cell(f"{story}: {reason}" if reason else story)
+    return cells
+
+
+def _text_cell(text: str) -> ResultsCell:
+    return ResultsCell(text or formatting.MISSING, text)
+
+
+def _number_cell(value: float, digits: int = 3) -> ResultsCell:
+    return ResultsCell(formatting.significant(value, digits), value)
+
+
+WIDTH_WHOLE, WIDTH_OUTCOME = 205, 100
+"""Terminal widths for the table as one piece, and for a column of its own for failures."""
+
+
+def print_table(table: ResultsTable, console: Console) -> None:
+    """Print to a terminal: as one table if it fits, else results, failures as text, and costs below."""
+    if console.width >= WIDTH_WHOLE:
+        console.print(_rich(table, table.columns, table.rows, table.title))
+    else:
+        spelled = console.width < WIDTH_OUTCOME
+        kept = [row for row in table.rows if not row.failed]
+        result = [c for c in table.columns if c.block != "cost" and not (spelled and c.key == "outcome")]
+        console.print(_rich(table, result, kept if spelled else table.rows, table.title))
+        for row in table.rows if spelled else ():
+            if row.failed:
+                console.print(cell(f"{row.cells['optimizer'].text}: {row.cells['outcome'].text}", "red"))
+        console.print()
+        console.print(_rich(table, [c for c in table.columns if c.block != "result"], kept, None))
+    for note in table.notes:
+        console.print(cell(note, "dim"))
+
+
+def _rich(
+    table: ResultsTable, columns: list[ResultsColumn], rows: list[ResultsRow], title: str | None
+) -> RichTable:
+    heading = cell(title) if title else None
+    drawn = RichTable(title=heading, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    shown = [c for c in columns if c.key not in ("lr_source", "lr_standing")]
+    for column in shown:
+        head = f"{column.label}\n{column.unit}" if column.unit else column.label
+        justify = "right" if column.numeric else "left"
+        drawn.add_column(head, justify=justify, no_wrap=column.numeric, overflow="fold")
+    for row in rows:
+        drawn.add_row(*(cell(row.cells[c.key].text) for c in shown), style="red" if row.failed else None)
+    return drawn
+
+
+def markdown(tables: Iterable[tuple[ResultsTable, str]]) -> str:
+    """Return GitHub-flavoured Markdown of tables, each with its verdict above."""
+    parts = []
+    for table, verdict in tables:
+        lines = [f"## {visible.markdown(table.title)}", "", visible.markdown(verdict), ""]
+        lines += markdown_lines(
+            (c.head for c in table.columns),
+            ([row.cells[c.key].text for c in table.columns] for row in table.rows),
+            [c.numeric for c in table.columns],
+        )
+        lines += ["", *(f"- {visible.markdown(note)}" for note in table.notes)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_csv(tables: Iterable[ResultsTable]) -> str:
+    """Return CSV with the set's title in the first column, numbers in full precision, and blanks for missing values."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["set", *(f"{c.key} [{c.unit}]" if c.unit else c.key for c in COLUMNS)])
+    for table in tables:
+        for row in table.rows:
+            writer.writerow(
+                [visible.csv_cell(table.title), *(_csv_value(row.cells[c.key].value) for c in table.columns)]
+            )
+    return out.getvalue()
+
+
+def _csv_value(value: float | str) -> str:
+    if isinstance(value, str):
+        return visible.csv_cell(value)
+    return "" if math.isnan(value) else repr(float(value)).removesuffix(".0")

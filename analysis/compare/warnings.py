@@ -1,0 +1,298 @@
+"""The warnings of a comparison: what a reader must know before trusting its table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from analysis.compare.comparison import Arm, ComparisonSet, unequal_budgets
+from analysis.formatting import grouped, listing, plural, significant
+from analysis.formatting import loss as loss_text
+from analysis.runs.run import LoadedRun
+
+COMPUTE_OPTIMAL = 20
+"""Tokens per parameter near the compute-optimal budget (Hoffmann et al. 2022, arXiv 2203.15556)."""
+TUNED, UNTUNED, GIVEN = "tuned default", "untuned default", "given"
+ELSEWHERE = "default tuned at another size"
+
+RunTest = Callable[[LoadedRun], bool]
+
+
+@dataclass(frozen=True)
+class ReportWarning:
+    """One warning. A severe one affects the verdict (red in the report); the others are notes."""
+
+    code: str
+    message: str
+    severe: bool = True
+
+    def to_json(self, set_key: str | None) -> dict[str, str | bool | None]:
+        """Return the warning as an entry of ``warnings`` in the JSON document."""
+        return {"set": set_key, "code": self.code, "message": self.message, "grave": self.severe}
+
+
+def find_warnings(comparison: ComparisonSet) -> list[ReportWarning]:
+    """Return all warnings of one set, severe ones first."""
+    checks = (
+        _seeds, _budgets, _unfinished, _resumes, _entropy, _undertrained, _epochs,
+        _learning_rates, _tuning, _certificates, _machines, _external, _steps, _records,
+    )  # fmt: skip
+    warnings = [warning for check in checks for warning in check(comparison)]
+    return sorted(warnings, key=lambda warning: not warning.severe)
+
+
+# Seeds, budgets and ends of runs
+
+
+def _seeds(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    single = [arm.label for arm in comparison.arms if arm.final.n == 1]
+    if len(comparison.arms) > 1 and single:
+        is_all = len(single) == len(comparison.arms) > 4
+        who = f"all {len(single)} optimizers" if is_all else _shortened(single, 6)
+        yield ReportWarning("one_seed", f"n = 1: {who} finished with one seed; no interval, no test.")
+    missing: dict[tuple[int, ...], list[str]] = {}
+    for arm in comparison.arms:
+        lacking = tuple(sorted(set(comparison.seeds) - {run.seed for run in arm.runs}))
+        missing.setdefault(lacking, []).append(arm.label)
+    for lacking, labels in missing.items():
+        if lacking:
+            seeds = listing([str(seed) for seed in lacking], "or")
+            text = f"{_shortened(labels, 6)} {'has' if len(labels) == 1 else 'have'} no run with seed {seeds}"
+            yield ReportWarning("missing_seed", f"{text}; pairs use common seeds only.")
+
+
+def _budgets(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    for reason in unequal_budgets(comparison):
+        yield ReportWarning("unequal_budget", f"Unequal budgets: {reason}.")
+
+
+def _unfinished(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    states = {
+        "diverged": "diverged",
+        "failed": "failed",
+        "interrupted": "interrupted",
+        "running": "not finished (or killed)",
+    }
+    for state, text in states.items():
+        runs = [run for run in comparison.runs if run.state == state]
+        if runs:
+            who = _named(comparison, lambda run, state=state: run.state == state)
+            yield ReportWarning(state, f"{plural(len(runs), 'run')} {text}: {who}.")
+
+
+def _resumes(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    resumed = [
+        f"{arm.label} seed {run.seed} at step {listing([grouped(step) for step in run.resumed_at])}"
+        for arm in comparison.arms
+        for run in arm.runs
+        if run.resumed_at
+    ]
+    if resumed:
+        yield ReportWarning("resumed", f"Resumed: {_shortened(resumed)}. Seconds are summed over attempts.")
+
+
+# What the losses can show
+
+
+def _entropy(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    high = [arm.label for arm in comparison.arms if arm.final.n and arm.final.mean >= comparison.entropy]
+    if high:
+        yield ReportWarning(
+            "above_entropy",
+            f"{listing(high)} ended at or above the unigram entropy of the corpus "
+            f"({loss_text(comparison.entropy)} nats/token): word frequencies alone reach that loss.",
+        )
+
+
+def _undertrained(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    sizes = [(run.fact("tokens"), run.fact("parameters")) for run in comparison.runs if run.finished]
+    ratio = max((tokens / size for tokens, size in sizes if tokens >= 0 and size > 0), default=math.nan)
+    if ratio < COMPUTE_OPTIMAL:
+        yield ReportWarning(
+            "undertrained",
+            f"Undertrained: {significant(ratio, 2)} tokens per parameter, where about {COMPUTE_OPTIMAL} are "
+            "compute-optimal; rankings this early in training often change.",
+        )
+
+
+def _epochs(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    epochs = max(
+        (value for run in comparison.runs if math.isfinite(value := run.fact("epochs"))), default=0.0
+    )
+    if epochs > 1:
+        text = f"More than one epoch: the training text was read {significant(epochs, 2)} times."
+        yield ReportWarning("epochs", text)
+
+
+# Learning rates and their tuning
+
+
+def lr_standing(arm: Arm) -> str:
+    """Return how the arm's learning rate was chosen; empty if that is not recorded."""
+    if arm.tuning is not None:
+        return f"tuned ({plural(len(arm.tuning.spent), 'trial')})"
+    run = max(arm.runs, key=lambda r: len(r.summary))
+    if run.text("lr_source") == "given":
+        return GIVEN
+    tuned = run.summary.get("lr_tuned")
+    if tuned is False:
+        # The source of the rate reads "tuned at 1.8M": "untuned" would contradict it.
+        return ELSEWHERE if run.text("lr_source").startswith("tuned") else UNTUNED
+    return TUNED if tuned is True else ""
+
+
+def _learning_rates(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    standings = {arm.label: lr_standing(arm) for arm in comparison.arms}
+    untuned = [
+        f"{arm.label} {significant(max(run.fact('lr') for run in arm.runs))}"
+        for arm in comparison.arms
+        if standings[arm.label] in (UNTUNED, ELSEWHERE)
+    ]
+    if untuned:
+        text = f"Default learning rates that were not tuned at this size: {listing(untuned)}."
+        yield ReportWarning("untuned_lr", text)
+    unknown = [label for label, standing in standings.items() if not standing]
+    kinds = dict.fromkeys([TUNED, ELSEWHERE, UNTUNED, GIVEN, *filter(None, standings.values())])
+    groups = {kind: [label for label, own in standings.items() if own == kind] for kind in kinds}
+    parts = [f"{listing(labels)} {kind}" for kind, labels in groups.items() if labels]
+    if unknown and parts:
+        parts.append(f"{listing(unknown)} not recorded")
+    if len(parts) > 1:
+        text = f"Unequal tuning of the learning rate: {'; '.join(parts)}."
+        yield ReportWarning("unequal_tuning", text)
+
+
+def _tuning(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    studies = [(comparison.arms[index], study) for index, study in comparison.studies]
+    on_edge = [
+        f"{arm.label} {key} {significant(float(study.best_trial.values[key]))} ({side} tried)"
+        for arm, study in studies
+        if study.best_trial is not None
+        for key, side in study.edges.items()
+    ]
+    if on_edge:
+        text = "Best setting on the edge of its search space, a better one may lie beyond"
+        yield ReportWarning("edge_of_space", f"{text}: {listing(on_edge)}.")
+    if lost := dict.fromkeys(label for _, study in studies for label in study.lost):
+        text = f"No tuning trial of {listing(list(lost))} ended with a finite loss: not in this comparison."
+        yield ReportWarning("no_finite_trial", text)
+    failed = [
+        f"{arm.label} {len(study.trials) - len(study.spent)} of {len(study.trials)}"
+        for arm, study in studies
+        if len(study.spent) < len(study.trials)
+    ]
+    if failed:
+        yield ReportWarning("failed_trials", f"Tuning trials that failed or were not run: {listing(failed)}.")
+    same = [arm.label for arm, study in studies if study.seed in {run.seed for run in arm.runs}]
+    if same:
+        text = "compared on the seed of the tuning trials: the best of several losses is biased low there"
+        yield ReportWarning("tuning_seed", f"{listing(same)} {text}.")
+
+
+# Certificates, machines and records
+
+
+def _certificates(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    if failed := _named(comparison, lambda run: run.certificate == "failed"):
+        yield ReportWarning("certificate", f"The optimizer failed its certificate on this engine: {failed}.")
+    reasons: dict[str, dict[str, None]] = {}
+    for arm in comparison.arms:
+        for run in arm.runs:
+            if run.certified is not None and run.certified.get("passed") is None:
+                reason = str(run.certified.get("reason") or "uncertified cell")
+                reasons.setdefault(reason, {})[arm.label] = None
+    for reason, labels in reasons.items():
+        yield ReportWarning("uncertified", f"No certificate for {listing(list(labels))}: {reason}.")
+    if absent := _arm_labels(comparison, lambda run: run.certified is None):
+        who = "any optimizer" if len(absent) == len(comparison.arms) > 1 else listing(absent)
+        yield ReportWarning("uncertified", f"No certificate is recorded for {who}.")
+    if stale := _arm_labels(comparison, lambda run: (run.certified or {}).get("current") is False):
+        text = f"The certificates of {listing(stale)} were made with other sources than the runs."
+        yield ReportWarning("stale_certificate", text, severe=False)
+
+
+def _machines(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    for key, noun in (("device", "devices"), ("engine", "engines"), ("world_size", "world sizes")):
+        values = sorted({run.text(key) for run in comparison.runs if run.text(key)})
+        if len(values) > 1:
+            text = f"Different {noun} ({', '.join(values)}): losses are comparable; times and memory are not."
+            yield ReportWarning("different_machines", text)
+    commits = sorted({run.commit for run in comparison.runs if run.commit})
+    if len(commits) > 1:
+        shown = ", ".join(commit[:10] for commit in commits[:4]) + (", …" if len(commits) > 4 else "")
+        text = f"Made at {len(commits)} commits of the code: {shown}."
+        yield ReportWarning("different_code", text, severe=False)
+
+
+def _external(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    if who := _named(comparison, lambda run: run.is_external):
+        text = (
+            f"Read from tables of other trainers: {who}. Their comparison_key states that data, budget and "
+            "evaluation are the same; this is not checked."
+        )
+        yield ReportWarning("foreign", text, severe=False)
+    finished = [run for run in comparison.runs if run.finished]
+    absent = [key for key in ("steps", "tokens") if any(math.isnan(run.fact(key)) for run in finished)]
+    if absent:
+        who = _named(comparison, lambda r: r.finished and any(math.isnan(r.fact(key)) for key in absent))
+        text = f"Equal budgets cannot be checked: {who} record no {listing(absent, 'or')}."
+        yield ReportWarning("unknown_budget", text)
+
+
+def _steps(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    for key, text, severe in (
+        ("skipped_steps", "skipped steps with non-finite gradients", True),
+        ("optimizer_fallbacks", "factorizations used a fallback method", False),
+    ):
+        totals = {
+            arm.label: sum(count for run in arm.runs if math.isfinite(count := run.fact(key)))
+            for arm in comparison.arms
+        }
+        affected = [f"{label} {grouped(total)}" for label, total in totals.items() if total]
+        if affected:
+            yield ReportWarning(key, f"{listing(affected)} {text}.", severe)
+
+
+def _records(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    for line in comparison.replaced:
+        yield ReportWarning("set_aside", f"{line}.", severe=False)
+    lines: dict[tuple[str, str], list[LoadedRun]] = {}
+    for run in comparison.runs:
+        recorded = run.summary.get("warnings")
+        for note in run.notes:
+            lines.setdefault(("record", f"{note}."), []).append(run)
+        for line in recorded if isinstance(recorded, list) else ():
+            lines.setdefault(("run_warning", str(line)), []).append(run)
+    for (code, line), runs in lines.items():
+        is_all = len(runs) == len(comparison.runs) > 1
+        who = "all runs" if is_all else _shortened([run.where for run in runs])
+        yield ReportWarning(code, f"{who}: {line}", severe=False)
+
+
+# Names of arms and runs
+
+
+def _named(comparison: ComparisonSet, test: RunTest) -> str:
+    """Return the runs that pass the test as ``adamw (seed 0) and sumo (all 3 runs)``; empty without any."""
+    names = []
+    for arm in comparison.arms:
+        runs = [run for run in arm.runs if test(run)]
+        if len(runs) == len(arm.runs) and len(runs) > 4:
+            names.append(f"{arm.label} (all {len(runs)} runs)")
+        elif runs:
+            seeds = listing([str(run.seed) for run in runs])
+            names.append(f"{arm.label} (seed{'s' if len(runs) > 1 else ''} {seeds})")
+    return listing(names)
+
+
+def _arm_labels(comparison: ComparisonSet, test: RunTest) -> list[str]:
+    """Return the labels of the arms with a run that passes the test."""
+    return [arm.label for arm in comparison.arms if any(map(test, arm.runs))]
+
+
+def _shortened(names: list[str], most: int = 4) -> str:
+    """Return ``a, b and c``, or ``a, b, c, d and 9 more`` for a long list."""
+    if len(names) <= most:
+        return listing(names)
+    return listing([*names[:most], f"{len(names) - most} more"])

@@ -1,0 +1,350 @@
+"""Run a tuning study: plan the trials, train them, read their results, and train the best settings on fresh seeds.
+
+Torch-free: each run trains in processes of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from analysis.runs import reading, tuning_ledger
+from analysis.runs.tuning_ledger import FILE, SCHEMA_VERSION, SPENT, TRIALS, Trial, TunedArm, lowest
+from analysis.training import sessions
+from analysis.training.arguments import ArmSpec, ComparisonPlan
+from analysis.tuning import space
+from analysis.tuning.arguments import Study
+from analysis.tuning.space import Values
+from harness.config import checks, compose
+from harness.errors import InputError
+from harness.files import atomic
+from harness.preparation import Prepared, prepare
+from harness.record import folder as run_folder
+
+NOTHING_FINITE = 1
+"""Exit code: an optimizer has no trial with a finite loss."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial that is ready to start.
+
+    Attributes:
+        label: of the arm.
+        number: from 1.
+        values: options that the trial sets.
+        run: composed and checked.
+        added: True if the extension added it.
+    """
+
+    label: str
+    number: int
+    values: Values
+    run: Prepared
+    added: bool = False
+
+
+class Tuning:
+    """A study in progress: the trials, their extension, and the comparison of the best settings on fresh seeds.
+
+    Attributes:
+        home: folder of the comparison, with the ledger.
+        trials: planned so far.
+    """
+
+    def __init__(self, study: Study, trainer: sessions.Trainer) -> None:
+        """Compose and check every trial; nothing is started.
+
+        Args:
+            study: optimizers, search spaces and budget.
+            trainer: trains the runs.
+
+        Raises:
+            InputError: the first error in any of them.
+        """
+        self._study, self._trainer = study, trainer
+        self.trials = plan_trials(study, trainer.say)
+        self._trials_folder = self.trials[0].run.folder.parent
+        self.home: Path = self._trials_folder.with_name(study.plan.group)
+        self._read_ledger()
+
+    def arms(self) -> list[TunedArm]:
+        """Return the current result of every optimizer, read from the run folders."""
+        return [
+            read_arm(self._study, arm, self.trials, self._confirmed.get(arm.label, ()))
+            for arm in self._study.plan.arms
+        ]
+
+    def tune(self) -> int:
+        """Train the trials, and add more while a best one is on an edge; return 0, or 75 if interrupted."""
+        # Another command may have changed this group since this one was checked.
+        self._read_ledger()
+        session = self._session(self.trials)
+        self.home.mkdir(parents=True, exist_ok=True)
+        self._trials_folder.mkdir(parents=True, exist_ok=True)
+        marker = {"schema_version": SCHEMA_VERSION, "study": self._study.plan.group}
+        atomic.write_json(self._trials_folder / TRIALS, marker)
+        if self._train(session) == sessions.INTERRUPTED:
+            return sessions.INTERRUPTED
+        for _ in range(self._study.extend):
+            more = self._plan_extension()
+            if not more:
+                break
+            self.trials += more
+            if self._train(self._session(more)) == sessions.INTERRUPTED:
+                return sessions.INTERRUPTED
+        return sessions.FINISHED
+
+    def confirm(self) -> tuple[int, ComparisonPlan]:
+        """Train the best setting of every optimizer on fresh seeds.
+
+        Returns:
+            Exit code (0; 3: a run failed or diverged; 75: interrupted), and the plan of the comparison.
+        """
+        plan = self._study.plan
+        numbers = {arm.label: arm.best for arm in self.arms() if arm.best is not None}
+        settings = {(trial.label, trial.number): trial.values for trial in self.trials}
+        best = [
+            with_values(arm, settings[arm.label, numbers[arm.label]])
+            for arm in plan.arms
+            if arm.label in numbers
+        ]
+        plan = replace(plan, arms=best)
+        runs = sessions.prepare_runs(plan, self._trainer.say)
+        self._archive_outdated(runs, [identity for known in self._confirmed.values() for identity in known])
+        count = len(best)
+        self._confirmed = {arm.label: [run.identity for run in runs[i::count]] for i, arm in enumerate(best)}
+        self.write_ledger()
+        session = sessions.Session(runs, self._trainer, group=plan.group)
+        return session.train(), plan
+
+    def write_ledger(self) -> None:
+        """Write the ledger; it keeps optimizers that an earlier command tuned in this group."""
+        atomic.write_json(self.home / FILE, self.ledger())
+
+    def ledger(self) -> dict[str, object]:
+        """Return the ledger as JSON data."""
+        arms = self.arms()
+        labels = {arm.label for arm in arms}
+        earlier = [arm for arm in self._earlier if arm.label not in labels]
+        first = self.trials[0].run
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self._study.plan.command,
+            "trials_group": self._study.trials_group,
+            "comparison_key": first.comparison_key,
+            "steps": first.config.steps,
+            "world_size": first.config.world_size,
+            "seed": self._study.seed,
+            "fresh_seeds": self._study.plan.seeds,
+            "arms": tuning_ledger.to_json([*earlier, *arms]),
+        }
+
+    def exit_code(self) -> int:
+        """Return the exit code of the trials: 3 if one failed, 1 if an optimizer has no finite one, else 0."""
+        arms = self.arms()
+        if any(trial.state not in SPENT for arm in arms for trial in arm.trials):
+            return sessions.FAILED
+        return NOTHING_FINITE if any(arm.best is None for arm in arms) else sessions.FINISHED
+
+    def _read_ledger(self) -> None:
+        """Read what earlier commands tuned in this group."""
+        self._earlier = tuning_ledger.read(self.home)
+        self._confirmed: dict[str, list[str]] = {arm.label: list(arm.confirmed) for arm in self._earlier}
+        self._check_home()
+
+    def _check_home(self) -> None:
+        """Refuse a group in which another command has runs of the same names, before the trials are trained."""
+        own = {identity for known in self._confirmed.values() for identity in known}
+        places = [
+            self.home / f"{arm.label}-seed{s}"
+            for arm in self._study.plan.arms
+            for s in self._study.plan.seeds
+        ]
+        for place in places:
+            existing = reading.mapping(place / "status.json", []).get("identity")
+            if existing is not None and existing not in own and not self.trials[0].run.config.overwrite:
+                reason = f"already has {place} of another command, which this comparison would replace"
+                raise InputError("group", self._study.plan.group, reason, fix="group=… of your own")
+
+    def _train(self, session: sessions.Session) -> int:
+        self.write_ledger()
+        return session.train(self.write_ledger)
+
+    def _session(self, trials: Sequence[PlannedTrial]) -> sessions.Session:
+        plan = self._study.plan
+        runs = [trial.run for trial in trials]
+        later = len(plan.arms) * len(plan.seeds) * runs[0].config.steps
+        return sessions.Session(
+            runs, self._trainer, group=plan.group, is_over=sessions.has_ended, steps_later=later
+        )
+
+    def _plan_extension(self) -> list[PlannedTrial]:
+        """Plan one more trial for every optimizer if a best one is on an edge or an optimizer has none; else none.
+
+        After a failed trial the budgets are unequal, which more trials would not correct.
+        """
+        arms = self.arms()
+        ended = all(trial.state in SPENT for arm in arms for trial in arm.trials)
+        if not ended or not any(arm.edges or arm.best is None for arm in arms):
+            return []
+        where = [
+            f"{arm.label} ({', '.join(arm.edges.values()) or 'none finished'})"
+            for arm in arms
+            if arm.edges or arm.best is None
+        ]
+        self._trainer.say(
+            f"best learning rate on the edge of the tried ones: {', '.join(where)}; one more trial for every optimizer"
+        )
+        more = [
+            plan_trial(
+                self._study,
+                arm,
+                len(tuned.trials) + 1,
+                next_setting(tuned, self.trials),
+                self._trainer.say,
+                added=True,
+            )
+            for arm, tuned in zip(self._study.plan.arms, arms, strict=True)
+        ]
+        earlier = [t.identity for arm in self._earlier for t in arm.trials if t.added]
+        self._archive_outdated([trial.run for trial in more], earlier)
+        return more
+
+    def _archive_outdated(self, runs: Sequence[Prepared], own: Sequence[str]) -> None:
+        """Archive runs of this study whose setting is no longer the best one or beyond the edge."""
+        for run in runs:
+            existing = reading.mapping(run.folder / "status.json", []).get("identity")
+            if existing is not None and existing != run.identity and existing in own:
+                run_folder.set_aside(run.folder)
+                self._trainer.say(f"{run.folder}: its setting is no longer the best one, archived")
+
+
+def with_values(arm: ArmSpec, values: Values) -> ArmSpec:
+    """Return the arm with these options set, replacing its own."""
+    own = tuple(f"optimizer.{key}={value}" for key, value in values.items())
+    names = tuple(f"optimizer.{key}=" for key in values)
+    kept = (override for override in arm.overrides if not override.startswith(names))
+    return ArmSpec(arm.label, (*kept, *own))
+
+
+def plan_trials(study: Study, say: Say) -> list[PlannedTrial]:
+    """Plan the trials of all search spaces, with the optimizers taking turns.
+
+    Raises:
+        InputError: the first error in any of them.
+    """
+    points = {arm.label: _points(study, arm) for arm in study.plan.arms}
+    return [
+        plan_trial(study, arm, number, points[arm.label][number - 1], say)
+        for number in range(1, study.trials + 1)
+        for arm in study.plan.arms
+    ]
+
+
+def plan_trial(
+    study: Study, arm: ArmSpec, number: int, values: Values, say: Say, *, added: bool = False
+) -> PlannedTrial:
+    """Compose and check one trial.
+
+    Raises:
+        InputError: the trial has bad input.
+    """
+    spec = with_values(arm, values)
+    own = [f"seed={study.seed}", f"group={study.trials_group}", f"name={arm.label}-trial{number}"]
+    run = prepare([*study.plan.shared, *spec.overrides, *own], say=say, writes_folder=False)
+    return PlannedTrial(arm.label, number, values, run, added)
+
+
+def _points(study: Study, arm: ArmSpec) -> list[Values]:
+    axes = study.spaces[arm.label]
+    if axes:
+        return space.points(arm.label, axes, study.trials, study.seed)
+    return space.ladder(_centre(study, arm), study.trials)
+
+
+def _centre(study: Study, arm: ArmSpec) -> dict[str, float]:
+    """Return the default learning rate, and the ``aux_lr`` that belongs to it."""
+    rate, aux = _rates(study, arm, {})
+    # A matrix rule's default may include an aux_lr that an explicit lr drops: the ladder would not be centred on it.
+    without = _rates(study, arm, {"lr": space.spelled(rate)})[1]
+    return {"lr": rate, **({"aux_lr": aux} if aux is not None and aux != without else {})}
+
+
+def _rates(study: Study, arm: ArmSpec, values: Values) -> tuple[float, float | None]:
+    """Return learning rate and ``aux_lr`` of the arm with these options set, after defaults."""
+    config = compose.load([*study.plan.shared, *with_values(arm, values).overrides])
+    optimizer = checks.check(config).optimizer
+    assert optimizer.lr is not None
+    return optimizer.lr, optimizer.options.get("aux_lr")
+
+
+def read_trial(trial: PlannedTrial) -> Trial:
+    """Read the result of a trial from its run folder."""
+    run = trial.run
+    state = sessions.state_of(run) or "pending"
+    notes: list[str] = []
+    summary = reading.mapping(run.folder / "summary.json", notes) if state != "pending" else {}
+    attempts = (
+        reading.mapping(run.folder / "status.json", notes).get("attempts") if state != "pending" else None
+    )
+    loss = reading.number(summary.get("val/loss")) if state == "finished" else math.nan
+    if state == "finished" and not math.isfinite(loss):
+        # A run may reach its last step with a loss that is not finite.
+        state = "diverged"
+    return Trial(
+        number=trial.number,
+        values={key: _typed(value) for key, value in trial.values.items()},
+        state=state,
+        reason=str(attempts[-1].get("reason", ""))
+        if attempts and state not in ("finished", "pending")
+        else "",
+        loss=loss,
+        seconds=reading.number(summary.get("wall_s")),
+        run=run.folder.name,
+        identity=run.identity,
+        added=trial.added,
+    )
+
+
+def _typed(value: str) -> float | str:
+    number = space.number(value)
+    return number if math.isfinite(number) else value
+
+
+def read_arm(
+    study: Study, arm: ArmSpec, planned: Sequence[PlannedTrial], confirmed: Sequence[str] = ()
+) -> TunedArm:
+    """Read the current result of one optimizer."""
+    own = [trial for trial in planned if trial.label == arm.label]
+    results = tuple(map(read_trial, own))
+    best, axes = lowest(results), study.spaces[arm.label]
+    tried = [trial.values for trial, result in zip(own, results, strict=True) if result.state in SPENT]
+    values = next((trial.values for trial in own if best and trial.number == best.number), {})
+    return TunedArm(
+        label=arm.label,
+        optimizer=own[0].run.config.optimizer.name,
+        space={a.key: list(a.values) or [a.low, "..", a.high] for a in axes} or {"lr": "ladder"},
+        trials=results,
+        best=best.number if best else None,
+        edges=space.edges(values, tried, axes) if best else {},
+        seed=study.seed,
+        confirmed=tuple(confirmed),
+    )
+
+
+def next_setting(arm: TunedArm, planned: Sequence[PlannedTrial]) -> Values:
+    """Return the setting of one more trial: beyond the edge if the best one is there, else next to the best one."""
+    own = [trial for trial in planned if trial.label == arm.label]
+    spent = [(trial, result) for trial, result in zip(own, arm.trials, strict=True) if result.state in SPENT]
+    losses = [result.loss if math.isfinite(result.loss) else math.inf for _, result in spent]
+    rates = [space.number(trial.values["lr"]) for trial, _ in spent]
+    if arm.best_trial is None:
+        # All trials diverged: try a lower rate than all of them.
+        start = min(own, key=lambda trial: space.number(trial.values["lr"])).values
+        return {key: space.spelled(space.number(value) / space.FACTOR) for key, value in start.items()}
+    start = next(trial.values for trial in own if trial.number == arm.best)
+    return space.beyond(start, rates, losses)
