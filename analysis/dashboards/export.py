@@ -1,4 +1,4 @@
-"""`optbench report ENTITY/PROJECT[/GROUP] --export DIR`: runs of W&B read back into run folders."""
+"""Export runs from W&B into run folders (`optbench report ENTITY/PROJECT[/GROUP] --export DIR`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from analysis.dashboards import access
+from analysis.dashboards import client
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.files import atomic
@@ -20,40 +20,40 @@ from harness.record import readers
 from harness.record.schema import METRICS, SCHEMA_VERSION, STATES, SUMMARY_KEYS
 
 STATE_OF = {"finished": "finished", "running": "running", "pending": "running", "preempting": "interrupted"}
-"""W&B's word for a run that left no summary of its own → ours; all others (crashed, killed, failed) failed."""
+"""W&B's state of a run without our summary → ours; all other states (crashed, killed) count as failed."""
 
 
 def export(place: tuple[str, str, str | None], out: Path) -> tuple[list[Path], list[str]]:
     """Write a run folder below ``out`` for each training run of a W&B project.
 
-    What comes back is what the mirror sent: configuration (paths cut), rows, summary, certificate. Spectra by layer and
-    the table of parameters stay where the run was made.
+    The folder contains what the mirror sent: configuration (paths redacted), metrics, summary, certificate. Spectra by
+    layer and the table of parameters exist only where the run was made.
 
     Args:
         place: entity, project, and the group or None for all.
-        out: for the folders; a folder that holds the same run is written anew.
+        out: receives the folders; a folder of the same run is replaced.
 
     Returns:
-        The folders, and a line for each run that is none of ours.
+        The folders, and a line for each run that optbench did not make.
 
     Raises:
-        InputError: W&B can't be reached or has no such project, no run of ours is in it, or a folder is taken.
+        InputError: W&B cannot be reached or has no such project, the project has no optbench run, or a folder exists.
     """
     entity, project, group = place
     shown = "/".join(part for part in place if part)
-    if obstacle := access.obstacle():
+    if obstacle := client.find_obstacle():
         raise InputError("--export", shown, f"needs W&B: {obstacle}", fix="wandb login")
     import wandb
 
-    chosen: dict[str, Any] = {"jobType": "train", **({"group": group} if group else {})}
+    filters: dict[str, Any] = {"jobType": "train", **({"group": group} if group else {})}
     remarks: list[str] = []
     written: dict[Path, None] = {}
     try:
-        for run in wandb.Api(timeout=access.ANSWER_TIMEOUT_S).runs(
-            f"{entity}/{project}", filters=chosen, lazy=False
+        for run in wandb.Api(timeout=client.ANSWER_TIMEOUT_S).runs(
+            f"{entity}/{project}", filters=filters, lazy=False
         ):
             if not isinstance(run.config.get("optimizer"), dict):
-                remarks.append(f"{run.name} ({run.id}) is no run of optbench: left out")
+                remarks.append(f"{run.name} ({run.id}) is not a run of optbench: skipped")
                 continue
             folder = _place(out, run, written)
             _write(folder, run, f"{entity}/{project}/{run.id}")
@@ -72,16 +72,14 @@ def export(place: tuple[str, str, str | None], out: Path) -> tuple[list[Path], l
 
 
 def _place(out: Path, run: Any, taken: Mapping[Path, None]) -> Path:
-    """A folder by the run's name; with its id where two runs have one name."""
+    """Return the folder of a run by its name, with its id if two runs have the same name."""
     name = re.sub(r"[^\w.+-]+", "-", str(run.name or run.id)).strip("-.") or run.id
     groups = [re.sub(r"[^\w.+-]+", "-", str(run.group)).strip("-.")] if run.group else []
     folder = out.joinpath(*groups, name)
     if folder in taken:
         folder = folder.with_name(f"{name}-{run.id}")
     if folder.exists() and _origin(folder) != run.id:
-        raise InputError(
-            "--export", folder, "is there already and is another run", fix="--export ANOTHER_FOLDER"
-        )
+        raise InputError("--export", folder, "exists and is another run", fix="--export ANOTHER_FOLDER")
     return folder
 
 
@@ -92,7 +90,9 @@ def _origin(folder: Path) -> str | None:
 
 def _write(folder: Path, run: Any, origin: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    summary = {key: _plain(run.summary.get(key)) for key in SUMMARY_KEYS if run.summary.get(key) is not None}
+    summary = {
+        key: _to_jsonable(run.summary.get(key)) for key in SUMMARY_KEYS if run.summary.get(key) is not None
+    }
     config = _config(run.config)
     rows = _rows(run.scan_history(use_cache=False))
     state = summary.get("state")
@@ -129,7 +129,7 @@ def _write(folder: Path, run: Any, origin: str) -> None:
 
 
 def _config(sent: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys of a run's configuration; what W&B drops, empty tables, is filled in where the keys are today's."""
+    """Return our keys of a run's configuration; empty tables, which W&B drops, are restored if it validates."""
     kept = {key: value for key, value in sent.items() if key in RunConfig.model_fields}
     try:
         return RunConfig.model_validate(kept).model_dump(mode="json")
@@ -138,29 +138,29 @@ def _config(sent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows(history: Iterable[Mapping[str, Any]]) -> list[dict[str, float | int | None]]:
-    """Our keys of W&B's rows, by step; of a step that was sent twice the later row holds."""
-    found: dict[int, dict[str, float | int | None]] = {}
+    """Return our keys of W&B's rows by step; of a step that was sent twice, the later row is used."""
+    by_step: dict[int, dict[str, float | int | None]] = {}
     for row in history:
         step = _number(row.get("step"))
         if step is not None:
-            found[int(step)] = {key: _number(value) for key, value in row.items() if key in METRICS}
-    return [{**found[step], "step": step} for step in sorted(found)]
+            by_step[int(step)] = {key: _number(value) for key, value in row.items() if key in METRICS}
+    return [{**by_step[step], "step": step} for step in sorted(by_step)]
 
 
 def _number(value: object) -> float | int | None:
-    """A finite number, or None: W&B spells what is not finite as a word."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if known else None  # pyright: ignore[reportReturnType]
+    """Return a finite number, or None: W&B stores non-finite numbers as text."""
+    is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_finite else None  # pyright: ignore[reportReturnType]
 
 
-def _plain(value: Any) -> Any:
-    """JSON of W&B's own summary objects, numbers that are not finite as null."""
+def _to_jsonable(value: Any) -> Any:
+    """Convert W&B's summary objects to JSON data; non-finite numbers become null."""
     if isinstance(value, str | bool) or value is None:
         return value
     if hasattr(value, "items"):
-        return {str(key): _plain(inner) for key, inner in value.items() if not str(key).startswith("_")}
+        return {str(key): _to_jsonable(inner) for key, inner in value.items() if not str(key).startswith("_")}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_to_jsonable(inner) for inner in value]
     return _number(value)
 
 

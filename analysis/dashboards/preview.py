@@ -1,4 +1,4 @@
-"""The dashboards' definition drawn here: the same panels over the run folders, in one page, without W&B."""
+"""Draw the dashboards locally: the same panels over the run folders, in one page, without W&B."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.compare.comparison import Arm, ComparisonSet, flatten
 from analysis.compare.document import Document
-from analysis.dashboards.definition import SECTIONS, Panel, Section
-from analysis.dashboards.scope import Scope
+from analysis.dashboards.definition import SECTIONS, Panel, Scope, Section
 from analysis.pages import theme
 from analysis.pages.figures import MAX_POINTS, Plot, colour, figure, line
-from analysis.report.plots import AXIS_TITLES
-from analysis.runs.curves import AXES, mean_curve, thinned
+from analysis.runs.curves import AXES, AXIS_TITLES, mean_curve, thinned
 from analysis.runs.reading import number
 from analysis.runs.run import LoadedRun
 
 HEIGHT = 240
 MOST_COMPARED = 12
-"""Runs side by side that a page can hold; W&B shows ten."""
+"""Most runs side by side on a page; W&B shows ten."""
 _AXIS_OF = {metric: axis for axis, metric in AXES.items()}
 
 
 def render(document: Document, scope: Scope) -> str:
-    """The page. Lines and bars are means over the seeds of an arm, bands and whiskers reach from least to most."""
+    """Return the page; lines and bars are means over the seeds of an arm, bands and whiskers their range."""
     titles = dict(scope.sets)
     shown = [judged.comparison for judged in document.sets if judged.comparison.key in titles]
     place = f"{scope.entity}/{scope.project}" if scope.entity else scope.project
@@ -43,7 +41,7 @@ def render(document: Document, scope: Scope) -> str:
 
 
 def panel_plot(panel: Panel, comparison: ComparisonSet, key: str) -> Plot | None:
-    """One panel over one set; None where no run recorded what it shows."""
+    """Draw one panel over one set; None if no run recorded its metrics."""
     traces, axes = _bars(panel, comparison) if panel.kind == "bar" else _lines(panel, comparison)
     if not traces:
         return None
@@ -84,7 +82,7 @@ def _lines(panel: Panel, comparison: ComparisonSet) -> tuple[list[Any], dict[str
     axis = _AXIS_OF[panel.x]
     for index, arm in enumerate(comparison.arms):
         for metric in panel.y:
-            # A run that is not over would cut the mean of the others where it stands.
+            # An unfinished run would end the mean of the others at its last step.
             curve = mean_curve([run for run in arm.finished or arm.runs if metric in run.metrics], metric)
             if curve is None or axis not in curve.x:
                 continue
@@ -131,9 +129,9 @@ def _bars(panel: Panel, comparison: ComparisonSet) -> tuple[list[Any], dict[str,
     traces: list[Any] = []
     for index, arm in enumerate(comparison.arms):
         values = {metric: _last(arm, metric) for metric in panel.y}
-        values = {metric: found for metric, found in values.items() if found}
+        values = {metric: per_run for metric, per_run in values.items() if per_run}
         if values:
-            means = [float(np.mean(found)) for found in values.values()]
+            means = [float(np.mean(per_run)) for per_run in values.values()]
             whiskers = {
                 "type": "data",
                 "symmetric": False,
@@ -143,7 +141,7 @@ def _bars(panel: Panel, comparison: ComparisonSet) -> tuple[list[Any], dict[str,
             heads = [arm.label] if len(panel.y) == 1 else list(values)
             look = {"marker": {"color": colour(index)}, "name": arm.label, "meta": {"arm": index}}
             traces.append(go.Bar(y=heads, x=means, error_x=whiskers, orientation="h", **look))
-    # Losses lie close together, far from 0: bars that began there would all look alike.
+    # Losses are close together and far from 0: bars from 0 would all look the same.
     values = [x for trace in traces for x in trace.x]
     close = panel.y[0].endswith("loss") and len(values) > 1
     margin = 0.5 * (max(values) - min(values)) + 0.01 if close else 0.0
@@ -156,7 +154,7 @@ def _bars(panel: Panel, comparison: ComparisonSet) -> tuple[list[Any], dict[str,
 
 
 def _last(arm: Arm, metric: str) -> list[float]:
-    """A run's summary value, else its last row's, of every run that has one."""
+    """Return the last value of a metric for every run that has one."""
     return [value for run in arm.runs if math.isfinite(value := _value(run, metric))]
 
 
@@ -172,16 +170,8 @@ def _faint(hexadecimal: str) -> str:
 
 
 def _difference(runs: Sequence[LoadedRun]) -> list[tuple[str, list[str]]]:
-    """Configuration keys with more than one value, a value a run."""
-    flat = [dict(_flat(run.config)) for run in runs]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    table = [(key, [config.get(key, "–") for config in flat]) for key in keys]
+    """Return the configuration keys with more than one value, one value per run."""
+    configs = [{key: str(value) for key, value in flatten(run.config).items()} for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    table = [(key, [config.get(key, "–") for config in configs]) for key in keys]
     return [(key, values) for key, values in table if len(set(values)) > 1]
-
-
-def _flat(config: dict[str, Any], start: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for key, value in config.items():
-        name = f"{start}{key}"
-        found += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, str(value))]
-    return found

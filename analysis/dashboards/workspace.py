@@ -1,4 +1,4 @@
-"""The definition as W&B's own objects: a workspace and a report, made without a network."""
+"""Turn the definition into W&B's objects: a workspace and a report, made without a network."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ import wandb_workspaces.workspaces as ws
 
 from analysis.compare import results_table
 from analysis.compare.document import Document
-from analysis.dashboards.definition import COLUMNS, SECTIONS, Panel, Section
-from analysis.dashboards.scope import OPTIMIZER, Scope
+from analysis.dashboards.definition import COLUMNS, OPTIMIZER, SECTIONS, Panel, Scope, Section
 from harness.visible import visible
 
 LONGEST_TITLE = 128
 MOST_RUNS = 100
-"""Runs per panel, of which seeds fold into one curve."""
+"""Runs per panel, where the seeds of an arm are one curve."""
 WIDTH, HEIGHT, PER_ROW = 8, 6, 3
 """A panel of a report, in W&B's grid of 24 columns."""
 
 
 def workspace(scope: Scope, name: str) -> ws.Workspace:
-    """The workspace: panels by section, runs of the comparison grouped by arm, seeds folded to mean and range."""
+    """Build the workspace: panels by section over runs grouped by arm, with seeds as mean and range."""
     runs: Any = ws.RunsetSettings(
         filters=_filters(scope, [key for key, _ in scope.sets]),
         groupby=[expr.Config(key) for key in scope.group_by],
@@ -57,13 +56,13 @@ def workspace(scope: Scope, name: str) -> ws.Workspace:
 
 
 def report(scope: Scope, document: Document, name: str, *, online: bool) -> wr.Report:
-    """The report: of each set the verdict, the table and the panels.
+    """Build the report: verdict, table and panels of each set.
 
     Args:
         scope: with an entity if ``online``.
-        document: what is said, free of paths.
+        document: the judged runs, with paths redacted.
         name: its title.
-        online: let W&B look up the project; offline its runs stay unnamed.
+        online: let W&B look up the project; offline, its run sets name none.
     """
     blocks: list[Any] = [wr.TableOfContents()]
     titles = dict(scope.sets)
@@ -95,13 +94,13 @@ def report(scope: Scope, document: Document, name: str, *, online: bool) -> wr.R
 
 
 def title(text: str) -> str:
-    """Return a name that W&B takes: no symbols (emojis, also ``+`` and ``=``), no control characters, not too long."""
+    """Return a name that W&B accepts: no symbols (emojis, ``+``, ``=``), no control characters, limited length."""
     kept = "".join(" " if unicodedata.category(c)[0] in "SC" else c for c in visible(text))
     return " ".join(kept.split())[:LONGEST_TITLE] or "optbench"
 
 
 def to_json(made: ws.Workspace | wr.Report) -> dict[str, Any]:
-    """What would be saved, as W&B keeps it."""
+    """Return the JSON that W&B would save."""
     return json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 
@@ -119,13 +118,13 @@ def _runset(scope: Scope, key: str, online: bool) -> Any:
 
 
 def _filters(scope: Scope, keys: list[str]) -> Any:
-    """Training runs of these groups that may be compared: a sweep or a report in the same project stays out."""
-    found: list[Any] = [expr.Metric("JobType") == "train"]
+    """Return filters for the comparable training runs of these groups, without sweeps and reports of the project."""
+    filters: list[Any] = [expr.Metric("JobType") == "train"]
     if scope.groups:
-        found.append(expr.Metric("Group").isin(list(scope.groups)))
+        filters.append(expr.Metric("Group").isin(list(scope.groups)))
     if keys:
-        found.append(expr.Config("comparison_key").isin(keys))
-    return expr.And(*found)
+        filters.append(expr.Config("comparison_key").isin(keys))
+    return expr.And(*filters)
 
 
 def _panels(section: Section, *, places: bool = False, salt: str = "") -> list[Any]:
@@ -162,11 +161,11 @@ def _panel(panel: Panel) -> Any:
 
 
 def _wrapped(key: str) -> str:
-    """A configuration key as W&B's table of runs addresses it: optimizer.name → optimizer.value.name."""
+    """Return a configuration key in the form of W&B's table of runs: optimizer.name → optimizer.value.name."""
     head, _, rest = key.partition(".")
     return f"{head}.value.{rest}" if rest else f"{head}.value"
 
 
 def _identifier(*words: str) -> str:
-    """W&B draws these at random; drawn from what they stand for, saving twice changes nothing."""
+    """Return an identifier derived from its content, so that saving twice changes nothing (W&B's are random)."""
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:11]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,16 +58,25 @@ def main(argv: Sequence[str]) -> int:
             print(line, file=sys.stderr)
     from analysis.report import report
 
-    def publish(document: Document, written: WrittenReport) -> WrittenReport:
-        from analysis.dashboards import publishing
+    def publish_to_wandb(document: Document, written: WrittenReport) -> WrittenReport:
+        from analysis.dashboards.publishing import publish
 
-        return publishing.publish(document, written, request.project)
+        def write_files(public: Document, folder: Path) -> list[Path]:
+            return report.write(public, folder).files
+
+        added = publish(document, written.html.parent, request.project, write_files)
+        return replace(
+            written,
+            files=[*written.files, *added.files],
+            remarks=[*written.remarks, *added.remarks],
+            links={**written.links, **added.links},
+        )
 
     report.finish(
         request.folder,
         request.out,
         as_json=request.as_json,
-        publish=publish if request.wandb else None,
+        publish=publish_to_wandb if request.wandb else None,
         figures=request.figures,
     )
     return 0

@@ -11,8 +11,8 @@ from analysis import formatting
 from analysis.compare.comparison import Arm, ComparisonSet
 from analysis.formatting import to_jsonable
 from analysis.pages.figures import MAX_POINTS, PALETTES, Plot, figure, line
-from analysis.report.plots import AXIS_TITLES, absent_axes
-from analysis.runs.curves import AXES, Curve, Floats, mean_curve, single_curve, thinned
+from analysis.report.plots import absent_axes
+from analysis.runs.curves import AXES, AXIS_TITLES, Curve, Floats, mean_curve, single_curve, thinned
 
 LABEL_HEIGHT = 17
 """Pixels from one label to the next at the ends of curves."""

@@ -13,11 +13,9 @@ from analysis.compare.comparison import ComparisonSet
 from analysis.compare.results_table import state_kinds
 from analysis.formatting import to_jsonable
 from analysis.pages.figures import MAX_POINTS, Plot, figure, line
-from analysis.runs.curves import AXES, Curve, single_curve, thinned
+from analysis.runs.curves import AXES, AXIS_TITLES, Curve, single_curve, thinned
 from harness.record.schema import TIME_PARTS
 
-AXIS_TITLES = {"tokens": "training tokens", "steps": "optimizer steps", "seconds": "training time (s)"}
-AXIS_TITLES["flops"] = "model FLOPs"
 AXIS_WORDS = {"flops": "FLOPs"}
 ALL_POINTS = 12_000
 """Most points of a plot with a line per run: more of them make a browser slow."""

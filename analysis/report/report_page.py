@@ -12,6 +12,7 @@ from analysis.pages import theme
 from analysis.pages.figures import Plot
 from analysis.report import details, moment_plots, plots, tuning
 from analysis.report.main_plot import main_plot
+from analysis.runs.curves import AXIS_TITLES
 
 BESIDE = {"loss": "interval"}
 """Columns that are shown in the cell of another one, after its number."""
@@ -97,4 +98,4 @@ def _section(judged: JudgedSet, key: str) -> dict[str, Any]:
 
 
 def _render_template(template: str, **values: Any) -> str:
-    return theme.render(template, "analysis.report", axis_titles=plots.AXIS_TITLES, **values)
+    return theme.render(template, "analysis.report", axis_titles=AXIS_TITLES, **values)

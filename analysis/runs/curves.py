@@ -15,6 +15,12 @@ from analysis.runs.run import LoadedRun
 Floats = NDArray[np.float64]
 AXES = {"tokens": "tokens", "steps": "step", "seconds": "wall_s", "flops": "flops"}
 """Horizontal axis → metric key."""
+AXIS_TITLES = {
+    "tokens": "training tokens",
+    "steps": "optimizer steps",
+    "seconds": "training time (s)",
+    "flops": "model FLOPs",
+}
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,10 @@ def _state(run: LoadedRun) -> tuple[str, str]:
         notes.append(f"state {state!r} is unknown: it counts as failed")
         return "failed", reason or f"unknown state {state}"
     if not run.summary:
-        notes.append("no summary.json: the run is still running or was killed")
+        notes.append("no summary.json: the run is not finished or was killed")
         if state == "finished":
             return "failed", "no summary.json"
-        return state, reason or ("still running, or killed" if state == "running" else "no summary.json")
+        return state, reason or ("not finished, or killed" if state == "running" else "no summary.json")
     if state == "finished" and not (run.folder / "DONE").exists():
         notes.append("finished, but the DONE file is missing")
     return state, reason

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import pytest
 
 from analysis.compare import document
-from analysis.dashboards import preview, scope
+from analysis.dashboards import definition, preview
 from analysis.pages import job_page, screenshot
 from analysis.pages.figures import Plot, figure
 from analysis.report import report_page
@@ -91,7 +91,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "report": report_page.render(found),
         "picture": report_page.render_picture(found.sets[0]),
         "job": _job_page(),
-        "preview": preview.render(found, scope.of(found, None)),
+        "preview": preview.render(found, definition.find_scope(found, None)),
     }
     for name, text in texts.items():
         (root / f"{name}.html").write_text(text)

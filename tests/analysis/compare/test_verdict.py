@@ -194,7 +194,7 @@ def test_resumed_is_grave_and_says_where_begun_anew_is_a_note(tmp_path: Path) ->
         == "Resumed: sumo seed 1 at step 80 and 140. Seconds are summed over attempts."
     )
     assert not found["record"].severe
-    assert found["record"].message.startswith("adamw-seed0: begun anew 1 time")
+    assert found["record"].message.startswith("adamw-seed0: restarted from step 0 1 time")
 
 
 def test_an_uncertified_cell_is_grave(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from analysis.compare import document
-from analysis.dashboards import preview, scope, workspace
-from analysis.dashboards.definition import COLUMNS, SECTIONS
-from analysis.dashboards.scope import Scope
+from analysis.dashboards import definition, preview, workspace
+from analysis.dashboards.definition import COLUMNS, SECTIONS, Scope
 from harness.errors import InputError
 from harness.record.schema import METRICS, SUMMARY_KEYS
 from harness.record.wandb import X_AXES
@@ -22,7 +21,7 @@ PANELS = [panel for section in SECTIONS for panel in section.panels]
 
 
 def _scope(root: Path) -> Scope:
-    return scope.of(document.judge_folder(root), None)
+    return definition.find_scope(document.judge_folder(root), None)
 
 
 def test_every_key_is_one_that_runs_record() -> None:
@@ -64,7 +63,7 @@ def test_the_workspace_holds_every_panel_folded_over_seeds(tmp_path: Path) -> No
 
 def test_the_report_says_the_verdict_and_shows_every_panel(tmp_path: Path) -> None:
     shown = document.judge_folder(synthetic.group(tmp_path))
-    where = scope.of(shown, ("team", "p"))
+    where = definition.find_scope(shown, ("team", "p"))
     found = workspace.to_json(workspace.report(where, shown, "name", online=False))
     assert (found["displayName"], found["project"]) == ("name", {"name": "p", "entityName": "team"})
     blocks: list[dict[str, Any]] = found["spec"]["blocks"]
@@ -86,7 +85,7 @@ def test_the_report_says_the_verdict_and_shows_every_panel(tmp_path: Path) -> No
 
 def test_the_same_comparison_makes_the_same_definition(tmp_path: Path) -> None:
     shown = document.judge_folder(synthetic.group(tmp_path))
-    where = scope.of(shown, None)
+    where = definition.find_scope(shown, None)
     for make in (
         lambda: workspace.workspace(where, "n"),
         lambda: workspace.report(where, shown, "n", online=False),
@@ -111,13 +110,13 @@ def test_runs_of_two_projects_need_a_word(tmp_path: Path) -> None:
         synthetic.write(tmp_path, Recipe("sumo", seed=index, overrides=keys), project)
     shown = document.judge_folder(tmp_path)
     with pytest.raises(InputError, match=r"several W&B projects; fix: .*--wandb=ENTITY/PROJECT"):
-        scope.of(shown, None)
-    assert scope.of(shown, ("team", "a")).project == "a"
+        definition.find_scope(shown, None)
+    assert definition.find_scope(shown, ("team", "a")).project == "a"
 
 
 def test_the_page_draws_what_was_recorded_and_names_what_was_not(tmp_path: Path) -> None:
     shown = document.judge_folder(synthetic.group(tmp_path))
-    where = scope.of(shown, None)
+    where = definition.find_scope(shown, None)
     comparison = shown.sets[0].comparison
     recorded = {key for run in shown.runs for key in run.metrics} | {"best_val_loss"}
     for panel in PANELS:
@@ -154,7 +153,7 @@ def test_w_and_b_takes_a_group_of_any_name(tmp_path: Path, name: str) -> None:
     found = document.judge_folder(tmp_path)
     for run in found.runs:
         run.config["group"] = name
-    where = scope.of(found, None)
+    where = definition.find_scope(found, None)
     made = workspace.to_json(workspace.workspace(where, f"optbench: {name}"))
     text = workspace.to_json(workspace.report(where, found, f"optbench: {name}", online=False))
     assert json.dumps([made, text]).isascii()

@@ -138,7 +138,7 @@ def test_odd_runs_are_kept_or_named(server: Server, tmp_path: Path) -> None:
         "other", "optbench", "mnist", "synthetic", "train", config={"lr": {"value": 1}}
     )
     folders, remarks = export.export(PLACE, tmp_path / "here")
-    assert remarks == ["mnist (other) is no run of optbench: left out"]
+    assert remarks == ["mnist (other) is not a run of optbench: skipped"]
     assert [folder.name for folder in folders] == [
         "sumo-seed0",
         "adamw-seed0",
@@ -164,7 +164,7 @@ def test_odd_runs_are_kept_or_named(server: Server, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "here/synthetic/adamw-seed0/status.json").read_text())["state"] == "failed"
     server.runs["id0"].name = "someone-elses"
     server.runs["someone-elses"] = server.runs.pop("id0")
-    with pytest.raises(InputError, match="is there already and is another run"):
+    with pytest.raises(InputError, match="exists and is another run"):
         export.export(PLACE, tmp_path / "here")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from analysis.dashboards import syncing
+from analysis.dashboards import client
 from harness.config.schema import RunConfig
 from harness.record.wandb import WandbSink
 from tests.analysis.dashboards.conftest import KEY
@@ -127,7 +127,7 @@ def test_offline_attempts_are_synced_as_one_run(server: Server, corpus: Path, tm
     assert server.received == []
     # The torn files of the first attempt are gone: the second one's hold their rows, too.
     assert len(list((run / "wandb").glob("*offline-run-*"))) == 1
-    assert syncing.sync(run) is None
+    assert client.sync(run) is None
     (stored,) = server.runs.values()
     _assert_mirrors(stored, run)
     _assert_gives_nothing_away(server, run, tmp_path, environment)
@@ -218,20 +218,20 @@ def test_without_catching_up_rows_of_a_torn_file_would_be_lost(server: Server, t
         for step in steps:
             sink.write(_row(step, attempt))
         sink.finish({"state": "finished"}, 0)
-    assert len(syncing.waiting(tmp_path / "run")) == 1
-    assert syncing.sync(tmp_path / "run") is None
+    assert len(client.unsent_folders(tmp_path / "run")) == 1
+    assert client.sync(tmp_path / "run") is None
     assert [row["step"] for row in server.runs["again"].rows] == [30, 40]
-    assert syncing.waiting(tmp_path / "run") == []
+    assert client.unsent_folders(tmp_path / "run") == []
     # What was synced is not set aside by a third attempt, nor sent again.
     sink = _sink(tmp_path / "run", "offline")
     sink.finish({}, 0)
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
-    assert len(syncing.waiting(tmp_path / "run")) == 1
+    assert len(client.unsent_folders(tmp_path / "run")) == 1
 
 
 def test_a_sync_that_fails_is_said(tmp_path: Path, server: Server) -> None:
     folder = tmp_path / "run" / "wandb" / "offline-run-20260101_000000-x"
     folder.mkdir(parents=True)
     (folder / "run-x.wandb").write_bytes(b"no transaction log")
-    assert "ERROR Failed to read" in str(syncing.sync(tmp_path / "run"))
+    assert "ERROR Failed to read" in str(client.sync(tmp_path / "run"))
     assert server.runs == {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from analysis.compare import document
+from analysis.dashboards import client
 from analysis.dashboards.publishing import DEFINITION, PREVIEW
 from analysis.pages import screenshot
 from analysis.report import command as report_command
@@ -180,10 +181,8 @@ def test_a_server_that_does_not_answer_costs_seconds_not_minutes(
 ) -> None:
     import wandb
 
-    from analysis.dashboards import access
-
     wandb.teardown()
-    monkeypatch.setattr(access, "TIMEOUT_S", 1)
+    monkeypatch.setattr(client, "CONNECT_TIMEOUT_S", 1)
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.socket() as listener:

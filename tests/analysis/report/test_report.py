@@ -23,6 +23,7 @@ from analysis.report import details, report, report_page
 from analysis.report.main_plot import main_plot
 from analysis.report.moment_plots import heat_map, over_depth, over_steps, read_spectra, short
 from analysis.report.plots import memory, step_time
+from analysis.text_tables import TextTable
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 
@@ -275,9 +276,9 @@ def test_heat_maps_stay_light_with_many_arms_and_matrices(tmp_path: Path) -> Non
 
 
 def test_every_parameter_is_listed_with_the_rule_of_each_arm(found: Document) -> None:
-    head, body = details.parameters(found.sets[0].comparison)
-    assert head == ["parameter", "shape", "adamw", "galore", "muon", "sumo"]
-    rows = {row[0]: row[1:] for row in body}
+    table = details.parameters(found.sets[0].comparison)
+    assert table.heads == ["parameter", "shape", "adamw", "galore", "muon", "sumo"]
+    rows = {row[0]: row[1:] for row in table.rows}
     assert rows["model.layers.[0–3].self_attn.q_proj.weight"] == [
         "128 × 128",
         "adamw",
@@ -299,7 +300,7 @@ def test_blocks_with_other_rules_stand_apart(tmp_path: Path) -> None:
             row["rule"] = "adamw"
     path.write_text(json.dumps(rows))
     (judged,) = document.judge_folder(tmp_path).sets
-    body = details.parameters(judged.comparison)[1]
+    body = details.parameters(judged.comparison).rows
     mine = {row[0]: row[2] for row in body if "up_proj" in row[0]}
     assert mine == {
         "model.layers.[0, 2, 3].mlp.up_proj.weight": "sumo",
@@ -315,15 +316,15 @@ def test_differences_outside_of_the_optimizer_stand_apart(tmp_path: Path) -> Non
         run.comparison_key = "same"
     (comparison,) = group_into_sets(runs)
     outside, own = details.config_difference(comparison)
-    assert outside == (["key", "adamw", "sumo"], [["max_grad_norm", "2.0", "1.0"]])
-    assert [row[0] for row in own[1]] == ["optimizer.name", "optimizer.lr", "optimizer.rank"]
+    assert outside == TextTable(["key", "adamw", "sumo"], [["max_grad_norm", "2.0", "1.0"]])
+    assert [row[0] for row in own.rows] == ["optimizer.name", "optimizer.lr", "optimizer.rank"]
 
 
 def test_the_finish_stands_in_numbers_too(found: Document) -> None:
-    head, body = details.last_evaluations(found.sets[0].comparison)
-    assert head == ["step", "adamw", "galore", "muon", "sumo"]
-    assert [row[0] for row in body] == [str(step) for step in range(20, 201, 20)]
-    assert body[-1][1:] == [formatting.loss(arm.final.mean) for arm in found.sets[0].comparison.arms]
+    table = details.last_evaluations(found.sets[0].comparison)
+    assert table.heads == ["step", "adamw", "galore", "muon", "sumo"]
+    assert [row[0] for row in table.rows] == [str(step) for step in range(20, 201, 20)]
+    assert table.rows[-1][1:] == [formatting.loss(arm.final.mean) for arm in found.sets[0].comparison.arms]
 
 
 def test_where_it_came_from_is_said_once_and_where_runs_disagree_twice(tmp_path: Path) -> None:
@@ -398,7 +399,7 @@ def test_what_is_wrong_with_runs_is_on_the_page_beside_the_rest(tmp_path: Path) 
     for text in (
         "No winner is named: 2 of 12 runs did not finish.",
         "sumo has no run with seed 2 or 3; pairs use common seeds only.",
-        "1 run not over (or killed): muon (seed 3).",
+        "1 run not finished (or killed): muon (seed 3).",
         "1 run failed: galore (seed 2).",
         "Resumed: adamw seed 1 at step 80.",
     ):
@@ -406,7 +407,7 @@ def test_what_is_wrong_with_runs_is_on_the_page_beside_the_rest(tmp_path: Path) 
         assert any(text in message for message in severe) or text == found.sets[0].verdict.headline
     for text in (
         "the last line of metrics.jsonl is torn",
-        "muon-seed3: no summary.json: the run is not over, or was killed.",
+        "muon-seed3: no summary.json: the run is not finished or was killed.",
         "adamw-seed0: written by schema 0, this is 1: what it lacks is left blank.",
         "galore-seed2: finished without a finite validation loss: it counts as failed.",
     ):

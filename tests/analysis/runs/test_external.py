@@ -111,11 +111,11 @@ def test_bad_rows_of_a_csv_are_left_out_and_said(tmp_path: Path) -> None:
     assert run.metrics["val/loss"][[0, 2]].tolist() == [8.0, 5.0]
     assert math.isnan(run.metrics["val/loss"][1])
     said = " | ".join(run.notes)
-    assert "columns that are not used: colour" in said
+    assert "unused columns: colour" in said
     assert "1 step logged twice" in said
     # The reader complains of shape first, then of contents, each with its line.
     for part in (
-        "line 7: 4 cells, the head has 5",
+        "line 7: 4 cells, the header has 5",
         "line 10: 4 cells",
         "line 3: step 'two'",
         "line 4: val/loss 'abc'",
@@ -152,9 +152,9 @@ def test_bad_rows_of_a_jsonl_are_left_out_and_said(tmp_path: Path) -> None:
     assert (run.state, run.reason) == ("diverged", "the loss is not finite at step 3")
     said = " | ".join(run.notes)
     for part in (
-        "line 2: no JSON",
-        "line 3: no object",
-        "line 8: no JSON (torn",
+        "line 2: not JSON",
+        "line 3: not an object",
+        "line 8: not JSON (cut off",
         "line 1: steps_planned 'many'",
     ):
         assert part in said
@@ -217,7 +217,7 @@ def test_options_make_arms_of_their_own(tmp_path: Path) -> None:
         ("notes.csv", "a,b\n1,2\n", "no column step"),
         ("empty.csv", "", "no column step"),
         ("empty.jsonl", "\n\n", "no column step"),
-        ("words.jsonl", "hello\n", "line 1: no JSON"),
+        ("words.jsonl", "hello\n", "line 1: not JSON"),
         ("head.csv", "optimizer,seed,step,val/loss\n", "no column step|holds no run"),
         ("seedless.csv", "optimizer,seed,step,val/loss\na,x,1,2\n", "holds no run: line 2: seed 'x'"),
         ("binary.csv", "\x00\x01\n\x00", "no column step"),
