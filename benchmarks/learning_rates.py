@@ -1,4 +1,4 @@
-"""Where the default learning rates of harness/config/learning_rates.py for small models come from.
+"""Where the default learning rates of harness/config/derived_defaults.py for small models come from.
 
     python benchmarks/learning_rates.py OPTIMIZER LR,LR,… [key=value …]
 

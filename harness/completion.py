@@ -6,6 +6,7 @@ The candidates are written into the script when it is printed, so completing sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from harness import command_line
 from harness.commands import COMMANDS, JSON, load
@@ -104,7 +105,7 @@ def _values(name: str) -> list[str]:
     """Return the names that a command takes as arguments."""
     if COMMANDS[name].takes_optimizers:
         return sources.options("optimizer")
-    values = load(COMMANDS[name].values) if COMMANDS[name].values else ()
+    values: Any = load(COMMANDS[name].values) if COMMANDS[name].values else ()
     return list(values() if callable(values) else values)
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from harness import command_line
 from harness.commands import COMMANDS
-from harness.config import checks, cluster, learning_rates, sources
+from harness.config import checks, cluster, derived_defaults, sources
 from harness.config.compose import load
 from harness.config.model_facts import facts
 from harness.config.schema import ModelConfig, run_keys
@@ -183,7 +183,7 @@ def _show_optimizer(name: str) -> dict[str, Any]:
             "tuned": row.tuned,
             "source": row.source,
         }
-        for row in learning_rates.TABLE.get(name, ())
+        for row in derived_defaults.LEARNING_RATES.get(name, ())
     ]
     return {
         "about": chosen.doc,
@@ -196,9 +196,9 @@ def _show_optimizer(name: str) -> dict[str, Any]:
 
 def _default_rate(name: str) -> str | float:
     """What `train` takes where optimizer.lr is not given."""
-    if name in learning_rates.TABLE:
+    if name in derived_defaults.LEARNING_RATES:
         return "by model size"
-    rate = learning_rates.rule_rate(name)
+    rate = derived_defaults.rule_rate(name)
     return "none: give optimizer.lr=…" if rate is None else rate
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.checkpoint.store import Store
-from harness.config import checks, compose, evaluation_budget
+from harness.config import checks, compose, derived_defaults
 from harness.config.identity import comparison_key, identity
 from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
@@ -70,7 +70,7 @@ def prepare(
     from harness import data
 
     vocabulary = facts(config.model).vocab_size
-    evaluated = evaluation_budget.tokens(config)
+    evaluated = derived_defaults.evaluation_tokens(config)
     corpus = data.check(
         config.data,
         config.seq_len,
@@ -176,8 +176,8 @@ def _pinned(config: RunConfig, steps: int) -> RunConfig:
     """Return the configuration with shares of a run of ``steps`` as the numbers that they were there."""
     warmup = length(config.schedule.warmup, steps)
     changes: dict[str, Any] = {"schedule": config.schedule.model_copy(update={"warmup": float(warmup)})}
-    evaluated = evaluation_budget.tokens(_with_steps(config, steps))
-    if evaluated != evaluation_budget.tokens(config):
+    evaluated = derived_defaults.evaluation_tokens(_with_steps(config, steps))
+    if evaluated != derived_defaults.evaluation_tokens(config):
         changes["eval"] = config.eval.model_copy(update={"tokens": evaluated})
     return config.model_copy(update=changes)
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.table import Table
 
 from harness import summary
-from harness.config import deepspeed_config, evaluation_budget
-from harness.config.engine_checks import ZERO
-from harness.config.schema import RunConfig
+from harness.config import deepspeed_config, derived_defaults
+from harness.config.schema import ZERO, RunConfig
 from harness.devices import device_name
 from harness.loop import Run
 from harness.preparation import Prepared
@@ -122,7 +121,7 @@ class RunRecorder:
         )
         self.log.say(
             f"corpus {corpus.sha256[:12]}: {corpus.train_tokens:,} training tokens, unigram entropy "
-            f"{corpus.unigram_entropy:.3f} nats; evaluation on {evaluation_budget.tokens(config):,} tokens"
+            f"{corpus.unigram_entropy:.3f} nats; evaluation on {derived_defaults.evaluation_tokens(config):,} tokens"
             f"{corpus.left_out}"
         )
         self._warn_of(self._warnings)

@@ -12,7 +12,7 @@ from harness import engines, model, schedule
 from harness.checkpoint import resuming
 from harness.checkpoint.saving import Checkpoints
 from harness.checkpoint.store import Store
-from harness.config import durations
+from harness.config import value_formats
 from harness.data import Batches, Validation
 from harness.data.micro_batches import MicroBatchLoader, ValidationLoader
 from harness.loop import Callbacks, ModelInfo, Run, SpikeGuard, train
@@ -94,7 +94,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         world_size=engine.world_size,
         device=engine.device,
     )
-    stop = Stop(durations.seconds("time_limit", config.time_limit))
+    stop = Stop(value_formats.duration_seconds("time_limit", config.time_limit))
     stop.install()
     return Run(
         config,

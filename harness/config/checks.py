@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import (
-    durations,
+    derived_defaults,
     engine_checks,
-    environment_checks,
-    evaluation_budget,
-    folder_names,
     launcher,
-    learning_rates,
     model_checks,
     optimizer_target,
+    value_formats,
 )
 from harness.config.model_facts import ModelFacts, facts
 from harness.config.schema import ModelConfig, RunConfig
@@ -54,18 +51,18 @@ def check(
         InputError: the first thing that cannot work.
     """
     _check_folders(config)
-    durations.seconds("time_limit", config.time_limit)
+    value_formats.duration_seconds("time_limit", config.time_limit)
     shapes = facts(config.model)
     model_checks.check(config, shapes)
     values = config.model_dump()
     values["optimizer"] = _optimizer(config, shapes)
     _check_schedule(config)
-    environment_checks.check(config, environ)
+    launcher.check_environment(config, environ)
     world_size = _world_size(config, environ, devices, worker)
     values["world_size"] = world_size
     values["engine"] = engine_checks.check(config, environ, world_size)
     values["micro_batch_size"] = _micro_batch(config, world_size)
-    values["eval"]["tokens"] = evaluation_tokens = evaluation_budget.tokens(config)
+    values["eval"]["tokens"] = evaluation_tokens = derived_defaults.evaluation_tokens(config)
     if evaluation_tokens < config.seq_len:
         reason = f"is less than one sequence of seq_len = {config.seq_len} tokens"
         raise InputError("eval.tokens", evaluation_tokens, reason, fix=f"eval.tokens={config.seq_len}")
@@ -86,9 +83,11 @@ def warnings(config: RunConfig) -> list[str]:
     return found + ([default.warning] if default is not None and default.warning else [])
 
 
-def _default_rate(config: RunConfig) -> learning_rates.LearningRate | None:
+def _default_rate(config: RunConfig) -> derived_defaults.LearningRate | None:
     size, starts_from_weights = parameter_count(config.model), config.model.path is not None
-    return learning_rates.default(config.optimizer.name, size, from_weights=starts_from_weights)
+    return derived_defaults.default_learning_rate(
+        config.optimizer.name, size, from_weights=starts_from_weights
+    )
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -106,7 +105,7 @@ def _check_folders(config: RunConfig) -> None:
         names |= {"model.name": config.model.name, "optimizer.name": config.optimizer.name}
     for key, name in names.items():
         if name is not None:
-            folder_names.check(key, name)
+            value_formats.check_folder_name(key, name)
     try:
         os.fsencode(config.runs_dir)
         Path(config.runs_dir).expanduser().exists()

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from harness.config import durations, sources
+from harness.config import sources, value_formats
 from harness.config.overrides import leaves, parse
 from harness.config.typed_keys import Key, TypedKeys, format_value, keys_of, unknown, validate
 from harness.errors import InputError, closest
@@ -171,14 +171,14 @@ def load(words: Sequence[str]) -> ClusterConfig:
 
 def time_limit(config: ClusterConfig) -> str:
     """`ClusterConfig.time` as sbatch takes it, D-HH:MM:SS."""
-    seconds = durations.seconds(f"{GROUP}.time", config.time)
+    seconds = value_formats.duration_seconds(f"{GROUP}.time", config.time)
     assert seconds is not None
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:{second:02d}"
 
 
 def _checked(config: ClusterConfig) -> ClusterConfig:
-    seconds = durations.seconds(f"{GROUP}.time", config.time)
+    seconds = value_formats.duration_seconds(f"{GROUP}.time", config.time)
     if seconds is not None and seconds < config.grace_s:
         reason = f"is not longer than cluster.grace_s = {config.grace_s}: the run would save at once"
         raise InputError(f"{GROUP}.time", config.time, reason, fix=f"{GROUP}.time={2 * config.grace_s}s")

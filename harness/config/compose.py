@@ -15,23 +15,14 @@ from typing import Any
 
 import yaml
 
-from harness.config import (
-    evaluation_budget,
-    learning_rates,
-    model_keys,
-    model_section,
-    run_file,
-    suggestions,
-    yaml_files,
-)
+from harness.config import derived_defaults, model_folder, model_keys, suggestions, yaml_files
 from harness.config.identity import comparison_key, differing_keys, identity
-from harness.config.interpolation import resolve
 from harness.config.model_keys import config_fields
-from harness.config.overrides import Assignment, leaves, parse
-from harness.config.run_file import RunFile
+from harness.config.overrides import Assignment, RunFile, leaves, parse, split_run_file
 from harness.config.schema import FILLED_IN, RunConfig, all_keys, run_keys
 from harness.config.sources import GROUPS, command_of, compose, find, options, options_of_runs, plugin_rules
 from harness.config.typed_keys import FREE, meant, unknown, validate
+from harness.config.yaml_files import resolve_interpolations
 from harness.errors import InputError, closest
 from harness.redaction import redact_secrets
 
@@ -63,7 +54,7 @@ def load(argv: Sequence[str]) -> RunConfig:
     Raises:
         InputError: anything that is not understood; see the module.
     """
-    file, words = run_file.split(argv)
+    file, words = split_run_file(argv)
     assignments = parse(words, partial(_meant_assignment, words))
     groups = {a.key: a for a in assignments if a.key in GROUPS and not isinstance(a.value, dict)}
     selections, direct = _selections({group: _text_of(a) for group, a in groups.items()})
@@ -86,7 +77,7 @@ def load(argv: Sequence[str]) -> RunConfig:
     if file is not None and file.is_whole_model:
         values["model"], preset_file = {}, None
     chosen = groups["model"].text if "model" in groups else None
-    model_section.complete(values, stated, preset_file=preset_file, chosen=chosen)
+    model_folder.complete_section(values, stated, preset_file=preset_file, chosen=chosen)
     if file is not None:
         texts |= file.texts
         for key, value in file.values.items():
@@ -94,9 +85,9 @@ def load(argv: Sequence[str]) -> RunConfig:
     for assignment in given:
         texts[assignment.key] = assignment.text
         _set(values, assignment.key, assignment.value)
-    values = resolve(values, RunConfig().model_dump(mode="json"), origin)
+    values = resolve_interpolations(values, RunConfig().model_dump(mode="json"), origin)
     _check_known(values, origin, recorded=file is not None)
-    model_section.unite_names(values, stated)
+    model_folder.unite_names(values, stated)
     _name_plugin(values, assignments)
     return _validate(values, texts, origin)
 
@@ -163,11 +154,11 @@ def _derived(config: RunConfig) -> dict[str, Any]:
     """What `checks.check` puts where nothing was given, as far as this configuration is checked."""
     derived: dict[str, Any] = {
         "optimizer.seed": config.seed,
-        "eval.tokens": evaluation_budget.default_tokens(config),
+        "eval.tokens": derived_defaults.default_evaluation_tokens(config),
     }
     if config.optimizer.lr_source not in (None, "given"):
         derived["optimizer.lr"] = config.optimizer.lr
-        rows = learning_rates.TABLE.get(config.optimizer.name, ())
+        rows = derived_defaults.LEARNING_RATES.get(config.optimizer.name, ())
         source = str(config.optimizer.lr_source)
         beside = next((row.aux_lr for row in rows if source.endswith(row.source)), None)
         if beside is not None:

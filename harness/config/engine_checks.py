@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from harness.config import deepspeed_config
-from harness.config.schema import EngineConfig, Precision, RunConfig
+from harness.config import deepspeed_config, launcher
+from harness.config.schema import PARTITIONED, SHARDED, ZERO, EngineConfig, RunConfig
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
-
-ZERO = ("zero0", "zero1", "zero2", "zero3")
-PARTITIONED = ("zero1", "zero2", "zero3")
-"""Engines whose optimizer sees flat slices of the parameters."""
-SHARDED = ("fsdp2", "hsdp")
 
 _OWNERS: dict[str, tuple[str, ...]] = {
     "optimizer_work": ("single", "ddp", "zero0"),
@@ -40,8 +35,6 @@ _ELEMENTWISE = (
 )
 """Optimizers of torch.optim that update every element by itself, so that a flat slice is as good as a matrix."""
 
-_TRUE = ("1", "true", "yes")
-
 
 def check(config: RunConfig, environ: Mapping[str, str], world_size: int) -> dict[str, Any]:
     """The engine section, resolved: ``auto`` by name, the DeepSpeed file that the launcher named.
@@ -55,7 +48,7 @@ def check(config: RunConfig, environ: Mapping[str, str], world_size: int) -> dic
         InputError: the engine cannot run as asked, or the launcher was asked for something else.
     """
     engine = config.engine
-    _check_launcher(config, environ)
+    launcher.check_settings(config, environ)
     name = engine.name
     if name == "auto":
         name = "single" if world_size == 1 else "ddp"
@@ -66,7 +59,7 @@ def check(config: RunConfig, environ: Mapping[str, str], world_size: int) -> dic
     _check_replicas(engine, name, world_size)
     values = engine.model_dump() | {"name": name}
     if name in ZERO:
-        values["config_file"] = engine.config_file or _launchers_file(environ)
+        values["config_file"] = engine.config_file or launcher.deepspeed_file(environ)
         _check_deepspeed(config, name)
         if values["config_file"] is not None:
             deepspeed_config.user_settings(str(values["config_file"]), int(name[-1]))
@@ -129,86 +122,3 @@ def is_elementwise(target: str) -> bool:
     """Whether an import path names an optimizer that is known to update every element by itself."""
     package, _, name = target.rpartition(".")
     return package.startswith("torch.optim") and name in _ELEMENTWISE
-
-
-def _check_launcher(config: RunConfig, environ: Mapping[str, str]) -> None:
-    name = config.engine.name
-    for variable, engines, what in (
-        ("ACCELERATE_USE_DEEPSPEED", ZERO, "DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", SHARDED, "FSDP"),
-    ):
-        if _is_set(environ, variable) and name not in engines:
-            fix = f"unset {variable}, or engine={engines[0] if what == 'FSDP' else 'zero2'}"
-            reason = f"disagrees with the launcher, which asks for {what} ({variable}={environ[variable]})"
-            raise InputError("engine.name", name, reason, fix=fix)
-    if _is_set(environ, "ACCELERATE_USE_DEEPSPEED"):
-        _check_launchers_deepspeed(config, environ)
-    if _is_set(environ, "ACCELERATE_USE_FSDP"):
-        _check_launchers_fsdp(config, environ)
-    variable = "ACCELERATE_MIXED_PRECISION"
-    mixed = environ.get(variable, "no") or "no"
-    if mixed not in ("no", config.precision):
-        what = f"was given --mixed_precision {mixed}"
-        fix = f"precision={mixed}" if mixed in get_args(Precision) else "--mixed_precision no"
-        _refuse_launcher("precision", config.precision, what, fix, variable)
-
-
-def _check_launchers_fsdp(config: RunConfig, environ: Mapping[str, str]) -> None:
-    name = config.engine.name
-    if environ.get("FSDP_VERSION", "2") != "2":
-        _refuse_launcher("engine.name", name, "asks for FSDP 1", "--fsdp_version 2", "FSDP_VERSION")
-    if _is_set(environ, variable := "FSDP_OFFLOAD_PARAMS"):
-        fix = "--fsdp_offload_params false"
-        _refuse_launcher("engine.name", name, "asks for parameters in host memory", fix, variable)
-    switches = {
-        "FSDP_RESHARD_AFTER_FORWARD": ("engine.reshard_after_forward", config.engine.reshard_after_forward),
-        "FSDP_ACTIVATION_CHECKPOINTING": (
-            "model.activation_checkpointing",
-            config.model.activation_checkpointing,
-        ),
-    }
-    for variable, (key, ours) in switches.items():
-        wanted = environ.get(variable, "").lower()
-        # Without its flag the launcher says false for checkpointing: only true is a wish.
-        is_wish = wanted == "true" or (wanted == "false" and "RESHARD" in variable)
-        if is_wish and wanted != format_value(ours):
-            _refuse_launcher(key, format_value(ours), f"was given {wanted}", f"{key}={wanted}", variable)
-
-
-def _check_launchers_deepspeed(config: RunConfig, environ: Mapping[str, str]) -> None:
-    name = config.engine.name
-    stage = environ.get(variable := "ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-    file, ours = _launchers_file(environ), config.engine.config_file
-    # Without --zero_stage the launcher says 2, also beside a file with another stage in it.
-    if file is None and stage in ("0", "1", "2", "3") and f"zero{stage}" != name:
-        _refuse_launcher("engine.name", name, f"asks for ZeRO stage {stage}", f"engine=zero{stage}", variable)
-    if file is not None and ours is not None and file != ours:
-        variable = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
-        _refuse_launcher("engine.config_file", ours, f"was given {file}", "name one of them", variable)
-    for part in ("OPTIMIZER", "PARAM"):
-        variable = f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"
-        if environ.get(variable, "none") not in ("none", ""):
-            flag = f"--offload_{part.lower()}_device"
-            what = f"asks for {flag}, which is not supported"
-            _refuse_launcher("engine.name", name, what, f"{flag} none", variable)
-    clipping = environ.get(variable := "ACCELERATE_GRADIENT_CLIPPING", "none")
-    if clipping not in ("none", "") and clipping != format_value(config.max_grad_norm):
-        fix = f"max_grad_norm={clipping}"
-        _refuse_launcher(
-            "max_grad_norm", format_value(config.max_grad_norm), f"clips at {clipping}", fix, variable
-        )
-
-
-def _launchers_file(environ: Mapping[str, str]) -> str | None:
-    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    return None if not _is_set(environ, "ACCELERATE_USE_DEEPSPEED") or file.lower() in ("none", "") else file
-
-
-def _refuse_launcher(key: str, value: object, what: str, fix: str, variable: str) -> None:
-    """Refuse what a launcher asked for, or what the environment still holds of a launcher that was here before."""
-    reason = f"disagrees with the launcher, which {what}"
-    raise InputError(key, value, reason, fix=f"{fix}; without a launcher: unset {variable}")
-
-
-def _is_set(environ: Mapping[str, str], variable: str) -> bool:
-    return environ.get(variable, "").lower() in _TRUE

@@ -1,4 +1,8 @@
-"""What started this process, and how many devices are here; without importing torch."""
+"""What a launcher and the environment say: processes, devices, and settings that contradict the keys of a run.
+
+Torch, Accelerate and DeepSpeed read environment variables that would change a run without any key saying so. They are
+refused here. Torch is not imported.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import psutil
 import yaml
 
+from harness.config.schema import SHARDED, ZERO, Precision, RunConfig
+from harness.config.typed_keys import format_value
 from harness.errors import InputError
 
 _MULTI = (
@@ -164,3 +170,134 @@ def _present_devices() -> int:
     return (
         sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
     )
+
+
+_ON = ("1", "true", "yes", "y", "on", "t")
+
+_REFUSED_SWITCHES = {
+    "ACCELERATE_USE_MEGATRON_LM": "asks for Megatron-LM, which is not supported",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "asks for tensor or context parallelism, which is not supported",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "computes fp32 products in TF32 (three digits)",
+}
+"""Switch → what it does when it is on."""
+
+
+def check_environment(config: RunConfig, environ: Mapping[str, str]) -> None:
+    """Refuse variables that change what is trained and that no key of the run names.
+
+    Args:
+        config: as composed.
+        environ: of this process.
+
+    Raises:
+        InputError: the first such variable; the fix unsets it.
+    """
+    for variable, effect in _REFUSED_SWITCHES.items():
+        if environ.get(variable, "").lower() in _ON:
+            _refuse_variable(variable, environ, effect)
+    backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("no", "none", ""):
+        _refuse_variable("ACCELERATE_DYNAMO_BACKEND", environ, "compiles the model", "model.compile=true")
+    if config.model.compile:
+        for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+            if environ.get(variable, "").lower() in _ON:
+                _refuse_variable(variable, environ, "turns model.compile=true off", "model.compile=false")
+    accumulated = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulated.isdecimal() and accumulated != "1":
+        effect = "asks for micro-batches that batch_size and micro_batch_size decide here"
+        _refuse_variable("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", environ, effect)
+    if environ.get("NVIDIA_TF32_OVERRIDE", "") == "1":
+        _refuse_variable("NVIDIA_TF32_OVERRIDE", environ, "computes fp32 products in TF32 (three digits)")
+
+
+def _refuse_variable(
+    variable: str, environ: Mapping[str, str], effect: str, instead: str | None = None
+) -> None:
+    fix = f"unset {variable}" + (f", with {instead} in its place if it is meant" if instead else "")
+    raise InputError(variable, environ[variable], f"in the environment {effect}", fix=fix)
+
+
+_TRUE = ("1", "true", "yes")
+
+
+def check_settings(config: RunConfig, environ: Mapping[str, str]) -> None:
+    name = config.engine.name
+    for variable, engines, what in (
+        ("ACCELERATE_USE_DEEPSPEED", ZERO, "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", SHARDED, "FSDP"),
+    ):
+        if _is_set(environ, variable) and name not in engines:
+            fix = f"unset {variable}, or engine={engines[0] if what == 'FSDP' else 'zero2'}"
+            reason = f"disagrees with the launcher, which asks for {what} ({variable}={environ[variable]})"
+            raise InputError("engine.name", name, reason, fix=fix)
+    if _is_set(environ, "ACCELERATE_USE_DEEPSPEED"):
+        _check_launchers_deepspeed(config, environ)
+    if _is_set(environ, "ACCELERATE_USE_FSDP"):
+        _check_launchers_fsdp(config, environ)
+    variable = "ACCELERATE_MIXED_PRECISION"
+    mixed = environ.get(variable, "no") or "no"
+    if mixed not in ("no", config.precision):
+        what = f"was given --mixed_precision {mixed}"
+        fix = f"precision={mixed}" if mixed in get_args(Precision) else "--mixed_precision no"
+        _refuse_launcher("precision", config.precision, what, fix, variable)
+
+
+def _check_launchers_fsdp(config: RunConfig, environ: Mapping[str, str]) -> None:
+    name = config.engine.name
+    if environ.get("FSDP_VERSION", "2") != "2":
+        _refuse_launcher("engine.name", name, "asks for FSDP 1", "--fsdp_version 2", "FSDP_VERSION")
+    if _is_set(environ, variable := "FSDP_OFFLOAD_PARAMS"):
+        fix = "--fsdp_offload_params false"
+        _refuse_launcher("engine.name", name, "asks for parameters in host memory", fix, variable)
+    switches = {
+        "FSDP_RESHARD_AFTER_FORWARD": ("engine.reshard_after_forward", config.engine.reshard_after_forward),
+        "FSDP_ACTIVATION_CHECKPOINTING": (
+            "model.activation_checkpointing",
+            config.model.activation_checkpointing,
+        ),
+    }
+    for variable, (key, ours) in switches.items():
+        wanted = environ.get(variable, "").lower()
+        # Without its flag the launcher says false for checkpointing: only true is a wish.
+        is_wish = wanted == "true" or (wanted == "false" and "RESHARD" in variable)
+        if is_wish and wanted != format_value(ours):
+            _refuse_launcher(key, format_value(ours), f"was given {wanted}", f"{key}={wanted}", variable)
+
+
+def _check_launchers_deepspeed(config: RunConfig, environ: Mapping[str, str]) -> None:
+    name = config.engine.name
+    stage = environ.get(variable := "ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    file, ours = deepspeed_file(environ), config.engine.config_file
+    # Without --zero_stage the launcher says 2, also beside a file with another stage in it.
+    if file is None and stage in ("0", "1", "2", "3") and f"zero{stage}" != name:
+        _refuse_launcher("engine.name", name, f"asks for ZeRO stage {stage}", f"engine=zero{stage}", variable)
+    if file is not None and ours is not None and file != ours:
+        variable = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+        _refuse_launcher("engine.config_file", ours, f"was given {file}", "name one of them", variable)
+    for part in ("OPTIMIZER", "PARAM"):
+        variable = f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"
+        if environ.get(variable, "none") not in ("none", ""):
+            flag = f"--offload_{part.lower()}_device"
+            what = f"asks for {flag}, which is not supported"
+            _refuse_launcher("engine.name", name, what, f"{flag} none", variable)
+    clipping = environ.get(variable := "ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clipping not in ("none", "") and clipping != format_value(config.max_grad_norm):
+        fix = f"max_grad_norm={clipping}"
+        _refuse_launcher(
+            "max_grad_norm", format_value(config.max_grad_norm), f"clips at {clipping}", fix, variable
+        )
+
+
+def deepspeed_file(environ: Mapping[str, str]) -> str | None:
+    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if not _is_set(environ, "ACCELERATE_USE_DEEPSPEED") or file.lower() in ("none", "") else file
+
+
+def _refuse_launcher(key: str, value: object, what: str, fix: str, variable: str) -> None:
+    """Refuse what a launcher asked for, or what the environment still holds of a launcher that was here before."""
+    reason = f"disagrees with the launcher, which {what}"
+    raise InputError(key, value, reason, fix=f"{fix}; without a launcher: unset {variable}")
+
+
+def _is_set(environ: Mapping[str, str], variable: str) -> bool:
+    return environ.get(variable, "").lower() in _TRUE

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from harness.config import model_folder, model_keys, model_values
+from harness.config import model_folder, model_keys
 from harness.config.model_facts import LLAMA_LIKE, ModelFacts, full_config
 from harness.config.schema import RunConfig
+from harness.config.typed_keys import format_value
 from harness.errors import InputError
+
+_OWN_LOSS = re.compile(r"(^|_)(loss|smoothing|mtp|nextn)(_|$)|^(aux_loss_alpha|seq_aux|problem_type)$")
+_NO_EFFECT = {
+    "dtype": ("does not decide the precision", "precision=bf16_pure (or fp32, bf16, fp16)"),
+    "torch_dtype": ("does not decide the precision", "precision=bf16_pure (or fp32, bf16, fp16)"),
+    "return_dict": ("would hide the logits from the training loop", None),
+    "output_hidden_states": ("would keep activations that nothing reads", None),
+    "output_attentions": ("would keep activations that nothing reads", None),
+    "architectures": ("does not decide which model is built", "model.model_type=…"),
+    "chunk_size_feed_forward": ("does nothing in these models", None),
+}
 
 
 def check(config: RunConfig, shapes: ModelFacts) -> None:
@@ -28,7 +42,7 @@ def check(config: RunConfig, shapes: ModelFacts) -> None:
         asked_for = model_folder.overrides(folder, asked_for)
     else:
         model_keys.check_model_type(kind)
-    model_values.check_own_loss(kind, asked_for, values)
+    _check_own_loss(kind, asked_for, values)
     _check_heads(kind, values, shapes)
     if shapes.max_positions is not None and config.seq_len > shapes.max_positions:
         name = "n_positions" if "n_positions" in values else "max_position_embeddings"
@@ -78,3 +92,54 @@ def _check_heads(kind: str, values: dict[str, Any], shapes: ModelFacts) -> None:
     if isinstance(groups, int) and heads % groups:
         key = "model.config.num_key_value_heads"
         raise InputError(key, groups, f"does not divide {name} = {heads}", fix=f"{key}={heads}")
+
+
+def _check_own_loss(
+    kind: str,
+    given: Mapping[str, Any],
+    values: Mapping[str, Any],
+    *,
+    prefix: str = "model.config",
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse keys that act only inside the model's own loss, which is not what is trained here, or nowhere.
+
+    The load-balancing loss of routers is supported: `output_router_logits` with its coefficient.
+
+    Args:
+        kind: model type.
+        given: values that somebody asked for.
+        values: the whole configuration.
+        prefix: of the keys in messages.
+        defaults: of the fields; None: the model type's.
+
+    Raises:
+        InputError: naming the key and what to do instead.
+    """
+    fields = (model_keys.config_fields(kind) or {}) if defaults is None else defaults
+    parts = keys.parts if (keys := model_keys.model_keys(kind)) is not None and defaults is None else {}
+    for name, value in given.items():
+        key, default = f"{prefix}.{name}", fields.get(name)
+        if isinstance(value, dict) and (inside := parts.get(name)) is not None:
+            inner = {field: inside.fields[field].default for field in inside.fields}
+            is_on = {"output_router_logits": values.get("output_router_logits")}
+            _check_own_loss(kind, value, {**is_on, **inner, **value}, prefix=key, defaults=inner)
+        if name in _NO_EFFECT and value != default:
+            reason, instead = _NO_EFFECT[name]
+            raise InputError(key, format_value(value), reason, fix=instead or f"remove {key}")
+        if name == "output_router_logits" and value and not model_keys.has_router_loss(kind):
+            reason = f"has no effect: {kind} computes no load-balancing loss"
+            raise InputError(key, format_value(value), reason, fix=f"remove {key}")
+        if name in model_keys.ROUTER_COEFFICIENTS:
+            if value and value != default and not model_keys.has_router_loss(kind):
+                reason = f"has no effect: {kind} computes no load-balancing loss"
+                raise InputError(key, format_value(value), reason, fix=f"remove {key}")
+            if value and value != default and not values.get("output_router_logits"):
+                reason = "has no effect as long as output_router_logits is false"
+                fix = f"{prefix}.output_router_logits=true {key}={format_value(value)}"
+                raise InputError(key, format_value(value), reason, fix=fix)
+        elif _OWN_LOSS.search(name) and value not in (0, None, False, default):
+            reason = (
+                "acts only inside the model's own loss, and the loss here is cross-entropy of next tokens"
+            )
+            raise InputError(key, format_value(value), reason, fix=f"remove {key}")

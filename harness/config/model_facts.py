@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from harness.config import model_folder, model_values
-from harness.config.model_keys import canonical, check_model_type, config_fields, model_keys
-from harness.config.model_values import ROUTER_COEFFICIENTS
+from harness.config import model_folder
+from harness.config.model_keys import ROUTER_COEFFICIENTS, canonical, check_values, model_keys
 from harness.config.schema import ModelConfig
-
-__all__ = [
-    "LLAMA_LIKE",
-    "ModelFacts",
-    "check_model_type",
-    "config_fields",
-    "facts",
-    "full_config",
-    "router_coefficient",
-]
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 _NAMES = {
@@ -57,7 +46,7 @@ def facts(model: ModelConfig) -> ModelFacts:
     """
     values = full_config(model)
     kind = str(values.pop("model_type", model.model_type))
-    model_values.check(kind, model.config)
+    check_values(kind, model.config)
     text = _text(kind, values)
 
     def number(size: str) -> int | None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.config.typed_keys import format_value
 from harness.errors import InputError, closest
 
 BASE_FIELDS = (
@@ -325,3 +328,131 @@ def _literal(node: ast.expr | None) -> Any:
         return ast.literal_eval(node) if node is not None else None
     except ValueError:
         return None
+
+
+LARGEST = 1 << 24
+"""Of every size and count; the longest context of a published model is 10 M positions."""
+MOST_LAYERS = 1024
+ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+"""Names that `transformers` configurations give to the coefficient of the load-balancing loss."""
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "n_embd",
+    "n_head",
+    "n_positions",
+    "n_inner",
+    "d_model",
+    "n_heads",
+    "num_heads",
+)
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_SIZE = re.compile(
+    r"(^|_)(size|dim|heads?|layers?|experts|positions?|embd|inner|rank|groups?|len|window|tok)$"
+)
+_LIMITED = re.compile(r"(pdrop|dropout|_eps|epsilon|initializer_range|_loss_coef)$")
+
+
+def check_values(kind: str, given: Mapping[str, Any], *, prefix: str = "model.config") -> None:
+    """Refuse a value of another type than its field, a size that no model has, and what is not a number.
+
+    Args:
+        kind: model type.
+        given: configuration values, under any of their names.
+        prefix: of the keys in messages.
+
+    Raises:
+        InputError: naming the key, what is allowed and what to type.
+    """
+    keys = model_keys(kind)
+    _check_fields(keys, given, prefix)
+    for part, inside in (keys.parts if keys is not None else {}).items():
+        if inside is not None and isinstance(given.get(part), dict):
+            _check_fields(inside, given[part], f"{prefix}.{part}")
+
+
+def shortened(value: Any) -> str:
+    """Return a value as it is typed, cut where that would fill the screen."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**18:
+        return f"a number of {len(str(abs(value))):,} digits"
+    text = format_value(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _check_fields(keys: ModelKeys | None, given: Mapping[str, Any], prefix: str) -> None:
+    fields = keys.fields if keys is not None else {}
+    aliases = keys.aliases if keys is not None else {}
+    for name, value in given.items():
+        field = fields.get(aliases.get(name, name), Field(None, frozenset()))
+        key, default = f"{prefix}.{name}", field.default
+        fix = f"{key}={format_value(default)}" if default is not None else f"remove {key}"
+        allowed = _wrong(name, value, field)
+        if allowed is not None:
+            raise InputError(key, shortened(value), allowed=allowed, fix=fix)
+
+
+def _wrong(name: str, value: Any, field: Field) -> str | list[str] | None:
+    """What is allowed, where a value is not; None where it is."""
+    types, default = field.types, field.default
+    if name in _LAYERS:
+        return None if _is_count(value, MOST_LAYERS) else f"a whole number ≥ 1 and at most {MOST_LAYERS:,}"
+    if name in _COUNTS:
+        is_free = value is None and (default is None or "None" in types)
+        return None if is_free or _is_count(value, LARGEST) else f"a whole number ≥ 1 and at most {LARGEST:,}"
+    if value is None:
+        return None if "None" in types or default is None else _phrase(field)
+    if isinstance(value, bool):
+        return None if "bool" in types or not _is_plain(field) else _phrase(field)
+    if isinstance(value, int):
+        if abs(value) > (LARGEST if _SIZE.search(name) else 2**53):
+            return f"at most {LARGEST:,}" if _SIZE.search(name) else "a number of at most 15 digits"
+        if not types & {"int", "float"} and _is_plain(field):
+            return _phrase(field)
+    if isinstance(value, float) and (not math.isfinite(value) or ("float" not in types and _is_plain(field))):
+        return _phrase(field)
+    if isinstance(value, (int, float)) and _LIMITED.search(name):
+        is_share = name.endswith(("pdrop", "dropout"))
+        if value < 0 or (is_share and value > 1):
+            return "a number from 0 to 1" if is_share else "a number ≥ 0"
+    if isinstance(value, str) and "str" not in types and _is_plain(field):
+        return _phrase(field)
+    if isinstance(value, (list, dict)) and _is_plain(field) and not types & {"list", "tuple", "dict"}:
+        return _phrase(field)
+    return None
+
+
+def _is_count(value: Any, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+
+
+def _is_plain(field: Field) -> bool:
+    """Whether all types that the annotation names are known here (one without annotation names none)."""
+    plain = {"int", "float", "bool", "str", "None", "list", "tuple", "dict", "Any"}
+    return bool(field.types) and field.types <= plain and "Any" not in field.types
+
+
+def _phrase(field: Field) -> str | list[str]:
+    types = field.types
+    if types <= {"bool", "None"} and "bool" in types:
+        return ["true", "false", *(["null"] if "None" in types else [])]
+    phrases = {
+        "float": "a number",
+        "int": "a whole number",
+        "str": "text",
+        "bool": "true or false",
+        "list": "a list",
+        "dict": "a mapping",
+        "None": "null",
+    }
+    names = [name for name in phrases if name in types and not (name == "int" and "float" in types)]
+    return " or ".join(phrases[name] for name in names) or "a value of the field's type"

@@ -16,6 +16,10 @@ from harness.config.typed_keys import FREE, Key, TypedKeys, keys_of
 
 Precision = Literal["fp32", "bf16", "bf16_pure", "fp16"]
 EngineName = Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"]
+ZERO = ("zero0", "zero1", "zero2", "zero3")
+PARTITIONED = ("zero1", "zero2", "zero3")
+"""Engines whose optimizer sees flat slices of the parameters."""
+SHARDED = ("fsdp2", "hsdp")
 SCHEMA_VERSION = 1
 
 

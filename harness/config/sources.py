@@ -121,10 +121,10 @@ def compose_one(group: str, option: str) -> dict[str, Any]:
     Raises:
         InputError: as `compose`.
     """
-    from harness.config.interpolation import resolve
+    from harness.config.yaml_files import resolve_interpolations
 
     values, _ = _merged(f"{group}/{option}", {group: option}, choose=False)
-    inside = resolve(values, {}, lambda key: str(find(group, option))).get(group, {})
+    inside = resolve_interpolations(values, {}, lambda key: str(find(group, option))).get(group, {})
     return inside if isinstance(inside, dict) else {}
 
 
@@ -140,7 +140,7 @@ def _merged(
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from harness.config.interpolation import only_allowed_variables
+    from harness.config.yaml_files import only_allowed_variables
 
     _register_own_configs()
     for path in _files_of(selections):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.config.model_values import ROUTER_COEFFICIENTS
+from harness.config.model_keys import ROUTER_COEFFICIENTS
 from harness.protocols import Losses
 
 if TYPE_CHECKING:

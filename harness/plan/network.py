@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from harness import model
-from harness.config.model_facts import config_fields, facts, full_config
+from harness.config.model_facts import facts, full_config
+from harness.config.model_keys import config_fields
 from harness.config.schema import ModelConfig, Precision
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")

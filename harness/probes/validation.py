@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from harness.config import evaluation_budget
+from harness.config import derived_defaults
 from harness.loop import Run
 from harness.protocols import Engine, MetricRow, Objective
 
@@ -37,8 +37,8 @@ class Evaluation:
 
     def __init__(self, run: Run, validation: ValidationRows) -> None:
         self._run, self._validation = run, validation
-        self._rows = validation.count(evaluation_budget.tokens(run.config))
-        self._every = evaluation_budget.every(run.config)
+        self._rows = validation.count(derived_defaults.evaluation_tokens(run.config))
+        self._every = derived_defaults.evaluation_interval(run.config)
         self.best: float | None = None
         self.last: tuple[int, float | None] = (0, None)
         """Steps done at the last evaluation, and what it gave (None where that was not finite)."""

@@ -15,7 +15,7 @@ from typing import IO, Any
 import filelock
 from omegaconf import OmegaConf
 
-from harness.config import compose, folder_names
+from harness.config import compose, value_formats
 from harness.config.identity import differing_keys
 from harness.config.identity import identity as identity_of
 from harness.config.schema import RunConfig
@@ -50,9 +50,9 @@ def path_of(config: RunConfig, identity: str) -> Path:
         InputError: the name is no folder name, or the path is too long.
     """
     name = config.name or f"{config.model.name}-{config.optimizer.name}-seed{config.seed}-{identity[:6]}"
-    folder_names.check("name", name)
+    value_formats.check_folder_name("name", name)
     folder = Path(config.runs_dir) / config.group / name
-    folder_names.check_path(folder, Path(config.runs_dir) / config.group)
+    value_formats.check_run_folder(folder, Path(config.runs_dir) / config.group)
     return folder
 
 

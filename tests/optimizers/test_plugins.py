@@ -213,22 +213,22 @@ def test_a_broken_rule_is_refused_in_one_sentence(case: str, install: Install) -
 
 
 def test_show_promises_what_train_finds(install: Install) -> None:
-    from harness.config import learning_rates
+    from harness.config import derived_defaults
     from harness.listing import _show_optimizer
 
     install("unit_velocity", "UnitVelocity", documented())
     (row,) = [r for r in _show_optimizer("unit_velocity")["options"] if r["option"] == "optimizer.lr"]
     assert row["default"] == "none: give optimizer.lr=…"
-    assert learning_rates.default("unit_velocity", 10**6) is None
+    assert derived_defaults.default_learning_rate("unit_velocity", 10**6) is None
 
 
 def test_a_rate_of_the_rule_itself_is_the_default(install: Install) -> None:
-    from harness.config import learning_rates
+    from harness.config import derived_defaults
     from harness.listing import _show_optimizer
 
     install("unit_velocity", "UnitVelocity", documented().replace('{"momentum"', '{"lr": 0.07, "momentum"'))
     (row,) = [r for r in _show_optimizer("unit_velocity")["options"] if r["option"] == "optimizer.lr"]
-    found = learning_rates.default("unit_velocity", 10**6)
+    found = derived_defaults.default_learning_rate("unit_velocity", 10**6)
     assert found is not None
     assert (row["default"], found.lr, found.tuned) == (0.07, 0.07, False)
     assert "frobenius" in str(_show_optimizer("unit_velocity")["options"])

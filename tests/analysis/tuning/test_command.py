@@ -21,7 +21,7 @@ from analysis.pages import screenshot
 from analysis.report import command as report_command
 from analysis.runs import tuning_ledger
 from analysis.tuning import command
-from harness.config import compose, learning_rates, sources
+from harness.config import compose, derived_defaults, sources
 from harness.errors import InputError
 from harness.jobs import launch
 from harness.jobs.outcome import RunOutcome
@@ -208,7 +208,7 @@ def test_a_third_optimizer_joins_later(
     assert list(arms_of(document)) == ["adamw", "sumo", "muon"]
     assert "unequal_tuning" not in codes(document)
     # The second learning rate that comes with Muon's default keeps its ratio to the first.
-    default = learning_rates.default("muon", 1_840_256)
+    default = derived_defaults.default_learning_rate("muon", 1_840_256)
     assert default is not None
     assert default.aux_lr is not None
     for trial in arms_of(document)["muon"]["trials"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import checks, learning_rates
+from harness.config import checks, derived_defaults
 from harness.config.compose import load
 from harness.config.schema import RunConfig
 from harness.errors import InputError
@@ -222,23 +222,23 @@ def test_the_learning_rate_beside_a_rule_comes_with_the_default() -> None:
 
 
 def test_learning_rates_of_the_published_sizes() -> None:
-    row = learning_rates.default("galore", 58_073_600)
+    row = derived_defaults.default_learning_rate("galore", 58_073_600)
     assert row is not None
     assert (row.lr, row.tuned, row.warning) == (0.01, True, None)
-    large = learning_rates.default("galore", 6_738_415_616)
+    large = derived_defaults.default_learning_rate("galore", 6_738_415_616)
     assert large is not None
     assert (large.lr, large.warning) == (0.005, None)
-    between = learning_rates.default("galore", 5_000_000_000)
+    between = derived_defaults.default_learning_rate("galore", 5_000_000_000)
     assert between is not None
     assert between.lr == 0.005
     assert between.warning is not None
-    assert learning_rates.default("nothing", 1) is None
+    assert derived_defaults.default_learning_rate("nothing", 1) is None
 
 
 def test_every_preset_has_a_learning_rate() -> None:
     from optimizers.presets import PRESETS
 
-    assert set(learning_rates.TABLE) == set(PRESETS)
-    for rows in learning_rates.TABLE.values():
+    assert set(derived_defaults.LEARNING_RATES) == set(PRESETS)
+    for rows in derived_defaults.LEARNING_RATES.values():
         for low, high in itertools.pairwise(rows):
             assert low.largest < high.smallest

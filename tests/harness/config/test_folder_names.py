@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import checks, compose, folder_names
+from harness.config import checks, compose, value_formats
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.record.folder import path_of
@@ -50,7 +50,7 @@ def test_a_bad_name_is_refused_in_every_place(name: str) -> None:
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_name_stays_as_typed(name: str) -> None:
     assert folder(name=name, group=name) == Path("runs") / name / name
-    folder_names.check("name", name)
+    value_formats.check_folder_name("name", name)
 
 
 def test_a_name_of_parts_that_is_too_long_as_a_whole_is_refused() -> None:
@@ -62,6 +62,6 @@ def test_a_name_of_parts_that_is_too_long_as_a_whole_is_refused() -> None:
 
 def test_the_path_as_a_whole_has_a_limit() -> None:
     with pytest.raises(InputError, match="too long"):
-        folder_names.check_path(Path("/x" * 2000) / "group/name", Path("/x" * 2000) / "group")
+        value_formats.check_run_folder(Path("/x" * 2000) / "group/name", Path("/x" * 2000) / "group")
     with pytest.raises(InputError, match="is not a folder in"):
-        folder_names.check_path(Path("runs/group/../../x"), Path("runs/group"))
+        value_formats.check_run_folder(Path("runs/group/../../x"), Path("runs/group"))

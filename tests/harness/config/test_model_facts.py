@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from harness.config.compose import load
-from harness.config.model_facts import config_fields, facts, full_config
+from harness.config.model_facts import facts, full_config
+from harness.config.model_keys import config_fields
 from harness.config.schema import ModelConfig
 
 SIZES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.config.durations import seconds
+from harness.config.value_formats import duration_seconds
 from harness.errors import InputError
 
 
@@ -29,7 +29,7 @@ from harness.errors import InputError
     ],
 )
 def test_what_is_a_length_of_time(value: str | float | None, expected: float | None) -> None:
-    assert seconds("time_limit", value) == expected
+    assert duration_seconds("time_limit", value) == expected
 
 
 @pytest.mark.parametrize(
@@ -37,5 +37,5 @@ def test_what_is_a_length_of_time(value: str | float | None, expected: float | N
 )
 def test_what_is_none_is_refused_with_what_is_allowed(value: str | float) -> None:
     with pytest.raises(InputError, match="time_limit") as caught:
-        seconds("time_limit", value)
+        duration_seconds("time_limit", value)
     assert "2h30m" in str(caught.value)

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from harness.config import checks, compose, evaluation_budget
+from harness.config import checks, compose, derived_defaults
 from harness.config.schema import RunConfig
 
 
@@ -16,7 +16,7 @@ def _config(*overrides: str) -> RunConfig:
 
 def _count(config: RunConfig) -> int:
     """Evaluations as `harness.probes.validation` makes them: every n steps, and after the last one."""
-    every = evaluation_budget.every(config)
+    every = derived_defaults.evaluation_interval(config)
     return sum(
         step == config.steps or (every is not None and step % every == 0)
         for step in range(1, config.steps + 1)
@@ -32,7 +32,7 @@ def test_default_evaluations_are_a_bounded_share_of_the_compute(steps: int, batc
     assert isinstance(config.eval.tokens, int)
     spent, trained = _count(config) * config.eval.tokens, steps * batch_size * config.seq_len
     share = spent / (3 * trained)
-    assert evaluation_budget.share(config) == pytest.approx(share)
+    assert derived_defaults.evaluation_share(config) == pytest.approx(share)
     assert _count(config) in range(1, 11)
     # A run may be shorter than the one row that is read at least.
     assert share <= 0.25 + 1e-9 or config.eval.tokens == config.seq_len
@@ -44,13 +44,13 @@ def test_default_evaluations_are_a_bounded_share_of_the_compute(steps: int, batc
 
 def test_control_the_old_rule_of_ten_evaluations_exceeds_the_share() -> None:
     config = _config("steps=20", "eval.every=2", "eval.tokens=32768", "world_size=1")
-    assert evaluation_budget.share(config) > 1
+    assert derived_defaults.evaluation_share(config) > 1
 
 
 def test_given_numbers_are_kept() -> None:
     config = _config("steps=20", "eval.every=3", "eval.tokens=4096", "world_size=1")
-    assert (evaluation_budget.every(config), config.eval.tokens) == (3, 4096)
-    assert evaluation_budget.every(_config("steps=20", "eval.every=null")) is None
+    assert (derived_defaults.evaluation_interval(config), config.eval.tokens) == (3, 4096)
+    assert derived_defaults.evaluation_interval(_config("steps=20", "eval.every=null")) is None
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_given_numbers_are_kept() -> None:
 def test_arms_are_evaluated_at_the_same_steps_on_the_same_tokens(other: str) -> None:
     one, two = _config("steps=37", "world_size=1"), _config("steps=37", other)
     assert one.eval.tokens == two.eval.tokens
-    assert evaluation_budget.every(one) == evaluation_budget.every(two)
+    assert derived_defaults.evaluation_interval(one) == derived_defaults.evaluation_interval(two)
     assert checks.check(two, environ={}, devices=0).eval == two.eval
 
 
 def test_quickstart_spends_at_most_a_quarter_on_evaluation() -> None:
-    assert evaluation_budget.share(_config("experiment=quickstart")) <= 0.25
+    assert derived_defaults.evaluation_share(_config("experiment=quickstart")) <= 0.25

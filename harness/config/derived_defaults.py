@@ -1,0 +1,188 @@
+"""Defaults that depend on other keys: the peak learning rate, and how often and on how many tokens a run is evaluated.
+
+A row of `LEARNING_RATES` holds for the model sizes between its two bounds; outside of all rows the nearest one is
+taken, with a warning. `tuned` is true where the source searched over learning rates at that size.
+
+Forward and backward pass cost three times a forward pass, so evaluation on n tokens costs what training on n/3 does.
+Only keys that all arms of a comparison share enter: arms are evaluated at the same steps on the same tokens, a resumed
+run goes on with them, and no clock decides. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from harness.config.schema import RunConfig
+
+
+class LearningRateRow(NamedTuple):
+    """A learning rate that somebody used or measured.
+
+    Attributes:
+        smallest, largest: parameters of the models it holds for, inclusive.
+        lr: peak learning rate.
+        source: paper, script or measurement.
+        tuned: the source searched for it at these sizes.
+        aux_lr: peak learning rate of the AdamW beside a matrix rule; None: the preset's own.
+    """
+
+    smallest: float
+    largest: float
+    lr: float
+    source: str
+    tuned: bool = False
+    aux_lr: float | None = None
+
+
+class LearningRate(NamedTuple):
+    """A default. `warning` is None where a row covers the size."""
+
+    lr: float
+    source: str
+    tuned: bool
+    warning: str | None
+    aux_lr: float | None = None
+
+
+_GALORE = "GaLore (arXiv 2403.03507), scripts/benchmark_c4"
+_CONDA = "baseline of Conda's C4 scripts (github.com/jie040109/Conda), GaLore protocol"
+_JORDAN = "Jordan et al. 2024 (kellerjordan.github.io/posts/muon), used at 124M"
+_MATCHED = (
+    "AdamW's value: update_scale=rms_max gives updates of AdamW's size (arXiv 2502.16982); "
+    "SUMO's paper states none"
+)
+
+_TINY = "tuned at 1.8M, 150 steps of 2,048 tokens (docs/benchmarks.md)"
+
+LEARNING_RATES: dict[str, tuple[LearningRateRow, ...]] = {
+    "adamw": (
+        LearningRateRow(1e6, 4e6, 4e-3, _TINY, tuned=True),
+        LearningRateRow(50e6, 1.5e9, 1e-3, _CONDA),
+        LearningRateRow(6e9, 8e9, 3e-4, "LLaMA (arXiv 2302.13971), Table 2, 7B"),
+    ),
+    "galore": (
+        LearningRateRow(1e6, 4e6, 5e-3, _TINY, tuned=True, aux_lr=1.6e-2),
+        LearningRateRow(50e6, 1.5e9, 1e-2, f"{_GALORE}, 60M to 1B", tuned=True),
+        LearningRateRow(6e9, 8e9, 5e-3, f"{_GALORE}/llama_7b.sh"),
+    ),
+    "muon": (
+        LearningRateRow(1e6, 4e6, 2e-2, _TINY, tuned=True, aux_lr=1.6e-2),
+        LearningRateRow(100e6, 150e6, 2e-2, _JORDAN, tuned=True),
+    ),
+    "muon_svd": (LearningRateRow(100e6, 150e6, 2e-2, f"as muon: {_JORDAN}"),),
+    "muon_polar_express": (LearningRateRow(100e6, 150e6, 2e-2, f"as muon: {_JORDAN}"),),
+    "muon_moonlight": (LearningRateRow(50e6, 1.5e9, 1e-3, _CONDA),),
+    "sumo": (
+        LearningRateRow(1e6, 4e6, 4e-3, _TINY, tuned=True, aux_lr=1.6e-2),
+        LearningRateRow(50e6, 1.5e9, 1e-3, _MATCHED),
+    ),
+    "sumo_paper": (LearningRateRow(50e6, 1.5e9, 1e-3, _MATCHED),),
+    "sumo_ns5": (LearningRateRow(50e6, 1.5e9, 1e-3, _MATCHED),),
+    "sumo_official": (
+        LearningRateRow(50e6, 1.5e9, 1e-3, "default of SUMO's public code (sumo_optimizer.py)"),
+    ),
+    "galore_muon": (LearningRateRow(50e6, 1.5e9, 1e-3, _MATCHED),),
+}
+
+
+def default_learning_rate(
+    optimizer: str, parameters: int, *, from_weights: bool = False
+) -> LearningRate | None:
+    """Return the default peak learning rate of a preset.
+
+    Args:
+        optimizer: preset name.
+        parameters: number of parameters of the model.
+        from_weights: the run starts from trained weights (`model.path`), at which no row was tuned.
+
+    Returns:
+        None where the table knows nothing of this optimizer, and it is no rule of a package with an lr of its own.
+    """
+    rows = LEARNING_RATES.get(optimizer)
+    if not rows:
+        lr = rule_rate(optimizer)
+        return None if lr is None else LearningRate(lr, f"default of the rule {optimizer}", False, None)
+    row = min(rows, key=lambda row: _distance(row, parameters))
+    is_covered = _distance(row, parameters) == 0
+    warnings = []
+    if not is_covered:
+        size = f"{parameters / 1e6:.3g}M"
+        warnings.append(
+            f"optimizer.lr: no default for {optimizer} at {size} parameters; {row.lr:g} is the nearest "
+            f"({row.source}); give optimizer.lr=… for a fair comparison"
+        )
+    if from_weights:
+        warnings.append(
+            f"optimizer.lr: {row.lr:g} is a rate for random weights, and this run starts from trained weights, "
+            f"which usually want a smaller one; give optimizer.lr=… (docs/model_path.md)"
+        )
+    is_tuned = row.tuned and is_covered and not from_weights
+    # A source that says "tuned" at another size, or from other weights, must not read as if it were about this run.
+    limits = [*(["nearest size"] if not is_covered else []), *(["random weights"] if from_weights else [])]
+    source = f"{', '.join(limits)}: {row.source}" if limits else row.source
+    return LearningRate(row.lr, source, is_tuned, "; ".join(warnings) or None, row.aux_lr)
+
+
+def rule_rate(optimizer: str) -> float | None:
+    """Return the learning rate that a rule of an installed package names itself; None: it names none."""
+    from optimizers.presets import PRESETS, names, plugin_rule
+
+    if optimizer in PRESETS or optimizer not in names():
+        return None
+    return plugin_rule(optimizer).defaults.get("lr")
+
+
+def _distance(row: LearningRateRow, parameters: int) -> float:
+    """How far outside of a row a size is, as the logarithm of a factor; 0 inside."""
+    size = max(parameters, 1)
+    return max(0.0, math.log(row.smallest / size), math.log(size / row.largest))
+
+
+MOST_TOKENS = 32768
+"""Of an evaluation with ``eval.tokens=auto``; fewer only where the last evaluation alone would exceed `MOST_SHARE`."""
+MOST_EVALUATIONS = 10
+SHARE = 0.1
+"""Of the training compute, that evaluations with ``eval.every=auto`` take."""
+FEW_EVALUATIONS = 4
+"""A curve through fewer points shows little: a short run gets these if they fit in `MOST_SHARE`."""
+MOST_SHARE = 0.25
+FORWARD_SHARE = 1 / 3
+"""Compute of a forward pass over that of a forward and backward pass."""
+
+
+def evaluation_tokens(config: RunConfig) -> int:
+    """Return ``eval.tokens``, or for ``auto`` those of `default_evaluation_tokens`."""
+    return default_evaluation_tokens(config) if config.eval.tokens == "auto" else config.eval.tokens
+
+
+def default_evaluation_tokens(config: RunConfig) -> int:
+    """Return the tokens of an evaluation that the run's length allows: whole rows, at least one."""
+    affordable = int(MOST_SHARE * _train_tokens(config) / FORWARD_SHARE)
+    return max(config.seq_len, min(MOST_TOKENS, affordable - affordable % config.seq_len))
+
+
+def evaluation_interval(config: RunConfig) -> int | None:
+    """Return the steps between evaluations, None for the last step alone.
+
+    ``auto`` spreads up to ten evaluations evenly over the run, as many as take `SHARE` of the training compute, or
+    up to `FEW_EVALUATIONS` of them within `MOST_SHARE`.
+    """
+    if config.eval.every != "auto":
+        return config.eval.every
+    one = FORWARD_SHARE * evaluation_tokens(config) / _train_tokens(config)
+    # The small term keeps a share that is met exactly from being lost to rounding.
+    usual, short = (int(share / one + 1e-9) for share in (SHARE, MOST_SHARE))
+    count = max(1, min(MOST_EVALUATIONS, max(usual, min(FEW_EVALUATIONS, short))))
+    return -(-config.steps // count)
+
+
+def evaluation_share(config: RunConfig) -> float:
+    """Return the compute of all evaluations over that of training."""
+    between = evaluation_interval(config) or config.steps
+    count = config.steps // between + (config.steps % between > 0)
+    return count * FORWARD_SHARE * evaluation_tokens(config) / _train_tokens(config)
+
+
+def _train_tokens(config: RunConfig) -> int:
+    return config.steps * config.batch_size * config.seq_len
