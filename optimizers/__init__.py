@@ -13,16 +13,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from optimizers.presets import OPTIONS, PRESETS, Option, OptionError, Preset, names, rank_limit_check, resolve
+from optimizers.options import Option, OptionError
+from optimizers.presets import OPTIONS, PRESETS, names, rank_limit_check, resolve
+from optimizers.rule_options import Preset
 
 if TYPE_CHECKING:
     from optimizers.classes import SUMO, AdamW, GaLore, Muon
-    from optimizers.interfaces import Rule, Update
+    from optimizers.interfaces import Update
     from optimizers.linalg.polar import Polar, polar
     from optimizers.optimizer import Optimizer
     from optimizers.registry import build, plugin
     from optimizers.routing import Route
-    from optimizers.rules.orthogonalize import momentum, orthogonalize, scale
+    from optimizers.rule import Rule
+    from optimizers.rules.parts.orthogonal import momentum, orthogonalize, scale
 
 _LAZY = {
     "build": "optimizers.registry",
@@ -35,11 +38,11 @@ _LAZY = {
     "Route": "optimizers.routing",
     "polar": "optimizers.linalg.polar",
     "Polar": "optimizers.linalg.polar",
-    "Rule": "optimizers.interfaces",
+    "Rule": "optimizers.rule",
     "Update": "optimizers.interfaces",
-    "momentum": "optimizers.rules.orthogonalize",
-    "orthogonalize": "optimizers.rules.orthogonalize",
-    "scale": "optimizers.rules.orthogonalize",
+    "momentum": "optimizers.rules.parts.orthogonal",
+    "orthogonalize": "optimizers.rules.parts.orthogonal",
+    "scale": "optimizers.rules.parts.orthogonal",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
 from optimizers.rounding import Rounding
 from optimizers.routing import Modules, Route, route
-from optimizers.rules import adamw
+from optimizers.rules.parts import adamw_kernels
 
 # Options of the matrix preset that belong to the AdamW group beside it, and what they are called there.
 _AUX = {
@@ -214,13 +214,13 @@ def apply_config(options: Mapping[str, Any]) -> ApplyConfig:
     return ApplyConfig(_lr(options), _decay(options), decays_after, _rounding(options))
 
 
-def adamw_settings(options: Mapping[str, Any]) -> adamw.Settings:
+def adamw_settings(options: Mapping[str, Any]) -> adamw_kernels.AdamWSettings:
     """Return what an AdamW group is stepped with in this step."""
     beta1, beta2 = options["betas"]
     # A scheduler that cycles the momentum of the matrices writes it into this group, too, where it means β₁.
     if "momentum" in options and options["scheduled"]:
         beta1 = options["momentum"]
-    return adamw.Settings(
+    return adamw_kernels.AdamWSettings(
         _lr(options),
         _decay(options),
         (beta1, beta2),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.interfaces import Collectives, Rule
+from optimizers.interfaces import Collectives
 from optimizers.linalg.inverse_root import inverse_root
 from optimizers.linalg.polar import polar
 from optimizers.linalg.robust import (
@@ -17,6 +17,7 @@ from optimizers.linalg.robust import (
     full_precision,
 )
 from optimizers.linalg.spectra import figures, orthogonality_error, polar_error
+from optimizers.rule import Rule
 
 Figures = dict[str, Tensor]
 

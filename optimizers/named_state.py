@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers import rules
-from optimizers.interfaces import MatrixRef, Rule
+from optimizers import presets
+from optimizers.interfaces import MatrixRef
 from optimizers.layouts.batches import BatchState
 from optimizers.layouts.owner_buckets import WorkSplitBucket
 
@@ -71,7 +71,7 @@ def pieces(optimizer: Optimizer) -> Iterator[StatePiece]:
     for unit in units.all():
         group = units.group_of(unit)
         if group.rule != "adamw":
-            rule = rules.load(group.rule)
+            rule = presets.load_rule(group.rule)
             for bucket in units.buckets(unit):
                 for batch_state in (*bucket.batch_states, *bucket.receivers):
                     batch_state.bind(optimizer.state)

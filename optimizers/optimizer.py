@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from optimizers import groups, rules, skipping
+from optimizers import groups, presets, skipping
 from optimizers.layouts.batches import ApplyConfig, BatchEntry
 from optimizers.layouts.layout import (
     Bucket,
@@ -27,7 +27,8 @@ from optimizers.named_state import check_state_dict, compact, kind_bytes, restor
 from optimizers.options import OptionError
 from optimizers.presets import resolve
 from optimizers.routing import Modules, Route
-from optimizers.rules import adamw
+from optimizers.rule import Rule
+from optimizers.rules.parts import adamw_kernels
 from optimizers.skip_tracker import Candidate, Candidates, SkipTracker
 from optimizers.skipping import StepMask
 from optimizers.step_stats import StepStats, first_moments, moment_spectra
@@ -190,7 +191,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_matrices(self, unit: StepUnit, mask: StepMask) -> None:
         group = self.units.group_of(unit).options
-        rule = rules.load(group["rule"])
+        rule = presets.load_rule(group["rule"])
         config = groups.apply_config(group)
         buckets = self.units.buckets(unit)
         if buckets:
@@ -207,7 +208,7 @@ class Optimizer(torch.optim.Optimizer):
             bucket.end(config)
 
     def _step_batches(
-        self, rule: rules.Rule, bucket: Bucket, entries: list[BatchEntry], config: ApplyConfig
+        self, rule: Rule, bucket: Bucket, entries: list[BatchEntry], config: ApplyConfig
     ) -> None:
         # A function of its own, so that nothing of these batches is held while the next ones are computed.
         entry_of = {id(entry.batch): entry for entry in entries}
@@ -218,7 +219,7 @@ class Optimizer(torch.optim.Optimizer):
             entry_of[id(batch)].finish()
 
     def _step_adamw(self, unit: StepUnit, active: list[Tensor], mask: StepMask) -> None:
-        adamw.step(
+        adamw_kernels.step(
             [self.layout.weight(p) for p in active],
             [gradient for p in active if (gradient := self.layout.gradient(p)) is not None],
             [self.state[p] for p in active],

@@ -1,12 +1,13 @@
-"""The options of all rules: one name, one meaning, one check each. Nothing here imports torch."""
+"""What an option is, how its value is checked, and how a dataclass declares it. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class OptionError(ValueError):
@@ -158,155 +159,35 @@ _CHECKS: dict[str, Callable[[Option, Any], Any]] = {
     "betas": _betas,
 }
 
-_POLAR_METHODS = ("auto", "svd", "qr_svd", "gram", "dwh", "newton_schulz", "cubic", "polar_express")
 
-OPTIONS: dict[str, Option] = {
-    option.name: option
-    for option in (
-        Option("lr", "float", "peak learning rate of the matrix rule", minimum=0),
-        Option("weight_decay", "float", "decoupled decay: the weight times 1 − lr·weight_decay", minimum=0),
-        Option(
-            "decay_order",
-            "str",
-            "weight decay acts on the weight before or after the step",
-            choices=("before", "after"),
-        ),
-        Option("momentum", "float", "μ, decay of the moment", minimum=0, maximum=0.9999999),
-        Option(
-            "momentum_form",
-            "str",
-            "sum: M ← μM + G; ema: M ← μM + (1 − μ)G (the same direction, another length)",
-            choices=("sum", "ema"),
-        ),
-        Option(
-            "nesterov",
-            "str",
-            "look ahead once more along the moment; stored: the look-ahead replaces the moment in the state",
-            choices=(False, True, "stored"),
-        ),
-        Option(
-            "rank",
-            "int",
-            "r, dimension of the subspace; null: a quarter of each matrix's short side",
-            minimum=1,
-            optional=True,
-        ),
-        Option("refresh_interval", "int", "K, steps between new subspaces", minimum=1),
-        Option(
-            "refresh_offset",
-            "int",
-            "refresh when (t + offset) mod K = 0, t = 0, 1, …, and at t = 0",
-            minimum=0,
-        ),
-        Option(
-            "refresh_stagger",
-            "bool",
-            "spread the refreshes of the matrices evenly over the interval (the first one stays at t = 0)",
-        ),
-        Option(
-            "refresh_threshold",
-            "float",
-            "ς: a step with ‖Ĝ‖_F ≤ ς takes a new subspace too (decided on the device); null: off",
-            minimum=0,
-            optional=True,
-        ),
-        Option(
-            "side",
-            "str",
-            "side of the matrix that the moment keeps: short (Algorithm 1 of SUMO), long (GaLore std)",
-            choices=("short", "long"),
-        ),
-        Option(
-            "basis",
-            "str",
-            "how the subspace is found: exact truncated SVD, or a randomized range finder",
-            choices=("svd", "randomized"),
-        ),
-        Option("transport", "bool", "carry the moment into a new subspace by R = Q_newᵀ Q_old"),
-        Option(
-            "orthogonalizer",
-            "str",
-            "method of the polar factor; auto is exact",
-            choices=_POLAR_METHODS,
-        ),
-        Option(
-            "orthogonalizer_steps",
-            "int",
-            "iterations of newton_schulz, cubic and polar_express",
-            minimum=1,
-            maximum=100,
-        ),
-        Option(
-            "orthogonalizer_dtype",
-            "str",
-            "arithmetic of newton_schulz, cubic and polar_express; auto: bfloat16 where the hardware multiplies it, "
-            "else float32 (written into the group at construction)",
-            choices=("auto", "float32", "bfloat16"),
-        ),
-        Option(
-            "update_scale",
-            "str",
-            "factor on the orthogonal part: none; rms_max 0.2·√max(m, n); rows_cols √max(1, m/n); "
-            "rms_rank 0.2·√(mn/r)",
-            choices=("none", "rms_max", "rows_cols", "rms_rank"),
-        ),
-        Option(
-            "residual_scale",
-            "float",
-            "factor on the gradient outside the subspace, G − QQᵀG (0: dropped)",
-            minimum=0,
-        ),
-        Option("alpha", "float", "factor on the whole matrix update (not on the weight decay)", minimum=0),
-        Option(
-            "norm_growth_limit",
-            "float",
-            "γ: the target's norm grows at most by this factor a step; null: off",
-            minimum=1,
-            optional=True,
-        ),
-        Option(
-            "norm_growth_target",
-            "str",
-            "what γ limits: the orthogonal factor O, the residual G − QQᵀG, or the whole update",
-            choices=("factor", "residual", "total"),
-        ),
-        Option("betas", "betas", "decay rates of the first and second moment"),
-        Option("eps", "float", "added to the root of the second moment", minimum=0),
-        Option(
-            "eps_form",
-            "str",
-            "corrected: √v̂ + eps (torch); raw: √v + eps before bias correction (Hugging Face, galore-torch)",
-            choices=("corrected", "raw"),
-        ),
-        Option(
-            "aux_lr",
-            "float",
-            "learning rate of AdamW on what takes no matrix rule; null: the same as lr",
-            minimum=0,
-            optional=True,
-        ),
-        Option("aux_scheduled", "bool", "a scheduler moves aux_lr too"),
-        Option("aux_betas", "betas", "betas of that AdamW"),
-        Option("aux_eps", "float", "eps of that AdamW", minimum=0),
-        Option(
-            "aux_eps_form",
-            "str",
-            "as eps_form, of that AdamW",
-            choices=("corrected", "raw"),
-        ),
-        Option(
-            "aux_weight_decay",
-            "float",
-            "weight decay of that AdamW",
-            minimum=0,
-        ),
-        Option(
-            "rounding",
-            "str",
-            "how an fp32 update lands in bf16 or fp16 weights: nearest; stochastic; kahan "
-            "(with a compensation of the weight's size in the state)",
-            choices=("nearest", "stochastic", "kahan"),
-        ),
-        Option("seed", "int", "seed of the randomized basis and of stochastic rounding", minimum=0),
-    )
-}
+def option(default: Any, doc: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """Declare a field of an options dataclass.
+
+    Args:
+        default: its value where no preset gives another.
+        doc: meaning, one line.
+        minimum, maximum: inclusive bounds of a number.
+    """
+    return field(default=default, metadata={"doc": doc, "minimum": minimum, "maximum": maximum})
+
+
+def declared(cls: type) -> dict[str, Option]:
+    """Return the options that a dataclass declares, by name: types from annotations, the rest from `option`.
+
+    A ``Literal`` becomes choices, ``| None`` makes an option optional, a pair of floats is of type ``betas``.
+    """
+    hints = get_type_hints(cls)
+    return {f.name: _of_annotation(f.name, hints[f.name], f.metadata) for f in fields(cls)}
+
+
+def _of_annotation(name: str, annotation: Any, metadata: Mapping[str, Any]) -> Option:
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    is_optional = isinstance(annotation, UnionType)
+    choices: tuple[Any, ...] = ()
+    if get_origin(annotation) is Literal:
+        type_name, choices = "str", get_args(annotation)
+    elif get_origin(annotation) is tuple:
+        type_name = "betas"
+    else:
+        type_name = (kinds[0] if is_optional else annotation).__name__
+    return Option(name, type_name, choices=choices, optional=is_optional, **metadata)

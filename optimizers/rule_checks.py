@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from optimizers.fused_projections import Block
-from optimizers.interfaces import LowRank, MatrixRef, Rule, Update
+from optimizers.interfaces import LowRank, MatrixRef, Update
 from optimizers.layouts.batches import BatchState
 from optimizers.layouts.layout import Unsharded, run_updates
 from optimizers.layouts.replicated import FullView
-from optimizers.options import OPTIONS, Option, OptionError, closest
-from optimizers.presets import PLUGIN_COMMON
+from optimizers.options import Option, OptionError, closest
+from optimizers.presets import OPTIONS, PLUGIN_COMMON
+from optimizers.rule import Rule
 from optimizers.skipping import StepMask
 
 # A wide and a tall matrix, no side equal to the number of matrices, so that a mixed-up dimension shows.

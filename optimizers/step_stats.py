@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers import rules
+from optimizers import presets
 from optimizers.fused_projections import Block
-from optimizers.interfaces import Collectives, MatrixBatch, Rule, Update
+from optimizers.interfaces import Collectives, MatrixBatch, Update
 from optimizers.layouts.layout import StepUnit
 from optimizers.moment_figures import Figures, Observation, Share, moment_share, singular_values
+from optimizers.rule import Rule
 from optimizers.step_units import StepUnits
 
 
@@ -154,7 +155,7 @@ def moment_spectra(units: StepUnits, stats: StepStats, preset_rule: str) -> dict
                 for names, moments, share in first_moments(units, unit):
                     spectra.update(zip(names, singular_values(moments, share).unbind(0)))
             continue
-        rule = rules.load(group.rule)
+        rule = presets.load_rule(group.rule)
         for bucket in units.buckets(unit):
             for batch_state in bucket.batch_states:
                 batch_state.bind(units.state)

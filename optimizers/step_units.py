@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers import rules
+from optimizers import presets
 from optimizers.groups import RuleGroup, check_rank
 from optimizers.interfaces import MatrixRef
 from optimizers.layouts.layout import (
@@ -17,7 +17,7 @@ from optimizers.layouts.layout import (
     StepUnit,
 )
 from optimizers.routing import Route
-from optimizers.rules import adamw
+from optimizers.rules.parts import adamw_kernels
 
 
 class StepUnits:
@@ -161,7 +161,7 @@ class StepUnits:
 
     def _allocate_adamw(self, parameter: Tensor, rounding: str) -> None:
         weight, state = self.layout.weight(parameter), self.state[parameter]
-        for kind, dtype in adamw.state_kinds(rounding, weight).items():
+        for kind, dtype in adamw_kernels.state_kinds(rounding, weight).items():
             if kind not in state:
                 state[kind] = torch.zeros_like(
                     weight, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
@@ -185,7 +185,7 @@ class StepUnits:
 
     def _new_buckets(self, unit: StepUnit) -> list[Bucket]:
         group = self.group_of(unit)
-        buckets = self.layout.buckets(self.matrices(unit), rules.load(group.rule), group.options)
+        buckets = self.layout.buckets(self.matrices(unit), presets.load_rule(group.rule), group.options)
         for bucket in buckets:
             for batch_state in bucket.batch_states:
                 batch_state.bind(self.state)

@@ -122,7 +122,8 @@ def _check_folders(config: RunConfig) -> None:
 
 def _optimizer(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
     """Resolved optimizer section: every option of the preset, learning rate and its source."""
-    from optimizers.presets import OptionError, rank_limit_check, resolve
+    from optimizers.options import OptionError
+    from optimizers.presets import rank_limit_check, resolve
 
     given = config.optimizer
     section: dict[str, Any] = {"name": given.name, "target": given.target}

@@ -14,25 +14,8 @@ import math
 from typing import NamedTuple
 
 from harness.config.schema import RunConfig
-
-
-class LearningRateRow(NamedTuple):
-    """A learning rate that somebody used or measured.
-
-    Attributes:
-        smallest, largest: parameters of the models it holds for, inclusive.
-        lr: peak learning rate.
-        source: paper, script or measurement.
-        tuned: the source searched for it at these sizes.
-        aux_lr: peak learning rate of the AdamW beside a matrix rule; None: the preset's own.
-    """
-
-    smallest: float
-    largest: float
-    lr: float
-    source: str
-    tuned: bool = False
-    aux_lr: float | None = None
+from optimizers.presets import PRESETS, names, plugin_rule
+from optimizers.rule_options import PeakRate
 
 
 class LearningRate(NamedTuple):
@@ -45,45 +28,10 @@ class LearningRate(NamedTuple):
     aux_lr: float | None = None
 
 
-_GALORE = "GaLore (arXiv 2403.03507), scripts/benchmark_c4"
-_CONDA = "baseline of Conda's C4 scripts (github.com/jie040109/Conda), GaLore protocol"
-_JORDAN = "Jordan et al. 2024 (kellerjordan.github.io/posts/muon), used at 124M"
-_MATCHED = (
-    "AdamW's value: update_scale=rms_max gives updates of AdamW's size (arXiv 2502.16982); "
-    "SUMO's paper states none"
-)
-
-_TINY = "tuned at 1.8M, 150 steps of 2,048 tokens (docs/benchmarks.md)"
-
-LEARNING_RATES: dict[str, tuple[LearningRateRow, ...]] = {
-    "adamw": (
-        LearningRateRow(1e6, 4e6, 4e-3, _TINY, tuned=True),
-        LearningRateRow(50e6, 1.5e9, 1e-3, _CONDA),
-        LearningRateRow(6e9, 8e9, 3e-4, "LLaMA (arXiv 2302.13971), Table 2, 7B"),
-    ),
-    "galore": (
-        LearningRateRow(1e6, 4e6, 5e-3, _TINY, tuned=True, aux_lr=1.6e-2),
-        LearningRateRow(50e6, 1.5e9, 1e-2, f"{_GALORE}, 60M to 1B", tuned=True),
-        LearningRateRow(6e9, 8e9, 5e-3, f"{_GALORE}/llama_7b.sh"),
-    ),
-    "muon": (
-        LearningRateRow(1e6, 4e6, 2e-2, _TINY, tuned=True, aux_lr=1.6e-2),
-        LearningRateRow(100e6, 150e6, 2e-2, _JORDAN, tuned=True),
-    ),
-    "muon_svd": (LearningRateRow(100e6, 150e6, 2e-2, f"as muon: {_JORDAN}"),),
-    "muon_polar_express": (LearningRateRow(100e6, 150e6, 2e-2, f"as muon: {_JORDAN}"),),
-    "muon_moonlight": (LearningRateRow(50e6, 1.5e9, 1e-3, _CONDA),),
-    "sumo": (
-        LearningRateRow(1e6, 4e6, 4e-3, _TINY, tuned=True, aux_lr=1.6e-2),
-        LearningRateRow(50e6, 1.5e9, 1e-3, _MATCHED),
-    ),
-    "sumo_paper": (LearningRateRow(50e6, 1.5e9, 1e-3, _MATCHED),),
-    "sumo_ns5": (LearningRateRow(50e6, 1.5e9, 1e-3, _MATCHED),),
-    "sumo_official": (
-        LearningRateRow(50e6, 1.5e9, 1e-3, "default of SUMO's public code (sumo_optimizer.py)"),
-    ),
-    "galore_muon": (LearningRateRow(50e6, 1.5e9, 1e-3, _MATCHED),),
+LEARNING_RATES: dict[str, tuple[PeakRate, ...]] = {
+    name: preset.rates for name, preset in PRESETS.items() if preset.rates
 }
+"""Preset → its rates, as the module of its rule states them."""
 
 
 def default_learning_rate(
@@ -126,14 +74,12 @@ def default_learning_rate(
 
 def rule_rate(optimizer: str) -> float | None:
     """Return the learning rate that a rule of an installed package names itself; None: it names none."""
-    from optimizers.presets import PRESETS, names, plugin_rule
-
     if optimizer in PRESETS or optimizer not in names():
         return None
     return plugin_rule(optimizer).defaults.get("lr")
 
 
-def _distance(row: LearningRateRow, parameters: int) -> float:
+def _distance(row: PeakRate, parameters: int) -> float:
     """How far outside of a row a size is, as the logarithm of a factor; 0 inside."""
     size = max(parameters, 1)
     return max(0.0, math.log(row.smallest / size), math.log(size / row.largest))

@@ -15,12 +15,13 @@ from harness.loop import Run
 from harness.verify.cell import Defect
 from harness.verify.cells import MAX_NORM
 from harness.verify.witness import Witness
-from optimizers.interfaces import MatrixRef, Rule
+from optimizers.interfaces import MatrixRef
 from optimizers.layouts.batches import make_batch_states
 from optimizers.layouts.layout import Bucket, LocalBucket, Unsharded
 from optimizers.layouts.replicated import ReplicaCollectives
 from optimizers.layouts.sharded import ShardedLayout
 from optimizers.linalg import subspace as sketches
+from optimizers.rule import Rule
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def _nothing_routed() -> Iterator[None]:
 @contextmanager
 def _own_sketches() -> Iterator[None]:
     """Every rank draws its own test matrices."""
-    from optimizers.rules import subspace
+    from optimizers.rules.parts import subspace
 
     drawn = sketches.test_matrix
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from optimizers.interfaces import MatrixBatch, Rule, Update
+from optimizers.interfaces import MatrixBatch, Update
+from optimizers.rule import Rule
 
 
 class UnitMomentum(Rule):

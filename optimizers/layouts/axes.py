@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from optimizers import rules
+from optimizers import presets
 from optimizers.groups import matrix_options, rule_name
-from optimizers.interfaces import Rule
 from optimizers.presets import resolve
 from optimizers.routing import Modules, route
+from optimizers.rule import Rule
 
 
 def owner_traffic(shape: tuple[int, int], ranks: int) -> float:
@@ -57,7 +57,7 @@ def preferred_axes(
     axes = {n: 0 for n, _ in pairs}
     if rule_id == "adamw":
         return axes
-    rule, chosen = rules.load(rule_id), matrix_options(options)
+    rule, chosen = presets.load_rule(rule_id), matrix_options(options)
     for found in route(pairs, rule_id, modules):
         if found.rule == "adamw" or len(found.shape) != 2 or not possible_axis(1, found.shape, ranks):
             continue

@@ -24,7 +24,6 @@ from optimizers.interfaces import (
     MatrixBatch,
     MatrixRef,
     Request,
-    Rule,
     SolveRoot,
     Steps,
     Update,
@@ -42,6 +41,7 @@ from optimizers.layouts.communicator import Communicator
 from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.polar import Polar
 from optimizers.linalg.requests import answer_alone, drive
+from optimizers.rule import Rule
 from optimizers.skipping import StepMask
 
 

@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from optimizers.fused_projections import Block
-from optimizers.interfaces import (
-    Collectives,
-    LowRank,
-    MatrixBatch,
-    MatrixRef,
-    Rule,
-    ShardBounds,
-    compute_dtype,
-)
+from optimizers.interfaces import Collectives, LowRank, MatrixBatch, MatrixRef, ShardBounds, compute_dtype
 from optimizers.layouts.batches import (
     ApplyConfig,
     BatchEntry,

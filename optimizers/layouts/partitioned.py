@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optimizers.fused_projections import Block
-from optimizers.interfaces import Collectives, LocalView, LowRank, MatrixBatch, MatrixRef, Rule, ShardBounds
+from optimizers.interfaces import Collectives, LocalView, LowRank, MatrixBatch, MatrixRef, ShardBounds
 from optimizers.layouts.batches import (
     ApplyConfig,
     BatchEntry,
@@ -36,6 +36,7 @@ from optimizers.layouts.layout import (
 )
 from optimizers.layouts.owner_buckets import OwnerBucket, bucket_positions
 from optimizers.layouts.sharded import ShardCollectives
+from optimizers.rule import Rule
 from optimizers.skipping import StepMask
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from optimizers.fused_projections import Block
-from optimizers.interfaces import BroadcastBasis, Collectives, LocalView, MatrixRef, Rule, ShardBounds
+from optimizers.interfaces import BroadcastBasis, Collectives, LocalView, MatrixRef, ShardBounds
 from optimizers.layouts.batches import make_batch_states
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import balanced_owners

@@ -21,7 +21,6 @@ from optimizers.interfaces import (
     GatherPolar,
     LocalView,
     MatrixRef,
-    Rule,
     ShardBounds,
     SolveRoot,
 )

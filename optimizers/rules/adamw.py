@@ -1,138 +1,33 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): torch's fused kernel, or fp32 moments for half weights.
+"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), on every parameter or on those that no matrix rule takes.
 
 M ← β₁M + (1 - β₁)G   V ← β₂V + (1 - β₂)G²   W ← (1 - ηλ)W - η M̂/(√V̂ + ε)
+
+It is elementwise, so it has no `Rule`: `optimizers.rules.parts.adamw_kernels` steps parameters instead of matrices.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from optimizers.interfaces import compute_dtype
-from optimizers.rounding import Rounding, compensated, rounded
-
-FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+from optimizers.rule_options import CONDA_BASELINE, TUNED_TINY, AdamOptions, PeakRate, Preset
 
 
-def state_kinds(rounding: str, parameter: Tensor) -> dict[str, torch.dtype]:
-    """kind → dtype of the state, each of the parameter's shape."""
-    wide = compute_dtype(parameter)
-    kinds = {"moment": wide, "second_moment": wide}
-    if rounding == "kahan" and parameter.dtype != wide:
-        kinds["compensation"] = parameter.dtype
-    return kinds
+@dataclass(frozen=True, kw_only=True)
+class AdamWOptions(AdamOptions):
+    """AdamW takes nothing but what all rules with Adam's moments take."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one AdamW step depends on beside its tensors."""
-
-    lr: float | Tensor
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-    eps_form: str
-    rounding: Rounding
-
-    def eps_at(self, step: int) -> float:
-        """ε for torch's form √v̂ + ε at the step-th step (from 1); raw: √v + ε is √v̂ + ε/√(1 - β₂ᵗ)."""
-        return self.eps / math.sqrt(1.0 - self.betas[1] ** step) if self.eps_form == "raw" else self.eps
-
-
-def step(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    states: Sequence[Mapping[str, Any]],
-    settings: Settings,
-    names: Sequence[str],
-    found_inf: Tensor | None,
-) -> None:
-    """One AdamW step of parameters that have gradients, in groups of equal device, dtype and step number.
-
-    Args:
-        parameters: to be changed, any shape.
-        gradients: of each, of its shape.
-        states: each with "moment", "second_moment" (and "compensation"), and "step" as it was before.
-        names: of the parameters; the seed of stochastic rounding.
-        found_inf: 1-element float tensor; above 0: nothing changes. None: not masked.
-    """
-    groups: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
-    for i, (parameter, state) in enumerate(zip(parameters, states)):
-        groups.setdefault((parameter.device, parameter.dtype, state["step"]), []).append(i)
-    for (device, dtype, before), chosen in groups.items():
-        weights = [parameters[i] for i in chosen]
-        slopes = [gradients[i] for i in chosen]
-        held = [states[i] for i in chosen]
-        mask = None if found_inf is None else (found_inf > 0).to(device=device, dtype=torch.float32)
-        if dtype in (torch.float32, torch.float64) and device.type in FUSED_DEVICES:
-            _fused(weights, slopes, held, settings, before + 1, mask)
-        else:
-            _in_fp32(weights, slopes, held, settings, before + 1, mask, [names[i] for i in chosen])
-
-
-def _fused(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    states: list[Mapping[str, Any]],
-    s: Settings,
-    now: int,
-    mask: Tensor | None,
-) -> None:
-    # The kernel reads the step number only, so one tensor serves all, and the count itself stays on the host.
-    count = torch.full((), float(now), dtype=torch.float32, device=weights[0].device)
-    torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
-        weights,
-        gradients,
-        [state["moment"] for state in states],
-        [state["second_moment"] for state in states],
-        [],
-        [count] * len(weights),
-        lr=s.lr,  # type: ignore[arg-type]
-        beta1=s.betas[0],
-        beta2=s.betas[1],
-        weight_decay=s.weight_decay,
-        eps=s.eps_at(now),
-        amsgrad=False,
-        maximize=False,
-        grad_scale=None,
-        found_inf=mask,
-    )
-
-
-def _in_fp32(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    states: list[Mapping[str, Any]],
-    s: Settings,
-    now: int,
-    mask: Tensor | None,
-    names: list[str],
-) -> None:
-    """For half-precision weights: fp32 moments, an fp32 update, rounded once."""
-    bias1, bias2 = 1.0 - s.betas[0] ** now, math.sqrt(1.0 - s.betas[1] ** now)
-    masked = None if mask is None else mask.reshape(()) > 0
-    for weight, slope, state, name in zip(weights, gradients, states, names):
-        moment, second = state["moment"], state["second_moment"]
-        gradient = slope.to(moment.dtype)
-        first = torch.lerp(moment, gradient, 1.0 - s.betas[0])
-        squares = torch.addcmul(s.betas[1] * second, gradient, gradient, value=1.0 - s.betas[1])
-        step_ = first / bias1 / (squares.sqrt() / bias2 + s.eps_at(now))
-        wide = weight.to(moment.dtype)
-        change = -s.lr * (step_ + s.weight_decay * wide)
-        if s.rounding.mode == "kahan" and "compensation" in state:
-            result, lost = compensated(weight, change, state["compensation"])
-            _commit(state["compensation"], lost, masked)
-        else:
-            result = rounded(wide + change, weight.dtype, s.rounding, name, now)
-        _commit(weight, result, masked)
-        _commit(moment, first, masked)
-        _commit(second, squares, masked)
-
-
-def _commit(target: Tensor, value: Tensor, masked: Tensor | None) -> None:
-    target.copy_(value if masked is None else torch.where(masked, target, value))
+PRESETS = (
+    Preset(
+        "adamw",
+        "adamw",
+        AdamWOptions(weight_decay=0.1).values,
+        doc="AdamW on every parameter (torch's fused kernel)",
+        source="Loshchilov & Hutter 2019, arXiv 1711.05101",
+        rates=(
+            PeakRate(1e6, 4e6, 4e-3, TUNED_TINY, tuned=True),
+            PeakRate(50e6, 1.5e9, 1e-3, CONDA_BASELINE),
+            PeakRate(6e9, 8e9, 3e-4, "LLaMA (arXiv 2302.13971), Table 2, 7B"),
+        ),
+    ),
+)

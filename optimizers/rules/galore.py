@@ -6,20 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from optimizers.options import option
+from optimizers.rule import Axes, Rule
+from optimizers.rule_options import TUNED_TINY, AdamOptions, LowRankOptions, PeakRate, Preset
+from optimizers.rules import parts
+from optimizers.rules.parts.low_rank import projection_traffic, rank_of, subspace_axes, subspace_state
 
-from optimizers.interfaces import Axes, MatrixBatch, Rule, Steps, Update
-from optimizers.rules.subspace import (
-    lift,
-    project,
-    projection_traffic,
-    rank_of,
-    refresh,
-    subspace_axes,
-    subspace_state,
-)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optimizers.interfaces import MatrixBatch, Steps, Update
 
 
 class GaLore(Rule):
@@ -29,9 +28,9 @@ class GaLore(Rule):
 
     def update(self, b: MatrixBatch) -> Steps[Update]:
         """Take one step; see the module's formula."""
-        yield from refresh(b)
-        g = yield project(b)
-        return Update(lift(b, adam(b, g)))
+        yield from parts.refresh(b)
+        g = yield parts.project(b)
+        return parts.Update(parts.lift(b, adam(b, g)))
 
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return r·short numbers for the basis and 2·r·long for the moments (side "long")."""
@@ -39,7 +38,7 @@ class GaLore(Rule):
         return {**state, "second_moment": state["moment"]}
 
     def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
-        """Return the axes of basis and moments, which lie alike."""
+        """Return the axes of basis and moments; both moments have the same."""
         axes = subspace_axes(shape, options)
         return {**axes, "second_moment": axes["moment"]}
 
@@ -55,8 +54,10 @@ class GaLore(Rule):
 
 
 def adam(b: MatrixBatch, gradient: Tensor) -> Tensor:
-    """Advance both moments by a projected gradient; return α·M̂/(√V̂ + ε), for `eps_form` raw with ε before bias
-    correction."""
+    """Advance both moments by a projected gradient and return α·M̂/(√V̂ + ε).
+
+    With `eps_form` raw, ε is added before the bias correction.
+    """
     (beta1, beta2), eps = b.options["betas"], b.options["eps"]
     first = b.blend("moment", gradient, beta1, 1.0 - beta1)
     second = b.blend("second_moment", gradient.square(), beta2, 1.0 - beta2)
@@ -68,3 +69,43 @@ def adam(b: MatrixBatch, gradient: Tensor) -> Tensor:
 
 
 RULE = GaLore()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLoreOptions(AdamOptions, LowRankOptions):
+    """GaLore: a subspace, and Adam's moments in it."""
+
+    eps_form: Literal["corrected", "raw"] = option(
+        "corrected",
+        "corrected: √v̂ + eps (torch); raw: √v + eps before bias correction (Hugging Face, galore-torch)",
+    )
+
+
+_SCRIPTS = "GaLore (arXiv 2403.03507), scripts/benchmark_c4"
+
+PRESETS = (
+    Preset(
+        "galore",
+        "galore",
+        GaLoreOptions(
+            lr=0.01,
+            betas=(0.9, 0.999),
+            eps=1e-6,
+            eps_form="raw",
+            side="long",
+            basis="svd",
+            transport=False,
+            alpha=0.25,
+            aux_betas=(0.9, 0.999),
+            aux_eps=1e-6,
+            aux_eps_form="raw",
+        ).values,
+        doc="GaLore: Adam in the gradient's leading subspace",
+        source="Zhao et al. 2024, arXiv 2403.03507; code galore-torch 1.0",
+        rates=(
+            PeakRate(1e6, 4e6, 5e-3, TUNED_TINY, tuned=True, aux_lr=1.6e-2),
+            PeakRate(50e6, 1.5e9, 1e-2, f"{_SCRIPTS}, 60M to 1B", tuned=True),
+            PeakRate(6e9, 8e9, 5e-3, f"{_SCRIPTS}/llama_7b.sh"),
+        ),
+    ),
+)

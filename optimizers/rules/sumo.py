@@ -8,60 +8,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from optimizers.interfaces import (
-    AllReduce,
-    Axes,
-    GatherPolar,
-    InTurn,
-    LowRank,
-    MatrixBatch,
-    Rule,
-    SolveRoot,
-    Steps,
-    Update,
-)
-from optimizers.linalg.polar import Polar
-from optimizers.rules.orthogonalize import momentum, orthogonalize, root_solver, scale
-from optimizers.rules.subspace import (
+from optimizers.options import OptionError, option
+from optimizers.rule import Axes, Rule
+from optimizers.rule_options import TUNED_TINY, LowRankOptions, OrthogonalOptions, PeakRate, Preset
+from optimizers.rules import parts
+from optimizers.rules.parts.low_rank import (
     contracted,
-    is_left,
     keeps_left,
-    lift,
-    moment_is_split,
-    project,
+    limits_growth,
     projection_traffic,
     rank_of,
-    refresh,
     subspace_axes,
     subspace_state,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optimizers.interfaces import LowRank, MatrixBatch, Steps, Update
+
 
 class Sumo(Rule):
-    """SUMO with every published difference as an option (`optimizers.presets`)."""
+    """SUMO with every published difference as an option."""
 
     needs_whole: ClassVar[bool] = False
 
     def update(self, b: MatrixBatch) -> Steps[Update]:
         """Take the step of Algorithm 1; see the module's formula."""
-        yield from refresh(
-            b
-        )  #                                   Block 1:  Q ← leading vectors of G, M ← QₙₑwᵀQ M
-        g = yield project(b)  #                                              Ĝ = QᵀG
-        yield from record_projected_norm(b, g)  #                            ‖Ĝ‖ ≤ ς asks for a new Q
-        m = momentum(b, g)  #                                      Block 2:  M ← μM + Ĝ
-        o = yield from orthogonalize_subspace(b, m)  #                       O = (MMᵀ)^(-1/2) M
-        factor = yield from limit_growth(
-            b, "factor", o.factor
-        )  # Block 3:  ‖O‖ ≤ γ·(its norm in the last step)
-        delta = yield from compose(b, g, factor)  #                Block 4:  α (s·QO + ρ·(G - QĜ))
-        return Update(delta, m, o.factor, o.singular_values, o.fallbacks)
+        # Block 1: Q ← leading singular vectors of G every K steps, and M ← QₙₑwᵀQ M.
+        yield from parts.refresh(b)
+        g = yield parts.project(b)  # Ĝ = QᵀG
+        yield from parts.record_projected_norm(b, g)  # ‖Ĝ‖ ≤ ς asks for a new Q
+        # Block 2: M ← μM + Ĝ and O = (MMᵀ)^(-1/2) M.
+        m = parts.momentum(b, g)
+        o = yield from parts.orthogonalize_subspace(b, m)
+        # Block 3: ‖O‖ grows at most by γ a step.
+        factor = yield from parts.limit_growth(b, "factor", o.factor)
+        # Block 4: α (s·QO + ρ·(G - QĜ)).
+        delta = yield from compose(b, g, factor)
+        return parts.Update(delta, m, o.factor, o.singular_values, o.fallbacks)
 
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return r(m + n) numbers, and one more for each of: norm-growth limiter, residual criterion."""
@@ -78,7 +66,7 @@ class Sumo(Rule):
 
     def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
         """Return the rank and factor of αρG + Q(sO - ρĜ); a limiter on residual or total needs it formed."""
-        if _limits(options, "residual") or _limits(options, "total"):
+        if limits_growth(options, "residual") or limits_growth(options, "total"):
             return None
         return rank_of(shape, options), options["alpha"] * options["residual_scale"]
 
@@ -96,41 +84,6 @@ class Sumo(Rule):
         return options["nesterov"] is not True
 
 
-def orthogonalize_subspace(b: MatrixBatch, moment: Tensor) -> Steps[Polar]:
-    """Return the factor of subspace moments, r×n (left) or m×r; where the method allows it, through the r×r Gram.
-
-    The Gram is all that has to cross ranks, and for fp32 moments it loses nothing: the cut max(m, n)·eps32 lies above
-    the 1e-6 below which an fp64 Gram cannot see. A split moment takes the Gram whatever the method: the exact ones its
-    fp64 root, the polynomial ones the same polynomial of the Gram; where that would send more, it goes to an owner.
-    """
-    left, is_split, r = is_left(b), moment_is_split(b), b.state["basis"].shape[-1]
-    shape = (r, b.shape[1]) if left else (b.shape[0], r)
-    if is_split and b.shard_bounds is not None and prefers_gather(max(shape), r, len(b.shard_bounds)):
-        solve = partial(orthogonalize, options=b.options)
-        return (yield GatherPolar(moment, shape, -1 if left else -2, b.shard_bounds, solve))
-    solver = root_solver(moment, shape, b.options, is_split)
-    if solver is None:
-        return orthogonalize(moment, b.options)
-    gram = _gram(moment, left)
-    root = yield SolveRoot(gram, solver, is_split)
-    x = root.root.to(moment.dtype)
-    factor = x @ moment if left else moment @ x
-    # 0·NaN is NaN: the zero root of a matrix that is not finite does not silence it.
-    broken = ~torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))[:, None, None]
-    return Polar(factor.masked_fill_(broken, 0.0), root.singular_values, root.effective_rank, root.fallbacks)
-
-
-def prefers_gather(length: int, rank: int, ranks: int) -> bool:
-    """Return True if gathering a moment costs less than reducing its Gram: 8·length·r/W against 12r² bytes."""
-    return 2 * length < 3 * rank * ranks
-
-
-def _gram(moment: Tensor, left: bool) -> Tensor:
-    # A function of its own, so that the fp64 copy does not outlive it.
-    wide = moment.double()
-    return wide @ wide.mT if left else wide.mT @ wide
-
-
 def compose(b: MatrixBatch, gradient: Tensor, factor: Tensor) -> Steps[Tensor | LowRank]:
     """Return α (ρ(G - QĜ) + s·QO), as α (ρG + Q(sO - ρĜ)), which never forms the residual.
 
@@ -140,49 +93,131 @@ def compose(b: MatrixBatch, gradient: Tensor, factor: Tensor) -> Steps[Tensor | 
         factor: O.
     """
     options = b.options
-    s = scale(options["update_scale"], b.shape, b.fans, rank_of(b.shape, options))
+    s = parts.scale(options["update_scale"], b.shape, b.fans, rank_of(b.shape, options))
     alpha, rho = options["alpha"], options["residual_scale"]
-    if not (_limits(options, "residual") or _limits(options, "total")):
-        return lift(b, gradient.mul_(-alpha * rho).add_(factor, alpha=s * alpha), keep=alpha * rho)
+    if not (limits_growth(options, "residual") or limits_growth(options, "total")):
+        moved = gradient.mul_(-alpha * rho).add_(factor, alpha=s * alpha)
+        return parts.lift(b, moved, keep=alpha * rho)
     # The limiter looks at what only exists as a whole matrix; one batch after the other forms it.
-    yield InTurn()
-    residual = yield from limit_growth(b, "residual", lift(b, -rho * gradient, keep=rho).dense(b))
-    total = lift(b, s * factor).dense(b).add_(residual)
-    return (yield from limit_growth(b, "total", total)).mul_(alpha)
-
-
-def limit_growth(b: MatrixBatch, target: str, matrices: Tensor) -> Steps[Tensor]:
-    """Scale matrices so that ‖·‖_F grows at most by γ a step, where the options limit this target.
-
-    A last norm of 0 limits nothing.
-    """
-    if not _limits(b.options, target):
-        return matrices
-    is_split = moment_is_split(b) if target == "factor" else b.split is not None
-    norm = yield from frobenius_norm(matrices, is_split)
-    last = b.state["previous_norm"]
-    limit = b.options["norm_growth_limit"] * last
-    shrink = torch.where((last > 0) & (norm > limit), limit / norm, 1.0)
-    b.commit("previous_norm", norm * shrink)
-    return matrices * shrink[:, None, None]
-
-
-def _limits(options: Mapping[str, Any], target: str) -> bool:
-    if options["norm_growth_limit"] is None or options["norm_growth_target"] != target:
-        return False
-    return target != "residual" or bool(options["residual_scale"])
-
-
-def record_projected_norm(b: MatrixBatch, gradient: Tensor) -> Steps[None]:
-    """Store ‖Ĝ‖ where `refresh_threshold` watches it: at or below the threshold the next step renews the basis."""
-    if b.options["refresh_threshold"] is not None:
-        b.commit("projected_norm", (yield from frobenius_norm(gradient, moment_is_split(b))))
-
-
-def frobenius_norm(matrices: Tensor, is_split: bool) -> Steps[Tensor]:
-    """Return Frobenius norms (b,) of matrices, or of those that this process holds a part of; squares in fp64."""
-    square = yield AllReduce(matrices.double().square().sum((-2, -1)), is_split)
-    return square.sqrt().to(matrices.dtype)
+    yield parts.InTurn()
+    residual = parts.lift(b, -rho * gradient, keep=rho).dense(b)
+    residual = yield from parts.limit_growth(b, "residual", residual)
+    total = parts.lift(b, s * factor).dense(b).add_(residual)
+    return (yield from parts.limit_growth(b, "total", total)).mul_(alpha)
 
 
 RULE = Sumo()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumoOptions(OrthogonalOptions, LowRankOptions):
+    """SUMO's options; the defaults are Algorithm 1 and the text of the paper."""
+
+    refresh_threshold: float | None = option(
+        None,
+        "ς: a step with ‖Ĝ‖_F ≤ ς takes a new subspace too (decided on the device); null: off",
+        minimum=0,
+    )
+    residual_scale: float = option(
+        1.0, "factor on the gradient outside the subspace, G − QQᵀG (0: dropped)", minimum=0
+    )
+    norm_growth_limit: float | None = option(
+        None, "γ: the target's norm grows at most by this factor a step; null: off", minimum=1
+    )
+    norm_growth_target: Literal["factor", "residual", "total"] = option(
+        "factor", "what γ limits: the orthogonal factor O, the residual G − QQᵀG, or the whole update"
+    )
+
+    @staticmethod
+    def check(values: Mapping[str, Any]) -> None:
+        """Refuse a limiter on a residual that is dropped.
+
+        Raises:
+            OptionError: naming the option.
+        """
+        limits_residual = (
+            values["norm_growth_limit"] is not None and values["norm_growth_target"] == "residual"
+        )
+        if limits_residual and values["residual_scale"] == 0:
+            raise OptionError("norm_growth_target", "residual", "limits nothing where residual_scale is 0")
+
+
+_PAPER = SumoOptions()
+_OFFICIAL = replace(
+    _PAPER,
+    side="long",
+    basis="svd",
+    refresh_offset=1,
+    transport=False,
+    nesterov="stored",
+    orthogonalizer="svd",
+    alpha=4.0,
+    weight_decay=0.01,
+    decay_order="after",
+    aux_lr=1e-5,
+    aux_scheduled=False,
+    aux_betas=(0.9, 0.999),
+    aux_eps=1e-6,
+    aux_eps_form="raw",
+)
+_GALORE_MUON = replace(
+    _PAPER,
+    side="long",
+    basis="svd",
+    transport=False,
+    momentum_form="ema",
+    nesterov=True,
+    orthogonalizer="newton_schulz",
+    orthogonalizer_dtype="auto",
+    residual_scale=0.0,
+)
+_MATCHED = PeakRate(
+    50e6,
+    1.5e9,
+    1e-3,
+    "AdamW's value: update_scale=rms_max gives updates of AdamW's size (arXiv 2502.16982); "
+    "SUMO's paper states none",
+)
+
+PRESETS = (
+    Preset(
+        "sumo_paper",
+        "sumo",
+        _PAPER.values,
+        doc="SUMO as Algorithm 1 and the text have it: short side, transport, exact polar factor, residual",
+        source="Refael et al. 2025, arXiv 2505.24749, Algorithm 1",
+        rates=(_MATCHED,),
+    ),
+    Preset(
+        "sumo",
+        "sumo",
+        _PAPER.values,
+        doc="SUMO, our recommended settings (now those of sumo_paper)",
+        source="Refael et al. 2025, arXiv 2505.24749; differences from sumo_paper: docs/optimizers.md",
+        rates=(PeakRate(1e6, 4e6, 4e-3, TUNED_TINY, tuned=True, aux_lr=1.6e-2), _MATCHED),
+    ),
+    Preset(
+        "sumo_official",
+        "sumo",
+        _OFFICIAL.values,
+        doc="SUMO as the public code behaves: long side, full SVD, no transport, stored Nesterov, alpha 4",
+        source="public code of arXiv 2505.24749 (sumo_optimizer.py), read through a fork",
+        rates=(PeakRate(50e6, 1.5e9, 1e-3, "default of SUMO's public code (sumo_optimizer.py)"),),
+    ),
+    Preset(
+        "sumo_ns5",
+        "sumo",
+        replace(_PAPER, orthogonalizer="newton_schulz").values,
+        doc="sumo_paper with five Newton–Schulz steps instead of the exact polar factor",
+        source="Refael et al. 2025, arXiv 2505.24749, §4 (SUMO-NS5)",
+        rates=(_MATCHED,),
+    ),
+    Preset(
+        "galore_muon",
+        "sumo",
+        _GALORE_MUON.values,
+        doc="Muon in GaLore's subspace: SUMO without exact factor, transport and residual",
+        source="the ablation between GaLore (arXiv 2403.03507) and SUMO (arXiv 2505.24749)",
+        rates=(_MATCHED,),
+    ),
+)

@@ -141,28 +141,28 @@ def broken(rank: int, preset: str, how: str) -> list[torch.Tensor]:
     """Runs on each rank with one sum over ranks left out."""
     from optimizers.layouts.layout import Unsharded
     from optimizers.layouts.sharded import ShardCollectives
-    from optimizers.rules import sumo
+    from optimizers.rules.parts import subspace
 
-    original, prefers_gather = getattr(ShardCollectives, how), sumo.prefers_gather
+    original, prefers_gather = getattr(ShardCollectives, how), subspace.prefers_gather
     setattr(ShardCollectives, how, getattr(Unsharded, how))
-    sumo.prefers_gather = lambda length, rank, ranks: False
+    subspace.prefers_gather = lambda length, rank, ranks: False
     try:
         return sharded(rank, preset, EVEN, 0, 1, {})["weights"]
     finally:
         setattr(ShardCollectives, how, original)
-        sumo.prefers_gather = prefers_gather
+        subspace.prefers_gather = prefers_gather
 
 
 def by_scheme(rank: int, preset: str, gathers: bool) -> dict[str, Any]:
     """Runs on each rank with the factor's scheme given: rows to owners, or Grams."""
-    from optimizers.rules import sumo
+    from optimizers.rules.parts import subspace
 
-    original = sumo.prefers_gather
-    sumo.prefers_gather = lambda length, rank, ranks: gathers
+    original = subspace.prefers_gather
+    subspace.prefers_gather = lambda length, rank, ranks: gathers
     try:
         return sharded(rank, preset, UNEVEN, 0, 1, {"rank": 3})
     finally:
-        sumo.prefers_gather = original
+        subspace.prefers_gather = original
 
 
 @pytest.mark.parametrize("preset", ["sumo", "sumo_official", "sumo_ns5"])

@@ -12,13 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimizers
-from optimizers import rules
+from optimizers import Update, presets
 from optimizers.layouts import batches
 from optimizers.layouts.layout import Unsharded, answer
 from optimizers.linalg.requests import drive
 from optimizers.presets import PRESETS, names, resolve
-from optimizers.rules import Update
-from optimizers.rules.orthogonalize import scale
+from optimizers.rules.parts.orthogonal import scale
 
 
 class Recorder(TorchDispatchMode):
@@ -161,7 +160,7 @@ def test_a_rule_compiles_and_a_schedule_recompiles_nothing(
 
     Dynamo does not trace `yield from`: a rule that requests sums is one graph per function that it calls.
     """
-    rule = rules.load(PRESETS[preset].rule)
+    rule = presets.load_rule(PRESETS[preset].rule)
     graphs: list[torch.fx.GraphModule] = []
     counts: list[int] = []
 
@@ -199,14 +198,14 @@ def test_a_rule_compiles_and_a_schedule_recompiles_nothing(
             for _, p in named:
                 p.grad = torch.randn(p.shape, generator=generator)
             # The first step is a refresh, which stays outside: it draws from a generator.
-            monkeypatch.setattr(rules, "load", (lambda name: Compiled()) if use and t else real)
+            monkeypatch.setattr(presets, "load_rule", (lambda name: Compiled()) if use and t else real)
             for group in optimizer.param_groups:
                 group["lr"] = lr / (t + 1)
             optimizer.step()
             counts.append(len(graphs))
         return [p.detach() for _, p in named]
 
-    real, use = rules.load, False
+    real, use = presets.load_rule, False
     expected = run(0.1)
     use = True
     for a, b in zip(run(0.1), expected):

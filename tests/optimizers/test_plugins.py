@@ -20,7 +20,7 @@ from optimizers import presets
 
 RULE = '''
 import torch
-from optimizers.rules import Rule, Update
+from optimizers import Rule, Update
 
 
 class SignMomentum(Rule):
@@ -58,7 +58,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
     yield put
     presets._entry_points.cache_clear()
-    presets._RULES.clear()
+    presets._PLUGIN_RULES.clear()
     sys.modules.pop("rule_of_a_test", None)
 
 

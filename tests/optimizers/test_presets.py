@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from optimizers.presets import OPTIONS, PRESETS, OptionError, default_rank, names, rank_limit_check, resolve
+from optimizers.options import OptionError
+from optimizers.presets import OPTIONS, PRESETS, names, rank_limit_check, resolve
+from optimizers.rules.parts.low_rank import default_rank
 
 
 def test_importing_them_does_not_import_torch() -> None:

@@ -36,7 +36,7 @@ def replica(rank: int, preset: str, disturb: bool) -> tuple[str, list[bytes], di
     may."""
     import torch.distributed as dist
 
-    from optimizers.rules import subspace
+    from optimizers.rules.parts import subspace
 
     calls: dict[str, int] = {"broadcast": 0, "all_reduce": 0, "all_gather": 0}
     originals = {name: getattr(dist, name) for name in calls}

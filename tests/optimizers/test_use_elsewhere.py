@@ -198,7 +198,7 @@ def on_a_rank(rank: int, heading: str, old: str = "", new: str = "") -> list[tor
     other singular vectors. Returns the weights, whole."""
     from torch.distributed.tensor import DTensor
 
-    from optimizers.rules import subspace
+    from optimizers.rules.parts import subspace
 
     text = blocks()[heading][0]
     assert old in text

@@ -1,4 +1,4 @@
-"""What SUMO and GaLore share: a basis Q per matrix, the projection onto it, and its renewal."""
+"""Work in a subspace: a basis Q per matrix, its renewal, the projection onto it, and polar factors of its moments."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.interfaces import AllReduce, Axes, BroadcastBasis, LowRank, MatrixBatch, Steps
+from optimizers.interfaces import (
+    AllReduce,
+    BroadcastBasis,
+    GatherPolar,
+    LowRank,
+    MatrixBatch,
+    SolveRoot,
+    Steps,
+)
 from optimizers.linalg import sketching
+from optimizers.linalg.polar import Polar
 from optimizers.linalg.subspace import basis_cut, randomized_basis, svd_basis, test_matrix
-from optimizers.presets import default_rank
+from optimizers.rules.parts.low_rank import contracted, keeps_left, rank_of
+from optimizers.rules.parts.orthogonal import orthogonalize, root_solver
 
 OVERSAMPLING = 8
 # Products with GᵀG in the range finder; fixed, so that every layout computes the same basis. With two a basis captures
@@ -21,53 +31,9 @@ OVERSAMPLING = 8
 PASSES = 2
 
 
-def keeps_left(shape: tuple[int, int], side: str) -> bool:
-    """Return True if Q multiplies from the left (Ĝ = QᵀG, r×n) rather than from the right (Ĝ = GQ, m×r).
-
-    "short": the moment keeps the short side; square: from the left. "long": the long side; square: from the
-    right.
-    """
-    m, n = shape
-    return m >= n if side == "short" else m < n
-
-
 def is_left(b: MatrixBatch) -> bool:
     """Return `keeps_left` of a batch."""
     return keeps_left(b.shape, b.options["side"])
-
-
-def rank_of(shape: tuple[int, int], options: Mapping[str, Any]) -> int:
-    """Return r: the option, or a quarter of the short side."""
-    rank = options["rank"]
-    return default_rank(*shape) if rank is None else rank
-
-
-def subspace_state(shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of "basis" (m×r or n×r) and "moment" (r×n or m×r)."""
-    (m, n), r = shape, rank_of(shape, options)
-    if keeps_left(shape, options["side"]):
-        return {"basis": (m, r), "moment": (r, n)}
-    return {"basis": (n, r), "moment": (m, r)}
-
-
-def subspace_axes(shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
-    """Return which axis of the matrix (0 rows, 1 columns) each dimension of `subspace_state` runs along."""
-    if keeps_left(shape, options["side"]):
-        return {"basis": (0, None), "moment": (None, 1)}
-    return {"basis": (1, None), "moment": (0, None)}
-
-
-def projection_traffic(shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int) -> float:
-    """Return the bytes of Ĝ that a rank sends for one matrix: an all-reduce where Q contracts the split axis."""
-    left = keeps_left(shape, options["side"])
-    if split != contracted(left):
-        return 0.0
-    return 8.0 * rank_of(shape, options) * shape[1 - split] * (ranks - 1) / ranks
-
-
-def contracted(left: bool) -> int:
-    """Return the axis that Q contracts, which is also the one that its rows run along."""
-    return 0 if left else 1
 
 
 def moment_is_split(b: MatrixBatch) -> bool:
@@ -103,6 +69,41 @@ def refresh(b: MatrixBatch) -> Steps[None]:
             b.commit("moment", overlap @ moment[at] if left else moment[at] @ overlap.mT, at)
     for at, new in zip(due, bases):
         b.commit("basis", new, at)
+
+
+def orthogonalize_subspace(b: MatrixBatch, moment: Tensor) -> Steps[Polar]:
+    """Return the factor of subspace moments, r×n (left) or m×r; where the method allows it, through the r×r Gram.
+
+    The Gram is all that has to cross ranks, and for fp32 moments it loses nothing: the cut max(m, n)·eps32 lies above
+    the 1e-6 below which an fp64 Gram cannot see. A split moment takes the Gram whatever the method: the exact ones its
+    fp64 root, the polynomial ones the same polynomial of the Gram; where that would send more, it goes to an owner.
+    """
+    left, is_split, r = is_left(b), moment_is_split(b), b.state["basis"].shape[-1]
+    shape = (r, b.shape[1]) if left else (b.shape[0], r)
+    if is_split and b.shard_bounds is not None and prefers_gather(max(shape), r, len(b.shard_bounds)):
+        solve = partial(orthogonalize, options=b.options)
+        return (yield GatherPolar(moment, shape, -1 if left else -2, b.shard_bounds, solve))
+    solver = root_solver(moment, shape, b.options, is_split)
+    if solver is None:
+        return orthogonalize(moment, b.options)
+    gram = _gram(moment, left)
+    root = yield SolveRoot(gram, solver, is_split)
+    x = root.root.to(moment.dtype)
+    factor = x @ moment if left else moment @ x
+    # 0·NaN is NaN: the zero root of a matrix that is not finite does not silence it.
+    broken = ~torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))[:, None, None]
+    return Polar(factor.masked_fill_(broken, 0.0), root.singular_values, root.effective_rank, root.fallbacks)
+
+
+def prefers_gather(length: int, rank: int, ranks: int) -> bool:
+    """Return True if gathering a moment costs less than reducing its Gram: 8·length·r/W against 12r² bytes."""
+    return 2 * length < 3 * rank * ranks
+
+
+def _gram(moment: Tensor, left: bool) -> Tensor:
+    # A function of its own, so that the fp64 copy does not outlive it.
+    wide = moment.double()
+    return wide @ wide.mT if left else wide.mT @ wide
 
 
 def refresh_number(step: int, options: Mapping[str, Any], offset: int) -> int:

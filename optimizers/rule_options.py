@@ -1,0 +1,171 @@
+"""Options that several rules share, and the presets that give them values. Nothing here imports torch.
+
+The options of a rule are a frozen dataclass next to the rule (`optimizers.rules.sumo.SumoOptions`), built from the
+families below: each field states an option's type, default, meaning and bounds once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from optimizers.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """What every optimizer takes."""
+
+    lr: float = option(1e-3, "peak learning rate of the matrix rule", minimum=0)
+    weight_decay: float = option(
+        0.0, "decoupled decay: the weight times 1 − lr·weight_decay", minimum=0
+    )  # fmt: skip
+    rounding: Literal["nearest", "stochastic", "kahan"] = option(
+        "nearest",
+        "how an fp32 update lands in bf16 or fp16 weights: nearest; stochastic; kahan "
+        "(with a compensation of the weight's size in the state)",
+    )
+    seed: int = option(0, "seed of the randomized basis and of stochastic rounding", minimum=0)
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Option → value, read-only."""
+        return MappingProxyType({field.name: getattr(self, field.name) for field in fields(self)})
+
+    @staticmethod
+    def check(values: Mapping[str, Any]) -> None:
+        """Refuse values that exclude each other; a rule with such options overrides this.
+
+        Raises:
+            OptionError: naming one of the options.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixOptions(CommonOptions):
+    """What every matrix rule takes, also one of another package: its scale, and the AdamW of the other parameters."""
+
+    alpha: float = option(
+        1.0, "factor on the whole matrix update (not on the weight decay)", minimum=0
+    )  # fmt: skip
+    aux_lr: float | None = option(
+        None, "learning rate of AdamW on what takes no matrix rule; null: the same as lr", minimum=0
+    )
+    aux_scheduled: bool = option(True, "a scheduler moves aux_lr too")
+    aux_betas: tuple[float, float] = option((0.9, 0.95), "betas of that AdamW")
+    aux_eps: float = option(1e-8, "eps of that AdamW", minimum=0)
+    aux_eps_form: Literal["corrected", "raw"] = option("corrected", "as eps_form, of that AdamW")
+    aux_weight_decay: float = option(0.0, "weight decay of that AdamW", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions(MatrixOptions):
+    """What rules in a subspace of the gradient take: the subspace and its renewal."""
+
+    decay_order: Literal["before", "after"] = option(
+        "before", "weight decay acts on the weight before or after the step"
+    )
+    rank: int | None = option(
+        None, "r, dimension of the subspace; null: a quarter of each matrix's short side", minimum=1
+    )
+    refresh_interval: int = option(200, "K, steps between new subspaces", minimum=1)
+    refresh_offset: int = option(
+        0, "refresh when (t + offset) mod K = 0, t = 0, 1, …, and at t = 0", minimum=0
+    )  # fmt: skip
+    refresh_stagger: bool = option(
+        False,
+        "spread the refreshes of the matrices evenly over the interval (the first one stays at t = 0)",
+    )
+    side: Literal["short", "long"] = option(
+        "short",
+        "side of the matrix that the moment keeps: short (Algorithm 1 of SUMO), long (GaLore std)",
+    )
+    basis: Literal["svd", "randomized"] = option(
+        "randomized", "how the subspace is found: exact truncated SVD, or a randomized range finder"
+    )
+    transport: bool = option(True, "carry the moment into a new subspace by R = Q_newᵀ Q_old")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrthogonalOptions(MatrixOptions):
+    """What rules that orthogonalize a momentum take."""
+
+    momentum: float = option(0.95, "μ, decay of the moment", minimum=0, maximum=0.9999999)
+    momentum_form: Literal["sum", "ema"] = option(
+        "sum", "sum: M ← μM + G; ema: M ← μM + (1 − μ)G (the same direction, another length)"
+    )
+    nesterov: Literal[False, True, "stored"] = option(
+        False,
+        "look ahead once more along the moment; stored: the look-ahead replaces the moment in the state",
+    )
+    orthogonalizer: Literal[
+        "auto", "svd", "qr_svd", "gram", "dwh", "newton_schulz", "cubic", "polar_express"
+    ] = option("auto", "method of the polar factor; auto is exact")
+    orthogonalizer_steps: int = option(
+        5, "iterations of newton_schulz, cubic and polar_express", minimum=1, maximum=100
+    )
+    orthogonalizer_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "float32",
+        "arithmetic of newton_schulz, cubic and polar_express; auto: bfloat16 where the hardware multiplies it, "
+        "else float32 (written into the group at construction)",
+    )
+    update_scale: Literal["none", "rms_max", "rows_cols", "rms_rank"] = option(
+        "rms_max",
+        "factor on the orthogonal part: none; rms_max 0.2·√max(m, n); rows_cols √max(1, m/n); "
+        "rms_rank 0.2·√(mn/r)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamOptions(CommonOptions):
+    """What rules with Adam's two moments take."""
+
+    betas: tuple[float, float] = option((0.9, 0.95), "decay rates of the first and second moment")
+    eps: float = option(1e-8, "added to the root of the second moment", minimum=0)
+
+
+class PeakRate(NamedTuple):
+    """A peak learning rate that somebody used or measured.
+
+    Attributes:
+        smallest, largest: parameters of the models it holds for, inclusive.
+        lr: peak learning rate.
+        source: paper, script or measurement.
+        tuned: the source searched for it at these sizes.
+        aux_lr: peak learning rate of the AdamW next to a matrix rule; None: the preset's own.
+    """
+
+    smallest: float
+    largest: float
+    lr: float
+    source: str
+    tuned: bool = False
+    aux_lr: float | None = None
+
+
+# Sources of rates that several presets share.
+TUNED_TINY = "tuned at 1.8M, 150 steps of 2,048 tokens (docs/benchmarks.md)"
+CONDA_BASELINE = "baseline of Conda's C4 scripts (github.com/jie040109/Conda), GaLore protocol"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A rule with a value for each of its options.
+
+    Attributes:
+        name: what a user writes.
+        rule: module of `optimizers.rules` that computes it, or the name of an entry point.
+        options: the full option values (read-only).
+        doc: one line.
+        source: paper and, where it differs, code.
+        rates: default peak learning rates by model size; empty: the user has to give one.
+    """
+
+    name: str
+    rule: str
+    options: Mapping[str, Any]
+    doc: str
+    source: str
+    rates: tuple[PeakRate, ...] = ()
