@@ -18,6 +18,7 @@ from optimizers import presets
 from optimizers.interfaces import MatrixRef
 from optimizers.layouts.batches import BatchState
 from optimizers.layouts.owner_buckets import WorkSplitBucket
+from optimizers.rule import Rule
 
 if TYPE_CHECKING:
     from optimizers.optimizer import Optimizer

@@ -24,6 +24,7 @@ from optimizers.layouts.batches import (
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Arriving, Distribution, Exchange, whole_at
 from optimizers.layouts.layout import Unsharded
+from optimizers.rule import Rule
 from optimizers.skipping import StepMask
 
 

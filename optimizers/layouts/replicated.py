@@ -26,6 +26,7 @@ from optimizers.layouts.layout import (
     whole_groups,
 )
 from optimizers.layouts.owner_buckets import WorkSplitBucket, bucket_positions
+from optimizers.rule import Rule
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from optimizers.linalg.robust import (
     full_precision,
     robust_eigh,
 )
+from optimizers.rule import Rule
 
 
 class ShardCollectives:
