@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MetricRow = dict[str, float | int | None]
 """One row of metrics.jsonl: metric key → value."""
 
+MOMENT_FIGURES = ("condition_number", "effective_rank", "stable_rank", "orthogonality_error", "polar_error")
+"""What is measured of each matrix' moment; metric keys and columns of moments.parquet bear these names."""
+
 WeightLayout = Literal["replicated", "sharded", "partitioned"]
 """How weights are held when the optimizer steps: whole on every process, as DTensors, or as DeepSpeed's flat slices."""
 

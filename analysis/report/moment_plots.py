@@ -25,7 +25,7 @@ MAX_CELLS = 150_000
 
 @dataclass(frozen=True)
 class MomentFigure:
-    """Presentation of one of `harness.record.schema.MOMENT_FIGURES`."""
+    """Presentation of one of `harness.protocols.MOMENT_FIGURES`."""
 
     title: str
     axis: str

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from harness.files import atomic
 from harness.loop import Run
-from harness.protocols import MetricRow
-from harness.record.schema import MOMENT_FIGURES
+from harness.protocols import MOMENT_FIGURES, MetricRow
 from harness.tracked_optimizer import tracked
 
 BUDGET = 0.01

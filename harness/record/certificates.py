@@ -22,8 +22,11 @@ _SOURCES = (
     "optimizers",
     "harness/engines",
     "harness/loop.py",
-    "harness/data/micro_batches.py",
+    "harness/protocols.py",
     "harness/optimizer.py",
+    "harness/tracked_optimizer.py",
+    "harness/data/micro_batches.py",
+    "harness/model/loss.py",
 )
 """Files and folders that a certificate covers."""
 

@@ -29,6 +29,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from harness.protocols import MOMENT_FIGURES
+
 SCHEMA_VERSION = 1
 STATES = ("running", "finished", "diverged", "interrupted", "failed")
 
@@ -40,7 +42,6 @@ class Metric(NamedTuple):
 
 TIME_PARTS = ("data", "forward_backward", "optimizer", "communication", "probes", "other")
 MEMORY_KINDS = ("weights", "gradients", "optimizer_state", "peak")
-MOMENT_FIGURES = ("condition_number", "effective_rank", "stable_rank", "orthogonality_error", "polar_error")
 
 METRICS: dict[str, Metric] = {
     "step": Metric("", "optimizer steps done"),
