@@ -1,4 +1,4 @@
-"""From a table's file to its cells: compose each cell's run, count it, look for it among finished ones, judge."""
+"""Fill a table: compose the run of each cell, count its memory, find it among finished runs, and judge."""
 
 from __future__ import annotations
 
@@ -8,97 +8,103 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from analysis.paper import evidence, tables
-from analysis.paper.cells import Cell, Filled
-from analysis.paper.counting import Counted, count
-from analysis.paper.evidence import Chosen, Finished
-from analysis.paper.judging import Value, judge
-from analysis.paper.numbers import Printed
-from analysis.paper.tables import PaperTable, Quantity
+from analysis.paper.cells import FilledTable, OwnValue, PaperCell, judge
+from analysis.paper.evidence import FinishedRun, MatchingRuns
+from analysis.paper.tables import PaperTable, PrintedNumber, Quantity
 from harness.config import checks, compose
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
 from harness.errors import InputError
+from harness.plan import network, rank
+from harness.plan.rank import PlannedRank
+from harness.plan.state import held_bytes
 
 _BUFFERS = 1e-3
-"""Share of the weights that a model's buffers (rotary frequencies) may be: the plan counts parameters only."""
+"""Largest share of buffers (rotary frequencies) in the weights; the plan counts parameters only."""
 
 
-def fill(name: str, runs: Path | None = None) -> Filled:
-    """Predict every cell that can be predicted, and look for runs of all that a run can fill.
+def fill(name: str, runs: Path | None = None) -> FilledTable:
+    """Predict every cell that can be predicted, and search runs for the cells that a run can fill.
 
     Args:
         name: of the table.
         runs: folder of finished runs; None: nothing is measured.
 
     Raises:
-        InputError: no such table or folder, or a table with words that no run takes.
+        InputError: no such table or folder, or a table with overrides that no run accepts.
     """
     table = tables.load(name)
     finished, remarks = evidence.read(runs) if runs is not None else ([], [])
-    places = [
-        _place(name, table, row, column)
+    slots = [
+        _make_slot(name, table, row, column)
         for row in table.rows
         for column in table.columns
         if table.published(row, column)
     ]
-    cells: list[Cell] = []
-    taken: list[Finished] = []
-    for place in places:
-        matching = place.matching(finished)
-        taken += matching
-        counted, chosen = place.counted(), evidence.choose(matching, table.rows[place.row].unstated)
+    cells: list[PaperCell] = []
+    used: list[FinishedRun] = []
+    for slot in slots:
+        matching = slot.matching(finished)
+        used += matching
+        counted, matched = slot.counted(), evidence.select_setting(matching, table.rows[slot.row].unstated)
         cells += [
-            place.cell(quantity, printed, counted, chosen)
-            for quantity, printed in table.published(place.row, place.column).items()
+            slot.cell(quantity, printed, counted, matched)
+            for quantity, printed in table.published(slot.row, slot.column).items()
         ]
-    targets = [place.target for place in places if place.target is not None]
-    remarks += [evidence.remark(run, targets) for run in finished if run not in taken]
-    return Filled(name, table, cells, remarks, runs)
+    targets = [slot.target for slot in slots if slot.target is not None]
+    remarks += [evidence.remark(run, targets) for run in finished if run not in used]
+    return FilledTable(name, table, cells, remarks, runs)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A row and a column: one run, which may fill a cell for each quantity."""
+class _RunSlot:
+    """A row and a column: one run, which may fill one cell per quantity."""
 
     name: str
     table: PaperTable
     row: str
     column: str
     config: RunConfig | None
-    """Of the run, on one process; None: the method is not ours."""
+    """Of the run on one process; None for a method that optbench does not have."""
 
     @property
-    def target(self) -> evidence.Target | None:
-        """What a finished run must be to stand here; None where no run can."""
+    def target(self) -> evidence.TargetRun | None:
+        """The run that fills these cells; None if no run can."""
         kinds = {self.table.quantities[q].kind for q in self.table.published(self.row, self.column)}
         if self.config is None or kinds == {"state_numbers"}:
             return None
-        return evidence.Target(f"{self.row}, {self.column}", self.config, self.table.rows[self.row].unstated)
+        return evidence.TargetRun(
+            f"{self.row}, {self.column}", self.config, self.table.rows[self.row].unstated
+        )
 
-    def matching(self, finished: Sequence[Finished]) -> list[Finished]:
+    def matching(self, finished: Sequence[FinishedRun]) -> list[FinishedRun]:
         return [run for run in finished if not self.target.differences(run)] if self.target else []
 
-    def counted(self) -> Counted | None:
+    def counted(self) -> CountedRun | None:
         kinds = {self.table.quantities[q].kind for q in self.table.published(self.row, self.column)}
         return None if self.config is None or kinds == {"perplexity"} else count(self.config)
 
-    def cell(self, name: str, printed: Printed, counted: Counted | None, chosen: Chosen | None) -> Cell:
-        """The cell of one quantity."""
+    def cell(
+        self, name: str, printed: PrintedNumber, counted: CountedRun | None, runs: MatchingRuns | None
+    ) -> PaperCell:
+        """Return the cell of one quantity."""
         row, quantity = self.table.rows[self.row], self.table.quantities[name]
         predicted = self._predicted(quantity, counted)
-        measured = chosen.measured(quantity) if chosen else None
-        values = [] if predicted is None else [Value(predicted, self._known(name, predicted))]
+        measured = runs.measured(quantity) if runs else None
+        values = [] if predicted is None else [OwnValue(predicted, self._known(name, predicted))]
         notes: list[str] = []
-        if chosen and measured is not None:
-            values.append(Value(measured, _held(chosen, measured, quantity)))
-            notes.append(chosen.note)
+        if runs and measured is not None:
+            values.append(OwnValue(measured, _memory_reason(runs, measured, quantity)))
+            notes.append(runs.note)
         status, reasons = judge(printed, values, quantity.tolerance)
         notes += [*reasons, row.note or ""]
         if row.absent is not None:
             status, notes = "not_predictable", [row.absent]
         several = len(self.table.quantities) > 1
-        return Cell(
+        return PaperCell(
             row=self.row,
             column=f"{self.column} {name}" if several else self.column,
             quantity=quantity,
@@ -108,14 +114,14 @@ class _Place:
             status=status,
             reason="; ".join(filter(None, notes)),
             command=self._command() if quantity.kind == "perplexity" and row.words else None,
-            runs=[found.run.where for found in chosen.runs] if chosen and measured is not None else [],
+            runs=[finished.run.where for finished in runs.runs] if runs and measured is not None else [],
         )
 
     def _command(self) -> str:
         words = self.table.run_words(self.row, self.column)
         return shlex.join(["optbench", "train", *words, f"group={self.name}"])
 
-    def _predicted(self, quantity: Quantity, counted: Counted | None) -> float | None:
+    def _predicted(self, quantity: Quantity, counted: CountedRun | None) -> float | None:
         if counted is None or quantity.kind == "perplexity":
             return None
         if quantity.kind == "memory":
@@ -135,21 +141,21 @@ class _Place:
         return float(numbers)
 
     def _known(self, quantity: str, predicted: float) -> str | None:
-        """The reason that the file gives for this very prediction."""
+        """Return the reason that the table's file states for this prediction."""
         for known in self.table.rows[self.row].known:
             is_here = (known.column, known.quantity) == (self.column, quantity)
-            if is_here and Printed.of(known.predicted).grade(predicted, 0.0) == "agrees":
+            if is_here and PrintedNumber.of(known.predicted).grade(predicted, 0.0) == "agrees":
                 return known.reason
         return None
 
 
-def _place(name: str, table: PaperTable, row: str, column: str) -> _Place:
+def _make_slot(name: str, table: PaperTable, row: str, column: str) -> _RunSlot:
     try:
         words = table.run_words(row, column)
     except ValueError as error:
         raise _wrong(name, f"row {row}", str(error)) from None
     if not words:
-        return _Place(name, table, row, column, None)
+        return _RunSlot(name, table, row, column, None)
     try:
         # How many processes there are changes no result; one process holds everything.
         config = checks.check(compose.load([*words, "world_size=1"]), environ={}, devices=0)
@@ -162,21 +168,75 @@ def _place(name: str, table: PaperTable, row: str, column: str) -> _Place:
     for key in table.rows[row].unstated:
         if key not in keys:
             raise _wrong(name, f"row {row}", f"has {key} as unstated, which is no key of its run")
-    return _Place(name, table, row, column, config)
+    return _RunSlot(name, table, row, column, config)
 
 
-def _held(chosen: Chosen, measured: float, quantity: Quantity) -> str | None:
-    """Why measured memory is another one than the table counts: optbench's dtypes, if the plan says the same."""
-    counted = count(chosen.runs[0].config) if quantity.kind == "memory" else None
+def _memory_reason(runs: MatchingRuns, measured: float, quantity: Quantity) -> str | None:
+    """Return the reason for a memory that differs from the table: optbench's dtypes, if the plan predicts it."""
+    counted = count(runs.runs[0].config) if quantity.kind == "memory" else None
     if counted is None:
         return None
     held = counted.held_memory(quantity)
     is_as_planned = math.isclose(measured, held, rel_tol=_BUFFERS)
     if not is_as_planned or math.isclose(held, counted.memory(quantity), rel_tol=_BUFFERS):
         return None
-    return "the run holds what optbench plan says: optbench keeps optimizer state in fp32"
+    return "the run holds what optbench plan predicts: optbench keeps optimizer state in fp32"
 
 
 def _wrong(name: str, place: str, what: str) -> InputError:
     path = tables.path_of(name)
     return InputError(f"{path}", place, what, fix=f"correct {path}")
+
+
+@dataclass(frozen=True)
+class CountedRun:
+    """Memory of one process, which holds everything with ``single`` and ``ddp``.
+
+    Counted on the real optimizer over meta tensors, without memory or training.
+
+    Attributes:
+        planned: model and optimizer.
+        held: kind → bytes between two steps in the dtypes that optbench uses, as in `optbench plan`.
+    """
+
+    planned: PlannedRank
+    held: dict[str, int]
+
+    def memory(self, quantity: Quantity) -> float:
+        """Return the memory with the table's bytes per number, whatever dtype optbench uses."""
+        parameters = list(self.planned.network.parameters())
+        numbers = {
+            "weights": sum(p.numel() for p in parameters),
+            "state": sum(self._state(p) for p in parameters),
+        }
+        return quantity.in_unit(sum(numbers[kind] for kind in quantity.counts) * quantity.bytes_per_number)
+
+    def held_memory(self, quantity: Quantity) -> float:
+        """Return the memory of the same kinds in optbench's dtypes, as in `optbench plan`."""
+        state = sum(size for kind, size in self.held.items() if kind.startswith("optimizer/"))
+        sizes = {"weights": self.held["weights"], "state": state}
+        return quantity.in_unit(sum(sizes[kind] for kind in quantity.counts))
+
+    def matrix(self, name: str) -> tuple[tuple[int, ...], int]:
+        """Return the shape of a parameter and the number of values in its state.
+
+        Raises:
+            ValueError: the model has no parameter of this name.
+        """
+        parameters = dict(self.planned.network.named_parameters())
+        if name not in parameters:
+            raise ValueError(f"the model has no parameter {name}")
+        return tuple(parameters[name].shape), self._state(parameters[name])
+
+    def _state(self, parameter: torch.nn.Parameter) -> int:
+        state = self.planned.optimizer.state[parameter]
+        return sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def count(config: RunConfig) -> CountedRun | None:
+    """Count rank 0 of a checked configuration; None for an optimizer by import path, which cannot be planned."""
+    if config.optimizer.target is not None:
+        return None
+    module = network.build(config.model, config.precision, trust_remote_code=config.trust_remote_code)
+    planned = rank.simulate(config, module, 0)
+    return CountedRun(planned, held_bytes(config, planned))

@@ -1,4 +1,4 @@
-"""A filled table for people, for programs and as files."""
+"""Write a filled table to the terminal, as JSON, and as files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.formatting import to_jsonable
-from analysis.paper.cells import STATUSES, Cell, Filled
+from analysis.paper.cells import STATUSES, FilledTable, PaperCell
+from analysis.text_tables import markdown_lines
 from harness import visible
 from harness.files import atomic
 from harness.output import json_document
-from harness.visible import csv_cell, markdown_row
+from harness.visible import csv_cell
 
 HEADS = ("row", "column", "published", "predicted", "measured", "unit", "status")
+NUMERIC = ("published", "predicted", "measured")
 _STYLES = {"differs": "red", "differs_known": "yellow", "not_run": "dim", "not_predictable": "dim"}
 
 
-def document(filled: Filled) -> dict[str, Any]:
-    """``{"table", "cells": […], …}`` of ``--json``, plain values; numbers that there are not are null."""
+def document(filled: FilledTable) -> dict[str, Any]:
+    """Return ``{"table", "cells": […], …}`` of ``--json``; missing numbers are null."""
     table = filled.table
     return to_jsonable(
         {
@@ -44,14 +46,14 @@ def document(filled: Filled) -> dict[str, Any]:
     )
 
 
-def show(filled: Filled, console: Console) -> None:
-    """Print the table, the reasons below it, and what is left to run."""
+def show(filled: FilledTable, console: Console) -> None:
+    """Print the table, the reasons below it, and the number of missing runs."""
     console.print(_title(filled), style="bold", markup=False, soft_wrap=True)
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in HEADS:
-        drawn.add_column(head, justify="right" if head in ("published", "predicted", "measured") else "left")
-    for cell, words in zip(filled.cells, _rows(filled), strict=True):
-        drawn.add_row(*(Text(visible.visible(word)) for word in words), style=_STYLES.get(cell.status))
+        drawn.add_column(head, justify="right" if head in NUMERIC else "left")
+    for cell, texts in zip(filled.cells, _rows(filled), strict=True):
+        drawn.add_row(*(Text(visible.visible(text)) for text in texts), style=_STYLES.get(cell.status))
     console.print(drawn)
     for line in (*_remarks(filled), sentence(filled)):
         console.print(line, markup=False, soft_wrap=True)
@@ -61,20 +63,20 @@ def show(filled: Filled, console: Console) -> None:
         console.print(hint, markup=False, soft_wrap=True)
 
 
-def sentence(filled: Filled) -> str:
-    """How many cells have which status, and what was looked at."""
+def sentence(filled: FilledTable) -> str:
+    """Return the number of cells by status, and the folder that was searched."""
     counts = ", ".join(f"{count} {status}" for status, count in filled.counts.items())
     where = f"runs below {filled.runs}" if filled.runs else "no runs (runs=DIR)"
-    return f"{len(filled.cells)} cells: {counts}. Looked at {where}."
+    return f"{len(filled.cells)} cells: {counts}. Searched {where}."
 
 
-def command_lines(filled: Filled) -> list[str]:
-    """The commands of the missing runs, each below a comment that names its cells; the lines are a shell script."""
+def command_lines(filled: FilledTable) -> list[str]:
+    """Return a shell script with the commands of the missing runs, each below a comment that names its cells."""
     return [line for run, cells in filled.commands.items() for line in (f"# {'; '.join(cells)}", run)]
 
 
-def write(filled: Filled, folder: Path) -> list[Path]:
-    """Write NAME.json, NAME.md and NAME.csv, each whole, and return their paths."""
+def write(filled: FilledTable, folder: Path) -> list[Path]:
+    """Write NAME.json, NAME.md and NAME.csv atomically, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "json": json_document(**document(filled)) + "\n",
@@ -87,7 +89,7 @@ def write(filled: Filled, folder: Path) -> list[Path]:
     return paths
 
 
-def _cell(cell: Cell) -> dict[str, Any]:
+def _cell(cell: PaperCell) -> dict[str, Any]:
     return {
         "row": cell.row,
         "column": cell.column,
@@ -105,21 +107,21 @@ def _cell(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _title(filled: Filled) -> str:
+def _title(filled: FilledTable) -> str:
     source = filled.table.source
     return f"{source.paper}, arXiv {source.arxiv}, Table {source.table}: {filled.table.title}"
 
 
-def _rows(filled: Filled) -> list[list[str]]:
-    def words(cell: Cell) -> list[str]:
-        ours = ("–" if v is None else cell.published.like(v) for v in (cell.predicted, cell.measured))
-        return [cell.row, cell.column, cell.published.text, *ours, cell.quantity.unit, cell.status]
+def _rows(filled: FilledTable) -> list[list[str]]:
+    rows = []
+    for cell in filled.cells:
+        own = ["–" if v is None else cell.published.like(v) for v in (cell.predicted, cell.measured)]
+        rows.append([cell.row, cell.column, cell.published.text, *own, cell.quantity.unit, cell.status])
+    return rows
 
-    return [words(cell) for cell in filled.cells]
 
-
-def _remarks(filled: Filled) -> list[str]:
-    """Reasons, each once with its cells, then runs that were not taken, then notes of the file."""
+def _remarks(filled: FilledTable) -> list[str]:
+    """Return the reasons with their cells, then the runs that were not used, then the notes of the file."""
     places: dict[str, list[str]] = {}
     for cell in filled.cells:
         if cell.reason:
@@ -132,16 +134,15 @@ def _places(cells: Sequence[str]) -> str:
     return "; ".join(cells) if len(cells) <= 3 else f"{cells[0]} and {len(cells) - 1} more"
 
 
-def _markdown(filled: Filled) -> str:
-    sides = ("---:" if head in ("published", "predicted", "measured") else ":---" for head in HEADS)
-    table = [markdown_row(HEADS), markdown_row(sides), *map(markdown_row, _rows(filled))]
+def _markdown(filled: FilledTable) -> str:
+    table = markdown_lines(HEADS, _rows(filled), [head in NUMERIC for head in HEADS])
     below = [f"- {visible.markdown(remark)}" for remark in _remarks(filled)]
     return "\n".join(
         [f"# {visible.markdown(_title(filled))}", "", *table, "", *below, "", sentence(filled), ""]
     )
 
 
-def _csv(filled: Filled) -> str:
+def _csv(filled: FilledTable) -> str:
     buffer = io.StringIO()
     rows = [{**entry, "runs": " ".join(entry["runs"])} for entry in map(_cell, filled.cells)]
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")

@@ -1,28 +1,108 @@
-"""The files of configs/paper: what a table prints, under which protocol, and from which source. Torch-free."""
+"""The files of configs/paper: the numbers that a table prints, under which protocol, and from which source.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from analysis.paper.numbers import Printed, evaluate
 from harness.config import sources, yaml_files
 from harness.errors import InputError, closest
 
 GROUP = "paper"
 BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "GB": 1e9, "MB": 1e6}
 """Unit of memory → bytes."""
+Grade = Literal["agrees", "close", "differs"]
+
+_TERM = re.compile(r"(\d*)((?:[a-z]²?)+)")
+
+
+@dataclass(frozen=True)
+class PrintedNumber:
+    """A number as printed.
+
+    Attributes:
+        text: as printed.
+        value: of the text.
+        half: half a unit of the last printed digit.
+    """
+
+    text: str
+    value: float
+    half: float
+
+    @classmethod
+    def of(cls, text: str) -> PrintedNumber:
+        """Read a number with its digits.
+
+        Raises:
+            ValueError: the text is not a plain decimal number.
+        """
+        if not re.fullmatch(r"\d+(\.\d+)?", text):
+            raise ValueError(f"{text!r} is not a decimal number as printed, e.g. '34.06'")
+        return cls(text, float(text), 0.5 * 10.0 ** -len(text.partition(".")[2]))
+
+    def grade(self, value: float, tolerance: float) -> Grade:
+        """Compare a value with the printed one.
+
+        Args:
+            value: in the same unit.
+            tolerance: relative.
+
+        Returns:
+            ``agrees``: the value would be printed the same. ``close``: it is within the tolerance of such a value. Else
+            ``differs``.
+        """
+        # A number on the boundary, 0.125 for 0.12 and 0.13, agrees with both, whatever its binary rounding.
+        distance = abs(value - self.value) - 1e-9 * max(1.0, self.value)
+        if distance <= self.half:
+            return "agrees"
+        return "close" if distance <= self.half + tolerance * self.value else "differs"
+
+    def like(self, value: float) -> str:
+        """Format a value with one digit more than is printed, so that the rounding is visible."""
+        digits = len(self.text.partition(".")[2])
+        return f"{value:,.{digits + 1}f}" if digits else f"{value:,.0f}"
+
+
+def evaluate(formula: str, values: Mapping[str, int]) -> int:
+    """Evaluate a sum of products of letters such as ``2nr + mr`` or ``m² + n²``.
+
+    Args:
+        formula: as printed.
+        values: letter → value.
+
+    Raises:
+        ValueError: another formula, or a letter without a value.
+    """
+    total = 0
+    for term in formula.split("+"):
+        match = _TERM.fullmatch(term.strip())
+        if match is None:
+            raise ValueError(f"{formula!r} is not a sum of products such as 2nr + mr")
+        product = int(match[1] or 1)
+        for letter, square in re.findall(r"([a-z])(²?)", match[2]):
+            if letter not in values:
+                raise ValueError(f"{formula!r} needs a value for {letter}")
+            product *= values[letter] ** (2 if square else 1)
+        total += product
+    return total
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Source(_Part):
-    """Where the table stands."""
+class PaperSource(_Part):
+    """The publication that contains the table."""
 
     paper: str
     arxiv: str
@@ -30,7 +110,7 @@ class Source(_Part):
 
 
 class Quantity(_Part):
-    """What a cell states."""
+    """The quantity that a cell states."""
 
     kind: Literal["perplexity", "memory", "state_numbers"]
     """perplexity: on the validation split, measured only; memory: counted; state_numbers: of one matrix, counted."""
@@ -39,33 +119,33 @@ class Quantity(_Part):
     tolerance: float = Field(default=0.0, ge=0)
     """Relative, on top of the rounding of the printed digits: what still counts as close."""
     counts: list[Literal["weights", "state"]] = ["weights", "state"]
-    """memory: what the figure is made of."""
+    """memory: the parts that the figure contains."""
     bytes_per_number: int = Field(default=2, ge=1)
-    """memory: of every weight and state number."""
+    """memory: bytes of every weight and state number."""
 
     @model_validator(mode="after")
     def _unit_is_one(self) -> Quantity:
         if self.kind == "memory" and self.unit not in BYTES:
-            raise ValueError(f"unit {self.unit or 'nothing'!r} is none of memory: {', '.join(BYTES)}")
+            raise ValueError(f"unit {self.unit or 'nothing'!r} is not a unit of memory: {', '.join(BYTES)}")
         return self
 
     def in_unit(self, size: float) -> float:
-        """Bytes in the unit of memory."""
+        """Convert bytes to the unit of memory."""
         return size / BYTES[self.unit]
 
 
-class Column(_Part):
-    """A model or setting."""
+class PaperColumn(_Part):
+    """A model or a setting."""
 
     words: list[str] = []
     values: dict[str, int] = {}
     """Numbers that words of rows ($rank) and formulas refer to."""
     parameter: str | None = None
-    """state_numbers: the matrix that is looked at."""
+    """state_numbers: the name of the matrix."""
 
 
-class Known(_Part):
-    """A disagreement that has a reason. It holds for the prediction named here and no other."""
+class KnownDifference(_Part):
+    """A disagreement with a known reason; it applies only to the prediction stated here."""
 
     column: str
     quantity: str
@@ -73,8 +153,8 @@ class Known(_Part):
     reason: str
 
 
-class Row(_Part):
-    """A method."""
+class PaperRow(_Part):
+    """A method of the paper."""
 
     words: list[str] = []
     absent: str | None = None
@@ -84,8 +164,8 @@ class Row(_Part):
     formula: str | None = None
     """state_numbers: as printed, in m, n, r; evaluated with each column's values."""
     unstated: list[str] = []
-    """Keys that the paper leaves open: a run may have any value there."""
-    known: list[Known] = []
+    """Keys that the paper does not state: a run may have any value."""
+    known: list[KnownDifference] = []
     note: str | None = None
 
 
@@ -93,14 +173,14 @@ class PaperTable(_Part):
     """One table of a paper."""
 
     title: str
-    source: Source
+    source: PaperSource
     provenance: dict[str, Literal["read", "derived", "recalled", "unstated"]]
-    """What is in the file → read in the source, derived from what was read, recalled, or not stated there."""
+    """Part of the file → read in the source, derived from it, recalled, or not stated there."""
     words: list[str] = []
-    """Of every run of the table: the protocol."""
+    """Overrides of every run of the table: the protocol."""
     quantities: dict[str, Quantity]
-    columns: dict[str, Column]
-    rows: dict[str, Row]
+    columns: dict[str, PaperColumn]
+    rows: dict[str, PaperRow]
     notes: list[str] = []
 
     @model_validator(mode="after")
@@ -114,8 +194,10 @@ class PaperTable(_Part):
             places += [(known.column, known.quantity, known.predicted) for known in row.known]
             for column, quantity, text in places:
                 if column not in self.columns or quantity not in self.quantities:
-                    raise ValueError(f"row {name} has {column}, {quantity}, which is no column and quantity")
-                Printed.of(text)
+                    raise ValueError(
+                        f"row {name} has {column}, {quantity}, which is not a column and quantity"
+                    )
+                PrintedNumber.of(text)
             if row.formula:
                 self._check_formula(name, row.formula)
         return self
@@ -126,39 +208,39 @@ class PaperTable(_Part):
         for column in self.columns.values():
             evaluate(formula, column.values)
 
-    def published(self, row: str, column: str) -> dict[str, Printed]:
-        """Quantity → what the table prints in this row and column."""
+    def published(self, row: str, column: str) -> dict[str, PrintedNumber]:
+        """Return quantity → number that the table prints in this row and column."""
         formula = self.rows[row].formula
         if formula is not None:
             (quantity,) = self.quantities
-            return {quantity: Printed.of(str(evaluate(formula, self.columns[column].values)))}
+            return {quantity: PrintedNumber.of(str(evaluate(formula, self.columns[column].values)))}
         texts = self.rows[row].published.get(column, {})
-        return {quantity: Printed.of(text) for quantity, text in texts.items()}
+        return {quantity: PrintedNumber.of(text) for quantity, text in texts.items()}
 
     def run_words(self, row: str, column: str) -> list[str]:
-        """Words of the run that would fill the cell; none for a method that optbench does not have.
+        """Return the overrides of the run that would fill the cell; none for a method that optbench does not have.
 
         Raises:
-            ValueError: a word refers to a value that the column lacks.
+            ValueError: an override refers to a value that the column lacks.
         """
-        given = self.rows[row].words
-        if not given:
+        overrides = self.rows[row].words
+        if not overrides:
             return []
         values = self.columns[column].values
         try:
-            own = [Template(word).substitute(values) for word in given]
+            own = [Template(word).substitute(values) for word in overrides]
         except KeyError as error:
             raise ValueError(f"column {column} has no value {error.args[0]}") from None
         return [*self.words, *self.columns[column].words, *own]
 
 
 def names() -> list[str]:
-    """Names of all tables, the user's own among them."""
+    """Return the names of all tables, including the user's own."""
     return sources.options(GROUP)
 
 
 def path_of(name: str) -> Path:
-    """The file of a table.
+    """Return the file of a table.
 
     Raises:
         InputError: no such table.

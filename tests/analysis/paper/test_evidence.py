@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.paper.cells import Cell, Filled
+from analysis.paper.cells import FilledTable, PaperCell
 from analysis.paper.filling import fill
 from harness.errors import InputError
 from harness.preparation import prepare
@@ -89,7 +89,7 @@ def measured(runs: Path) -> float:
     return math.exp(sum(losses) / 2)
 
 
-def cells(filled: Filled) -> dict[tuple[str, str], Cell]:
+def cells(filled: FilledTable) -> dict[tuple[str, str], PaperCell]:
     return {(cell.row, cell.column): cell for cell in filled.cells}
 
 
@@ -194,7 +194,7 @@ def test_control_a_run_of_another_setting_is_not_taken(
     edit(home / "runs/g/run0", change)
     filled = fill("tiny", home / "runs")
     assert {cell.measured for cell in filled.cells} == {None}
-    assert filled.remarks == [f"g/run0: not taken; closest to SUMO, small, differs in {key}"]
+    assert filled.remarks == [f"g/run0: not used; closest to SUMO, small, differs in {key}"]
 
 
 def test_control_a_run_that_trained_with_another_rank_is_not_taken(trained: Path, home: Path) -> None:
@@ -205,14 +205,14 @@ def test_control_a_run_that_trained_with_another_rank_is_not_taken(trained: Path
     assert execute(prepared) == "finished"
     filled = fill("tiny", home / "runs")
     assert cells(filled)["SUMO", "small perplexity"].runs == ["g/run0", "g/run1"]
-    assert filled.remarks == ["g/other: not taken; closest to SUMO, small, differs in optimizer.rank"]
+    assert filled.remarks == ["g/other: not used; closest to SUMO, small, differs in optimizer.rank"]
 
 
 def test_control_a_text_read_twice_is_another_protocol(home: Path) -> None:
     summary(home / "runs/g/run1", epochs=1.5)
     filled = fill("tiny", home / "runs")
     assert cells(filled)["SUMO", "small perplexity"].runs == ["g/run0"]
-    assert filled.remarks == ["g/run1: not taken; closest to SUMO, small, differs in data.max_tokens"]
+    assert filled.remarks == ["g/run1: not used; closest to SUMO, small, differs in data.max_tokens"]
 
 
 def test_runs_that_are_not_over_or_cannot_be_read_are_named(home: Path) -> None:
@@ -220,8 +220,8 @@ def test_runs_that_are_not_over_or_cannot_be_read_are_named(home: Path) -> None:
     (home / "runs/g/run1/config.yaml").write_text("stepz: 3\n")
     filled = fill("tiny", home / "runs")
     assert {cell.measured for cell in filled.cells} == {None}
-    assert filled.remarks[0] == "g/run0: not taken, diverged"
-    assert filled.remarks[1].startswith("g/run1: not taken, stepz: 3 is for an unknown key")
+    assert filled.remarks[0] == "g/run0: not used, diverged"
+    assert filled.remarks[1].startswith("g/run1: not used, stepz: 3 is for an unknown key")
 
 
 def test_of_several_values_of_a_key_that_is_left_open_the_best_is_taken_and_named(home: Path) -> None:

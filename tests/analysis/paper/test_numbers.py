@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from analysis.paper.judging import Value, judge
-from analysis.paper.numbers import Printed, evaluate
+from analysis.paper.cells import OwnValue, judge
+from analysis.paper.tables import PrintedNumber, evaluate
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ from analysis.paper.numbers import Printed, evaluate
     ],
 )
 def test_grades(text: str, value: float, tolerance: float, grade: str) -> None:
-    assert Printed.of(text).grade(value, tolerance) == grade
+    assert PrintedNumber.of(text).grade(value, tolerance) == grade
 
 
 @pytest.mark.parametrize("text", ["", "1e3", "-1.0", "1,000", "0.36G", "nan", "1."])
 def test_what_is_no_printed_number(text: str) -> None:
     with pytest.raises(ValueError, match="decimal number"):
-        Printed.of(text)
+        PrintedNumber.of(text)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +65,16 @@ def test_what_is_no_formula(formula: str, match: str) -> None:
 
 
 def test_the_worst_value_decides_and_every_one_that_differs_needs_its_reason() -> None:
-    printed = Printed.of("1.16")
+    printed = PrintedNumber.of("1.16")
     good, near, excused, bad = (
-        Value(1.16, None),
-        Value(1.166, None),
-        Value(2.0, "because"),
-        Value(3.0, None),
+        OwnValue(1.16, None),
+        OwnValue(1.166, None),
+        OwnValue(2.0, "because"),
+        OwnValue(3.0, None),
     )
     assert judge(printed, [], 0.01) == ("not_run", [])
     assert judge(printed, [good], 0.01) == ("agrees", [])
     assert judge(printed, [good, near], 0.01) == ("close", [])
     assert judge(printed, [near, excused], 0.01) == ("differs_known", ["because"])
     assert judge(printed, [excused, bad], 0.01) == ("differs", ["because"])
-    assert judge(printed, [Value(1.16, "not needed")], 0.01) == ("agrees", [])
+    assert judge(printed, [OwnValue(1.16, "not needed")], 0.01) == ("agrees", [])

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from analysis.paper import tables
-from analysis.paper.cells import Cell
-from analysis.paper.counting import count
-from analysis.paper.filling import fill
+from analysis.paper.cells import PaperCell
+from analysis.paper.filling import count, fill
 from harness.config import checks, compose
 from harness.errors import InputError
 
@@ -59,7 +58,7 @@ def gib(size: str, method: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def table3() -> dict[tuple[str, str], Cell]:
+def table3() -> dict[tuple[str, str], PaperCell]:
     return {(cell.row, cell.column): cell for cell in fill("sumo_table3").cells}
 
 
@@ -67,7 +66,7 @@ def table3() -> dict[tuple[str, str], Cell]:
     "method", ["Full-Rank (Adam)", "SUMO", "GaLore", "GaLore, moments on the short side"]
 )
 @pytest.mark.parametrize("size", ["60M", "130M", "350M", "1B"])
-def test_memory_of_table_3(table3: dict[tuple[str, str], Cell], size: str, method: str) -> None:
+def test_memory_of_table_3(table3: dict[tuple[str, str], PaperCell], size: str, method: str) -> None:
     assert table3[method, f"{size} memory"].predicted == pytest.approx(gib(size, method), rel=1e-12)
 
 
@@ -101,7 +100,7 @@ def test_seven_billion_parameters_are_counted_too() -> None:
     assert counted.memory(quantity) == pytest.approx(gib("7B", "SUMO"), rel=1e-12)
 
 
-def test_no_perplexity_is_predicted(table3: dict[tuple[str, str], Cell]) -> None:
+def test_no_perplexity_is_predicted(table3: dict[tuple[str, str], PaperCell]) -> None:
     cells = [cell for cell in table3.values() if cell.quantity.kind == "perplexity"]
     assert len(cells) == 24
     assert {cell.predicted for cell in cells} == {None}
@@ -110,7 +109,7 @@ def test_no_perplexity_is_predicted(table3: dict[tuple[str, str], Cell]) -> None
     assert {cell.status for cell in cells if cell.row not in ours} == {"not_predictable"}
 
 
-def test_statuses_of_table_3(table3: dict[tuple[str, str], Cell]) -> None:
+def test_statuses_of_table_3(table3: dict[tuple[str, str], PaperCell]) -> None:
     found = {place: cell.status for place, cell in table3.items() if cell.predicted is not None}
     assert {place for place, status in found.items() if status == "agrees"} == {
         ("Full-Rank (Adam)", "350M memory")
@@ -166,7 +165,7 @@ def test_table_6_counts_states_alone() -> None:
     assert 0.18 * GIB / (rank_part / r) == pytest.approx(206, abs=1)
 
 
-def changed(home: Path, *replacements: tuple[str, str]) -> dict[tuple[str, str], Cell]:
+def changed(home: Path, *replacements: tuple[str, str]) -> dict[tuple[str, str], PaperCell]:
     """Table 3 out of the user's own configs, with text replaced."""
     text = (tables.path_of("sumo_table3")).read_text(encoding="utf-8")
     for old, new in replacements:
