@@ -18,7 +18,7 @@ UNFOLDED = 200
 
 
 def for_tables(stream: TextIO | None = None, *, stderr: bool = False, width: int | None = None) -> Console:
-    """A console as wide as the terminal (or COLUMNS) that shows control characters instead of sending them.
+    """Build a console as wide as the terminal (or COLUMNS) that shows control characters instead of sending them.
 
     Args:
         stream: where it prints; None: standard output.
@@ -38,7 +38,7 @@ def show_control_characters(console: Console) -> None:
 
 
 def cell(text: object, style: str = "") -> Text:
-    """One line of text of unknown origin for a table: no markup, no control characters."""
+    """Return one line of text of unknown origin for a table: no markup, no control characters."""
     return Text(visible(text), style=style)
 
 
@@ -62,6 +62,6 @@ class _Visible:
 
 
 def _lines(text: str) -> str:
-    """Line feeds are rich's own by now: it has broken the text into lines."""
+    # Line feeds are rich's own by now: it has broken the text into lines.
     parts: Iterable[str] = map(visible, text.split("\n"))
     return "\n".join(parts)

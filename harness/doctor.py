@@ -1,4 +1,4 @@
-"""`optbench doctor`: what this machine can run, what is missing, and how to mend it."""
+"""`optbench doctor`: what this machine can run, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LITTLE_SPACE = 5e9
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         name: of it.
@@ -76,7 +76,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Every required package, against the range that we ask for."""
+    """Compare every required package with its version range."""
     from packaging.requirements import Requirement
 
     wrong: list[tuple[str, str]] = []
@@ -100,7 +100,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    """The driver's GPUs, and whether torch can use them."""
+    """Find the driver's GPUs, and whether torch can use them."""
     try:
         import torch
     except ImportError as error:
@@ -158,7 +158,7 @@ def _engines() -> Iterator[Finding]:
 
 
 def _folders() -> Iterator[Finding]:
-    """Where runs and corpora go."""
+    """Check that the folders of runs and corpora can be written."""
     from harness.files.cache import cache_root
 
     config = RunConfig()
@@ -176,7 +176,7 @@ def _folders() -> Iterator[Finding]:
 
 
 def _services() -> Iterator[Finding]:
-    """What is asked only where it is there."""
+    """Show the services that are used where they exist."""
     from harness.record.wandb import resolve_mode
 
     yield Finding("W&B", "ok", f"wandb.mode=auto means {resolve_mode('auto')} here")

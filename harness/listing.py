@@ -100,7 +100,7 @@ def _kinds() -> dict[str, str]:
 
 
 def keys_text() -> str:
-    """Every key of a run, one a line: name, default, allowed, meaning (for `optbench train --help`)."""
+    """Return every key of a run, one a line: name, default, allowed values, meaning (for `optbench train --help`)."""
     lines = ["groups (a file of configs/GROUP; your own ./configs is searched first):"]
     for group in sources.GROUPS:
         lines.append(f"  {group}={' '.join(sources.options_of_runs(group))}")
@@ -195,7 +195,7 @@ def _show_optimizer(name: str) -> dict[str, Any]:
 
 
 def _default_rate(name: str) -> str | float:
-    """What `train` takes where optimizer.lr is not given."""
+    """Return the learning rate that `train` uses without optimizer.lr."""
     if name in derived_defaults.LEARNING_RATES:
         return "by model size"
     rate = derived_defaults.rule_rate(name)
@@ -203,7 +203,7 @@ def _default_rate(name: str) -> str | float:
 
 
 def _model(name: str) -> ModelConfig:
-    """A model by its file; composed only where the file builds on others (that takes a tenth of a second)."""
+    """Read a model from its file; compose it only where the file builds on others, which takes a tenth of a second."""
     path = sources.find("model", name)
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
     if not isinstance(content, dict) or "defaults" in content:
@@ -269,7 +269,7 @@ def _group_keys(group: str | None) -> list[dict[str, Any]]:
 
 
 def _comment(group: str, name: str) -> str:
-    """The leading comment of a configuration file, without Hydra's directives."""
+    """Return the leading comment of a configuration file, without Hydra's directives."""
     path: Path | None = sources.find(group, name)
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path else []:

@@ -70,7 +70,7 @@ def check(
 
 
 def warnings(config: RunConfig) -> list[str]:
-    """What a user should know about a checked configuration, one line each."""
+    """Return what a user should know about a checked configuration, one line each."""
     found = []
     if config.model.path is not None and config.data.tokenizer == "bpe":
         found.append(
@@ -91,7 +91,7 @@ def _default_rate(config: RunConfig) -> derived_defaults.LearningRate | None:
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Parameters of the model: exact for LLaMA-like and GPT-2, else 12·layers·hidden² + 2·vocab·hidden."""
+    """Count the parameters of the model: exact for LLaMA-like and GPT-2, else 12·layers·hidden² + 2·vocab·hidden."""
     shapes = facts(model)
     if shapes.parameters is not None:
         return shapes.parameters
@@ -121,7 +121,7 @@ def _check_folders(config: RunConfig) -> None:
 
 
 def _optimizer(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
-    """Resolved optimizer section: every option of the preset, learning rate and its source."""
+    """Resolve the optimizer section: every option of the preset, the learning rate and its source."""
     from optimizers.options import OptionError
     from optimizers.presets import rank_limit_check, resolve
 
@@ -156,7 +156,7 @@ def _learning_rate(config: RunConfig) -> dict[str, Any]:
         default = _default_rate(config)
     if default is None:
         name = given.target or given.name
-        reason = f"stands for a default, and there is no default for {name}"
+        reason = f"means the default, and there is no default for {name}"
         raise InputError("optimizer.lr", "null", reason, allowed="a number > 0", fix="optimizer.lr=0.001")
     return {"lr": default.lr, "lr_source": default.source, "lr_tuned": default.tuned}
 
@@ -164,7 +164,7 @@ def _learning_rate(config: RunConfig) -> dict[str, Any]:
 def _aux_learning_rate(
     config: RunConfig, section: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The learning rate beside a matrix rule that belongs to the default one; none where either was given."""
+    """Return the AdamW learning rate that belongs to a default matrix rate; none where either was given."""
     given = config.optimizer
     if section["lr_source"] == "given" or "aux_lr" not in options or "aux_lr" in given.options:
         return {}
@@ -173,7 +173,7 @@ def _aux_learning_rate(
 
 
 def _option_error(error: Any, name: str) -> InputError:
-    """An `optimizers.presets.OptionError` in the form of the command line."""
+    """Translate an `optimizers.presets.OptionError` to an error of the command line."""
     from optimizers.presets import OPTIONS, PRESETS
 
     is_unknown_option = name in PRESETS and error.key not in PRESETS[name].options and error.key != "name"

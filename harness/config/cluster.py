@@ -107,12 +107,12 @@ class ClusterConfig(TypedKeys):
 
     @property
     def processes_per_node(self) -> int:
-        """Training processes on each node."""
+        """Return the number of training processes on each node."""
         return self.processes or max(1, self.gpus)
 
     @property
     def world_size(self) -> int:
-        """Training processes of one run."""
+        """Return the number of training processes of one run."""
         return self.nodes * self.processes_per_node
 
 
@@ -125,27 +125,27 @@ def known() -> Mapping[str, Key]:
     return keys_of(_Described)
 
 
-def split(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Words of the cluster, and all others, each in their order."""
+def split(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Split overrides into those of the cluster and all others, each in their order."""
     mine: list[str] = []
     others: list[str] = []
-    for word in words:
-        key = word.partition("=")[0].lstrip("+")
-        is_mine = "=" in word and (key == GROUP or key.startswith(f"{GROUP}."))
-        (mine if is_mine else others).append(word)
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+")
+        is_mine = "=" in override and (key == GROUP or key.startswith(f"{GROUP}."))
+        (mine if is_mine else others).append(override)
     return mine, others
 
 
-def load(words: Sequence[str]) -> ClusterConfig:
+def load(overrides: Sequence[str]) -> ClusterConfig:
     """Compose and check the cluster.
 
     Args:
-        words: ``cluster=NAME`` and ``cluster.key=value``, in any order.
+        overrides: ``cluster=NAME`` and ``cluster.key=value``, in any order.
 
     Raises:
         InputError: an option, key or value that is not known, or two that cannot go together.
     """
-    assignments = parse(words, lambda word, following: None)
+    assignments = parse(overrides, lambda argument, following: None)
     option = next((a.text for a in assignments if a.key == GROUP and not isinstance(a.value, dict)), DEFAULT)
     if sources.find(GROUP, option) is None:
         choices = sources.options(GROUP)
@@ -170,7 +170,7 @@ def load(words: Sequence[str]) -> ClusterConfig:
 
 
 def time_limit(config: ClusterConfig) -> str:
-    """`ClusterConfig.time` as sbatch takes it, D-HH:MM:SS."""
+    """Return `ClusterConfig.time` as sbatch takes it, D-HH:MM:SS."""
     seconds = value_formats.duration_seconds(f"{GROUP}.time", config.time)
     assert seconds is not None
     minutes, second = divmod(round(seconds), 60)
@@ -251,7 +251,7 @@ def _check_flag(flag: str, value: object) -> None:
 
 
 def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield (key, text) of every text below a value; the words of a list are one text, too."""
+    """Yield (key, text) of every text below a value; the entries of a list are one text, too."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
@@ -268,7 +268,7 @@ def _check_known(key: str, value: Any, schema: Mapping[str, Key], source: str | 
     if key in schema or any(key.startswith(f"{name}.") and schema[name].default == {} for name in schema):
         return
     if any(name.startswith(f"{key}.") for name in schema):
-        return  # a group given as a value: the validation says so in words
+        return  # a group given as a value: the validation says so
     raise unknown(key, value, list(schema), source)
 
 

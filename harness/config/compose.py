@@ -1,9 +1,9 @@
-"""From command-line words and YAML files to a `RunConfig`.
+"""Compose a `RunConfig` from overrides and YAML files.
 
     config = load(["model=llama_60m", "optimizer=sumo", "optimizer.rank=128", "steps=1000"])
 
-Groups are merged by Hydra; values are then set by us, so that an unknown key, a wrong type or a word that
-would be dropped is an `InputError` that names the key, the file and the remedy. Nothing here imports torch.
+Hydra merges the groups; values are then set here, so that an unknown key, a wrong type or an override that would be
+dropped is an `InputError` that names the key, the file and what to type. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _NAMED_BY_FILE = ("optimizer", "engine", "schedule")
 
 
 def load(argv: Sequence[str]) -> RunConfig:
-    """Compose a run from the words of a command line.
+    """Compose a run from the arguments of a command.
 
     Args:
-        argv: `group=option` and `key=value` words in Hydra's grammar, in any order, and at most one FILE.yaml
-            (`run_file`). `experiment=NAME` (or `+experiment=NAME`) is merged after the other groups, the file after
-            the experiment, and the values of the words last.
+        argv: `group=option` and `key=value` overrides in Hydra's grammar, in any order, and at most one FILE.yaml.
+            `experiment=NAME` (or `+experiment=NAME`) is merged after the other groups, the file after the experiment,
+            and the values of the overrides last.
 
     Returns:
         The typed configuration; not yet checked against itself and the machine (`checks.check`).
@@ -54,8 +54,8 @@ def load(argv: Sequence[str]) -> RunConfig:
     Raises:
         InputError: anything that is not understood; see the module.
     """
-    file, words = split_run_file(argv)
-    assignments = parse(words, partial(_meant_assignment, words))
+    file, overrides = split_run_file(argv)
+    assignments = parse(overrides, partial(_meant_assignment, overrides))
     groups = {a.key: a for a in assignments if a.key in GROUPS and not isinstance(a.value, dict)}
     selections, direct = _selections({group: _text_of(a) for group, a in groups.items()})
     _refuse_two_names(groups, assignments)
@@ -112,7 +112,7 @@ def load_file(path: str | Path) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML without secrets, keys in the schema's order, readable by `load_file`."""
+    """Return the whole configuration as YAML without secrets, in the schema's order, readable by `load_file`."""
     from omegaconf._utils import get_omega_conf_dumper
 
     return yaml.dump(
@@ -127,9 +127,9 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def difference(config: RunConfig) -> dict[str, Any]:
-    """What differs from the defaults, without secrets: dotted key → value, in the schema's order.
+    """Return what differs from the defaults, without secrets: dotted key → value, in the schema's order.
 
-    Optimizer options are compared with those of the preset, everything else with a run without any words.
+    Optimizer options are compared with those of the preset, everything else with a run without overrides.
     What the checks derive from other keys (learning rate, engine, micro-batch) counts only where it differs
     from what they would have derived.
     """
@@ -151,7 +151,7 @@ def difference(config: RunConfig) -> dict[str, Any]:
 
 
 def _derived(config: RunConfig) -> dict[str, Any]:
-    """What `checks.check` puts where nothing was given, as far as this configuration is checked."""
+    """Return the values that `checks.check` derives where nothing was given."""
     derived: dict[str, Any] = {
         "optimizer.seed": config.seed,
         "eval.tokens": derived_defaults.default_evaluation_tokens(config),
@@ -176,7 +176,7 @@ def _text_of(assignment: Assignment) -> str:
 def _selections(
     choices: Mapping[str, str], file: RunFile | None = None
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Groups that have a file, and optimizers that have none: plug-in rules and import paths.
+    """Split choices into groups with a file, and optimizers without one: plug-in rules and import paths.
 
     Args:
         choices: group → option.
@@ -215,7 +215,7 @@ def _wrong_option(group: str, option: str, file: RunFile | None) -> InputError:
 
 
 def _without_derived(file: RunFile, assignments: Sequence[Assignment]) -> RunFile:
-    """Leave out of a run's config.yaml what the checks derived, where words may lead to something else.
+    """Leave out of a run's config.yaml what the checks derived, where overrides may lead to something else.
 
     Without this, ``config.yaml world_size=2`` would keep engine.name=single, ``seed=1`` the optimizer's old seed, and
     ``model=llama_60m`` a learning rate of another model size.
@@ -237,7 +237,7 @@ def _without_derived(file: RunFile, assignments: Sequence[Assignment]) -> RunFil
 
 
 def _refuse_lost_experiment(values: Any, files: Sequence[Path]) -> None:
-    """Without its directive, an experiment's values end below `experiment`, where nothing reads them."""
+    """Refuse an experiment without its `@package` directive, whose values end where nothing reads them."""
     if values:
         path = next((str(path) for path in reversed(files) if path.parent.name == "experiment"), "experiment")
         reason = f"in {path} reach no key"
@@ -246,7 +246,7 @@ def _refuse_lost_experiment(values: Any, files: Sequence[Path]) -> None:
 
 
 def _refuse_two_names(groups: Mapping[str, Assignment], assignments: Sequence[Assignment]) -> None:
-    """`optimizer=sumo optimizer.name=muon` would drop one of the two."""
+    """Refuse `optimizer=sumo optimizer.name=muon`, where one of the two would be dropped."""
     for assignment in assignments:
         for key, value in leaves(assignment.key, assignment.value).items():
             group, _, leaf = key.partition(".")
@@ -265,12 +265,12 @@ def _check_known(values: Mapping[str, Any], origin: Callable[[str], str | None],
         if key in allowed or _is_free(key, values):
             continue
         if any(name.startswith(f"{key}.") for name in known):
-            continue  # a group given as a value: the validation says so in words
+            continue  # a group given as a value: the validation says so
         raise unknown(key, value, known, origin(key))
 
 
 def _is_free(key: str, values: Mapping[str, Any]) -> bool:
-    """Keys that cannot be listed: options of foreign optimizers, fields of unlisted models, nested fields."""
+    """Return True for a key that cannot be listed: options of external optimizers, fields of unlisted models."""
     optimizer = values.get("optimizer") or {}
     if key.startswith("optimizer.") and isinstance(optimizer, dict):
         return bool(optimizer.get("target")) or optimizer.get("name") in plugin_rules()
@@ -302,7 +302,7 @@ def _model_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name_plugin(values: dict[str, Any], assignments: Sequence[Assignment]) -> None:
-    """A run by import path is called after its class, unless a name was given."""
+    """Name an optimizer with an import path after its class, unless a name was given."""
     optimizer = values.get("optimizer")
     named = any(a.key in ("optimizer", "optimizer.name") for a in assignments)
     if isinstance(optimizer, dict) and isinstance(optimizer.get("target"), str) and not named:
@@ -329,7 +329,7 @@ def _validate(
 
 
 def _origin(overridden: set[str], files: Sequence[Path], file: RunFile | None, location: str) -> str | None:
-    """The last file that holds a key, with the line, or None if the command line does."""
+    """Return the last file that holds a key, with the line, or None if the command line does."""
     if _holds(overridden, location):
         return None
     if file is not None and _holds(file.values, location):
@@ -354,10 +354,10 @@ def _jsonable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _meant_assignment(words: Sequence[str], word: str, following: str | None) -> str | None:
-    """The assignment (or the command) that a stray word was probably meant to be."""
+def _meant_assignment(arguments: Sequence[str], argument: str, following: str | None) -> str | None:
+    """Return the override (or the command) that a stray argument was probably meant to be."""
     known = [*all_keys(), *GROUPS]
-    bare = word.lstrip("-")
+    bare = argument.lstrip("-")
     key, separator, value = bare.partition("=")
     if not separator:
         key, separator, value = bare.partition(":")
@@ -366,7 +366,7 @@ def _meant_assignment(words: Sequence[str], word: str, following: str | None) ->
         return special or (suggestions.assign(key, value) if key in known else meant(key, value, known))
     if not bare:
         return None
-    if not word.startswith("-"):
+    if not argument.startswith("-"):
         for group in GROUPS:
             if bare in options_of_runs(group):
                 return f"{group}={bare}"
@@ -377,7 +377,7 @@ def _meant_assignment(words: Sequence[str], word: str, following: str | None) ->
         return special
     if bare in known:
         return suggestions.assign(bare, following) if follows else f"{bare}={_switched_on(bare)}"
-    is_on = bare in ("help", "h") or word.startswith("--")
+    is_on = bare in ("help", "h") or argument.startswith("--")
     if (is_on or follows) and (guess := meant(bare, following if follows else None, known)):
         return guess.replace("=…", f"={_switched_on(guess.removesuffix('=…'))}")
     for group in GROUPS:
@@ -387,6 +387,6 @@ def _meant_assignment(words: Sequence[str], word: str, following: str | None) ->
 
 
 def _switched_on(key: str) -> str:
-    """What a flag without a value says about a key."""
+    """Return the value that a flag without a value stands for."""
     known = run_keys().get(key)
     return "true" if known is not None and "true" in known.allowed and known.is_number is False else "…"

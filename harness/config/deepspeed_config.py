@@ -68,7 +68,7 @@ _ZERO = (
 
 
 def effective(config: RunConfig) -> dict[str, Any]:
-    """What DeepSpeed is initialized with: our keys, then the user's file.
+    """Return the configuration that DeepSpeed is initialized with: our keys, then the user's file.
 
     Everything that changes the result is written down, because DeepSpeed's defaults do: it clips at 1.0.
 
@@ -117,7 +117,7 @@ def effective(config: RunConfig) -> dict[str, Any]:
 
 
 def user_settings(path: str, stage: int) -> dict[str, Any]:
-    """A user's DeepSpeed file, checked; entries that say "auto" are left to us.
+    """Read and check a user's DeepSpeed file; entries with "auto" are left out.
 
     Raises:
         InputError: no JSON object, a setting that a key of ours decides, another stage, or one that is not

@@ -80,7 +80,7 @@ def rule_rate(optimizer: str) -> float | None:
 
 
 def _distance(row: PeakRate, parameters: int) -> float:
-    """How far outside of a row a size is, as the logarithm of a factor; 0 inside."""
+    """Return how far outside of a row a size is, as the logarithm of a factor; 0 inside."""
     size = max(parameters, 1)
     return max(0.0, math.log(row.smallest / size), math.log(size / row.largest))
 

@@ -37,7 +37,7 @@ _ELEMENTWISE = (
 
 
 def check(config: RunConfig, environ: Mapping[str, str], world_size: int) -> dict[str, Any]:
-    """The engine section, resolved: ``auto`` by name, the DeepSpeed file that the launcher named.
+    """Check the engine section and return it resolved: ``auto`` by name, with the DeepSpeed file of the launcher.
 
     Args:
         config: as composed.
@@ -70,7 +70,7 @@ def _check_keys(engine: EngineConfig, name: str) -> None:
     for key, owners in _OWNERS.items():
         value, default = getattr(engine, key), EngineConfig.model_fields[key].default
         if name not in owners and value != default:
-            reason = f"means nothing to engine {name}"
+            reason = f"has no effect with engine={name}"
             fix = f"engine={owners[-1]}, or engine.{key}={format_value(default)}"
             raise InputError(
                 f"engine.{key}", format_value(value), reason, allowed=f"with {', '.join(owners)}", fix=fix
@@ -83,7 +83,7 @@ def _check_replicas(engine: EngineConfig, name: str, world_size: int) -> None:
     divisors = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
     if engine.replicas is None or world_size % engine.replicas:
         reason = (
-            "must be told to hsdp"
+            "is required with engine=hsdp"
             if engine.replicas is None
             else f"does not divide world_size = {world_size}"
         )
@@ -119,6 +119,6 @@ def _check_deepspeed(config: RunConfig, name: str) -> None:
 
 
 def is_elementwise(target: str) -> bool:
-    """Whether an import path names an optimizer that is known to update every element by itself."""
+    """Return True if an import path names an optimizer that is known to update every element by itself."""
     package, _, name = target.rpartition(".")
     return package.startswith("torch.optim") and name in _ELEMENTWISE

@@ -21,7 +21,7 @@ _DIGITS = 16
 
 
 def identity(config: RunConfig, corpus_sha256: str, tokenizer_sha256: str) -> str:
-    """Hash of all that changes the result of a run, seed and optimizer included.
+    """Return the hash of all that changes the result of a run, seed and optimizer included.
 
     Args:
         config: a checked configuration (defaults filled in).
@@ -35,7 +35,7 @@ def identity(config: RunConfig, corpus_sha256: str, tokenizer_sha256: str) -> st
 
 
 def comparison_key(config: RunConfig, corpus_sha256: str, tokenizer_sha256: str) -> str:
-    """The same without optimizer and seed: runs that share it had the same task and budget."""
+    """Return the `identity` without optimizer and seed: runs that share it had the same task and budget."""
     facts = _facts(config)
     for name in ("optimizer", "seed"):
         del facts[name]
@@ -43,7 +43,7 @@ def comparison_key(config: RunConfig, corpus_sha256: str, tokenizer_sha256: str)
 
 
 def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
-    """Dotted keys that make two runs different ones, in the schema's order; the corpora are not looked at."""
+    """Return the dotted keys in which the identities of two runs differ, apart from their corpora."""
     first, second = _flat(_facts(a)), _flat(_facts(b))
     missing = object()
     names = dict.fromkeys([*first, *second])

@@ -45,7 +45,7 @@ class Launch(NamedTuple):
 
 
 def launched(environ: Mapping[str, str]) -> Launch | None:
-    """The launcher's WORLD_SIZE, RANK and LOCAL_RANK; None without a launcher.
+    """Return the launcher's WORLD_SIZE, RANK and LOCAL_RANK; None without a launcher.
 
     Raises:
         InputError: they are not numbers, contradict each other, or are only half there.
@@ -84,7 +84,7 @@ def cpu_is_requested(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> int:
-    """NVIDIA GPUs that this process may use, from the driver and CUDA_VISIBLE_DEVICES."""
+    """Return the number of NVIDIA GPUs that this process may use, by the driver and CUDA_VISIBLE_DEVICES."""
     if cpu_is_requested(environ):
         return 0
     present = _present_devices()
@@ -98,7 +98,7 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def parent_command_lines(levels: int = 2) -> list[list[str]]:
-    """Command lines of the processes above this one, nearest first; fewer where they may not be read."""
+    """Return the command lines of the processes above this one, nearest first, as far as they can be read."""
     lines: list[list[str]] = []
     try:
         for process in psutil.Process().parents()[:levels]:
@@ -109,14 +109,14 @@ def parent_command_lines(levels: int = 2) -> list[list[str]]:
 
 
 def requested_processes(command: Sequence[str]) -> int | None:
-    """Processes that an `accelerate launch` line asks for; None if it is another program or says nothing."""
-    names = [Path(word).name for word in command]
+    """Return the processes that an `accelerate launch` command asks for; None for another program or no number."""
+    names = [Path(argument).name for argument in command]
     program = next((place for place, name in enumerate(names) if name in _PROGRAMS), None)
     if program is None:
         return None
-    words = list(command[program + 1 :])
-    number = _flag(words, "num_processes")
-    if number is None and (file := _flag(words, "config_file")) is not None:
+    arguments = list(command[program + 1 :])
+    number = _flag(arguments, "num_processes")
+    if number is None and (file := _flag(arguments, "config_file")) is not None:
         try:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -126,7 +126,7 @@ def requested_processes(command: Sequence[str]) -> int | None:
 
 
 def check_one_process_was_meant(commands: Sequence[Sequence[str]]) -> None:
-    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing; we do.
+    """Refuse `accelerate launch --cpu --num_processes 2`, which silently starts one process.
 
     Args:
         commands: command lines of the processes above, nearest first.
@@ -145,12 +145,12 @@ def check_one_process_was_meant(commands: Sequence[Sequence[str]]) -> None:
             )
 
 
-def _flag(words: Sequence[str], name: str) -> str | None:
+def _flag(arguments: Sequence[str], name: str) -> str | None:
     spellings = (f"--{name}", f"--{name.replace('_', '-')}")
-    for place, word in enumerate(words):
-        flag, equals, value = word.partition("=")
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
         if flag in spellings:
-            return value if equals else (words[place + 1] if place + 1 < len(words) else None)
+            return value if equals else (arguments[place + 1] if place + 1 < len(arguments) else None)
     return None
 
 

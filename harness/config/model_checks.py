@@ -59,7 +59,7 @@ def check(config: RunConfig, shapes: ModelFacts) -> None:
 
 
 def _check_code(config: RunConfig, folder: model_folder.ModelFolder) -> None:
-    """A folder's own Python code is executed only where that was asked for."""
+    """Refuse a folder whose model needs its own Python code, unless ``trust_remote_code=true``."""
     try:
         model_keys.check_model_type(folder.model_type)
     except InputError:

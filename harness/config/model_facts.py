@@ -96,7 +96,7 @@ def router_coefficient(model: ModelConfig) -> float:
 
 
 def _text(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a configuration: all of it, or `text_config` of a model of several kinds."""
+    """Return the language model's part of a configuration: all of it, or `text_config` of a multimodal model."""
     known = model_keys(kind)
     part = known.parts.get("text_config") if known is not None else None
     if part is None:

@@ -187,8 +187,8 @@ def adopt(
     Args:
         section: the section as the files give it, the preset's values included.
         preset: the preset's values alone.
-        given: dotted key below ``model`` → value, of the command line's words.
-        chosen: the preset's name, if a word of the command line chose it.
+        given: dotted key below ``model`` → value, of the overrides.
+        chosen: the preset's name, if an override chose it.
 
     Raises:
         InputError: see `read` and `weight_files`; or the preset or ``model.model_type`` disagrees with the folder.
@@ -254,7 +254,7 @@ def _defaults(model_type: str) -> dict[str, Any]:
 
 
 def _check_same(folder: ModelFolder, chosen: str, kind: str, shipped: Mapping[str, Any]) -> None:
-    """A preset that was asked for by name must describe the folder's model."""
+    """Refuse a preset that was chosen by name and describes another model than the folder's."""
     if kind == folder.model_type:
         other = overrides(folder, model_keys.canonical(kind, shipped))
         if not other:
@@ -301,19 +301,19 @@ def complete_section(
         values: nested values of the group files; changed.
         given: dotted key → value, of the command line and a run's file.
         preset_file: the file in configs/model/ that the model section comes from.
-        chosen: the preset's name, if a word of the command line chose it.
+        chosen: the preset's name, if an override chose it.
 
     Raises:
         InputError: the folder can't be used, or disagrees with what was given.
     """
-    words, section = below("model", given), values.get("model")
+    below_model, section = below("model", given), values.get("model")
     if not isinstance(section, dict):
         return
-    if "path" not in words and not section.get("path"):
-        _forget_keys_of_another_type(section, words.get("model_type"))
+    if "path" not in below_model and not section.get("path"):
+        _forget_keys_of_another_type(section, below_model.get("model_type"))
         return
     preset = compose_one("model", preset_file.stem) if preset_file is not None else {}
-    section, folder = adopt(section, preset, words, chosen=chosen)
+    section, folder = adopt(section, preset, below_model, chosen=chosen)
     values["model"] = section
     if folder is not None and folder.has_tokenizer and "tokenizer" not in below("data", given):
         # Its weights mean nothing for the ids of another tokenizer, which a data preset would name.
@@ -338,7 +338,7 @@ def below(group: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _forget_keys_of_another_type(section: dict[str, Any], model_type: Any) -> None:
-    """Keep of a preset what the type knows that was asked for by a word."""
+    """Keep of a preset what the type knows that an override asked for."""
     if model_type not in (None, section.get("model_type")):
         config = section.get("config") or {}
         section["config"] = {k: v for k, v in config.items() if model_keys.has_key(str(model_type), k)}

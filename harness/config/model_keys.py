@@ -127,7 +127,7 @@ def canonical(
     Args:
         model_type: of the model.
         config: name → value.
-        given: the values in it that win over others for the same field (words of the command line).
+        given: the values in it that win over others for the same field (overrides).
 
     Raises:
         InputError: two names of one field have two values, and neither or both were given.
@@ -215,17 +215,17 @@ def _keys_of_class(path: Path, name: str, depth: int = 0) -> ModelKeys | None:
 
 
 def _keys_of_part(path: Path, spec: ast.expr) -> ModelKeys | None:
-    """Keys of a part that names a class of the same file, or a model type (`SubConfigSpec(…, model_type=…)`)."""
+    """Return the keys of a part that names a class of the same file, or a model type (`SubConfigSpec(…)`)."""
     if isinstance(spec, ast.Name):
         return _keys_of_class(path, spec.id, depth=1)
     if isinstance(spec, ast.Call):
-        words = {word.arg: word.value for word in spec.keywords}
-        model_type = _literal(words.get("model_type"))
+        keywords = {keyword.arg: keyword.value for keyword in spec.keywords}
+        model_type = _literal(keywords.get("model_type"))
         if isinstance(model_type, str):
             file, name = _configuration_file(model_type), _model_types().get(model_type)
             return None if file is None or name is None else _keys_of_class(file, name, depth=1)
-        if isinstance(words.get("config_class"), ast.Name):
-            return _keys_of_part(path, words["config_class"])
+        if isinstance(keywords.get("config_class"), ast.Name):
+            return _keys_of_part(path, keywords["config_class"])
     return None
 
 
@@ -253,7 +253,7 @@ def _declared(statement: ast.stmt) -> dict[str, Field]:
 
 
 def _taken_from_kwargs(statement: ast.stmt) -> Iterator[str]:
-    """Names in ``kwargs.pop("name", …)`` of the constructor."""
+    """Yield the names in ``kwargs.pop("name", …)`` of the constructor."""
     if isinstance(statement, ast.FunctionDef) and statement.name == "__post_init__":
         for node in ast.walk(statement):
             is_taken = isinstance(node, ast.Call) and ast.unparse(node.func) in ("kwargs.pop", "kwargs.get")
@@ -262,7 +262,7 @@ def _taken_from_kwargs(statement: ast.stmt) -> Iterator[str]:
 
 
 def _computed(statement: ast.stmt) -> Iterator[str]:
-    """Properties without a setter in sight, and attributes that the constructor sets."""
+    """Yield properties, and attributes that the constructor sets."""
     if isinstance(statement, ast.FunctionDef):
         if any(ast.unparse(decorator) == "property" for decorator in statement.decorator_list):
             yield statement.name
@@ -273,7 +273,7 @@ def _computed(statement: ast.stmt) -> Iterator[str]:
 
 
 def _optional_reads(tree: ast.AST) -> Iterator[str]:
-    """Names in ``getattr(….config, "name", …)`` and ``hasattr(…)``."""
+    """Yield the names in ``getattr(….config, "name", …)`` and ``hasattr(…)``."""
     for node in ast.walk(tree):
         is_read = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         if is_read and node.func.id in ("getattr", "hasattr") and len(node.args) > 1:  # pyright: ignore[reportAttributeAccessIssue]
@@ -290,7 +290,7 @@ def _transformers() -> Path | None:
 
 @lru_cache(maxsize=1)
 def _mappings() -> dict[str, dict[str, str]]:
-    """The `NAME = OrderedDict([(a, b), …])` tables of transformers' automatic mappings."""
+    """Return the `NAME = OrderedDict([(a, b), …])` tables of transformers' automatic mappings."""
     folder = _transformers()
     tables: dict[str, dict[str, str]] = {}
     for name in ("auto_mappings.py", "configuration_auto.py"):
@@ -301,9 +301,9 @@ def _mappings() -> dict[str, dict[str, str]]:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 table = tables.setdefault(node.targets[0].id, {})
                 for pair in (part for part in ast.walk(node.value) if isinstance(part, ast.Tuple)):
-                    words = [item.value for item in pair.elts if isinstance(item, ast.Constant)]
-                    if len(words) == 2 and all(isinstance(item, str) for item in words):
-                        table[str(words[0])] = str(words[1])
+                    texts = [item.value for item in pair.elts if isinstance(item, ast.Constant)]
+                    if len(texts) == 2 and all(isinstance(item, str) for item in texts):
+                        table[str(texts[0])] = str(texts[1])
     return tables
 
 
@@ -321,9 +321,9 @@ def _parents(node: ast.ClassDef, by_name: dict[str, ast.ClassDef]) -> list[ast.C
 
 
 def _literal(node: ast.expr | None) -> Any:
-    """The value of a literal; for `interval(…)(default=0.02)` that default."""
+    """Return the value of a literal; for `interval(…)(default=0.02)` that default."""
     if isinstance(node, ast.Call):
-        return next((_literal(word.value) for word in node.keywords if word.arg == "default"), None)
+        return next((_literal(keyword.value) for keyword in node.keywords if keyword.arg == "default"), None)
     try:
         return ast.literal_eval(node) if node is not None else None
     except ValueError:
@@ -402,7 +402,7 @@ def _check_fields(keys: ModelKeys | None, given: Mapping[str, Any], prefix: str)
 
 
 def _wrong(name: str, value: Any, field: Field) -> str | list[str] | None:
-    """What is allowed, where a value is not; None where it is."""
+    """Return what is allowed if a value is wrong, else None."""
     types, default = field.types, field.default
     if name in _LAYERS:
         return None if _is_count(value, MOST_LAYERS) else f"a whole number ≥ 1 and at most {MOST_LAYERS:,}"
@@ -436,7 +436,7 @@ def _is_count(value: Any, largest: int) -> bool:
 
 
 def _is_plain(field: Field) -> bool:
-    """Whether all types that the annotation names are known here (one without annotation names none)."""
+    """Return True if the annotation names types, and all of them are known here."""
     plain = {"int", "float", "bool", "str", "None", "list", "tuple", "dict", "Any"}
     return bool(field.types) and field.types <= plain and "Any" not in field.types
 

@@ -39,7 +39,7 @@ def check(target: str, folder: Path | None = None) -> None:
 
 
 def _find(package: str, folder: Path) -> ModuleSpec | None:
-    """The installed module of this name, else the one in the folder."""
+    """Find the installed module of this name, else the one in the folder."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError, AttributeError):
@@ -48,7 +48,7 @@ def _find(package: str, folder: Path) -> ModuleSpec | None:
 
 
 def _file_of(module: str, spec: ModuleSpec) -> Path | None:
-    """The source of a module of one's own; None for installed packages, which may make classes as they like."""
+    """Return the source of a user's module; None for installed packages, which may create classes dynamically."""
     if spec.origin is None or not spec.origin.endswith(".py") or "site-packages" in spec.origin:
         return None
     if Path(spec.origin).is_relative_to(Path(ast.__file__).parent) or module.split(".")[0] == "torch":

@@ -25,7 +25,7 @@ from harness.errors import InputError
 from harness.visible import visible
 
 MAX_LENGTH = 20_000
-"""Characters of one word."""
+"""Characters of one override."""
 
 
 class Assignment(NamedTuple):
@@ -42,28 +42,28 @@ class Assignment(NamedTuple):
     text: str
 
 
-def parse(words: Sequence[str], suggest: Callable[[str, str | None], str | None]) -> list[Assignment]:
-    """Read command-line words.
+def parse(overrides: Sequence[str], suggest: Callable[[str, str | None], str | None]) -> list[Assignment]:
+    """Parse overrides.
 
     Args:
-        words: what stands after the command.
-        suggest: (word, following word or None) → the assignment that was probably meant, or None.
+        overrides: ``key=value`` arguments.
+        suggest: (argument, following argument or None) → the override that was probably meant, or None.
 
     Raises:
-        InputError: a word that is not `key=value`, a value that cannot be read, several values for one run,
+        InputError: an argument that is not `key=value`, a value that cannot be read, several values for one run,
             a deletion, or one key with two values.
     """
     parser = OverridesParser.create()
     assignments = []
-    for position, word in enumerate(words):
-        following = words[position + 1] if position + 1 < len(words) else None
-        assignments.append(_assignment(parser, word, following, suggest))
+    for position, override in enumerate(overrides):
+        following = overrides[position + 1] if position + 1 < len(overrides) else None
+        assignments.append(_assignment(parser, override, following, suggest))
     _refuse_conflicts(assignments)
     return assignments
 
 
 def leaves(key: str, value: Any) -> dict[str, Any]:
-    """A nested value as dotted keys: ``("a", {"b": 1})`` → ``{"a.b": 1}``; an empty mapping stays a leaf."""
+    """Flatten a nested value to dotted keys: ``("a", {"b": 1})`` → ``{"a.b": 1}``; an empty mapping is a leaf."""
     if not isinstance(value, dict) or not value:
         return {key: value}
     merged: dict[str, Any] = {}
@@ -74,19 +74,19 @@ def leaves(key: str, value: Any) -> dict[str, Any]:
 
 def _assignment(
     parser: OverridesParser,
-    word: str,
+    override: str,
     following: str | None,
     suggest: Callable[[str, str | None], str | None],
 ) -> Assignment:
-    key, equals, text = word.partition("=")
-    _refuse_broken_text(key, word)
-    if word.startswith("~"):
+    key, equals, text = override.partition("=")
+    _refuse_broken_text(key, override)
+    if override.startswith("~"):
         fix = f"{key[1:]}=null" if len(key) > 1 else "leave it out"
-        raise InputError(word, "", "deletes a key, and every key has a value", fix=fix)
-    if not equals or word.startswith("-") or not key.strip():
-        meant = suggest(word, following)
+        raise InputError(override, "", "deletes a key, and every key has a value", fix=fix)
+    if not equals or override.startswith("-") or not key.strip():
+        meant = suggest(override, following)
         raise InputError(
-            word or "''",
+            override or "''",
             "",
             "is not an assignment",
             suggestion=meant,
@@ -94,7 +94,7 @@ def _assignment(
             fix=meant or "write it as key=value, or leave it out",
         )
     home = os.path.expanduser("~")
-    # A shell expands ~ only at the start of a word, and Hydra's grammar does not know it.
+    # A shell expands ~ only at the start of an argument, and Hydra's grammar does not know it.
     parsed = _parse(parser, key, f"{home}{text[1:]}" if text.startswith("~/") else text)
     name = key.lstrip("+")
     if "@" in name:
@@ -109,16 +109,16 @@ def _assignment(
     return Assignment(name, _plain(parsed._value), text)
 
 
-def _refuse_broken_text(key: str, word: str) -> None:
-    """A value goes into files and batch scripts: no bytes that are not UTF-8, no NUL, no endless text."""
-    problem = "is longer than 20,000 characters" if len(word) > MAX_LENGTH else None
-    if any(0xD800 <= ord(letter) < 0xE000 for letter in word):
+def _refuse_broken_text(key: str, override: str) -> None:
+    """Refuse what cannot go into files and batch scripts: invalid UTF-8, a NUL character, endless text."""
+    problem = "is longer than 20,000 characters" if len(override) > MAX_LENGTH else None
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in override):
         problem = "is not UTF-8"
-    if "\0" in word:
+    if "\0" in override:
         problem = "holds a NUL character"
     if problem:
         fix = "type it again as plain text, or put the keys into a FILE.yaml"
-        raise InputError(visible(key)[:80], visible(word.partition("=")[2])[:80], problem, fix=fix)
+        raise InputError(visible(key)[:80], visible(override.partition("=")[2])[:80], problem, fix=fix)
 
 
 def _parse(parser: OverridesParser, key: str, text: str) -> Override:
@@ -138,7 +138,7 @@ def _parse(parser: OverridesParser, key: str, text: str) -> Override:
 
 
 def _plain(value: Any) -> Any:
-    """Hydra's parse result as plain Python values."""
+    """Convert Hydra's parse result to plain Python values."""
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
@@ -160,7 +160,7 @@ def _refuse_conflicts(assignments: list[Assignment]) -> None:
 
 
 class RunFile(NamedTuple):
-    """What a file says.
+    """The content of a FILE.yaml of keys.
 
     Attributes:
         path: of the file.
@@ -191,20 +191,24 @@ class RunFile(NamedTuple):
         return self._replace(choices=choices, values=kept)
 
 
-def split_run_file(words: Sequence[str]) -> tuple[RunFile | None, list[str]]:
-    """Return the file that is among the words of a command line, read, and the other words.
+def split_run_file(arguments: Sequence[str]) -> tuple[RunFile | None, list[str]]:
+    """Read the FILE.yaml among the arguments, and return it with the other arguments.
 
     Raises:
         InputError: two files, or one that cannot be read.
     """
-    before = ["", *words]
-    # The word after a flag is its value: `--config my.yaml` is answered in words.
-    files = [word for flag, word in zip(before, words) if is_run_file(word) and not flag.startswith("-")]
+    before = ["", *arguments]
+    # The argument after a flag is its value: `--config my.yaml` gets an error that says what to type.
+    files = [
+        argument
+        for flag, argument in zip(before, arguments)
+        if is_run_file(argument) and not flag.startswith("-")
+    ]
     if len(files) > 1:
         both = " and ".join(files)
         raise InputError("file", both, "are two files for one run", fix=f"optbench train {files[0]}")
     return (read_run_file(Path(files[0]).expanduser()) if files else None), [
-        word for word in words if word not in files
+        argument for argument in arguments if argument not in files
     ]
 
 
@@ -242,7 +246,7 @@ def read_run_file(path: Path) -> RunFile:
 
 
 def _defaults(path: Path, entries: Any) -> dict[str, str]:
-    """Choices of a defaults list, as experiments have one: ``- override /model: llama_9m``."""
+    """Return the choices of a defaults list: ``- override /model: llama_9m``."""
     choices: dict[str, str] = {}
     for entry in entries if isinstance(entries, list) else [entries]:
         if entry == "_self_":

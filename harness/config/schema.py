@@ -103,7 +103,7 @@ class OptimizerConfig(TypedKeys):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The rule's options as given, without name, target, lr and its source."""
+        """Return the rule's options as given, without name, target, lr and its source."""
         return dict(self.model_extra or {})
 
 

@@ -28,14 +28,14 @@ class Composed(NamedTuple):
 
 
 def package_root() -> Path:
-    """Folder of the shipped configurations: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder of the shipped configurations: inside the package in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def search_path(folder: Path | None = None) -> list[Path]:
-    """Configuration roots, first match wins.
+    """Return the configuration roots; the first one that holds a file wins.
 
     Args:
         folder: where the user is; default: the current folder. Its ./configs counts only if it holds one of
@@ -48,7 +48,7 @@ def search_path(folder: Path | None = None) -> list[Path]:
 
 
 def find(group: str, option: str) -> Path | None:
-    """The file of one option, or None."""
+    """Return the file of one option, or None."""
     if ".." in option.split("/") or option.startswith("/"):
         return None
     candidates = (root / group / f"{option}.yaml" for root in search_path())
@@ -59,12 +59,12 @@ def find(group: str, option: str) -> Path | None:
 
 
 def plugin_rules() -> list[str]:
-    """Names of the optimizer rules that installed packages offer."""
+    """Return the names of the optimizer rules that installed packages offer."""
     return sorted(entry.name for entry in entry_points(group=RULES_ENTRY_POINT))
 
 
 def options(group: str) -> list[str]:
-    """What can be chosen in a group: its files, and for optimizers the presets and plug-in rules too."""
+    """Return what can be chosen in a group: its files, and for optimizers also presets and plug-in rules."""
     names = {path.stem for root in search_path() for path in (root / group).glob("*.yaml")}
     if group == "optimizer":
         from optimizers.presets import PRESETS
@@ -116,7 +116,7 @@ def compose(selections: dict[str, str]) -> Composed:
 
 
 def compose_one(group: str, option: str) -> dict[str, Any]:
-    """The values of one file of a group, with what its defaults list names.
+    """Return the values of one file of a group, merged with the files in its defaults list.
 
     Raises:
         InputError: as `compose`.
@@ -131,7 +131,7 @@ def compose_one(group: str, option: str) -> dict[str, Any]:
 def _merged(
     name: str, selections: dict[str, str], *, choose: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A file merged by Hydra: its values, and which option every group has in the end."""
+    """Merge a file with Hydra; return its values and the option that every group has in the end."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -181,7 +181,7 @@ def _own_roots() -> list[Path]:
 
 
 def _files_of(selections: dict[str, str]) -> Iterable[Path]:
-    """The first file of that name in the search path for each selection, and the primary one."""
+    """Return the primary file, and for each selection the first file of that name in the search path."""
     primary = next(path for root in search_path() if (path := root / f"{PRIMARY}.yaml").is_file())
     chosen = (find(group, option) for group, option in selections.items())
     return [primary, *(path for path in chosen if path is not None)]

@@ -1,6 +1,6 @@
-"""What somebody meant who typed a word of another program, or a value in another notation. No torch.
+"""Suggest what to type for a key or value of another program, or a value in another notation. No torch.
 
-`aliases` holds the tables. A suggestion is what to type: one or more words of a command line.
+`aliases` holds the tables. A suggestion is what to type: one or more arguments of a command.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _UNQUOTED = re.compile(r"[\w./:*?@%+-]*")
 _PLAIN_LIST = re.compile(r"\[[\w./:@%+,-]*\]")
 
 
-def is_run_file(word: str) -> bool:
-    """Return True if a word of the command line names a YAML file of keys."""
-    if word.startswith("-") or not word.lower().endswith(RUN_FILES):
+def is_run_file(argument: str) -> bool:
+    """Return True if an argument names a YAML file of keys."""
+    if argument.startswith("-") or not argument.lower().endswith(RUN_FILES):
         return False
-    return "=" not in word or _exists(word)
+    return "=" not in argument or _exists(argument)
 
 
 def assign(key: str, value: Any) -> str:
@@ -59,11 +59,11 @@ def assign(key: str, value: Any) -> str:
 
 
 def special(name: str, value: str | None, known: Iterable[str]) -> str | None:
-    """Return what to type for a word that has no key of its own here, or whose value decides; else None.
+    """Return what to type for a name that is no key here, or whose value decides; else None.
 
     Args:
         name: key as typed, without dashes.
-        value: as typed; None: the word has none.
+        value: as typed; None: none was typed.
         known: keys that exist.
     """
     leaf = _folded(name.rpartition(".")[2])
@@ -97,7 +97,7 @@ def alias(name: str, value: str | None, known: Iterable[str]) -> str | None:
 
     Args:
         name: key as typed, without dashes.
-        value: as typed; None: the word has none.
+        value: as typed; None: none was typed.
         known: keys and groups that exist.
     """
     target = aliases.KEYS.get(_folded(name)) or aliases.KEYS.get(_folded(name.rpartition(".")[2]))
@@ -111,7 +111,7 @@ def alias(name: str, value: str | None, known: Iterable[str]) -> str | None:
 
 
 def option(group: str, value: str) -> str | None:
-    """Return the words that choose what ``group=value`` means, or None.
+    """Return the overrides that choose what ``group=value`` means, or None.
 
     Args:
         group: of the configuration.
@@ -153,13 +153,13 @@ def of_choice(name: str, value: str) -> str | None:
 
 
 def of_switch(value: str) -> str | None:
-    """Return "true" or "false" for a word that means one of them, or None."""
-    word = value.strip().lower()
-    return word if word in ("true", "false") else aliases.SWITCH_VALUES.get(word)
+    """Return "true" or "false" for a text that means one of them, or None."""
+    text = value.strip().lower()
+    return text if text in ("true", "false") else aliases.SWITCH_VALUES.get(text)
 
 
 def is_nothing(value: str) -> bool:
-    """Return True for a word that other programs write for null."""
+    """Return True for a text that other programs write for null."""
     return value.strip().lower() in aliases.NOTHING
 
 

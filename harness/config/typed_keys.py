@@ -41,7 +41,7 @@ class Key(NamedTuple):
         allowed: accepted values: a list of choices, or one sentence.
         default: value without any file or override.
         doc: meaning.
-        is_text, is_number, is_list: how a bare word is to be understood.
+        is_text, is_number, is_list: how an unquoted value is to be understood.
         field: of the schema.
     """
 
@@ -74,7 +74,7 @@ def keys_of(schema: type[TypedKeys]) -> Mapping[str, Key]:
 
 
 def unknown(key: str, value: Any, known: Sequence[str], source: str | None = None) -> InputError:
-    """The error for a key that does not exist.
+    """Return the error for a key that does not exist.
 
     Args:
         key: dotted key as given.
@@ -105,11 +105,11 @@ def unknown(key: str, value: Any, known: Sequence[str], source: str | None = Non
 
 
 def meant(key: str, value: str | None, known: Sequence[str]) -> str | None:
-    """Return the words that an assignment was probably meant to be, or None.
+    """Return the override that an assignment was probably meant to be, or None.
 
     Args:
         key: as typed, without dashes; it does not exist.
-        value: as typed; None: the word has none.
+        value: as typed; None: none was typed.
         known: keys and groups that exist.
     """
     if special := suggestions.special(key, value, known):
@@ -125,7 +125,7 @@ def meant(key: str, value: str | None, known: Sequence[str]) -> str | None:
 
 
 def meant_key(key: str, known: Sequence[str]) -> str | None:
-    """The existing key that `key` most likely stands for: same last part, else the closest spelling."""
+    """Return the existing key that `key` most likely stands for: same last part, else the closest spelling."""
     leaf = key.rpartition(".")[2]
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     parent = key.rpartition(".")[0]
@@ -242,7 +242,7 @@ def _wrong_value(key: Key, value: Any, source: str | None) -> InputError:
 
 
 def _guess(key: Key, text: str) -> str | None:
-    """The accepted value that was probably meant, or None."""
+    """Return the accepted value that was probably meant, or None."""
     choices = key.allowed if isinstance(key.allowed, list) else []
     candidates = [suggestions.of_choice(key.name, text)]
     if text.lower() in ("auto", "default"):
@@ -336,7 +336,7 @@ def _choices(members: Sequence[Any]) -> list[str]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types of a union, `Annotated` unwrapped."""
+    """Return the types of a union, with `Annotated` unwrapped."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return [inner for member in get_args(annotation) for inner in _members(member)]
@@ -371,13 +371,13 @@ def _normalize(key: str, value: Any, texts: Mapping[str, str], all_known: Mappin
     if known.is_list and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         text = value if isinstance(value, str) else texts.get(key, format_value(value))
         is_quoted = texts.get(key, "").startswith(("'", '"'))
-        # Not where several words may be meant: `cluster.container=apptainer exec` is two of them.
+        # Not where several entries may be meant: `cluster.container=apptainer exec` is two of them.
         return value if " " in text and not is_quoted else [text]
     return value
 
 
 def _key_of(location: Sequence[int | str], keys: Mapping[str, Key]) -> str:
-    """pydantic's location without the names of union members and list positions."""
+    """Return the dotted key of pydantic's location, without names of union members and list positions."""
     parts: list[str] = []
     for part in location:
         if ".".join(parts) in keys:

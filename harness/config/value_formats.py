@@ -16,7 +16,7 @@ DURATIONS = "seconds, 90m, 2h30m, 01:30:00 or 1-12:00:00"
 
 
 def duration_seconds(key: str, value: str | int | float | None) -> float | None:
-    """Seconds that a value means; None for None.
+    """Return a duration in seconds; None for None.
 
     "90", 90 and 90.0 are seconds; "1d2h30m" sums its units; "H:M:S" and "D-H:M[:S]" are SLURM's, and so is "M:S".
 

@@ -170,7 +170,7 @@ def resolve_interpolations(
 
 
 def _part(resolved: Any, values: Any) -> Any:
-    """What `values` has, as resolved: without the defaults that were below it."""
+    """Return the resolved values of the keys in `values`, without the defaults below them."""
     if isinstance(values, dict) and isinstance(resolved, dict):
         return {str(key): _part(resolved[key], value) for key, value in values.items()}
     return resolved

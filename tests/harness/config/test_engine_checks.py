@@ -36,15 +36,18 @@ def refusal(environ: dict[str, str] | None = None, **changes: Any) -> str:
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"engine__name": "hsdp"},
-        ["engine.replicas: null must be told to hsdp", "allowed: 1, 2, 4", "replicas=2"],
+        ["engine.replicas: null is required with engine=hsdp", "allowed: 1, 2, 4", "replicas=2"],
     ),
     ({"engine__name": "hsdp", "engine__replicas": 3}, ["engine.replicas: 3 does not divide world_size = 4"]),
     (
         {"engine__name": "fsdp2", "engine__replicas": 2},
-        ["engine.replicas: 2 means nothing to engine fsdp2", "hsdp"],
+        ["engine.replicas: 2 has no effect with engine=fsdp2", "hsdp"],
     ),
-    ({"engine__name": "ddp", "engine__shard_axis": 1}, ["engine.shard_axis: 1 means nothing to engine ddp"]),
-    ({"engine__name": "zero3", "engine__reshard_after_forward": False}, ["means nothing to engine zero3"]),
+    (
+        {"engine__name": "ddp", "engine__shard_axis": 1},
+        ["engine.shard_axis: 1 has no effect with engine=ddp"],
+    ),
+    ({"engine__name": "zero3", "engine__reshard_after_forward": False}, ["has no effect with engine=zero3"]),
     ({"engine__name": "fsdp2", "engine__optimizer_work": "split"}, ["engine.optimizer_work: split"]),
     (
         {"engine__name": "fsdp2", "engine__config_file": "x.json"},
