@@ -264,7 +264,7 @@ def load(overrides: Sequence[str]) -> MarginConfig:
 
 
 def _option(key: str, value: Any, options: dict[str, dict[str, Any]]) -> None:
-    """`optimizer.eps=…` for all, `adam.eps=…` for one."""
+    """Add an option of all optimizers (`optimizer.eps=…`) or of one (`adam.eps=…`)."""
     owner, dot, option = key.partition(".")
     optimizers = ["optimizer", *REFERENCES, *names()]
     if not dot or owner not in optimizers:

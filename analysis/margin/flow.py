@@ -71,7 +71,7 @@ class FlowResult:
 def flow(
     net: Nets, problem: ToyProblem, at: Sequence[float], log_tau: float = -math.inf, step: float = STEP
 ) -> FlowResult:
-    """Carry one net on in flow time.
+    """Follow the flow of one net and record its states at the times `at`.
 
     Where v is fixed and no neuron was switched for a while, a step is `STRETCH` times as long.
 

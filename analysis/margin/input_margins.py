@@ -250,12 +250,12 @@ def _last_layers(last: Layer, labels: Tensor) -> Layer:
 
 
 def _reach(weight: Tensor, norm: str) -> Tensor:
-    """Dual norm of rows: how far a row's product moves per unit of radius."""
+    """Return the dual norm of rows: how far a row's product moves per unit of radius."""
     return torch.linalg.vector_norm(weight, ord=_DUAL[norm], dim=-1)
 
 
 def _ibp(hidden: Sequence[Layer], last: Layer, x: Tensor, radius: Tensor, norm: str) -> Tensor:
-    """(n, c - 1) lower bounds; the first layer takes the ball itself, later ones the box around it."""
+    """Return lower bounds (n, c - 1); the first layer takes the ball itself, later ones the box around it."""
     if not hidden:
         return (last[0] @ x[:, :, None])[..., 0] + last[1] - radius[:, None] * _reach(last[0], norm)
     weight, bias = hidden[0]
@@ -276,7 +276,7 @@ def _through(weight: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> tuple[T
 
 
 def _crown(hidden: Sequence[Layer], last: Layer, x: Tensor, radius: Tensor, norm: str) -> Tensor:
-    """(n, c - 1) lower bounds by linear relaxation, layer after layer."""
+    """Return lower bounds (n, c - 1) by linear relaxation, layer after layer."""
     bounds: list[tuple[Tensor, Tensor]] = []
     for depth, (weight, bias) in enumerate(hidden):
         rows, offsets = weight.expand(len(x), *weight.shape), bias.expand(len(x), len(bias))

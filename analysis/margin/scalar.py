@@ -162,7 +162,7 @@ def _update(kind: str, options: Mapping[str, Any], *, trains: bool) -> Update | 
 
 
 def _normalized(g: Numbers) -> Numbers:
-    """g/‖g‖₂ over all parameters; 0 where the gradient is."""
+    """Return g/‖g‖₂ over all parameters; 0 where the gradient is."""
     norm = math.sqrt(sum([part * part for part in g])) or 1.0
     a, b, c, d, e, f = g
     return a / norm, b / norm, c / norm, d / norm, e / norm, f / norm
@@ -174,7 +174,7 @@ def _signs(g: Numbers) -> Numbers:
 
 
 def _adam(betas: Sequence[float], eps: float, *, trains: bool) -> Update:
-    """Adam with bias correction, M̂/(√V̂ + ε) (arXiv 1412.6980, Algorithm 1)."""
+    """Return Adam with bias correction, M̂/(√V̂ + ε) (arXiv 1412.6980, Algorithm 1)."""
     beta1, beta2 = betas
     rest1, rest2 = 1.0 - beta1, 1.0 - beta2
     sqrt = math.sqrt

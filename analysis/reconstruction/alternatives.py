@@ -29,7 +29,7 @@ from analysis.reconstruction.scoring import hausdorff, nearest
 
 
 @dataclass(frozen=True)
-class Problem:
+class KktPoint:
     """A network at a least margin of 1 with the images and multipliers that explain it.
 
     Attributes:
@@ -69,14 +69,14 @@ class Alternative:
     is_control: bool = False
 
 
-def original(problem: Problem) -> Alternative:
-    """The training set itself: what alternatives are measured against."""
+def original(problem: KktPoint) -> Alternative:
+    """Return the training set itself, which alternatives are measured against."""
     every = torch.arange(len(problem.x))
     return Alternative("original", None, problem.x, problem.labels, problem.lambdas, every, _nowhere(problem))
 
 
 def split(
-    problem: Problem,
+    problem: KktPoint,
     kind: str,
     radius: float,
     directions: Tensor,
@@ -85,7 +85,7 @@ def split(
     basis: Tensor | None = None,
     is_control: bool = False,
 ) -> Alternative:
-    """Every image xᵢ replaced by xᵢ + ανᵢ and xᵢ − βνᵢ, α = radius, β = ratio·radius.
+    """Replace every image xᵢ by xᵢ + ανᵢ and xᵢ − βνᵢ, with α = radius and β = ratio·radius.
 
     Args:
         directions: (n, d) unit vectors ν.
@@ -108,19 +108,19 @@ def split(
     )
 
 
-def null_split(problem: Problem, radius: float, seed: int) -> Alternative | None:
-    """Along directions orthogonal to all images; None if the images span the whole space."""
+def null_split(problem: KktPoint, radius: float, seed: int) -> Alternative | None:
+    """Split along directions orthogonal to all images; None if the images span the whole space."""
     return _in_basis(problem, "null_split", radius, problem.where.outside, seed)
 
 
-def dead_pixel_split(problem: Problem, radius: float, seed: int) -> Alternative | None:
-    """Along pixels that are 0 in every image: the one null direction that Adam leaves alone; None without any."""
+def dead_pixel_split(problem: KktPoint, radius: float, seed: int) -> Alternative | None:
+    """Split along pixels that are 0 in every image, the one null direction that Adam leaves alone; None without any."""
     basis = torch.eye(problem.x.shape[1], dtype=problem.x.dtype)[problem.where.dead]
     return _in_basis(problem, "dead_pixel_split", radius, basis, seed)
 
 
-def in_span_split(problem: Problem, radius: float, seed: int) -> Alternative | None:
-    """Along directions *inside* the images' span that no neuron of layer 1 sees; None if there are none.
+def in_span_split(problem: KktPoint, radius: float, seed: int) -> Alternative | None:
+    """Split along directions *inside* the images' span that no neuron of layer 1 sees; None if there are none.
 
     ν ⊥ the row space of W₁ keeps every pre-activation. Weights that are exact combinations of few vectors (the
     closed form has two) leave far alternatives even if the data span the whole space.
@@ -131,8 +131,8 @@ def in_span_split(problem: Problem, radius: float, seed: int) -> Alternative | N
     return _in_basis(problem, "in_span_split", radius, rows[rank:] @ problem.where.inside, seed)
 
 
-def margin_split(problem: Problem, seed: int) -> Alternative | None:
-    """One small in-span split per image with ν ⊥ ∇ₓΦ, so that the margin stays: for any depth.
+def margin_split(problem: KktPoint, seed: int) -> Alternative | None:
+    """Split each image a little inside the span with ν ⊥ ∇ₓΦ, so that the margin stays, at any depth.
 
     The step is half of what keeps the first layer's pattern along a random direction; None where no image can
     move (all on kinks in every direction).
@@ -149,18 +149,18 @@ def margin_split(problem: Problem, seed: int) -> Alternative | None:
     return split(problem, "margin_split", radius, directions)
 
 
-def merge(problem: Problem) -> Alternative | None:
-    """Each (label, pattern) group with a multiplier becomes its λ-weighted mean; None if every group is one image.
+def merge(problem: KktPoint) -> Alternative | None:
+    """Merge each (label, pattern) group into its λ-weighted mean; None if every group is one image.
 
     Images without a multiplier are left out: they only had to lie beyond the margin.
     """
     number = groups(problem.network, problem.x, problem.labels)
     active = problem.lambdas > 0
-    kept = number[active].unique()
-    if len(kept) == int(active.sum()):
+    active_groups = number[active].unique()
+    if len(active_groups) == int(active.sum()):
         return None
     points, lambdas, parents = [], [], []
-    for group in kept:
+    for group in active_groups:
         members = active & (number == group)
         weight = problem.lambdas * members
         points.append(weight @ problem.x / weight.sum())
@@ -178,8 +178,8 @@ def merge(problem: Problem) -> Alternative | None:
     )
 
 
-def muon_family(problem: Problem, seed: int) -> Alternative | None:
-    """X' = D⁺APBᵀ: other images that give W₁ the same orthogonalized gradient (two-layer networks).
+def muon_family(problem: KktPoint, seed: int) -> Alternative | None:
+    """Return X' = D⁺APBᵀ, other images that give W₁ the same orthogonalized gradient (two-layer networks).
 
     The first layer's u is U₁ = D X with D_ji = λᵢyᵢvⱼg_ij; Muon's KKT condition reads only its polar factor
     A Bᵀ (U₁ = A S Bᵀ). Every P ≻ 0 in place of S gives an X' with the same factor, for the gates of X. Rows
@@ -203,20 +203,20 @@ def muon_family(problem: Problem, seed: int) -> Alternative | None:
     return Alternative("muon_family", None, x, problem.labels, problem.lambdas, every, _nowhere(problem))
 
 
-def first_layer_factor(problem: Problem) -> Tensor:
-    """D (h, n), D_ji = λᵢyᵢvⱼg_ij, of a two-layer network: U₁ = D X."""
+def first_layer_factor(problem: KktPoint) -> Tensor:
+    """Return D (h, n) of a two-layer network, D_ji = λᵢyᵢvⱼg_ij, with U₁ = D X."""
     gates = forward(problem.network, problem.x).gates[0]
     back = (problem.lambdas * problem.labels).unsqueeze(1) * problem.network.weights[1] * gates
     return back.T
 
 
-def factor_rank(problem: Problem) -> int:
-    """Rank of U₁ = D X, numpy's cut."""
+def factor_rank(problem: KktPoint) -> int:
+    """Return the rank of U₁ = D X with numpy's cut."""
     return int(torch.linalg.matrix_rank(first_layer_factor(problem) @ problem.x))
 
 
-def controls(problem: Problem, seed: int) -> list[Alternative]:
-    """Sets that must fail: a random split that breaks patterns, and a small one that only moves margins."""
+def controls(problem: KktPoint, seed: int) -> list[Alternative]:
+    """Return sets that must fail: a random split that breaks patterns, and a small one that moves margins alone."""
     everywhere = torch.eye(problem.x.shape[1], dtype=problem.x.dtype)
     directions = _random(problem, everywhere, seed)
     return [split(problem, "random_split", radius, directions, is_control=True) for radius in CONTROL_RADII]
@@ -224,32 +224,32 @@ def controls(problem: Problem, seed: int) -> list[Alternative]:
 
 CONTROL_RADII = (100.0, 0.05)
 
-BY_RADIUS: tuple[Callable[[Problem, float, int], Alternative | None], ...] = (
+BY_RADIUS: tuple[Callable[[KktPoint, float, int], Alternative | None], ...] = (
     null_split,
     in_span_split,
     dead_pixel_split,
 )
 
 
-def _in_basis(problem: Problem, kind: str, radius: float, basis: Tensor, seed: int) -> Alternative | None:
+def _in_basis(problem: KktPoint, kind: str, radius: float, basis: Tensor, seed: int) -> Alternative | None:
     if not basis.shape[0]:
         return None
     return split(problem, kind, radius, _random(problem, basis, seed), basis=basis)
 
 
-def _nowhere(problem: Problem) -> Tensor:
+def _nowhere(problem: KktPoint) -> Tensor:
     return problem.x.new_zeros(0, problem.x.shape[1])
 
 
-def _random(problem: Problem, basis: Tensor, seed: int) -> Tensor:
-    """A random unit direction of the basis (k, d) for each image: (n, d)."""
+def _random(problem: KktPoint, basis: Tensor, seed: int) -> Tensor:
+    """Return a random unit direction of the basis (k, d) for each image, (n, d)."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(len(problem.x), basis.shape[0], generator=generator, dtype=problem.x.dtype)
     return mixed / mixed.norm(dim=1, keepdim=True) @ basis
 
 
-def _pattern_radius(problem: Problem, directions: Tensor) -> float:
-    """Half of the largest common step along ±directions that changes no pre-activation's sign in any layer."""
+def _pattern_radius(problem: KktPoint, directions: Tensor) -> float:
+    """Return half of the largest common step along ±directions that changes no gate in any layer."""
     base = forward(problem.network, problem.x)
     radius = 0.5
     for _ in range(40):
@@ -274,7 +274,7 @@ FACTOR_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedAlternative:
     """One row of the table `alternatives`.
 
     Attributes:
@@ -319,24 +319,24 @@ class Verified:
     passed: bool
 
     def row(self) -> dict[str, Any]:
-        """As a row of a table."""
+        """Return the figures as a row of a table."""
         return asdict(self)
 
 
 def build_alternatives(
-    problem: Problem, radii: Sequence[float], seed: int, with_muon: bool
+    problem: KktPoint, radii: Sequence[float], seed: int, with_muon: bool
 ) -> list[Alternative]:
-    """The training set, then every alternative that the data and weights allow, then the controls."""
-    found: list[Alternative | None] = [original(problem)]
+    """Return the training set, every alternative that data and weights allow, and the controls, in this order."""
+    sets: list[Alternative | None] = [original(problem)]
     for radius in radii:
-        found += [make(problem, radius, seed) for make in BY_RADIUS]
-    found += [merge(problem), margin_split(problem, seed)]
+        sets += [make(problem, radius, seed) for make in BY_RADIUS]
+    sets += [merge(problem), margin_split(problem, seed)]
     if with_muon:
-        found.append(muon_family(problem, seed))
-    return [a for a in found if a is not None] + controls(problem, seed)
+        sets.append(muon_family(problem, seed))
+    return [a for a in sets if a is not None] + controls(problem, seed)
 
 
-def verify(problem: Problem, alternative: Alternative, is_exact: bool) -> Verified:
+def verify(problem: KktPoint, alternative: Alternative, is_exact: bool) -> VerifiedAlternative:
     """Recompute everything about one alternative.
 
     Args:
@@ -354,7 +354,7 @@ def verify(problem: Problem, alternative: Alternative, is_exact: bool) -> Verifi
     to_alternative, _ = nearest(problem.x, alternative.x)
     reach = max(1.0, alternative.radius or 0.0)
     total = float(alternative.lambdas.sum())
-    row = Verified(
+    row = VerifiedAlternative(
         kind=alternative.kind,
         radius=alternative.radius,
         points=len(alternative.x),
@@ -381,7 +381,7 @@ def verify(problem: Problem, alternative: Alternative, is_exact: bool) -> Verifi
     return replace(row, passed=_passes(row, is_exact, reach))
 
 
-def _passes(row: Verified, is_exact: bool, reach: float) -> bool:
+def _passes(row: VerifiedAlternative, is_exact: bool, reach: float) -> bool:
     if row.factor_error is not None:
         return row.factor_error <= FACTOR_TOLERANCE
     if is_exact:
@@ -393,18 +393,18 @@ def _passes(row: Verified, is_exact: bool, reach: float) -> bool:
     )
 
 
-def _margins(problem: Problem, network: Network, of: Alternative) -> Tensor:
+def _margins(problem: KktPoint, network: Network, of: Alternative) -> Tensor:
     return label_margins(problem.task, outputs(network, of.x), of.labels)
 
 
-def _residual(problem: Problem, network: Network, of: Alternative, inherit: bool = False) -> float:
+def _residual(problem: KktPoint, network: Network, of: Alternative, inherit: bool = False) -> float:
     if not inherit:
         return multipliers.residual(problem.task, network, of.x, of.labels, of.lambdas)
-    held = [g[of.parents] for g in forward(problem.network, problem.x).gates]
-    return multipliers.residual(problem.task, network, of.x, of.labels, of.lambdas, inherited(held))
+    gates = [g[of.parents] for g in forward(problem.network, problem.x).gates]
+    return multipliers.residual(problem.task, network, of.x, of.labels, of.lambdas, inherited(gates))
 
 
-def _factor_error(problem: Problem, alternative: Alternative) -> float:
+def _factor_error(problem: KktPoint, alternative: Alternative) -> float:
     d = first_layer_factor(problem)
     one, other = (_exact_polar(d @ x, factor_rank(problem)) for x in (alternative.x, problem.x))
     return float((one - other).abs().max())

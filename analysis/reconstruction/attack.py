@@ -24,7 +24,7 @@ BOX_WEIGHT, RADIUS_WEIGHT, LAMBDA_WEIGHT = 1.0, 1.0, 5.0
 
 
 @dataclass(frozen=True)
-class Prior:
+class AttackPrior:
     """What the attacker claims to know. Everything here is declared, nothing is read from the training set.
 
     Attributes:
@@ -42,7 +42,7 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One grid point.
 
     Attributes:
@@ -65,7 +65,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Settings:
+class AttackSettings:
     """What all grid points share.
 
     Attributes:
@@ -99,7 +99,7 @@ class Candidates:
         history: K at each of `history_steps`.
     """
 
-    point: Point
+    point: GridPoint
     x: Tensor
     labels: Tensor
     lambdas: Tensor
@@ -113,7 +113,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialValues:
     """Given initial values in place of random ones: x (m, d), labels (m,), λ (m,). For the oracle baseline."""
 
     x: Tensor
@@ -123,10 +123,10 @@ class Start:
 
 def run(
     network: Network,
-    prior: Prior,
-    points: Sequence[Point],
-    settings: Settings,
-    start: Start | None = None,
+    prior: AttackPrior,
+    points: Sequence[GridPoint],
+    settings: AttackSettings,
+    start: InitialValues | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidates]:
     """Attack at every grid point; results in the order of the points.
@@ -140,16 +140,16 @@ def run(
         progress: called with (step, steps) four times a batch.
     """
     order = sorted(range(len(points)), key=lambda i: points[i].candidates)
-    found: dict[int, Candidates] = {}
+    results: dict[int, Candidates] = {}
     for _, batch in groupby(order, key=lambda i: points[i].candidates):
-        chosen = list(batch)
-        done = _Batch(network, prior, [points[i] for i in chosen], settings, start).run(progress)
-        found.update(zip(chosen, done))
-    return [found[i] for i in range(len(points))]
+        indices = list(batch)
+        candidates = _Batch(network, prior, [points[i] for i in indices], settings, start).run(progress)
+        results.update(zip(indices, candidates))
+    return [results[i] for i in range(len(points))]
 
 
-def label_row(labels: Sequence[float], candidates: int) -> Tensor:
-    """(m,): the labels in blocks of equal size (the first ones one longer where m is no multiple)."""
+def spread_labels(labels: Sequence[float], candidates: int) -> Tensor:
+    """Return (m,): the labels in blocks of equal size, the first ones one longer where m is no multiple."""
     size, more = divmod(candidates, len(labels))
     counts = [size + (i < more) for i in range(len(labels))]
     return torch.tensor([v for v, n in zip(labels, counts) for _ in range(n)], dtype=torch.float64)
@@ -161,13 +161,13 @@ class _Batch:
     def __init__(
         self,
         network: Network,
-        prior: Prior,
-        points: Sequence[Point],
-        settings: Settings,
-        start: Start | None,
+        prior: AttackPrior,
+        points: Sequence[GridPoint],
+        settings: AttackSettings,
+        start: InitialValues | None,
     ) -> None:
         self.network, self.prior, self.points, self.settings = network, prior, points, settings
-        self.labels = start.labels if start else label_row(settings.labels, points[0].candidates)
+        self.labels = start.labels if start else spread_labels(settings.labels, points[0].candidates)
         self.alpha = _column([p.alpha for p in points]).unsqueeze(-1)
         self.lambda_min = _column([p.lambda_min for p in points])
         self.radii = _column([p.radius * prior.typical_norm for p in points])
@@ -178,7 +178,7 @@ class _Batch:
         self.lambda_rate = rates
         self.x, self.lambdas = self._initial(start)
 
-    def _initial(self, start: Start | None) -> tuple[Tensor, Tensor]:
+    def _initial(self, start: InitialValues | None) -> tuple[Tensor, Tensor]:
         if start is not None:
             rows = len(self.points)
             return start.x.expand(rows, -1, -1).clone(), start.lambdas.expand(rows, -1).clone()
@@ -195,13 +195,13 @@ class _Batch:
         return torch.stack(xs), torch.stack(lambdas)
 
     def run(self, progress: Callable[[int, int], None] | None) -> list[Candidates]:
-        """All steps of all grid points of the batch."""
+        """Take all steps of all grid points of the batch."""
         steps = self.settings.steps
         every = max(1, steps // 60)
         history: list[Tensor] = []
         at: list[int] = []
         reached = torch.zeros(len(self.points), dtype=torch.long)
-        kept = torch.empty_like(self.x)
+        x_at_level = torch.empty_like(self.x)
         moments = [torch.zeros_like(t) for t in (self.x, self.x, self.lambdas, self.lambdas)]
         self.x.requires_grad_(True)
         self.lambdas.requires_grad_(True)
@@ -211,7 +211,7 @@ class _Batch:
                 fell = (residual <= self.settings.level) & (reached == 0)
                 if bool(fell.any()):
                     reached[fell] = step
-                    kept[fell] = self.x.detach()[fell]
+                    x_at_level[fell] = self.x.detach()[fell]
                 if step % every == 1 or every == 1:
                     history.append(residual.detach().clone())
                     at.append(step)
@@ -220,13 +220,13 @@ class _Batch:
             slopes = torch.autograd.grad(loss.sum(), (self.x, self.lambdas))
             with torch.no_grad():
                 self._step(step, slopes, moments)
-        return self._found(reached, kept, history, at)
+        return self._found(reached, x_at_level, history, at)
 
     def _loss(self) -> tuple[Tensor, Tensor]:
-        """(objective, K) of each grid point, (B,)."""
-        done = forward(self.network, self.x, smoothed(self.alpha))
-        c = kkt_coefficients(self.settings.task, done.outputs, self.labels)
-        u = factors(self.network, done, self.lambdas.unsqueeze(-1) * c)
+        """Return (objective, K) of each grid point, (B,)."""
+        passed = forward(self.network, self.x, smoothed(self.alpha))
+        c = kkt_coefficients(self.settings.task, passed.outputs, self.labels)
+        u = factors(self.network, passed, self.lambdas.unsqueeze(-1) * c)
         residual = geometry.squared_distance(self.network, u, self.scale) / self.scale
         loss = residual
         if self.settings.geometry is not None:
@@ -259,16 +259,18 @@ class _Batch:
             value.sub_(rate * (decay / (1 - 0.9**step)) * first / root)
 
     @torch.no_grad()
-    def _found(self, reached: Tensor, kept: Tensor, history: list[Tensor], at: list[int]) -> list[Candidates]:
+    def _found(
+        self, reached: Tensor, x_at_level: Tensor, history: list[Tensor], at: list[int]
+    ) -> list[Candidates]:
         x, lambdas = self.x.detach(), self.lambdas.detach()
         measured = []
         for gates in (smoothed(self.alpha), recomputed):
-            done = forward(self.network, x, gates)
-            c = kkt_coefficients(self.settings.task, done.outputs, self.labels)
-            u = factors(self.network, done, lambdas.unsqueeze(-1) * c)
-            chosen = self.settings.geometry or Geometry("l2")
+            passed = forward(self.network, x, gates)
+            c = kkt_coefficients(self.settings.task, passed.outputs, self.labels)
+            u = factors(self.network, passed, lambdas.unsqueeze(-1) * c)
+            norm_geometry = self.settings.geometry or Geometry("l2")
             residual = geometry.squared_distance(self.network, u, self.scale) / self.scale
-            measured.append((residual, geometry.alignment(chosen, self.network, u)))
+            measured.append((residual, geometry.alignment(norm_geometry, self.network, u)))
         (residual, aligned), (hard, _) = measured
         return [
             Candidates(
@@ -279,7 +281,7 @@ class _Batch:
                 float(residual[i]),
                 float(hard[i]),
                 float(aligned[i]),
-                kept[i].clone() if reached[i] else None,
+                x_at_level[i].clone() if reached[i] else None,
                 int(reached[i]) or None,
                 tuple(float(h[i]) for h in history),
                 tuple(at),

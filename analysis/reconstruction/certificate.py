@@ -16,7 +16,7 @@ from harness.errors import InputError
 
 
 @dataclass(frozen=True)
-class Certificate:
+class KktCertificate:
     """One row of the table `certificate`. The network is scaled to a least margin of 1 before all but `margin_min`.
 
     Attributes:
@@ -66,12 +66,12 @@ class Certificate:
     largest_group: int
 
     def row(self) -> dict[str, Any]:
-        """As a row of a table."""
+        """Return the figures as a row of a table."""
         return asdict(self)
 
 
 def separated(task: str, network: Network, x: Tensor, labels: Tensor, name: str) -> float:
-    """The least margin, which must be above 0: without it no theorem says anything about the weights.
+    """Return the least margin; refuse one that is not above 0, for which no theorem says anything.
 
     Raises:
         InputError: the network does not separate the images, or its weights are not finite.
@@ -98,8 +98,8 @@ def certify(
     initial: Network | None = None,
     seed: int = 0,
     name: str = "checkpoint",
-) -> Certificate:
-    """The certificate of one checkpoint.
+) -> KktCertificate:
+    """Return the certificate of one checkpoint.
 
     Args:
         x: (n, d) float64 training images. labels: (n,).
@@ -128,7 +128,7 @@ def certify(
     radii = split_radii(unit, x, where.outside, seed)
     sizes = Counter(_group_keys(unit, x, labels)).values()
     change = network.weights[0] - initial.weights[0] if initial is not None else None
-    return Certificate(
+    return KktCertificate(
         margin_min=margin if is_margin else multipliers.least_margin(task, network, x, labels),
         margin_max=float(values.max()),
         normalized_margin=margin / network.squared_norm ** (network.depth / 2),
@@ -160,7 +160,7 @@ def certify(
 
 
 def groups(network: Network, x: Tensor, labels: Tensor) -> Tensor:
-    """(n,): the number of each image's (label, activation pattern) group, in order of appearance."""
+    """Return the number of each image's (label, activation pattern) group in order of appearance, (n,)."""
     numbers: dict[bytes, int] = {}
     return torch.tensor([numbers.setdefault(key, len(numbers)) for key in _group_keys(network, x, labels)])
 
@@ -204,7 +204,7 @@ class Span:
 
 
 def data_span(x: Tensor) -> Span:
-    """Of the rows of x (n, d); the rank is numpy's: singular values above max(n, d)·eps·σ₁."""
+    """Return the span of the rows of x (n, d); its rank counts singular values above max(n, d)·eps·σ₁."""
     _, sigma, v = torch.linalg.svd(x, full_matrices=True)
     cut = sigma[0] * max(x.shape) * torch.finfo(x.dtype).eps
     rank = int((sigma > cut).sum())
@@ -212,19 +212,19 @@ def data_span(x: Tensor) -> Span:
 
 
 def outside_share(weight: Tensor, where: Span) -> float:
-    """‖W P_⊥‖/‖W‖ for W (h, d): 0 where every row is a combination of images."""
+    """Return ‖W P_⊥‖/‖W‖ for W (h, d): 0 where every row is a combination of images."""
     size = weight.norm()
     return float((weight @ where.outside.T).norm() / size) if size > 0 else 0.0
 
 
 def project_out(network: Network, basis: Tensor) -> Network:
-    """The network without the part of its first layer along the orthonormal rows of `basis` (k, d)."""
+    """Return the network without the part of its first layer along the orthonormal rows of `basis` (k, d)."""
     first = network.weights[0]
     return network.with_first(first - first @ basis.T @ basis)
 
 
 def split_radii(network: Network, x: Tensor, basis: Tensor, seed: int) -> Tensor:
-    """(n,): how far each image can be moved along directions of `basis` before a gate of layer 1 changes.
+    """Return how far each image can move along directions of `basis` before a gate of layer 1 changes, (n,).
 
     min over neurons of |h_j|/|w_j·ν|, kinked pairs left out (there the gate is free), the median over
     `DIRECTIONS` random unit directions ν. Infinite where ν is orthogonal to every neuron.

@@ -29,7 +29,7 @@ class ClosedForm:
 
 
 def hard_margin(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """u (d,) and μ (n,) of min ‖u‖² s.t. u·xᵢ ≥ 1, by one non-negative least squares.
+    """Solve min ‖u‖² s.t. u·xᵢ ≥ 1 for u (d,) and μ (n,), by one non-negative least squares.
 
     a = argmin_{a≥0} ‖Xᵀa‖² + (1 − Σa)² has Xᵀa ∝ u: the point of the hull of the images next to 0, up to
     scale; μ = a/(1 − Σa).
@@ -49,7 +49,7 @@ def hard_margin(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _polished(images: np.ndarray, mu: np.ndarray) -> np.ndarray:
-    """One exact solve on the support: the margins there are 1 to rounding."""
+    """Solve once more exactly on the support, so that the margins there are 1 to rounding."""
     support = np.flatnonzero(mu > 1e-12 * mu.max())
     exact, *_ = np.linalg.lstsq(images[support] @ images[support].T, np.ones(len(support)), rcond=None)
     if (exact < 0).any():
@@ -60,12 +60,12 @@ def _polished(images: np.ndarray, mu: np.ndarray) -> np.ndarray:
 
 
 def build(images: np.ndarray, labels: np.ndarray, neurons: int) -> ClosedForm:
-    """The network for images (n, d) with labels ±1 and `neurons` hidden units (an even number).
+    """Build the network for images (n, d) with labels ±1 and `neurons` hidden units (an even number).
 
     Raises:
         InputError: the two classes don't meet the condition.
     """
-    found, lambdas = [], np.zeros(len(images))
+    vectors, lambdas = [], np.zeros(len(images))
     for sign in (1.0, -1.0):
         own, other = images[labels == sign], images[labels != sign]
         try:
@@ -75,18 +75,18 @@ def build(images: np.ndarray, labels: np.ndarray, neurons: int) -> ClosedForm:
         if (other @ u >= 0).any():
             raise _unfit(f"the margin vector of class {sign:+g} does not exclude the other class")
         lambdas[labels == sign] = mu / np.linalg.norm(u)
-        found.append(u)
+        vectors.append(u)
     half = neurons // 2
     # Unequal shares, so that no two neurons are the same: 1, 2, … over their root sum of squares.
     shares = np.arange(1.0, half + 1)
     shares /= np.linalg.norm(shares)
     rows, head = [], []
-    for sign, u in zip((1.0, -1.0), found):
+    for sign, u in zip((1.0, -1.0), vectors):
         root = np.sqrt(np.linalg.norm(u))
         rows.append(shares[:, None] * u / root)
         head.append(sign * shares * root)
     network = Network((torch.from_numpy(np.vstack(rows)), torch.from_numpy(np.concatenate(head))[None, :]))
-    directions = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    directions = torch.from_numpy(vectors[0]), torch.from_numpy(vectors[1])
     return ClosedForm(network, torch.from_numpy(lambdas), directions)
 
 

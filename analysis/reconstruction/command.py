@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.reconstruction import config as configuration
-from analysis.reconstruction.config import Config
+from analysis.reconstruction.config import ReconstructionConfig
 from harness import command_line
 from harness.console import for_tables
 from harness.output import json_document
@@ -25,8 +25,8 @@ def main(argv: Sequence[str]) -> int:
     return _run(config, is_json=arguments.options.json)
 
 
-def _precheck(config: Config) -> None:
-    """What can be known before torch is imported: files, classes, numbers of images, the folder."""
+def _precheck(config: ReconstructionConfig) -> None:
+    """Check what can be known before torch is imported: files, classes and numbers of images."""
     from analysis.reconstruction import samples
 
     if config.checkpoint is None:
@@ -34,10 +34,10 @@ def _precheck(config: Config) -> None:
         samples.load(config.data, config.data_path, config.classes, config.per_class, seed, config.offset)
 
 
-def _run(config: Config, *, is_json: bool) -> int:
-    from analysis.reconstruction import job, mirror, report, subjects
+def _run(config: ReconstructionConfig, *, is_json: bool) -> int:
+    from analysis.reconstruction import job, report, subjects
 
-    subjects.check(config)
+    subjects.check_folder(config)
     console = for_tables(stderr=True)
 
     def say(line: str) -> None:
@@ -50,7 +50,7 @@ def _run(config: Config, *, is_json: bool) -> int:
         return INTERRUPTED
     code = 0 if results.controls_failed and results.exact_passed else 1
     files = report.write(results)
-    mirror.mirror(results, files[1:], say, code)
+    report.mirror(results, files[1:], say, code)
     if is_json:
         print(json_document(**results.document()))
     else:

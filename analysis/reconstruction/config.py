@@ -84,7 +84,7 @@ class WandbConfig(_Model):
     entity: str | None = Field(default=None, description="team or user in W&B")
 
 
-class Config(_Model):
+class ReconstructionConfig(_Model):
     """Everything that `optbench reconstruct` takes."""
 
     mode: Literal["fixture", "victim"] = Field(
@@ -158,9 +158,9 @@ class Config(_Model):
 
 
 def describe() -> list[tuple[str, Any, str]]:
-    """(key, default, meaning) of every key."""
+    """Return (key, default, meaning) of every key."""
     rows: list[tuple[str, Any, str]] = []
-    for name, field in Config.model_fields.items():
+    for name, field in ReconstructionConfig.model_fields.items():
         if name == "options":
             continue
         default = field.get_default(call_default_factory=True)
@@ -176,7 +176,7 @@ def describe() -> list[tuple[str, Any, str]]:
 
 
 def help_text() -> str:
-    """Every key, one a line: name, default, meaning (for `optbench reconstruct --help`)."""
+    """Return every key with default and meaning, for `optbench reconstruct --help`."""
     return job_keys.listed(describe())
 
 
@@ -188,8 +188,8 @@ _LISTS = {
 }  # fmt: skip
 
 
-def load(words: Sequence[str]) -> Config:
-    """Words of the command line to a checked configuration.
+def load(words: Sequence[str]) -> ReconstructionConfig:
+    """Return the checked configuration of `key=value` arguments.
 
     Args:
         words: `key=value` words; `experiment=NAME` takes configs/experiment/NAME.yaml first. A list is `[a,b]`
@@ -209,7 +209,7 @@ def load(words: Sequence[str]) -> Config:
     _separate_options(merged)
     _check_keys(merged)
     try:
-        config = Config.model_validate(_with_lists(merged))
+        config = ReconstructionConfig.model_validate(_with_lists(merged))
     except ValidationError as error:
         raise _translated(error) from None
     _check(config)
@@ -272,7 +272,7 @@ def _translated(error: ValidationError) -> InputError:
     return InputError(key, problem["input"], f"is wrong: {message[:1].lower()}{message[1:]}", allowed=meaning)
 
 
-def _check(config: Config) -> None:
+def _check(config: ReconstructionConfig) -> None:
     from optimizers.presets import names
 
     for name in config.optimizer:
@@ -304,12 +304,15 @@ def _check(config: Config) -> None:
         raise InputError("mode", "fixture", "takes two classes, no offset", fix="classes=[0,4]")
 
 
-def _check_numbers(config: Config) -> None:
+def _check_numbers(config: ReconstructionConfig) -> None:
     positive = {"radius": config.radius, "width": config.width, "margins": config.margins}
     for key, values in positive.items():
         if any(v <= 0 for v in values) or (not values and key != "margins"):
             raise InputError(
-                key, values, "must be numbers above 0", fix=f"{key}={Config().model_dump()[key]}"
+                key,
+                values,
+                "must be numbers above 0",
+                fix=f"{key}={ReconstructionConfig().model_dump()[key]}",
             )
     if config.neurons % 2:
         raise InputError(

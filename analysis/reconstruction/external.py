@@ -28,7 +28,7 @@ COVERED = "a chain of linear layers with ReLU between them and biases in the fir
 
 
 def network(path: str) -> Network:
-    """The network of a state dict (.safetensors, or torch's file of tensors alone).
+    """Return the network of a state dict (.safetensors, or torch's file of tensors alone).
 
     Raises:
         InputError: no such file, more than tensors in it, or an architecture that the theory does not cover.
@@ -57,17 +57,17 @@ def network(path: str) -> Network:
             reason = "is a bias past layer 1: Φ is not homogeneous in its parameters"
             raise InputError("checkpoint", name, reason, allowed=COVERED)
     bias = state.get(first_bias)
-    found = Network(
+    relu_network = Network(
         tuple(value.double().contiguous() for _, value in weights),
         bias.double() if bias is not None and bool(bias.any()) else None,
     )
-    if not all(bool(torch.isfinite(p).all()) for p in found.parameters):
+    if not all(bool(torch.isfinite(p).all()) for p in relu_network.parameters):
         raise InputError("checkpoint", path, "holds weights that are not finite")
-    return found
+    return relu_network
 
 
 def samples(path: str, inputs: int, outputs: int) -> Samples:
-    """The training batch of a foreign checkpoint, as it was fed to the network; it has no public pool.
+    """Return the training batch of an external checkpoint, as it was fed to the network; it has no public pool.
 
     Args:
         path: .npz with `x` (n, d) and `y` (n,), ±1 or class numbers; optional `heldout`, `heldout_y`, `shape`.
@@ -78,13 +78,16 @@ def samples(path: str, inputs: int, outputs: int) -> Samples:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            held = {key: file[key] for key in file.files}
+            arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError) as error:
         raise InputError("batch", path, f"is no .npz of arrays ({error})") from None
-    missing = [key for key in ("x", "y") if key not in held]
+    missing = [key for key in ("x", "y") if key not in arrays]
     if missing:
         raise InputError("batch", path, f"has no {' and no '.join(missing)}", allowed="x (n, d) and y (n,)")
-    x, y = held["x"].reshape(len(held["x"]), -1).astype(np.float64), held["y"].astype(np.float64).reshape(-1)
+    x, y = (
+        arrays["x"].reshape(len(arrays["x"]), -1).astype(np.float64),
+        arrays["y"].astype(np.float64).reshape(-1),
+    )
     if x.shape != (len(y), inputs) or not np.isfinite(x).all():
         raise InputError(
             "batch", f"x {x.shape}", f"does not fit: {len(y)} labels, {inputs} inputs, finite numbers"
@@ -92,12 +95,12 @@ def samples(path: str, inputs: int, outputs: int) -> Samples:
     values = sorted({float(v) for v in y}, reverse=True)
     if outputs == 1 and values == [1.0, 0.0]:
         y, values = 2 * y - 1, [1.0, -1.0]
-    wanted = [1.0, -1.0] if outputs == 1 else [float(i) for i in range(outputs)]
-    if not set(values) <= set(wanted):
-        raise InputError("batch", f"y {values[:5]}", "does not fit the outputs", allowed=str(wanted))
-    heldout = held.get("heldout", np.zeros((0, inputs)))
+    expected = [1.0, -1.0] if outputs == 1 else [float(i) for i in range(outputs)]
+    if not set(values) <= set(expected):
+        raise InputError("batch", f"y {values[:5]}", "does not fit the outputs", allowed=str(expected))
+    heldout = arrays.get("heldout", np.zeros((0, inputs)))
     side = round(inputs**0.5)
-    shape = tuple(int(v) for v in held["shape"]) if "shape" in held else (side, side)
+    shape = tuple(int(v) for v in arrays["shape"]) if "shape" in arrays else (side, side)
     if int(np.prod(shape)) != inputs:
         raise InputError(
             "batch", f"shape {shape}", f"has not {inputs} pixels", fix="shape=(h, w) in the .npz"
@@ -106,11 +109,11 @@ def samples(path: str, inputs: int, outputs: int) -> Samples:
         images=x,
         labels=y,
         heldout=heldout.reshape(len(heldout), inputs).astype(np.float64),
-        heldout_labels=held.get("heldout_y", np.zeros(len(heldout))).astype(np.float64),
+        heldout_labels=arrays.get("heldout_y", np.zeros(len(heldout))).astype(np.float64),
         mean=np.zeros(inputs),
         offset=0.0,
         shape=shape,
-        names={label: f"{label:+g}" for label in wanted},
+        names={label: f"{label:+g}" for label in expected},
     )
 
 
@@ -122,15 +125,15 @@ def _state(path: Path) -> Mapping[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        held: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many types for a bad file
         raise InputError(
             "checkpoint", path, f"cannot be read as tensors ({str(error).splitlines()[0]})"
         ) from None
     for key in ("state_dict", "model"):
-        held = held[key] if isinstance(held, Mapping) and isinstance(held.get(key), Mapping) else held
-    if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
+        state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(
             "checkpoint", path, "is no state dict: name → tensor", fix="torch.save(model.state_dict(), …)"
         )
-    return held
+    return state

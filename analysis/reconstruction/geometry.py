@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analysis.reconstruction.network import Factor, Network, factors, forward, kkt_coefficients
+from analysis.reconstruction.network import GradientFactor, Network, factors, forward, kkt_coefficients
 
 NORMS = ("l2", "spectral", "linf", "hybrid")
 
@@ -34,7 +34,7 @@ class Geometry:
     scales: tuple[float, ...] = ()
 
     def pieces(self, network: Network) -> list[tuple[str, float]]:
-        """("spectral" | "linf", scale) of each parameter; not of ℓ2, which is one piece."""
+        """Return ("spectral" | "linf", scale) of each parameter; not for ℓ2, which is one piece."""
         count = len(network.parameters)
         if self.norm != "hybrid":
             return [(self.norm, 1.0)] * count
@@ -43,31 +43,31 @@ class Geometry:
 
 
 def norm(geometry: Geometry, network: Network) -> Tensor:
-    """‖θ‖, 0-dim."""
+    """Return ‖θ‖, 0-dim."""
     if geometry.norm == "l2":
         return torch.stack([p.square().sum() for p in network.parameters]).sum().sqrt()
-    found = [
+    norms = [
         (matrix.abs().max() if kind == "linf" else torch.linalg.matrix_norm(matrix, 2)) / scale
         for matrix, (kind, scale) in zip(network.matrices, geometry.pieces(network))
     ]
-    return torch.stack(found).max()
+    return torch.stack(norms).max()
 
 
-def dual(geometry: Geometry, network: Network, u: Sequence[Factor]) -> Tensor:
-    """‖u‖_* (…), differentiable: the dual of a maximum is a sum, Σ sₗ·(nuclear or ℓ₁ norm)."""
+def dual(geometry: Geometry, network: Network, u: Sequence[GradientFactor]) -> Tensor:
+    """Return ‖u‖_* (…), differentiable: the dual of a maximum is a sum, Σ sₗ·(nuclear or ℓ₁ norm)."""
     if geometry.norm == "l2":
         return torch.stack([factor.squared_norm() for factor in u]).sum(0).clamp_min(0).sqrt()
-    found = [
+    norms = [
         (_absolute(factor) if kind == "linf" else nuclear(factor)) * scale
         for factor, (kind, scale) in zip(u, geometry.pieces(network))
     ]
-    return torch.stack(found).sum(0)
+    return torch.stack(norms).sum(0)
 
 
 def alignment(
-    geometry: Geometry, network: Network, u: Sequence[Factor], size: Tensor | None = None
+    geometry: Geometry, network: Network, u: Sequence[GradientFactor], size: Tensor | None = None
 ) -> Tensor:
-    """a (…) = ⟨θ, u⟩ / (‖θ‖·‖u‖_*).
+    """Return the alignment a (…) = ⟨θ, u⟩ / (‖θ‖·‖u‖_*) (arXiv 2410.22069).
 
     Args:
         size: ‖θ‖, if it is known.
@@ -77,8 +77,8 @@ def alignment(
     return inner / (size * dual(geometry, network, u)).clamp_min(torch.finfo(inner.dtype).tiny)
 
 
-def squared_distance(network: Network, u: Sequence[Factor], total: float | None = None) -> Tensor:
-    """‖θ − u‖² (…), expanded: rounding is 1e-16 of ‖θ‖², far below any residual of an attack.
+def squared_distance(network: Network, u: Sequence[GradientFactor], total: float | None = None) -> Tensor:
+    """Return ‖θ − u‖² (…), expanded: rounding is 1e-16 of ‖θ‖², far below any residual of an attack.
 
     Args:
         total: ‖θ‖², if it is known.
@@ -89,14 +89,14 @@ def squared_distance(network: Network, u: Sequence[Factor], total: float | None 
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """UVᵀ of the singular value decomposition, directions of singular value 0 left out: (…, m, n)."""
+    """Return UVᵀ of the singular value decomposition (…, m, n), without directions of singular value 0."""
     u, sigma, v = torch.linalg.svd(matrix, full_matrices=False)
     cut = sigma[..., :1] * (max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps)
     return (u * (sigma > cut).unsqueeze(-2)) @ v
 
 
-def nuclear(factor: Factor) -> Tensor:
-    """Nuclear norm (…) of δᵀa with its gradient, the polar factor, all in the n images' space.
+def nuclear(factor: GradientFactor) -> Tensor:
+    """Return the nuclear norm (…) of δᵀa with its gradient, the polar factor, all in the n images' space.
 
     With aᵀ = QL: δᵀa = (Lδ)ᵀQᵀ has the singular values of Lδ, and its polar factor is δᵀa·R with
     R = Q(L δδᵀ Lᵀ)^(-1/2)Qᵀ. With all but the first factor of each held fixed, ½⟨δδᵀ, aRaᵀ⟩ has the gradient in
@@ -109,8 +109,8 @@ def nuclear(factor: Factor) -> Tensor:
         values, vectors = torch.linalg.eigh(triangle @ gram @ triangle.mT)
         # The Gram matrix knows squares to a relative 1e-16: what lies below is rounding.
         cut = values[..., -1:] * (values.shape[-1] * torch.finfo(values.dtype).eps)
-        kept = (values > cut) & (values > 0)
-        root = torch.where(kept, values, 1.0).rsqrt() * kept
+        nonzero = (values > cut) & (values > 0)
+        root = torch.where(nonzero, values, 1.0).rsqrt() * nonzero
         right = (vectors * root.unsqueeze(-2)) @ vectors.mT
         of_images = triangle.mT @ right @ triangle
         a_root = triangle.mT @ right @ q.mT
@@ -119,8 +119,8 @@ def nuclear(factor: Factor) -> Tensor:
     return of_delta + of_inputs - 0.5 * of_inputs.detach()
 
 
-def _absolute(factor: Factor) -> Tensor:
-    """ℓ₁ norm (…) of δᵀa; with the signs held its gradient is theirs."""
+def _absolute(factor: GradientFactor) -> Tensor:
+    """Return the ℓ₁ norm (…) of δᵀa; with the signs held fixed its gradient is theirs."""
     with torch.no_grad():
         signs = factor.product().sign()
     return factor.inner(signs)
@@ -134,11 +134,11 @@ def best_alignment(
     network: Network,
     x: Tensor,
     labels: Tensor,
-    chosen: Geometry,
+    norm_geometry: Geometry,
     start: Tensor,
     steps: int = STEPS,
 ) -> float:
-    """max over λ of a(λ) = ⟨θ, u(λ)⟩/(‖θ‖·‖u(λ)‖_*), or the best that was found.
+    """Return max over λ ≥ 0 of a(λ) = ⟨θ, u(λ)⟩/(‖θ‖·‖u(λ)‖_*), or the best that the search reaches.
 
     In ℓ2 the least-squares λ is the maximizer and a = √(1 − ε²). Elsewhere ⟨θ, u⟩ is linear and ‖u‖_* convex
     in λ, so that a is quasi-concave; any λ ≥ 0 gives a valid lower bound. Two starts (least squares, uniform),
@@ -148,16 +148,16 @@ def best_alignment(
         x: (n, d). labels: (n,).
         start: (n,) the least-squares λ.
     """
-    done = forward(network, x)
-    c = kkt_coefficients(task, done.outputs, labels)
-    size = norm(chosen, network)
+    passed = forward(network, x)
+    c = kkt_coefficients(task, passed.outputs, labels)
+    size = norm(norm_geometry, network)
 
     def value(lambdas: Tensor) -> Tensor:
-        u = factors(network, done, lambdas.unsqueeze(-1) * c)
-        return alignment(chosen, network, u, size)
+        u = factors(network, passed, lambdas.unsqueeze(-1) * c)
+        return alignment(norm_geometry, network, u, size)
 
     best = float(value(start))
-    if chosen.norm == "l2" or task == "regression":
+    if norm_geometry.norm == "l2" or task == "regression":
         return best
     share = start.clamp_min(0) / start.clamp_min(0).sum().clamp_min(1e-300)
     uniform = torch.full_like(share, 1 / len(share))

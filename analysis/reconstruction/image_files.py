@@ -44,7 +44,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read(kind: str, path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Images in [0, 1] as float64 rows (n, d), class numbers (n,), and the shape of an image.
+    """Return images in [0, 1] as float64 rows (n, d), class numbers (n,), and the shape of an image.
 
     Args:
         kind: "mnist" or "cifar10".
@@ -76,8 +76,8 @@ def read(kind: str, path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]
 
 
 def _npz(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    with np.load(path, allow_pickle=False) as held:
-        images, labels = held["images"], held["labels"]
+    with np.load(path, allow_pickle=False) as arrays:
+        images, labels = arrays["images"], arrays["labels"]
     return images, labels, tuple(images.shape[1:])
 
 
@@ -104,25 +104,27 @@ def _cifar(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
                 (m for m in archive.getmembers() if "/data_batch_" in m.name and m.isfile()),
                 key=lambda m: m.name,
             )
-            contents = [held.read() for m in members if (held := archive.extractfile(m)) is not None]
+            contents = [
+                member_file.read() for m in members if (member_file := archive.extractfile(m)) is not None
+            ]
     batches = [_unpickled(content) for content in contents]
     images = np.concatenate([np.asarray(batch[b"data"]) for batch in batches])
     return images, np.concatenate([np.asarray(batch[b"labels"]) for batch in batches]), _CIFAR_SHAPE
 
 
 def _first(folder: Path, start: str) -> Path:
-    found = sorted(folder.glob(f"{start}*"))
-    if not found:
+    paths = sorted(folder.glob(f"{start}*"))
+    if not paths:
         raise InputError("data_path", folder, f"holds no {start}-idx file")
-    return found[0]
+    return paths[0]
 
 
 def _idx(path: Path, magic: int) -> np.ndarray:
     content = _plain(path.read_bytes())
-    found, *_ = struct.unpack(">I", content[:4])
-    if found != magic:
-        raise InputError("data_path", path, f"is no IDX file of this kind (it starts with {found:#x})")
-    dimensions = found & 0xFF
+    kind, *_ = struct.unpack(">I", content[:4])
+    if kind != magic:
+        raise InputError("data_path", path, f"is no IDX file of this kind (it starts with {kind:#x})")
+    dimensions = kind & 0xFF
     shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 

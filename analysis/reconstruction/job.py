@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from analysis.reconstruction import examination, susceptibility
-from analysis.reconstruction.config import Config
+from analysis.reconstruction.config import ReconstructionConfig
 from analysis.reconstruction.subjects import (
     TABLES,
-    Folder,
-    Images,
+    ImageSet,
+    JobFolder,
     Subject,
     TableRow,
     load,
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 
 @dataclass
-class Results:
+class ReconstructionResults:
     """Tables of a job, and what a reader must be told.
 
     Attributes:
@@ -34,22 +34,22 @@ class Results:
         warnings: sentences.
     """
 
-    config: Config
-    images: Images
-    folder: Folder
+    config: ReconstructionConfig
+    images: ImageSet
+    folder: JobFolder
     tables: dict[str, list[TableRow]] = field(default_factory=lambda: {name: [] for name in TABLES})
     examined: list[Subject] = field(default_factory=list)
     matches: list[TableRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def latest(self) -> list[Subject]:
-        """The last checkpoint of each optimizer, first seed."""
-        found: dict[str, Subject] = {}
+        """Return the last checkpoint of each optimizer, first seed."""
+        latest: dict[str, Subject] = {}
         for subject in self.examined:
-            held = found.setdefault(subject.optimizer, subject)
-            if subject.seed == held.seed and subject.step > held.step:
-                found[subject.optimizer] = subject
-        return list(found.values())
+            other = latest.setdefault(subject.optimizer, subject)
+            if subject.seed == other.seed and subject.step > other.step:
+                latest[subject.optimizer] = subject
+        return list(latest.values())
 
     @property
     def controls_failed(self) -> bool:
@@ -64,7 +64,7 @@ class Results:
         return all(r["passed"] for r in rows if r["optimizer"] in exact and not r["is_control"])
 
     def document(self) -> dict[str, Any]:
-        """Content of the JSON document."""
+        """Return the content of the JSON document."""
         return {
             "mode": self.config.mode,
             **self.tables,
@@ -73,8 +73,8 @@ class Results:
         }
 
 
-def run(config: Config, say: Say) -> Results:
-    """Do what `config.stages` names.
+def run(config: ReconstructionConfig, say: Say) -> ReconstructionResults:
+    """Run the stages that `config.stages` names on every subject.
 
     Args:
         say: takes lines for people.
@@ -83,8 +83,8 @@ def run(config: Config, say: Say) -> Results:
         InputError: bad input, or no checkpoint that separates its images.
     """
     images, network = load(config)
-    folder = Folder(config)
-    results = Results(config, images, folder)
+    folder = JobFolder(config)
+    results = ReconstructionResults(config, images, folder)
     refusals: list[InputError] = []
     for subject in subjects(config, images, network, folder, say):
         try:
@@ -108,7 +108,11 @@ def run(config: Config, say: Say) -> Results:
 
 
 def _examine(
-    config: Config, results: Results, subject: Subject, certificate: list[TableRow], say: Say
+    config: ReconstructionConfig,
+    results: ReconstructionResults,
+    subject: Subject,
+    certificate: list[TableRow],
+    say: Say,
 ) -> None:
     images, folder = results.images, results.folder
     if "certificate" in config.stages:

@@ -26,7 +26,7 @@ KINK = 1e-3
 
 
 @dataclass(frozen=True)
-class Fit:
+class MultiplierFit:
     """min over λ (≥ 0 unless regression) of ‖θ − u(λ)‖.
 
     Attributes:
@@ -39,13 +39,13 @@ class Fit:
 
 
 def gradients(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = recomputed) -> Tensor:
-    """Rows ∇_θ⟨cᵢ, Φ(xᵢ)⟩, (n, p)."""
+    """Return the rows ∇_θ⟨cᵢ, Φ(xᵢ)⟩, (n, p)."""
     c = kkt_coefficients(task, forward(network, x, gates).outputs, labels)
     return per_sample(network, x, c, gates)
 
 
-def fit(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = recomputed) -> Fit:
-    """The best λ for these images, by non-negative least squares (regression: least squares).
+def fit(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = recomputed) -> MultiplierFit:
+    """Return the best λ for these images, by non-negative least squares (regression: least squares).
 
     Args:
         x: (n, d) float64. labels: (n,).
@@ -55,27 +55,27 @@ def fit(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = r
     theta = flat(network.parameters).numpy()
     lambdas = solve(columns, theta, is_free=task == "regression")
     gap = np.linalg.norm(theta - columns @ lambdas) / np.linalg.norm(theta)
-    return Fit(torch.from_numpy(lambdas), float(gap))
+    return MultiplierFit(torch.from_numpy(lambdas), float(gap))
 
 
 def residual(
     task: str, network: Network, x: Tensor, labels: Tensor, lambdas: Tensor, gates: Gates = recomputed
 ) -> float:
-    """‖θ − Σ λᵢ∇⟨cᵢ, Φ(xᵢ)⟩‖/‖θ‖ for given λ (n,)."""
+    """Return ‖θ − Σ λᵢ∇⟨cᵢ, Φ(xᵢ)⟩‖/‖θ‖ for given λ (n,)."""
     theta = flat(network.parameters)
     gap = theta - lambdas @ gradients(task, network, x, labels, gates)
     return float(gap.norm() / theta.norm())
 
 
 def solve(columns: np.ndarray, target: np.ndarray, is_free: bool = False) -> np.ndarray:
-    """argmin_{λ ≥ 0} ‖target − columns·λ‖, columns (p, n); `is_free`: λ of any sign."""
+    """Return argmin_{λ ≥ 0} ‖target − columns·λ‖ for columns (p, n); `is_free` allows λ of any sign."""
     if is_free:
         return np.linalg.lstsq(columns, target, rcond=None)[0]
     # The triangular factor has n rows in place of p; nothing is squared.
     q, r = np.linalg.qr(columns)
     scale = np.abs(r).max() or 1.0
-    found, _ = nnls(r / scale, q.T @ target, maxiter=max(300, 30 * columns.shape[1]))
-    return found / scale
+    solution, _ = nnls(r / scale, q.T @ target, maxiter=max(300, 30 * columns.shape[1]))
+    return solution / scale
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ClarkeFit:
 
 
 def clarke(network: Network, x: Tensor, labels: Tensor) -> ClarkeFit | None:
-    """Clarke residual of a two-layer network with one output; None for others, where gates multiply.
+    """Return the Clarke residual of a two-layer network with one output; None for others, where gates multiply.
 
     At a kink wⱼ·xᵢ + bⱼ = 0 the subdifferential of relu is [0, 1], so the multiplier of xᵢ in row j of W₁ may be
     any number of [0, λᵢ].
@@ -124,14 +124,14 @@ def clarke(network: Network, x: Tensor, labels: Tensor) -> ClarkeFit | None:
         own[rows, base.shape[1] - width + neuron] = factors
     columns = np.vstack([base, own]).T
     theta = flat(network.parameters).numpy()
-    found = solve(columns, theta)
+    solution = solve(columns, theta)
     size = np.linalg.norm(theta)
     n = len(x)
-    limit = found[:n][image]
-    clipped = np.concatenate([found[:n], np.minimum(found[n:], limit)])
-    excess = (found[n:] - limit).max(initial=0.0) / max(found[:n].max(), np.finfo(float).tiny)
+    limit = solution[:n][image]
+    clipped = np.concatenate([solution[:n], np.minimum(solution[n:], limit)])
+    excess = (solution[n:] - limit).max(initial=0.0) / max(solution[:n].max(), np.finfo(float).tiny)
     return ClarkeFit(
-        float(np.linalg.norm(theta - columns @ found) / size),
+        float(np.linalg.norm(theta - columns @ solution) / size),
         float(np.linalg.norm(theta - columns @ clipped) / size),
         float(excess),
         int(kinked.sum()),
@@ -140,5 +140,5 @@ def clarke(network: Network, x: Tensor, labels: Tensor) -> ClarkeFit | None:
 
 
 def least_margin(task: str, network: Network, x: Tensor, labels: Tensor) -> float:
-    """min over images of the margin."""
+    """Return the least margin over the images."""
     return float(label_margins(task, outputs(network, x), labels).min())

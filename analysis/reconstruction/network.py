@@ -50,28 +50,28 @@ class Network:
         return float(sum(p.square().sum() for p in self.parameters))
 
     def scaled(self, factor: float) -> Network:
-        """All parameters times a factor: Φ times its L-th power."""
+        """Return the network with all parameters times a factor, which multiplies Φ by its L-th power."""
         bias = None if self.bias is None else self.bias * factor
         return Network(tuple(w * factor for w in self.weights), bias)
 
     def copied(self) -> Network:
-        """Copies that need no gradient."""
+        """Return a copy whose parameters need no gradient."""
         bias = None if self.bias is None else self.bias.detach().clone()
         return Network(tuple(w.detach().clone() for w in self.weights), bias)
 
     def with_first(self, weight: Tensor) -> Network:
-        """Another first-layer weight."""
+        """Return the network with another first-layer weight."""
         return replace(self, weights=(weight, *self.weights[1:]))
 
 
 def recomputed(h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """The network's own gates, 1 where h > 0."""
+    """Return activations and the network's own gates, 1 where h > 0."""
     gate = (h > 0).to(h.dtype)
     return h * gate, gate
 
 
 def inherited(gates: Sequence[Tensor]) -> Gates:
-    """Gates held as they are (n, h) per layer, whatever the pre-activations."""
+    """Return gates that stay as they are, (n, h) per layer, whatever the pre-activations."""
     return lambda h, layer: (h * gates[layer], gates[layer])
 
 
@@ -90,7 +90,7 @@ class _SmoothedReLU(torch.autograd.Function):
 
 
 def smoothed(alpha: Tensor | float) -> Gates:
-    """Gates σ(αh), through which derivatives pass; the forward activation stays relu(h).
+    """Return gates σ(αh), through which derivatives pass; the forward activation stays relu(h).
 
     Args:
         alpha: sharpness; a tensor broadcasts over (…, n, h).
@@ -106,7 +106,7 @@ def smoothed(alpha: Tensor | float) -> Gates:
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """A forward pass: what enters each layer, its gates, pre-activations, and Φ.
 
     Attributes:
@@ -121,41 +121,41 @@ class Pass:
     outputs: Tensor
 
 
-def forward(network: Network, x: Tensor, gates: Gates = recomputed) -> Pass:
+def forward(network: Network, x: Tensor, gates: Gates = recomputed) -> ForwardPass:
     """Run x (…, n, d) through the network."""
-    inputs, kept, hidden = [x], [], []
+    inputs, gate_values, hidden = [x], [], []
     for layer, weight in enumerate(network.weights[:-1]):
         h = inputs[-1] @ weight.mT
         if layer == 0 and network.bias is not None:
             h = h + network.bias
         activation, gate = gates(h, layer)
         inputs.append(activation)
-        kept.append(gate)
+        gate_values.append(gate)
         hidden.append(h)
-    return Pass(inputs, kept, hidden, inputs[-1] @ network.weights[-1].mT)
+    return ForwardPass(inputs, gate_values, hidden, inputs[-1] @ network.weights[-1].mT)
 
 
-class Factor(NamedTuple):
+class GradientFactor(NamedTuple):
     """A gradient of one parameter as δᵀa, summed over n: δ (…, n, h), a (…, n, d); a bias has a = 1 (…, n, 1)."""
 
     delta: Tensor
     inputs: Tensor
 
     def product(self) -> Tensor:
-        """δᵀa, (…, h, d)."""
+        """Return δᵀa, (…, h, d)."""
         return self.delta.mT @ self.inputs
 
     def inner(self, matrix: Tensor) -> Tensor:
-        """⟨matrix, δᵀa⟩ (…) without forming the product; matrix (…, h, d)."""
+        """Return ⟨matrix, δᵀa⟩ (…) without forming the product, for a matrix (…, h, d)."""
         return ((self.delta @ matrix) * self.inputs).sum((-2, -1))
 
     def squared_norm(self) -> Tensor:
-        """‖δᵀa‖² (…), by the two n × n Gram matrices."""
+        """Return ‖δᵀa‖² (…), by the two n × n Gram matrices."""
         return ((self.delta @ self.delta.mT) * (self.inputs @ self.inputs.mT)).sum((-2, -1))
 
 
-def factors(network: Network, done: Pass, coefficients: Tensor) -> list[Factor]:
-    """u = Σᵢ ∇_θ⟨cᵢ, Φ(xᵢ)⟩ with the gates of a pass, factored: one for each of `network.parameters`.
+def factors(network: Network, passed: ForwardPass, coefficients: Tensor) -> list[GradientFactor]:
+    """Return u = Σᵢ ∇_θ⟨cᵢ, Φ(xᵢ)⟩ with the gates of a pass, a factored gradient per parameter.
 
     Args:
         network: the network of the pass.
@@ -163,37 +163,37 @@ def factors(network: Network, done: Pass, coefficients: Tensor) -> list[Factor]:
         coefficients: cᵢ (…, n, k).
     """
     delta = coefficients
-    found: list[Factor] = []
+    parts: list[GradientFactor] = []
     for layer in range(network.depth - 1, -1, -1):
-        found.append(Factor(delta, done.inputs[layer]))
+        parts.append(GradientFactor(delta, passed.inputs[layer]))
         if layer:
-            delta = (delta @ network.weights[layer]) * done.gates[layer - 1]
-    found.reverse()
+            delta = (delta @ network.weights[layer]) * passed.gates[layer - 1]
+    parts.reverse()
     if network.bias is not None:
-        found.append(Factor(delta, torch.ones_like(delta[..., :1])))
-    return found
+        parts.append(GradientFactor(delta, torch.ones_like(delta[..., :1])))
+    return parts
 
 
-def combination(network: Network, done: Pass, coefficients: Tensor) -> tuple[Tensor, ...]:
-    """`factors`, multiplied: a tensor (…, *shape) for each of `network.parameters`."""
-    found = [factor.product() for factor in factors(network, done, coefficients)]
+def combination(network: Network, passed: ForwardPass, coefficients: Tensor) -> tuple[Tensor, ...]:
+    """Return `factors` multiplied out: a tensor (…, *shape) for each of `network.parameters`."""
+    parts = [factor.product() for factor in factors(network, passed, coefficients)]
     if network.bias is not None:
-        found[-1] = found[-1].squeeze(-1)
-    return tuple(found)
+        parts[-1] = parts[-1].squeeze(-1)
+    return tuple(parts)
 
 
 def outputs(network: Network, x: Tensor) -> Tensor:
-    """Φ(x) (…, n, k)."""
+    """Return Φ(x), (…, n, k)."""
     return forward(network, x).outputs
 
 
 def patterns(network: Network, x: Tensor) -> list[Tensor]:
-    """The network's gates at x, (n, h) per hidden layer."""
+    """Return the network's gates at x, (n, h) per hidden layer."""
     return forward(network, x).gates
 
 
 def input_gradients(network: Network, x: Tensor, coefficients: Tensor) -> Tensor:
-    """∇ₓ⟨cᵢ, Φ(xᵢ)⟩ at each xᵢ: (n, d), for x (n, d) and coefficients (n, k)."""
+    """Return ∇ₓ⟨cᵢ, Φ(xᵢ)⟩ at each xᵢ, (n, d), for x (n, d) and coefficients (n, k)."""
     gates = patterns(network, x)
     delta = coefficients
     for layer in range(network.depth - 1, 0, -1):
@@ -202,18 +202,18 @@ def input_gradients(network: Network, x: Tensor, coefficients: Tensor) -> Tensor
 
 
 def flat(parts: Sequence[Tensor], lead: int = 0) -> Tensor:
-    """Parameters or gradients as one vector; the first `lead` dimensions are kept."""
+    """Return parameters or gradients as one vector; the first `lead` dimensions stay."""
     return torch.cat([part.flatten(lead) for part in parts], dim=-1)
 
 
 def per_sample(network: Network, x: Tensor, coefficients: Tensor, gates: Gates = recomputed) -> Tensor:
-    """Rows ∇_θ⟨cᵢ, Φ(xᵢ)⟩: (n, p), for x (n, d) and coefficients (n, k)."""
-    done = forward(network, x, gates)
-    single = Pass(
-        [a.unsqueeze(-2) for a in done.inputs],
-        [g.unsqueeze(-2) for g in done.gates],
-        [h.unsqueeze(-2) for h in done.hidden],
-        done.outputs.unsqueeze(-2),
+    """Return the rows ∇_θ⟨cᵢ, Φ(xᵢ)⟩, (n, p), for x (n, d) and coefficients (n, k)."""
+    passed = forward(network, x, gates)
+    single = ForwardPass(
+        [a.unsqueeze(-2) for a in passed.inputs],
+        [g.unsqueeze(-2) for g in passed.gates],
+        [h.unsqueeze(-2) for h in passed.hidden],
+        passed.outputs.unsqueeze(-2),
     )
     return flat(combination(network, single, coefficients.unsqueeze(-2)), lead=1)
 
@@ -222,7 +222,7 @@ TASKS = ("binary", "multiclass", "regression")
 
 
 def kkt_coefficients(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
-    """cᵢ (…, n, k) of the stationarity condition.
+    """Return cᵢ (…, n, k) of the stationarity condition.
 
     Binary (Haim et al. 2022): yᵢ. Multiclass (Buzaglo et al. 2023): the label's unit vector less that of the
     strongest other class. Regression (same): 1, and λ may have any sign.
@@ -242,7 +242,7 @@ def kkt_coefficients(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def label_margins(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
-    """(…, n): yΦ, or the label's output less the strongest other one.
+    """Return the margins (…, n): yΦ, or the label's output less the strongest other one.
 
     Regression has no margin: there it is −|Φ − y|, at most 0.
     """
@@ -252,7 +252,7 @@ def label_margins(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def output_descent(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
-    """−∂loss/∂Φ (n, k) of the training loss.
+    """Return −∂loss/∂Φ (n, k) of the training loss.
 
     Binary: log Σᵢ exp(−yᵢΦᵢ); multiclass: log Σᵢ Σ_{j≠yᵢ} exp(Φⱼ − Φ_{yᵢ}): the logarithm of the sum never
     underflows, where plain logits do past a margin of 100. Regression: ½ Σ (Φ − y)².

@@ -16,26 +16,26 @@ STEPS = {"title": {"text": "training steps"}, "type": "log"}
 
 
 def all_plots(tables: Mapping[str, Sequence[TableRow]], matches: Sequence[TableRow]) -> list[Plot]:
-    """Every plot that the rows allow, in the order of the page."""
+    """Return every plot that the rows allow, in the order of the page."""
     names = list(dict.fromkeys(row["optimizer"] for row in tables["certificate"]))
     certificate, attack = tables["certificate"], tables["attack"]
-    found: list[Plot | None] = []
+    plots: list[Plot | None] = []
     if len({row["step"] for row in certificate}) > 1:
-        found += [
+        plots += [
             _residuals(certificate, names),
             _freedom(certificate, names),
             _quality_over_steps(attack, names),
         ]
-    found += [_over_radius(attack, names), _fit_over_radius(attack, names)]
-    found += [_ssim(matches, names), _susceptibility(tables["susceptibility"], names)]
-    return [plot for plot in found if plot is not None]
+    plots += [_over_radius(attack, names), _fit_over_radius(attack, names)]
+    plots += [_ssim(matches, names), _susceptibility(tables["susceptibility"], names)]
+    return [plot for plot in plots if plot is not None]
 
 
 def _residuals(rows: Sequence[TableRow], names: Sequence[str]) -> Plot:
     traces = []
     for arm, name in enumerate(names):
-        for key, words, width in (("residual", "fixed gates", 2.2), ("residual_clarke", "Clarke gates", 1.0)):
-            traces += _curve(arm, f"{name}, {words}", _means(rows, name, "step", key), width)
+        for key, label, width in (("residual", "fixed gates", 2.2), ("residual_clarke", "Clarke gates", 1.0)):
+            traces += _curve(arm, f"{name}, {label}", _means(rows, name, "step", key), width)
     return Plot(
         "residuals",
         "Distance from a KKT point over training",
@@ -63,10 +63,10 @@ def _quality_over_steps(rows: Sequence[TableRow], names: Sequence[str]) -> Plot 
     if not attacks:
         return None
     radius = min(row["radius"] for row in attacks)
-    chosen = [row for row in attacks if row["radius"] == radius]
+    attacks_at_radius = [row for row in attacks if row["radius"] == radius]
     traces = []
-    for arm, (name, objective) in enumerate(_pairs(chosen, names)):
-        mine = [row for row in chosen if row["objective"] == objective]
+    for arm, (name, objective) in enumerate(_pairs(attacks_at_radius, names)):
+        mine = [row for row in attacks_at_radius if row["objective"] == objective]
         traces += _curve(arm, f"{name}, {objective}", _means(mine, name, "step", "nn_top5_margin"))
     traces += _chance(rows, names, len(traces), "nn_top5_margin")
     return Plot(
@@ -162,10 +162,10 @@ def _susceptibility(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | No
         return None
     radius = min(row["radius"] for row in rows)
     latest = {name: max((r["step"] for r in rows if r["optimizer"] == name), default=0) for name in names}
-    chosen = [r for r in rows if r["radius"] == radius and r["step"] == latest.get(r["optimizer"])]
+    last_rows = [r for r in rows if r["radius"] == radius and r["step"] == latest.get(r["optimizer"])]
     traces = []
-    for part, objective in enumerate(dict.fromkeys(r["objective"] for r in chosen)):
-        mine = [r for r in chosen if r["objective"] == objective]
+    for part, objective in enumerate(dict.fromkeys(r["objective"] for r in last_rows)):
+        mine = [r for r in last_rows if r["objective"] == objective]
         halves = [r["half_width_nn_top5_margin"] for r in mine]
         traces.append(
             go.Bar(
@@ -196,11 +196,11 @@ def _susceptibility(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | No
 
 
 def _means(rows: Iterable[TableRow], name: str, x: str, y: str) -> dict[float, float]:
-    found: dict[float, list[float]] = defaultdict(list)
+    values_by_x: dict[float, list[float]] = defaultdict(list)
     for row in rows:
         if row["optimizer"] == name and row.get(x) is not None and row.get(y) is not None:
-            found[row[x]].append(row[y])
-    return {key: fmean(values) for key, values in sorted(found.items())}
+            values_by_x[row[x]].append(row[y])
+    return {key: fmean(values) for key, values in sorted(values_by_x.items())}
 
 
 def _curve(arm: int, name: str, points: Mapping[float, float], width: float = 2.2) -> list[Any]:
@@ -219,9 +219,9 @@ def _curve(arm: int, name: str, points: Mapping[float, float], width: float = 2.
 
 
 def _chance(rows: Sequence[TableRow], names: Sequence[str], used: int, key: str) -> list[Any]:
-    held = [row for row in rows if row["kind"] == "heldout"]
-    steps = sorted({row["step"] for row in held})
-    values = [fmean(row[key] for row in held if row["step"] == step) for step in steps]
+    heldout = [row for row in rows if row["kind"] == "heldout"]
+    steps = sorted({row["step"] for row in heldout})
+    values = [fmean(row[key] for row in heldout if row["step"] == step) for step in steps]
     return [_grey(steps, values)] if steps and used else []
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
 import torch
+import yaml
 from rich import box, table
 from rich.console import Console
 from rich.text import Text
 
+from analysis import job_mirror
 from analysis.pages import job_page
 from analysis.pages.figures import Plot
 from analysis.reconstruction import examination, pictures, plots, susceptibility
-from analysis.reconstruction.job import Results
+from analysis.reconstruction.job import ReconstructionResults
 from analysis.reconstruction.pictures import Picture
 from analysis.reconstruction.subjects import TableRow
 from harness.files import atomic
@@ -47,7 +50,7 @@ COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
 """Table → (key, words) of the columns for people; files and JSON have all."""
 
 
-def show(results: Results, console: Console) -> None:
+def show(results: ReconstructionResults, console: Console) -> None:
     """Print the tables that have rows, and what they are a claim about."""
     for name, rows in results.tables.items():
         if rows:
@@ -57,7 +60,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def cell(value: Any) -> str:
-    """A value for people: four digits, yes and no, a dash for what there is none of."""
+    """Return a value for people: four digits, yes or no, a dash for a missing one."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -67,14 +70,18 @@ def cell(value: Any) -> str:
 
 def _terminal_table(name: str, rows: Sequence[TableRow]) -> table.Table:
     grid = table.Table(title=name, title_justify="left", box=box.SIMPLE, highlight=False)
-    for key, words in COLUMNS[name]:
+    for key, heading in COLUMNS[name]:
         is_text = any(isinstance(row.get(key), str) for row in rows)
-        grid.add_column(words, justify="left" if is_text else "right")
+        grid.add_column(heading, justify="left" if is_text else "right")
     for row in rows:
         grid.add_row(*(Text(cell(row.get(key))) for key, _ in COLUMNS[name]))
     return grid
 
 
+ARTIFACTS = {"victims": "model", "candidates": "candidates", "alternatives": "alternatives"}
+"""Subfolder of a job → type of the W&B artifact that holds it."""
+PRIVATE_KEYS = {"out", "overwrite", "data_path", "checkpoint", "batch"}
+"""Keys that name places on this machine."""
 TITLES = {
     "susceptibility": "Susceptibility",
     "certificate": "Certificates",
@@ -92,7 +99,7 @@ CAPTIONS = {
 }
 
 
-def write(results: Results) -> list[Path]:
+def write(results: ReconstructionResults) -> list[Path]:
     """Write the report and its pictures into the job's folder; returns their paths."""
     images, figures = make_pictures(results), plots.all_plots(results.tables, results.matches)
     written = []
@@ -104,8 +111,8 @@ def write(results: Results) -> list[Path]:
     return [path, *written]
 
 
-def render(results: Results, figures: Sequence[Plot], images: Sequence[Picture]) -> str:
-    """The page as text, self-contained."""
+def render(results: ReconstructionResults, figures: Sequence[Plot], images: Sequence[Picture]) -> str:
+    """Return the page as self-contained HTML."""
     return job_page.render(
         title=results.config.mode,
         headline=headline(results),
@@ -115,17 +122,15 @@ def render(results: Results, figures: Sequence[Plot], images: Sequence[Picture])
         notes=results.warnings,
         tables=[_page_table(name, results.tables[name]) for name in TITLES if results.tables[name]],
         plots=figures,
-        settings=results.config.model_dump(
-            mode="json", exclude={"out", "overwrite", "data_path", "checkpoint", "batch"}
-        ),
+        settings=results.config.model_dump(mode="json", exclude=PRIVATE_KEYS),
         kicker="Reconstruction of training images",
         command="reconstruct",
         pictures=images,
     )
 
 
-def headline(results: Results) -> str:
-    """The result in a sentence or two, from the tables alone."""
+def headline(results: ReconstructionResults) -> str:
+    """Return the result in a sentence or two, from the tables alone."""
     rows = results.tables["alternatives"]
     # The Muon family shares the first layer's orthogonalized gradient, which is less than the whole condition.
     good = [r for r in rows if not r["is_control"] and r["passed"] and r["kind"] != "muon_family"]
@@ -138,9 +143,9 @@ def headline(results: Results) -> str:
             f"{len(good)} other training sets explain the weights, the farthest {far:.3g} away from any training "
             f"image; {refused} of {len(controls)} controls are refused."
         )
-    found = [row for row in results.tables["attack"] if row["kind"] == "attack"]
-    if found:
-        far = [row for row in found if row["radius"] == max(r["radius"] for r in found)]
+    attacks = [row for row in results.tables["attack"] if row["kind"] == "attack"]
+    if attacks:
+        far = [row for row in attacks if row["radius"] == max(r["radius"] for r in attacks)]
         below = fmean(row["beats_truth"] for row in far)
         sentence += (
             f" With candidates started at {far[0]['radius']:g} times the usual norm, {below:.0%} of the attacks fit "
@@ -149,16 +154,16 @@ def headline(results: Results) -> str:
     return sentence.strip() or "Certificates only."
 
 
-def make_pictures(results: Results) -> list[Picture]:
-    """Grids of the last checkpoint of each optimizer, first seed."""
+def make_pictures(results: ReconstructionResults) -> list[Picture]:
+    """Draw grids for the last checkpoint of each optimizer, first seed."""
     config, images = results.config, results.images
     mean = torch.from_numpy(images.samples.mean)
-    found = []
+    grids = []
     for subject in results.latest():
         if "alternatives" in config.stages and images.task != "regression":
-            posed = examination.problem(images, subject)
-            found.append(
-                pictures.of_alternatives(
+            posed = examination.kkt_point(images, subject)
+            grids.append(
+                pictures.draw_alternatives(
                     posed, config.radius, mean, images.samples.shape, subject.optimizer, config.seed
                 )
             )
@@ -167,16 +172,76 @@ def make_pictures(results: Results) -> list[Picture]:
             if candidates:
                 best = min(candidates, key=lambda c: (c.point.radius, c.residual))
                 target = examination.target(images, subject)
-                who = f"{subject.optimizer}-{objective}"
-                found.append(
-                    pictures.of_reconstructions(
-                        target, best, images.heldout, images.heldout_labels, who, config.seed
+                subject_columns = f"{subject.optimizer}-{objective}"
+                grids.append(
+                    pictures.draw_reconstructions(
+                        target, best, images.heldout, images.heldout_labels, subject_columns, config.seed
                     )
                 )
-    return found
+    return grids
 
 
 def _page_table(name: str, rows: Sequence[TableRow]) -> job_page.Table:
     columns = COLUMNS[name]
     shown = [[cell(row.get(key)) for key, _ in columns] for row in rows]
-    return job_page.Table([words for _, words in columns], shown, TITLES[name], CAPTIONS[name])
+    return job_page.Table([heading for _, heading in columns], shown, TITLES[name], CAPTIONS[name])
+
+
+def mirror(
+    results: ReconstructionResults, picture_files: Sequence[Path], say: Callable[[str], None], exit_code: int
+) -> None:
+    """Log certificates, tables, pictures and artifacts of victims, candidates and alternatives to W&B."""
+    config = results.config
+    name = f"{config.mode}-{config.identity}"
+    job_mirror.mirror(
+        job_type="reconstruction",
+        wandb=config.wandb.model_dump(),
+        group="reconstruction",
+        run_id=name,
+        folder=results.folder.path,
+        keys=_public_keys(results),
+        rows=_over_steps(results),
+        summary={"controls_failed": results.controls_failed, "exact_passed": results.exact_passed},
+        exit_code=exit_code,
+        say=say,
+        facts={"identity": config.identity},
+        attach=lambda run: _attach(run, results, picture_files, name),
+    )
+
+
+def _public_keys(results: ReconstructionResults) -> dict[str, Any]:
+    return results.config.model_dump(mode="json", exclude=PRIVATE_KEYS)
+
+
+def _over_steps(results: ReconstructionResults) -> list[dict[str, Any]]:
+    """Return certificates as curves over training steps, with columns optimizer/seed/figure."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in results.tables["certificate"]:
+        at = rows.setdefault(row["step"], {"step": row["step"]})
+        start = f"{row['optimizer']}/seed{row['seed']}"
+        at |= {
+            f"{start}/{key}": v
+            for key, v in row.items()
+            if isinstance(v, int | float) and key not in ("seed", "step")
+        }
+    return [rows[step] for step in sorted(rows)]
+
+
+def _attach(run: Any, results: ReconstructionResults, picture_files: Sequence[Path], name: str) -> None:
+    import wandb
+
+    tables = {key: wandb.Table(dataframe=pd.DataFrame(rows)) for key, rows in results.tables.items() if rows}
+    images = {f"images/{path.stem}": wandb.Image(str(path)) for path in picture_files}
+    run.log({**tables, **images})
+    for folder, kind in ARTIFACTS.items():
+        files = sorted((results.folder.path / folder).glob("*"))
+        if files:
+            artifact = wandb.Artifact(f"{name}-{folder}", type=kind)
+            for path in files:
+                artifact.add_file(str(path))
+            run.log_artifact(artifact)
+    artifact = wandb.Artifact(f"{name}-config", type="config")
+    # Not the folder's own file: that one names places on this machine.
+    with artifact.new_file("config.yaml") as file:
+        file.write(yaml.safe_dump(_public_keys(results), sort_keys=False, allow_unicode=True))
+    run.log_artifact(artifact)

@@ -64,7 +64,7 @@ def load(
     images, digits, shape = _raw(data, path)
     groups = _groups(data, classes, sorted({int(v) for v in digits}))
     order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
-    chosen, labels, spare, spare_labels = [], [], [], []
+    train_rows, labels, spare, spare_labels = [], [], [], []
     for label, (name, members) in groups.items():
         rows = order[np.isin(digits[order], members)]
         if len(rows) <= per_class:
@@ -73,11 +73,11 @@ def load(
                 f"images of class {name} are not there beside at least one held out ({len(rows)} in {data})"
             )
             raise InputError("per_class", per_class, reason, allowed=f"1 to {most}", fix=f"per_class={most}")
-        chosen.append(rows[:per_class])
+        train_rows.append(rows[:per_class])
         labels.append(np.full(per_class, label))
         spare.append(rows[per_class : per_class + HELDOUT_PER_CLASS])
         spare_labels.append(np.full(len(spare[-1]), label))
-    train = images[np.concatenate(chosen)]
+    train = images[np.concatenate(train_rows)]
     mean = train.mean(0)
     return Samples(
         images=train - mean + offset,
@@ -103,20 +103,20 @@ def _raw(data: str, path: str | None) -> tuple[np.ndarray, np.ndarray, tuple[int
 
 
 def _groups(data: str, classes: str | list[int], known: list[int]) -> dict[float, tuple[str, list[int]]]:
-    """label → (name, the data's class numbers)."""
+    """Return label → (name, the data's class numbers)."""
     if classes == "odd_even" and data != "cifar10":
         odd, even = [k for k in known if k % 2], [k for k in known if k % 2 == 0]
         return {1.0: ("odd", odd), -1.0: ("even", even)}
     if classes == "vehicles_animals" and data == "cifar10":
         vehicles = [0, 1, 8, 9]
         return {1.0: ("vehicles", vehicles), -1.0: ("animals", [k for k in known if k not in vehicles])}
-    word = "vehicles_animals" if data == "cifar10" else "odd_even"
-    allowed = f"{word}, or two or more of {', '.join(map(str, known))}, as in classes=[0,4]"
+    default = "vehicles_animals" if data == "cifar10" else "odd_even"
+    allowed = f"{default}, or two or more of {', '.join(map(str, known))}, as in classes=[0,4]"
     if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) != len(classes):
-        raise InputError("classes", classes, allowed=allowed, fix=f"classes={word}")
+        raise InputError("classes", classes, allowed=allowed, fix=f"classes={default}")
     if wrong := [c for c in classes if c not in known]:
         raise InputError(
-            "classes", wrong[0], f"is no class of {data}", allowed=allowed, fix=f"classes={word}"
+            "classes", wrong[0], f"is no class of {data}", allowed=allowed, fix=f"classes={default}"
         )
     labels = [1.0, -1.0] if len(classes) == 2 else [float(i) for i in range(len(classes))]
     return {label: (str(c), [c]) for label, c in zip(labels, classes)}

@@ -65,7 +65,7 @@ class Score:
     in_box: float
 
     def row(self) -> dict[str, Any]:
-        """As columns of a table."""
+        """Return the figures as columns of a table."""
         return asdict(self)
 
 
@@ -90,26 +90,26 @@ def score(target: Target, x: Tensor, labels: Tensor) -> tuple[Score, Matches]:
     """Compare candidates x (m, d) with labels (m,) with the training images."""
     raw, _ = nearest(target.x, x)
     scaled, _ = nearest(target.x, on_margin(target, x, labels))
-    found = matches(target, x)
-    best = _top(found.ssim)
-    good = int((found.ssim > GOOD_SSIM).sum())
+    matched = matches(target, x)
+    best = _top(matched.ssim)
+    good = int((matched.ssim > GOOD_SSIM).sum())
     figures = Score(
         nn_top5=-_top(-raw),
         nn_median=float(raw.median()),
         nn_top5_margin=-_top(-scaled),
         nn_median_margin=float(scaled.median()),
-        ncc_top5=_top(found.ncc),
+        ncc_top5=_top(matched.ncc),
         ssim_top5=best,
         dssim_top5=(1 - best) / 2,
         good=good,
         good_share=good / len(target.x),
         in_box=float((x.abs() <= 1).double().mean()),
     )
-    return figures, found
+    return figures, matched
 
 
 def on_margin(target: Target, x: Tensor, labels: Tensor) -> Tensor:
-    """Candidates moved along their rays to the victim's least margin: x·γ/margin(x) where margin(x) > 0.
+    """Move candidates along their rays to the victim's least margin γ: x·γ/margin(x) where margin(x) > 0.
 
     Exact without a bias, where Φ is of degree 1 in x; with one, and in regression, they stay.
     """
@@ -122,7 +122,7 @@ def on_margin(target: Target, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def matches(target: Target, x: Tensor) -> Matches:
-    """Best buddies, vote and SSIM as published (Haim et al. 2022, public code).
+    """Match candidates to training images by best buddies, vote and SSIM (after the public code of Haim et al. 2022).
 
     The distance is the squared difference of standardized images over their size, 2(1 − NCC). A candidate may
     serve only the training image that it is nearest to; candidates within 1.1 of the best distance vote.
@@ -139,13 +139,15 @@ def matches(target: Target, x: Tensor) -> Matches:
 
 
 def stretched(image: np.ndarray) -> np.ndarray:
-    """Values mapped to [0, 1] by their least and largest (hides errors of scale: NN distances show those)."""
+    """Map values to [0, 1] by their least and largest; this hides errors of scale, which NN distances show."""
     low, high = image.min(), image.max()
     return (image - low) / (high - low) if high > low else np.zeros_like(image)
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004) of images in [0, 1], (h, w) or (channels, h, w), 3×3 uniform window.
+    """Return the structural similarity (Wang et al. 2004) of images in [0, 1], (h, w) or (channels, h, w).
+
+    The window is uniform, 3×3.
 
     Means are over windows that lie inside the image; constants 0.01² and 0.03²; biased moments.
     """
@@ -167,8 +169,8 @@ def _window(plane: np.ndarray) -> np.ndarray:
 
 def _ssim(target: Target, index: int, image: Tensor) -> float:
     true = (target.x[index] + target.mean).numpy().reshape(target.shape)
-    found = (image + target.mean).numpy().reshape(target.shape)
-    return ssim(stretched(true), stretched(found))
+    reconstructed = (image + target.mean).numpy().reshape(target.shape)
+    return ssim(stretched(true), stretched(reconstructed))
 
 
 def _top(values: Tensor) -> float:
@@ -176,18 +178,18 @@ def _top(values: Tensor) -> float:
 
 
 def nearest(of: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) Euclidean distance of each row of `of` (n, d) to the nearest row of `among` (m, d), and its index."""
-    found = torch.cdist(of, among, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
-    return found.values, found.indices
+    """Return the distance of each row of `of` (n, d) to the nearest row of `among` (m, d), and its index, (n,)."""
+    closest = torch.cdist(of, among, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    return closest.values, closest.indices
 
 
 def correlations(of: Tensor, among: Tensor) -> Tensor:
-    """(n, m): normalized cross-correlation of each pair, over pixels; 0 for images of one value."""
+    """Return the normalized cross-correlation of each pair over pixels, (n, m); 0 for images of one value."""
     return _standard(of) @ _standard(among).T / of.shape[1]
 
 
 def hausdorff(a: Tensor, b: Tensor) -> float:
-    """max over both sets of the distance to the other."""
+    """Return the Hausdorff distance of two sets, the largest distance of a point to the other set."""
     return float(torch.maximum(nearest(a, b)[0].max(), nearest(b, a)[0].max()))
 
 

@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from analysis.reconstruction import closed_form, external, samples, victim
-from analysis.reconstruction.attack import Candidates, Point
-from analysis.reconstruction.config import Config
+from analysis.reconstruction.attack import Candidates, GridPoint
+from analysis.reconstruction.config import ReconstructionConfig
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import Network
 from analysis.reconstruction.samples import Samples
-from analysis.reconstruction.victim import Architecture, Checkpoint
+from analysis.reconstruction.victim import Architecture, VictimCheckpoint
 from harness.errors import InputError
 from harness.files import atomic, bounded
 from harness.files.bounded import UnreadableFile
@@ -39,7 +39,7 @@ CONFIG = "config.yaml"
 _OURS = ("victims", "candidates", "alternatives", "parts", "images", CONFIG)
 
 
-def check(config: Config) -> None:
+def check_folder(config: ReconstructionConfig) -> None:
     """Refuse a folder that this job must not write to, before anything is spent.
 
     Raises:
@@ -53,10 +53,10 @@ def check(config: Config) -> None:
     path = out / CONFIG
     if not path.is_file():
         raise InputError("out", out, "holds files that are no reconstruction job", fix="another out=")
-    held = readers.config(path)[0] or {}
-    if held.get("identity") != config.identity:
+    content = readers.config(path)[0] or {}
+    if content.get("identity") != config.identity:
         now = config.model_dump(mode="json")
-        before = keys if isinstance(keys := held.get("keys"), dict) else {}
+        before = keys if isinstance(keys := content.get("keys"), dict) else {}
         keys = ", ".join(
             k for k in now if k not in ("out", "overwrite", "wandb", "stages") and now[k] != before.get(k)
         )
@@ -64,10 +64,10 @@ def check(config: Config) -> None:
         raise InputError("out", out, reason, fix="another out=, or overwrite=true")
 
 
-class Folder:
+class JobFolder:
     """Files of one job; every one is written whole."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ReconstructionConfig) -> None:
         """Create it; `overwrite` empties it of what such jobs write."""
         self.path = config.folder
         if config.overwrite and self.path.is_dir() and (self.path / CONFIG).is_file():
@@ -85,51 +85,53 @@ class Folder:
         atomic.write_text(self.path / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def rows(self, key: str, compute: Callable[[], Sequence[TableRow]]) -> list[TableRow]:
-        """Rows that were computed before under this key, else computed now."""
+        """Return the rows that were computed before under this key, else compute and store them."""
         path = self.path / "parts" / f"{key}.json"
         with suppress(FileNotFoundError, UnreadableFile):  # a damaged one is computed again
-            kept = bounded.read_json(path, [])
-            if isinstance(kept, list) and all(isinstance(row, dict) for row in kept):
-                return kept
-        found = list(compute())
-        atomic.write_text(path, json.dumps(found) + "\n")
-        return found
+            stored = bounded.read_json(path, [])
+            if isinstance(stored, list) and all(isinstance(row, dict) for row in stored):
+                return stored
+        rows = list(compute())
+        atomic.write_text(path, json.dumps(rows) + "\n")
+        return rows
 
-    def checkpoints(self, name: str) -> list[Checkpoint] | None:
-        """Checkpoints of a victim (step 0 first), or None."""
+    def checkpoints(self, name: str) -> list[VictimCheckpoint] | None:
+        """Return the stored checkpoints of a victim (step 0 first), or None."""
         path = self.path / "victims" / f"{name}.safetensors"
         if not path.is_file():
             return None
-        held = load_file(path)
+        tensors = load_file(path)
         steps: dict[int, dict[str, Tensor]] = {}
-        for key, value in held.items():
+        for key, value in tensors.items():
             step, _, part = key.partition("/")
             steps.setdefault(int(step), {})[part] = value
-        return [Checkpoint(step, _network(parts)) for step, parts in sorted(steps.items())]
+        return [VictimCheckpoint(step, _network(parts)) for step, parts in sorted(steps.items())]
 
-    def keep_checkpoints(self, name: str, checkpoints: Sequence[Checkpoint]) -> None:
+    def keep_checkpoints(self, name: str, checkpoints: Sequence[VictimCheckpoint]) -> None:
         """Write a victim's checkpoints."""
-        held = {f"{c.step}/{part}": value for c in checkpoints for part, value in _parts(c.network).items()}
-        atomic.write_bytes(self.path / "victims" / f"{name}.safetensors", save(held))
+        tensors = {
+            f"{c.step}/{part}": value for c in checkpoints for part, value in _parts(c.network).items()
+        }
+        atomic.write_bytes(self.path / "victims" / f"{name}.safetensors", save(tensors))
 
     def candidates(self, name: str) -> list[Candidates] | None:
-        """What an attack found before, or None."""
+        """Return the stored candidates of an attack, or None."""
         path = self.path / "candidates" / f"{name}.npz"
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as held:
-            points = json.loads(str(held["points"]))
+        with np.load(path, allow_pickle=False) as arrays:
+            points = json.loads(str(arrays["points"]))
             return [
-                _candidates(point, {key: held[f"{i}/{key}"] for key in _ARRAYS})
+                _candidates(point, {key: arrays[f"{i}/{key}"] for key in _ARRAYS})
                 for i, point in enumerate(points)
             ]
 
-    def keep_candidates(self, name: str, found: Sequence[Candidates]) -> None:
+    def keep_candidates(self, name: str, candidates: Sequence[Candidates]) -> None:
         """Write what an attack found: x, λ, labels, K and the grid point of each."""
         self._npz(
             self.path / "candidates" / f"{name}.npz",
-            points=np.array(json.dumps([_point(c) for c in found])),
-            **{f"{i}/{key}": value for i, c in enumerate(found) for key, value in _arrays(c).items()},
+            points=np.array(json.dumps([_point(c) for c in candidates])),
+            **{f"{i}/{key}": value for i, c in enumerate(candidates) for key, value in _arrays(c).items()},
         )
 
     def keep_arrays(self, name: str, **arrays: np.ndarray) -> None:
@@ -163,17 +165,17 @@ def _point(c: Candidates) -> dict[str, Any]:
     return {"point": c.point.__dict__, "level_step": c.level_step, **figures}
 
 
-def _candidates(held: dict[str, Any], arrays: dict[str, np.ndarray]) -> Candidates:
+def _candidates(entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> Candidates:
     return Candidates(
-        point=Point(**held["point"]),
+        point=GridPoint(**entry["point"]),
         x=torch.from_numpy(arrays["x"]),
         labels=torch.from_numpy(arrays["labels"]),
         lambdas=torch.from_numpy(arrays["lambdas"]),
-        residual=held["residual"],
-        hard_residual=held["hard_residual"],
-        alignment=held["alignment"],
+        residual=entry["residual"],
+        hard_residual=entry["hard_residual"],
+        alignment=entry["alignment"],
         at_level=torch.from_numpy(arrays["at_level"]) if arrays["at_level"].size else None,
-        level_step=held["level_step"],
+        level_step=entry["level_step"],
         history=tuple(arrays["history"].tolist()),
         history_steps=tuple(int(s) for s in arrays["history_steps"]),
     )
@@ -210,7 +212,7 @@ def write_tables(folder: Path, tables: Mapping[str, Sequence[TableRow]]) -> list
 
 
 def _safe(frame: pd.DataFrame) -> pd.DataFrame:
-    """The texts of a table as cells that no spreadsheet evaluates."""
+    """Return the table with its texts as cells that no spreadsheet evaluates."""
     return frame.map(lambda value: csv_cell(value) if isinstance(value, str) else value)
 
 
@@ -245,7 +247,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageSet:
     """The samples as tensors, float64."""
 
     samples: Samples
@@ -256,8 +258,8 @@ class Images:
     heldout_labels: Tensor
 
 
-def load(config: Config) -> tuple[Images, Network | None]:
-    """Images, and the foreign network if one is given.
+def load(config: ReconstructionConfig) -> tuple[ImageSet, Network | None]:
+    """Return the images, and the external network if the configuration names one.
 
     Raises:
         InputError: see `samples.load`, `foreign`.
@@ -267,26 +269,28 @@ def load(config: Config) -> tuple[Images, Network | None]:
         d, k = network.weights[0].shape[1], network.weights[-1].shape[0]
         return _images(config, external.samples(config.batch, d, k)), network
     seed = None if config.mode == "fixture" else config.data_seed
-    found = samples.load(config.data, config.data_path, config.classes, config.per_class, seed, config.offset)
-    return _images(config, found), None
+    dataset = samples.load(
+        config.data, config.data_path, config.classes, config.per_class, seed, config.offset
+    )
+    return _images(config, dataset), None
 
 
 def subjects(
-    config: Config,
-    images: Images,
+    config: ReconstructionConfig,
+    images: ImageSet,
     network: Network | None,
-    folder: Folder,
+    folder: JobFolder,
     say: Callable[[str], None],
 ) -> Iterator[Subject]:
-    """Every checkpoint, victims being trained (or taken from the folder) on the way.
+    """Yield every checkpoint; victims are trained, or taken from the folder, on the way.
 
     Raises:
         InputError: options that an optimizer doesn't have, weights that diverged.
     """
     if config.mode == "fixture":
-        found = closed_form.build(images.samples.images, images.samples.labels, config.neurons)
+        closed = closed_form.build(images.samples.images, images.samples.labels, config.neurons)
         hybrid = Geometry("l2")
-        yield Subject(FIXTURE, 0, 0, found.network, None, hybrid, found.lambdas, is_exact=True)
+        yield Subject(FIXTURE, 0, 0, closed.network, None, hybrid, closed.lambdas, is_exact=True)
         return
     if network is not None:
         yield Subject(FOREIGN, 0, 0, network, None, Geometry("l2"))
@@ -298,12 +302,12 @@ def subjects(
 
 
 def _victim(
-    config: Config,
-    images: Images,
+    config: ReconstructionConfig,
+    images: ImageSet,
     name: str,
     settings: dict[str, object],
     seed: int,
-    folder: Folder,
+    folder: JobFolder,
     say: Callable[[str], None],
 ) -> Iterator[Subject]:
     shape = Architecture(
@@ -324,16 +328,16 @@ def _victim(
         trained = victim.train(
             name, settings, start, images.x, images.labels, images.task, config.steps_to_keep, config.margins
         )
-        checkpoints = [Checkpoint(0, start), *trained]
+        checkpoints = [VictimCheckpoint(0, start), *trained]
         folder.keep_checkpoints(key, checkpoints)
-    hybrid = victim.hybrid(name, settings, start)
+    hybrid = victim.step_geometry(name, settings, start)
     for checkpoint in checkpoints[1:]:
         yield Subject(name, seed, checkpoint.step, checkpoint.network, checkpoints[0].network, hybrid)
 
 
-def _options(config: Config, name: str) -> dict[str, object]:
+def _options(config: ReconstructionConfig, name: str) -> dict[str, object]:
     try:
-        return victim.options(name, config.options.get(name, {}))
+        return victim.resolve_options(name, config.options.get(name, {}))
     except OptionError as error:
         key = f"{name}.{error.key}"
         raise InputError(
@@ -341,10 +345,10 @@ def _options(config: Config, name: str) -> dict[str, object]:
         ) from None
 
 
-def _images(config: Config, found: Samples) -> Images:
+def _images(config: ReconstructionConfig, dataset: Samples) -> ImageSet:
     task = config.task
     if task == "auto":
-        task = "binary" if found.outputs == 1 else "multiclass"
-    arrays = (found.images, found.labels, found.heldout, found.heldout_labels)
+        task = "binary" if dataset.outputs == 1 else "multiclass"
+    arrays = (dataset.images, dataset.labels, dataset.heldout, dataset.heldout_labels)
     x, labels, heldout, heldout_labels = (torch.from_numpy(a) for a in arrays)
-    return Images(found, task, x, labels, heldout, heldout_labels)
+    return ImageSet(dataset, task, x, labels, heldout, heldout_labels)

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from analysis.reconstruction import attack, multipliers
-from analysis.reconstruction.attack import Point, Prior, Settings, Start
+from analysis.reconstruction.attack import AttackPrior, AttackSettings, GridPoint, InitialValues
 from analysis.reconstruction.network import Network, smoothed
 from analysis.reconstruction.scoring import Score, Target, score
 from analysis.reconstruction.subjects import TableRow
@@ -29,7 +29,7 @@ MEASURES = ("nn_top5", "nn_top5_margin", "ncc_top5")
 
 
 def rows(attack: Sequence[TableRow]) -> list[TableRow]:
-    """One row per optimizer, step, objective and attacker's radius, from the rows of the table `attack`.
+    """Return a row per optimizer, step, objective and attacker's radius, from the rows of the table `attack`.
 
     Of the grid points of one victim and initial value, the attacker's own criterion (least K, or greatest
     alignment) chooses; the training images don't. Advantage = (held out − attack)/held out for distances, and
@@ -38,18 +38,18 @@ def rows(attack: Sequence[TableRow]) -> list[TableRow]:
     training images themselves, by the objective.
     """
     chance: dict[tuple[object, ...], TableRow] = {}
-    found: dict[tuple[object, ...], dict[int, dict[int, TableRow]]] = defaultdict(lambda: defaultdict(dict))
+    groups: dict[tuple[object, ...], dict[int, dict[int, TableRow]]] = defaultdict(lambda: defaultdict(dict))
     for row in attack:
         where = (row["optimizer"], row["step"], row["seed"], row["candidates"])
         if row["kind"] == "heldout":
             chance[where] = row
         if row["kind"] == "attack":
             key = (row["optimizer"], row["step"], row["objective"], row["prior"], row["radius"])
-            seeds = found[key][row["seed"]]
+            seeds = groups[key][row["seed"]]
             before = seeds.get(row["attack_seed"])
             if before is None or _is_better(row, before):
                 seeds[row["attack_seed"]] = row
-    return [row for key, by_seed in found.items() if (row := _row(key, by_seed, chance)) is not None]
+    return [row for key, by_seed in groups.items() if (row := _row(key, by_seed, chance)) is not None]
 
 
 def _is_better(row: TableRow, than: TableRow) -> bool:
@@ -93,14 +93,14 @@ def _row(
 
 
 def advantage(name: str, value: float, chance: float) -> float:
-    """0 where `value` is what held-out images get, 1 where it is perfect."""
+    """Return how far a value lies from chance to perfect: 0 is what held-out images get, 1 is the image itself."""
     if name.startswith("ncc"):
         return (value - chance) / (1 - chance)
     return (chance - value) / chance
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half width of its 95 % Student interval; None for fewer than two values."""
+    """Return the mean and the half width of its 95 % Student interval; None for fewer than two values."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None
@@ -115,42 +115,42 @@ ORACLE_LR = 0.005
 def heldout(
     target: Target, pool: Tensor, pool_labels: Tensor, labels: Tensor, draws: int, seed: int
 ) -> list[Score]:
-    """Scores of public images that were not trained on, drawn with the candidates' labels (m,), `draws` times.
+    """Score public images that were not trained on, drawn with the candidates' labels (m,), `draws` times.
 
     More candidates are nearer by chance alone, so their number must be the attack's.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    scores = []
     for _ in range(draws):
-        chosen = torch.empty(len(labels), dtype=torch.long)
+        rows = torch.empty(len(labels), dtype=torch.long)
         for label in labels.unique():
             members = (pool_labels == label).nonzero()[:, 0]
-            wanted = labels == label
-            count = int(wanted.sum())
+            is_label = labels == label
+            count = int(is_label.sum())
             # A pool that is smaller than the number of candidates is gone through more than once.
             rounds = -(-count // len(members))
             order = torch.cat([torch.randperm(len(members), generator=generator) for _ in range(rounds)])
-            chosen[wanted] = members[order[:count]]
-        found.append(score(target, pool[chosen], labels)[0])
-    return found
+            rows[is_label] = members[order[:count]]
+        scores.append(score(target, pool[rows], labels)[0])
+    return scores
 
 
 def gaussians(target: Target, labels: Tensor, typical_norm: float, draws: int, seed: int) -> list[Score]:
-    """Scores of random directions at the images' typical norm."""
+    """Score random directions at the images' typical norm."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(labels), target.x.shape[1])
-    found = []
+    scores = []
     for _ in range(draws):
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        found.append(score(target, x / x.norm(dim=1, keepdim=True) * typical_norm, labels)[0])
-    return found
+        scores.append(score(target, x / x.norm(dim=1, keepdim=True) * typical_norm, labels)[0])
+    return scores
 
 
 def pair_means(target: Target, count: int, draws: int, seed: int) -> list[Score]:
-    """Scores of means of two training images of one class: knowing averages, not images."""
+    """Score means of two training images of one class: knowledge of averages, not of images."""
     generator = torch.Generator().manual_seed(seed)
     values = target.labels.unique()
-    found = []
+    scores = []
     for _ in range(draws):
         rows, labels = [], []
         for i in range(count):
@@ -159,25 +159,27 @@ def pair_means(target: Target, count: int, draws: int, seed: int) -> list[Score]
             pair = members[torch.randperm(len(members), generator=generator)[:2]]
             rows.append(target.x[pair].mean(0))
             labels.append(label)
-        found.append(score(target, torch.stack(rows), torch.stack(labels))[0])
-    return found
+        scores.append(score(target, torch.stack(rows), torch.stack(labels))[0])
+    return scores
 
 
 def true_residual(task: str, network: Network, x: Tensor, labels: Tensor, alpha: float) -> float:
-    """K of the training set itself at the same smoothing, with the best λ: what recovery would look like."""
+    """Return K of the training set itself at the same smoothing with the best λ: what recovery would look like."""
     return multipliers.fit(task, network, x, labels, smoothed(alpha)).residual ** 2
 
 
 def oracle(
-    target: Target, prior: Prior, settings: Settings, alpha: float, lambda_init: float, seed: int
+    target: Target, prior: AttackPrior, settings: AttackSettings, alpha: float, lambda_init: float, seed: int
 ) -> attack.Candidates:
-    """The attack started at the training images with random λ: the practical ceiling.
+    """Run the attack from the training images with random λ: the practical ceiling.
 
     It drifts off, because for finitely trained weights the truth is no minimizer of the smoothed objective.
     """
     generator = torch.Generator().manual_seed(seed)
     n = len(target.x)
     lambdas = lambda_init * torch.rand(n, generator=generator, dtype=torch.float64)
-    point = Point(alpha, ORACLE_LAMBDA_MIN, lambda_init, 1.0, n, ORACLE_LR, seed)
-    (found,) = attack.run(target.network, prior, [point], settings, Start(target.x, target.labels, lambdas))
-    return found
+    point = GridPoint(alpha, ORACLE_LAMBDA_MIN, lambda_init, 1.0, n, ORACLE_LR, seed)
+    (candidates,) = attack.run(
+        target.network, prior, [point], settings, InitialValues(target.x, target.labels, lambdas)
+    )
+    return candidates

@@ -43,7 +43,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class VictimCheckpoint:
     """Weights after `step` steps (0: initial)."""
 
     step: int
@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def initial(shape: Architecture, seed: int) -> Network:
-    """Layer 1 (and its bias) ~ N(0, init_scale²), later layers U(±1/√fan_in), as in Haim et al. 2022."""
+    """Draw layer 1 (and its bias) from N(0, init_scale²), later layers from U(±1/√fan_in), as in Haim et al. 2022."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -65,30 +65,30 @@ def initial(shape: Architecture, seed: int) -> Network:
     return Network(tuple(weights), normal(shape.widths[0]) if shape.bias else None)
 
 
-def options(optimizer: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's options here: the preset's, then this module's defaults for its rule, then those given.
+def resolve_options(optimizer: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the optimizer's options: the preset's, then this module's defaults for its rule, then the overrides.
 
     Raises:
         OptionError: an unknown optimizer or option, or a bad value.
     """
     if optimizer == GD:
-        lr = given.get("lr", 0.2)
-        unknown = set(given) - {"lr", "weight_decay"}
+        lr = overrides.get("lr", 0.2)
+        unknown = set(overrides) - {"lr", "weight_decay"}
         if unknown:
             raise optimizers.OptionError(
-                min(unknown), given[min(unknown)], "is no option of gd", ("lr", "weight_decay")
+                min(unknown), overrides[min(unknown)], "is no option of gd", ("lr", "weight_decay")
             )
-        return {"lr": float(lr), "weight_decay": float(given.get("weight_decay", 0.0))}
+        return {"lr": float(lr), "weight_decay": float(overrides.get("weight_decay", 0.0))}
     preset = optimizers.resolve(optimizer)
     rule = optimizers.PRESETS[optimizer].rule if optimizer in optimizers.PRESETS else optimizer
-    chosen = {k: v for k, v in DEFAULTS.get(rule, {}).items() if k in preset}
+    values = {k: v for k, v in DEFAULTS.get(rule, {}).items() if k in preset}
     if "aux_weight_decay" in preset:
-        chosen |= {"aux_weight_decay": 0.0, "weight_decay": 0.0}
-    return optimizers.resolve(optimizer, {**chosen, **given})
+        values |= {"aux_weight_decay": 0.0, "weight_decay": 0.0}
+    return optimizers.resolve(optimizer, {**values, **overrides})
 
 
-def names(network: Network) -> list[str]:
-    """Names of `Network.parameters`: they tell the optimizers which is a hidden matrix and which the head."""
+def parameter_names(network: Network) -> list[str]:
+    """Return names of `Network.parameters`, which tell the optimizers the hidden matrices from the head."""
     hidden = [f"hidden.{i}.weight" for i in range(network.depth - 1)]
     return [*hidden, "head.weight", *(["hidden.0.bias"] if network.bias is not None else [])]
 
@@ -103,12 +103,12 @@ def train(
     checkpoints: Sequence[int],
     margins: Sequence[float] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Checkpoint]:
+) -> Iterator[VictimCheckpoint]:
     """Train and yield checkpoints in order.
 
     Args:
         optimizer: "gd" or a preset of `optimizers`.
-        settings: resolved options (`options`).
+        settings: resolved options (`resolve_options`).
         start: initial weights; not changed.
         x: (n, d). labels: (n,).
         checkpoints: steps at which to keep the weights; the last one ends the training.
@@ -118,35 +118,41 @@ def train(
     Raises:
         InputError: weights became non-finite.
     """
-    held = [p.clone().requires_grad_(False) for p in start.parameters]
-    network = Network(tuple(held[: start.depth]), held[start.depth] if start.bias is not None else None)
+    parameters = [p.clone().requires_grad_(False) for p in start.parameters]
+    network = Network(
+        tuple(parameters[: start.depth]), parameters[start.depth] if start.bias is not None else None
+    )
     advance = _gd(network, settings) if optimizer == GD else _built(optimizer, settings, network)
-    waiting = sorted(margins)
+    margins_due = sorted(margins)
     last = max(checkpoints)
     every = max(1, last // 20)
     due = set(checkpoints)
     for step in range(1, last + 1):
         with torch.no_grad():
-            done = forward(network, x)
-            descent = combination(network, done, output_descent(task, done.outputs, labels))
+            passed = forward(network, x)
+            descent = combination(network, passed, output_descent(task, passed.outputs, labels))
             advance(step, descent)
-        reached = bool(waiting) and float(label_margins(task, done.outputs, labels).min()) >= waiting[0]
+        reached = (
+            bool(margins_due) and float(label_margins(task, passed.outputs, labels).min()) >= margins_due[0]
+        )
         if step in due or reached:
-            if not all(bool(torch.isfinite(p).all()) for p in held):
+            if not all(bool(torch.isfinite(p).all()) for p in parameters):
                 raise InputError(
                     "lr", settings["lr"], f"made {optimizer} diverge by step {step}", fix="a smaller lr"
                 )
             while (
-                waiting and reached and float(label_margins(task, done.outputs, labels).min()) >= waiting[0]
+                margins_due
+                and reached
+                and float(label_margins(task, passed.outputs, labels).min()) >= margins_due[0]
             ):
-                waiting.pop(0)
-            yield Checkpoint(step, network.copied())
+                margins_due.pop(0)
+            yield VictimCheckpoint(step, network.copied())
         if progress and step % every == 0:
             progress(step, last)
 
 
-def hybrid(optimizer: str, settings: Mapping[str, Any], network: Network) -> Geometry:
-    """The norm in which one step of this optimizer is a ball.
+def step_geometry(optimizer: str, settings: Mapping[str, Any], network: Network) -> Geometry:
+    """Return the norm in which one step of this optimizer is a ball.
 
     Gradient descent: ℓ2. AdamW: ℓ∞. Muon, SUMO, GaLore-Muon: the spectral norm of hidden matrices over the
     spectral size of an update, the ℓ∞ norm of head and bias over AdamW's. GaLore: no such norm is proved; its
@@ -188,7 +194,7 @@ def _built(
 ) -> Callable[[int, Sequence[Tensor]], None]:
     for parameter in network.parameters:
         parameter.requires_grad_(True)
-    named = list(zip(names(network), network.parameters))
+    named = list(zip(parameter_names(network), network.parameters))
     built = optimizers.build(optimizer, named, **settings)
     peaks = [group["lr"] for group in built.param_groups]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from analysis.reconstruction import certificate, closed_form, samples, victim
-from analysis.reconstruction.alternatives import Problem
+from analysis.reconstruction.alternatives import KktPoint
 from analysis.reconstruction.closed_form import ClosedForm
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import Network
 from analysis.reconstruction.samples import Samples
-from analysis.reconstruction.victim import Architecture, Checkpoint
+from analysis.reconstruction.victim import Architecture, VictimCheckpoint
 
 
 class Data(NamedTuple):
@@ -45,10 +45,12 @@ def fixture() -> ClosedForm:
     return closed_form.build(pair().samples.images, pair().samples.labels, 8)
 
 
-def exact_problem() -> Problem:
+def exact_problem() -> KktPoint:
     """The closed form with its images and multipliers."""
     data, found = pair(), fixture()
-    return Problem("binary", found.network, data.x, data.labels, found.lambdas, certificate.data_span(data.x))
+    return KktPoint(
+        "binary", found.network, data.x, data.labels, found.lambdas, certificate.data_span(data.x)
+    )
 
 
 @cache
@@ -58,16 +60,16 @@ def start(width: int) -> Network:
 
 
 @cache
-def trained(optimizer: str, per_class: int, width: int, steps: tuple[int, ...]) -> list[Checkpoint]:
+def trained(optimizer: str, per_class: int, width: int, steps: tuple[int, ...]) -> list[VictimCheckpoint]:
     """Checkpoints of a victim; `per_class` 20 and width 100 is T, 5 and 400 is S."""
     data = digits(per_class)
-    settings = victim.options(optimizer, {})
+    settings = victim.resolve_options(optimizer, {})
     return list(victim.train(optimizer, settings, start(width), data.x, data.labels, "binary", steps))
 
 
 def norm_of(optimizer: str, width: int) -> Geometry:
     """The norm of an optimizer on these victims."""
-    return victim.hybrid(optimizer, victim.options(optimizer, {}), start(width))
+    return victim.step_geometry(optimizer, victim.resolve_options(optimizer, {}), start(width))
 
 
 def _data(found: Samples) -> Data:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from analysis.reconstruction import attack, samples, susceptibility, victim
-from analysis.reconstruction.attack import Candidates, Point, Prior, Settings
+from analysis.reconstruction.attack import AttackPrior, AttackSettings, Candidates, GridPoint
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import (
     Network,
@@ -31,19 +31,19 @@ from tests.analysis.reconstruction.problems import digits, norm_of, trained
 ALPHA = 50.0
 
 
-def _prior(kind: str = "none", per_class: int = 5) -> Prior:
+def _prior(kind: str = "none", per_class: int = 5) -> AttackPrior:
     ones = torch.ones(64, dtype=torch.float64)
-    return Prior(kind, float(digits(per_class).heldout.norm(dim=1).mean()), -ones, ones, 0.5 * ones)
+    return AttackPrior(kind, float(digits(per_class).heldout.norm(dim=1).mean()), -ones, ones, 0.5 * ones)
 
 
 def _settings(
     steps: int, task: str = "binary", geometry: Geometry | None = None, method: str = "adam"
-) -> Settings:
-    return Settings(task, (1.0, -1.0), steps, method, geometry, 1e-2)
+) -> AttackSettings:
+    return AttackSettings(task, (1.0, -1.0), steps, method, geometry, 1e-2)
 
 
-def _point(radius: float = 0.1, seed: int = 0, candidates: int = 20, lr: float = 0.02) -> Point:
-    return Point(ALPHA, 0.005, 0.2, radius, candidates, lr, seed)
+def _point(radius: float = 0.1, seed: int = 0, candidates: int = 20, lr: float = 0.02) -> GridPoint:
+    return GridPoint(ALPHA, 0.005, 0.2, radius, candidates, lr, seed)
 
 
 def _target(network: Network, per_class: int = 5) -> Target:
@@ -65,7 +65,7 @@ def test_on_ten_digits_the_attack_works_and_wrong_priors_fit_better_than_the_tru
     target, data = _target(network), digits(5)
     points = [_point(radius, seed) for radius in (0.1, 1.0, 3.0) for seed in seeds]
     found = attack.run(network, _prior(), points, _settings(3000))
-    labels = attack.label_row((1.0, -1.0), 20)
+    labels = attack.spread_labels((1.0, -1.0), 20)
     chance = _means(susceptibility.heldout(target, data.heldout, data.heldout_labels, labels, 30, 0))
     scores = {
         radius: _means([score(target, c.x, c.labels)[0] for c in found if c.point.radius == radius])
@@ -92,12 +92,12 @@ def test_on_forty_digits_the_attack_is_no_better_than_held_out_images() -> None:
     network = trained("gd", 20, 100, (10_000,))[0].network
     data = digits(20)
     target = _target(network, 20)
-    points = [Point(100.0, 0.05, 0.2, radius, 80, 0.02, 0) for radius in (0.1, 1.0, 3.0)]
+    points = [GridPoint(100.0, 0.05, 0.2, radius, 80, 0.02, 0) for radius in (0.1, 1.0, 3.0)]
     found = attack.run(network, _prior(per_class=20), points, _settings(3000))
     truth = susceptibility.true_residual("binary", network, data.x, data.labels, 100.0)
     assert truth == pytest.approx(3.4e-2, rel=0.5)
     assert all(c.residual < truth / 3 for c in found[1:])
-    labels = attack.label_row((1.0, -1.0), 80)
+    labels = attack.spread_labels((1.0, -1.0), 80)
     chance = _means(susceptibility.heldout(target, data.heldout, data.heldout_labels, labels, 30, 0))
     assert score(target, found[2].x, found[2].labels)[0].nn_top5 > 2 * chance["nn_top5"]
     assert score(target, found[0].x, found[0].labels)[0].ncc_top5 < chance["ncc_top5"] + 0.02
@@ -140,9 +140,9 @@ def test_every_task_and_method_descends(task: str, method: str) -> None:
     x, labels = torch.from_numpy(held.images), torch.from_numpy(held.labels)
     k = 3 if task == "multiclass" else 1
     begin = victim.initial(Architecture(64, (40,), k, False, 0.01), 0)
-    options = victim.options("gd", {"lr": 0.1, "weight_decay": 0.05} if task == "regression" else {})
+    options = victim.resolve_options("gd", {"lr": 0.1, "weight_decay": 0.05} if task == "regression" else {})
     (last,) = victim.train("gd", options, begin, x, labels, task, [1500])
-    settings = Settings(task, tuple(held.names), 600, method, None, 1e-2)
+    settings = AttackSettings(task, tuple(held.names), 600, method, None, 1e-2)
     point = _point(0.1, candidates=24, lr={"adam": 0.02, "sgd": 0.05}[method])
     (found,) = attack.run(last.network, _prior(), [point], settings)
     assert found.residual < 0.2 * found.history[0]
@@ -150,7 +150,7 @@ def test_every_task_and_method_descends(task: str, method: str) -> None:
     # Control: the same candidates with labels of the wrong classes explain nothing.
     wrong = 1 - found.labels if task == "multiclass" else -found.labels
     if task != "regression":
-        start = attack.Start(found.x, wrong % 3 if task == "multiclass" else wrong, found.lambdas)
+        start = attack.InitialValues(found.x, wrong % 3 if task == "multiclass" else wrong, found.lambdas)
         (flipped,) = attack.run(last.network, _prior(), [point], replace(settings, steps=1), start)
         assert flipped.residual > 5 * found.residual
 
@@ -176,9 +176,9 @@ def test_a_batch_is_its_points_one_by_one() -> None:
     """Different α, λ_min, radius, lr and numbers of candidates in one call."""
     network = trained("gd", 5, 400, (500,))[0].network
     points = [
-        Point(50.0, 0.005, 0.2, 0.1, 20, 0.02, 0),
-        Point(200.0, 0.02, 0.5, 3.0, 20, 0.01, 1),
-        Point(50.0, 0.005, 0.2, 1.0, 11, 0.02, 2),
+        GridPoint(50.0, 0.005, 0.2, 0.1, 20, 0.02, 0),
+        GridPoint(200.0, 0.02, 0.5, 3.0, 20, 0.01, 1),
+        GridPoint(50.0, 0.005, 0.2, 1.0, 11, 0.02, 2),
     ]
     together = attack.run(network, _prior(), points, _settings(60))
     for point, found in zip(points, together):
@@ -229,7 +229,7 @@ def test_the_attack_cannot_reach_training_images_or_scores() -> None:
     assert set(inspect.signature(attack.run).parameters) == {
         "network", "prior", "points", "settings", "start", "progress"
     }  # fmt: skip
-    assert set(Prior.__dataclass_fields__) == {"kind", "typical_norm", "low", "high", "center"}
+    assert set(AttackPrior.__dataclass_fields__) == {"kind", "typical_norm", "low", "high", "center"}
     for word in ("samples", "scoring", "heldout", "Target"):
         assert word not in source
 
@@ -237,11 +237,11 @@ def test_the_attack_cannot_reach_training_images_or_scores() -> None:
 def test_the_declared_prior_does_not_depend_on_the_training_images() -> None:
     """The job's prior from other private images and the same public pool is the same."""
     from analysis.reconstruction import config, examination
-    from analysis.reconstruction.subjects import Images
+    from analysis.reconstruction.subjects import ImageSet
 
     data = digits(5)
     made = config.load(["attack.prior=box"])
-    images = Images(data.samples, "binary", data.x, data.labels, data.heldout, data.heldout_labels)
+    images = ImageSet(data.samples, "binary", data.x, data.labels, data.heldout, data.heldout_labels)
     other = replace(images, x=data.x * 7 + 1)
     one, two = examination.prior(made, images), examination.prior(made, other)
     assert one.typical_norm == two.typical_norm

@@ -10,14 +10,14 @@ import torch
 from scipy.optimize import minimize
 
 from analysis.reconstruction import alternatives, certificate, closed_form, multipliers, samples
-from analysis.reconstruction.alternatives import Alternative, Verified
+from analysis.reconstruction.alternatives import Alternative, VerifiedAlternative
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import flat
 from harness.errors import InputError
 from tests.analysis.reconstruction.problems import exact_problem, fixture, pair
 
 
-def _verified(made: Alternative | None) -> Verified:
+def _verified(made: Alternative | None) -> VerifiedAlternative:
     assert made is not None
     return alternatives.verify(exact_problem(), made, is_exact=True)
 

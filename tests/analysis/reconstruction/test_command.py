@@ -93,7 +93,9 @@ def test_a_job_writes_its_files_and_takes_them_up_again(
     (out / "parts" / "gd-seed0-step300-attack.json").unlink()
     assert run_json(capsys, *words)[1] == first
     with pytest.raises(InputError, match=r"out: .* another configuration \(it differs in steps\)"):
-        subjects.check(config.load(["steps=301" if word.startswith("steps=") else word for word in words]))
+        subjects.check_folder(
+            config.load(["steps=301" if word.startswith("steps=") else word for word in words])
+        )
 
 
 def test_same_seed_same_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from analysis.reconstruction import geometry, multipliers
 from analysis.reconstruction.geometry import NORMS, Geometry, best_alignment
-from analysis.reconstruction.network import Factor, Network, combination, factors, flat, forward
+from analysis.reconstruction.network import GradientFactor, Network, combination, factors, flat, forward
 from tests.analysis.reconstruction.problems import digits, norm_of, trained
 
 
@@ -28,7 +28,7 @@ def test_the_nuclear_norm_and_its_gradient(n: int) -> None:
     delta, a = _random(2, n, 7), _random(2, n, 5, seed=1)
     found, grads = [], []
     for value in (
-        lambda d, x: geometry.nuclear(Factor(d, x)),
+        lambda d, x: geometry.nuclear(GradientFactor(d, x)),
         lambda d, x: torch.linalg.svdvals(d.mT @ x).sum(-1),
     ):
         d, x = delta.clone().requires_grad_(True), a.clone().requires_grad_(True)
@@ -42,7 +42,7 @@ def test_the_nuclear_norm_and_its_gradient(n: int) -> None:
 
 def test_the_nuclear_norm_of_a_rank_deficient_factor() -> None:
     delta, a = _random(4, 7), _random(4, 5, seed=1)
-    twice = Factor(torch.cat([delta, delta]), torch.cat([a, a]))
+    twice = GradientFactor(torch.cat([delta, delta]), torch.cat([a, a]))
     expected = 2 * torch.linalg.svdvals(delta.mT @ a).sum()
     torch.testing.assert_close(geometry.nuclear(twice), expected, rtol=1e-7, atol=0)
 
@@ -70,7 +70,7 @@ def test_the_dual_is_dual(norm: str, bias: bool) -> None:
     assert float(reached) == pytest.approx(float(dual), rel=1e-9)
 
 
-def _maximizer(chosen: Geometry, network: Network, u: list[Factor]) -> Network:
+def _maximizer(chosen: Geometry, network: Network, u: list[GradientFactor]) -> Network:
     products = [f.product() for f in u]
     if chosen.norm == "l2":
         total = torch.stack([p.square().sum() for p in products]).sum().sqrt()

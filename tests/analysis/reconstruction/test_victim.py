@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from analysis.reconstruction import alternatives, certificate, multipliers, victim
-from analysis.reconstruction.alternatives import Problem
+from analysis.reconstruction.alternatives import KktPoint
 from analysis.reconstruction.geometry import Geometry, polar
 from analysis.reconstruction.network import Network, kkt_coefficients, outputs
 from analysis.reconstruction.victim import Architecture
@@ -15,11 +15,11 @@ from optimizers import OptionError
 from tests.analysis.reconstruction.problems import Data, digits, start, trained
 
 
-def _problem(network: Network, data: Data) -> Problem:
+def _problem(network: Network, data: Data) -> KktPoint:
     margin = multipliers.least_margin("binary", network, data.x, data.labels)
     unit = network.scaled(margin**-0.5)
     fit = multipliers.fit("binary", unit, data.x, data.labels)
-    return Problem("binary", unit, data.x, data.labels, fit.lambdas, certificate.data_span(data.x))
+    return KktPoint("binary", unit, data.x, data.labels, fit.lambdas, certificate.data_span(data.x))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_muon_family() -> None:
     data = digits(5)
     problem = _problem(trained("muon_svd", 5, 400, (300,))[-1].network, data)
     # Rank 9 of 10 images (they are centred): with one multiplier per image D has rank 10.
-    positive = Problem(**{**problem.__dict__, "lambdas": torch.linspace(0.5, 1.5, 10, dtype=torch.float64)})
+    positive = KktPoint(**{**problem.__dict__, "lambdas": torch.linspace(0.5, 1.5, 10, dtype=torch.float64)})
     made = alternatives.muon_family(positive, 0)
     assert made is not None
     d = alternatives.first_layer_factor(positive)
@@ -145,7 +145,7 @@ def test_same_seed_same_weights() -> None:
     found = []
     for seed in (3, 3, 4):
         begin = victim.initial(Architecture(64, (20,), 1, True, 1e-2), seed)
-        settings = victim.options("sumo", {})
+        settings = victim.resolve_options("sumo", {})
         found.append(
             next(iter(victim.train("sumo", settings, begin, data.x, data.labels, "binary", [30]))).network
         )
@@ -155,7 +155,7 @@ def test_same_seed_same_weights() -> None:
 
 def test_checkpoints_by_margin() -> None:
     data = digits(5)
-    settings = victim.options("gd", {})
+    settings = victim.resolve_options("gd", {})
     kept = list(
         victim.train("gd", settings, start(100), data.x, data.labels, "binary", [400], margins=[1.0, 5.0])
     )
@@ -173,7 +173,7 @@ def test_three_classes_and_three_layers(optimizer: str) -> None:
     held = samples.load("digits", None, [0, 1, 2], 4, 0)
     x, labels = torch.from_numpy(held.images), torch.from_numpy(held.labels)
     begin = victim.initial(Architecture(64, (40, 30), 3, True, 0.1), 0)
-    settings = victim.options(optimizer, {})
+    settings = victim.resolve_options(optimizer, {})
     (last,) = victim.train(optimizer, settings, begin, x, labels, "multiclass", [400])
     row = certificate.certify("multiclass", last.network, x, labels, Geometry("l2"), begin)
     assert row.margin_min > 0
@@ -186,7 +186,7 @@ def test_regression_at_its_stationary_point() -> None:
     """With weight decay θ = Σ λᵢ∇Φ, λ = (y − Φ)/decay of any sign: the term of Buzaglo et al."""
     data = digits(5)
     begin = victim.initial(Architecture(64, (30,), 1, False, 0.1), 0)
-    settings = victim.options("gd", {"lr": 0.1, "weight_decay": 0.05})
+    settings = victim.resolve_options("gd", {"lr": 0.1, "weight_decay": 0.05})
     (last,) = victim.train("gd", settings, begin, data.x, data.labels, "regression", [20_000])
     fit = multipliers.fit("regression", last.network, data.x, data.labels)
     expected = (data.labels - outputs(last.network, data.x)[:, 0]) / 0.05
@@ -212,8 +212,8 @@ def test_what_does_not_separate_gets_no_certificate() -> None:
 
 def test_options_are_checked() -> None:
     with pytest.raises(OptionError, match="rnak"):
-        victim.options("sumo", {"rnak": 3})
+        victim.resolve_options("sumo", {"rnak": 3})
     with pytest.raises(OptionError, match="no option of gd"):
-        victim.options("gd", {"momentum": 0.9})
-    assert victim.options("adamw", {})["eps"] == 1e-12
-    assert victim.options("adamw", {"weight_decay": 0.3})["weight_decay"] == 0.3
+        victim.resolve_options("gd", {"momentum": 0.9})
+    assert victim.resolve_options("adamw", {})["eps"] == 1e-12
+    assert victim.resolve_options("adamw", {"weight_decay": 0.3})["weight_decay"] == 0.3
