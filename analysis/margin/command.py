@@ -62,8 +62,11 @@ def _run(config: MarginConfig, say: Callable[[str], None]) -> MarginReport:
 
 
 def _default_folder(config: MarginConfig) -> Path:
-    # The digest separates jobs whose names agree but whose keys differ.
-    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:6]
+    # The digest separates jobs whose names agree but whose keys differ. What it is taken of has kept its form, so that
+    # a command goes on writing to the folder that it wrote to before.
+    fixed = {key: tuple(getattr(config, key)) for key in ("optimizer", "hidden", "norms")}
+    content = ", ".join(f"{key}={value!r}" for key, value in {**config.settings(), **fixed}.items())
+    digest = hashlib.sha256(f"Settings({content})".encode()).hexdigest()[:6]
     name = config.name or "-".join([config.mode, *config.optimizer[:4], digest])
     return Path(config.runs_dir) / config.group / name
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +99,7 @@ def _alone(config: MarginConfig, name: str) -> MarginConfig:
     if strangers:
         return config
     options = {owner: values for owner, values in config.options.items() if owner in ("", name)}
-    return replace(config, optimizer=(name,), options=options)
+    return config.model_copy(update={"optimizer": [name], "options": options})
 
 
 def network(config: MarginConfig, seed: int) -> nn.Sequential:

@@ -119,7 +119,7 @@ def summary(config: MarginConfig, report: MarginReport) -> dict[str, Any]:
     return to_jsonable(
         {
             "schema_version": SCHEMA_VERSION,
-            "settings": asdict(config),
+            "settings": config.settings(),
             "code_version": _version(),
             "sentence": report.headline,
             "counts": counts(report.runs),
@@ -146,7 +146,7 @@ def page(config: MarginConfig, report: MarginReport) -> str:
         notes=report.notes,
         tables=tables,
         plots=report.plots,
-        settings={key: str(value) for key, value in asdict(config).items()},
+        settings={key: str(value) for key, value in config.settings().items()},
     )
 
 
@@ -235,11 +235,11 @@ def mirror(
     }
     job_mirror.mirror(
         job_type="margin",
-        wandb={"mode": config.wandb_mode},
+        wandb=config.wandb.model_dump(),
         group=config.group,
         run_id=uuid.uuid4().hex[:8],
         folder=folder,
-        keys={"margin": to_jsonable(asdict(config))},
+        keys={"margin": to_jsonable(config.settings())},
         rows=_rows_by_state(shown_runs(report.runs)),
         summary=to_jsonable({"sentence": report.headline, "counts": counts(report.runs), **figures}),
         exit_code=exit_code,

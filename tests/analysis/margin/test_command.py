@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from analysis.margin import command
 from analysis.margin.config import MarginConfig, load
 from harness import cli
 from harness.config import sources
+from harness.config.typed_keys import keys_of
 from harness.errors import InputError
 from tests.harness.record import wandb_file
 
@@ -173,7 +173,7 @@ BAD = [
     (["data=1,2,3"], "two numbers a,c"),
     (["mode=too"], "did you mean toy"),
     (["stesp=5"], "did you mean steps"),
-    (["steps=0"], "a whole number >= 1"),
+    (["steps=0"], "a whole number ≥ 1"),
     (["lr=-1"], "a number > 0"),
     (["w=1,-2", "b=1"], "does not fit w"),
     (["w=1"], "one neuron"),
@@ -213,7 +213,7 @@ def test_shipped_experiments_can_be_read() -> None:
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["margin", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    keys = {f.name.replace("wandb_", "wandb.") for f in fields(MarginConfig)} - {"options"}
+    keys = {key for key in keys_of(MarginConfig) if key != "options"}
     shown = {line.split("=")[0].strip(): line for line in lines if line.startswith("  ") and "=" in line}
     assert keys <= set(shown)
     assert all(len(shown[key].split("  ")) == 3 for key in keys)
