@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from optimizers.registry import build, plugin
     from optimizers.routing import Route
     from optimizers.rule import Rule
-    from optimizers.rules.parts.orthogonal import momentum, orthogonalize, scale
+    from optimizers.rules.parts.building_blocks import momentum, orthogonalize, scale
 
 _LAZY = {
     "build": "optimizers.registry",
@@ -40,9 +40,9 @@ _LAZY = {
     "Polar": "optimizers.linalg.polar",
     "Rule": "optimizers.rule",
     "Update": "optimizers.interfaces",
-    "momentum": "optimizers.rules.parts.orthogonal",
-    "orthogonalize": "optimizers.rules.parts.orthogonal",
-    "scale": "optimizers.rules.parts.orthogonal",
+    "momentum": "optimizers.rules.parts.building_blocks",
+    "orthogonalize": "optimizers.rules.parts.building_blocks",
+    "scale": "optimizers.rules.parts.building_blocks",
 }
 
 __all__ = [

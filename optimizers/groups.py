@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from optimizers.layouts.batches import ApplyConfig
 from optimizers.linalg.robust import iteration_dtype
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
-from optimizers.rounding import Rounding
 from optimizers.routing import Modules, Route, route
-from optimizers.rules.parts import adamw_kernels
+from optimizers.step_units import RuleGroup
 
 # Options of the matrix preset that belong to the AdamW group beside it, and what they are called there.
 _AUX = {
@@ -28,35 +25,6 @@ _AUX = {
 }
 # Group keys that are no options.
 _PLAIN_KEYS = {"params", "param_names", "rule", "scheduled", "initial_lr"}
-
-
-@dataclass
-class RuleGroup:
-    """A param group whose parameters follow one rule: the dict that torch sees, and what it does not know.
-
-    Attributes:
-        options: entry of ``param_groups``, with "rule" and the options of that rule.
-        parameters: as they were given. DeepSpeed puts flat tensors into ``options["params"]``.
-        routes: of the parameters, in the same order.
-        frozen: positions of parameters that were frozen at construction and have not started since.
-        late: positions of those that started since, one list for each step in which some did.
-    """
-
-    options: dict[str, Any]
-    parameters: list[Tensor]
-    routes: list[Route]
-    frozen: set[int] = field(default_factory=set)
-    late: list[list[int]] = field(default_factory=list)
-
-    @property
-    def rule(self) -> str:
-        """The name of the rule."""
-        return self.options["rule"]
-
-    @property
-    def started_routes(self) -> list[Route]:
-        """Routes of the parameters that are stepped."""
-        return [route for position, route in enumerate(self.routes) if position not in self.frozen]
 
 
 def named(params: Any, start: int = 0) -> tuple[list[tuple[str, Tensor]], bool]:
@@ -206,41 +174,3 @@ def require_matrices(preset_name: str, routes: Iterable[Route]) -> None:
         f"finds no hidden matrix among {len(routes)} parameters ({reasons})",
         ("a model with 2-D hidden weights", "adamw"),
     )
-
-
-def apply_config(options: Mapping[str, Any]) -> ApplyConfig:
-    """Return what the updates of a matrix group are applied with in this step."""
-    decays_after = options.get("decay_order") == "after"
-    return ApplyConfig(_lr(options), _decay(options), decays_after, _rounding(options))
-
-
-def adamw_settings(options: Mapping[str, Any]) -> adamw_kernels.AdamWSettings:
-    """Return what an AdamW group is stepped with in this step."""
-    beta1, beta2 = options["betas"]
-    # A scheduler that cycles the momentum of the matrices writes it into this group, too, where it means β₁.
-    if "momentum" in options and options["scheduled"]:
-        beta1 = options["momentum"]
-    return adamw_kernels.AdamWSettings(
-        _lr(options),
-        _decay(options),
-        (beta1, beta2),
-        options["eps"],
-        options["eps_form"],
-        _rounding(options),
-    )
-
-
-def _lr(options: Mapping[str, Any]) -> float | Tensor:
-    return options["lr"] if options["scheduled"] else options["fixed_lr"]
-
-
-def _decay(options: Mapping[str, Any]) -> float:
-    # torch's get_optimizer_state_dict steps with lr = 0 and trusts that this moves nothing, which a group
-    # that keeps its own lr would not honour.
-    lr = options["lr"]
-    keeps_lr = not options["scheduled"]
-    return 0.0 if keeps_lr and isinstance(lr, float) and lr == 0.0 else options["weight_decay"]
-
-
-def _rounding(options: Mapping[str, Any]) -> Rounding:
-    return Rounding(options["rounding"], options["seed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,10 +30,9 @@ from optimizers.presets import resolve
 from optimizers.routing import Modules, Route
 from optimizers.rule import Rule
 from optimizers.rules.parts import adamw_kernels
-from optimizers.skip_tracker import Candidate, Candidates, SkipTracker
-from optimizers.skipping import StepMask
+from optimizers.skipping import Candidate, Candidates, SkipTracker, StepMask
 from optimizers.step_stats import StepStats, first_moments, moment_spectra
-from optimizers.step_units import StepUnits
+from optimizers.step_units import RuleGroup, StepUnits, adamw_settings, apply_config
 
 Params = Iterable[Any]
 
@@ -192,7 +192,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step_matrices(self, unit: StepUnit, mask: StepMask) -> None:
         group = self.units.group_of(unit).options
         rule = presets.load_rule(group["rule"])
-        config = groups.apply_config(group)
+        config = apply_config(group)
         buckets = self.units.buckets(unit)
         if buckets:
             buckets[0].begin()
@@ -223,7 +223,7 @@ class Optimizer(torch.optim.Optimizer):
             [self.layout.weight(p) for p in active],
             [gradient for p in active if (gradient := self.layout.gradient(p)) is not None],
             [self.state[p] for p in active],
-            groups.adamw_settings(self.units.group_of(unit).options),
+            adamw_settings(self.units.group_of(unit).options),
             [self.name_of(p) for p in active],
             mask.everything,
         )
@@ -245,10 +245,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _mask(self, unit: StepUnit, candidates: Candidates) -> StepMask:
         return self._skips.mask(
-            unit,
             candidates,
             self.found_inf,
-            self.layout,
+            partial(self.layout.agree, unit),
             host_waits=isinstance(self.layout, PartitionedLayout),
             together=self.units.group_of(unit).rule == "adamw",
         )
@@ -479,7 +478,7 @@ class Optimizer(torch.optim.Optimizer):
             self.units.state = self.state
             return
         restored = [
-            groups.RuleGroup(options, list(options["params"]), routes, frozen, late)
+            RuleGroup(options, list(options["params"]), routes, frozen, late)
             for options, (routes, frozen, late) in zip(self.param_groups, rule_groups)
         ]
         started = [

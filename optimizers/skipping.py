@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Unit = tuple[int, str]
+SkipKey = tuple[int, str]
 """(id of a parameter, prefix of the matrix in it): what skips a step as one."""
 
 
@@ -30,17 +31,17 @@ class StepMask:
     """
 
     everything: Tensor | None = None
-    units: frozenset[Unit] = frozenset()
-    flags: Mapping[Unit, Tensor] = field(default_factory=dict)
+    units: frozenset[SkipKey] = frozenset()
+    flags: Mapping[SkipKey, Tensor] = field(default_factory=dict)
 
-    def positions(self, units: Sequence[Unit]) -> frozenset[int]:
-        """Which of these units the host knows to be skipped."""
+    def positions(self, units: Sequence[SkipKey]) -> frozenset[int]:
+        """Return the positions of the units that the host knows to be skipped."""
         if not self.units:
             return frozenset()
         return frozenset(i for i, unit in enumerate(units) if unit in self.units)
 
-    def tensor(self, units: Sequence[Unit], device: torch.device) -> Tensor | None:
-        """True where the step leaves no trace: 0-dim for all units, (b,) for each; None: the host knows all."""
+    def tensor(self, units: Sequence[SkipKey], device: torch.device) -> Tensor | None:
+        """Return True where the step leaves no trace, 0-dim or (b,) for each unit; None if the host knows them all."""
         if self.everything is not None:
             return self.everything.to(device).reshape(()) > 0
         if not self.flags:
@@ -93,7 +94,7 @@ def _nonfinite(gradients: list[Tensor], device: torch.device, dtype: torch.dtype
 
 
 class SkipLog:
-    """Counts what was skipped, and warns once.
+    """Count what was skipped, and warn once.
 
     Attributes:
         counts: name of a matrix or parameter → steps that it skipped.
@@ -108,7 +109,7 @@ class SkipLog:
         self.counts.update(names)
 
     def warn(self) -> None:
-        """Warn of what was noticed, the first time that there is something."""
+        """Warn about skipped steps, the first time that there are some."""
         if self._has_warned or not self.counts:
             return
         self._has_warned = True
@@ -136,14 +137,14 @@ class Pending:
     """
 
     names: list[str]
-    units: list[Unit]
-    parameters: list[tuple[Tensor, list[Unit]]]
+    units: list[SkipKey]
+    parameters: list[tuple[Tensor, list[SkipKey]]]
     flags: Tensor
     event: torch.Event | None
     together: bool
 
     def skipped(self) -> tuple[list[str], list[Tensor]]:
-        """Names of the units whose gradients were not finite, and the parameters of which nothing was stepped."""
+        """Return the names of units whose gradient is not finite, and the parameters of which nothing was stepped."""
         if self.event is not None:
             self.event.synchronize()
         flags = self.flags.tolist()
@@ -155,7 +156,7 @@ class Pending:
 
 
 def to_host(flags: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """Start copying flags to the host: where they will be, and the event after which they are."""
+    """Start copying flags to the host; return where they will be, and the event after which they are."""
     if flags.device.type != "cuda":
         return flags.clone(), None
     host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
@@ -177,3 +178,100 @@ def refuse_sparse(named: Iterable[tuple[str, Tensor]]) -> None:
                 f"{name}: its gradient is sparse, and these optimizers take dense ones: build the layer with "
                 "sparse=False, or step this parameter with torch.optim.SparseAdam"
             )
+
+
+class Candidate(NamedTuple):
+    """What skips a step as one: a matrix, or a whole parameter under AdamW.
+
+    Attributes:
+        key: what a `StepMask` calls it.
+        name: for people.
+        gradient: its elements on this process, in any shape; None where there are none.
+    """
+
+    key: SkipKey
+    name: str
+    gradient: Tensor | None
+
+
+Candidates = Mapping[Tensor, list[Candidate]]
+"""Parameter → what may skip the step in it."""
+
+
+class SkipTracker:
+    """Build the mask of each step, and count later what it skipped.
+
+    Attributes:
+        log: names and counts of what skipped a step.
+    """
+
+    def __init__(self) -> None:
+        self.log = SkipLog()
+        self._pending: list[Pending] = []
+
+    def mask(
+        self,
+        candidates: Candidates,
+        found_inf: Tensor | None,
+        agree: Callable[[Tensor], Tensor],
+        *,
+        host_waits: bool,
+        together: bool,
+    ) -> StepMask:
+        """Return which candidates leave no trace in this step: those without a gradient or with one that is not finite.
+
+        Args:
+            candidates: of the parameters that are stepped.
+            found_inf: torch's AMP flag; where it is set the gradients are not looked at.
+            agree: combines (k,) bool flags over the processes that hold parts of the gradients.
+            host_waits: the engine's own step waits for the device, so that the host may, too.
+            together: one flag skips all candidates (AdamW's fused kernel takes one for all parameters of a call).
+        """
+        each = [candidate for same in candidates.values() for candidate in same]
+        missing = frozenset(key for key, _, gradient in each if gradient is None)
+        if found_inf is not None:
+            return StepMask(found_inf, missing)
+        flags = agree(nonfinite([gradient for *_, gradient in each]))
+        if flags.device.type == "meta":
+            # A plan has no numbers.
+            return StepMask(None, missing)
+        if host_may_look(flags.device) or host_waits:
+            broken = {key: name for (key, name, _), flag in zip(each, flags.tolist()) if flag}
+            self.log.notice(name for key, name in broken.items() if key not in missing)
+            return StepMask(None, missing.union(broken))
+        self._read_later(candidates, flags, together)
+        if together:
+            return StepMask(flags.any().float(), missing)
+        return StepMask(None, missing, {key: flag for (key, *_), flag in zip(each, flags.unbind(0))})
+
+    def drain_pending(self) -> Iterator[tuple[list[str], list[Tensor]]]:
+        """Yield what the device skipped since the last call: names, and the parameters of which nothing was stepped."""
+        pending, self._pending = self._pending, []
+        for entry in pending:
+            names, parameters = entry.skipped()
+            self.log.notice(names)
+            yield names, parameters
+
+    def forget_pending(self) -> None:
+        """Drop flags that belong to a state which was replaced."""
+        self._pending = []
+
+    def _read_later(self, candidates: Candidates, flags: Tensor, together: bool) -> None:
+        """Send flags to the host, which reads them in the next step: waiting now would stall the device."""
+        present = {
+            parameter: [candidate.key for candidate in same if candidate.gradient is not None]
+            for parameter, same in candidates.items()
+        }
+        each = [candidate for same in candidates.values() for candidate in same]
+        looked = [(c, flag) for c, flag in zip(each, flags.unbind(0)) if c.gradient is not None]
+        host_flags, event = to_host(torch.stack([flag for _, flag in looked]))
+        self._pending.append(
+            Pending(
+                [candidate.name for candidate, _ in looked],
+                [candidate.key for candidate, _ in looked],
+                [(parameter, keys) for parameter, keys in present.items() if keys],
+                host_flags,
+                event,
+                together,
+            )
+        )

@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimizers import presets
-from optimizers.groups import RuleGroup, check_rank
 from optimizers.interfaces import MatrixRef
+from optimizers.layouts.batches import ApplyConfig
 from optimizers.layouts.layout import (
     Bucket,
     Layout,
     StepUnit,
 )
+from optimizers.presets import rank_limit_check
+from optimizers.rounding import Rounding
 from optimizers.routing import Route
 from optimizers.rules.parts import adamw_kernels
+
+
+@dataclass
+class RuleGroup:
+    """A param group whose parameters follow one rule: the dict that torch sees, and what it does not know.
+
+    Attributes:
+        options: entry of ``param_groups``, with "rule" and the options of that rule.
+        parameters: as they were given. DeepSpeed puts flat tensors into ``options["params"]``.
+        routes: of the parameters, in the same order.
+        frozen: positions of parameters that were frozen at construction and have not started since.
+        late: positions of those that started since, one list for each step in which some did.
+    """
+
+    options: dict[str, Any]
+    parameters: list[Tensor]
+    routes: list[Route]
+    frozen: set[int] = field(default_factory=set)
+    late: list[list[int]] = field(default_factory=list)
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule."""
+        return self.options["rule"]
+
+    @property
+    def started_routes(self) -> list[Route]:
+        """Routes of the parameters that are stepped."""
+        return [route for position, route in enumerate(self.routes) if position not in self.frozen]
 
 
 class StepUnits:
@@ -120,7 +152,7 @@ class StepUnits:
             if not starting:
                 continue
             routes = [group.routes[i] for i in starting]
-            check_rank(group.options, routes)
+            rank_limit_check(group.options, [(b.name, b.shape) for route in routes for b in route.blocks])
             self.layout.check([(r.name, group.parameters[i]) for i, r in zip(starting, routes)])
             group.frozen.difference_update(starting)
             group.late.append(starting)
@@ -216,3 +248,41 @@ class StepUnits:
             for number, (position, block) in enumerate(matrices)
             if position in wanted
         ]
+
+
+def apply_config(options: Mapping[str, Any]) -> ApplyConfig:
+    """Return what the updates of a matrix group are applied with in this step."""
+    decays_after = options.get("decay_order") == "after"
+    return ApplyConfig(_lr(options), _decay(options), decays_after, _rounding(options))
+
+
+def adamw_settings(options: Mapping[str, Any]) -> adamw_kernels.AdamWSettings:
+    """Return what an AdamW group is stepped with in this step."""
+    beta1, beta2 = options["betas"]
+    # A scheduler that cycles the momentum of the matrices writes it into this group, too, where it means β₁.
+    if "momentum" in options and options["scheduled"]:
+        beta1 = options["momentum"]
+    return adamw_kernels.AdamWSettings(
+        _lr(options),
+        _decay(options),
+        (beta1, beta2),
+        options["eps"],
+        options["eps_form"],
+        _rounding(options),
+    )
+
+
+def _lr(options: Mapping[str, Any]) -> float | Tensor:
+    return options["lr"] if options["scheduled"] else options["fixed_lr"]
+
+
+def _decay(options: Mapping[str, Any]) -> float:
+    # torch's get_optimizer_state_dict steps with lr = 0 and trusts that this moves nothing, which a group
+    # that keeps its own lr would not honour.
+    lr = options["lr"]
+    keeps_lr = not options["scheduled"]
+    return 0.0 if keeps_lr and isinstance(lr, float) and lr == 0.0 else options["weight_decay"]
+
+
+def _rounding(options: Mapping[str, Any]) -> Rounding:
+    return Rounding(options["rounding"], options["seed"])

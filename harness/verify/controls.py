@@ -101,14 +101,14 @@ def _nothing_routed() -> Iterator[None]:
 @contextmanager
 def _own_sketches() -> Iterator[None]:
     """Every rank draws its own test matrices."""
-    from optimizers.rules.parts import subspace
+    from optimizers.rules.parts import building_blocks
 
     drawn = sketches.test_matrix
 
     def own(seed: int, name: str, refresh: int, shape: tuple[int, ...]) -> Tensor:
         return drawn(seed + dist.get_rank(), name, refresh, shape)
 
-    with patch.object(subspace, "test_matrix", own):
+    with patch.object(building_blocks, "test_matrix", own):
         yield
 
 

@@ -13,7 +13,6 @@ from optimizers.options import option
 from optimizers.rule import Axes, Rule
 from optimizers.rule_options import TUNED_TINY, AdamOptions, LowRankOptions, PeakRate, Preset
 from optimizers.rules import parts
-from optimizers.rules.parts.low_rank import projection_traffic, rank_of, subspace_axes, subspace_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,23 +33,23 @@ class GaLore(Rule):
 
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return r·short numbers for the basis and 2·r·long for the moments (side "long")."""
-        state = subspace_state(shape, options)
+        state = parts.subspace_state(shape, options)
         return {**state, "second_moment": state["moment"]}
 
     def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
         """Return the axes of basis and moments; both moments have the same."""
-        axes = subspace_axes(shape, options)
+        axes = parts.subspace_axes(shape, options)
         return {**axes, "second_moment": axes["moment"]}
 
     def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
         """Return the rank; nothing of the gradient outside of the subspace is kept."""
-        return rank_of(shape, options), 0.0
+        return parts.rank_of(shape, options), 0.0
 
     def row_traffic(
         self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
     ) -> float:
         """Return the bytes of Ĝ, or nothing where the moments keep the axis that is split."""
-        return projection_traffic(shape, split, options, ranks)
+        return parts.projection_traffic(shape, split, options, ranks)
 
 
 def adam(b: MatrixBatch, gradient: Tensor) -> Tensor:

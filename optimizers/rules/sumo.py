@@ -15,15 +15,6 @@ from optimizers.options import OptionError, option
 from optimizers.rule import Axes, Rule
 from optimizers.rule_options import TUNED_TINY, LowRankOptions, OrthogonalOptions, PeakRate, Preset
 from optimizers.rules import parts
-from optimizers.rules.parts.low_rank import (
-    contracted,
-    keeps_left,
-    limits_growth,
-    projection_traffic,
-    rank_of,
-    subspace_axes,
-    subspace_state,
-)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +44,7 @@ class Sumo(Rule):
 
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return r(m + n) numbers, and one more for each of: norm-growth limiter, residual criterion."""
-        state = subspace_state(shape, options)
+        state = parts.subspace_state(shape, options)
         if options["norm_growth_limit"] is not None:
             state["previous_norm"] = ()
         if options["refresh_threshold"] is not None:
@@ -62,21 +53,21 @@ class Sumo(Rule):
 
     def axes(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, Axes]:
         """Return the axes of basis and moment; the norms are one number for the whole matrix."""
-        return {**subspace_axes(shape, options), "previous_norm": (), "projected_norm": ()}
+        return {**parts.subspace_axes(shape, options), "previous_norm": (), "projected_norm": ()}
 
     def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
         """Return the rank and factor of αρG + Q(sO - ρĜ); a limiter on residual or total needs it formed."""
-        if limits_growth(options, "residual") or limits_growth(options, "total"):
+        if parts.limits_growth(options, "residual") or parts.limits_growth(options, "total"):
             return None
-        return rank_of(shape, options), options["alpha"] * options["residual_scale"]
+        return parts.rank_of(shape, options), options["alpha"] * options["residual_scale"]
 
     def row_traffic(
         self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
     ) -> float:
         """Return the bytes of Ĝ where Q contracts the split axis; else of Grams and roots (12r²), or of gathering."""
-        if split == contracted(keeps_left(shape, options["side"])):
-            return projection_traffic(shape, split, options, ranks)
-        r = rank_of(shape, options)
+        if split == parts.contracted(parts.keeps_left(shape, options["side"])):
+            return parts.projection_traffic(shape, split, options, ranks)
+        r = parts.rank_of(shape, options)
         return min(12.0 * r * r, 8.0 * shape[split] * r / ranks) * (ranks - 1) / ranks
 
     def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
@@ -93,9 +84,9 @@ def compose(b: MatrixBatch, gradient: Tensor, factor: Tensor) -> Steps[Tensor | 
         factor: O.
     """
     options = b.options
-    s = parts.scale(options["update_scale"], b.shape, b.fans, rank_of(b.shape, options))
+    s = parts.scale(options["update_scale"], b.shape, b.fans, parts.rank_of(b.shape, options))
     alpha, rho = options["alpha"], options["residual_scale"]
-    if not (limits_growth(options, "residual") or limits_growth(options, "total")):
+    if not (parts.limits_growth(options, "residual") or parts.limits_growth(options, "total")):
         moved = gradient.mul_(-alpha * rho).add_(factor, alpha=s * alpha)
         return parts.lift(b, moved, keep=alpha * rho)
     # The limiter looks at what only exists as a whole matrix; one batch after the other forms it.

@@ -141,28 +141,28 @@ def broken(rank: int, preset: str, how: str) -> list[torch.Tensor]:
     """Runs on each rank with one sum over ranks left out."""
     from optimizers.layouts.layout import Unsharded
     from optimizers.layouts.sharded import ShardCollectives
-    from optimizers.rules.parts import subspace
+    from optimizers.rules.parts import building_blocks
 
-    original, prefers_gather = getattr(ShardCollectives, how), subspace.prefers_gather
+    original, prefers_gather = getattr(ShardCollectives, how), building_blocks.prefers_gather
     setattr(ShardCollectives, how, getattr(Unsharded, how))
-    subspace.prefers_gather = lambda length, rank, ranks: False
+    building_blocks.prefers_gather = lambda length, rank, ranks: False
     try:
         return sharded(rank, preset, EVEN, 0, 1, {})["weights"]
     finally:
         setattr(ShardCollectives, how, original)
-        subspace.prefers_gather = prefers_gather
+        building_blocks.prefers_gather = prefers_gather
 
 
 def by_scheme(rank: int, preset: str, gathers: bool) -> dict[str, Any]:
     """Runs on each rank with the factor's scheme given: rows to owners, or Grams."""
-    from optimizers.rules.parts import subspace
+    from optimizers.rules.parts import building_blocks
 
-    original = subspace.prefers_gather
-    subspace.prefers_gather = lambda length, rank, ranks: gathers
+    original = building_blocks.prefers_gather
+    building_blocks.prefers_gather = lambda length, rank, ranks: gathers
     try:
         return sharded(rank, preset, UNEVEN, 0, 1, {"rank": 3})
     finally:
-        subspace.prefers_gather = original
+        building_blocks.prefers_gather = original
 
 
 @pytest.mark.parametrize("preset", ["sumo", "sumo_official", "sumo_ns5"])

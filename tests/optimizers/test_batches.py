@@ -17,7 +17,7 @@ from optimizers.layouts import batches
 from optimizers.layouts.layout import Unsharded, answer
 from optimizers.linalg.requests import drive
 from optimizers.presets import PRESETS, names, resolve
-from optimizers.rules.parts.orthogonal import scale
+from optimizers.rules.parts.building_blocks import scale
 
 
 class Recorder(TorchDispatchMode):

@@ -11,7 +11,7 @@ import pytest
 
 from optimizers.options import OptionError
 from optimizers.presets import OPTIONS, PRESETS, names, rank_limit_check, resolve
-from optimizers.rules.parts.low_rank import default_rank
+from optimizers.rules.parts.building_blocks import default_rank
 
 
 def test_importing_them_does_not_import_torch() -> None:

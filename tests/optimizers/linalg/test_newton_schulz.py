@@ -208,7 +208,7 @@ def test_bad_arguments_are_named(call, message: str) -> None:
 def test_what_is_not_finite_reaches_every_row_of_its_own_matrix(
     function: Callable[..., torch.Tensor], bad: float, shape: tuple[int, int]
 ) -> None:
-    # `rules.parts.orthogonal` looks at one row only.
+    # `rules.parts` looks at one row only.
     for dtype in (torch.float32, torch.bfloat16):
         for row, column in ((0, 0), (shape[0] - 1, shape[1] // 2)):
             matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
