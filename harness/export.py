@@ -43,7 +43,7 @@ class Source(NamedTuple):
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader must know who takes the weights for those of the finished run."""
+        """Return what a user of the weights must know who takes them for those of the finished run."""
         found = [f"passed over: {line}" for line in self.passed_over]
         if self.step < self.last_step:
             found.append(f"step {self.step} is not the last step of the run: it has done {self.last_step}")
@@ -167,7 +167,7 @@ def _progress(run: Path) -> tuple[int, int]:
 
 
 def load(folder: Path, config: RunConfig) -> nn.Module:
-    """The model of a checkpoint, fp32 on the CPU, in evaluation mode.
+    """Return the model of a checkpoint, fp32 on the CPU, in evaluation mode.
 
     Raises:
         DamagedCheckpoint: a weight is missing, or has another shape.
@@ -191,7 +191,7 @@ def load(folder: Path, config: RunConfig) -> nn.Module:
 
 
 def _copy_tokenizer(source: Path, config: RunConfig, target: Path) -> bool:
-    """The tokenizer that the corpus was made with, if the corpus is still in the cache."""
+    """Copy the tokenizer of the corpus, if the corpus is still in the cache; return whether it was there."""
     from harness.checkpoint.store import read_manifest
     from harness.data.cache import tokenizer_folder
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import optimizers
-from harness.checkpoint import plugin_state
 from harness.checkpoint.files import Saved
+from harness.checkpoint.plugin_state import ForeignState
 from harness.loop import Run
 from harness.protocols import Probe
 from harness.tracked_optimizer import tracked
@@ -42,18 +42,30 @@ def weight_pieces(run: Run) -> Iterator[StatePiece]:
         yield StatePiece(name, WEIGHT, shape, dim, start, layout.weight(parameter), is_primary)
 
 
-def state_pieces(run: Run) -> Iterator[StatePiece]:
-    """Yield this process' part of every tensor of the optimizer's state: views."""
-    if isinstance(run.optimizer, optimizers.Optimizer):
-        return named_state.pieces(run.optimizer)
-    return plugin_state.pieces(run.optimizer, run.engine.named_parameters(), parameter_layout(run))
+class OwnState:
+    """State of an optimizer of `optimizers` by parameter name, with the interface of `ForeignState`."""
+
+    def __init__(self, optimizer: optimizers.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def pieces(self) -> Iterator[StatePiece]:
+        """Yield this process' part of every state tensor: views."""
+        return named_state.pieces(self._optimizer)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the optimizer has besides tensors, the same on every process: JSON."""
+        return {"steps": self._optimizer.steps_by_name()}
+
+    def load(self, facts: Mapping[str, Any], saved: Saved) -> None:
+        """Overwrite the state from a checkpoint."""
+        named_state.load(self._optimizer, facts["steps"], saved.read)
 
 
-def optimizer_facts(run: Run) -> dict[str, Any]:
-    """Return what the optimizer has besides tensors, the same on every process: JSON."""
+def optimizer_state(run: Run) -> OwnState | ForeignState:
+    """Return the optimizer's state by parameter name."""
     if isinstance(run.optimizer, optimizers.Optimizer):
-        return {"steps": run.optimizer.steps_by_name()}
-    return plugin_state.bookkeeping(run.optimizer, run.engine.named_parameters(), parameter_layout(run))
+        return OwnState(run.optimizer)
+    return ForeignState(run.optimizer, run.engine.named_parameters(), parameter_layout(run))
 
 
 def load_tensors(run: Run, saved: Saved) -> None:
@@ -65,11 +77,7 @@ def load_tensors(run: Run, saved: Saved) -> None:
     for part in weight_pieces(run):
         part.tensor.copy_(saved.read(part))
     run.engine.sync_from_masters()
-    facts = saved.facts[0]["optimizer"]
-    if isinstance(run.optimizer, optimizers.Optimizer):
-        named_state.load(run.optimizer, facts["steps"], saved.read)
-    else:
-        plugin_state.load(run.optimizer, run.engine.named_parameters(), parameter_layout(run), facts, saved)
+    optimizer_state(run).load(saved.facts[0]["optimizer"], saved)
 
 
 class Randomness(NamedTuple):

@@ -30,7 +30,7 @@ _OWN = "rank/"
 def write(
     folder: Path, rank: int, parts: Sequence[StatePiece], own: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Write this process' file and put it on the disk; then, beside it, its size and hash.
+    """Write this process' file and flush it to the disk; then, next to it, its size and hash.
 
     Args:
         folder: exists.
@@ -141,30 +141,30 @@ class Saved:
         return name_and_kind in self._places
 
     def names(self, kind: str) -> list[str]:
-        """Names that have a tensor of this kind."""
+        """Return the names that have a tensor of this kind."""
         return [name for name, known in self._places if known == kind]
 
     def shape(self, name: str, kind: str) -> tuple[int, ...]:
-        """Shape of a whole tensor."""
+        """Return the shape of a whole tensor."""
         return self._places[name, kind][0].part.shape
 
     def dtype(self, name: str, kind: str) -> torch.dtype:
-        """Its dtype."""
+        """Return the dtype of a whole tensor."""
         place = self._places[name, kind][0]
         return self._files[place.file].get_tensor(place.key).dtype
 
     def own(self, rank: int) -> dict[str, Tensor]:
-        """The tensors that belonged to a process alone."""
+        """Return the tensors that belong to one process and to no name, such as random states."""
         file = self._files[rank]
         keys = [key for key in list(file.keys()) if key.startswith(_OWN)]
         return {key.removeprefix(_OWN): file.get_tensor(key) for key in keys}
 
     def whole(self, name: str, kind: str) -> Tensor:
-        """A whole tensor."""
+        """Return a whole tensor, assembled from the files of all processes."""
         return self.read(StatePiece(name, kind, self.shape(name, kind), None, 0, torch.empty(0), True))
 
     def read(self, part: StatePiece) -> Tensor:
-        """The saved numbers of a part, whichever processes wrote them; of the part's shape, to be copied from.
+        """Return the saved numbers of a part, in its shape, whichever processes wrote them.
 
         Raises:
             DamagedCheckpoint: they are not there, or their tensor has another shape.
@@ -184,7 +184,7 @@ class Saved:
         return found.view(part.tensor.shape if part.dim is not None else part.shape)
 
     def close(self) -> None:
-        """Unmap the files."""
+        """Unmap the files of the checkpoint."""
         for file in self._files:
             file.__exit__(None, None, None)
         self._files = []
@@ -221,7 +221,7 @@ class Saved:
 
 
 def _elements(part: StatePiece, size: tuple[int, ...]) -> tuple[int, int] | None:
-    """The interval of its whole tensor's elements that a part is; None where it is none (columns)."""
+    """Return the interval of a part in its whole tensor's elements; None where it is none (columns)."""
     if part.dim is None:
         return 0, _count(part.shape)
     if part.dim == FLAT:

@@ -24,59 +24,70 @@ _PREFIX = "plugin."
 _GROUP_VALUES = (bool, int, float, str)
 
 
-def pieces(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], layout: Layout
-) -> Iterator[StatePiece]:
-    """This process' part of every state tensor."""
-    for name, parameter in named.items():
-        for path, tensor in _tensors(_state_of(optimizer, parameter, layout)):
-            yield _piece(name, path, tensor, parameter, layout)
+class ForeignState:
+    """State of a foreign torch optimizer by parameter name.
 
-
-def bookkeeping(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], layout: Layout
-) -> dict[str, Any]:
-    """The trees around the tensors, and the numbers in the groups, which some optimizers keep state in.
-
-    Raises:
-        TypeError: the state holds something else than tensors, numbers, text, lists and dicts of these.
+    Args:
+        optimizer: any torch optimizer.
+        named: its parameters by name.
+        layout: how the processes hold them.
     """
-    trees = {name: _tree(_state_of(optimizer, p, layout), "") for name, p in named.items()}
-    groups = [
-        {key: value for key, value in group.items() if isinstance(value, _GROUP_VALUES) and key != "params"}
-        for group in optimizer.param_groups
-    ]
-    return {"trees": trees, "groups": groups}
 
+    def __init__(self, optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], layout: Layout) -> None:
+        self._optimizer, self._named, self._layout = optimizer, named, layout
 
-def load(
-    optimizer: torch.optim.Optimizer,
-    named: Mapping[str, Tensor],
-    layout: Layout,
-    kept: Mapping[str, Any],
-    saved: Saved,
-) -> None:
-    """Build the state anew from what was saved.
+    def pieces(self) -> Iterator[StatePiece]:
+        """Yield this process' part of every state tensor: views."""
+        for name, parameter in self._named.items():
+            for path, tensor in _tensors(_state_of(self._optimizer, parameter, self._layout)):
+                yield _piece(name, path, tensor, parameter, self._layout)
 
-    Raises:
-        DamagedCheckpoint: a tensor is missing, or belongs to a process of another number of processes.
-    """
-    for group, values in zip(optimizer.param_groups, kept["groups"]):
-        group.update(values)
-    for name, parameter in named.items():
-        tree = kept["trees"].get(name)
-        if tree is None:
-            raise DamagedCheckpoint(f"{saved.folder.name}: optimizer state of {name} is missing")
+    def facts(self) -> dict[str, Any]:
+        """Return the trees around the tensors, and the numbers in the groups, which some optimizers keep state in.
 
-        def read(path: str, name: str = name, parameter: Tensor = parameter) -> Tensor:
-            return _read(optimizer, name, path, parameter, layout, saved)
+        Raises:
+            TypeError: the state holds something else than tensors, numbers, text, lists and dicts of these.
+        """
+        trees = {
+            name: _tree(_state_of(self._optimizer, parameter, self._layout), "")
+            for name, parameter in self._named.items()
+        }
+        groups = [
+            {
+                key: value
+                for key, value in group.items()
+                if isinstance(value, _GROUP_VALUES) and key != "params"
+            }
+            for group in self._optimizer.param_groups
+        ]
+        return {"trees": trees, "groups": groups}
 
-        if isinstance(layout, PartitionedLayout):
-            flat = layout.flat_of(parameter)
-            # Several parameters fill the tensors of one flat slice.
-            optimizer.state[flat].update(_built(tree, read))
-        elif tree["dict"]:
-            optimizer.state[parameter] = _built(tree, read)
+    def load(self, facts: Mapping[str, Any], saved: Saved) -> None:
+        """Build the state anew from a checkpoint.
+
+        Args:
+            facts: what `facts` returned when it was written.
+            saved: the checkpoint.
+
+        Raises:
+            DamagedCheckpoint: a tensor is missing, or belongs to a process of another number of processes.
+        """
+        optimizer, layout = self._optimizer, self._layout
+        for group, values in zip(optimizer.param_groups, facts["groups"]):
+            group.update(values)
+        for name, parameter in self._named.items():
+            tree = facts["trees"].get(name)
+            if tree is None:
+                raise DamagedCheckpoint(f"{saved.folder.name}: optimizer state of {name} is missing")
+
+            def read(path: str, name: str = name, parameter: Tensor = parameter) -> Tensor:
+                return _read(optimizer, name, path, parameter, layout, saved)
+
+            if isinstance(layout, PartitionedLayout):
+                # Several parameters fill the tensors of one flat slice.
+                optimizer.state[layout.flat_of(parameter)].update(_built(tree, read))
+            elif tree["dict"]:
+                optimizer.state[parameter] = _built(tree, read)
 
 
 def _state_of(optimizer: torch.optim.Optimizer, parameter: Tensor, layout: Layout) -> Mapping[str, Any]:
@@ -102,7 +113,7 @@ def _piece(name: str, path: str, tensor: Tensor, parameter: Tensor, layout: Layo
 def _read(
     optimizer: torch.optim.Optimizer, name: str, path: str, parameter: Tensor, layout: Layout, saved: Saved
 ) -> Tensor:
-    """A tensor of the state, on the parameter's device and cut as it is."""
+    """Return a tensor of the state, on the parameter's device and cut as the parameter is."""
     shape, kind = tuple(parameter_shape(parameter)), _PREFIX + path
     dim, start = layout.interval(parameter)
     device = layout.weight(parameter).device
@@ -141,7 +152,7 @@ def _read(
 
 
 def _tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of every tensor that is not a mere number."""
+    """Yield (path, tensor) of every tensor that is not a mere number."""
     if isinstance(tree, Tensor):
         if tree.ndim:
             yield path, tree

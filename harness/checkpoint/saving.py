@@ -109,7 +109,7 @@ class Checkpoints:
         self.waited_s = 0.0
 
     def before_step(self) -> None:
-        """Remember the random states that a stop before this step's update would need."""
+        """Note the random states that a stop before this step's update would need."""
         self._randomness = Randomness.now(self._run.engine.device)
 
     @property
@@ -190,7 +190,7 @@ class Checkpoints:
         self._last_began = began
         pieces = [
             p
-            for p in (*contents.weight_pieces(run), *contents.state_pieces(run))
+            for p in (*contents.weight_pieces(run), *contents.optimizer_state(run).pieces())
             if p.is_primary and p.tensor.numel()
         ]
         if self._lacks_space(pieces):
@@ -199,7 +199,7 @@ class Checkpoints:
         partial = self.store.partial(run.state.step, f"{self._attempt}-{self._tries}")
         facts = contents.counters(run, self._probes)
         if run.engine.rank == 0:
-            facts["optimizer"] = contents.optimizer_facts(run)
+            facts["optimizer"] = contents.optimizer_state(run).facts()
         copies = self._copied(pieces)
         manifest = {**self._facts, "step": run.state.step, "tokens": run.state.tokens, **self._known_loss()}
         self._writing = _Write(run.state.step, partial, manifest, None, began)

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: whole ones alone have a name that counts. Torch-free.
+"""The folder of a run's checkpoints: only complete ones bear a name that is read. Torch-free.
 
 checkpoints/
     step_00001000/            whole: manifest.json, config.yaml, rank_00000.safetensors …
@@ -53,7 +53,11 @@ class Retention:
     pinned: frozenset[int] = frozenset()
 
     def kept(self, losses: Mapping[int, float | None]) -> set[int]:
-        """Steps to keep among checkpoints, given as step → validation loss at that step, where it was taken."""
+        """Return the steps to keep.
+
+        Args:
+            losses: step → validation loss at that step; None where it was not evaluated.
+        """
         steps = sorted(losses)
         kept = set(steps[-self.last :])
         known = {step: loss for step, loss in losses.items() if loss is not None}
@@ -80,11 +84,11 @@ class Store:
         return sorted(found, reverse=True)
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint after ``step`` steps lies."""
+        """Return the folder of the checkpoint after ``step`` steps."""
         return self.path / f"{_PREFIX}{step:08d}"
 
     def partial(self, step: int, try_: str) -> Path:
-        """Where it is written to. ``try_`` tells this attempt to write it from earlier ones."""
+        """Return the folder that it is written to; ``try_`` tells this attempt from earlier ones."""
         return self.path / f".{_PREFIX}{step:08d}.{try_}.partial"
 
     def discard_partial(self) -> None:
@@ -162,7 +166,7 @@ class Store:
         return moved
 
     def free_bytes(self) -> int:
-        """Space for this user on the disk."""
+        """Return the free space on the disk in bytes, for this user."""
         self.path.mkdir(parents=True, exist_ok=True)
         return shutil.disk_usage(self.path).free
 
@@ -181,17 +185,17 @@ class Store:
 
 
 def rank_name(rank: int) -> str:
-    """File of one process."""
+    """Return the name of the file of one process."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def digest_name(rank: int) -> str:
-    """Where a process notes size and hash of its file until the manifest takes them over."""
+    """Return the name of the file that holds size and hash of a process' file until the manifest does."""
     return f"rank_{rank:05d}.digest.json"
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
+    """Return size in bytes and SHA-256 of a file, as the manifest lists them."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

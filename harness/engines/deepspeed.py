@@ -287,7 +287,7 @@ def bind(
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
-    """DeepSpeed's engine around a model on its device, over the process group that is already there."""
+    """Return DeepSpeed's engine around a model on its device, over the process group that is already there."""
     deepspeed = _library()
     backend = "nccl" if uses_cuda() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -298,7 +298,8 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
 
 
 def _library() -> Any:
-    """The package, told which device to use: it decides at its first import."""
+    """Import DeepSpeed and return it."""
+    # It decides at its first import which device to use.
     on_cpu = not uses_cuda()
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, readable for whom the umask lets read them."""
+"""Write files and folders whole or not at all, readable for whom the umask lets read them."""
 
 from __future__ import annotations
 
@@ -143,12 +143,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, sync_name: bool = True) -> None:
-    """`write_bytes` of UTF-8 text."""
+    """Write UTF-8 text like `write_bytes`."""
     write_bytes(path, text.encode(), sync_name=sync_name)
 
 
 def write_json(path: Path, data: Mapping[str, Any] | list[Any], *, sync_name: bool = True) -> None:
-    """`write_text` of indented JSON; values that JSON does not know (NaN) are refused."""
+    """Write indented JSON like `write_bytes`; values that JSON does not know (NaN) are refused."""
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n", sync_name=sync_name)
 
 

@@ -168,7 +168,8 @@ class JsonDecoder:
 
 
 def _bounded_int(digits: str) -> int | float:
-    """JSON has integers of any length; Python refuses to print those above 4,300 digits."""
+    """Return an integer, as a float where it is long."""
+    # JSON has integers of any length; Python refuses to print those above 4,300 digits.
     return int(digits) if len(digits) <= _INT_DIGITS else float(digits)
 
 
@@ -195,7 +196,7 @@ def _cleaned(value: Any, depth: int = 0) -> Any:
 
 
 def _key(key: object) -> str:
-    """YAML's keys may be null, numbers and dates."""
+    """Return a mapping's key as text: YAML's keys may be null, numbers and dates."""
     return key if isinstance(key, str) else "null" if key is None else str(_cleaned(key))
 
 

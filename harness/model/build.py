@@ -16,7 +16,6 @@ from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
-from harness.model.precision import cast_parameters, may_mix_dtypes, mixed_dtypes
 
 
 def build(
@@ -108,7 +107,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters, tied ones once."""
+    """Return the number of trainable parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -172,7 +171,7 @@ def _check_bf16(model: Any, config: ModelConfig) -> None:
 
 
 def _own_configuration(folder: ModelFolder, config: ModelConfig) -> PretrainedConfig:
-    """The configuration of a folder that brings its own classes, whose code is run."""
+    """Return the configuration of a folder that brings its own classes, whose code is run."""
     try:
         hf_config = AutoConfig.from_pretrained(folder.path, trust_remote_code=True, local_files_only=True)
     except Exception as error:
@@ -183,7 +182,7 @@ def _own_configuration(folder: ModelFolder, config: ModelConfig) -> PretrainedCo
 
 
 def _refuse_lost_buffers(model: nn.Module, config: ModelConfig) -> None:
-    """Numbers that a folder held and that are no parameters can't be replaced by random ones."""
+    """Refuse a model whose folder is gone and held floating-point buffers, which no checkpoint holds."""
     kept = set(model.state_dict())
     lost = [name for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()]
     if lost:
@@ -195,6 +194,42 @@ def _refused(key: str, value: object, what: str, error: Exception) -> InputError
     lines = str(error).splitlines() or [type(error).__name__]
     hint = next((fix for sign, fix in _HINTS if sign in str(error)), None)
     return InputError(key, value, f"{what}: {lines[0][:300]}", fix=hint)
+
+
+@torch.no_grad()
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating-point parameters of a model in place; buffers keep their dtype.
+
+    `Module.to(dtype)` would also round rotary frequencies (0.45 rad off at position 1023 in bf16), ALiBi slopes and
+    the biases that balance routers.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def may_mix_dtypes(model: nn.Module) -> bool:
+    """Return True if the model has fp32 buffers that its code might multiply with weights of another dtype.
+
+    Rotary embeddings compute in fp32 and cast their result, so their frequencies are not among them.
+    """
+    buffers = [name for name, buffer in model.named_buffers() if buffer.is_floating_point() and buffer.ndim]
+    return not all(name.endswith("inv_freq") for name in buffers)
+
+
+@torch.no_grad()
+def mixed_dtypes(model: Any) -> str | None:
+    """Return the error of a forward pass that can't multiply weights with the model's fp32 buffers, or None."""
+    was_training = model.training
+    try:
+        model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "scalar type" not in str(error):
+            raise
+        return str(error).splitlines()[0]
+    finally:
+        model.train(was_training)
+    return None
 
 
 _HINTS = (

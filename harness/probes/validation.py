@@ -74,7 +74,7 @@ class Evaluation:
         return {"best": self.best}
 
     def restore(self, state: dict[str, Any], steps: int) -> None:
-        """Continue from it."""
+        """Continue from the best loss of an earlier process."""
         self.best = state["best"]
 
 

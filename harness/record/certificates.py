@@ -84,17 +84,16 @@ class Cell:
 
     @property
     def is_base(self) -> bool:
-        """The cell of its (rule, engine) in the plainest setting."""
+        """True for the cell of its (rule, engine) in the plainest setting."""
         return self == Cell(self.rule, self.engine, world_size=ENGINES.get(self.engine, 2))
 
     def as_dict(self) -> dict[str, Any]:
-        """Its keys in the JSON document."""
-        found = asdict(self)
-        return {**found, "is_control": bool(self.control)}
+        """Return the cell as it is in the JSON document."""
+        return {**asdict(self), "is_control": bool(self.control)}
 
 
 def of_run(config: RunConfig, document: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The certificate of a run's cell, for its record.
+    """Return the certificate of a run's cell, for its record.
 
     Args:
         config: checked.
@@ -133,7 +132,7 @@ def of_run(config: RunConfig, document: Mapping[str, Any] | None = None) -> dict
 
 
 def warning(certificate: Mapping[str, Any]) -> str | None:
-    """What a reader of the run must know; None where it is certified."""
+    """Return what a reader of the run must know; None where it is certified."""
     if certificate["passed"]:
         return None
     if certificate["passed"] is None:
@@ -142,7 +141,7 @@ def warning(certificate: Mapping[str, Any]) -> str | None:
 
 
 def cell_of(config: RunConfig) -> Cell:
-    """The cell of a checked run; world size and rank are not part of it."""
+    """Return the cell of a checked run; world size and rank are not part of its key."""
     assert config.world_size is not None
     assert config.micro_batch_size is not None
     accumulates = config.batch_size > config.world_size * config.micro_batch_size
@@ -240,7 +239,7 @@ def _uncertifiable(config: RunConfig) -> str | None:
 
 
 def _is_other(default: Any, value: Any, key: str) -> bool:
-    """Whether an option takes another path through the code than the preset's, not only another number."""
+    """Return True if an option takes another path through the code than the preset's, not only another number."""
     option = presets.OPTIONS.get(key)
     if key in _FREE or option is None:
         return False
@@ -252,7 +251,7 @@ def _is_other(default: Any, value: Any, key: str) -> bool:
 
 
 def _pair(cell: Cell, known: Mapping[str, Any]) -> list[str]:
-    """The rule on this engine, and this setting of the engine under a rule of `CROSSED`."""
+    """Return two cells that cover one: its rule on this engine, and its setting under a rule of `CROSSED`."""
     plain = Cell(cell.rule, cell.engine, variant=cell.variant)
     others = [_key(Cell(rule, cell.engine, cell.dtype, cell.accumulation, cell.clipping)) for rule in CROSSED]
     setting = next((other for other in others if other in known), None)

@@ -44,7 +44,7 @@ SUPERSEDED = "metrics.superseded.jsonl"
 
 
 def path_of(config: RunConfig, identity: str) -> Path:
-    """``runs_dir/group/name``; the default name tells model, optimizer, seed and identity apart.
+    """Return ``runs_dir/group/name``; the default name tells model, optimizer, seed and identity apart.
 
     Raises:
         InputError: the name is no folder name, or the path is too long.
@@ -157,7 +157,11 @@ class RunFolder:
     def __init__(
         self, path: Path, config: RunConfig, identity: str, shorter_runs: Sequence[ShorterRun] = ()
     ) -> None:
-        """Raises InputError if `check` refuses the folder or another process is writing to it."""
+        """Open the folder.
+
+        Raises:
+            InputError: `check` refuses the folder, or another process is writing to it.
+        """
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -218,17 +222,17 @@ class RunFolder:
 
     @property
     def attempt(self) -> int:
-        """Number of this attempt, from 1."""
+        """Return the number of this attempt, from 1."""
         return len(self._status["attempts"])
 
     @property
     def resumed_from(self) -> list[int]:
-        """Steps after which attempts went on; 0 for those that began anew."""
+        """Return the steps after which attempts continued; 0 for those that started anew."""
         return [int(attempt.get("first_step", 0)) for attempt in self._status["attempts"]][1:]
 
     @property
     def extended_from(self) -> list[dict[str, Any]]:
-        """The shorter runs that this one goes on from, as status.json has them."""
+        """Return the shorter runs that this one continues, as status.json has them."""
         return self._status.get(EXTENDED, [])
 
     def begin(self, first_step: int) -> list[MetricRow]:
@@ -270,7 +274,7 @@ class RunFolder:
 
     @property
     def wandb_run_id(self) -> str | None:
-        """Id of the W&B run that mirrors this folder, over all attempts."""
+        """Return the id of the W&B run that mirrors this folder, over all attempts."""
         return self._status["wandb_run_id"]
 
     @wandb_run_id.setter
@@ -293,7 +297,7 @@ class RunFolder:
         self._metrics.flush()
 
     def add_log(self, text: str) -> None:
-        """Append to log.txt."""
+        """Append ``text`` to log.txt, without secrets."""
         self._log.write(redact_text(text).rstrip("\n") + "\n")
         self._log.flush()
 
@@ -312,7 +316,7 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def end(self, state: str, *, step: int, reason: str) -> None:
-        """Write how this attempt ended and give the folder free; a finished run gets its mark first."""
+        """Write how this attempt ended and release the folder; a finished run gets its mark first."""
         if state == "finished":
             atomic.write_text(self.path / DONE, "")
         try:
@@ -325,7 +329,7 @@ class RunFolder:
             self.close()
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Close the files and release the lock."""
         if self._metrics is not None:
             self._metrics.close()
         self._log.close()
@@ -359,17 +363,17 @@ def _move_aside(path: Path) -> None:
 
 
 def finite(value: float | int | None) -> float | int | None:
-    """``value``, or None where it is NaN or infinite."""
+    """Return ``value``, or None where it is NaN or infinite."""
     return value if value is None or math.isfinite(value) else None
 
 
 def now() -> str:
-    """UTC time, ISO 8601, to the second."""
+    """Return the UTC time in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _is_only_torn(metrics: Path, problems: Sequence[str]) -> bool:
-    """Whether the only problem is the last line, which every run leaves torn that is killed while writing it."""
+    """Return True if the only problem is a torn last line, as a run leaves it that is killed while writing."""
     if len(problems) != 1 or not problems[0].startswith("the last line "):
         return not problems
     return metrics.is_file()

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: messages, a progress bar in a terminal, plain lines elsewhere. Rank 0 alone."""
+"""What a person sees of a running run: messages, and a progress bar in a terminal or lines elsewhere. Rank 0 alone."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Log:
         self._keep = keep
 
     def say(self, text: str) -> None:
-        """One message, to the terminal and to log.txt."""
+        """Print a message to the terminal and to log.txt."""
         self.console.print(text, markup=False)
         self.keep_only(text)
 
     def keep_only(self, text: str) -> None:
-        """To log.txt alone."""
+        """Write a message to log.txt alone."""
         if self._keep is not None:
             self._keep(text)
 
     def show(self, renderable: object) -> None:
-        """A rich table, to the terminal and as text to log.txt."""
+        """Print a rich table to the terminal, and as text to log.txt."""
         self.console.print(renderable)
         plain = Console(width=110, no_color=True)
         with plain.capture() as captured:

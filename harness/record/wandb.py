@@ -1,4 +1,4 @@
-"""The mirror of a run in Weights & Biases. Whatever happens to it, the run goes on."""
+"""The mirror of a run in Weights & Biases, whose failures never stop the run."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ class WandbSink:
         job_type: str = "train",
         described: Mapping[str, Any] | None = None,
     ) -> None:
-        """
+        """Start the W&B run, or write an offline one where that fails.
+
         Args:
             config: says where and how to mirror, and is what the W&B run is described by.
             folder: of the run.
             run_id: of the W&B run.
-            facts: recorded beside the configuration.
-            say: takes what the user has to know.
+            facts: recorded next to the configuration.
+            say: takes messages.
             job_type: W&B's word for the kind of run.
             described: stands in the place of the configuration, for jobs that are no training.
         """
@@ -190,7 +191,7 @@ class WandbSink:
 
 
 def resolve_mode(mode: str) -> str:
-    """``auto`` is WANDB_MODE if set, else online for a user who is logged in, else offline."""
+    """Return W&B's mode; ``auto`` is WANDB_MODE if set, else online for a user who is logged in, else offline."""
     if mode != "auto":
         return mode
     return os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
@@ -207,7 +208,7 @@ def _logged_in() -> bool:
 
 
 def _offline_folders(folder: Path, run_id: str) -> list[Path]:
-    """W&B's offline folders of earlier attempts, superseded ones included. Those that were synced stay."""
+    """Return W&B's offline folders of earlier attempts that were not synced, superseded ones included."""
     found = (folder / "wandb").glob(f"*offline-run-*-{run_id}")
     return [
         old

@@ -100,7 +100,8 @@ def attempt(
         state = train(run, Callbacks(probes, [_Rows(rows)], checkpoints))
         weights = run.engine.full_weights()
         pieces: list[StatePiece] = [
-            piece._replace(tensor=piece.tensor.detach().clone()) for piece in contents.state_pieces(run)
+            piece._replace(tensor=piece.tensor.detach().clone())
+            for piece in contents.optimizer_state(run).pieces()
         ]
     finally:
         run.engine.release()

@@ -12,7 +12,7 @@ from harness import engines, model
 from harness.config.schema import ModelConfig
 from harness.engines.deepspeed import exact_buffers
 from harness.errors import InputError
-from harness.model.precision import cast_parameters
+from harness.model.build import cast_parameters
 from harness.preparation import prepare
 from harness.run import assemble
 from tests.harness.running import small, write_documents
