@@ -14,12 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.compare import document
+from analysis.compare import arguments, sessions
+from analysis.compare.progress import Verbosity
+from analysis.comparison import document
 from analysis.report import report
 from analysis.runs import loading
 from analysis.runs.run import LoadedRun
-from analysis.training import arguments, sessions
-from analysis.training.progress import Verbosity
 from harness.config.overrides import leaves
 from harness.errors import InputError
 from harness.preparation import prepare

@@ -298,7 +298,7 @@ COMMANDS: dict[str, Command] = {
         values="harness.completion:SHELLS",
     ),
     "submit": Command(
-        "analysis.training.submit_command:main",
+        "analysis.compare.submit_command:main",
         "submit a run, a comparison or another command as SLURM jobs",
         "[train|compare|COMMAND] [its arguments] [cluster=NAME] [cluster.key=value …]",
         (

@@ -11,8 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("optimizers", "harness", "analysis")
 KNOWN_CYCLES: tuple[frozenset[str], ...] = (
-    # The comparison's document holds tables of the report, which draws the comparison.
-    frozenset({"analysis.compare", "analysis.dashboards", "analysis.report"}),
     # Presets and checks of rules are still beside the rules that they describe.
     frozenset(
         f"optimizers.{name}"

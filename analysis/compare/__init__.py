@@ -1,1 +1,1 @@
-"""From run folders to statistics, tables and a report."""
+"""`optbench compare`: train several optimizers under one protocol, one run after the other."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from analysis.training import arguments
+from analysis.compare import arguments
 
 FAILED = 3
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     """
     # Arguments are checked before the imports that take long.
     plan = arguments.plan(argv)
-    from analysis.training import sessions
+    from analysis.compare import sessions
 
     code, folder = sessions.train(plan)
     if not folder.is_dir():

@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from analysis.compare.comparison import ComparisonSet
-from analysis.compare.document import Document
+from analysis.comparison.document import Document
+from analysis.comparison.sets import ComparisonSet
 from analysis.pages.figures import colour
 from analysis.runs.run import LoadedRun
 from harness.errors import InputError

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.compare.comparison import Arm, ComparisonSet, flatten
-from analysis.compare.document import Document
+from analysis.comparison.document import Document
+from analysis.comparison.sets import Arm, ComparisonSet, flatten
 from analysis.dashboards.definition import SECTIONS, Panel, Scope, Section
 from analysis.pages import theme
 from analysis.pages.figures import MAX_POINTS, Plot, colour, figure, line

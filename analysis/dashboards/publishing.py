@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 
 from analysis import formatting
-from analysis.compare import document
-from analysis.compare.document import Document
+from analysis.comparison import document
+from analysis.comparison.document import Document
 from analysis.dashboards import client, definition, preview
 from analysis.dashboards.definition import Scope
 from harness.config.schema import RunConfig

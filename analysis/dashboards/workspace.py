@@ -12,8 +12,8 @@ import wandb_workspaces.expr as expr
 import wandb_workspaces.reports.v2.interface as wr
 import wandb_workspaces.workspaces as ws
 
-from analysis.compare import results_table
-from analysis.compare.document import Document
+from analysis.comparison import results_table
+from analysis.comparison.document import Document
 from analysis.dashboards.definition import COLUMNS, OPTIMIZER, SECTIONS, Panel, Scope, Section
 from harness.visible import visible
 

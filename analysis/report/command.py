@@ -16,7 +16,7 @@ from harness.commands import COMMANDS
 from harness.errors import InputError
 
 if TYPE_CHECKING:
-    from analysis.compare.document import Document
+    from analysis.comparison.document import Document
     from analysis.report.report import WrittenReport
 
 

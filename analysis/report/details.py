@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from analysis import formatting
-from analysis.compare.comparison import Arm, ComparisonSet, flatten
+from analysis.comparison.sets import Arm, ComparisonSet, flatten
 from analysis.report.moment_plots import block
 from analysis.runs.reading import number
 from analysis.runs.run import LoadedRun

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from analysis import formatting
-from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.comparison.sets import Arm, ComparisonSet
 from analysis.formatting import to_jsonable
 from analysis.pages.figures import MAX_POINTS, PALETTES, Plot, figure, line
 from analysis.report.plots import absent_axes

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.compare.comparison import Arm, ComparisonSet
+from analysis.comparison.sets import Arm, ComparisonSet
 from analysis.pages.figures import Plot, figure, line
 from analysis.report.plots import legend, legend_note
 from analysis.runs.curves import Floats

@@ -9,8 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from analysis import formatting
-from analysis.compare.comparison import ComparisonSet
-from analysis.compare.results_table import state_kinds
+from analysis.comparison.results_table import state_kinds
+from analysis.comparison.sets import ComparisonSet
 from analysis.formatting import to_jsonable
 from analysis.pages.figures import MAX_POINTS, Plot, figure, line
 from analysis.runs.curves import AXES, AXIS_TITLES, Curve, single_curve, thinned

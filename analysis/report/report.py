@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from analysis.compare import document, results_table
-from analysis.compare.document import Document
+from analysis.comparison import document, results_table
+from analysis.comparison.document import Document
 from analysis.pages import matplotlib_figures, screenshot
 from analysis.report import report_page
 from analysis.report.main_plot import main_plot

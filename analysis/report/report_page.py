@@ -6,8 +6,8 @@ import datetime
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.compare.comparison import ComparisonSet
-from analysis.compare.document import Document, JudgedSet
+from analysis.comparison.document import Document, JudgedSet
+from analysis.comparison.sets import ComparisonSet
 from analysis.pages import theme
 from analysis.pages.figures import Plot
 from analysis.report import details, moment_plots, plots, tuning

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 from analysis import formatting
-from analysis.compare.comparison import ComparisonSet
+from analysis.comparison.sets import ComparisonSet
 from analysis.pages.figures import Plot, figure, line
 from analysis.report import plots
 from analysis.runs.tuning_ledger import SPENT, Trial, TunedArm

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.training.arguments import ComparisonPlan, plan, verbosity
+from analysis.compare.arguments import ComparisonPlan, plan, verbosity
 from analysis.tuning import space
 from analysis.tuning.space import Axis
 from harness import command_line

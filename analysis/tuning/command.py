@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis import formatting
-from analysis.training import sessions
+from analysis.compare import sessions
 from analysis.tuning import arguments
 from harness.files import atomic
 from harness.output import json_document

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from analysis.compare import sessions
+from analysis.compare.arguments import ArmSpec, ComparisonPlan
 from analysis.runs import reading, tuning_ledger
 from analysis.runs.tuning_ledger import FILE, SCHEMA_VERSION, SPENT, TRIALS, Trial, TunedArm, lowest
-from analysis.training import sessions
-from analysis.training.arguments import ArmSpec, ComparisonPlan
 from analysis.tuning import space
 from analysis.tuning.arguments import Study
 from analysis.tuning.space import Values

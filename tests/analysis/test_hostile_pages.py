@@ -14,7 +14,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from analysis.compare import document
+from analysis.comparison import document
 from analysis.dashboards import definition, preview
 from analysis.pages import job_page, screenshot
 from analysis.pages.figures import Plot, figure

@@ -162,7 +162,7 @@ def test_a_report_of_reports_does_not_grow(tmp_path: Path, launcher: Launcher) -
 def test_the_commands_import_no_torch() -> None:
     import subprocess
 
-    code = "import sys, analysis.training.sessions, analysis.report.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, analysis.compare.sessions, analysis.report.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from analysis.compare import document
+from analysis.comparison import document
 from analysis.dashboards import definition, preview, workspace
 from analysis.dashboards.definition import COLUMNS, SECTIONS, Scope
 from harness.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.compare import document
+from analysis.comparison import document
 from analysis.dashboards import export
 from analysis.pages import screenshot
 from analysis.report import command as report_command

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import document
+from analysis.comparison import document
 from analysis.dashboards import client
 from analysis.dashboards.publishing import DEFINITION, PREVIEW
 from analysis.pages import screenshot

@@ -15,9 +15,9 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from analysis import formatting
-from analysis.compare import document
-from analysis.compare.comparison import group_into_sets
-from analysis.compare.document import Document
+from analysis.comparison import document
+from analysis.comparison.document import Document
+from analysis.comparison.sets import group_into_sets
 from analysis.pages import screenshot
 from analysis.report import details, report, report_page
 from analysis.report.main_plot import main_plot

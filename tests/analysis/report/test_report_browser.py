@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from analysis.compare import document
+from analysis.comparison import document
 from analysis.pages import screenshot
 from analysis.report import report_page
 from tests.analysis import synthetic

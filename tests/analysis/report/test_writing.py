@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis.compare import document, results_table
+from analysis.comparison import document, results_table
 from analysis.pages import matplotlib_figures, screenshot
 from analysis.report import command as report_command
 from analysis.report import report, report_page

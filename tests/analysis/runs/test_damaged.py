@@ -18,7 +18,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from analysis.compare import document, results_table
+from analysis.comparison import document, results_table
 from analysis.report import report_page
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import document
+from analysis.comparison import document
 from analysis.report import report_page
 from analysis.runs import external
 from analysis.runs.loading import load

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
-from analysis.compare import document
-from analysis.compare.comparison import group_into_sets
+from analysis.comparison import document
+from analysis.comparison.sets import group_into_sets
 from analysis.report import report_page
 from analysis.runs.loading import load
 from analysis.runs.run import LoadedRun

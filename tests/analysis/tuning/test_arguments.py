@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.training import submit_command
+from analysis.compare import submit_command
 from analysis.tuning import arguments
 from analysis.tuning.space import Axis
 from harness.errors import InputError

@@ -8,8 +8,8 @@ winner between them is wrong.
 import numpy as np
 import pytest
 
-from analysis.compare import statistics
-from analysis.compare.statistics import ALPHA, Floats
+from analysis.comparison import statistics
+from analysis.comparison.statistics import ALPHA, Floats
 from analysis.runs.tuning_ledger import Trial, best
 
 STUDIES, TRIALS, SEEDS, SD = 4000, 5, 10, 0.01

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from analysis.training import submit_command
+from analysis.compare import submit_command
 from harness.config import cluster
 from harness.config.cluster import ClusterConfig
 from harness.errors import InputError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from analysis.compare import document
+from analysis.comparison import document
 from analysis.report import report_page
 from analysis.runs.loading import load
 from tests.analysis import synthetic

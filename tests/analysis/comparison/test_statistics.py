@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from analysis.compare.statistics import ALPHA, holm, interval, pairwise, power, seeds_needed, winners
+from analysis.comparison.statistics import ALPHA, holm, interval, pairwise, power, seeds_needed, winners
 
 COMPARISONS = 40_000
 # Three standard errors of a rate of 5 % over 40,000 comparisons: chance alone passes it once in 700.

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from analysis import formatting
-from analysis.compare.comparison import Arm, ComparisonSet
-from analysis.compare.warnings import lr_standing
+from analysis.comparison.sets import Arm, ComparisonSet
+from analysis.comparison.warnings import lr_standing
 from analysis.runs.reading import number
 from analysis.runs.run import LoadedRun
 from analysis.text_tables import markdown_lines

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from analysis.compare.comparison import ComparisonSet, group_into_sets
-from analysis.compare.verdict import Verdict, judge
-from analysis.compare.warnings import find_warnings
+from analysis.comparison.sets import ComparisonSet, group_into_sets
+from analysis.comparison.verdict import Verdict, judge
+from analysis.comparison.warnings import find_warnings
 from analysis.runs.loading import load
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe

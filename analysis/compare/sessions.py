@@ -16,10 +16,10 @@ from typing import IO, Any, Self
 
 import filelock
 
+from analysis.compare.arguments import ComparisonPlan
+from analysis.compare.progress import SessionProgress, Verbosity
 from analysis.formatting import listing
 from analysis.runs import reading
-from analysis.training.arguments import ComparisonPlan
-from analysis.training.progress import SessionProgress, Verbosity
 from harness.config import compose
 from harness.errors import InputError
 from harness.files import atomic

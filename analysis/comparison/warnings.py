@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from analysis.compare.comparison import Arm, ComparisonSet, unequal_budgets
+from analysis.comparison.sets import Arm, ComparisonSet, unequal_budgets
 from analysis.formatting import grouped, listing, plural, significant
 from analysis.formatting import loss as loss_text
 from analysis.runs.run import LoadedRun

@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis.training import arguments
+from analysis.compare import arguments
 from harness.errors import InputError
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from analysis.training import arguments, sessions
+from analysis.compare import arguments, sessions
 from harness import command_line
 from harness.commands import COMMANDS
 from harness.config import cluster

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from analysis.compare import command
+from analysis.compare import arguments, command, progress, sessions
+from analysis.compare.progress import SessionProgress, Verbosity
 from analysis.pages import screenshot
-from analysis.training import arguments, progress, sessions
-from analysis.training.progress import SessionProgress, Verbosity
 from analysis.tuning import arguments as tuning_arguments
 from analysis.tuning import command as tuning_command
 from harness.errors import InputError

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from analysis.training.progress import Verbosity
+from analysis.compare.progress import Verbosity
 from harness import command_line
 from harness.errors import InputError, closest
 from harness.redaction import redact_argv

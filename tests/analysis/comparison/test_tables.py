@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from analysis.compare import document, results_table
-from analysis.compare.results_table import COLUMNS, ResultsTable
+from analysis.comparison import document, results_table
+from analysis.comparison.results_table import COLUMNS, ResultsTable
 from tests.analysis import synthetic
 from tests.analysis.synthetic import TYPICAL, Recipe
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.compare import results_table
-from analysis.compare.comparison import ComparisonSet, group_into_sets
-from analysis.compare.results_table import ResultsRow, ResultsTable
-from analysis.compare.statistics import RESOLUTION
-from analysis.compare.verdict import Verdict, judge
-from analysis.compare.warnings import ReportWarning, find_warnings
+from analysis.comparison import results_table
+from analysis.comparison.results_table import ResultsRow, ResultsTable
+from analysis.comparison.sets import ComparisonSet, group_into_sets
+from analysis.comparison.statistics import RESOLUTION
+from analysis.comparison.verdict import Verdict, judge
+from analysis.comparison.warnings import ReportWarning, find_warnings
 from analysis.formatting import to_jsonable
 from analysis.runs import tuning_ledger
 from analysis.runs.loading import load

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis import formatting
-from analysis.compare import statistics
-from analysis.compare.comparison import ComparisonSet, unequal_budgets
+from analysis.comparison import statistics
+from analysis.comparison.sets import ComparisonSet, unequal_budgets
 
 
 @dataclass(frozen=True)

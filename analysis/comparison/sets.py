@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import formatting
-from analysis.compare import statistics
-from analysis.compare.statistics import Floats, Interval, Pairwise
+from analysis.comparison import statistics
+from analysis.comparison.statistics import Floats, Interval, Pairwise
 from analysis.runs.curves import Curve, mean_curve
 from analysis.runs.run import LoadedRun
 

@@ -1,0 +1,1 @@
+"""Compare runs: group them into sets, test the differences, and judge each set."""

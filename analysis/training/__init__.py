@@ -1,1 +1,0 @@
-"""Train the runs of a comparison one after the other."""
