@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("clean", folders, "is more than one folder", fix="optbench clean runs")
     root = Path(arguments.rest[0] if arguments.rest else "runs")
     if not root.is_dir():
-        raise InputError("clean", root, "is no folder", fix="optbench clean RUNS_DIR")
+        raise InputError("clean", root, "is not a folder", fix="optbench clean RUNS_DIR")
     items: list[Item] = []
     in_use: list[str] = []
     problems: list[str] = []

@@ -10,7 +10,6 @@ import errno
 import io
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from harness import command_help
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        # The reader of the pipe has left: that is no error, and the exit must not write to it again.
+        # The reader of the pipe has left: that is not an error, and the exit must not write to it again.
         _discard_stdout()
         return int(ExitCode.DONE)
     except Exception as error:
@@ -106,6 +105,8 @@ def _failure(error: Exception, *, is_json: bool) -> int:
     if isinstance(error, UnicodeEncodeError):
         error = InputError("text", ascii(error.object)[:80], "is not UTF-8", fix="type it as UTF-8 text")
     if not isinstance(error, InputError):
+        import traceback
+
         traceback.print_exception(error)
         return int(ExitCode.RUN_FAILED)
     _report(error.key, str(error.value), str(error), is_json=is_json)

@@ -56,7 +56,7 @@ class Command(NamedTuple):
     Attributes:
         target: "module:function"; the function takes the arguments after the command and returns the exit code.
         summary: one line for `optbench --help`.
-        usage: the arguments after the command that are no options.
+        usage: the arguments after the command that are not options.
         examples: (arguments, what they do).
         options: besides ``--json``, which every command takes.
         arguments: (argument, meaning) of arguments that need a line in ``--help``.
@@ -133,7 +133,7 @@ COMMANDS: dict[str, Command] = {
             ("seed=K, seeds=N", "seed of the trials (0); the comparison runs seeds K+1 to K+N (3 seeds)"),
             (
                 "extend=N",
-                "while a best setting lies on an edge: up to N more trials for every optimizer (2; own space: 0)",
+                "while a best setting is on an edge: up to N more trials for every optimizer (2; own space: 0)",
             ),
         ),
         takes_keys=True,

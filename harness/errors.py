@@ -23,7 +23,7 @@ class InputError(Exception):
             ``"is not divisible by world_size × micro_batch_size = 8"``).
         allowed: what would be accepted: the choices, or one sentence.
         suggestion: the closest accepted spelling; derived from ``allowed`` if that is a list of choices.
-        fix: a command-line word or a command that mends it.
+        fix: an override or a command that fixes it.
     """
 
     def __init__(

@@ -130,7 +130,7 @@ def _check_command(name: str) -> None:
     if name not in allowed:
         guess = closest(name, allowed)
         fix = f"optbench submit {guess} …" if guess else "optbench submit compare adamw sumo"
-        raise InputError("submit", name, "is no command that can be a job", allowed=allowed, fix=fix)
+        raise InputError("submit", name, "cannot be a job", allowed=allowed, fix=fix)
 
 
 def _jobs(value: str) -> list[str]:
@@ -154,7 +154,7 @@ def _then(value: str) -> tuple[str, ...]:
     _check_command(words[0])
     if words[0] in ("train", "compare"):
         fix = "submit it by itself, with --after JOB"
-        raise InputError("--then", value, "is no command of one node", fix=fix)
+        raise InputError("--then", value, "is not a command of one node", fix=fix)
     return tuple(words)
 
 

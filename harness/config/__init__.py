@@ -1,4 +1,4 @@
-"""Configuration: what a run can be told (`schema`), how it is said (`compose`), whether it works (`checks`).
+"""Configuration: the keys of a run (`schema`), how overrides and files set them (`compose`), and their checks.
 
 Nothing below this package imports torch.
 """

@@ -110,7 +110,7 @@ def _check_folders(config: RunConfig) -> None:
         os.fsencode(config.runs_dir)
         Path(config.runs_dir).expanduser().exists()
     except (OSError, ValueError, RuntimeError) as error:
-        reason = f"is no path ({getattr(error, 'strerror', None) or error})"
+        reason = f"is not a path ({getattr(error, 'strerror', None) or error})"
         raise InputError("runs_dir", visible(config.runs_dir)[:300], reason, fix="runs_dir=runs") from None
     place = Path(config.runs_dir).expanduser().absolute()
     while not place.exists() and place != place.parent:
@@ -235,9 +235,9 @@ def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | No
     if launch is None:
         return wanted or devices or (launcher.visible_devices(environ) if devices is None else 0) or 1
     if wanted is not None and wanted != launch.world_size:
-        told = f"WORLD_SIZE={launch.world_size}" if "WORLD_SIZE" in environ else "no WORLD_SIZE"
+        variable = f"WORLD_SIZE={launch.world_size}" if "WORLD_SIZE" in environ else "no WORLD_SIZE"
         started = "1 process" if launch.world_size == 1 else f"{launch.world_size} processes"
-        reason = f"disagrees with the launcher, which started {started} ({told})"
+        reason = f"disagrees with the launcher, which started {started} ({variable})"
         fix = f"world_size={launch.world_size}, or optbench train world_size={wanted} …"
         raise InputError("world_size", wanted, reason, fix=fix)
     return launch.world_size

@@ -75,7 +75,7 @@ class ClusterConfig(TypedKeys):
     exclusive: bool = False
     """Whole nodes."""
     grace_s: int = Field(default=120, ge=1, le=65535)
-    """Seconds before the time limit at which a run is told to save: time to save + 60, as SLURM may be 60 s early."""
+    """Seconds before the time limit at which a run is asked to save: time to save + 60, as SLURM may be 60 s early."""
     max_restarts: int = Field(default=20, ge=0)
     """How often one job may be queued again, whatever the cause."""
     idle_attempts: int = Field(default=1, ge=1)
@@ -191,7 +191,7 @@ def _checked(config: ClusterConfig) -> ClusterConfig:
             raise InputError(
                 f"{GROUP}.env",
                 ascii(name),
-                "is no name of an environment variable",
+                "is not the name of an environment variable",
                 fix="letters, digits and _",
             )
         if is_secret_name(name):
@@ -239,11 +239,11 @@ def _open(key: str, name: str) -> InputError:
 
 
 def _check_flag(flag: str, value: object) -> None:
-    """Refuse what is no flag of sbatch, or one that the scripts rely on, also abbreviated as sbatch allows."""
+    """Refuse what is not an sbatch flag, or one that the scripts rely on, also abbreviated as sbatch allows."""
     name = flag.lstrip("-")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
         raise InputError(
-            f"{GROUP}.extra", ascii(flag), "is no flag of sbatch", allowed="letters, digits and -"
+            f"{GROUP}.extra", ascii(flag), "is not an sbatch flag", allowed="letters, digits and -"
         )
     if any(reserved.startswith(name) for reserved in _RESERVED):
         reason = "is decided by the script"

@@ -160,9 +160,9 @@ def _derived(config: RunConfig) -> dict[str, Any]:
         derived["optimizer.lr"] = config.optimizer.lr
         rows = derived_defaults.LEARNING_RATES.get(config.optimizer.name, ())
         source = str(config.optimizer.lr_source)
-        beside = next((row.aux_lr for row in rows if source.endswith(row.source)), None)
-        if beside is not None:
-            derived["optimizer.aux_lr"] = beside
+        aux_lr = next((row.aux_lr for row in rows if source.endswith(row.source)), None)
+        if aux_lr is not None:
+            derived["optimizer.aux_lr"] = aux_lr
     if config.world_size is not None:
         derived["engine.name"] = "single" if config.world_size == 1 else "ddp"
         derived["micro_batch_size"] = config.batch_size // config.world_size

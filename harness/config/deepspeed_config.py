@@ -29,7 +29,7 @@ _OURS = {
     "compile": "model.compile",
     "wandb": "wandb",
 }
-"""Section of a DeepSpeed file → the key of ours that decides it."""
+"""Section of a DeepSpeed file → our key that decides it."""
 
 _TOP = (
     "comms_logger",
@@ -120,7 +120,7 @@ def user_settings(path: str, stage: int) -> dict[str, Any]:
     """Read and check a user's DeepSpeed file; entries with "auto" are left out.
 
     Raises:
-        InputError: no JSON object, a setting that a key of ours decides, another stage, or one that is not
+        InputError: no JSON object, a setting that our keys decide, another stage, or one that is not
             supported here.
     """
     try:
@@ -130,7 +130,7 @@ def user_settings(path: str, stage: int) -> dict[str, Any]:
         raise InputError(KEY, path, reason, allowed="a DeepSpeed JSON file", fix=f"{KEY}=null") from None
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):
         raise InputError(
-            KEY, path, "is no DeepSpeed configuration", allowed="a JSON object", fix=f"{KEY}=null"
+            KEY, path, "is not a DeepSpeed configuration", allowed="a JSON object", fix=f"{KEY}=null"
         )
     settings = _without_auto(content)
     zero = settings.get("zero_optimization", {})

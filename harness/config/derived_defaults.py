@@ -45,7 +45,7 @@ def default_learning_rate(
         from_weights: the run starts from trained weights (`model.path`), at which no row was tuned.
 
     Returns:
-        None where the table knows nothing of this optimizer, and it is no rule of a package with an lr of its own.
+        None for an optimizer that is not in the table and is not a plug-in rule with a default lr.
     """
     rows = LEARNING_RATES.get(optimizer)
     if not rows:

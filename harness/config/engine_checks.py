@@ -1,4 +1,4 @@
-"""Checks of the engine: what it needs, which keys are its own, and what else the launcher was told. No torch."""
+"""Checks of the engine section: what the engine needs, and which keys it reads. No torch."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def _check_launchers_deepspeed(config: RunConfig, environ: Mapping[str, str]) ->
     name = config.engine.name
     stage = environ.get(variable := "ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     file, ours = deepspeed_file(environ), config.engine.config_file
-    # Without --zero_stage the launcher says 2, also beside a file with another stage in it.
+    # Without --zero_stage the launcher says 2, even with a file that has another stage.
     if file is None and stage in ("0", "1", "2", "3") and f"zero{stage}" != name:
         _refuse_launcher("engine.name", name, f"asks for ZeRO stage {stage}", f"engine=zero{stage}", variable)
     if file is not None and ours is not None and file != ours:

@@ -108,7 +108,7 @@ def _check_own_loss(
 
     Args:
         kind: model type.
-        given: values that somebody asked for.
+        given: values that were asked for.
         values: the whole configuration.
         prefix: of the keys in messages.
         defaults: of the fields; None: the model type's.

@@ -1,6 +1,6 @@
 """A local Hugging Face model folder: what `model.path` brings along, read without torch or transformers.
 
-The folder decides the model: type, shape, name and tokenizer. Keys below ``model.config`` are laid over its
+The folder decides the model: type, shape, name and tokenizer. Keys below ``model.config`` override its
 configuration where the weights allow it.
 """
 
@@ -288,7 +288,7 @@ def _config(folder: Path, path: str | Path) -> dict[str, Any]:
     except (UnreadableFile, OSError) as error:
         raise InputError(KEY, path, f"has an unreadable config.json ({error})", fix=_FIX) from None
     if not isinstance(config, dict):
-        raise InputError(KEY, path, "has a config.json that is no JSON object", fix=_FIX)
+        raise InputError(KEY, path, "has a config.json that is not a JSON object", fix=_FIX)
     return config
 
 

@@ -31,7 +31,7 @@ BASE_FIELDS = (
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """What every class with ``rope_parameters`` takes in its older form."""
 _NOT_KEYS = ("model_type", "torch_dtype", "num_labels", "backbone_kwargs")
-"""What constructors look for in their arguments beside keys of the model."""
+"""What constructors take besides keys of the model."""
 _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 
 

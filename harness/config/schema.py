@@ -1,4 +1,4 @@
-"""What a run can be told: every key, its type, its default and what it means.
+"""The keys of a run: type, default, bounds and meaning of each.
 
 Composition (YAML files, command line) is in `compose.py`, checks that need more than one key in `checks.py`.
 Nothing here imports torch.
@@ -127,7 +127,7 @@ class EngineConfig(TypedKeys):
     timeout_s: float = Field(default=600.0, gt=0)
     """A process that makes the others wait longer than this in a collective ends the run."""
     config_file: str | None = None
-    """zero0 … zero3: a DeepSpeed JSON file of your own; what our keys decide may not stand in it."""
+    """zero0 … zero3: a DeepSpeed JSON file of your own; it may not contain what our keys decide."""
 
 
 class ScheduleConfig(TypedKeys):
@@ -221,7 +221,7 @@ class RunConfig(TypedKeys):
     max_skipped_steps: int = Field(default=10, ge=0)
     """Stop as diverged after this many steps with non-finite gradients."""
     max_loss_rise: float | None = Field(default=None, gt=0)
-    """Skip a step (as one with a non-finite gradient) whose training loss lies this much above its running mean, in
+    """Skip a step (as one with a non-finite gradient) whose training loss is this much above its running mean, in
     nats per token; null: off."""
     log_every: int = Field(default=10, ge=1)
     """Steps between rows of metrics.jsonl (the only regular wait for the device)."""

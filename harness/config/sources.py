@@ -163,7 +163,7 @@ def _merged(
 
 @cache
 def _register_own_configs() -> None:
-    """Tell Hydra, once per process, to look into the user's folder before ours."""
+    """Tell Hydra, once per process, to search the user's folder before the shipped one."""
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -188,7 +188,7 @@ def _files_of(selections: dict[str, str]) -> Iterable[Path]:
 
 
 def _file_error(error: Exception, selections: dict[str, str]) -> InputError:
-    """Say what Hydra said, in one line."""
+    """Return Hydra's error as a one-line error."""
     text = " ".join(str(error).split())
     chosen = " ".join(f"{group}={option}" for group, option in selections.items())
     return InputError(

@@ -19,7 +19,7 @@ from harness.config import suggestions
 from harness.errors import InputError, closest
 
 FREE = "model.config"
-"""Key whose inner keys are those of another library; `unknown` does not mistake them for ours."""
+"""Key whose inner keys are those of another library; `unknown` does not suggest them for other keys."""
 
 
 class TypedKeys(BaseModel):
@@ -125,7 +125,7 @@ def meant(key: str, value: str | None, known: Sequence[str]) -> str | None:
 
 
 def meant_key(key: str, known: Sequence[str]) -> str | None:
-    """Return the existing key that `key` most likely stands for: same last part, else the closest spelling."""
+    """Return the existing key that `key` most likely means: same last part, else the closest spelling."""
     leaf = key.rpartition(".")[2]
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     parent = key.rpartition(".")[0]

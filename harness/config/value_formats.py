@@ -21,13 +21,13 @@ def duration_seconds(key: str, value: str | int | float | None) -> float | None:
     "90", 90 and 90.0 are seconds; "1d2h30m" sums its units; "H:M:S" and "D-H:M[:S]" are SLURM's, and so is "M:S".
 
     Raises:
-        InputError: it is no length of time, or not longer than 0.
+        InputError: it is not a duration, or not longer than 0.
     """
     if value is None:
         return None
     found = _duration(value)
     if found is None or not math.isfinite(found) or found <= 0:
-        raise InputError(key, value, "is no length of time", allowed=DURATIONS, fix=f"{key}=90m")
+        raise InputError(key, value, "is not a duration", allowed=DURATIONS, fix=f"{key}=90m")
     return found
 
 
@@ -58,7 +58,7 @@ _FORBIDDEN = frozenset('/\\:*?"<>|')
 
 
 def check_folder_name(key: str, name: str) -> None:
-    """Refuse a name that is no plain folder name.
+    """Refuse a name that is not a plain folder name.
 
     Args:
         key: whose value it is, for the error.

@@ -69,7 +69,7 @@ def size(key: str, text: str) -> int:
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)", text.strip().lower())
     unit = _UNITS.get(match[2]) if match else None
     if match is None or unit is None or float(match[1]) <= 0:
-        raise InputError(key, text, "is no size of memory", allowed="80GB, 24GiB, 96", fix=f"{key}=80GB")
+        raise InputError(key, text, "is not a memory size", allowed="80GB, 24GiB, 96", fix=f"{key}=80GB")
     return round(float(match[1]) * unit)
 
 
@@ -81,7 +81,7 @@ def _parse(argv: Sequence[str]) -> _Request:
     processes = options.world_size
     if processes is not None and not (processes.isdecimal() and 0 < len(processes.lstrip("0")) < 10):
         allowed, fix = "1, 2, 3, …", "--world-size 8"
-        raise InputError("--world-size", processes, "is no number of processes", allowed=allowed, fix=fix)
+        raise InputError("--world-size", processes, "is not a number of processes", allowed=allowed, fix=fix)
     memory = size("--device-memory", options.device_memory or DEVICE_MEMORY)
     return _Request(arguments.rest, int(processes) if processes else None, memory, options.json)
 

@@ -47,7 +47,7 @@ def path_of(config: RunConfig, identity: str) -> Path:
     """Return ``runs_dir/group/name``; the default name tells model, optimizer, seed and identity apart.
 
     Raises:
-        InputError: the name is no folder name, or the path is too long.
+        InputError: the name is not a folder name, or the path is too long.
     """
     name = config.name or f"{config.model.name}-{config.optimizer.name}-seed{config.seed}-{identity[:6]}"
     value_formats.check_folder_name("name", name)

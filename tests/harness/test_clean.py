@@ -121,7 +121,7 @@ def test_links_are_not_followed(root: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere"], "is no folder"),
+        (["nowhere"], "is not a folder"),
         (["a", "b"], "more than one folder"),
         (["--yess"], "did you mean --yes?"),
     ],

@@ -189,7 +189,7 @@ def write(folder: Path, content: Any) -> str:
 
 
 FILES: list[tuple[Any, str]] = [
-    ([], "is no DeepSpeed configuration"),
+    ([], "is not a DeepSpeed configuration"),
     ({"gradient_clipping": 1.0}, "decides gradient_clipping, which is our key max_grad_norm"),
     ({"train_batch_size": 8}, "decides train_batch_size, which is our key batch_size"),
     ({"bf16": {"enabled": True}}, "decides bf16, which is our key precision"),

@@ -136,7 +136,7 @@ def test_flags_of_a_file_are_flags(flag: str, tmp_path: Path, monkeypatch: pytes
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text(json.dumps({"name": "mine", "extra": {flag: "y"}}))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="is no flag of sbatch"):
+    with pytest.raises(InputError, match="is not an sbatch flag"):
         cluster.load(["cluster=mine"])
 
 

@@ -85,7 +85,7 @@ def test_a_comparison_is_an_array(words: list[str], capsys: pytest.CaptureFixtur
         (["--dryrun"], "did you mean --dry-run?"),
         (["--after", "x"], "--after: x is wrong; allowed: numbers of jobs"),
         (["--then", "marggin a=1"], "did you mean margin?"),
-        (["--then", "compare adamw"], "is no command of one node"),
+        (["--then", "compare adamw"], "is not a command of one node"),
     ],
 )
 def test_refusals(words: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +97,7 @@ def test_refusals(words: list[str], more: list[str], said: str, capsys: pytest.C
 def test_a_command_that_is_no_job(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = _submit(capsys, "compar", "adamw", "--dry-run")
     assert code == 2
-    assert "submit: compar is no command that can be a job; did you mean compare?" in err
+    assert "submit: compar cannot be a job; did you mean compare?" in err
 
 
 def test_without_slurm_it_says_so(
