@@ -75,14 +75,14 @@ def main(argv: Sequence[str]) -> int:
     in_use: list[str] = []
     problems: list[str] = []
     for run in _runs(root):
-        with _held(run) as is_free:
+        with _locked(run) as is_free:
             if not is_free:
                 in_use.append(str(run))
                 continue
-            found = list(_items(run))
-            items += found
+            removable = list(_items(run))
+            items += removable
             if arguments.options.yes:
-                problems += _remove(found)
+                problems += _remove(removable)
     _show(root, items, in_use, problems, removed=arguments.options.yes, as_json=arguments.options.json)
     return ExitCode.RUN_FAILED if problems else 0
 
@@ -101,8 +101,8 @@ def _runs(root: Path, depth: int = 0) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _held(run: Path) -> Iterator[bool]:
-    """Hold the lock of a run, so that none begins meanwhile; gives False where one is being written."""
+def _locked(run: Path) -> Iterator[bool]:
+    """Hold the lock of a run, so that none begins meanwhile; yields False where one is being written."""
     path = run.parent / f".{run.name}.lock"
     if not path.exists():
         yield True  # it was moved or copied here: nobody writes to it by this name

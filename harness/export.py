@@ -32,24 +32,24 @@ class Source(NamedTuple):
         step: steps done when it was written.
         last_step: steps that the run has done, as far as its folder tells.
         steps_planned: steps that the run was asked for.
-        passed_over: what is wrong with newer checkpoints, a line each.
+        skipped: what is wrong with newer checkpoints, a line each.
     """
 
     folder: Path
     step: int
     last_step: int
     steps_planned: int
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     @property
     def warnings(self) -> list[str]:
         """Return what a user of the weights must know who takes them for those of the finished run."""
-        found = [f"passed over: {line}" for line in self.passed_over]
+        lines = [f"skipped: {line}" for line in self.skipped]
         if self.step < self.last_step:
-            found.append(f"step {self.step} is not the last step of the run: it has done {self.last_step}")
+            lines.append(f"step {self.step} is not the last step of the run: it has done {self.last_step}")
         elif self.step < self.steps_planned:
-            found.append(f"the run has not finished: this is step {self.step} of {self.steps_planned}")
-        return found
+            lines.append(f"the run has not finished: this is step {self.step} of {self.steps_planned}")
+        return lines
 
 
 def main(argv: Sequence[str]) -> int:

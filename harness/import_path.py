@@ -36,11 +36,14 @@ def isolate() -> None:
 
 def environment() -> dict[str, str]:
     """Return the environment variables with which other Python processes import safely, and find this package."""
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     # An empty or relative entry is the working folder.
-    kept = [entry for entry in given if os.path.isabs(entry) and entry != _HOME]
+    kept = [entry for entry in inherited if os.path.isabs(entry) and entry != _HOME]
     kept = [*filter(None, [checkout()]), *kept]
-    return {"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(kept)} if kept or any(given) else {})}
+    return {
+        "PYTHONSAFEPATH": "1",
+        **({"PYTHONPATH": os.pathsep.join(kept)} if kept or any(inherited) else {}),
+    }
 
 
 def checkout() -> str | None:

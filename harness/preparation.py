@@ -90,7 +90,7 @@ def prepare(
     is_new = config.name is None and writes_folder and not worker and not folder.exists()
     if is_new and (shorter := find_shorter_run(folder, config, identity_of)):
         path, steps = shorter
-        say(f"{path} has {steps} steps of the same run: name={path.name} goes on from there")
+        say(f"{path} has {steps} steps of the same run: name={path.name} continues it")
     key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
     if writes_folder:
         run_folder.check(folder, config, run_identity, shorter_runs)
@@ -100,7 +100,7 @@ def prepare(
 def plan_extension(
     folder: Path, config: RunConfig, identity_of: Callable[[RunConfig], str]
 ) -> tuple[RunConfig, tuple[ShorterRun, ...]]:
-    """Return the configuration to train with, and the shorter runs that it goes on from (none: it is a run of its own).
+    """Return the configuration to train with, and the shorter runs that it continues, if any.
 
     Args:
         folder: of the run; read only.
@@ -108,7 +108,7 @@ def plan_extension(
         identity_of: identity of a configuration on the same corpus.
 
     Raises:
-        InputError: the folder holds a shorter run whose schedule does not let it go on.
+        InputError: the folder holds a shorter run whose schedule does not let it continue.
     """
     if config.overwrite or not config.resume:
         return config, ()
@@ -138,7 +138,7 @@ def plan_extension(
 def find_shorter_run(
     folder: Path, config: RunConfig, identity_of: Callable[[RunConfig], str]
 ) -> tuple[Path, int] | None:
-    """Return the longest run next to ``folder`` that a name would let go on, with its steps; None if there is none.
+    """Return the longest run next to ``folder`` that this one would continue under its name, with its steps, or None.
 
     Args:
         folder: of a run without a name of its own; it does not exist.
@@ -147,25 +147,25 @@ def find_shorter_run(
     """
     if config.schedule.name == "cosine" or not folder.parent.is_dir():
         return None
-    found = []
+    shorter = []
     for path in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
         status, _ = readers.status(path)
         if status is None or not status.steps or status.steps >= config.steps:
             continue
         if status.identity == identity_of(_with_steps(config, status.steps)):
-            found.append((status.steps, path))
-    return max(found)[::-1] if found else None
+            shorter.append((status.steps, path))
+    return max(shorter)[::-1] if shorter else None
 
 
 def _recorded(status: readers.Status) -> list[tuple[str, int]]:
     entries: Any = status.facts().get(EXTENDED)
-    found = []
+    runs = []
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict):
             identity, steps = entry.get("identity"), entry.get("steps")
             if isinstance(identity, str) and isinstance(steps, int) and steps > 0:
-                found.append((identity, steps))
-    return found
+                runs.append((identity, steps))
+    return runs
 
 
 def _with_steps(config: RunConfig, steps: int) -> RunConfig:
@@ -183,7 +183,7 @@ def _pinned(config: RunConfig, steps: int) -> RunConfig:
 
 
 def _check_extension(folder: Path, config: RunConfig, shorter: ShorterRun) -> None:
-    """Refuse what cannot go on, before anything is spent; says what would change and what to do instead."""
+    """Refuse a run that cannot continue, with what would change and what to do instead."""
     instead = (
         f"optbench export {shlex.quote(str(folder))} MODEL, then optbench train model.path=MODEL name=… "
         f"(a new schedule from those weights), or overwrite=true (begins anew with all {config.steps} steps)"
@@ -208,7 +208,7 @@ def _check_extension(folder: Path, config: RunConfig, shorter: ShorterRun) -> No
         raise InputError(
             "steps",
             config.steps,
-            f"cannot go on from the run of {shorter.steps} steps in {folder}, which {have}; the learning rates are the "
+            f"cannot continue the run of {shorter.steps} steps in {folder}, which {have}; the learning rates are the "
             f"same up to step {shorter.shared_steps}",
             allowed=f"a run that kept a checkpoint up to step {shorter.shared_steps} (checkpoint.keep_every=…)",
             fix=instead,

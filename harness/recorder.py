@@ -60,7 +60,7 @@ class RunRecorder:
             The state of the run.
         """
         for shorter in self._prepared.shorter_runs:
-            self.log.say(f"goes on beyond the {shorter.steps} steps of run {shorter.identity}")
+            self.log.say(f"continues beyond the {shorter.steps} steps of run {shorter.identity}")
         known = len(self.folder.problems)
         self.rows = self.folder.begin(first_step)
         self._warn_of(self.folder.problems[known:])

@@ -239,4 +239,4 @@ def _cut_paths(value: Any) -> Any:
         return value
     if Path(value).is_absolute() and "\n" not in value:
         return Path(value).name
-    return _PATH.sub(lambda found: Path(found[0]).name, value)
+    return _PATH.sub(lambda match: Path(match[0]).name, value)

@@ -161,7 +161,7 @@ def _choose(
         run, store, identity=prepared.identity, attempt=attempt, shorter_runs=prepared.shorter_runs
     )
     if run.engine.rank == 0:
-        store.set_aside(choice.attempt - 1, after=-1 if choice.step is None else choice.step)
+        store.archive(choice.attempt - 1, after=-1 if choice.step is None else choice.step)
     # Only now: rank 0 has opened the folder, which must be its own, or empty, until then.
     heartbeat.start()
     checkpoints = Checkpoints(

@@ -140,5 +140,5 @@ def mean_times(rows: Sequence[MetricRow]) -> dict[str, float | None]:
 def step_ms(rows: Sequence[MetricRow]) -> float | None:
     """Return mean milliseconds per step without evaluation and probes."""
     times = mean_times(rows)
-    known = [value for part, value in times.items() if part != "probes" and value is not None]
-    return sum(known) * 1e3 if known else None
+    seconds = [value for part, value in times.items() if part != "probes" and value is not None]
+    return sum(seconds) * 1e3 if seconds else None

@@ -219,7 +219,7 @@ class Tuning:
         for run in runs:
             existing = reading.mapping(run.folder / "status.json", []).get("identity")
             if existing is not None and existing != run.identity and existing in own:
-                run_folder.set_aside(run.folder)
+                run_folder.archive(run.folder)
                 self._trainer.say(f"{run.folder}: its setting is no longer the best one, archived")
 
 

@@ -177,11 +177,11 @@ class Saved:
             raise DamagedCheckpoint(
                 f"{what} has shape {self.shape(part.name, part.kind)}, expected {part.shape}"
             )
-        wanted = _elements(part, tuple(part.tensor.shape) if part.dim is not None else part.shape)
-        if wanted is None or any(_elements(place.part, place.size) is None for place in places):
+        interval = _elements(part, tuple(part.tensor.shape) if part.dim is not None else part.shape)
+        if interval is None or any(_elements(place.part, place.size) is None for place in places):
             return part.of(self._assembled(places, what))
-        found = self._interval(places, wanted, what)
-        return found.view(part.tensor.shape if part.dim is not None else part.shape)
+        numbers = self._interval(places, interval, what)
+        return numbers.view(part.tensor.shape if part.dim is not None else part.shape)
 
     def close(self) -> None:
         """Unmap the files of the checkpoint."""
@@ -189,24 +189,24 @@ class Saved:
             file.__exit__(None, None, None)
         self._files = []
 
-    def _interval(self, places: list[_Place], wanted: tuple[int, int], what: str) -> Tensor:
-        lo, hi = wanted
-        chosen = []
+    def _interval(self, places: list[_Place], interval: tuple[int, int], what: str) -> Tensor:
+        lo, hi = interval
+        overlaps = []
         for place in places:
             elements = _elements(place.part, place.size)
             assert elements is not None
             first, last = max(lo, elements[0]), min(hi, elements[1])
             if first < last:
                 flat = self._files[place.file].get_tensor(place.key).reshape(-1)
-                chosen.append((first, last, flat[first - elements[0] : last - elements[0]]))
-        if len(chosen) == 1 and chosen[0][:2] == (lo, hi):
-            return chosen[0][2]
-        if sum(last - first for first, last, _ in chosen) != hi - lo:
+                overlaps.append((first, last, flat[first - elements[0] : last - elements[0]]))
+        if len(overlaps) == 1 and overlaps[0][:2] == (lo, hi):
+            return overlaps[0][2]
+        if sum(last - first for first, last, _ in overlaps) != hi - lo:
             raise DamagedCheckpoint(f"{what} is incomplete")
-        if not chosen:
+        if not overlaps:
             return torch.empty(0, dtype=self._files[places[0].file].get_tensor(places[0].key).dtype)
-        result = torch.empty(hi - lo, dtype=chosen[0][2].dtype)
-        for first, last, numbers in chosen:
+        result = torch.empty(hi - lo, dtype=overlaps[0][2].dtype)
+        for first, last, numbers in overlaps:
             result[first - lo : last - lo] = numbers
         return result
 

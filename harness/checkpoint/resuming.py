@@ -21,14 +21,14 @@ from harness.protocols import Probe
 from harness.schedule import ShorterRun
 
 _ODD = (DamagedCheckpoint, KeyError, IndexError, TypeError, ValueError, AttributeError)
-"""What a checkpoint raises that is whole, and yet holds something else than `progress.facts` and `parts` wrote."""
+"""Errors of a complete checkpoint whose contents are not those that `harness.checkpoint.contents` writes."""
 
 
 class Choice(NamedTuple):
     """What rank 0 decided for all.
 
     Attributes:
-        step: of the checkpoint to go on from; None: start at the beginning.
+        step: of the checkpoint to continue from; None: start at the beginning.
         attempt: number of this attempt at the run.
         rejected: what is wrong with newer checkpoints, a line each.
     """
@@ -121,7 +121,7 @@ def resume(
         raise InputError(
             "resume",
             folder,
-            f"holds something else than this run wrote ({reason})",
+            f"has contents that this run did not write ({reason})",
             fix=f"resume=false, or without this checkpoint: rm -r {shlex.quote(str(folder))}",
         ) from error
     for problem in problems:

@@ -175,7 +175,7 @@ class Checkpoints:
             start = "the beginning" if self._saved_step is None else f"step {self._saved_step}"
             self.problem = (
                 f"the checkpoint of step {state.step} could not be written ({self._reason}); "
-                f"the same command goes on from {start}"
+                f"the same command continues from {start}"
             )
 
     def save(self, randomness: Randomness, *, background: bool) -> None:

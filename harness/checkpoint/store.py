@@ -60,9 +60,9 @@ class Retention:
         """
         steps = sorted(losses)
         kept = set(steps[-self.last :])
-        known = {step: loss for step, loss in losses.items() if loss is not None}
-        if self.best and known:
-            kept.add(min(known, key=lambda step: (known[step], step)))
+        evaluated = {step: loss for step, loss in losses.items() if loss is not None}
+        if self.best and evaluated:
+            kept.add(min(evaluated, key=lambda step: (evaluated[step], step)))
         if self.every is not None:
             kept |= {step for step in steps if step % self.every == 0}
         return kept | (self.pinned & losses.keys())
@@ -76,12 +76,12 @@ class Store:
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, newest first; whether it is valid, `verify` tells."""
-        found = []
+        steps = []
         for path in self.path.glob(f"{_PREFIX}*"):
             number = path.name.removeprefix(_PREFIX)
             if number.isascii() and number.isdecimal() and path == self.folder(int(number)) and path.is_dir():
-                found.append(int(number))
-        return sorted(found, reverse=True)
+                steps.append(int(number))
+        return sorted(steps, reverse=True)
 
     def folder(self, step: int) -> Path:
         """Return the folder of the checkpoint after ``step`` steps."""
@@ -123,7 +123,7 @@ class Store:
         sync_folder(partial)
         folder = self.folder(step)
         if folder.exists():
-            self._remove(folder)  # a damaged one, which the run had gone back behind
+            self._remove(folder)  # a damaged one, before which the run had resumed
         os.replace(partial, folder)
         sync_folder(self.path)
 
@@ -139,8 +139,8 @@ class Store:
             self._remove(self.folder(step))
         return removed
 
-    def set_aside(self, attempt: int, *, after: int = -1) -> list[int]:
-        """Move checkpoints that are not gone on with to ``checkpoints.attempt<k>``; returns their steps.
+    def archive(self, attempt: int, *, after: int = -1) -> list[int]:
+        """Move checkpoints that no attempt continues from to ``checkpoints.attempt<k>``; returns their steps.
 
         Left where they are, they would count among the newest ones, and new ones would be removed in their place.
 
@@ -149,14 +149,14 @@ class Store:
             after: those of later steps than this.
         """
         moved = [step for step in self.steps() if step > after]
-        aside = self.path.with_name(f"{self.path.name}.attempt{attempt}")
+        archive = self.path.with_name(f"{self.path.name}.attempt{attempt}")
         for step in moved:
-            aside.mkdir(exist_ok=True)
-            target = aside / self.folder(step).name
+            archive.mkdir(exist_ok=True)
+            target = archive / self.folder(step).name
             for number in count(1):
                 if not target.exists():
                     break
-                target = aside / f"{self.folder(step).name}.{number}"
+                target = archive / f"{self.folder(step).name}.{number}"
             os.replace(self.folder(step), target)
         if moved:
             (self.path / "latest").unlink(missing_ok=True)
@@ -178,10 +178,10 @@ class Store:
 
     def _remove(self, folder: Path) -> None:
         # Renamed first: what is half removed must not look whole.
-        doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        removed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(removed, ignore_errors=True)
+        os.replace(folder, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def rank_name(rank: int) -> str:
@@ -295,15 +295,15 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> dict[str, Any]:
             status = (folder / name).lstat()
             if not stat.S_ISREG(status.st_mode):
                 raise DamagedCheckpoint(f"{folder.name}: {name} is no regular file")
-            found = {"bytes": status.st_size}
-            if found["bytes"] == expected["bytes"]:
-                found = digest(folder / name)
+            actual = {"bytes": status.st_size}
+            if actual["bytes"] == expected["bytes"]:
+                actual = digest(folder / name)
         except OSError as error:
             raise DamagedCheckpoint(f"{folder.name}: {name} cannot be read ({error.strerror})") from error
-        if found["bytes"] != expected["bytes"]:
+        if actual["bytes"] != expected["bytes"]:
             raise DamagedCheckpoint(
-                f"{folder.name}: {name} has {found['bytes']} bytes, {expected['bytes']} were written"
+                f"{folder.name}: {name} has {actual['bytes']} bytes, {expected['bytes']} were written"
             )
-        if found != expected:
+        if actual != expected:
             raise DamagedCheckpoint(f"{folder.name}: {name} has changed since it was written (SHA-256)")
     return manifest

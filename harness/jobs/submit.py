@@ -126,7 +126,7 @@ def train(words: Sequence[str], request: SubmitRequest) -> Queued:
     _try_out(queued, request)
     _check_idle(submission, folder)
     if run.config.overwrite and folder.exists():
-        run_folder.set_aside(folder)
+        run_folder.archive(folder)
     return _queue(queued, submission, "train", request)
 
 
@@ -186,7 +186,7 @@ def sweep(
     submission.prepare(request.cluster)
     for row in merged:
         if overwrite and row.row in wanted and Path(row.folder).exists():
-            run_folder.set_aside(Path(row.folder))
+            run_folder.archive(Path(row.folder))
     with writing("runs_dir", submission.path):
         grid.write(file, merged)
     return _queue(queued, submission, "sweep", request)

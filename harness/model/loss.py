@@ -86,8 +86,8 @@ def router_coefficient(model: nn.Module) -> float:
     if not (getattr(config, "output_router_logits", False) or getattr(text, "output_router_logits", False)):
         return 0.0
     owners_and_names = ((owner, name) for owner in (model, text) for name in ROUTER_COEFFICIENTS)
-    found = (getattr(owner, name, None) for owner, name in owners_and_names)
-    return float(next((value for value in found if value is not None), 0.0))
+    coefficients = (getattr(owner, name, None) for owner, name in owners_and_names)
+    return float(next((value for value in coefficients if value is not None), 0.0))
 
 
 def aux_loss_sum(outputs: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ def missing_ranks(folder: Path) -> list[int]:
 def describe_missing(ranks: list[int]) -> str:
     """Return one line that names the ranks that ended without a mark."""
     who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-    return f"{who} died without a word (killed, or out of memory)"
+    return f"{who} ended unexpectedly (killed, or out of memory)"
 
 
 def note_signal(folder: Path, number: signal.Signals) -> None:

@@ -106,19 +106,19 @@ def of_run(config: RunConfig, document: Mapping[str, Any] | None = None) -> dict
     """
     document = _shipped() if document is None else document
     cell = cell_of(config)
-    found: dict[str, Any] = {"cell": _key(cell), "passed": None}
+    uncertified: dict[str, Any] = {"cell": _key(cell), "passed": None}
     reason = _uncertifiable(config)
     if reason is not None:
-        return {**found, "reason": reason}
-    known = {
+        return {**uncertified, "reason": reason}
+    certified = {
         _of(entry): entry
         for entry in document.get("cells", [])
         if not entry["is_control"] and not entry["is_peer"] and entry["world_size"] != 3
     }
-    parts = [_key(cell)] if _key(cell) in known else _pair(cell, known)
+    parts = [_key(cell)] if _key(cell) in certified else _pair(cell, certified)
     if not parts:
-        return {**found, "reason": "uncertified cell"}
-    entries = [known[part] for part in parts]
+        return {**uncertified, "reason": "uncertified cell"}
+    entries = [certified[part] for part in parts]
     return {
         "cell": _key(cell),
         "passed": all(entry["passed"] for entry in entries),
@@ -250,12 +250,12 @@ def _is_other(default: Any, value: Any, key: str) -> bool:
     )
 
 
-def _pair(cell: Cell, known: Mapping[str, Any]) -> list[str]:
+def _pair(cell: Cell, certified: Mapping[str, Any]) -> list[str]:
     """Return two cells that cover one: its rule on this engine, and its setting under a rule of `CROSSED`."""
     plain = Cell(cell.rule, cell.engine, variant=cell.variant)
     others = [_key(Cell(rule, cell.engine, cell.dtype, cell.accumulation, cell.clipping)) for rule in CROSSED]
-    setting = next((other for other in others if other in known), None)
-    return [_key(plain), setting] if _key(plain) in known and setting else []
+    setting = next((other for other in others if other in certified), None)
+    return [_key(plain), setting] if _key(plain) in certified and setting else []
 
 
 def _key(cell: Cell) -> str:

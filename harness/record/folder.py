@@ -68,7 +68,7 @@ def check(folder: Path, config: RunConfig, identity: str, shorter_runs: Sequence
         folder: of the run.
         config: of the run.
         identity: of the run.
-        shorter_runs: those that it goes on from, which may be finished.
+        shorter_runs: those that it continues, which may be finished.
 
     Raises:
         InputError: the folder cannot be written, or holds a finished run, a run of another identity, or files
@@ -97,7 +97,7 @@ def check(folder: Path, config: RunConfig, identity: str, shorter_runs: Sequence
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a place where no file can be made: a folder of somebody else, a disk that is mounted read-only."""
+    """Refuse a place where no file can be made, such as a folder of another user or a read-only disk."""
     existing = next((place for place in (folder, *folder.parents) if place.exists()), Path())
     if not existing.is_dir():
         raise _unwritable(folder, f"{existing} is a file")
@@ -112,18 +112,16 @@ def _unwritable(folder: Path, reason: str) -> InputError:
 
 
 def _identity(folder: Path, config: RunConfig) -> str:
-    """Return the identity of the run in a folder; where status.json is damaged, from the other files.
+    """Return the identity of the run in a folder, from other files where status.json is damaged.
 
     Raises:
-        InputError: the folder holds no run, or none that can be told.
+        InputError: the folder holds no run, or none with a readable identity.
     """
     status, problems = readers.status(folder)
     if status is not None and status.identity is not None:
         return status.identity
     if status is None and not problems:
-        raise InputError(
-            "name", folder, "holds files that are not a run", fix="name=… or group=… of your own"
-        )
+        raise InputError("name", folder, "holds files, but no run", fix="name=… or group=… of your own")
     summary, _ = readers.summary(folder)
     if summary is not None and summary.identity is not None:
         return summary.identity
@@ -136,7 +134,7 @@ def _identity(folder: Path, config: RunConfig) -> str:
     raise InputError(
         "name",
         folder,
-        f"holds a run that cannot be told from others ({(problems or ['status.json has no identity'])[0]})",
+        f"holds a run without a readable identity ({(problems or ['status.json has no identity'])[0]})",
         fix="another name=, or overwrite=true (moves the old run aside)",
     )
 
@@ -145,8 +143,8 @@ class RunFolder:
     """The folder of a run that is being written, by rank 0 alone.
 
     Opening it takes a lock that the operating system frees when the process dies, so that two runs never
-    write to one folder. An unfinished run of the same identity is gone on with as a new attempt, which `begin` opens:
-    metrics.jsonl then holds the rows up to the step it goes on from, and the rows behind it move to the end of
+    write to one folder. An unfinished run of the same identity continues as a new attempt, which `begin` opens:
+    metrics.jsonl then holds the rows up to the step it continues from, and the rows behind it move to the end of
     `SUPERSEDED`, after a line that says which attempt took their place.
 
     Attributes:
@@ -173,7 +171,7 @@ class RunFolder:
         except OSError as error:
             raise _unwritable(path, error.strerror or str(error)) from error
         check(path, config, identity, shorter_runs)
-        self._set_aside(config)
+        self._archive_replaced(config)
         status, self.problems = readers.status(path)
         previous = {} if status is None else status.facts()
         recorded = previous.get(EXTENDED)
@@ -236,7 +234,7 @@ class RunFolder:
         return self._status.get(EXTENDED, [])
 
     def begin(self, first_step: int) -> list[MetricRow]:
-        """Open this attempt, which goes on after ``first_step`` steps; returns the rows up to there.
+        """Open this attempt, which continues after ``first_step`` steps; return the rows up to there.
 
         Lines that cannot be read are left out and kept in ``metrics.damaged.jsonl``; `problems` tells how many.
         """
@@ -335,14 +333,14 @@ class RunFolder:
         self._log.close()
         self._lock.release()
 
-    def _set_aside(self, config: RunConfig) -> None:
+    def _archive_replaced(self, config: RunConfig) -> None:
         if config.overwrite and not _is_empty(self.path):
             _move_aside(self.path)
             self.path.mkdir()
 
 
-def set_aside(path: Path) -> None:
-    """Move a run folder to a hidden name beside it.
+def archive(path: Path) -> None:
+    """Move a run folder to a hidden name next to it.
 
     Raises:
         InputError: another process is writing to it.

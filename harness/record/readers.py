@@ -35,7 +35,7 @@ MAX_KEYS = 1_000
 _LINE_LIMIT = 1 * MIB
 _TAIL = 1 << 16
 _TEXT_LIMIT = 10_000
-SILENT = "has given no sign of life"
+SILENT = "sent no heartbeat"
 """In the line about ranks that stalled."""
 _LARGEST = 2**53
 """Integers up to here are exact as floats, too."""
@@ -336,10 +336,10 @@ def parameters(folder: Path) -> tuple[list[Parameter], list[str]]:
     if not isinstance(content, list) or len(kept) < len(entries):
         problems.append(f"{path.name} holds something else than a list of objects")
     wrong: list[str] = []
-    found = [validated(entry, Parameter, path.name, wrong) for entry in kept]
+    parameters = [validated(entry, Parameter, path.name, wrong) for entry in kept]
     if wrong:
         problems.append(wrong[0] if len(wrong) == 1 else f"{wrong[0]} (and in {len(wrong) - 1} more entries)")
-    return found, problems
+    return parameters, problems
 
 
 def metrics(path: Path) -> tuple[list[MetricRow], list[str]]:
@@ -448,7 +448,7 @@ def _wrong(wrong: dict[str, int], name: str) -> list[str]:
 
 def heartbeats(folder: Path) -> tuple[dict[int, Beat], list[str]]:
     """Read the last sign of life of every process of a run, by rank."""
-    found: dict[int, Beat] = {}
+    beats: dict[int, Beat] = {}
     problems: list[str] = []
     try:
         paths = sorted((folder / heartbeat.FOLDER).glob("rank_*.json"))
@@ -465,8 +465,8 @@ def heartbeats(folder: Path) -> tuple[dict[int, Beat], list[str]]:
         except OSError:
             continue  # the run was removed or begun anew meanwhile
         if beat is not None and beat.step is not None:
-            found[int(matched[1])] = Beat(beat.step, beat.where, age_s)
-    return found, problems
+            beats[int(matched[1])] = Beat(beat.step, beat.where, age_s)
+    return beats, problems
 
 
 def stalled_ranks(folder: Path) -> str:

@@ -17,7 +17,7 @@
                              "state", "reason", "first_step", "last_step", "world_size"}]}
         checkpoints/         step_00001000/, latest (harness/checkpoint/store.py)
         checkpoints.attempt1/  checkpoints that a later attempt did not go on from
-        config.steps1000.yaml, summary.steps1000.json   of the run of so many steps that this one goes on from
+        config.steps1000.yaml, summary.steps1000.json   of the run of so many steps that this one continues
         heartbeat/           a file a process: the step it is in, the line it executes; a few seconds old
         REQUEUE              only in a run that was stopped and can go on: the steps done
         log.txt  wandb/  DONE (empty; only in a finished run)
@@ -106,8 +106,8 @@ SUMMARY_KEYS: dict[str, str] = {
     "train/loss": "last row",
     "best_val_loss": "lowest val/loss",
     "skipped_steps": "int",
-    "resumed_from": "steps after which the run went on from a checkpoint, one for each restart (0: anew)",
-    "extended_from": "runs of fewer steps that it goes on from, after `steps` was raised: {identity, steps, …}",
+    "resumed_from": "steps after which the run resumed from a checkpoint, one for each restart (0: anew)",
+    "extended_from": "runs of fewer steps that it continues, after `steps` was raised: {identity, steps, …}",
     "tokens_per_s": "median of the rows",
     "step_ms": "mean milliseconds per step after the first row, without evaluation and probes",
     "time_s": "{part: mean seconds per step after the first row}",

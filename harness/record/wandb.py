@@ -152,7 +152,7 @@ class WandbSink:
         settings: Any = wandb.Settings(
             init_timeout=INIT_TIMEOUT_S, console="off", save_code=False, **facts_off
         )
-        chosen: Any = mode
+        wandb_mode: Any = mode
         earlier = _offline_folders(folder, run_id)
         run = wandb.init(
             project=config.wandb.project,
@@ -163,7 +163,7 @@ class WandbSink:
             id=run_id,
             resume="allow",
             dir=folder.absolute(),  # wandb-core lives as long as this process, in the directory that it began in
-            mode=chosen,
+            mode=wandb_mode,
             config=redact_paths({**(self._described or config.model_dump(mode="json")), **facts}),
             settings=settings,
         )
@@ -209,10 +209,10 @@ def _logged_in() -> bool:
 
 def _offline_folders(folder: Path, run_id: str) -> list[Path]:
     """Return W&B's offline folders of earlier attempts that were not synced, superseded ones included."""
-    found = (folder / "wandb").glob(f"*offline-run-*-{run_id}")
+    folders = (folder / "wandb").glob(f"*offline-run-*-{run_id}")
     return [
         old
-        for old in found
+        for old in folders
         if old.name.lstrip(".").startswith("offline-run-") and not list(old.glob("*.synced"))
     ]
 

@@ -68,7 +68,7 @@ def test_a_full_disk_at_the_last_step_and_the_same_command_on_a_larger_one(
     run = small_disk / "default" / "run"
     assert status(run)["state"] == "failed"
     assert "it needs 0.000" in status(run)["attempts"][-1]["reason"]
-    assert "goes on from the beginning" in status(run)["attempts"][-1]["reason"]
+    assert "continues from the beginning" in status(run)["attempts"][-1]["reason"]
     assert not (run / "DONE").exists()
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     assert trained(words, 1, said) == [0], said.read_text()
@@ -161,6 +161,6 @@ def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(
     training.wait()
     now = status(run)
     assert now["state"] == "failed"
-    assert "rank 1 has given no sign of life" in now["attempts"][-1]["reason"]
+    assert "rank 1 sent no heartbeat" in now["attempts"][-1]["reason"]
     assert "rank 0" not in now["attempts"][-1]["reason"]
     assert assert_whole(run)

@@ -180,7 +180,7 @@ def test_a_disk_without_room_is_found_before_anything_is_written(
     assert callbacks.checkpoints.problem.startswith(
         "the checkpoint of step 8 could not be written (it needs 0.000"
     )
-    assert callbacks.checkpoints.problem.endswith("the same command goes on from step 2")
+    assert callbacks.checkpoints.problem.endswith("the same command continues from step 2")
     assert not list(Store(tmp_path / "run").path.glob(".*"))
 
 

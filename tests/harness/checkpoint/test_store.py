@@ -204,8 +204,8 @@ def test_the_newest_always_stays(
 
 def test_checkpoints_of_an_abandoned_attempt_are_set_aside(tmp_path: Path) -> None:
     checkpoints = Store(tmp_path)
-    checkpoints.set_aside(1)
+    checkpoints.archive(1)
     write(checkpoints, 7)
-    checkpoints.set_aside(2)
+    checkpoints.archive(2)
     assert checkpoints.steps() == []
     assert (tmp_path / "checkpoints.attempt2" / "step_00000007" / "manifest.json").exists()

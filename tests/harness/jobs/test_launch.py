@@ -208,10 +208,8 @@ def test_a_rank_that_dies_is_named_and_soon(engine: str, corpus: Path, tmp_path:
     assert process.returncode == 3, output
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed"
-    assert status["attempts"][-1]["reason"].startswith(
-        "rank 1 died without a word (killed, or out of memory)"
-    )
-    assert "rank 1 died without a word" in output
+    assert status["attempts"][-1]["reason"].startswith("rank 1 ended unexpectedly (killed, or out of memory)")
+    assert "rank 1 ended unexpectedly" in output
 
 
 def test_two_machines_as_two_launchers_on_loopback(corpus: Path, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_start_while_the_run_is_trained_is_bad_input_in_one_line(tmp_path: Pat
     identity = subprocess.run(
         [sys.executable, "-c", _IDENTITY, *words], capture_output=True, text=True, check=True
     ).stdout.strip()
-    run_folder.set_aside(live.path)
+    run_folder.archive(live.path)
     live = RunFolder(tmp_path / "default" / "run", config, identity)
     before = {path.name: path.read_bytes() for path in live.path.iterdir()}
     done = subprocess.run(
@@ -127,7 +127,7 @@ def test_a_start_while_the_run_is_trained_is_bad_input_in_one_line(tmp_path: Pat
     assert "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in live.path.iterdir()} == before
     with pytest.raises(InputError, match="is being written to by another run"):
-        run_folder.set_aside(live.path)
+        run_folder.archive(live.path)
     live.close()
 
 

@@ -139,7 +139,7 @@ def test_a_run_that_ends_badly_takes_no_other_run_along(
     assert (stopped.state, stopped.exit_code) == ("interrupted", 75)
     assert Store(stopped.folder).steps()
     assert (killed.state, killed.exit_code) == ("failed", 3)
-    assert "died without a word" in killed.reason
+    assert "ended unexpectedly" in killed.reason
     assert _same(first, later)
     assert _same(first, last)
     assert _measured(first) == _measured(later) == _measured(last)

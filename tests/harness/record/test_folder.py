@@ -78,7 +78,7 @@ def test_a_run_of_another_identity_is_refused_naming_both_and_the_keys(tmp_path:
 def test_files_that_are_no_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds files that are not a run"):
+    with pytest.raises(InputError, match="holds files, but no run"):
         folder.check(tmp_path / "run", _config(), "aaaa")
 
 
@@ -168,7 +168,7 @@ def test_the_folder_of_batch_scripts_may_be_there_before_the_run(tmp_path: Path)
     # Anything else that is no run is still refused.
     (tmp_path / "other" / folder.JOBS).mkdir(parents=True)
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(InputError, match="holds files that are not a run"):
+    with pytest.raises(InputError, match="holds files, but no run"):
         folder.RunFolder(tmp_path / "other", _config(), "aaaa")
 
 
@@ -255,7 +255,7 @@ def test_a_damaged_status_does_not_block_the_run_whose_it_is(content: bytes, tmp
     again.end("interrupted", step=3, reason="")
     (tmp_path / "run" / "status.json").write_bytes(content)
     (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(InputError, match="cannot be told from others"):
+    with pytest.raises(InputError, match="without a readable identity"):
         folder.check(tmp_path / "run", config, mine)
     (tmp_path / "run" / "summary.json").write_text(json.dumps({"identity": mine}))
     folder.check(tmp_path / "run", config, mine)
