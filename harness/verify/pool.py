@@ -1,7 +1,7 @@
-"""Warm rank processes: a gloo group on this machine's CPUs that runs one function after the other.
+"""A pool of rank processes: a gloo group on this machine's CPUs that runs one function after the other.
 
-Starting a process costs seconds (it imports torch, transformers and DeepSpeed), a cell costs one or two.
-Nothing here imports torch before a rank has started.
+Starting a process takes seconds (it imports torch, transformers and DeepSpeed), a certificate cell takes one or two.
+The tests use the same pool. Nothing here imports torch before a rank has started.
 """
 
 from __future__ import annotations
@@ -23,43 +23,52 @@ from typing import Any, NoReturn
 
 START_S = 180
 TIMEOUT_S = 180
-"""For a cell. The first one of an engine imports its libraries."""
+"""Time limit of one function, s. The first cell of an engine imports its libraries."""
 GRACE_S = 15
-"""For the other ranks, once one has failed: most are then waiting for it in a collective."""
+"""Time, s, that the other ranks get once one has failed: most then wait for it in a collective."""
 _STACK_S = 2
 
 
 class RanksFailed(Exception):
-    """A rank raised; the message is its traceback. Others may still be waiting for it: close the pool."""
+    """A function raised an exception on a rank; the message is the traceback of that rank."""
 
 
 class RankLost(Exception):
-    """A rank died, or gave no answer in time; the message names it and holds what is known of where it was."""
+    """A rank died or gave no answer in time; the message names the rank and holds the end of its log."""
 
 
 class RankPool:
-    """``world_size`` processes in one gloo group.
+    """``world_size`` processes in one gloo group; after `close` or a lost rank, the next `run` starts new ones.
 
     Args:
-        world_size: how many.
-        folder: scratch of these processes: their group's store, logs, current folder.
-        start: "module:function", called with (rank, folder) in each before anything else.
+        world_size: number of processes.
+        folder: scratch folder of the processes: their group's store, their logs, their current folder.
+        start: "module:function", called with (rank, folder) in each process before anything else.
 
     Raises:
-        RankLost: one did not start.
+        RankLost: a process did not start.
     """
 
     def __init__(self, world_size: int, folder: Path, start: str | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")
         self.world_size = world_size
-        self._folder = folder
+        self._folder, self._start = folder, start
+        self._starts = 0
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
-        for rank in range(world_size):
+        self._open()
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._starts += 1
+        # A new group must not find the keys of an earlier one.
+        store = self._folder / f"store{self._starts}"
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, folder, start, theirs), daemon=True
+                target=_serve,
+                args=(rank, self.world_size, self._folder, store, self._start, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -73,65 +82,67 @@ class RankPool:
 
     @property
     def is_open(self) -> bool:
-        """False after `close`, and after ranks were lost."""
+        """Return False after `close`, and after ranks were lost."""
         return bool(self._processes)
 
     def run(self, target: str, *args: Any, what: str = "", timeout_s: float = TIMEOUT_S) -> list[Any]:
-        """``function(*args)`` on every rank; results by rank.
+        """Call ``function(*args)`` on every rank and return the results by rank.
 
         Args:
             target: "module:function".
-            args: picklable.
-            what: is being done, for messages.
-            timeout_s: until every rank must have answered.
+            args: picklable arguments.
+            what: name of the work, for messages.
+            timeout_s: time by which every rank must have answered, s.
 
         Raises:
-            RanksFailed: it raised on a rank.
+            RanksFailed: the function raised on a rank; ranks that did not answer after that are ended.
             RankLost: a rank died or hangs; the pool is closed.
         """
+        if not self.is_open:
+            self._open()
         for pipe in self._pipes:
             pipe.send((target, args))
         return self._collect(what or target, timeout_s)
 
     def _collect(self, what: str, timeout_s: float) -> list[Any]:
-        answers: dict[int, Any] = {}
+        results: dict[int, Any] = {}
         failed: dict[int, str] = {}
         waiting = set(range(self.world_size))
         deadline = time.monotonic() + timeout_s
         while waiting:
             left = deadline - time.monotonic()
             if left <= 0:
-                self._give_up(sorted(waiting), what, failed, timeout_s)
+                self._raise_timeout(sorted(waiting), what, failed, timeout_s)
             for rank in self._ready(waiting, left):
                 waiting.remove(rank)
                 answer = self._answer(rank)
                 if answer is None:
-                    self._bury(rank, what, failed)
+                    self._raise_death(rank, what, failed)
                 is_good, value = answer
                 if is_good:
-                    answers[rank] = value
+                    results[rank] = value
                 else:
                     failed[rank] = f"rank {rank} of {self.world_size}, {what}:\n{value}"
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         if failed:
             raise RanksFailed(next(iter(failed.values())))
-        return [answers[rank] for rank in range(self.world_size)]
+        return [results[rank] for rank in range(self.world_size)]
 
     def _ready(self, waiting: set[int], timeout_s: float) -> list[int]:
-        """Ranks that have answered or died."""
+        """Return the ranks that answered or died within ``timeout_s``."""
         handles = {self._pipes[rank]: rank for rank in waiting}
         handles |= {self._processes[rank].sentinel: rank for rank in waiting}
         return sorted({handles[handle] for handle in wait(list(handles), timeout=timeout_s)})
 
     def _answer(self, rank: int) -> tuple[bool, Any] | None:
-        """What a rank sent; None if it died before."""
+        """Return the (success, value) that a rank sent; None if it died before."""
         try:
             return self._pipes[rank].recv() if self._pipes[rank].poll() else None
         except (EOFError, OSError):
             return None
 
-    def _bury(self, rank: int, what: str, failed: dict[int, str]) -> NoReturn:
-        """A rank has died."""
+    def _raise_death(self, rank: int, what: str, failed: dict[int, str]) -> NoReturn:
+        """Close the pool and raise the error for a rank that died."""
         self._processes[rank].join(_STACK_S)
         code = self._processes[rank].exitcode
         log = self._log(rank)
@@ -139,10 +150,10 @@ class RankPool:
         first = next(iter(failed.values()), "")
         raise RankLost(f"rank {rank} of {self.world_size} died (exit code {code}) in {what}\n{first}{log}")
 
-    def _give_up(
+    def _raise_timeout(
         self, waiting: Sequence[int], what: str, failed: dict[int, str], timeout_s: float
     ) -> NoReturn:
-        """Ranks gave no answer."""
+        """Close the pool and raise the error for ranks that gave no answer, with their stacks."""
         if failed:
             self.close(kill=True)
             raise RanksFailed(next(iter(failed.values())))
@@ -163,7 +174,7 @@ class RankPool:
         return "\n".join(text.splitlines()[-lines:])
 
     def close(self, kill: bool = False) -> None:
-        """End the processes."""
+        """End the processes, by force if ``kill``."""
         for pipe in self._pipes:
             if not kill:
                 with suppress(OSError):
@@ -182,18 +193,21 @@ def _log_path(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.log"
 
 
-def _serve(rank: int, world_size: int, folder: Path, start: str | None, pipe: Connection) -> None:
+def _serve(
+    rank: int, world_size: int, folder: Path, store: Path, start: str | None, pipe: Connection
+) -> None:
+    """Run the functions that come through ``pipe`` until it is closed."""
     log = _log_path(folder, rank).open("w")
-    # What libraries print must not reach a terminal or a JSON document; a dead rank's last words are in here.
+    # What libraries print must not reach a terminal or a JSON document; the log keeps the last output of a dead rank.
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)
     faulthandler.register(signal.SIGUSR1, log, all_threads=True)
-    # Ctrl-C reaches the whole terminal's group; the process that started us ends us.
+    # Ctrl-C reaches the terminal's whole process group; the process that started this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _set_environment(rank, world_size, folder)
     try:
-        _join_group(rank, world_size, folder)
+        _join_group(rank, world_size, store)
         if start:
             _load(start)(rank, folder)
         pipe.send((True, None))
@@ -228,7 +242,7 @@ def _set_environment(rank: int, world_size: int, folder: Path) -> None:
     cache = os.environ.get("OPTBENCH_CACHE")
     if cache:
         os.environ["OPTBENCH_CACHE"] = str(Path(cache).absolute())
-    # A user's own ./configs would change what is certified.
+    # The user's own ./configs would change what is certified.
     os.chdir(folder)
     os.environ.update(
         RANK=str(rank),
@@ -241,14 +255,14 @@ def _set_environment(rank: int, world_size: int, folder: Path) -> None:
     )
 
 
-def _join_group(rank: int, world_size: int, folder: Path) -> None:
+def _join_group(rank: int, world_size: int, store: Path) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder / 'store'}",
+        init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT_S),
