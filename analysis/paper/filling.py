@@ -18,9 +18,7 @@ from harness.config import checks, compose
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
 from harness.errors import InputError
-from harness.plan import network, rank
-from harness.plan.rank import PlannedRank
-from harness.plan.state import held_bytes
+from harness.plan.simulated_rank import PlannedRank, build_model, held_bytes, simulate
 
 _BUFFERS = 1e-3
 """Largest share of buffers (rotary frequencies) in the weights; the plan counts parameters only."""
@@ -237,6 +235,6 @@ def count(config: RunConfig) -> CountedRun | None:
     """Count rank 0 of a checked configuration; None for an optimizer by import path, which cannot be planned."""
     if config.optimizer.target is not None:
         return None
-    module = network.build(config.model, config.precision, trust_remote_code=config.trust_remote_code)
-    planned = rank.simulate(config, module, 0)
+    module = build_model(config.model, config.precision, trust_remote_code=config.trust_remote_code)
+    planned = simulate(config, module, 0)
     return CountedRun(planned, held_bytes(config, planned))

@@ -1,6 +1,6 @@
-"""Bytes that a forward pass keeps for the backward pass, counted on fake tensors: the model's own code, no memory.
+"""Count the bytes that a forward pass saves for the backward pass, by running the model's code on fake tensors.
 
-Two depths and two batch sizes are run; what a layer and a sequence add is the same for every further one.
+The model is run at two depths and two batch sizes; every further layer and sequence adds the same.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from harness.config.schema import RunConfig
 from harness.model import decoder_layers, loss_sum
-from harness.plan import network
+from harness.plan.simulated_rank import build_model, with_layers
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "bf16_pure": torch.bfloat16}
 CASTING = ("single", "ddp")
-"""Engines with fp32 weights under autocast; all others compute on copies in half precision."""
+"""Engines that keep fp32 weights and use autocast; the others compute on copies in half precision."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch of one rank.
+    """Bytes of the activations of one micro-batch on one rank.
 
     Attributes:
-        kept: of all layers, without checkpointing.
-        recomputed: with checkpointing: the layers' inputs, and all of one layer.
+        kept: activations of all layers, without checkpointing.
+        recomputed: with checkpointing: the inputs of all layers, and all activations of one layer.
         logits: logits, their softmax and their gradient.
     """
 
@@ -39,11 +39,11 @@ class Activations:
 
 
 def count(config: RunConfig, layers: int) -> Activations:
-    """Return what a micro-batch keeps.
+    """Return the activation bytes of a micro-batch.
 
     Args:
         config: checked.
-        layers: decoder layers of the model.
+        layers: number of decoder layers.
 
     Raises:
         Exception: the model's code cannot run on fake tensors.
@@ -55,7 +55,7 @@ def count(config: RunConfig, layers: int) -> Activations:
     deeper = _Saved.of(config, 2, 2)
 
     def at(kind: str, depth: int) -> int:
-        """Affine in depth and batch, with their product."""
+        """Return bytes at a depth and the batch size: bilinear in the two."""
         a, b, c, d = (getattr(saved, kind) for saved in (one, two, more, deeper))
         per_layer, per_sequence = b - a, c - a
         both = d - b - c + a
@@ -77,8 +77,8 @@ class _Saved:
         """Run one forward pass with its loss on fake CPU tensors and add up what autograd keeps."""
         half = HALF.get(config.precision)
         casts = config.precision in ("bf16", "fp16") and config.engine.name in CASTING
-        small = network.at_depth(config.model, depth).model_copy(update={"activation_checkpointing": False})
-        module = network.build(small, "fp32")
+        small = with_layers(config.model, depth).model_copy(update={"activation_checkpointing": False})
+        module = build_model(small, "fp32")
         with FakeTensorMode(allow_non_fake_inputs=True):
             module = module.to_empty(device="cpu")
             if half is not None and not casts:
@@ -100,7 +100,7 @@ class _Saved:
             inputs: list[int] = []
             for layer in decoder_layers(module):
                 layer.register_forward_pre_hook(
-                    lambda _, given, named: inputs.append(_bytes(given, named)), with_kwargs=True
+                    lambda _, args, kwargs: inputs.append(_bytes(args, kwargs)), with_kwargs=True
                 )
             autocast = torch.autocast("cpu", dtype=half) if casts and half else nullcontext()
             with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -115,9 +115,9 @@ class _Saved:
         return cls(body, sum(inputs), logits_bytes)
 
 
-def _bytes(given: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """Of the hidden states that a layer gets: its first tensor."""
-    tensors = [value for value in (*given, *named.values()) if isinstance(value, torch.Tensor)]
+def _bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the bytes of a layer's input, which is its first tensor argument."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     return tensors[0].numel() * tensors[0].element_size() if tensors else 0
 
 

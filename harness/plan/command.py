@@ -1,4 +1,4 @@
-"""`optbench plan [key=value …] [--world-size N] [--device-memory SIZE] [--json]`: a run's needs, before it starts."""
+"""`optbench plan [key=value …] [--world-size N] [--device-memory SIZE] [--json]`: what a run needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.errors import InputError
 from harness.output import json_document
 
 DEVICE_MEMORY = "80GB"
-"""Of an A100 or H100; what `fits` compares with where nothing else is asked."""
+"""Device memory that `fits` is checked against by default: an A100 or H100."""
 _UNITS = {
     "": 10**9,
     "gb": 10**9,
@@ -42,29 +42,24 @@ def main(argv: Sequence[str]) -> int:
     """
     request = _parse(argv)
     config = checks.check(compose.load(_with_world_size(request.overrides, request.world_size)), environ={})
-    found = plan(config, request.device_memory, _progress())
-    if request.as_json:
-        print(json_document(**found))
-    else:
-        _show(config, found)
-    return 0
-
-
-def plan(
-    config: RunConfig, device_memory: int | None = None, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Return the plan of a checked configuration; see `harness.plan.estimate.plan`, which imports torch."""
+    say = _progress()
     say("starting torch")
-    from harness.plan import estimate
+    # Only now: `optbench plan --help` and bad input need no torch.
+    from harness.plan.estimate import plan
 
-    return estimate.plan(config, device_memory, say)
+    estimates = plan(config, request.device_memory, say)
+    if request.as_json:
+        print(json_document(**estimates))
+    else:
+        _show(config, estimates)
+    return 0
 
 
 def size(key: str, text: str) -> int:
     """Return a size such as 80GB, 24GiB or 80 (gigabytes) in bytes.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a size.
     """
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]*)", text.strip().lower())
     unit = _UNITS.get(match[2]) if match else None
@@ -105,7 +100,7 @@ def _progress() -> Callable[[str], None]:
     return lambda text: print(f"\r\x1b[Kplan: {text} …\r", end="", file=sys.stderr, flush=True)
 
 
-def _show(config: RunConfig, found: dict[str, Any]) -> None:
+def _show(config: RunConfig, estimates: dict[str, Any]) -> None:
     from rich.table import Table
 
     from harness.console import for_tables
@@ -117,41 +112,42 @@ def _show(config: RunConfig, found: dict[str, Any]) -> None:
     table = Table(title=f"{title} process(es): the worst rank", title_justify="left")
     for column in ("what", "MiB"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for kind, bytes_held in found["per_rank"].items():
+    for kind, bytes_held in estimates["per_rank"].items():
         table.add_row(f"holds {kind}", _mib(bytes_held))
     table.add_section()
-    table.add_row("holds in total, at most", _mib(found["total_bytes"]))
+    table.add_row("holds in total, at most", _mib(estimates["total_bytes"]))
     table.add_section()
-    for kind, bytes_sent in found["traffic_per_step"].items():
+    for kind, bytes_sent in estimates["traffic_per_step"].items():
         table.add_row(f"sends a step: {kind}", _mib(bytes_sent))
     console.print(table)
-    kept = found["activations"]
+    kept = estimates["activations"]
     if kept is None:
-        console.print("Activations are not counted: this model's code does not run without memory.")
+        console.print("Activations are not counted: this model's code cannot run on fake tensors.")
     else:
         console.print(
             f"Activations of a micro-batch of {kept['micro_batch_size']} × {config.seq_len} tokens: "
             f"{_mib(kept['without_checkpointing'])} MiB, with model.activation_checkpointing=true "
             f"{_mib(kept['with_checkpointing'])} MiB."
         )
-    if found["fits"] is not None:
-        verdict = "yes" if found["fits"] else "no"
-        console.print(f"Fits in {found['device_memory'] / 1e9:g} GB: {verdict} (--device-memory SIZE)")
-    if found["step_time_s"]:
+    if estimates["fits"] is not None:
+        verdict = "yes" if estimates["fits"] else "no"
+        console.print(f"Fits in {estimates['device_memory'] / 1e9:g} GB: {verdict} (--device-memory SIZE)")
+    if estimates["step_time_s"]:
         times = ", ".join(
-            f"{name} {time['forward_backward_at_peak']:.3g}" for name, time in found["step_time_s"].items()
+            f"{name} {time['forward_backward_at_peak']:.3g}"
+            for name, time in estimates["step_time_s"].items()
         )
         console.print(
-            f"Seconds of a step's forward and backward pass at the device's peak, no faster: {times}."
+            f"Seconds of a step's forward and backward pass at the device's peak (lower bound): {times}."
         )
-    looked = found["ranks_looked_at"]
-    if 1 < len(looked) < found["world_size"]:
-        console.print(f"Looked at ranks {', '.join(map(str, looked))}.")
-    if len(found["depths_looked_at"]) > 1:
-        depths = " and ".join(map(str, found["depths_looked_at"]))
-        console.print(f"Counted at {depths} layers and continued from there: every layer adds the same.")
+    simulated = estimates["ranks_looked_at"]
+    if 1 < len(simulated) < estimates["world_size"]:
+        console.print(f"Simulated ranks {', '.join(map(str, simulated))}.")
+    if len(estimates["depths_looked_at"]) > 1:
+        depths = " and ".join(map(str, estimates["depths_looked_at"]))
+        console.print(f"Counted at {depths} layers and extrapolated: every layer adds the same.")
     console.print(
-        "Not counted: temporaries of kernels and of the optimizer's step, the device's own context (about 1 GB)."
+        "Not counted: temporaries of kernels and of the optimizer's step, the CUDA context (about 1 GB)."
     )
 
 

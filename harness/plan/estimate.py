@@ -1,4 +1,4 @@
-"""What a run would hold, send and compute on its worst rank."""
+"""Estimate what a run holds, sends and computes on its worst rank."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from torch import nn
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.model import decoder_layers
-from harness.plan import activations, network
-from harness.plan.rank import ranks_to_look_at, simulate
-from harness.plan.state import held_bytes
-from harness.plan.traffic import sent_bytes
+from harness.plan import activations
+from harness.plan.simulated_rank import (
+    build_model,
+    held_bytes,
+    layer_count,
+    sampled_ranks,
+    sent_bytes,
+    simulate,
+    with_layers,
+)
 from harness.probes.flops import FlopCount, bf16_peak
 
 MAX_DEPTH = 128
-"""Deepest model that is laid out whole; beyond it two depths are, and the rest follows from their difference."""
+"""Largest number of layers that is simulated; deeper models are extrapolated from two depths."""
 _DEVICES = ("A100", "H100", "B200")
 _SHARDED = ("fsdp2", "hsdp", "zero3")
 
@@ -30,23 +36,23 @@ def plan(
 
     Args:
         config: checked.
-        device_memory: bytes of one device, for `fits`; None: not asked.
+        device_memory: bytes of one device, for `fits`; None: unknown.
         say: where progress goes.
 
     Returns:
-        `per_rank` {kind: bytes} and its sum `total_bytes`, `traffic_per_step` {kind: bytes}, each the worst rank's,
-        `flops_per_step` {kind: n} of all ranks, `fits` (None: activations or memory not known), `activations`
-        {kind: bytes} of a micro-batch, `step_time_s` {device: {kind: s}}.
+        `per_rank` {kind: bytes} and its sum `total_bytes`, and `traffic_per_step` {kind: bytes}, all of the worst rank;
+        `flops_per_step` {kind: FLOPs} of all ranks; `fits` (None: activations or memory unknown); `activations`
+        {kind: bytes} of a micro-batch; `step_time_s` {device: {kind: s}}.
 
     Raises:
-        InputError: an optimizer of which nothing is known, or a model that cannot be laid out.
+        InputError: an optimizer by import path, or a model that cannot be built.
     """
     if config.optimizer.target is not None:
-        reason = "has a state that is not known: only optimizers of optbench can be planned"
+        reason = "cannot be planned: only the optimizers of optbench have a known state"
         raise InputError("optimizer.target", config.optimizer.target, reason, fix="optimizer=adamw")
-    # Code that comes with a folder of weights is run from there, at its own depth.
+    # Python code from the model's folder is run as it is, at its own depth.
     has_own_code = config.trust_remote_code and config.model.path is not None
-    layers = None if has_own_code else network.depth(config.model)
+    layers = None if has_own_code else layer_count(config.model)
     depths = [layers] if layers is None or layers <= MAX_DEPTH else [MAX_DEPTH // 2, MAX_DEPTH]
     try:
         plans = [_at_depth(config, depth, say) for depth in depths]
@@ -55,20 +61,20 @@ def plan(
         raise InputError(
             "model", config.model.name, f"cannot be planned ({first})", fix="model=llama_60m"
         ) from error
-    found = plans[-1] if len(plans) == 1 else _extended(plans, depths, layers or 0)
+    estimates = plans[-1] if len(plans) == 1 else _extrapolated(plans, depths, layers or 0)
     say("activations")
     kept = _activations(config, layers)
     if kept is not None:
         used = kept.recomputed if config.model.activation_checkpointing else kept.kept
-        found["per_rank"] |= {"activations": used, "logits": kept.logits}
-    total = sum(found["per_rank"].values())
-    flops = sum(found["flops_per_step"].values())
+        estimates["per_rank"] |= {"activations": used, "logits": kept.logits}
+    total = sum(estimates["per_rank"].values())
+    flops = sum(estimates["flops_per_step"].values())
     return {
         "world_size": config.world_size,
         "engine": config.engine.name,
-        "ranks_looked_at": list(ranks_to_look_at(config)),
+        "ranks_looked_at": list(sampled_ranks(config)),
         "depths_looked_at": depths,
-        **found,
+        **estimates,
         "total_bytes": total,
         "activations": None
         if kept is None
@@ -85,12 +91,12 @@ def plan(
 
 
 def _at_depth(config: RunConfig, depth: int | None, say: Callable[[str], None]) -> dict[str, Any]:
-    model = config.model if depth is None else network.at_depth(config.model, depth)
+    model = config.model if depth is None else with_layers(config.model, depth)
     say(f"model on the meta device{f', {depth} layers' if depth else ''}")
-    module = network.build(model, config.precision, trust_remote_code=config.trust_remote_code)
+    module = build_model(model, config.precision, trust_remote_code=config.trust_remote_code)
     held: dict[str, int] = {}
     sent: dict[str, float] = {}
-    ranks = ranks_to_look_at(config)
+    ranks = sampled_ranks(config)
     for place, rank in enumerate(ranks):
         say(f"rank {rank} ({place + 1} of {len(ranks)})")
         planned = simulate(config, module, rank)
@@ -109,7 +115,7 @@ def _at_depth(config: RunConfig, depth: int | None, say: Callable[[str], None]) 
 
 
 def _gathered(config: RunConfig, module: nn.Module) -> dict[str, int]:
-    """Whole weights that a rank holds for a while: two layers (one is fetched ahead), and what belongs to no layer."""
+    """Return the bytes of gathered weights: two layers (one is prefetched) and the parameters outside the layers."""
     if config.engine.name not in _SHARDED:
         return {}
     width = 2 if config.precision in activations.HALF else 4
@@ -120,8 +126,8 @@ def _gathered(config: RunConfig, module: nn.Module) -> dict[str, int]:
     return {"gathered_weights": (whole - sum(sizes) + layers) * width}
 
 
-def _extended(plans: list[dict[str, Any]], depths: list[Any], layers: int) -> dict[str, Any]:
-    """Continue the difference between two depths; every layer adds the same."""
+def _extrapolated(plans: list[dict[str, Any]], depths: list[Any], layers: int) -> dict[str, Any]:
+    """Extrapolate from two depths to ``layers``: every layer adds the same."""
     less, more = plans
     steps = (layers - depths[1]) / (depths[1] - depths[0])
 
@@ -148,7 +154,7 @@ def _activations(config: RunConfig, layers: int | None) -> activations.Activatio
 
 
 def _step_time(config: RunConfig, flops: float) -> dict[str, dict[str, float]] | None:
-    """Seconds of forward and backward pass at the peak of each known device: no run is faster."""
+    """Return the seconds of forward and backward pass at the peak of each known device, a lower bound."""
     assert config.world_size is not None
     if config.precision not in activations.HALF:
         return None

@@ -1,4 +1,4 @@
-"""One rank of a run on meta tensors: its optimizer, laid out as the engine would lay it out."""
+"""One rank of a run on meta tensors: the model, the optimizer as the engine lays it out, bytes held and bytes sent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 from torch import nn
 
 import optimizers
-from harness.config.schema import RunConfig
+from harness import model
+from harness.config.model_facts import facts, full_config
+from harness.config.model_keys import config_fields
+from harness.config.schema import ModelConfig, Precision, RunConfig
+from harness.model import decoder_layers
 from harness.optimizer import shard_axes
 from optimizers.layouts.axes import possible_axis
 from optimizers.layouts.layout import Layout
@@ -17,6 +21,7 @@ from optimizers.layouts.simulated import SimulatedReplicas, SimulatedShards, sim
 from optimizers.optimizer import Optimizer
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,9 @@ class PlannedRank:
     """A simulated rank.
 
     Attributes:
-        network: the whole model on the meta device.
+        network: the unsharded model on the meta device.
         optimizer: with the state that this rank would hold.
-        shards: ranks that hold one replica of the weights together.
+        shards: number of ranks that together hold one replica of the weights.
     """
 
     network: nn.Module
@@ -34,13 +39,52 @@ class PlannedRank:
     shards: int
 
 
+def layer_count(config: ModelConfig) -> int | None:
+    """Return the number of decoder layers, or None if the model type does not tell it."""
+    return facts(config).layers
+
+
+def with_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    """Return the configuration of the same model with another number of decoder layers and no folder of weights."""
+    fields = config_fields(config.model_type) or {}
+    values = dict(config.config)
+    kind = config.model_type
+    if config.path is not None:
+        complete = full_config(config)
+        kind = str(complete.pop("model_type", kind))
+        fields = config_fields(kind) or {}
+        values = {name: value for name, value in complete.items() if name in fields and value is not None}
+    names = [name for name in _DEPTHS if name in values] or [name for name in _DEPTHS if name in fields][:1]
+    # Per-layer lists (attention kinds) are as long as the depth; without them the class makes its own.
+    values = {name: value for name, value in values.items() if not (name == "layer_types" and names)}
+    return config.model_copy(
+        update={"path": None, "model_type": kind, "config": {**values, **dict.fromkeys(names, layers)}}
+    )
+
+
+def build_model(config: ModelConfig, precision: Precision, *, trust_remote_code: bool = False) -> nn.Module:
+    """Build the model on the meta device.
+
+    Args:
+        config: of the model.
+        precision: of the run.
+        trust_remote_code: run Python code that the model's folder brings along.
+
+    Raises:
+        InputError: the model refuses its configuration.
+    """
+    return model.build(
+        config, seed=0, precision=precision, device="meta", trust_remote_code=trust_remote_code
+    )
+
+
 def simulate(config: RunConfig, network: nn.Module, rank: int) -> PlannedRank:
-    """Lay the optimizer of one rank out over a model on the meta device.
+    """Lay out the optimizer of one rank over a model on the meta device.
 
     Args:
         config: checked; its optimizer is one of ours.
-        network: whole model on the meta device; ranks may share it, as each sets its own gradients.
-        rank: which one.
+        network: unsharded model on the meta device; ranks may share it, because each sets its own gradients.
+        rank: number of the rank.
     """
     assert config.world_size is not None
     pairs = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
@@ -56,13 +100,13 @@ def simulate(config: RunConfig, network: nn.Module, rank: int) -> PlannedRank:
     shards = shards_of(config)
     built.attach(_layout(config, built, network, rank, shards))
     if config.engine.name not in ZERO_STAGES:
-        # As in a run, whose loop has looked at the gradients: the optimizer sends nothing to find out.
+        # As in a run, whose loop has checked the gradients: the optimizer sends nothing to find out.
         built.found_inf = torch.zeros((), device="meta")
     return PlannedRank(network, built, shards)
 
 
 def shards_of(config: RunConfig) -> int:
-    """Ranks that hold one replica of the optimizer's state together."""
+    """Return the number of ranks that together hold one replica of the optimizer's state."""
     assert config.world_size is not None
     name = config.engine.name
     if name == "hsdp":
@@ -85,10 +129,10 @@ def _layout(config: RunConfig, built: Optimizer, network: nn.Module, rank: int, 
     return SimulatedReplicas(config.engine.optimizer_work, rank, config.world_size)
 
 
-def ranks_to_look_at(config: RunConfig) -> Sequence[int]:
-    """Return all ranks of a small world, else a spread: both ends and two between.
+def sampled_ranks(config: RunConfig) -> Sequence[int]:
+    """Return the ranks to simulate: all of a small world, else the first two, the middle and the last.
 
-    Where every rank does the same, one stands for all. Owners are dealt out from rank 0, so it has most.
+    If every rank does the same, rank 0 is enough. Owners are assigned from rank 0 on, so it owns most.
     """
     assert config.world_size is not None
     world = config.world_size
@@ -97,8 +141,78 @@ def ranks_to_look_at(config: RunConfig) -> Sequence[int]:
     return range(world) if world <= 8 else sorted({0, 1, world // 2, world - 1})
 
 
-def set_gradients(planned: PlannedRank) -> None:
-    """Give the matrices gradients, so that a step moves what it would move; AdamW sends nothing."""
+def held_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, int]:
+    """Return kind → bytes that this rank holds between two steps: weights, gradients, optimizer state by kind.
+
+    Under ZeRO, weights and gradients are what DeepSpeed keeps: for a model in half precision, 16-bit copies next to
+    fp32 masters.
+    """
+    optimizer, layout = planned.optimizer, planned.optimizer.layout
+    parameters = [p for group in optimizer.parameters_of_groups for p in group]
+    local = sum(layout.weight(p).numel() for p in parameters)
+    whole = sum(p.numel() for p in parameters)
+    width = parameters[0].element_size()
+    name = config.engine.name
+    held = {"weights": local * width, "gradients": local * width}
+    if name in ZERO_STAGES:
+        half = config.precision in ("bf16", "fp16")
+        copies = whole if name != "zero3" else local
+        held["weights"] = copies * (2 if half else 4) + (local * 4 if half or name != "zero3" else 0)
+        held["gradients"] = (whole if name == "zero1" else local) * (2 if half else 4)
+    held.update({f"optimizer/{kind}": size for kind, size in optimizer.state_bytes().items()})
+    return held
+
+
+def sent_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
+    """Return kind → bytes that this rank sends in one optimizer step, by the ring convention (docs/layouts.md).
+
+    "optimizer" is an ordinary step, "optimizer/refresh" one that refreshes every subspace; both are counted by running
+    the optimizer's own code. "gradients" and "weights" are the engine's, by formula.
+    """
+    _set_gradients(planned)
+    refresh, ordinary = _optimizer_traffic(planned), _optimizer_traffic(planned)
+    sent = {**_engine_traffic(config, planned), "optimizer": ordinary}
+    if refresh != ordinary:
+        sent["optimizer/refresh"] = refresh
+    return sent
+
+
+def _optimizer_traffic(planned: PlannedRank) -> float:
+    before = sum(planned.optimizer.bytes_sent().values())
+    planned.optimizer.step()
+    return sum(planned.optimizer.bytes_sent().values()) - before
+
+
+def _engine_traffic(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
+    assert config.world_size is not None
+    assert config.micro_batch_size is not None
+    name, world, shards = config.engine.name, config.world_size, planned.shards
+    whole = sum(p.numel() for p in planned.network.parameters())
+    width = 2 if config.precision in ("bf16", "fp16", "bf16_pure") else 4
+    micro_batches = max(1, config.batch_size // (config.micro_batch_size * world))
+    around = (shards - 1) / shards
+    if name in ("fsdp2", "hsdp"):
+        # Layers are gathered for the forward and, if given back, again for the backward pass of every micro-batch;
+        # what belongs to the root stays in between.
+        layers = sum(p.numel() for layer in decoder_layers(planned.network) for p in layer.parameters())
+        times = 2 if config.engine.reshard_after_forward else 1
+        gathered = micro_batches * (times * layers + whole - layers) * width * around
+        reduced = whole * 4 * around
+        if name == "hsdp" and config.engine.replicas:
+            replicas = config.engine.replicas
+            reduced += 2 * whole * 4 / shards * (replicas - 1) / replicas
+        return {"weights": gathered, "gradients": reduced}
+    if name in ZERO_STAGES:
+        gathers = 2 * micro_batches if name == "zero3" else 1
+        # ZeRO-2 and 3 reduce every micro-batch, ZeRO-1 once.
+        reductions = 1 if name == "zero1" else micro_batches
+        return {"weights": gathers * whole * width * around, "gradients": reductions * whole * width * around}
+    copies = 2 if config.precision == "bf16_pure" else 4
+    return {"weights": 0.0, "gradients": 2 * whole * copies * (world - 1) / world}
+
+
+def _set_gradients(planned: PlannedRank) -> None:
+    """Give only the matrices gradients, so that a step sends what a real one sends; AdamW sends nothing."""
     matrices = {r.name for r in planned.optimizer.routes if r.rule != "adamw"}
     for name, p in planned.network.named_parameters():
         p.grad = torch.empty_like(p) if name in matrices else None

@@ -10,7 +10,8 @@ import pytest
 from harness import cli
 from harness.config import checks, compose
 from harness.errors import InputError
-from harness.plan.command import main, plan
+from harness.plan.command import main
+from harness.plan.estimate import plan
 
 if TYPE_CHECKING:
     from tests.distributed.pool import RankPool
@@ -34,7 +35,7 @@ def real(rank: int, words: list[str]) -> dict[str, Any]:
     import optimizers
     from harness import model
     from harness.optimizer import shard_axes
-    from harness.plan.rank import shards_of
+    from harness.plan.simulated_rank import shards_of
 
     config = configured(*words)
     network = model.build(config.model, seed=0)
