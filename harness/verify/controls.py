@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -12,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.loop import Run
-from harness.verify.cell import Defect
 from harness.verify.cells import MAX_NORM
-from harness.verify.witness import Witness
+from harness.verify.step_recorder import StepRecorder
 from optimizers.interfaces import MatrixRef
 from optimizers.layouts.batches import make_batch_states
 from optimizers.layouts.layout import Bucket, LocalBucket, Unsharded
@@ -22,6 +22,19 @@ from optimizers.layouts.replicated import ReplicaCollectives
 from optimizers.layouts.sharded import ShardedLayout
 from optimizers.linalg import subspace as sketches
 from optimizers.rule import Rule
+
+
+@dataclass
+class Defect:
+    """Code that makes a run wrong on purpose.
+
+    Attributes:
+        around: context that is entered before the run is assembled and left after training.
+        change: called with the assembled run and its recorder.
+    """
+
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    change: Callable[[Run, StepRecorder], None] = lambda run, recorder: None
 
 
 @contextmanager
@@ -40,7 +53,7 @@ def _shard_local() -> Iterator[None]:
         yield
 
 
-def _clip_updates(run: Run, witness: Witness) -> None:
+def _clip_updates(run: Run, recorder: StepRecorder) -> None:
     """The bound is applied to the step, not to the gradient: what DeepSpeed's default does to its Muon."""
     step = run.engine.step
     parameters = [p for p in run.model.parameters() if p.requires_grad]
@@ -59,7 +72,7 @@ def _clip_updates(run: Run, witness: Witness) -> None:
     run.engine.step = clipped_late  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _step_per_micro_batch(run: Run, witness: Witness) -> None:
+def _step_per_micro_batch(run: Run, recorder: StepRecorder) -> None:
     """Momentum advances, and matrices are orthogonalized, with every micro-batch; weights move once."""
     micro_step, step = run.engine.micro_step, type(run.optimizer).step
 
@@ -119,13 +132,13 @@ def _own_bases() -> Iterator[None]:
         yield
 
 
-def _never_clip(run: Run, witness: Witness) -> None:
+def _never_clip(run: Run, recorder: StepRecorder) -> None:
     """The bound is read and forgotten."""
     step = run.engine.step
     run.engine.step = lambda max_norm: step(None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _halve_gradients(run: Run, witness: Witness) -> None:
+def _halve_gradients(run: Run, recorder: StepRecorder) -> None:
     """An average is taken twice."""
     backward = run.engine.backward
     run.engine.backward = lambda loss: backward(loss / 2)  # pyright: ignore[reportAttributeAccessIssue]

@@ -175,7 +175,7 @@ def markdown(found: Certified) -> str:
 
 _INTRODUCTION = """\
 Each cell trains a LLaMA of 3 layers on the King James Bible for {steps} steps through the harness's own engine and
-loop. A witness notes the gradients that the optimizer receives. *Replay*: the rule on whole matrices in fp64, one
+loop. A recorder notes the gradients that the optimizer receives. *Replay*: the rule on whole matrices in fp64, one
 process, on these very gradients; largest ‖ΔW − ΔW_ref‖_F / ‖ΔW_ref‖_F of a parameter; green up to {bound}, which is
 fp32 rounding. Also required: the first gradients are those of one fp32 process and have the norm that clipping
 leaves; every matrix is on the rule and is orthogonalized once a step; replicas are bit-equal; in fp32 the weights

@@ -21,9 +21,10 @@ from harness.engines import deepspeed as deepspeed_engine
 from harness.loop import Run
 from harness.record.certificates import Cell
 from harness.verify import cells
-from harness.verify.cell import Defect, build_of, figures, report, trained
+from harness.verify.certify_rank import build_of, figures, report, trained
+from harness.verify.controls import Defect
 from harness.verify.replay import replayed, update_error
-from harness.verify.witness import OfParameters, Witness
+from harness.verify.step_recorder import ParameterGradients, StepRecorder
 from optimizers.routing import route
 
 MOMENTUM, BETAS, EPS = 0.95, (0.9, 0.95), 1e-10
@@ -69,7 +70,7 @@ def _torch_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
         ):
             yield
 
-    def count(run: Run, witness: Witness) -> None:
+    def count(run: Run, recorder: StepRecorder) -> None:
         step = run.optimizer.step
 
         def counted(*args: Any) -> Any:
@@ -81,22 +82,22 @@ def _torch_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
 
         run.optimizer.step = counted  # pyright: ignore[reportAttributeAccessIssue]
 
-    def gradients(run: Run) -> OfParameters:
-        return OfParameters(dict(run.model.named_parameters()))
+    def gradients(run: Run) -> ParameterGradients:
+        return ParameterGradients(dict(run.model.named_parameters()))
 
     done = trained(words, Defect(around, count), gradients)
     found = report(done)
-    if done.witness.gradients:
+    if done.recorder.gradients:
         found |= figures(done, build_of(done.config), reference)
         found["matrices"] = len(found["matrix_names"])
         _, weights = replayed(
             lambda named: _Pair(named, done.config),
-            done.witness.start,
-            done.witness.gradients,
+            done.recorder.start,
+            done.recorder.gradients,
             done.factor,
             torch.float32,
         )
-        found["replay_error_own_code"] = update_error(done.witness.start, done.witness.end, weights)[0]
+        found["replay_error_own_code"] = update_error(done.recorder.start, done.recorder.end, weights)[0]
     found |= {"collectives_per_step": max(calls), "orthogonalized": orthogonalized}
     return found
 
@@ -174,25 +175,25 @@ def _deepspeed_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]
         ):
             yield
 
-    def count(run: Run, witness: Witness) -> None:
+    def count(run: Run, recorder: StepRecorder) -> None:
         calls.append(0)
-        measure = witness.measure
+        measure = recorder.measure
 
         def next_step(step: int, row: dict[str, Any]) -> None:
             measure(step, row)
             calls.append(0)
 
-        witness.measure = next_step
+        recorder.measure = next_step
 
-    done = trained(words, Defect(around, count), lambda run: OfParameters({}))
+    done = trained(words, Defect(around, count), lambda run: ParameterGradients({}))
     found = report(done) | {"matrices": None, "collectives_per_step": None}
     found["orthogonalized"] = [
         {f"rank {dist.get_rank()}, call {i}": 1 for i in range(n)}
-        for n in calls[: len(done.witness.grad_norms)]
+        for n in calls[: len(done.recorder.grad_norms)]
     ]
-    if done.witness.gradients:
+    if done.recorder.gradients:
         known = torch.load(reference)
-        end = done.witness.weights[cells.REFERENCE_STEPS]
+        end = done.recorder.weights[cells.REFERENCE_STEPS]
         found["end_to_end_error"] = update_error(known["start"], end, known["end"])[0]
         found["replay_error"] = None
         found["delivery_error"] = None

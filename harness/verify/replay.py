@@ -1,4 +1,4 @@
-"""The rule on whole matrices in fp64, on the very gradients that an engine delivered."""
+"""Replay a rule on unsharded matrices in fp64, with the gradients that an engine delivered."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def replayed(
     factor: Factor,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Train whole copies of the weights on recorded gradients; each step goes on from the replay's own weights.
+    """Train unsharded copies of the weights on recorded gradients; each step continues from the replay's own weights.
 
     Args:
-        build: makes the optimizer of (name, parameter) pairs.
+        build: builds the optimizer of (name, parameter) pairs.
         start: name → weight that the optimizer under test started from.
         gradients: of each step, name → gradient that it received.
         factor: learning-rate schedule of the run.
@@ -46,14 +46,14 @@ def replayed(
 
 
 def of_preset(name: str, options: Mapping[str, Any]) -> Build:
-    """Builds a preset as the harness did, on one process."""
+    """Return a function that builds a preset as the harness did, on one process."""
     return lambda named: optimizers.build(name, named, **options)
 
 
 def update_error(start: Weights, end: Weights, reference: Weights) -> tuple[float, str]:
-    """Largest ‖ΔW - ΔW_ref‖_F / ‖ΔW_ref‖_F of a parameter, in fp64, and whose it is.
+    """Return the largest ‖ΔW - ΔW_ref‖_F / ‖ΔW_ref‖_F of a parameter, in fp64, and the name of that parameter.
 
-    A parameter that moves where the reference does not counts as infinitely wrong.
+    The error of a parameter that moves while the reference does not is infinite.
     """
     worst = 0.0, ""
     for name, before in start.items():
@@ -63,8 +63,8 @@ def update_error(start: Weights, end: Weights, reference: Weights) -> tuple[floa
     return worst
 
 
-def relative_error(found: Tensor, reference: Tensor) -> float:
-    """‖A - B‖_F / ‖B‖_F in fp64; 0 for two zeros; infinite where it is not a number."""
-    size, error = float(reference.double().norm()), float((found.double() - reference.double()).norm())
+def relative_error(tensor: Tensor, reference: Tensor) -> float:
+    """Return ‖A - B‖_F / ‖B‖_F in fp64; 0 for two zeros; infinite instead of NaN."""
+    size, error = float(reference.double().norm()), float((tensor.double() - reference.double()).norm())
     ratio = error / size if size else (0.0 if error == 0 else float("inf"))
     return ratio if ratio == ratio else float("inf")

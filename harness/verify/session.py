@@ -1,10 +1,10 @@
-"""Certify a list of cells: pools of ranks, one after the other, and what came out. Torch-free."""
+"""Certify a list of cells in pools of rank processes, one pool after the other. Torch-free."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ from harness.verify.pool import RankLost, RankPool, RanksFailed
 from harness.verify.verdict import Result
 
 Say = Callable[[Result, int, int], None]
-"""Told each result with how many there are and will be."""
+"""Receives each result with the number of results so far and of cells in all."""
 
 
 @dataclass(frozen=True)
 class Certified:
-    """What a session found.
+    """The results of a session.
 
     Attributes:
-        results: one a cell, in the order of the cells.
+        results: one per cell, in the order of the cells.
         machine: versions, cores, threads; no host name.
-        seconds: that it all took.
-        sources: hash of the sources; None: they were changed meanwhile.
+        seconds: duration of the session.
+        sources: hash of the sources; None: they changed during the session.
     """
 
     results: list[Result]
@@ -36,98 +36,62 @@ class Certified:
 
     @property
     def passed(self) -> bool:
-        """Every cell is green and every control red; peers don't count."""
+        """Return True if every cell is green and every control red; peers don't count."""
         counted = [result for result in self.results if not result.cell.is_peer]
         return all(result.passed != bool(result.cell.control) for result in counted)
 
 
-def certify(chosen: Sequence[Cell], folder: Path, say: Say) -> Certified:
-    """Run all cells, world size by world size, each in its own pool of warm processes.
+def certify(selected: Sequence[Cell], folder: Path, say: Say) -> Certified:
+    """Certify all cells, world size by world size, each in its own pool of rank processes.
 
     Args:
-        chosen: cells, controls and peers.
-        folder: scratch.
-        say: told each result as it comes.
+        selected: cells, controls and peers.
+        folder: scratch folder.
+        say: receives each result as it comes.
 
     Raises:
         RankLost: a rank died or hung.
     """
     began, sources = time.monotonic(), sources_sha256()
-    session = _Session(folder)
-    done: dict[Cell, Result] = {}
-    with session.pool(1) as pool:
-        machine = pool.run("harness.verify.cell:machine")[0]
-        session.save_references(pool, chosen)
-        alone = [cell for cell in chosen if cell.world_size == 1]
-        for result in session.results(pool, alone):
-            done[result.cell] = result
-            say(result, len(done), len(chosen))
-    for world_size in sorted({cell.world_size for cell in chosen} - {1}):
-        with session.pool(world_size) as pool:
-            for result in session.results(pool, [cell for cell in chosen if cell.world_size == world_size]):
-                done[result.cell] = result
-                say(result, len(done), len(chosen))
+    results: dict[Cell, Result] = {}
+    references: dict[Cell, Path] = {}
+    machine: dict[str, Any] = {}
+    # References are made by one process; all other cells need them.
+    for world_size in sorted({1, *(cell.world_size for cell in selected)}):
+        pool = RankPool(world_size, folder / f"ranks{world_size}", "harness.verify.certify_rank:start")
+        with closing(pool):
+            if world_size == 1:
+                machine = pool.run("harness.verify.certify_rank:machine")[0]
+                references = _save_references(pool, selected, folder)
+            for cell in (cell for cell in selected if cell.world_size == world_size):
+                results[cell] = _certify(pool, cell, folder, references)
+                say(results[cell], len(results), len(selected))
     # Ranks import modules when they need them: results under two versions certify neither.
-    known = sources if sources == sources_sha256() else None
-    return Certified([done[cell] for cell in chosen], machine, time.monotonic() - began, known)
+    unchanged = sources if sources == sources_sha256() else None
+    return Certified([results[cell] for cell in selected], machine, time.monotonic() - began, unchanged)
 
 
-class _Session:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._pools = 0
-        self._references: dict[Cell, Path] = {}
-
-    @contextmanager
-    def pool(self, world_size: int) -> Iterator[_Box]:
-        """A pool, in a box, because a cell that breaks it is followed by a new one."""
-        box = _Box(self._new_pool(world_size), lambda: self._new_pool(world_size))
+def _save_references(pool: RankPool, selected: Sequence[Cell], folder: Path) -> dict[Cell, Path]:
+    """Train one fp32 process for each (rule, clipping) and return reference cell → file of its weights."""
+    references = {}
+    for number, cell in enumerate(sorted({cells.reference_of(cell) for cell in selected})):
+        references[cell] = folder / f"reference{number}.pt"
+        what = f"one process as the reference, {cell}"
         try:
-            yield box
-        finally:
-            box.close()
-
-    def _new_pool(self, world_size: int) -> RankPool:
-        self._pools += 1
-        return RankPool(world_size, self._folder / f"pool{self._pools}", "harness.verify.cell:start")
-
-    def save_references(self, pool: _Box, chosen: Iterable[Cell]) -> None:
-        """What one fp32 process makes of each (rule, clipping)."""
-        for number, cell in enumerate(sorted({cells.reference_of(c) for c in chosen})):
-            path = self._folder / f"reference{number}.pt"
-            what = f"one process as the reference, {cell}"
-            try:
-                pool.run("harness.verify.cell:save_reference", cell, self._folder, path, what=what)
-            except RanksFailed as error:
-                raise RankLost(str(error)) from None
-            self._references[cell] = path
-
-    def results(self, pool: _Box, chosen: Iterable[Cell]) -> Iterable[Result]:
-        for cell in chosen:
-            began = time.monotonic()
-            try:
-                target = "harness.verify.peers:certify" if cell.is_peer else "harness.verify.cell:certify"
-                reference = self._references[cells.reference_of(cell)]
-                ranks = pool.run(target, cell, self._folder, reference, what=str(cell))
-            except RanksFailed as error:
-                yield verdict.crashed(cell, str(error), time.monotonic() - began)
-            else:
-                yield verdict.judge(cell, ranks, time.monotonic() - began)
+            pool.run("harness.verify.certify_rank:save_reference", cell, folder, references[cell], what=what)
+        except RanksFailed as error:
+            raise RankLost(str(error)) from None
+    return references
 
 
-class _Box:
-    def __init__(self, pool: RankPool, renew: Callable[[], RankPool]) -> None:
-        self._pool, self._renew = pool, renew
-
-    def run(self, target: str, *args: Any, what: str = "") -> list[Any]:
-        if not self._pool.is_open:
-            self._pool = self._renew()
-        try:
-            return self._pool.run(target, *args, what=what)
-        except RanksFailed:
-            # What an engine did to these processes was not undone.
-            self._pool.close(kill=True)
-            raise
-
-    def close(self) -> None:
-        self._pool.close()
+def _certify(pool: RankPool, cell: Cell, folder: Path, references: Mapping[Cell, Path]) -> Result:
+    began = time.monotonic()
+    target = "harness.verify.peers:certify" if cell.is_peer else "harness.verify.certify_rank:certify"
+    reference = references[cells.reference_of(cell)]
+    try:
+        reports = pool.run(target, cell, folder, reference, what=str(cell))
+    except RanksFailed as error:
+        # What an engine did to these processes was not undone: the next cell gets new ones.
+        pool.close(kill=True)
+        return verdict.crashed(cell, str(error), time.monotonic() - began)
+    return verdict.judge(cell, reports, time.monotonic() - began)

@@ -85,7 +85,7 @@ def judge(cell: Cell, ranks: Sequence[Mapping[str, Any]], seconds: float = 0.0) 
 
     Args:
         cell: which.
-        ranks: what `harness.verify.cell.certify` returned on each.
+        ranks: what `harness.verify.certify_rank.certify` returned on each.
         seconds: that it took.
     """
     first = ranks[0]

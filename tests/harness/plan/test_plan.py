@@ -224,5 +224,5 @@ def test_progress_and_verdict_for_people(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_plug_in_is_refused() -> None:
     with pytest.raises(InputError, match=r"optimizer.target"):
         plan(configured("optimizer=torch.optim.SGD", "optimizer.lr=0.1"))
-    with pytest.raises(InputError, match="only optimizers of optbench"):
+    with pytest.raises(InputError, match="only the optimizers of optbench"):
         plan(configured("optimizer.target=torch.optim.SGD", "optimizer.lr=0.1", "engine=fsdp2"))

@@ -1,9 +1,8 @@
-"""What one rank does for a cell: the harness's own run with a witness, and on rank 0 the replay."""
+"""What one rank process does for a cell: a run of the harness with a recorder, and on rank 0 the replay."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,9 @@ from harness.run import assemble
 from harness.schedule import Factor
 from harness.tracked_optimizer import tracked
 from harness.verify.cells import EXAMPLE_RULE, REFERENCE_STEPS, is_rounded, overrides
+from harness.verify.controls import DEFECTS, Defect
 from harness.verify.replay import Build, of_preset, relative_error, replayed, update_error
-from harness.verify.witness import Gradients, OfLayout, Witness, replica_digests
-
-
-@dataclass
-class Defect:
-    """Something that is done wrong on purpose.
-
-    Attributes:
-        around: entered before the run is assembled, left after training.
-        change: called with the assembled run and its witness.
-    """
-
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
-    change: Callable[[Run, Witness], None] = lambda run, witness: None
+from harness.verify.step_recorder import GradientSource, LayoutGradients, StepRecorder, replica_digests
 
 
 @dataclass
@@ -44,36 +31,34 @@ class Trained:
 
     config: RunConfig
     state: str
-    witness: Witness
+    recorder: StepRecorder
     factor: Factor
     digests: dict[str, str]
     matrices: int
 
 
 def certify(cell: Cell, folder: Path, reference: Path | None) -> dict[str, Any]:
-    """One cell on this rank (a collective).
+    """Certify one cell on this rank (a collective).
 
     Args:
-        cell: which; its `control` is put in.
-        folder: scratch.
-        reference: what `save_reference` left for the end-to-end figure.
+        cell: the cell; the defect that its `control` names is put in.
+        folder: scratch folder.
+        reference: file that `save_reference` wrote, for the end-to-end error.
 
     Returns:
-        What `harness.verify.verdict.judge` asks of each rank.
+        The report of this rank that `harness.verify.verdict.judge` needs.
     """
-    from harness.verify import controls
-
-    defect = controls.DEFECTS[cell.control] if cell.control else Defect()
+    defect = DEFECTS[cell.control] if cell.control else Defect()
     words = overrides(cell, str(folder))
     done = trained(words, defect)
-    found = report(done)
-    if done.witness.gradients:
-        found |= figures(done, build_of(done.config), reference)
+    measured = report(done)
+    if done.recorder.gradients:
+        measured |= figures(done, build_of(done.config), reference)
     if cell.is_base and is_rounded(cell.rule):
         rounded = trained(overrides(cell, str(folder), "bfloat16"), Defect())
-        if rounded.witness.gradients:
-            found["replay_error_bf16_orthogonalizer"] = _replay(rounded, build_of(done.config))[0]
-    return found
+        if rounded.recorder.gradients:
+            measured["replay_error_bf16_orthogonalizer"] = _replay(rounded, build_of(done.config))[0]
+    return measured
 
 
 def save_reference(cell: Cell, folder: Path, path: Path) -> None:
@@ -81,83 +66,87 @@ def save_reference(cell: Cell, folder: Path, path: Path) -> None:
     done = trained(overrides(cell, str(folder)), Defect())
     torch.save(
         {
-            "start": done.witness.start,
-            "end": done.witness.weights[REFERENCE_STEPS],
-            "gradients": done.witness.gradients[0],
+            "start": done.recorder.start,
+            "end": done.recorder.weights[REFERENCE_STEPS],
+            "gradients": done.recorder.gradients[0],
         },
         path,
     )
 
 
-def trained(words: list[str], defect: Defect, gradients: Callable[[Run], Gradients] | None = None) -> Trained:
-    """Train in this process as `harness.run` does, with a witness for its only probe.
+def trained(
+    words: list[str], defect: Defect, gradients: Callable[[Run], GradientSource] | None = None
+) -> Trained:
+    """Train in this process as `harness.run` does, with a recorder as the only probe.
 
     Args:
-        words: configuration.
+        words: overrides of the run.
         defect: what is done wrong.
-        gradients: how the witness sees gradients; None: through the layout of one of our optimizers.
+        gradients: makes the recorder's gradient source; None: through the layout of one of our optimizers.
     """
     prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
     with defect.around():
         run = assemble(prepared, engines.start(prepared.config))
         run.stop.restore()
         try:
-            witness = Witness(run, gradients(run) if gradients else OfLayout(run.optimizer), REFERENCE_STEPS)
-            defect.change(run, witness)
-            state = train(run, Callbacks([witness]))
-            digests = replica_digests(run, witness.end)
+            recorder = StepRecorder(
+                run, gradients(run) if gradients else LayoutGradients(run.optimizer), REFERENCE_STEPS
+            )
+            defect.change(run, recorder)
+            state = train(run, Callbacks([recorder]))
+            digests = replica_digests(run, recorder.end)
         finally:
             run.engine.release()
     routes = tracked(run.optimizer).routes
     matrices = sum(len(route.blocks) for route in routes if route.rule != "adamw")
-    return Trained(prepared.config, state, witness, run.lr_factor, digests, matrices)
+    return Trained(prepared.config, state, recorder, run.lr_factor, digests, matrices)
 
 
 def build_of(config: RunConfig) -> Build:
-    """The optimizer of a configuration, for whole matrices on one process."""
-    chosen = config.optimizer
-    return of_preset(chosen.name, {"lr": chosen.lr, **chosen.options})
+    """Return a function that builds the optimizer of a configuration for unsharded matrices on one process."""
+    optimizer = config.optimizer
+    return of_preset(optimizer.name, {"lr": optimizer.lr, **optimizer.options})
 
 
 def report(done: Trained) -> dict[str, Any]:
-    """What every rank tells."""
-    witness = done.witness
+    """Return the part of the report that every rank makes."""
+    recorder = done.recorder
     return {
         "state": done.state,
-        "grad_norms": witness.grad_norms,
-        "orthogonalized": witness.orthogonalized,
-        "bytes_per_step": sum(witness.sent) / max(1, len(witness.sent)),
-        "collectives_per_step": max(witness.collectives, default=0),
+        "grad_norms": recorder.grad_norms,
+        "orthogonalized": recorder.orthogonalized,
+        "bytes_per_step": sum(recorder.sent) / max(1, len(recorder.sent)),
+        "collectives_per_step": max(recorder.collectives, default=0),
         "digests": done.digests,
         "matrices": done.matrices,
     }
 
 
 def figures(done: Trained, build: Build, reference: Path | None) -> dict[str, Any]:
-    """What rank 0 tells beside: errors against the replay and against one process."""
-    witness = done.witness
+    """Return the part of the report that only rank 0 makes: errors against the replay and against one process."""
+    recorder = done.recorder
     error, worst, optimizer = _replay(done, build)
     routes = tracked(optimizer).routes
     found: dict[str, Any] = {
         "replay_error": error,
         "replay_worst": worst,
         "matrix_names": [block.name for route in routes if route.rule != "adamw" for block in route.blocks],
-        "received_norms": [_norm(received) for received in witness.gradients],
+        "received_norms": [_norm(received) for received in recorder.gradients],
         "end_to_end_error": None,
         "delivery_error": None,
     }
     if reference is not None:
         known = torch.load(reference)
-        end = witness.weights.get(REFERENCE_STEPS, witness.end)
+        end = recorder.weights.get(REFERENCE_STEPS, recorder.end)
         found["end_to_end_error"] = update_error(known["start"], end, known["end"])[0]
-        found["delivery_error"] = _gradient_error(witness.gradients[0], known["gradients"])
+        found["delivery_error"] = _gradient_error(recorder.gradients[0], known["gradients"])
     return found
 
 
 def _replay(done: Trained, build: Build) -> tuple[float, str, Any]:
-    witness = done.witness
-    optimizer, weights = replayed(build, witness.start, witness.gradients, done.factor)
-    return *update_error(witness.start, witness.end, weights), optimizer
+    recorder = done.recorder
+    optimizer, weights = replayed(build, recorder.start, recorder.gradients, done.factor)
+    return *update_error(recorder.start, recorder.end, weights), optimizer
 
 
 def _norm(gradients: dict[str, Tensor]) -> float:
@@ -165,7 +154,7 @@ def _norm(gradients: dict[str, Tensor]) -> float:
 
 
 def _gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of all gradients as one vector: single small ones are rounded more than they matter."""
+    """Return the error of all gradients as one vector: small ones alone are rounded more than they matter."""
     names = list(expected)
     return relative_error(
         torch.cat([found[name].double().reshape(-1) for name in names]),
@@ -181,6 +170,6 @@ def start(rank: int, folder: Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """On what certificates are made, for their record."""
+    """Return the facts of this machine that certificates record."""
     found = environment.describe(torch.device("cpu"), 1)
     return {key: found[key] for key in ("python", "system", "packages", "device", "cpu_cores")}

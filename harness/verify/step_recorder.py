@@ -1,4 +1,4 @@
-"""What an optimizer was given and what became of the weights, step by step, as whole tensors."""
+"""Record the gradients that an optimizer receives and the weights that it makes, step by step, as unsharded tensors."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from harness.protocols import MetricRow
 from harness.tracked_optimizer import tracked
 
 
-class Gradients(Protocol):
-    """How to see what an optimizer is about to use."""
+class GradientSource(Protocol):
+    """Reads the gradients that an optimizer is about to use."""
 
     def look(self) -> dict[str, Tensor]:
-        """Parameter name → whole gradient, of the parameters that this call of the optimizer's `step` updates.
+        """Return parameter name → unsharded gradient of the parameters that this call of `step` updates.
 
-        On every process; where it holds a part of it, zeros elsewhere, to be summed.
+        On every process; a process that holds a part fills the rest with zeros, to be summed over processes.
         """
         ...
 
     @property
     def is_summed(self) -> bool:
-        """Whether processes hold parts."""
+        """Return True if processes hold parts, which must be summed."""
         ...
 
 
-class OfLayout:
-    """Gradients as an `optimizers.Optimizer` reads them through its layout, whatever an engine put in its groups."""
+class LayoutGradients:
+    """The gradients that an `optimizers.Optimizer` reads through its layout, whatever an engine put in its groups."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -41,7 +41,7 @@ class OfLayout:
 
     @property
     def is_summed(self) -> bool:
-        """Where weights are cut."""
+        """Return True if any weight is split over processes."""
         return any(
             self._dimension(p) is not None for group in self._optimizer.parameters_of_groups for p in group
         )
@@ -50,18 +50,18 @@ class OfLayout:
         return self._optimizer.layout.interval(parameter)[0]
 
     def look(self) -> dict[str, Tensor]:
-        """See `Gradients`."""
-        layout, found = self._optimizer.layout, {}
+        """Return name → unsharded gradient, with zeros for the parts of other processes."""
+        layout, gradients = self._optimizer.layout, {}
         for unit in layout.step_units(self._optimizer.param_groups):
             for position in unit.positions:
                 parameter = self._optimizer.parameters_of_groups[unit.group][position]
                 name = self._optimizer.name_of(parameter)
                 here = layout.gradient(parameter)
                 if here is not None:
-                    found[name] = self._whole(parameter, here.detach(), self._shapes[name])
-        return found
+                    gradients[name] = self._unsharded(parameter, here.detach(), self._shapes[name])
+        return gradients
 
-    def _whole(self, parameter: Tensor, here: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _unsharded(self, parameter: Tensor, here: Tensor, shape: tuple[int, ...]) -> Tensor:
         layout = self._optimizer.layout
         dimension, start = layout.interval(parameter)
         if dimension is None:
@@ -74,8 +74,8 @@ class OfLayout:
         return whole
 
 
-class OfParameters:
-    """Gradients of any torch optimizer, as they lie in `.grad` of whole parameters or DTensors."""
+class ParameterGradients:
+    """The gradients of any torch optimizer, in `.grad` of unsharded parameters or DTensors."""
 
     is_summed = False
 
@@ -83,32 +83,38 @@ class OfParameters:
         self._named = named
 
     def look(self) -> dict[str, Tensor]:
-        """See `Gradients`; a collective for DTensors."""
-        found = {}
+        """Return name → unsharded gradient; a collective for DTensors."""
+        gradients = {}
         for name, parameter in self._named.items():
             gradient = parameter.grad
             if gradient is not None:
-                found[name] = (
+                gradients[name] = (
                     (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach().clone()
                 )
-        return found
+        return gradients
 
 
-class Witness:
-    """A probe of every step.
+class StepRecorder:
+    """A probe of every step that records gradients, weights and the work of the optimizer.
 
-    It wraps the optimizer's `step`, so that it sees what the engine delivers: reduced, unscaled and clipped.
+    It wraps the optimizer's `step`, so it sees the gradients as the engine delivers them: reduced, unscaled, clipped.
+
+    Args:
+        run: assembled, before its first step.
+        gradients: reads the gradients.
+        kept: number of steps after which the weights are kept, too.
 
     Attributes:
-        gradients: of each step, parameter name → whole gradient. On rank 0 only, as all that follows.
-        weights: steps done → name → whole fp32 weight: before the first step, after `kept` and after the last.
-        grad_norms: what the engine reports: the global norm before clipping.
-        orthogonalized: of each step, matrix → how often this process orthogonalized it. On every rank.
-        sent, collectives: bytes that the optimizer sent from this process in each step, and collectives that it
-            issued; 0 where it does not count them.
+        gradients: per step, parameter name → unsharded gradient; on rank 0 only.
+        weights: steps done → name → unsharded fp32 weight, before the first step, after ``kept`` and after the last; on
+            rank 0 only.
+        grad_norms: per step, the global norm before clipping that the engine reports.
+        orthogonalized: per step, matrix → how often this process orthogonalized it; on every rank.
+        sent, collectives: per step, bytes that the optimizer sent from this process, and collectives that it issued; 0
+            for an optimizer that does not count them.
     """
 
-    def __init__(self, run: Run, gradients: Gradients, kept: int) -> None:
+    def __init__(self, run: Run, gradients: GradientSource, kept: int) -> None:
         self._run, self._source = run, gradients
         self._kept = {kept, run.config.steps}
         self.gradients: list[dict[str, Tensor]] = []
@@ -117,19 +123,19 @@ class Witness:
         self.orthogonalized: list[dict[str, int]] = []
         self.sent: list[float] = []
         self.collectives: list[int] = []
-        self._seen: dict[str, Tensor] = {}
+        self._received: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
         self._before = 0.0, 0
-        self._watch(run.optimizer)
+        self._wrap(run.optimizer)
 
-    def _watch(self, optimizer: Any) -> None:
+    def _wrap(self, optimizer: Any) -> None:
         step = optimizer.step
 
-        def watched_step(*args: Any, **kwargs: Any) -> Any:
-            self._seen.update(self._source.look())
+        def recorded_step(*args: Any, **kwargs: Any) -> Any:
+            self._received.update(self._source.look())
             return step(*args, **kwargs)
 
-        optimizer.step = watched_step
+        optimizer.step = recorded_step
         stats = getattr(optimizer, "stats", None)
         if stats is None:
             return
@@ -143,23 +149,23 @@ class Witness:
         stats.record = watched_record
 
     def due(self, step: int) -> bool:
-        """Every step."""
+        """Return True: every step is recorded."""
         return True
 
     def before_update(self, step: int) -> None:
-        """Start on a step."""
-        self._seen = {}
+        """Begin to record a step."""
+        self._received = {}
         self._before = self._traffic()
 
     def state(self) -> dict[str, Any]:
-        """Nothing: runs of certificates are not resumed."""
+        """Return nothing: runs of certificates are not resumed."""
         return {}
 
     def restore(self, state: dict[str, Any], steps: int) -> None:
-        """Nothing."""
+        """Do nothing: runs of certificates are not resumed."""
 
     def measure(self, step: int, row: MetricRow) -> None:
-        """Gather what the step did (a collective)."""
+        """Record what the step did (a collective)."""
         norm = self._run.state.grad_norm
         assert norm is not None
         self.grad_norms.append(float(norm))
@@ -169,20 +175,20 @@ class Witness:
         self.sent.append(sent - self._before[0])
         self.collectives.append(collectives - self._before[1])
         if self._source.is_summed:
-            _sum(list(self._seen.values()))
+            _sum(list(self._received.values()))
         if self._run.engine.rank == 0:
-            self.gradients.append(self._seen)
+            self.gradients.append(self._received)
         if step + 1 in self._kept:
             self.weights[step + 1] = self._run.engine.full_weights()
 
     @property
     def start(self) -> dict[str, Tensor]:
-        """Weights before the first step."""
+        """Return the weights before the first step."""
         return self.weights[0]
 
     @property
     def end(self) -> dict[str, Tensor]:
-        """The last weights that were kept."""
+        """Return the last weights that were kept."""
         return self.weights[max(self.weights)]
 
     def _traffic(self) -> tuple[float, int]:
@@ -191,7 +197,7 @@ class Witness:
 
 
 def _sum(parts: list[Tensor]) -> None:
-    """Over processes, in place and in one collective."""
+    """Sum tensors over processes, in place and in one collective."""
     flat = torch.cat([part.reshape(-1) for part in parts])
     dist.all_reduce(flat)
     for part, whole in zip(parts, flat.split([part.numel() for part in parts])):
@@ -199,14 +205,14 @@ def _sum(parts: list[Tensor]) -> None:
 
 
 def replica_digests(run: Run, weights: dict[str, Tensor]) -> dict[str, str]:
-    """What must be equal between processes → a hash of this process' weights; and of the masters on rank 0.
+    """Return a hash of what other processes hold, too: this process' weights, and the masters on rank 0.
 
     Args:
         run: after training.
-        weights: whole fp32 weights (on rank 0), of which working copies are roundings.
+        weights: unsharded fp32 weights (on rank 0), of which working copies are roundings.
 
     Returns:
-        Keys of the form "replica:who". Nothing where no process holds what another one holds.
+        "replica:holder" → SHA-256; hashes of one replica must be equal. {} if no process holds a copy of another's.
     """
     engine = run.engine
     named = {name.removeprefix("module."): p.detach() for name, p in engine.model.named_parameters()}
@@ -216,10 +222,10 @@ def replica_digests(run: Run, weights: dict[str, Tensor]) -> dict[str, str]:
         return {f"shard {shard}:rank {engine.rank}": _digest(local)}
     if engine.name not in ("ddp", "zero0", "zero1", "zero2"):
         return {}
-    found = {f"weights:rank {engine.rank}": _digest(list(named.values()))}
+    digests = {f"weights:rank {engine.rank}": _digest(list(named.values()))}
     if engine.rank == 0:
-        found["weights:masters"] = _digest([weights[name].to(p.dtype) for name, p in named.items()])
-    return found
+        digests["weights:masters"] = _digest([weights[name].to(p.dtype) for name, p in named.items()])
+    return digests
 
 
 def _digest(tensors: list[Tensor]) -> str:
