@@ -22,11 +22,16 @@ _FORMULA = re.compile(
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the repository's root; their links start at the root, those of the site in docs/."""
+    """Add the pages of the repository's root, with links that start in docs/ instead of the root."""
     for name in ROOT_PAGES:
         text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Point links from docs/ to the repository's root at the pages that `on_files` added."""
+    return re.sub(r"\]\(\.\./((?:\.\./)?(?:CHANGELOG|CONTRIBUTING|SECURITY)\.md)", r"](\1", markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

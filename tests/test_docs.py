@@ -162,6 +162,24 @@ def test_links_and_pictures_lead_somewhere(page: Path) -> None:
             assert anchor in {_anchor(heading) for heading in headings}, f"{link} in {page.name}"
 
 
+_PATH = re.compile(r"`((?:\.ci|analysis|benchmarks|configs|docs|harness|optimizers|slurm|tests)/[\w./-]+)`")
+_OF_THE_READER = {
+    "configs/cluster/spot.yaml",
+    "configs/paper/NAME.yaml",
+    "configs/study/NAME.yaml",
+    "slurm/events.tsv",
+}
+"""Paths that look like the project's, but are of a reader's folder or of a run's."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_path_of_the_project_exists(page: Path) -> None:
+    if page.name == "CHANGELOG.md":  # Its entries are about the past.
+        return
+    paths = set(_PATH.findall(page.read_text(encoding="utf-8"))) - _OF_THE_READER
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
 def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
