@@ -54,40 +54,46 @@ def load(argv: Sequence[str]) -> RunConfig:
     Raises:
         InputError: anything that is not understood; see the module.
     """
+    # What the user gave: a file, choices of groups, and values of keys.
     file, overrides = split_run_file(argv)
     assignments = parse(overrides, partial(_meant_assignment, overrides))
-    groups = {a.key: a for a in assignments if a.key in GROUPS and not isinstance(a.value, dict)}
-    selections, direct = _selections({group: _text_of(a) for group, a in groups.items()})
-    _refuse_two_names(groups, assignments)
+    choices = {a.key: a for a in assignments if a.key in GROUPS and not isinstance(a.value, dict)}
+    settings = [a for a in assignments if a.key not in choices]
+    overridden = {key: value for a in settings for key, value in leaves(a.key, a.value).items()}
+    _refuse_two_names(choices, assignments)
+
+    # Group files: a choice on the command line wins over the same choice in the file.
+    selections, without_file = _selections({group: _text_of(a) for group, a in choices.items()})
     if file is not None:
-        file = _without_derived(file.without(list(groups)), assignments)
-        chosen, named = _selections(file.choices, file)
-        selections, direct = {**chosen, **selections}, {**named, **direct}
+        file = _without_derived(file.without(list(choices)), assignments)
+        more, more_without_file = _selections(file.choices, file)
+        selections, without_file = {**more, **selections}, {**more_without_file, **without_file}
     composed = compose(selections)
     values = composed.values
     _refuse_lost_experiment(values.pop("experiment", None), composed.files)
-    for group, replacement in direct.items():
-        values[group] = replacement
-    given = [a for a in assignments if a.key not in groups]
-    overridden = {key: value for a in given for key, value in leaves(a.key, a.value).items()}
+    values |= without_file
     origin = partial(_origin, set(overridden), composed.files, file)
-    texts: dict[str, str] = {}
-    stated = {**(file.values if file is not None else {}), **overridden}
+
+    # The model: a folder or a recorded run describes it completely, so that no preset's shape is below it.
+    explicit = {**(file.values if file is not None else {}), **overridden}
     preset_file = next((path for path in reversed(composed.files) if path.parent.name == "model"), None)
     if file is not None and file.is_whole_model:
         values["model"], preset_file = {}, None
-    chosen = groups["model"].text if "model" in groups else None
-    model_folder.complete_section(values, stated, preset_file=preset_file, chosen=chosen)
-    if file is not None:
-        texts |= file.texts
-        for key, value in file.values.items():
-            _set(values, key, value)
-    for assignment in given:
+    preset = choices["model"].text if "model" in choices else None
+    model_folder.complete_section(values, explicit, preset_file=preset_file, chosen=preset)
+
+    # Values: the file's over those of the groups, and the overrides over both.
+    texts = dict(file.texts) if file is not None else {}
+    for key, value in (file.values if file is not None else {}).items():
+        _set(values, key, value)
+    for assignment in settings:
         texts[assignment.key] = assignment.text
         _set(values, assignment.key, assignment.value)
+
+    # Only now, because an interpolation may name any key.
     values = resolve_interpolations(values, RunConfig().model_dump(mode="json"), origin)
     _check_known(values, origin, recorded=file is not None)
-    model_folder.unite_names(values, stated)
+    model_folder.unite_names(values, explicit)
     _name_plugin(values, assignments)
     return _validate(values, texts, origin)
 
@@ -181,9 +187,12 @@ def _selections(
     Args:
         choices: group → option.
         file: that they come from; None: the command line.
+
+    Returns:
+        Group → option of its file, and group → section for optimizers without a file.
     """
     selections: dict[str, str] = {}
-    direct: dict[str, dict[str, Any]] = {}
+    without_file: dict[str, dict[str, Any]] = {}
     for group, option in choices.items():
         is_path = "." in option and all(part.isidentifier() for part in option.split("."))
         if group == "experiment" and option == "null":
@@ -195,12 +204,12 @@ def _selections(
         if find(group, option) is not None:
             selections[group] = option
         elif group == "optimizer" and option in options(group):
-            direct[group] = {"name": option}
+            without_file[group] = {"name": option}
         elif group == "optimizer" and is_path and not option.endswith(".py"):
-            direct[group] = {"name": option.rpartition(".")[2], "target": option}
+            without_file[group] = {"name": option.rpartition(".")[2], "target": option}
         else:
             raise _wrong_option(group, option, file)
-    return selections, direct
+    return selections, without_file
 
 
 def _wrong_option(group: str, option: str, file: RunFile | None) -> InputError:

@@ -20,7 +20,6 @@ ZERO = ("zero0", "zero1", "zero2", "zero3")
 PARTITIONED = ("zero1", "zero2", "zero3")
 """Engines whose optimizer sees flat slices of the parameters."""
 SHARDED = ("fsdp2", "hsdp")
-SCHEMA_VERSION = 1
 
 
 FILLED_IN = ("optimizer.lr_source", "optimizer.lr_tuned")

@@ -51,7 +51,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"engine__name": "fsdp2", "engine__optimizer_work": "split"}, ["engine.optimizer_work: split"]),
     (
         {"engine__name": "fsdp2", "engine__config_file": "x.json"},
-        ["engine.config_file: x.json means nothing"],
+        ["engine.config_file: x.json has no effect"],
     ),
     (
         {"engine__name": "zero2", "engine__config_file": "no.json"},
