@@ -4,7 +4,7 @@
 
 Both loops run in this process, in turns; the figures are medians over the rounds. The harness's side has all
 that a run has between evaluations: rows every `log_every` steps with losses, gradient norm, memory and times,
-metrics.jsonl and the non-finite vote. Spectral probes are left out: they have a budget of their own (1 % of the time),
+metrics.jsonl and the flags of each step. Probes of spectra are left out: they have a budget of their own (1 % of time),
 and their first and last, always taken, would weigh too much in rounds this short.
 """
 

@@ -28,7 +28,7 @@ _SIBLINGS = ("optimizers", "analysis")
 
 
 class _Siblings:
-    """Finds the sibling packages beside this one, whatever `sys.path` says."""
+    """Finds the sibling packages next to this one, whatever `sys.path` says."""
 
     @staticmethod
     def find_spec(

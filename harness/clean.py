@@ -96,6 +96,7 @@ def _runs(root: Path, depth: int = 0) -> Iterator[Path]:
         return
     with contextlib.suppress(OSError):
         for path in sorted(root.iterdir()):
+            # What is behind a link is not ours to remove.
             if path.is_dir() and not path.is_symlink():
                 yield from _runs(path, depth + 1)
 
@@ -108,6 +109,7 @@ def _locked(run: Path) -> Iterator[bool]:
         yield True  # it was moved or copied here: nobody writes to it by this name
         return
     try:
+        # Held while the run's files are listed and removed, so that no attempt starts meanwhile.
         lock = locks.acquire(path, key="clean", timeout=0)
     except (filelock.Timeout, OSError, InputError):
         yield False
@@ -159,6 +161,7 @@ def _size(path: Path) -> int:
     if not _is_folder(path):
         return path.lstat().st_size
     total = 0
+    # os.walk does not follow links to folders, so nothing is counted twice.
     for folder, _, names in os.walk(path):
         for name in names:
             with contextlib.suppress(OSError):

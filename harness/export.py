@@ -108,6 +108,7 @@ def write(source: Path, target: Path) -> bool:
 
     config = compose.load_file(source / CONFIG)
     try:
+        # Before anything is written: a damaged checkpoint leaves no folder.
         model: Any = load(source, config)
     except DamagedCheckpoint as error:
         raise InputError("export", source, f"is damaged: {error}") from error
@@ -137,6 +138,7 @@ def find(place: Path) -> Source:
 
     is_checkpoint = (place / store.MANIFEST).exists()
     run = place.absolute().parent.parent if is_checkpoint else place
+    # Newest first: the first valid one is taken, and why newer ones were not is told.
     candidates = [place] if is_checkpoint else [Store(run).folder(step) for step in Store(run).steps()]
     problems: list[str] = []
     for folder in candidates:
@@ -183,6 +185,7 @@ def load(folder: Path, config: RunConfig) -> nn.Module:
     saved = Saved(folder)
     with torch.no_grad():
         for name, p in model.named_parameters():
+            # Frozen weights come from the starting point; checkpoints hold trained ones.
             if p.requires_grad:
                 p.copy_(saved.read(StatePiece(name, WEIGHT, tuple(p.shape), None, 0, p, True)))
     saved.close()

@@ -180,6 +180,7 @@ def train_step(run: Run, callbacks: Callbacks, step: int, due: Sequence[Probe]) 
             return False
         for probe in due:
             probe.before_update(step)
+        # The factor depends on the step alone, so a resumed run has the same rates.
         set_lr(run.optimizer, run.lr_factor(step))
         if run.spikes is not None:
             run.spikes.check(loss, tokens)
@@ -229,6 +230,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], weight: floa
                 outputs = run.engine.model(**inputs)
             objective, loss, aux_loss = run.objective.losses(outputs, batch)
             run.engine.backward(objective * weight)
+        # Sums stay on the device; `mean_losses` reads them once per row.
         total += loss.detach()
         if aux_loss is not None:
             aux_total = aux_loss.detach() if aux_total is None else aux_total + aux_loss.detach()
@@ -240,6 +242,7 @@ def drain_pending(run: Run) -> None:
     state = run.state
     if state.pending is None:
         return
+    # Maxima over all processes, so that all act alike in the same step.
     nonfinite, stop, wanted, writing = state.pending()
     state.pending = None
     if nonfinite:

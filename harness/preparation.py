@@ -91,6 +91,7 @@ def prepare(
     if is_new and (shorter := find_shorter_run(folder, config, identity_of)):
         path, steps = shorter
         say(f"{path} has {steps} steps of the same run: name={path.name} continues it")
+    # Not the seed and the optimizer: runs that differ in these alone may be compared.
     key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
     if writes_folder:
         run_folder.check(folder, config, run_identity, shorter_runs)
@@ -120,6 +121,7 @@ def plan_extension(
     (first, first_steps), *later = runs
     if config.steps < status.steps or identity_of(_with_steps(config, first_steps)) != first:
         return config, ()
+    # Shares of the run keep the numbers that they had in the first, shortest run.
     pinned = _pinned(config, first_steps)
     if any(identity_of(_with_steps(pinned, steps)) != identity for identity, steps in later):
         return config, ()

@@ -69,6 +69,7 @@ class RunRecorder:
         try:
             with self._profile() as profile:
                 state = train([RunFolderSink(self), progress, mirror], profile)
+            # A full disk may only refuse now; then the run has failed.
             self.folder.sync_rows()
             if state == "finished" and profile is not None and profile.problem:
                 state, self.reason = "failed", f"all steps done, but {profile.problem}"
@@ -78,6 +79,7 @@ class RunRecorder:
             raise
         finally:
             progress.close()
+            # Also after an exception: the summary says how far the run came.
             self.reason = self.reason or summary.reason(self.state, self._run, checkpoints.problem)
             self._write_summary()
             if self.state == "interrupted":
@@ -166,6 +168,7 @@ class RunRecorder:
             "certificate": self._certificate,
         }
         mirror = WandbSink(self._run.config, folder.path, folder.wandb_run_id, facts, self.log.say)
+        # W&B may lack rows that a killed attempt had not sent yet.
         mirror.catch_up(self.rows)
         folder.set_state("running", step=self._run.state.step)
         return mirror
@@ -193,6 +196,7 @@ class RunFolderSink:
     def write(self, row: MetricRow) -> None:
         self._recorder.rows.append(row)
         self._recorder.folder.add_row(row)
+        # status.json tells others the step without reading all rows.
         self._recorder.folder.set_state("running", step=int(row["step"] or 0))
 
 

@@ -81,9 +81,11 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     )
     if engine.layout == "sharded":
         engine.shard(network, shard_axes(config, network, engine.shards), model.decoder_layers(network))
+    # After sharding: an optimizer recognizes DTensors and plans its layout by them.
     optimizer = build_optimizer(config, network, engine)
     info = ModelInfo(parameters, ownership(optimizer, network), flops.per_token, flops.peak)
     if config.model.compile:
+        # In place, so that names of parameters stay as they are.
         network.compile()
     engine.prepare(network, optimizer)
     loader = MicroBatchLoader(
@@ -125,6 +127,7 @@ def build_probes(run: Run, corpus: Corpus, folder: Path | None = None) -> list[P
         Moments(run, folder),
         Balance(run),
     ]
+    # Last: its row holds what the others cost, and it is due whenever one of them is.
     return [*probes, Progress(run, probes)]
 
 
@@ -153,6 +156,7 @@ def _choose(
     say: Callable[[str], None],
 ) -> tuple[resuming.Choice, Checkpoints]:
     """Choose the checkpoint to continue from, and make what will write the next ones (a collective)."""
+    # Only now: building the model may take longer on one process than on another.
     run.engine.set_collective_timeout()
     store = Store(prepared.folder)
     if run.engine.rank == 0:

@@ -69,6 +69,7 @@ def build(
 ) -> dict[str, Any]:
     """Return the summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
     config, corpus, totals = run.config, prepared.corpus, run.state
+    # The first row holds allocation and compilation, which is no speed.
     last, warm = (rows[-1] if rows else {}), (rows[1:] or rows)
     losses = [loss for row in rows if (loss := finite(row.get("val/loss"))) is not None]
     ended = totals.step == config.steps
@@ -89,6 +90,7 @@ def build(
         "tokens": totals.tokens,
         "wall_s": totals.wall_s,
         "world_size": run.engine.world_size,
+        # An interrupted run has no final loss: that of its last row is of fewer steps.
         "val/loss": finite(last.get("val/loss")) if ended else None,
         "val/perplexity": finite(last.get("val/perplexity")) if ended else None,
         "train/loss": finite(last.get("train/loss")),

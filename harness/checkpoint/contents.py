@@ -38,6 +38,7 @@ def weight_pieces(run: Run) -> Iterator[StatePiece]:
     for name, parameter in run.engine.named_parameters().items():
         dim, start = layout.interval(parameter)
         shape = tuple(parameter_shape(parameter))
+        # Replicas hold the same numbers: one of them writes. Flat slices have no replicas.
         is_primary = layout.is_first_replica or dim == named_state.FLAT
         yield StatePiece(name, WEIGHT, shape, dim, start, layout.weight(parameter), is_primary)
 
@@ -100,6 +101,7 @@ class Randomness(NamedTuple):
         """Return the states as tensors, which `set_randomness` takes."""
         version, internal, _ = self.python
         tensors = {
+            # safetensors holds tensors alone: Python's and numpy's states become integers.
             "torch": self.torch,
             "numpy": torch.from_numpy(self.numpy[1].astype(np.int64)),
             "numpy_position": torch.tensor(self.numpy[2:4], dtype=torch.int64),
@@ -173,6 +175,7 @@ def restore_counters(
             # Sums of this process: those of processes that are no more go to the first one.
             own_sum = mine[key] if same else sum(f[key] for f in all_counters) if engine.rank == 0 else 0.0
             setattr(state, key, torch.tensor(own_sum, dtype=torch.float32, device=engine.device))
+    # Seconds since the last row continue, so that the next row covers the whole interval.
     run.clock.resume(mine["clock"])
     engine.load_scaler_state(mine["scaler"])
     if run.spikes is not None:
@@ -188,5 +191,6 @@ def restore_counters(
     if own is not None and same:
         set_randomness(own, engine.device)
     else:
+        # Another number of processes: each draws numbers that no other process or step draws.
         torch.manual_seed((run.config.seed * _SEED_STRIDE + state.step) * _SEED_STRIDE + engine.rank + 1)
     return problems

@@ -1,7 +1,7 @@
 """One process' file of a checkpoint, and reading any interval of any tensor out of all of them.
 
 safetensors: nothing in it is ever executed, and a mapped file is read only where it is asked for. The header's
-metadata says where each part lies in its whole tensor.
+metadata says which part of its whole tensor each one is.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def write(
     """
     tensors, index = {}, {}
     for i, part in enumerate(parts):
+        # Numbers as keys: names and kinds may hold any character, and one name has several parts.
         key = f"{i:06d}"
         tensors[key] = part.tensor
         index[key] = {
@@ -50,6 +51,7 @@ def write(
             "dim": part.dim,
             "start": part.start,
         }
+    # Random states go with the process, so they are found by rank and not by name.
     tensors |= {_OWN + name: tensor for name, tensor in own.items()}
     path = folder / store.rank_name(rank)
     save_file(tensors, path, metadata={"index": json.dumps(index), "facts": json.dumps(facts)})
@@ -112,6 +114,7 @@ class Saved:
         """Map the file of a process and take over what its header says."""
         name = store.rank_name(rank)
         try:
+            # Mapped, not read: a process needs a fraction of each file.
             file = safe_open(self.folder / name, "pt").__enter__()
             self._files.append(file)
             metadata = file.metadata() or {}
@@ -122,6 +125,7 @@ class Saved:
             )
             if not isinstance(facts, dict):
                 raise ValueError("its header is wrong (facts: no object)")
+            # Files of two saves in one folder would pass each by itself.
             step = facts.get("step", self.manifest["step"])
             if step != self.manifest["step"]:
                 raise ValueError(f"it was written after step {step}")
@@ -195,15 +199,18 @@ class Saved:
         for place in places:
             elements = _elements(place.part, place.size)
             assert elements is not None
+            # The overlap of this file's interval with what is asked for.
             first, last = max(lo, elements[0]), min(hi, elements[1])
             if first < last:
                 flat = self._files[place.file].get_tensor(place.key).reshape(-1)
                 overlaps.append((first, last, flat[first - elements[0] : last - elements[0]]))
+        # The same cut as when it was saved: a view of the mapped file, without a copy.
         if len(overlaps) == 1 and overlaps[0][:2] == (lo, hi):
             return overlaps[0][2]
         if sum(last - first for first, last, _ in overlaps) != hi - lo:
             raise DamagedCheckpoint(f"{what} is incomplete")
         if not overlaps:
+            # An empty shard: the dtype alone matters.
             return torch.empty(0, dtype=self._files[places[0].file].get_tensor(places[0].key).dtype)
         result = torch.empty(hi - lo, dtype=overlaps[0][2].dtype)
         for first, last, numbers in overlaps:
@@ -212,6 +219,7 @@ class Saved:
 
     def _assembled(self, places: list[_Place], what: str) -> Tensor:
         tensors = [self._files[place.file].get_tensor(place.key) for place in places]
+        # Columns of a matrix are no interval of its elements: assemble it, then cut.
         whole = torch.empty(places[0].part.shape, dtype=tensors[0].dtype)
         for place, tensor in zip(places, tensors):
             place.part._replace(tensor=tensor).of(whole).copy_(tensor)

@@ -60,6 +60,7 @@ def choose(
     Raises:
         InputError: a checkpoint is one of another run; says in which keys they differ.
     """
+    # A network disk may show other processes an older listing.
     steps, attempt = from_first((checkpoints.steps(), attempt))
     rejected = []
     shorter = {other.identity: other for other in shorter_runs}
@@ -70,6 +71,7 @@ def choose(
             theirs = manifest.get("identity", "")
             if theirs != identity and theirs not in shorter:
                 raise _other_run(run, checkpoints.folder(step), theirs, identity)
+            # The schedules part at that step: beyond it the shorter run's weights are others.
             if theirs != identity and step > shorter[theirs].shared_steps:
                 other = shorter[theirs]
                 raise DamagedCheckpoint(
@@ -80,6 +82,7 @@ def choose(
                 Saved(checkpoints.folder(step)).close()  # headers: one process is enough to see odd ones
         except DamagedCheckpoint as error:
             problem = str(error)
+        # All processes take part for every step, or the collectives would not match.
         problems = [line for line in from_all(problem) if line]
         if not problems:
             return Choice(step, attempt, tuple(rejected))
@@ -95,6 +98,7 @@ def resume(
     The same number of processes continues bit by bit. Another number, or another engine, continues with the same
     samples and the same numbers, which are then rounded in another order.
     """
+    # Said before resuming: the user must know why steps are repeated.
     for line in choice.rejected:
         say(f"checkpoint not used: {line}")
     if choice.step is None:

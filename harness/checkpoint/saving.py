@@ -91,6 +91,7 @@ class Checkpoints:
         config = run.config.checkpoint
         self._every, self._background = config.every, config.background
         self._before_decay = _before_decay(run.config)
+        # A longer wsd run continues from there, so retention must not remove it.
         pinned = frozenset() if self._before_decay is None else frozenset({self._before_decay})
         self._retention = Retention(config.keep, config.keep_best, config.keep_every, pinned)
         self._last_began = time.monotonic()
@@ -193,6 +194,7 @@ class Checkpoints:
             for p in (*contents.weight_pieces(run), *contents.optimizer_state(run).pieces())
             if p.is_primary and p.tensor.numel()
         ]
+        # Found out before anything is written, on all processes alike.
         if self._lacks_space(pieces):
             return
         self._tries += 1
@@ -200,6 +202,7 @@ class Checkpoints:
         facts = contents.counters(run, self._probes)
         if run.engine.rank == 0:
             facts["optimizer"] = contents.optimizer_state(run).facts()
+        # From here on the next step may change the weights.
         copies = self._copied(pieces)
         manifest = {**self._facts, "step": run.state.step, "tokens": run.state.tokens, **self._known_loss()}
         self._writing = _Write(run.state.step, partial, manifest, None, began)
@@ -216,6 +219,7 @@ class Checkpoints:
                 # Of any kind: a thread's exception would be lost, and the others must hear of it.
                 write.problem = _first_line(error)
 
+        # Not a daemon: the interpreter waits for it, so that a process that ends leaves no half file.
         write.thread = threading.Thread(target=work, name="checkpoint")
         write.thread.start()
         self._last_step = run.state.step
@@ -237,12 +241,14 @@ class Checkpoints:
             if not self._is_agreed_failure(write):
                 self._saved_step = write.step
         self.duration_s = time.monotonic() - write.began
+        # A time limit must leave this much time for the next save.
         self._run.stop.save_s = self.duration_s
 
     def _is_agreed_failure(self, write: _Write) -> bool:
         """Return True if the save failed on any process (a collective); then report it and clean up."""
         engine = self._run.engine
         failed = torch.tensor(float(bool(write.problem)), device=engine.device)
+        # One small reduction in the usual case; texts are only gathered after a failure.
         if not engine.max(failed).item():
             return False
         problems = from_all(write.problem)
@@ -260,6 +266,7 @@ class Checkpoints:
             write.problem = _first_line(error)
             return
         try:
+            # The checkpoint has its name by now: what fails here costs only old ones' space.
             self.store.point_to(write.step)
             self.store.prune(self._retention)
         except OSError as error:
@@ -274,6 +281,7 @@ class Checkpoints:
 
     def _lacks_space(self, pieces: Sequence[StatePiece]) -> bool:
         engine = self._run.engine
+        # Summed over processes: they write to one disk.
         size = torch.tensor(
             float(sum(p.tensor.nbytes for p in pieces)), dtype=torch.float64, device=engine.device
         )

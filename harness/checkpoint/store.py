@@ -59,6 +59,7 @@ class Retention:
             losses: step → validation loss at that step; None where it was not evaluated.
         """
         steps = sorted(losses)
+        # `last` counts the newest, whatever else is kept.
         kept = set(steps[-self.last :])
         evaluated = {step: loss for step, loss in losses.items() if loss is not None}
         if self.best and evaluated:
@@ -115,11 +116,13 @@ class Store:
         for path in sorted(partial.iterdir()):
             if path.suffix == ".yaml":
                 files[path.name] = digest(path)
+        # The manifest comes last: without it a folder is no checkpoint.
         content = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
         atomic.write_json(partial / MANIFEST, content, sync_name=False)
         atomic.write_text(partial / CHECKSUM, digest(partial / MANIFEST)["sha256"] + "\n", sync_name=False)
         for rank in range(manifest["world_size"]):
             (partial / digest_name(rank)).unlink()
+        # Names and contents are on the disk before the folder gets a name that is read.
         sync_folder(partial)
         folder = self.folder(step)
         if folder.exists():
@@ -153,6 +156,7 @@ class Store:
         for step in moved:
             archive.mkdir(exist_ok=True)
             target = archive / self.folder(step).name
+            # An earlier attempt of the same number may have left one of the same step.
             for number in count(1):
                 if not target.exists():
                     break
@@ -229,6 +233,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         content = bounded.read_bytes(folder / MANIFEST, bounded.JSON_LIMIT)
+        # Its own checksum: a flipped bit in the manifest could make a damaged file look right.
         checksum = bounded.read_bytes(folder / CHECKSUM, bounded.MIB)
         if checksum != hashlib.sha256(content).hexdigest().encode() + b"\n":
             raise UnreadableFile(f"{MANIFEST} has changed since it was written (SHA-256)")
@@ -289,6 +294,7 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> dict[str, Any]:
         DamagedCheckpoint: naming the first file that is missing, short or changed.
     """
     manifest = read_manifest(folder)
+    # Sizes first: a truncated file is found without reading it.
     for name, expected in sorted(manifest["files"].items())[share::of]:
         try:
             # A link may lead out of the folder, opening a pipe would wait for ever.

@@ -82,7 +82,7 @@ def effective(config: RunConfig) -> dict[str, Any]:
     assert config.world_size is not None
     assert config.micro_batch_size is not None
     own = user_settings(config.engine.config_file, stage) if config.engine.config_file else {}
-    # Stage 0 holds whole gradients: precision, clipping and masked steps are done there as for ddp.
+    # Stage 0 holds whole gradients: precision, clipping and skipped steps are done there as for ddp.
     is_partitioned = stage > 0
     half = config.precision if is_partitioned and config.precision in ("bf16", "fp16") else None
     accumulate = {}

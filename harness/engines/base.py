@@ -99,7 +99,7 @@ class ProcessEngine:
         return lambda: (done.synchronize(), host.tolist())[1]
 
     def sync_from_masters(self) -> None:
-        """Do nothing: there are no masters beside the weights."""
+        """Do nothing: the weights have no separate masters."""
 
     def warm_up(self, step: Callable[[], object]) -> None:
         """Do nothing: the first step adds up as every other."""

@@ -54,6 +54,7 @@ def build(
         hf_config = configuration(config, trust_remote_code=trust_remote_code, read_folder=not is_gone)
         with torch.device("meta" if device == "meta" else "cpu"):
             torch.manual_seed(seed)
+            # On the CPU whatever the device: the same bits on every machine.
             model = _construct(hf_config, config, trust_remote_code)
         if is_gone:
             _refuse_lost_buffers(model, config)

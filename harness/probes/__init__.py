@@ -1,1 +1,1 @@
-"""What is measured beside training: progress, validation loss, spectra of the moments, memory, FLOPs."""
+"""Probes: progress, validation loss, spectra of the moments, memory, FLOPs."""

@@ -77,6 +77,7 @@ class FlopCount:
         """
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         head = getattr(model, "get_output_embeddings", lambda: None)()
+        # A tied head multiplies with the embedding's matrix, so that matrix counts once as a head.
         tied = {id(head.weight)} & embeddings if head is not None else set()
         matrices = sum(
             p.numel()

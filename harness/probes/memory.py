@@ -28,6 +28,7 @@ class MemoryMeter:
 
     def read(self) -> MetricRow:
         """Return the four ``memory/…_bytes`` keys (a collective)."""
+        # Maxima over processes: the fullest device decides whether a run fits.
         figures = {
             **self._engine.memory_bytes(),
             "optimizer_state": sum(tracked(self._optimizer).state_bytes().values()),
@@ -62,6 +63,7 @@ def explain_out_of_memory(run: Run) -> str:
         "optimizer state": sum(tracked(run.optimizer).state_bytes().values()),
     }
     peak = peak_bytes(run.engine.device)
+    # What the peak holds beyond the tensors that were counted.
     kinds["activations and the rest"] = max(0, peak - sum(kinds.values()))
     parts = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in kinds.items())
     return (

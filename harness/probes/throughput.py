@@ -54,6 +54,7 @@ class Progress:
 
     def measure(self, step: int, row: MetricRow) -> None:
         run, info = self._run, self._run.info
+        # Before the clock is read: the wait for the device belongs to the steps of this row.
         losses = mean_losses(run)
         seconds = run.clock.read()
         steps, self._last_step = step + 1 - self._last_step, step + 1
@@ -81,6 +82,7 @@ class Progress:
             part: seconds.get(part, 0.0) / steps for part in ("data", "forward_backward", "optimizer")
         }
         if communication is not None:
+            # The engine's figure is of one step, the clock's a mean: never more than the whole.
             communication = min(communication, per_step["forward_backward"])
             per_step["communication"] = communication
             per_step["forward_backward"] -= communication
@@ -117,6 +119,7 @@ class Balance:
     def measure(self, step: int, row: MetricRow) -> None:
         engine, seconds = self._run.engine, self._run.clock.peek()
         own = torch.zeros(engine.world_size, dtype=torch.float64, device=engine.device)
+        # One row per process in a sum: an all-gather of one number each.
         own[engine.rank] = seconds.get("data", 0.0) + seconds.get("forward", 0.0)
         times = engine.sum(own).tolist()
         slowest = max(range(len(times)), key=times.__getitem__)

@@ -94,6 +94,7 @@ def evaluate(
     A process that holds fewer rows than others repeats one without counting it, because a forward pass of
     sharded weights is itself a collective.
     """
+    # Dropout must not change the loss, nor the random numbers of training.
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
@@ -102,6 +103,7 @@ def evaluate(
     with engine.inference() as forward:
         for start in range(engine.rank * share, (engine.rank + 1) * share, micro_batch_size):
             count = min(micro_batch_size, end - start)
+            # Forward passes of sharded weights are collectives: every process makes as many.
             batch = validation.rows(start, count) if count > 0 else validation.rows(0, 1)
             with engine.autocast():
                 outputs = forward(input_ids=batch[0])

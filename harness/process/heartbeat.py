@@ -58,6 +58,7 @@ class Heartbeat:
 
     def _where(self) -> str:
         """Return the innermost line of the main thread that is in this package."""
+        # The main thread trains; this thread would only see itself.
         frame = sys._current_frames().get(self._main or 0)
         while frame is not None and not Path(frame.f_code.co_filename).parent.is_relative_to(_HARNESS):
             frame = frame.f_back

@@ -60,6 +60,7 @@ class Stop:
         self.save_s = 0.0
         self.signal: signal.Signals | None = None
         self._received_at = 0.0
+        # The limit counts from the start of the process, imports and tokenization included.
         self._started = psutil.Process().create_time()
         self._previous = {}
 
@@ -73,6 +74,7 @@ class Stop:
         """Return True if the time left is just enough to save."""
         if self.time_limit_s is None:
             return False
+        # Twice the last save: the final one waits for the disk, too.
         return time.time() - self._started >= self.time_limit_s - RESERVE_S - 2 * self.save_s
 
     @property
@@ -101,6 +103,7 @@ class Stop:
         if self.signal is None:
             self.signal, self._received_at = signal.Signals(number), now
         elif number != signal.SIGUSR1 and now - self._received_at >= REPEAT_S:
+            # Not sys.exit: a second signal means now, whatever a destructor would wait for.
             os._exit(KILLED + number)
 
 

@@ -63,7 +63,7 @@ class Cell:
         world_size: processes.
         variant: "" or "split" (``engine.optimizer_work=split``).
         control: name of the defect that is put in (`harness.verify.controls`); "": none.
-        is_peer: another implementation, shown beside ours and never counted.
+        is_peer: another implementation, shown next to ours and never counted.
     """
 
     rule: str
@@ -144,6 +144,7 @@ def cell_of(config: RunConfig) -> Cell:
     """Return the cell of a checked run; world size and rank are not part of its key."""
     assert config.world_size is not None
     assert config.micro_batch_size is not None
+    # Certificates tell accumulation from none, not how much of it.
     accumulates = config.batch_size > config.world_size * config.micro_batch_size
     return Cell(
         rule=config.optimizer.target or config.optimizer.name,
@@ -162,6 +163,7 @@ def sources_sha256() -> str:
     A corrected sentence must not cost eight minutes of certification, so the hash is taken of the syntax trees.
     """
     total = hashlib.sha256()
+    # Paths belong to the hash: a module under another name is another import.
     for name in _SOURCES:
         place = _package(name.partition("/")[0]).parent / name
         for path in [place] if place.suffix else sorted(place.rglob("*.py")):

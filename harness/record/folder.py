@@ -77,6 +77,7 @@ def check(folder: Path, config: RunConfig, identity: str, shorter_runs: Sequence
     _check_writable(folder)
     if not folder.exists() or _is_empty(folder) or config.overwrite:
         return
+    # The identity says what would be trained, whatever the folder is called.
     theirs = _identity(folder, config)
     if theirs in {run.identity for run in shorter_runs}:
         return
@@ -163,6 +164,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            # Held by the operating system: it is free as soon as this process dies.
             self._lock = locks.acquire(lock_file(path), key="runs_dir", timeout=0)
         except filelock.Timeout as error:
             raise InputError(
@@ -190,6 +192,7 @@ class RunFolder:
         if previous[EXTENDED]:
             self._status[EXTENDED] = previous[EXTENDED]
         self._status["attempts"].append({"started": now(), "world_size": config.world_size, "first_step": 0})
+        # The mark of the attempt before: this one has not been stopped yet.
         (path / REQUEUE).unlink(missing_ok=True)
         self._metrics: IO[str] | None = None
         self._log = (path / "log.txt").open("a", encoding="utf-8")
@@ -214,6 +217,7 @@ class RunFolder:
         for name in ("config.yaml", "summary.json"):
             source = self.path / name
             if source.exists():
+                # Their names tell the steps, so that a run may be extended several times.
                 source.replace(source.with_name(f"{source.stem}.steps{entry['steps']}{source.suffix}"))
         previous[EXTENDED] = [*previous[EXTENDED], entry]
         previous["wandb_run_id"] = None  # another identity is another W&B run, which gets all rows
@@ -242,6 +246,7 @@ class RunFolder:
         rows, problems = readers.metrics(metrics)
         if not _is_only_torn(metrics, problems):
             self.problems += problems
+        # Rows behind the checkpoint will be written again by this attempt.
         kept = [row for row in rows if (row["step"] or 0) <= first_step]
         superseded = [row for row in rows if (row["step"] or 0) > first_step]
         if problems and not _is_only_torn(metrics, problems):
@@ -260,6 +265,7 @@ class RunFolder:
         return kept
 
     def _keep_superseded(self, rows: Sequence[MetricRow], first_step: int) -> None:
+        # A line of its own tells which attempt replaced the rows after it.
         marker = {"attempt": self.attempt, "goes_on_after": first_step, "rows": len(rows)}
         with (self.path / SUPERSEDED).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in (marker, *rows))
@@ -280,7 +286,7 @@ class RunFolder:
         self._status["wandb_run_id"] = run_id
 
     def set_state(self, state: str, *, step: int, reason: str = "") -> None:
-        """Write status.json: where the run is, and how this attempt stands."""
+        """Write status.json: the state of the run and of this attempt."""
         self._status |= {"state": state, "step": step, "updated": now()}
         self._status["attempts"][-1] |= {"ended": now(), "state": state, "reason": reason, "last_step": step}
         # A running run writes it at every row: that it runs need not outlive a power failure.
@@ -288,6 +294,7 @@ class RunFolder:
 
     def add_row(self, row: Mapping[str, float | int | None]) -> None:
         """Append a row of metrics.jsonl and flush it; values that are not finite become null."""
+        # The table is the format's documentation: a key that is missing there is a bug.
         unknown = row.keys() - METRICS.keys()
         assert not unknown, f"keys missing from the table of metrics: {unknown}"
         assert self._metrics is not None, "the attempt has not begun"

@@ -252,6 +252,7 @@ def validated(content: dict[str, Any], kind: type[R], name: str, problems: list[
     wrong: dict[str, str] = {}
     while True:
         try:
+            # Each round deletes what is wrong, so the loop ends: fewer values are left.
             value = kind.model_validate(content)
             break
         except ValidationError as error:
@@ -373,6 +374,7 @@ def _rows(content: bytes, name: str) -> tuple[list[MetricRow], list[str]]:
     lines = content.split(b"\n")
     decoder, rows, keys = JsonDecoder(), [], set()
     skipped: dict[int, str] = {}
+    # Counted by key: a million bad lines must not make a million messages.
     wrong: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -461,6 +463,7 @@ def heartbeats(folder: Path) -> tuple[dict[int, Beat], list[str]]:
         beat, own = record(path, _Heartbeat)
         problems += own
         try:
+            # By the files' times: one file server stamps them all, while the clocks of nodes differ.
             age_s = time.time() - path.stat().st_mtime
         except OSError:
             continue  # the run was removed or begun anew meanwhile

@@ -57,7 +57,7 @@ METRICS: dict[str, Metric] = {
     "val/perplexity": Metric("", "exp(val/loss)"),
     "lr": Metric("", "learning rate of the matrix rule in this step"),
     "grad_norm": Metric("", "global gradient norm before clipping"),
-    "skipped_steps": Metric("steps", "steps masked because of non-finite gradients, so far"),
+    "skipped_steps": Metric("steps", "steps skipped because of non-finite gradients, so far"),
     "throughput/tokens_per_s": Metric(
         "tokens/s", "over all processes, since the previous row, without evaluation and probes"
     ),

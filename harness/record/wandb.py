@@ -51,7 +51,7 @@ class WandbSink:
             facts: recorded next to the configuration.
             say: takes messages.
             job_type: W&B's word for the kind of run.
-            described: stands in the place of the configuration, for jobs that are no training.
+            described: replaces the configuration, for jobs that are no training.
         """
         self._say = say
         self._run: Any = None
@@ -141,7 +141,7 @@ class WandbSink:
         }
         if hide:
             wandb.setup()
-            # Its debug.log, which lies in the run folder, would begin with the folder's absolute path.
+            # Its debug.log, which is in the run folder, would begin with the folder's absolute path.
             logging.getLogger("wandb").setLevel(logging.WARNING)
             facts_off |= {
                 "host": "hidden",

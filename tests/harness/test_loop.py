@@ -1,4 +1,4 @@
-"""The loop: clipping, non-finite steps, precisions, stop votes, and that it calls everything when it should."""
+"""The loop: clipping, non-finite steps, precisions, stop flags, and that it calls everything when it should."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_step_with_a_nan_gradient_leaves_everything_as_it_was(
                 assert value == 0
 
 
-def test_control_unmasked_nan_reaches_the_weights(corpus: Path, tmp_path: Path) -> None:
+def test_control_a_nan_that_is_not_skipped_reaches_the_weights(corpus: Path, tmp_path: Path) -> None:
     run = _run(small(corpus, tmp_path, "steps=1", "optimizer=sumo", "optimizer.lr=0.01"))
     _poison(run, at=0)
     engine: Any = run.engine

@@ -85,7 +85,7 @@ def test_the_best_one_stays(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_the_clock_asks_for_one_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vote is read a step late; a wish that has been fulfilled meanwhile must not be fulfilled again."""
+    """Flags are read a step late; a checkpoint that was made meanwhile must not be made again."""
     rarely = ["log_every=100", "eval.every=null", "moments.every=null"]
     run, callbacks, checkpoints, _ = assembled(
         corpus, tmp_path, "steps=12", "checkpoint.every=auto", "checkpoint.keep=9", *rarely

@@ -216,7 +216,7 @@ def test_a_nan_on_one_process_masks_the_step_on_all(
     assert all(torch.equal(first.before[name], weight) for name, weight in first.after.items())
 
 
-def test_steps_after_a_masked_one_go_on(corpus: Path, tmp_path: Path, two_ranks: RankPool) -> None:
+def test_training_continues_after_a_skipped_step(corpus: Path, tmp_path: Path, two_ranks: RankPool) -> None:
     words = (*ADAMW, "world_size=2", "micro_batch_size=2")
     runs = [
         two_ranks.run(_poisoned, small(corpus, tmp_path, *words, f"engine={engine}"))[0]
