@@ -20,8 +20,8 @@ from torch import nn
 
 import optimizers
 from benchmarks.step_time import llama_60m
-from optimizers.layouts.axes import preferred_axes
 from optimizers.layouts.simulated import SimulatedShards
+from optimizers.shard_axes import preferred_axes
 
 WORLDS = (2, 4, 8, 16, 32, 43, 64)
 

@@ -11,7 +11,7 @@ import optimizers
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.tracked_optimizer import tracked
-from optimizers.layouts.axes import preferred_axes
+from optimizers.shard_axes import preferred_axes
 
 if TYPE_CHECKING:
     from harness.protocols import Engine

@@ -11,15 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from optimizers import groups, presets, skipping
+from optimizers import groups, skipping
 from optimizers.layouts.batches import ApplyConfig, BatchEntry
 from optimizers.layouts.layout import (
     Bucket,
     Layout,
     StepUnit,
+    Unattached,
     run_updates,
 )
-from optimizers.layouts.partitioned import PartitionedLayout, Unattached
+from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.layouts.replicated import ReplicatedLayout
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
 from optimizers.linalg.robust import without_autocast
@@ -28,7 +29,6 @@ from optimizers.named_state import check_state_dict, compact, kind_bytes, restor
 from optimizers.options import OptionError
 from optimizers.presets import resolve
 from optimizers.routing import Modules, Route
-from optimizers.rule import Rule
 from optimizers.rules.parts import adamw_kernels
 from optimizers.skipping import Candidate, Candidates, SkipTracker, StepMask
 from optimizers.step_stats import StepStats, first_moments, moment_spectra
@@ -191,7 +191,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_matrices(self, unit: StepUnit, mask: StepMask) -> None:
         group = self.units.group_of(unit).options
-        rule = presets.load_rule(group["rule"])
         config = apply_config(group)
         buckets = self.units.buckets(unit)
         if buckets:
@@ -202,18 +201,16 @@ class Optimizer(torch.optim.Optimizer):
                     # The next bucket's gradients travel while this one computes.
                     buckets[position + 1].begin()
                 with record_function(f"{group['rule']}/rule"):
-                    self._step_batches(rule, bucket, entries, config)
+                    self._step_batches(bucket, entries, config)
             if position + 1 < len(buckets):
                 buckets[position + 1].begin()
             bucket.end(config)
 
-    def _step_batches(
-        self, rule: Rule, bucket: Bucket, entries: list[BatchEntry], config: ApplyConfig
-    ) -> None:
+    def _step_batches(self, bucket: Bucket, entries: list[BatchEntry], config: ApplyConfig) -> None:
         # A function of its own, so that nothing of these batches is held while the next ones are computed.
         entry_of = {id(entry.batch): entry for entry in entries}
-        for batch, update in run_updates(rule, [entry.batch for entry in entries], bucket.collectives):
-            self.stats.record(rule, batch, update, bucket.collectives)
+        for batch, update in run_updates(bucket.rule, [entry.batch for entry in entries], bucket.collectives):
+            self.stats.record(bucket.rule, batch, update, bucket.collectives)
             with record_function(f"{batch.options['rule']}/apply"):
                 bucket.apply(batch, update.delta, config)
             entry_of[id(batch)].finish()

@@ -17,8 +17,8 @@ from harness.config.schema import RunConfig
 from harness.devices import tensor_bytes
 from harness.engines.skip_step import SkipStepEngine, root_sum_square
 from harness.protocols import WeightLayout
-from optimizers.layouts.axes import possible_axis
 from optimizers.layouts.sharded import ShardedLayout
+from optimizers.shard_axes import possible_axis
 
 
 class ShardedEngine(SkipStepEngine):

@@ -15,10 +15,10 @@ from harness.config.model_keys import config_fields
 from harness.config.schema import ModelConfig, Precision, RunConfig
 from harness.model import decoder_layers
 from harness.optimizer import shard_axes
-from optimizers.layouts.axes import possible_axis
 from optimizers.layouts.layout import Layout
 from optimizers.layouts.simulated import SimulatedReplicas, SimulatedShards, simulated_slices
 from optimizers.optimizer import Optimizer
+from optimizers.shard_axes import possible_axis
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -47,7 +47,7 @@ def _shard_local() -> Iterator[None]:
         def shapes(matrix: MatrixRef) -> dict[str, tuple[int, ...]]:
             return rule.state(matrix.view.shape, options)
 
-        return [LocalBucket(make_batch_states(matrices, options, shapes), Unsharded())]
+        return [LocalBucket(rule, make_batch_states(matrices, options, shapes), Unsharded())]
 
     with patch.object(ShardedLayout, "buckets", buckets):
         yield

@@ -66,11 +66,13 @@ class Bucket(Protocol):
     collectives, and so are the answers to the rule's requests.
 
     Attributes:
+        rule: how its matrices move.
         batch_states: what this process computes and keeps the state of.
         receivers: the weights of this process whose update another one computes.
         collectives: what answers the rule's requests.
     """
 
+    rule: Rule
     batch_states: list[BatchState]
     receivers: list[BatchState]
     collectives: Collectives
@@ -96,15 +98,16 @@ class LocalBucket:
     """Every process updates the weights that it computes the update of.
 
     Args:
-        batch_states: all stacks.
+        rule: how the matrices move.
+        batch_states: all batches.
         collectives: what answers the rule's requests.
         together: all batches are run in lock step, because each of their requests communicates.
     """
 
     def __init__(
-        self, batch_states: list[BatchState], collectives: Collectives, together: bool = False
+        self, rule: Rule, batch_states: list[BatchState], collectives: Collectives, together: bool = False
     ) -> None:
-        self.batch_states, self.collectives = batch_states, collectives
+        self.rule, self.batch_states, self.collectives = rule, batch_states, collectives
         self.receivers: list[BatchState] = []
         self._together = together
 
@@ -205,6 +208,67 @@ class Layout(Protocol):
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient of these elements."""
         ...
+
+
+class Unattached:
+    """The layout of an optimizer whose parameters are about to be partitioned: it steps nothing yet."""
+
+    def __init__(self) -> None:
+        self.collectives: Collectives = Unsharded()
+        self.communicators: list[Communicator] = []
+
+    is_first_replica: bool = False
+    is_divided: bool = True
+
+    def interval(self, parameter: Tensor) -> tuple[int | None, int]:
+        """Not known yet."""
+        return None, 0
+
+    def local_view(self, parameter: Tensor, block: Block) -> LocalView:
+        """Not known yet."""
+        raise RuntimeError(
+            "the optimizer was built for partitioned parameters and is not attached to an engine"
+        )
+
+    def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
+        """None."""
+        return []
+
+    def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
+        """None."""
+        return []
+
+    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
+        """None."""
+        return []
+
+    def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Nothing starts later: see `Optimizer.step`."""
+
+    def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
+        """Nobody to ask."""
+        return flags
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """The parameter."""
+        return parameter
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """None."""
+        return None
+
+
+def owner_traffic(shape: tuple[int, int], ranks: int) -> float:
+    """Return the bytes that a rank sends in a step to bring one fp32 matrix to its owner and the update back."""
+    return 8.0 * shape[0] * shape[1] * (ranks - 1) / ranks**2
+
+
+def traffic(
+    rule: Rule, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
+) -> tuple[float, bool]:
+    """Return the bytes that a rank sends for one matrix in the cheaper scheme, and True if that is the row form."""
+    rows, whole = rule.row_traffic(shape, split, options, ranks), owner_traffic(shape, ranks)
+    return (whole, False) if rule.needs_whole or whole < rows else (rows, True)
 
 
 def local_shapes(

@@ -47,6 +47,7 @@ class _DividedBucket:
         rule: Rule,
         options: Mapping[str, Any],
     ) -> None:
+        self.rule = rule
         self.collectives: Collectives = Unsharded()
         self._matrices = list(matrices)
         self._places = {id(matrix): i for i, matrix in enumerate(matrices)}

@@ -63,54 +63,6 @@ class Flat:
     slots: dict[Tensor, Slot] = field(default_factory=dict)
 
 
-class Unattached:
-    """The layout of an optimizer whose parameters are about to be partitioned: it steps nothing yet."""
-
-    def __init__(self) -> None:
-        self.collectives: Collectives = Unsharded()
-        self.communicators: list[Communicator] = []
-
-    is_first_replica: bool = False
-    is_divided: bool = True
-
-    def interval(self, parameter: Tensor) -> tuple[int | None, int]:
-        """Not known yet."""
-        return None, 0
-
-    def local_view(self, parameter: Tensor, block: Block) -> LocalView:
-        """Not known yet."""
-        raise RuntimeError(
-            "the optimizer was built for partitioned parameters and is not attached to an engine"
-        )
-
-    def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
-        """None."""
-        return []
-
-    def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """None."""
-        return []
-
-    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """None."""
-        return []
-
-    def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Nothing starts later: see `Optimizer.step`."""
-
-    def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
-        """Nobody to ask."""
-        return flags
-
-    def weight(self, parameter: Tensor) -> Tensor:
-        """The parameter."""
-        return parameter
-
-    def gradient(self, parameter: Tensor) -> Tensor | None:
-        """None."""
-        return None
-
-
 class PartitionedLayout:
     """Flat tensors, each cut over the ranks of its group.
 
@@ -190,7 +142,7 @@ class PartitionedLayout:
             batch_states = make_batch_states(
                 here, options, lambda m: local_shapes(m, rule, options, in_fp32=True)
             )
-            buckets.append(LocalBucket(batch_states, Unsharded()))
+            buckets.append(LocalBucket(rule, batch_states, Unsharded()))
         if not shared:
             return buckets
         fits = [_in_rows(_flat_view(m), rule, options, communicator.size) for m in shared]
@@ -352,7 +304,8 @@ class RowBucket:
         batch_states = make_batch_states(
             matrices, options, lambda m: local_shapes(m, rule, options, in_fp32=True), agree=shards.agree
         )
-        self._bucket = LocalBucket(batch_states, shards, together=True)
+        self._bucket = LocalBucket(rule, batch_states, shards, together=True)
+        self.rule = rule
         self.batch_states: list[BatchState] = batch_states
         self.receivers: list[BatchState] = []
         self.collectives: Collectives = shards

@@ -125,7 +125,7 @@ class ReplicatedLayout:
         """One bucket; with split work one for each shape."""
         if self._communicator is None:
             batch_states = make_batch_states(matrices, options, lambda m: local_shapes(m, rule, options))
-            return [LocalBucket(batch_states, self.collectives)]
+            return [LocalBucket(rule, batch_states, self.collectives)]
         costs = [work_of(m.block.shape) for m in matrices]
         owners = balanced_owners(costs, self._communicator.size)
         return [
@@ -139,9 +139,7 @@ class ReplicatedLayout:
         """Each group."""
         return whole_groups(groups)
 
-    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """Each group."""
-        return whole_groups(groups)
+    all_step_units = step_units
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
         """Whole tensors only."""

@@ -24,7 +24,6 @@ from optimizers.interfaces import (
     ShardBounds,
     SolveRoot,
 )
-from optimizers.layouts.axes import traffic
 from optimizers.layouts.batches import make_batch_states
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Exchange, balanced_owners, whole_at
@@ -33,6 +32,7 @@ from optimizers.layouts.layout import (
     LocalBucket,
     StepUnit,
     local_shapes,
+    traffic,
     whole_groups,
 )
 from optimizers.layouts.owner_buckets import OwnerBucket, bucket_positions
@@ -379,7 +379,7 @@ class ShardedLayout:
             batch_states = make_batch_states(
                 in_rows, options, lambda m: local_shapes(m, rule, options), agree=self._shards.agree
             )
-            buckets.append(LocalBucket(batch_states, self._shards, together=True))
+            buckets.append(LocalBucket(rule, batch_states, self._shards, together=True))
         return buckets + self._owner_buckets(
             [m for m, is_fit in zip(matrices, fits) if not is_fit], rule, options
         )
@@ -421,9 +421,7 @@ class ShardedLayout:
         """Each group."""
         return whole_groups(groups)
 
-    def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """Each group."""
-        return whole_groups(groups)
+    all_step_units = step_units
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
         """DTensors on the same mesh, cut along the same dimension of it."""

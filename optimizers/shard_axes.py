@@ -1,30 +1,17 @@
-"""Along which axis to cut each parameter, and whether to bring a matrix to an owner: by the bytes that are sent."""
+"""The axis along which to shard each parameter, by the bytes that the optimizer then sends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from optimizers import presets
 from optimizers.groups import matrix_options, rule_name
+from optimizers.layouts.layout import traffic
 from optimizers.presets import resolve
 from optimizers.routing import Modules, route
-from optimizers.rule import Rule
-
-
-def owner_traffic(shape: tuple[int, int], ranks: int) -> float:
-    """Bytes that a rank sends in a step to bring one fp32 matrix to its owner and the update back."""
-    return 8.0 * shape[0] * shape[1] * (ranks - 1) / ranks**2
-
-
-def traffic(
-    rule: Rule, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
-) -> tuple[float, bool]:
-    """Bytes that a rank sends for one matrix in the cheaper scheme, and whether that is the row form."""
-    rows, whole = rule.row_traffic(shape, split, options, ranks), owner_traffic(shape, ranks)
-    return (whole, False) if rule.needs_whole or whole < rows else (rows, True)
 
 
 def possible_axis(axis: int, shape: Sequence[int], ranks: int) -> int:
