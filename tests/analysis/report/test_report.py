@@ -408,7 +408,7 @@ def test_what_is_wrong_with_runs_is_on_the_page_beside_the_rest(tmp_path: Path) 
     for text in (
         "the last line of metrics.jsonl is torn",
         "muon-seed3: no summary.json: the run is not finished or was killed.",
-        "adamw-seed0: written by schema 0, this is 1: what it lacks is left blank.",
+        "adamw-seed0: written by schema 0, this is 1: missing values stay blank.",
         "galore-seed2: finished without a finite validation loss: it counts as failed.",
     ):
         assert text in page

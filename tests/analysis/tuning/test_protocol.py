@@ -10,7 +10,7 @@ import pytest
 
 from analysis.comparison import statistics
 from analysis.comparison.statistics import ALPHA, Floats
-from analysis.runs.tuning_ledger import Trial, best
+from analysis.runs.tuning_ledger import Trial, lowest
 
 STUDIES, TRIALS, SEEDS, SD = 4000, 5, 10, 0.01
 FORGIVING = np.zeros(TRIALS)
@@ -25,7 +25,7 @@ def chosen(losses: Floats) -> int:
         Trial(n, {"lr": float(n)}, "finished", "", float(loss), 1.0, f"t{n}", f"i{n}")
         for n, loss in enumerate(losses, 1)
     ]
-    found = best(trials)
+    found = lowest(trials)
     assert found is not None
     return found.number - 1
 
