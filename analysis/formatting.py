@@ -12,12 +12,12 @@ MISSING = "–"
 
 
 def loss(value: float) -> str:
-    """Nats per token, to 0.0001."""
+    """Format nats per token to 0.0001."""
     return f"{value:.4f}" if math.isfinite(value) else MISSING
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A plain number with ``digits`` significant digits and thin groups of thousands."""
+    """Format a number with ``digits`` significant digits and groups of thousands."""
     if not math.isfinite(value):
         return MISSING
     if value == 0:
@@ -31,12 +31,12 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def grouped(value: float) -> str:
-    """An integer with groups of thousands."""
+    """Format an integer with groups of thousands."""
     return f"{round(value):,}".replace(",", "\u202f") if math.isfinite(value) else MISSING
 
 
 def size(bytes_: float) -> str:
-    """Bytes in the binary unit that keeps three digits."""
+    """Format bytes in the binary unit that needs at most three digits."""
     if not math.isfinite(bytes_):
         return MISSING
     value, units = float(bytes_), ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -47,7 +47,7 @@ def size(bytes_: float) -> str:
 
 
 def count(value: float) -> str:
-    """A large count in words of thousands: 1.31 M."""
+    """Format a large count with a unit of thousands: 1.31 M."""
     if not math.isfinite(value):
         return MISSING
     for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
@@ -57,7 +57,7 @@ def count(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration in the units people say it in."""
+    """Format a duration as seconds, minutes or hours."""
     if not math.isfinite(value):
         return MISSING
     if value < 100:
@@ -69,21 +69,21 @@ def seconds(value: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """A p-value: ``p = 0.012`` or ``p < 0.0001``."""
+    """Format a p-value: ``p = 0.012`` or ``p < 0.0001``."""
     if not math.isfinite(value):
         return "p not testable"
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}" if value < 0.1 else f"p = {value:.2f}"
 
 
 def listing(words: Sequence[str], last: str = "and") -> str:
-    """``a, b and c``."""
+    """Join words: ``a, b and c``."""
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def plural(n: int, word: str, many: str | None = None) -> str:
-    """``1 run``, ``2 runs``."""
+    """Format a count with its noun: ``1 run``, ``2 runs``."""
     return f"{n} {word if n == 1 else many or word + 's'}"
 
 

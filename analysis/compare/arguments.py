@@ -15,14 +15,12 @@ from harness.redaction import redact_argv
 from optimizers import presets
 
 DEFAULT_SEEDS = 3
-"""Two seeds give a test with one degree of freedom; three are the fewest that show a difference of some
-size.
-"""
+"""Two seeds give a test with one degree of freedom; three are the fewest that can detect a large difference."""
 
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """A label and the words that choose its optimizer and options."""
+    """The label of an arm, and the overrides that set its optimizer and options."""
 
     label: str
     overrides: tuple[str, ...]
@@ -30,64 +28,63 @@ class ArmSpec:
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """Which runs a comparison consists of."""
+    """The runs of a comparison."""
 
     arms: list[ArmSpec]
     seeds: list[int]
     shared: list[str]
-    """Words that all runs get."""
+    """Overrides of all runs."""
     group: str
     command: str
-    """Command line that reproduces it."""
+    """Command line that repeats the comparison."""
     as_json: bool
     verbosity: Verbosity = Verbosity.NORMAL
 
     def overrides(self, arm: ArmSpec, seed: int) -> list[str]:
-        """The words of one run."""
+        """Return the overrides of one run."""
         own = [f"seed={seed}", f"group={self.group}", f"name={arm.label}-seed{seed}"]
         return [*self.shared, *arm.overrides, *own]
 
 
 def plan(argv: Sequence[str], command: str = "compare") -> ComparisonPlan:
-    """Read the words after ``optbench compare`` (or those of another ``command`` with the same grammar).
+    """Parse the arguments of ``optbench compare``, or of another ``command`` with the same grammar.
 
     ``NAME`` is an arm; ``seeds=N`` runs the seeds ``seed``, ``seed`` + 1, …; ``NAME.key=value`` sets an
-    optimizer option for that arm only (``NAME.name=PRESET`` or ``NAME.target=import.path`` makes NAME a label
-    of your own); ``preset=NAME`` is ``experiment=NAME``; all else goes to every run.
+    optimizer option for that arm only (``NAME.name=PRESET`` or ``NAME.target=import.path`` makes NAME a label);
+    ``preset=NAME`` is ``experiment=NAME``; everything else applies to all runs.
 
     Raises:
-        InputError: no arm, an arm named twice or unknown, a word that is neither, keys that each run gets for
-        itself.
+        InputError: no arm, an unknown or repeated arm, or a key that must differ between runs.
     """
     arguments = command_line.parse(command, argv)
     labels = arguments.names
     if not labels:
-        said = " ".join(argv) or "nothing"
+        arguments_text = " ".join(argv) or "nothing"
         fix = f"optbench {command} adamw sumo"
-        raise InputError(command, said, "names no optimizer", allowed=presets.names(), fix=fix)
+        raise InputError(command, arguments_text, "names no optimizer", allowed=presets.names(), fix=fix)
     for label in labels:
         if labels.count(label) > 1:
             fix = "once each; for two settings of one optimizer: a.name=sumo a.rank=32 b.name=sumo b.rank=64"
             raise InputError(command, label, "is named twice", fix=fix)
     own: dict[str, dict[str, str]] = {label: {} for label in labels}
     shared: list[str] = []
-    given: dict[str, str] = {}
-    for word in arguments.overrides:
-        key, _, value = word.partition("=")
+    own_keys: dict[str, str] = {}
+    for override in arguments.overrides:
+        key, _, value = override.partition("=")
         label, _, option = key.partition(".")
         if option and label in own:
             own[label][option] = value
         elif key in ("seeds", "seed", "group"):
-            if given.get(key, value) != value:
-                raise InputError(key, value, f"was given as {given[key]} before")
-            given[key] = value
+            if own_keys.get(key, value) != value:
+                raise InputError(key, value, f"was already set to {own_keys[key]}")
+            own_keys[key] = value
         else:
-            shared.append(_shared(key.removeprefix("+"), word, labels, command))
+            shared.append(_shared_override(key.removeprefix("+"), override, labels, command))
     return ComparisonPlan(
         arms=[_arm(label, own[label], command) for label in labels],
-        seeds=_seeds(given),
+        seeds=_seeds(own_keys),
         shared=shared,
-        group=given.get("group") or f"{command}-{datetime.now():%Y%m%d-%H%M%S}",
+        group=own_keys.get("group") or f"{command}-{datetime.now():%Y%m%d-%H%M%S}",
         command=shlex.join(["optbench", command, *redact_argv(arguments.rest)]),
         as_json=arguments.options.json,
         verbosity=verbosity(arguments.options),
@@ -105,52 +102,54 @@ def verbosity(options: Namespace) -> Verbosity:
     return Verbosity.QUIET if options.quiet else Verbosity.VERBOSE if options.verbose else Verbosity.NORMAL
 
 
-def _shared(key: str, word: str, labels: Sequence[str], command: str) -> str:
+def _shared_override(key: str, override: str, labels: Sequence[str], command: str) -> str:
     if key == "name":
-        raise InputError("name", word, "would be the same for all runs", fix="group=… names the comparison")
+        raise InputError(
+            "name", override, "would be the same for all runs", fix="group=… names the comparison"
+        )
     if key in ("optimizer", "optimizer.name", "optimizer.target"):
-        value = word.partition("=")[2]
+        value = override.partition("=")[2]
         fix = f"optbench {command} {labels[0]} {value}"
         raise InputError(key, value, "would be the same for all runs", fix=fix)
     if key == "preset":
-        return f"experiment={word.partition('=')[2]}"
+        return f"experiment={override.partition('=')[2]}"
     head, _, option = key.partition(".")
     if option and head in presets.names():
         raise InputError(
             key,
-            word.partition("=")[2],
+            override.partition("=")[2],
             f"belongs to {head}, which is not compared",
             allowed=[f"{label}.{option}" for label in labels],
             fix=f"optbench {command} {head} …",
         )
-    return word
+    return override
 
 
 def _arm(label: str, options: Mapping[str, str], command: str) -> ArmSpec:
     name = options.get("name", label)
     if "target" in options:
-        words = [f"optimizer.name={name}", f"optimizer.target={options['target']}"]
+        overrides = [f"optimizer.name={name}", f"optimizer.target={options['target']}"]
     elif name in presets.names():
-        words = [f"optimizer={name}"]
+        overrides = [f"optimizer={name}"]
     else:
         key = command if name == label else f"{label}.name"
         fix = closest(name, presets.names()) or f"{label}.target=your.module.Optimizer"
         raise InputError(key, name, "is not an optimizer", allowed=presets.names(), fix=fix)
     rest = [f"optimizer.{key}={value}" for key, value in options.items() if key not in ("name", "target")]
-    return ArmSpec(label, (*words, *rest))
+    return ArmSpec(label, (*overrides, *rest))
 
 
-def _seeds(given: Mapping[str, str]) -> list[int]:
+def _seeds(values: Mapping[str, str]) -> list[int]:
     try:
-        first = int(given.get("seed", "0"))
+        first = int(values.get("seed", "0"))
     except ValueError:
         first = -1
     if first < 0:
-        raise InputError("seed", given.get("seed"), allowed="a whole number from 0 on", fix="seed=0")
+        raise InputError("seed", values.get("seed"), allowed="a whole number from 0 on", fix="seed=0")
     try:
-        count = int(given.get("seeds", str(DEFAULT_SEEDS)))
+        count = int(values.get("seeds", str(DEFAULT_SEEDS)))
     except ValueError:
         count = 0
     if not 1 <= count <= 1000:
-        raise InputError("seeds", given.get("seeds"), allowed="how many seeds: 1 to 1000", fix="seeds=3")
+        raise InputError("seeds", values.get("seeds"), allowed="how many seeds: 1 to 1000", fix="seeds=3")
     return list(range(first, first + count))

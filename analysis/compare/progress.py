@@ -1,6 +1,6 @@
-"""What a person sees while a command trains many runs: one line for the whole.
+"""Show the progress of a command that trains many runs.
 
-On a terminal (or in a notebook with ipywidgets) it is live; in a log file it is a line for each run that ended.
+On a terminal (or in a notebook with ipywidgets) it is one live line; in a log file one line per run that ended.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from harness.record.readers import Status
 from harness.visible import visible
 
 POLL_S = 0.5
-"""Between two looks at the step of the run that is being trained."""
+"""Seconds between two readings of the current run's step."""
 
 
 class Verbosity(IntEnum):
-    """How much a command prints before its result."""
+    """Amount of output before a command's result."""
 
     QUIET = 0
-    """Runs that did not finish."""
+    """Only runs that did not finish."""
     NORMAL = 1
-    """One line for the whole."""
+    """One line of progress, and one per run."""
     VERBOSE = 2
-    """And what each run prints."""
+    """Also the output of each run."""
 
 
 class SessionProgress:
-    """One line for runs that are trained one after the other.
+    """Progress of runs that are trained one after the other.
 
     Args:
-        steps: of all of them.
-        runs: their number.
-        verbosity: QUIET shows runs that did not finish, VERBOSE no live line, for the runs have their own.
-        to_stderr: standard output is for one JSON document.
-        steps_later: of runs that come after these, for the time left.
+        steps: total of all runs.
+        runs: number of runs.
+        verbosity: QUIET shows runs that did not finish; VERBOSE has no live line, because the runs have their own.
+        to_stderr: standard output is reserved for one JSON document.
+        steps_later: steps of runs after these, for the estimate of the remaining time.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SessionProgress:
             self._bar.stop()
 
     def begin(self, number: int, folder: Path, steps: int) -> None:
-        """Say which run is being trained.
+        """Show which run is being trained.
 
         Args:
             number: from 1.
@@ -98,11 +98,11 @@ class SessionProgress:
             self._bar.update(self._task, description=visible(label), text="starting")
 
     def end(self, result: str, *, is_finished: bool) -> None:
-        """Say how the run ended.
+        """Show how the run ended.
 
         Args:
-            result: state, time and loss, or the reason.
-            is_finished: it did what it was started for.
+            result: state, time and loss, or the reason for its end.
+            is_finished: True if it reached its last step.
         """
         assert self._current is not None
         label, _, steps, _ = self._current
@@ -119,7 +119,7 @@ class SessionProgress:
         self._console.print(visible(line), markup=False)
 
     def _left(self, further: int) -> str:
-        """The time left, for people; empty where nothing is left or known."""
+        """Return the estimated remaining time; empty if nothing is left or known."""
         done = self._done + further
         rest = self._steps - done + self._later
         if done <= 0 or rest <= 0:
@@ -134,7 +134,7 @@ class SessionProgress:
                 continue
             _, folder, steps, first = current
             step = _step(folder)
-            # A run that begins anew leaves the step of its last attempt behind.
+            # A run that restarts is below the step of its last attempt.
             further = max(0, step - first) if step >= first else step
             left = self._left(further)
             text = f"step {step}/{steps}" + (f", about {left} left" if left else "")

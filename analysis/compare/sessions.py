@@ -1,4 +1,4 @@
-"""Runs of a comparison, made one after the other. Torch-free: runs train in other processes."""
+"""Train the runs of a comparison one after the other. Torch-free: runs train in other processes."""
 
 from __future__ import annotations
 
@@ -32,30 +32,28 @@ from harness.redaction import redact_text
 
 FINISHED, FAILED, INTERRUPTED = 0, 3, 75
 _MOST_KEPT = 64 * 1024
-"""Bytes of what a failed run's processes printed, of its end, that its log keeps."""
+"""Most bytes of a failed run's output, counted from its end, that are added to its log."""
 
 
 class Trainer:
-    """How a command trains its runs and what it prints: small runs share processes, whose output goes aside.
-
-    Entered around the sessions of a command.
+    """Context of all sessions of a command: small runs share warm processes, whose output is captured.
 
     Attributes:
-        as_json: standard output is for one JSON document.
+        as_json: standard output is reserved for one JSON document.
         verbosity: of the command.
-        output: where the runs' processes print; None: where this one does.
+        output: receives the output of the runs' processes; None: they inherit this process' output.
     """
 
     def __init__(self, *, as_json: bool, verbosity: Verbosity) -> None:
         self.as_json, self.verbosity = as_json, verbosity
         self.output: IO[Any] | None = sys.stderr if as_json else None
-        self._aside: IO[bytes] | None = None
+        self._captured: IO[bytes] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         if self.verbosity is not Verbosity.VERBOSE:
-            # What matters is in each run's log.txt; of a process that dies it is all that is known.
-            self._aside = self.output = self._stack.enter_context(tempfile.TemporaryFile(buffering=0))
+            # Each run writes its own log.txt; this output is needed only of a process that dies.
+            self._captured = self.output = self._stack.enter_context(tempfile.TemporaryFile(buffering=0))
         self._stack.enter_context(warm.sharing(self.output))
         return self
 
@@ -70,17 +68,17 @@ class Trainer:
             print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
     def printed(self) -> int:
-        """Return how much the processes have printed aside so far, bytes."""
-        return 0 if self._aside is None else os.fstat(self._aside.fileno()).st_size
+        """Return the number of captured bytes so far."""
+        return 0 if self._captured is None else os.fstat(self._captured.fileno()).st_size
 
-    def keep(self, run: Prepared, start: int) -> None:
-        """Add what the processes have printed since ``start`` to the run's log.txt, without what is in it."""
-        if self._aside is None:
+    def append_output_to_log(self, run: Prepared, start: int) -> None:
+        """Append the output since byte ``start`` to the run's log.txt, without lines that it already has."""
+        if self._captured is None:
             return
-        # Not by seek and read: the processes write at the same position of the same open file.
+        # pread, because seek would move the position at which the processes write to the same open file.
         size = max(0, self.printed() - start)
         text = os.pread(
-            self._aside.fileno(), min(size, _MOST_KEPT), start + max(0, size - _MOST_KEPT)
+            self._captured.fileno(), min(size, _MOST_KEPT), start + max(0, size - _MOST_KEPT)
         ).decode(errors="replace")
         log = run.folder / "log.txt"
         known = set(log.read_text(errors="replace").splitlines()) if log.is_file() else set()
@@ -92,13 +90,13 @@ class Trainer:
 
 @contextmanager
 def lock_group(group: Path) -> Iterator[None]:
-    """Keep other commands from training runs of the same group meanwhile.
+    """Hold a lock on a group, so that no other command trains its runs at the same time.
 
     Args:
         group: folder of the group; it need not exist.
 
     Raises:
-        InputError: another command does so now.
+        InputError: another command holds the lock.
     """
     group.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(group.with_name(f".{group.name}.lock"), timeout=0)
@@ -110,7 +108,7 @@ def lock_group(group: Path) -> Iterator[None]:
             "group", group, reason, fix="wait for it, or group=… of your own; optbench status shows its runs"
         ) from error
     except (OSError, NotImplementedError):
-        # A file system without locks: each run's folder has a lock of its own, which says so.
+        # On a file system without locks the lock of each run's folder reports it.
         yield
         return
     try:
@@ -120,10 +118,10 @@ def lock_group(group: Path) -> Iterator[None]:
 
 
 class Session:
-    """Runs that are made one after the other, without those that are over already.
+    """Runs that are trained one after the other, except those that have ended already.
 
     Attributes:
-        refusals: bad input that only the runs' own processes found.
+        refusals: bad input that only the runs' own processes detected.
     """
 
     def __init__(
@@ -138,11 +136,11 @@ class Session:
         """Check the folders of the runs; nothing is started.
 
         Args:
-            runs: in the order in which they are to be made.
+            runs: in the order of training.
             trainer: trains them.
-            group: of the command that goes on after an interruption.
-            is_over: a run that is not to be made again; None: one that finished (`is_done`).
-            steps_later: of the runs of later sessions, for the time left.
+            group: named in the command that resumes after an interruption.
+            is_over: True for a run that is not trained again; None: `is_done`.
+            steps_later: steps of later sessions, for the estimate of the remaining time.
 
         Raises:
             InputError: a folder that belongs to another run.
@@ -161,7 +159,7 @@ class Session:
             run_folder.check(run.folder, run.config, run.identity, run.shorter_runs)
 
     def train(self, after: Callable[[], None] = lambda: None) -> int:
-        """Make the runs that are not over yet; the exit code of the whole. ``after`` is called after each of them."""
+        """Train the remaining runs, call ``after`` after each of them, and return the exit code."""
         code = FINISHED
         with SessionProgress(
             sum(run.config.steps for run in self._pending),
@@ -181,18 +179,18 @@ class Session:
             else:
                 return code
         group = shlex.quote(f"group={self._group}")
-        self._trainer.say(f"interrupted: the same command with {group} goes on from here")
+        self._trainer.say(f"interrupted: the same command with {group} resumes from here")
         return INTERRUPTED
 
     def _one(self, run: Prepared) -> tuple[int, str]:
-        """Train one run; its exit code, and in words how it ended."""
-        started, printed = time.monotonic(), self._trainer.printed()
+        """Train one run; return its exit code and a description of its end."""
+        started, start = time.monotonic(), self._trainer.printed()
         try:
             outcome = launch.start(run, output=self._trainer.output)
             state, reason = outcome.state, outcome.reason
             is_refused = False
         except InputError as error:
-            # Found by the run's own processes only: this run can't be made, the others can.
+            # Only the run's own processes detected it: this run is impossible, the others are not.
             state, reason, is_refused = "failed", str(error), True
             self.refusals.append(error)
         except KeyboardInterrupt:
@@ -200,8 +198,8 @@ class Session:
         if not (run.folder / "status.json").is_file():
             _record_failed_start(run, state, reason)
         elif state == "failed" and not is_refused:
-            # A run that was refused may be another process' run, whose folder is not ours to write to.
-            self._trainer.keep(run, printed)
+            # The folder of a refused run may belong to another process: do not write to it.
+            self._trainer.append_output_to_log(run, start)
             reason = f"{reason} ({run.folder / 'log.txt'})"
         loss = reading.number(reading.record(run.folder / "summary.json", Summary, []).get("val/loss"))
         result = f"validation loss {loss:.4f}" if state == "finished" else reason
@@ -238,10 +236,10 @@ def write_provenance(folder: Path, plan: ComparisonPlan) -> None:
 
 
 def prepare_runs(plan: ComparisonPlan, say: Callable[[str], None]) -> list[Prepared]:
-    """All runs of a plan, composed and checked: seeds outside, arms inside.
+    """Compose and check all runs of a plan: all arms of the first seed, then those of the next one.
 
     Raises:
-        InputError: the first thing that is wrong with any of them.
+        InputError: the first error in any of them.
     """
     return [
         prepare(plan.overrides(arm, seed), say=say, writes_folder=False)
@@ -251,23 +249,23 @@ def prepare_runs(plan: ComparisonPlan, say: Callable[[str], None]) -> list[Prepa
 
 
 def is_done(run: Prepared) -> bool:
-    """The folder holds this very run, finished, and it is not to be replaced."""
+    """Return True if the folder holds this run, finished, and it is not to be overwritten."""
     return bool(state_of(run)) and (run.folder / "DONE").exists() and not run.config.overwrite
 
 
 def has_ended(run: Prepared) -> bool:
-    """As `is_done`, or this very run diverged, as it would again."""
+    """Return True if the run is done or diverged: it would diverge again."""
     return is_done(run) or (state_of(run) == "diverged" and not run.config.overwrite)
 
 
 def state_of(run: Prepared) -> str:
-    """State of this very run as its folder tells it; empty if that holds no run, or another one."""
+    """Return the state of this run as its folder records it; empty if it holds no run or another one."""
     status = reading.mapping(run.folder / "status.json", [])
     return str(status.get("state", "running")) if status.get("identity") == run.identity else ""
 
 
 def _record_failed_start(run: Prepared, state: str, reason: str) -> None:
-    """Leave a run folder of a run that died before it wrote one: a failure is a row, not a gap."""
+    """Write the folder of a run that died before it wrote one, so that the report shows the failure."""
     run.folder.mkdir(parents=True, exist_ok=True)
     atomic.write_text(run.folder / "config.yaml", compose.to_yaml(run.config))
     now = run_folder.now()

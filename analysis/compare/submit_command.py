@@ -1,6 +1,6 @@
-"""``optbench submit …``: a run, a comparison or any other command as SLURM jobs. Torch-free.
+"""`optbench submit`: submit a run, a comparison or another command as SLURM jobs. Torch-free.
 
-Here and not in `harness/jobs`, because a comparison's arms and its report are of this package.
+It is not in `harness/jobs`, because the arms of a comparison are defined in this package.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input, here or for SLURM; nothing was queued.
     """
     submitted = _parse(argv)
-    # All of them now: a later job's script is written when the first one is queued already.
+    # Check all of them now: the script of a later job is written after the first job is queued.
     scripts.check_words([word for words in (argv, *submitted.then) for word in words])
     request = SubmitRequest(
         cluster=cluster.load(submitted.cluster_overrides),
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compare(words: Sequence[str], request: SubmitRequest) -> Queued:
-    """All runs checked, then queued: seeds outside, arms inside, as `optbench compare` makes them."""
+    """Check all runs, then queue them in the order of `optbench compare`."""
     plan = arguments.plan(words)
     rows: list[GridRow] = []
     done: list[str] = []

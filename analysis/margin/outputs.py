@@ -22,6 +22,7 @@ from analysis.margin.plots import shown_runs
 from analysis.margin.trajectory import MarginRun
 from analysis.pages import job_page
 from analysis.pages.figures import Plot
+from analysis.text_tables import TextTable
 from harness import visible
 from harness.files import atomic
 from harness.visible import csv_cell, markdown_row
@@ -133,10 +134,8 @@ def summary(config: MarginConfig, report: MarginReport) -> dict[str, Any]:
 
 def page(config: MarginConfig, report: MarginReport) -> str:
     """Return report.html."""
-    tables = [job_page.Table(*cells(report.table))]
-    tables += [
-        job_page.Table(*cells(rows), title=name.replace("_", " ")) for name, rows in report.more.items()
-    ]
+    tables = [TextTable(*cells(report.table))]
+    tables += [TextTable(*cells(rows), title=name.replace("_", " ")) for name, rows in report.more.items()]
     return job_page.render(
         command="margin",
         kicker="Robustness margin",

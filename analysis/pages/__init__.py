@@ -1,1 +1,1 @@
-"""What all HTML reports share: styles and script, the colours of plots, and the page of a companion job."""
+"""HTML pages: theme and script, plots, screenshots, and the page of a companion job."""

@@ -1,29 +1,19 @@
-"""The page of a companion job: what was found in a sentence, tables, pictures, plots, settings."""
+"""Render the page of a companion job: the result in a sentence, tables, pictures, plots, settings."""
 
 from __future__ import annotations
 
 import base64
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from analysis.pages import theme
 from analysis.pages.figures import Plot
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of words."""
-
-    heads: list[str]
-    rows: list[list[str]]
-    title: str = ""
-    caption: str = ""
+from analysis.text_tables import TextTable
 
 
 class Picture(Protocol):
-    """A PNG with its words."""
+    """A PNG with title and caption."""
 
     @property
     def title(self) -> str: ...
@@ -41,21 +31,21 @@ def render(
     headline: str,
     scope: str,
     notes: Sequence[str],
-    tables: Sequence[Table],
+    tables: Sequence[TextTable],
     plots: Sequence[Plot],
     settings: Mapping[str, Any],
     pictures: Sequence[Picture] = (),
 ) -> str:
-    """The page as text. It loads nothing: plotly.js, styles, data and pictures are inside.
+    """Return the page as text; plotly.js, styles, data and pictures are embedded, and nothing is loaded.
 
     Args:
-        command: whose page it is; names the figures.
+        command: name of the job, which also names the figures.
         kicker: small print above the headline.
-        title: of the window, after the command.
+        title: shown after the command in the window title.
         headline: the result in a sentence.
-        scope: what the headline rests on.
-        notes: what a reader must know before believing a number.
-        settings: those that are None or empty are left out.
+        scope: the data on which the headline is based.
+        notes: warnings about the numbers.
+        settings: None and empty values are omitted.
         pictures: shown before the plots.
     """
     return theme.render(

@@ -1,4 +1,4 @@
-"""Plots of a report as PNG files by matplotlib, which needs no browser (`pip install "optbench[figures]"`)."""
+"""Draw plots of a report as PNG files with matplotlib, without a browser (`pip install "optbench[figures]"`)."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, DPI = 1000, 100
-"""Pixels of a figure at a scale of 1; pictures have twice as many."""
+"""Pixels of a figure at a scale of 1; files have twice as many."""
 _DASHES = {"dash": (0, (6, 3)), "dot": (0, (1.5, 3)), "dashdot": "dashdot", "longdash": (0, (10, 4))}
 _DASHES |= {"longdashdot": (0, (10, 3, 2, 3)), "solid": "solid"}
 _MARKERS = {"x": "x", "star": "*", "circle": "o"}
 
 
 def is_available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return True if matplotlib is installed."""
     from importlib.util import find_spec
 
     return find_spec("matplotlib") is not None
 
 
 def require() -> None:
-    """Refuse PNG figures where matplotlib is not installed.
+    """Check that matplotlib is installed.
 
     Raises:
-        InputError: naming what to install.
+        InputError: it is not; the message states how to install it.
     """
     if not is_available():
         raise InputError(
@@ -47,13 +47,13 @@ def require() -> None:
 
 
 def png(plot: Plot, *, heading: str = "") -> bytes:
-    """Draw one plot of a report, with its first axis and its first choices, on a light ground.
+    """Draw one plot of a report with its first axis and first selection, in the light theme.
 
     Args:
         plot: as `analysis.pages` draws it.
         heading: a line above the title.
     """
-    # The object interface leaves the user's pyplot, its backend and its open figures alone.
+    # The object interface does not change the user's pyplot backend and open figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,7 +73,7 @@ def png(plot: Plot, *, heading: str = "") -> bytes:
     figure.supxlabel(_text(plot.caption), fontsize=7, color="#5a6472", wrap=True, ha="left", x=0.01)
     out = io.BytesIO()
     with warnings.catch_warnings():
-        # A character that the font lacks is drawn as a box, which is all that can be said of it.
+        # A character that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         FigureCanvasAgg(figure).print_png(out)
     return out.getvalue()
@@ -153,7 +153,7 @@ def _axis(axes: Axes, name: str, described: dict[str, Any]) -> None:
 
 
 def _frame(axes: Axes, layout: dict[str, Any], plot: Plot) -> None:
-    """Ranges, levels and grid."""
+    """Set ranges, levels and grid."""
     meta = layout.get("meta") or {}
     ranges = (meta.get("ranges") or {}).get(plot.axes[0] if plot.axes else "", {}).get("finish")
     if ranges:
@@ -190,12 +190,12 @@ def _legend(axes: Axes, layout: dict[str, Any]) -> None:
 
 
 def _numbers(values: Sequence[Any] | None) -> list[float]:
-    """Values of a plotly trace; null is a gap."""
+    """Return the values of a plotly trace; null becomes a gap."""
     return [float("nan") if value is None else float(value) for value in values or ()]
 
 
 def _colour(colour: object) -> str:
-    """A colour that matplotlib knows; the page's script gives the others."""
+    """Return a colour that matplotlib knows; grey for those that the page's script sets."""
     return colour if isinstance(colour, str) and re.fullmatch("#[0-9a-fA-F]{6}", colour) else GREY
 
 
@@ -206,6 +206,6 @@ def _part_colour(part: int) -> str:
 
 
 def _text(text: str) -> str:
-    """A label as it is: matplotlib would read ``$…$`` in it as mathematics and a leading ``_`` as "no label"."""
+    """Escape a label: matplotlib reads ``$…$`` as mathematics and a leading ``_`` as "no label"."""
     plain = visible(html.unescape(text)).replace("$", r"\$")
     return f"\u200b{plain}" if plain.startswith("_") else plain

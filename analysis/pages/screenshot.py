@@ -1,4 +1,4 @@
-"""The main plot as a PNG, photographed by a Chromium that is installed on the machine."""
+"""Take a screenshot of a page with an installed Chromium."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TIME_LIMIT = 60
 
 
 def browser() -> str | None:
-    """Path of an installed Chromium, or of what CHROMIUM names; None if there is none."""
-    named = os.environ.get("CHROMIUM")
-    found = (shutil.which(name) for name in ([named] if named else BROWSERS))
-    return next((path for path in found if path), None)
+    """Return the path of an installed Chromium, or of the program in CHROMIUM; None if there is none."""
+    configured = os.environ.get("CHROMIUM")
+    paths = (shutil.which(name) for name in ([configured] if configured else BROWSERS))
+    return next((path for path in paths if path), None)
 
 
 def sandbox_flags() -> list[str]:
-    """Return the flag without which Chromium refuses to run as root; for all others its sandbox stays on."""
+    """Return the flag that Chromium requires to run as root; for other users its sandbox stays on."""
     return ["--no-sandbox"] if os.geteuid() == 0 else []
 
 
@@ -39,7 +39,7 @@ def take_screenshot(page: str, target: Path, *, width: int, height: int) -> str 
     """Render an HTML page and write it as a PNG of twice ``width`` × ``height`` pixels.
 
     Returns:
-        None if the picture was written, else why not, in words for the user.
+        None if the file was written, else the reason why it was not.
     """
     chromium = browser()
     if chromium is None:
@@ -64,6 +64,6 @@ def take_screenshot(page: str, target: Path, *, width: int, height: int) -> str 
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{target.name} is not written: {chromium} failed ({type(error).__name__})"
         if not shot.is_file():
-            return f"{target.name} is not written: {chromium} took no picture"
+            return f"{target.name} is not written: {chromium} took no screenshot"
         shutil.copyfile(shot, target)
     return None

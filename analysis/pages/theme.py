@@ -1,4 +1,4 @@
-"""A template in the dress that all reports wear: one self-contained page that loads nothing."""
+"""Render a template in the theme of all reports: one self-contained page that loads nothing."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ PART_PALETTES = {
     "light": ["#9aa3ad", "#0072b2", "#d55e00", "#009e73", "#b37a00", "#b0568c", "#3d9bd6", "#7a4f2a"],
     "dark": ["#87909b", "#5cb3ec", "#ff8c4a", "#35c99c", "#f2bd48", "#eaa0cb", "#a5dbff", "#d2a679"],
 }
-"""Colours of the parts of a bar, apart from the arms' (a part is no arm)."""
+"""Colours of the parts of a bar, distinct from those of arms."""
 DASH_PATTERNS = dict(zip(DASHES, ("", "7 4", "2 4", "7 3 2 3", "11 4", "11 3 2 3"), strict=True))
 
 
 def render(template: str, package: str = "analysis.pages", *, style: str | None = None, **values: Any) -> str:
-    """A page as text; plotly.js, styles and script are inside it, and its policy lets nothing else run.
+    """Return a page as text with plotly.js, styles and script embedded; its policy allows nothing else to run.
 
     Args:
         template: name of the file.
-        package: has it in its folder `templates`; styles and script come from here.
+        package: contains it in its folder `templates`; styles and script come from this package.
         style: name of a further style sheet in that folder.
-        values: of the template, which has beside them `policy`, `css`, `script`, `plotly`, `palettes`, `dashes`,
+        values: passed to the template, which also receives `policy`, `css`, `script`, `plotly`, `palettes`, `dashes`,
             `colours`.
     """
     loader = ChoiceLoader([PackageLoader(package), PackageLoader("analysis.pages")])
@@ -60,9 +60,9 @@ def render(template: str, package: str = "analysis.pages", *, style: str | None 
 
 
 def policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
-    """Return the content security policy of a page: these scripts and style sheets, and nothing from elsewhere.
+    """Return the content security policy of a page that allows only these scripts and style sheets.
 
-    Style attributes stay allowed: heights and widths are written there, and they can load nothing.
+    Style attributes stay allowed: they hold heights and widths, and they cannot load anything.
     """
     # plotly adds one empty style sheet and fills it rule by rule.
     sheets = " ".join(map(_hash, [*styles, ""]))
@@ -80,7 +80,7 @@ def policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
 
 @lru_cache(2)
 def _own_styles(plotly: str) -> list[str]:
-    """The style sheets that plotly.js carries for its maps and adds as soon as it is loaded."""
+    """Return the style sheets for maps that plotly.js adds when it is loaded."""
     return re.findall(r"\.textContent='([^'\\]{100,})'", plotly)
 
 
@@ -90,23 +90,23 @@ def _hash(text: str) -> str:
 
 
 def _finalized(value: Any) -> Any:
-    """Every text of a page shows its control characters; what is markup already is ours."""
+    """Make control characters of texts visible; markup comes from our templates."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def plot_data(key: str, shown: Iterable[Plot]) -> Markup:
-    """Plots for a script element of class ``figures``; they are drawn where data-figure is ``key``-(plot's key)."""
+    """Return plots for a script element of class ``figures``, drawn where data-figure is ``key``-(plot's key)."""
     return embedded({f"{key}-{plot.key}": asdict(plot) for plot in shown})
 
 
 def embedded(value: object) -> Markup:
-    """JSON that can stand inside a script element whatever words it holds."""
+    """Return JSON that is safe inside a script element, whatever text it contains."""
     text = json.dumps(_shown(to_jsonable(value)), separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
 def _shown(value: Any) -> Any:
-    """Plain data whose texts show their control characters."""
+    """Return JSON data with the control characters of its texts made visible."""
     if isinstance(value, dict):
         return {visible(key): _shown(inner) for key, inner in value.items()}
     if isinstance(value, list):

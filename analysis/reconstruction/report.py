@@ -21,6 +21,7 @@ from analysis.reconstruction import examination, pictures, plots, susceptibility
 from analysis.reconstruction.job import ReconstructionResults
 from analysis.reconstruction.pictures import Picture
 from analysis.reconstruction.subjects import TableRow
+from analysis.text_tables import TextTable
 from harness.files import atomic
 
 COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -181,10 +182,10 @@ def make_pictures(results: ReconstructionResults) -> list[Picture]:
     return grids
 
 
-def _page_table(name: str, rows: Sequence[TableRow]) -> job_page.Table:
+def _page_table(name: str, rows: Sequence[TableRow]) -> TextTable:
     columns = COLUMNS[name]
     shown = [[cell(row.get(key)) for key, _ in columns] for row in rows]
-    return job_page.Table([heading for _, heading in columns], shown, TITLES[name], CAPTIONS[name])
+    return TextTable([heading for _, heading in columns], shown, TITLES[name], CAPTIONS[name])
 
 
 def mirror(

@@ -19,6 +19,7 @@ from analysis.dashboards import definition, preview
 from analysis.pages import job_page, screenshot
 from analysis.pages.figures import Plot, figure
 from analysis.report import report_page
+from analysis.text_tables import TextTable
 from tests.analysis import synthetic
 from tests.analysis.synthetic import Recipe
 
@@ -56,7 +57,7 @@ def _job_page() -> str:
         headline=HOSTILE,
         scope=HOSTILE,
         notes=[HOSTILE],
-        tables=[job_page.Table([HOSTILE], [[HOSTILE]], HOSTILE, HOSTILE)],
+        tables=[TextTable([HOSTILE], [[HOSTILE]], HOSTILE, HOSTILE)],
         plots=plots,
         settings={HOSTILE: HOSTILE},
         pictures=[_Picture(HOSTILE, HOSTILE, dot)],

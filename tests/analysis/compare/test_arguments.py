@@ -58,7 +58,7 @@ def test_a_label_of_ones_own() -> None:
         (["adamw", "adamw"], r"adamw is named twice"),
         (["adamw", "seeds=0"], r"seeds: 0"),
         (["adamw", "seeds=two"], r"seeds: two"),
-        (["adamw", "seeds=2", "seeds=3"], r"seeds: 3 was given as 2"),
+        (["adamw", "seeds=2", "seeds=3"], r"seeds: 3 was already set to 2"),
         (["adamw", "seed=-1"], r"seed: -1"),
         (["adamw", "name=x"], r"would be the same for all runs.*group="),
         (["adamw", "optimizer=sumo"], r"fix: optbench compare adamw sumo"),

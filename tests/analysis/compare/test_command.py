@@ -85,7 +85,7 @@ def test_an_interruption_stops_reports_and_is_completed_by_the_same_command(
     launcher.fate = {"sumo-seed0": end}
     assert command.main(words) == 75
     assert launcher.started == ["adamw-seed0", "sumo-seed0"]
-    assert "group=g goes on from here" in capsys.readouterr().out
+    assert "group=g resumes from here" in capsys.readouterr().out
     assert (tmp_path / "runs" / "g" / "report.html").exists()
     folder = tmp_path / "runs" / "g" / "sumo-seed0"
     if folder.exists():  # the launcher's own folder would go on as a second attempt; the stand-in writes anew
