@@ -111,6 +111,12 @@ class OrthogonalOptions(MatrixOptions):
         "arithmetic of newton_schulz, cubic and polar_express; auto: bfloat16 where the hardware multiplies it, "
         "else float32 (written into the group at construction)",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledOrthogonalOptions(OrthogonalOptions):
+    """What rules take that multiply the orthogonal factor by a number."""
+
     update_scale: Literal["none", "rms_max", "rows_cols", "rms_rank"] = option(
         "rms_max",
         "factor on the orthogonal part: none; rms_max 0.2·√max(m, n); rows_cols √max(1, m/n); "

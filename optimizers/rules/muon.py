@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimizers.rule import Rule
-from optimizers.rule_options import CONDA_BASELINE, TUNED_TINY, OrthogonalOptions, PeakRate, Preset
+from optimizers.rule_options import CONDA_BASELINE, TUNED_TINY, PeakRate, Preset, ScaledOrthogonalOptions
 from optimizers.rules import parts
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ RULE = Muon()
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonOptions(OrthogonalOptions):
+class MuonOptions(ScaledOrthogonalOptions):
     """Muon takes nothing but what all orthogonalizing rules take."""
 
 

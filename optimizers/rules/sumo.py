@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from optimizers.options import OptionError, option
 from optimizers.rule import Axes, Rule
-from optimizers.rule_options import TUNED_TINY, LowRankOptions, OrthogonalOptions, PeakRate, Preset
+from optimizers.rule_options import TUNED_TINY, LowRankOptions, PeakRate, Preset, ScaledOrthogonalOptions
 from optimizers.rules import parts
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ RULE = Sumo()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SumoOptions(OrthogonalOptions, LowRankOptions):
+class SumoOptions(ScaledOrthogonalOptions, LowRankOptions):
     """SUMO's options; the defaults are Algorithm 1 and the text of the paper."""
 
     refresh_threshold: float | None = option(
