@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from harness import command_line
-from harness.jobs import ending, launch
+from harness.config.schema import RunConfig
+from harness.jobs import launch
 from harness.output import json_document
 from harness.preparation import prepare
 from harness.record import readers
@@ -14,9 +16,9 @@ from harness.worker import closing_lines
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train one run in processes of its own; the exit code says how it ended.
+    """Train one run in processes of its own and return the exit code of its end.
 
-    0 finished, 3 failed or diverged, 75 interrupted.
+    The code is 0 if the run finished, 3 if it failed or diverged, and 75 if it was interrupted.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -26,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     overrides, as_json = arguments.rest, arguments.options.json
     prepared = prepare(overrides, say=lambda text: print(text, file=sys.stderr, flush=True))
     outcome = launch.start(prepared, output=sys.stderr if as_json else None)
-    resume = ending.resume_command(overrides, prepared.config)
+    resume = resume_command(overrides, prepared.config)
     if as_json:
         facts, _ = readers.json_object(outcome.folder / readers.SUMMARY)
         is_resumable = outcome.state == "interrupted"
@@ -42,3 +44,18 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(*closing_lines(outcome.folder, outcome.state, outcome.reason, resume), sep="\n")
     return outcome.exit_code
+
+
+def resume_command(words: Sequence[str], config: RunConfig) -> str:
+    """Return the command that resumes an interrupted run.
+
+    Args:
+        words: arguments of `optbench train`, as typed.
+        config: of the run.
+    """
+    keys = [word.lstrip("+").partition("=")[0] for word in words]
+    kept = [word for word, key in zip(words, keys) if key not in ("overwrite", "resume")]
+    # A configuration file may set them, and then the run would begin anew.
+    kept += ["overwrite=false"] if config.overwrite and "overwrite" not in keys else []
+    kept += ["resume=true"] if not config.resume and "resume" not in keys else []
+    return shlex.join(["optbench", "train", *kept])

@@ -15,7 +15,7 @@ import pytest
 
 from harness.config import compose
 from harness.errors import InputError
-from harness.jobs import ending, outcome
+from harness.jobs import outcome, train_command
 from harness.record import folder as run_folder
 from harness.record.folder import REQUEUE, RunFolder
 from tests.harness.running import small, write_documents
@@ -163,14 +163,15 @@ def test_the_command_that_resumes_is_the_one_that_was_typed() -> None:
     words = ["optimizer=sumo", "data.files=[/a b/c.jsonl]", "name=x"]
     config = compose.load(["optimizer=sumo", "name=x"])
     assert (
-        ending.resume_command(words, config)
+        train_command.resume_command(words, config)
         == "optbench train optimizer=sumo 'data.files=[/a b/c.jsonl]' name=x"
     )
     config = compose.load(["overwrite=true", "resume=false"])
     assert (
-        ending.resume_command(["overwrite=true", "steps=3", "+resume=false"], config)
+        train_command.resume_command(["overwrite=true", "steps=3", "+resume=false"], config)
         == "optbench train steps=3"
     )
     assert (
-        ending.resume_command(["mine.yaml"], config) == "optbench train mine.yaml overwrite=false resume=true"
+        train_command.resume_command(["mine.yaml"], config)
+        == "optbench train mine.yaml overwrite=false resume=true"
     )
