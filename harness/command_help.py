@@ -26,7 +26,7 @@ def overview() -> str:
             ("optbench COMMAND --json", "one JSON document on standard output instead of tables"),
         ]
     )
-    lines += ["", "first: optbench compare adamw muon galore sumo preset=quickstart"]
+    lines += ["", "first command: optbench compare adamw muon galore sumo preset=quickstart"]
     return "\n".join(line for text in lines for line in _wrapped(text))
 
 

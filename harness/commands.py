@@ -96,7 +96,7 @@ COMMANDS: dict[str, Command] = {
             ("model=llama_60m optimizer=galore precision=bf16 batch_size=512 micro_batch_size=64", "GPUs"),
         ),
         arguments=(
-            ("FILE.yaml", "keys of a run, such as the config.yaml of an earlier one; key=value wins over it"),
+            ("FILE.yaml", "keys of a run, such as the config.yaml of an earlier one; key=value overrides it"),
         ),
         takes_keys=True,
     ),
@@ -127,7 +127,7 @@ COMMANDS: dict[str, Command] = {
             ("study=quickstart", "a study from a file: configs/study/NAME.yaml"),
             ("adamw sumo trials=3 steps=1000 --dry-run", "list the trials and how many tokens they take"),
         ),
-        (Option(_DRY_RUN, "print the trials and what they would cost; start nothing"), *_VERBOSITY),
+        (Option(_DRY_RUN, "print the trials and their tokens; start nothing"), *_VERBOSITY),
         (
             ("trials=N", "settings for every optimizer (5, or the length of a list)"),
             ("seed=K, seeds=N", "seed of the trials (0); the comparison runs seeds K+1 to K+N (3 seeds)"),
@@ -141,7 +141,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         "analysis.report.command:main",
-        "compare the runs below a folder, other trainers' (CSV, JSONL) too",
+        "compare the runs below a folder, and tables of other trainers",
         "DIR | ENTITY/PROJECT[/GROUP] --export DIR",
         (
             ("runs/quickstart", "writes report.html, comparison.md and comparison.csv there"),
@@ -169,10 +169,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan": Command(
         "harness.plan.command:main",
-        "memory, traffic and FLOPs of a run before it starts: does it fit",
+        "compute memory, traffic and FLOPs of a run, and whether it fits",
         "[FILE.yaml] [group=option …] [key=value …]",
         (
-            ("model=llama_60m optimizer=sumo engine=fsdp2 --world-size 64", "on a cluster that is not here"),
+            ("model=llama_60m optimizer=sumo engine=fsdp2 --world-size 64", "for a planned cluster"),
             ("optimizer=muon engine=zero3 world_size=2 --json", "as one JSON document"),
         ),
         (
@@ -188,16 +188,16 @@ COMMANDS: dict[str, Command] = {
     ),
     "paper": Command(
         "analysis.paper.command:main",
-        "a published table: published, predicted, measured",
+        "compare a published table with predicted and measured values",
         "[TABLE] [runs=DIR]",
         (
-            ("", "list the known tables"),
+            ("", "list the available tables"),
             ("sumo_table3", "memory counted on our optimizers, perplexities from runs/sumo_table3"),
             ("sumo_table3 runs=runs/mine --out runs/paper", "from finished runs elsewhere, written as files"),
-            ("sumo_table9 --commands", "the runs that would fill what is not measured"),
+            ("sumo_table9 --commands", "the commands of the missing runs"),
         ),
         (
-            Option(("--list",), "list the known tables"),
+            Option(("--list",), "list the available tables"),
             Option(
                 ("--commands",),
                 "print the commands of the missing runs, with the paper's protocol, instead of the table",
@@ -213,8 +213,8 @@ COMMANDS: dict[str, Command] = {
         (
             ("", "every rule on every engine, every setting of each engine: a few minutes"),
             ("rule=sumo,muon engine=fsdp2,zero3", "some of them"),
-            ("rule=galore dtype=bf16", "every combination of what is named"),
-            ("--include-controls", "also defects that were put in on purpose, which must come out red"),
+            ("rule=galore dtype=bf16", "every combination of the given values"),
+            ("--include-controls", "also deliberate defects, which must fail"),
         ),
         (
             Option(("--full",), "every combination (under an hour on 2 cores)"),
@@ -234,13 +234,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "margin": Command(
         "analysis.margin.command:main",
-        "how slowly training reaches its robustness margin",
+        "measure how slowly training reaches its robustness margin",
         "[mode=toy|flow|mlp|head] [key=value …] [NAME.option=value …]",
         (
             ("", "gradient descent on two neurons and two points: the gap closes as 1/ln t"),
-            ("optimizer=gd,adam,muon,sumo w=1,-3 b=0.5,0 steps=100000", "which optimizers escape that"),
+            ("optimizer=gd,adam,muon,sumo w=1,-3 b=0.5,0 steps=100000", "which optimizers are faster"),
             ("mode=flow join_at=10000", "the same trajectory to flow time 1e300, checked against the steps"),
-            ("experiment=margin_inits", "many random starts, dead ones counted"),
+            ("experiment=margin_inits", "many random starts; dead starts are counted"),
         ),
         (Option(("--out",), "write there instead of runs/margin/<name>", "DIR", "--out runs/margin/mine"),),
         keys="analysis.margin.config:help_text",
@@ -257,7 +257,7 @@ COMMANDS: dict[str, Command] = {
             ("optimizer=gd,muon seeds=3", "victims, certificates, alternatives, attacks, susceptibility"),
             (
                 "checkpoint=weights.safetensors batch=batch.npz",
-                "a network of your own, if the theory covers it",
+                "your own network, if the theory covers it",
             ),
         ),
         keys="analysis.reconstruction.config:help_text",
@@ -273,7 +273,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "clean": Command(
         "harness.clean:main",
-        "list what run folders no longer need, and remove it",
+        "list files that run folders no longer need, and remove them",
         "[DIR]",
         (
             (
@@ -288,7 +288,7 @@ COMMANDS: dict[str, Command] = {
         "harness.doctor:main",
         "show what this machine can run, and what is missing",
         "",
-        (("", "packages, GPUs, engines, folders, W&B, SLURM; exit code 1 where something is broken"),),
+        (("", "packages, GPUs, engines, folders, W&B, SLURM; exit code 1 if something is broken"),),
     ),
     "completion": Command(
         "harness.completion:main",
@@ -332,11 +332,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "status": Command(
         "harness.jobs.status_command:main",
-        "show what the runs below a folder are doing",
+        "show the state of the runs below a folder",
         "[DIR]",
         (
             ("", "all runs below runs/"),
-            ("runs/mine --watch", "every two seconds, as long as something runs"),
+            ("runs/mine --watch", "update every two seconds while a run is active"),
             ("--cancel sumo-seed0", "end its job; the run saves and can be resumed"),
             ("--resubmit sumo-seed0", "queue its script again"),
         ),
@@ -362,11 +362,11 @@ COMMANDS: dict[str, Command] = {
         "harness.listing:list_command",
         "list models, optimizers, engines, data sets",
         "",
-        (("", "everything that can be named"),),
+        (("", "all names"),),
     ),
     "show": Command(
         "harness.listing:show_command",
-        "show one of them: options, defaults, allowed values, source",
+        "show a model, optimizer, engine or data set: options, defaults",
         "NAME",
         (("sumo", "options of an optimizer"), ("llama_60m", "a model"), ("train", "every key of a run")),
         values="harness.listing:names",

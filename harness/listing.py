@@ -16,9 +16,9 @@ from rich.text import Text
 
 from harness import command_line
 from harness.commands import COMMANDS
-from harness.config import checks, cluster, derived_defaults, sources
+from harness.config import cluster, derived_defaults, sources
 from harness.config.compose import load
-from harness.config.model_facts import facts
+from harness.config.model_facts import facts, parameter_count
 from harness.config.schema import ModelConfig, run_keys
 from harness.config.typed_keys import Key, format_value
 from harness.console import for_tables
@@ -127,7 +127,7 @@ def _model_row(name: str) -> dict[str, Any]:
     exact = facts(model).parameters
     return {
         "name": name,
-        "parameters": exact if exact is not None else checks.parameter_count(model),
+        "parameters": exact if exact is not None else parameter_count(model),
         "exact": exact is not None,
         "family": model.model_type,
         "about": _comment("model", name),

@@ -11,19 +11,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from harness.config import (
     derived_defaults,
     engine_checks,
     launcher,
     model_checks,
-    optimizer_target,
+    optimizer_checks,
     value_formats,
 )
-from harness.config.model_facts import ModelFacts, facts
-from harness.config.schema import ModelConfig, RunConfig
-from harness.config.typed_keys import format_value
+from harness.config.model_facts import facts
+from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.visible import visible
 
@@ -55,7 +53,7 @@ def check(
     shapes = facts(config.model)
     model_checks.check(config, shapes)
     values = config.model_dump()
-    values["optimizer"] = _optimizer(config, shapes)
+    values["optimizer"] = optimizer_checks.resolved_section(config, shapes)
     _check_schedule(config)
     launcher.check_environment(config, environ)
     world_size = _world_size(config, environ, devices, worker)
@@ -79,24 +77,8 @@ def warnings(config: RunConfig) -> list[str]:
         )
     if config.optimizer.target is not None or config.optimizer.lr_source in (None, "given"):
         return found
-    default = _default_rate(config)
+    default = optimizer_checks.default_rate(config)
     return found + ([default.warning] if default is not None and default.warning else [])
-
-
-def _default_rate(config: RunConfig) -> derived_defaults.LearningRate | None:
-    size, starts_from_weights = parameter_count(config.model), config.model.path is not None
-    return derived_defaults.default_learning_rate(
-        config.optimizer.name, size, from_weights=starts_from_weights
-    )
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Count the parameters of the model: exact for LLaMA-like and GPT-2, else 12·layers·hidden² + 2·vocab·hidden."""
-    shapes = facts(model)
-    if shapes.parameters is not None:
-        return shapes.parameters
-    hidden, layers, vocab = shapes.hidden_size or 0, shapes.layers or 0, shapes.vocab_size or 0
-    return 12 * layers * hidden**2 + 2 * vocab * hidden
 
 
 def _check_folders(config: RunConfig) -> None:
@@ -118,89 +100,6 @@ def _check_folders(config: RunConfig) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         reason = f"cannot be written ({place} is {'read-only' if place.is_dir() else 'a file'})"
         raise InputError("runs_dir", config.runs_dir, reason, fix="runs_dir=a folder that you may write to")
-
-
-def _optimizer(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
-    """Resolve the optimizer section: every option of the preset, the learning rate and its source."""
-    from optimizers.options import OptionError
-    from optimizers.presets import rank_limit_check, resolve
-
-    given = config.optimizer
-    section: dict[str, Any] = {"name": given.name, "target": given.target}
-    if given.target is not None:
-        optimizer_target.check(given.target)
-        options = given.options
-    else:
-        try:
-            options = resolve(given.name, given.options)
-            rank_limit_check(options, (shapes.matrices or {}).items())
-        except OptionError as error:
-            raise _option_error(error, given.name) from None
-        options.pop("lr", None)
-        # Runs of several seeds must differ in the optimizer's random choices too (sketches, rounding).
-        if "seed" in options and "seed" not in given.options:
-            options["seed"] = config.seed
-    section |= _learning_rate(config)
-    options |= _aux_learning_rate(config, section, options)
-    return section | {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
-
-
-def _learning_rate(config: RunConfig) -> dict[str, Any]:
-    given = config.optimizer
-    if given.lr is not None:
-        is_own = given.lr_source not in (None, "given")
-        source = given.lr_source if is_own else "given"
-        return {"lr": given.lr, "lr_source": source, "lr_tuned": given.lr_tuned if is_own else True}
-    default = None
-    if given.target is None:
-        default = _default_rate(config)
-    if default is None:
-        name = given.target or given.name
-        reason = f"means the default, and there is no default for {name}"
-        raise InputError("optimizer.lr", "null", reason, allowed="a number > 0", fix="optimizer.lr=0.001")
-    return {"lr": default.lr, "lr_source": default.source, "lr_tuned": default.tuned}
-
-
-def _aux_learning_rate(
-    config: RunConfig, section: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, float]:
-    """Return the AdamW learning rate that belongs to a default matrix rate; none where either was given."""
-    given = config.optimizer
-    if section["lr_source"] == "given" or "aux_lr" not in options or "aux_lr" in given.options:
-        return {}
-    default = _default_rate(config)
-    return {"aux_lr": default.aux_lr} if default is not None and default.aux_lr is not None else {}
-
-
-def _option_error(error: Any, name: str) -> InputError:
-    """Translate an `optimizers.presets.OptionError` to an error of the command line."""
-    from optimizers.presets import OPTIONS, PRESETS
-
-    is_unknown_option = name in PRESETS and error.key not in PRESETS[name].options and error.key != "name"
-    suggestion = error.suggestion
-    if is_unknown_option and suggestion:
-        suggestion = f"optimizer.{suggestion}"
-    owners = [preset.name for preset in PRESETS.values() if error.key in preset.options]
-    if error.key == "name":
-        fix = f"optimizer={error.suggestion or 'adamw'}"
-    elif is_unknown_option and error.key in OPTIONS:
-        suggestion = None
-        fix = f"leave it out, or choose one of optimizer={', '.join(owners)}"
-    elif is_unknown_option:
-        fix = f"{suggestion}={format_value(error.value)}" if suggestion else f"remove optimizer.{error.key}"
-    else:
-        fallback = error.suggestion or format_value(
-            PRESETS[name].options[error.key] if name in PRESETS else None
-        )
-        fix = f"optimizer.{error.key}={fallback}"
-    return InputError(
-        f"optimizer.{error.key}",
-        format_value(error.value),
-        error.reason,
-        allowed=error.allowed,
-        suggestion=suggestion,
-        fix=fix,
-    )
 
 
 def _check_schedule(config: RunConfig) -> None:

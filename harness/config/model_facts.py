@@ -66,6 +66,15 @@ def facts(model: ModelConfig) -> ModelFacts:
     return ModelFacts(hidden, layers, heads, vocab, positions, matrices, parameters)
 
 
+def parameter_count(model: ModelConfig) -> int:
+    """Count the parameters of the model: exact for LLaMA-like and GPT-2, else 12·layers·hidden² + 2·vocab·hidden."""
+    shapes = facts(model)
+    if shapes.parameters is not None:
+        return shapes.parameters
+    hidden, layers, vocab = shapes.hidden_size or 0, shapes.layers or 0, shapes.vocab_size or 0
+    return 12 * layers * hidden**2 + 2 * vocab * hidden
+
+
 def full_config(model: ModelConfig) -> dict[str, Any]:
     """Return a model's configuration under declared names: class defaults, `model.path`'s, then `model.config`.
 

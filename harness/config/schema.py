@@ -220,14 +220,14 @@ class RunConfig(TypedKeys):
     max_skipped_steps: int = Field(default=10, ge=0)
     """Stop as diverged after this many steps with non-finite gradients."""
     max_loss_rise: float | None = Field(default=None, gt=0)
-    """Skip a step (as one with a non-finite gradient) whose training loss is this much above its running mean, in
-    nats per token; null: off."""
+    """Skip a step (as one with a non-finite gradient) whose training loss exceeds its running mean by this much,
+    in nats per token; null: off."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between rows of metrics.jsonl (the only regular wait for the device)."""
+    """Steps between rows of metrics.jsonl (the only regular host synchronization)."""
     profile: bool = False
     """Record a few steps of rank 0 with torch's profiler into the run folder's profile/."""
     peak_flops: float | None = Field(default=None, gt=0)
-    """Dense peak of one device in FLOP/s, which throughput/mfu is a share of; null: by the GPU's name."""
+    """Dense peak of one device in FLOP/s, the reference of throughput/mfu; null: by the GPU's name."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     group: str = "default"

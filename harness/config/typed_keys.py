@@ -276,7 +276,7 @@ def _inside_group(group: str, text: str, keys: Mapping[str, Key]) -> str | None:
 
 def _example(key: Key, value: Any) -> str:
     if key.is_list:
-        return format_value([value])
+        return "[1]" if isinstance(value, list) else format_value([value])
     return "1" if key.is_number else "null"
 
 
@@ -368,7 +368,12 @@ def _normalize(key: str, value: Any, texts: Mapping[str, str], all_known: Mappin
         return texts.get(key, format_value(value))
     if known.is_number and isinstance(value, bool):
         raise _wrong_value(known, value, None)
-    if known.is_list and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    if (
+        known.is_list
+        and not known.is_text
+        and isinstance(value, (str, int, float))
+        and not isinstance(value, bool)
+    ):
         text = value if isinstance(value, str) else texts.get(key, format_value(value))
         is_quoted = texts.get(key, "").startswith(("'", '"'))
         # Not where several entries may be meant: `cluster.container=apptainer exec` is two of them.

@@ -25,8 +25,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from harness.config import checks
 from harness.config.launcher import visible_devices
+from harness.config.model_facts import parameter_count
 from harness.config.schema import RunConfig
 from harness.jobs import launch, outcome
 from harness.jobs.outcome import RunOutcome
@@ -61,9 +61,7 @@ def is_shareable(config: RunConfig) -> bool:
     Not on GPUs, nor where the peak of the memory cannot be reset; not where code of others (plug-ins), torch.compile
     or the profiler leave traces in a process, nor with a time limit, which counts from a process' start.
     """
-    training_flops = (
-        6.0 * checks.parameter_count(config.model) * config.steps * config.batch_size * config.seq_len
-    )
+    training_flops = 6.0 * parameter_count(config.model) * config.steps * config.batch_size * config.seq_len
     return (
         config.engine.name in ENGINES
         and config.optimizer.target is None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import checks, derived_defaults
+from harness.config import checks, derived_defaults, model_facts
 from harness.config.compose import load
 from harness.config.schema import RunConfig
 from harness.errors import InputError
@@ -196,7 +196,7 @@ def test_a_local_model_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no config\.json"):
         run_check(make(model__path=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA, "hidden_size": 256}))
-    assert checks.parameter_count(make(model__path=str(tmp_path)).model) > 0
+    assert model_facts.parameter_count(make(model__path=str(tmp_path)).model) > 0
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"without model_type"):
         run_check(make(model__path=str(tmp_path)))

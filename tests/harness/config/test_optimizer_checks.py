@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import optimizer_target
+from harness.config import optimizer_checks
 from harness.errors import InputError
 
 CODE = "import torch\n\n\nclass SignSGD(torch.optim.Optimizer):\n    pass\n"
@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refusal(target: str) -> str:
     with pytest.raises(InputError) as caught:
-        optimizer_target.check(target)
+        optimizer_checks.check_target(target)
     return str(caught.value)
 
 
@@ -42,7 +42,7 @@ def refusal(target: str) -> str:
     ],
 )
 def test_what_is_here_is_accepted(folder: Path, target: str) -> None:
-    optimizer_target.check(target)
+    optimizer_checks.check_target(target)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_what_is_not_here_says_where_it_was_looked_for(folder: Path, target: str
 def test_the_folder_is_named(folder: Path) -> None:
     assert str(folder) in refusal("nowhere.SignSGD")
     (folder / "nowhere.py").write_text(CODE)
-    optimizer_target.check("nowhere.SignSGD")
+    optimizer_checks.check_target("nowhere.SignSGD")
 
 
 def test_a_package_of_the_documentation_may_be_advised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_target, "_find", lambda package, folder: None)
+    monkeypatch.setattr(optimizer_checks, "_find", lambda package, folder: None)
     assert "fix: pip install pytorch-optimizer" in refusal("pytorch_optimizer.SOAP")
     assert "pip install" not in refusal("pytorch_optimizers.SOAP")
