@@ -22,10 +22,10 @@ from analysis.margin.plots import shown_runs
 from analysis.margin.trajectory import MarginRun
 from analysis.pages import job_page
 from analysis.pages.figures import Plot
-from analysis.text_tables import TextTable
+from analysis.text_tables import TextTable, markdown_lines
 from harness import visible
 from harness.files import atomic
-from harness.visible import csv_cell, markdown_row
+from harness.visible import csv_cell
 
 SCHEMA_VERSION = 1
 UNLOGGED = ("pattern",)
@@ -167,19 +167,14 @@ def counts(runs: Sequence[MarginRun]) -> dict[str, dict[str, int]]:
 
 def markdown(report: MarginReport) -> str:
     """Return headline and tables as Markdown, and how many runs ended in each status."""
-    lines = [visible.markdown(report.headline), "", *_markdown_table(report.table)]
+    lines = [visible.markdown(report.headline), "", *markdown_lines(*cells(report.table))]
     for name, rows in report.more.items():
-        lines += ["", visible.markdown(f"{name.replace('_', ' ')}:"), "", *_markdown_table(rows)]
+        lines += ["", visible.markdown(f"{name.replace('_', ' ')}:"), "", *markdown_lines(*cells(rows))]
     lines.append("")
     for name, by_status in counts(report.runs).items():
         text = ", ".join(f"{n} {status}" for status, n in by_status.items())
         lines.append(visible.markdown(f"{name}: {text}"))
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    heads, body = cells(rows)
-    return [markdown_row(heads), "|" + "---|" * len(heads), *map(markdown_row, body)]
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from analysis.formatting import to_jsonable
-from analysis.reconstruction import attack, certificate, multipliers, scoring, susceptibility
-from analysis.reconstruction.alternatives import KktPoint, build_alternatives, verify
+from analysis.reconstruction import alternatives, attack, certificate, multipliers, scoring, susceptibility
+from analysis.reconstruction.alternatives import KktPoint
 from analysis.reconstruction.attack import AttackPrior, AttackSettings, Candidates, GridPoint
-from analysis.reconstruction.certificate import data_span
 from analysis.reconstruction.config import ReconstructionConfig
 from analysis.reconstruction.geometry import Geometry, best_alignment
 from analysis.reconstruction.network import label_margins, outputs
@@ -22,82 +22,16 @@ from analysis.reconstruction.scoring import Score, Target, score
 from analysis.reconstruction.subjects import ImageSet, JobFolder, Subject, TableRow
 
 HELDOUT_DRAWS, OTHER_DRAWS = 30, 10
-
-
-def subject_columns(subject: Subject) -> TableRow:
-    """Return the columns that identify the subject of a row."""
-    return {"optimizer": subject.optimizer, "seed": subject.seed, "step": subject.step}
-
-
-def certify(config: ReconstructionConfig, images: ImageSet, subject: Subject) -> TableRow:
-    """Return the row of the table `certificate`.
-
-    Raises:
-        InputError: the network did not separate its images.
-    """
-    figures = certificate.certify(
-        images.task,
-        subject.network,
-        images.x,
-        images.labels,
-        subject.hybrid,
-        subject.initial,
-        config.seed,
-        subject.key,
-    )
-    return to_jsonable({**subject_columns(subject), **figures.row()})
-
-
-def kkt_point(images: ImageSet, subject: Subject) -> KktPoint:
-    """Return the network scaled to a least margin of 1, with its images and best multipliers."""
-    margin = multipliers.least_margin(images.task, subject.network, images.x, images.labels)
-    unit = (
-        subject.network
-        if subject.is_exact
-        else subject.network.scaled(margin ** (-1 / subject.network.depth))
-    )
-    lambdas = subject.lambdas
-    if lambdas is None:
-        lambdas = multipliers.fit(images.task, unit, images.x, images.labels).lambdas
-    return KktPoint(images.task, unit, images.x, images.labels, lambdas, data_span(images.x))
-
-
-def alternatives(
-    config: ReconstructionConfig, images: ImageSet, subject: Subject, folder: JobFolder
-) -> list[TableRow]:
-    """Return the rows of the table `alternatives`, and write the sets themselves to the folder."""
-    point = kkt_point(images, subject)
-    rows, arrays = [], {}
-    for alternative in build_alternatives(
-        point, config.radius, config.seed, with_muon=subject.hybrid.norm == "hybrid"
-    ):
-        if alternative.kind != "original":
-            row = verify(point, alternative, subject.is_exact)
-            rows.append(to_jsonable({**subject_columns(subject), **row.row()}))
-        name = (
-            alternative.kind if alternative.radius is None else f"{alternative.kind}_{alternative.radius:g}"
-        )
-        arrays |= {
-            f"{name}/x": alternative.x.numpy(),
-            f"{name}/labels": alternative.labels.numpy(),
-            f"{name}/lambdas": alternative.lambdas.numpy(),
-        }
-    folder.keep_arrays(subject.key, **arrays)
-    return rows
-
-
-def objectives(config: ReconstructionConfig, subject: Subject) -> dict[str, Geometry | None]:
-    """Return objective → its geometry (None: the published residual); in ℓ2 the two are one."""
-    geometry = config.attack.geometry
-    matched = subject.hybrid if geometry in ("auto", "hybrid") else Geometry(geometry)
-    by_name = {"l2": None, "matched": matched}
-    if config.attack.objective != "both":
-        by_name = {config.attack.objective: by_name[config.attack.objective]}
-    return by_name if matched.norm != "l2" else {"l2": None}
+AT_LEVEL = {
+    "nn_top5_at_level": "nn_top5",
+    "nn_top5_margin_at_level": "nn_top5_margin",
+    "ncc_top5_at_level": "ncc_top5",
+}
+"""Column of the table `attack` → figure of the candidates when K first fell to the common level."""
 
 
 def grid(config: ReconstructionConfig, images: int) -> list[GridPoint]:
-    """Return every grid point of the attack, in a fixed order."""
+    """Return every grid point of the attack on a number of images, in a fixed order."""
     a = config.attack
     every = itertools.product(a.alpha, a.lambda_min, a.radius, a.candidates, a.lr, range(a.seeds))
     return [
@@ -116,193 +50,229 @@ def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
     return AttackPrior(a.prior, typical, a.offset - ones, a.offset + ones, a.offset * ones)
 
 
-def run_attack(
-    config: ReconstructionConfig,
-    images: ImageSet,
-    subject: Subject,
-    folder: JobFolder,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[TableRow]:
-    """Return the rows of the table `attack`: each grid point, then the baselines."""
-    known = prior(config, images)
-    rows: list[TableRow] = []
-    against = target(images, subject)
-    truth = {
-        alpha: susceptibility.true_residual(images.task, subject.network, images.x, images.labels, alpha)
-        for alpha in config.attack.alpha
-    }
-    points = grid(config, len(images.x))
-    for name, geometry in objectives(config, subject).items():
-        settings = _settings(config, images, geometry)
-        key = f"{subject.key}-{name}"
-        candidates = folder.candidates(key)
-        if candidates is None:
-            candidates = attack.run(subject.network, known, points, settings, progress=progress)
-            folder.keep_candidates(key, candidates)
-        best = _true_alignment(images, subject, geometry or Geometry("l2"))
-        rows += [
-            _attack_row(subject, name, known, against, c, truth[c.point.alpha], best) for c in candidates
-        ]
-        if len(candidates) > 1:
-            rows.append(_pooled_row(subject, name, known, against, candidates))
-    return rows + _baseline_rows(config, images, subject, against, known, truth)
+@dataclass(frozen=True)
+class Examination:
+    """A subject on its way through the stages, each of which returns rows of a table.
 
+    Attributes:
+        config: of the job.
+        images: training images of the subject, and the public pool.
+        subject: the checkpoint.
+        folder: of the job; candidates and alternatives are stored there.
+    """
 
-def target(images: ImageSet, subject: Subject) -> Target:
-    """Return what candidates are scored against."""
-    mean = torch.from_numpy(images.samples.mean)
-    return Target(images.task, subject.network, images.x, images.labels, mean, images.samples.shape)
+    config: ReconstructionConfig
+    images: ImageSet
+    subject: Subject
+    folder: JobFolder
 
+    def certificate_rows(self) -> list[TableRow]:
+        """Return the one row of the table `certificate`.
 
-def matches(
-    config: ReconstructionConfig, images: ImageSet, subject: Subject, folder: JobFolder
-) -> list[TableRow]:
-    """Return a row per training image: how well the attack of least initial radius and least K found it."""
-    rows: list[TableRow] = []
-    against = target(images, subject)
-    margins = label_margins(images.task, outputs(subject.network, images.x), images.labels)
-    for name in objectives(config, subject):
-        best = min(folder.candidates(f"{subject.key}-{name}") or (), key=_first, default=None)
-        if best is None:
-            continue
-        matched = scoring.matches(against, best.x)
-        least = float(margins.min())
-        rows += [
-            to_jsonable(
-                {
-                    **subject_columns(subject),
-                    "objective": name,
-                    "image": i,
-                    "margin": float(margins[i]) / least,
-                    "ncc": float(matched.ncc[i]),
-                    "ssim": float(matched.ssim[i]),
-                    "is_buddy": bool(matched.buddies[i]),
-                }
-            )
-            for i in range(len(images.x))
-        ]
-    return rows
+        Raises:
+            InputError: the network did not separate its images.
+        """
+        images, subject = self.images, self.subject
+        figures = certificate.certify(
+            images.task,
+            subject.network,
+            images.x,
+            images.labels,
+            subject.hybrid,
+            subject.initial,
+            self.config.seed,
+            subject.key,
+        )
+        return [self._row(**figures.row())]
 
+    @cached_property
+    def kkt_point(self) -> KktPoint:
+        """The network scaled to a least margin of 1, with its images and best multipliers."""
+        images, network, lambdas = self.images, self.subject.network, self.subject.lambdas
+        if not self.subject.is_exact:
+            margin = multipliers.least_margin(images.task, network, images.x, images.labels)
+            network = network.scaled(margin ** (-1 / network.depth))
+        if lambdas is None:
+            lambdas = multipliers.fit(images.task, network, images.x, images.labels).lambdas
+        span = certificate.data_span(images.x)
+        return KktPoint(images.task, network, images.x, images.labels, lambdas, span)
 
-def _first(candidates: Candidates) -> tuple[float, float]:
-    return candidates.point.radius, candidates.residual
+    def alternative_rows(self) -> list[TableRow]:
+        """Return the rows of the table `alternatives`, and write the sets themselves to the folder."""
+        config, subject = self.config, self.subject
+        with_muon = subject.hybrid.norm == "hybrid"
+        rows, arrays = [], {}
+        for other in alternatives.build_alternatives(self.kkt_point, config.radius, config.seed, with_muon):
+            if other.kind != "original":
+                rows.append(self._row(**alternatives.verify(self.kkt_point, other, subject.is_exact).row()))
+            name = other.kind if other.radius is None else f"{other.kind}_{other.radius:g}"
+            for part in ("x", "labels", "lambdas"):
+                arrays[f"{name}/{part}"] = getattr(other, part).numpy()
+        self.folder.keep_arrays(subject.key, **arrays)
+        return rows
 
+    @property
+    def objectives(self) -> dict[str, Geometry | None]:
+        """Objective of the attack → its geometry (None: the published residual); in ℓ2 the two are one."""
+        name = self.config.attack.geometry
+        matched = self.subject.hybrid if name in ("auto", "hybrid") else Geometry(name)
+        if matched.norm == "l2":
+            return {"l2": None}
+        every = {"l2": None, "matched": matched}
+        only = self.config.attack.objective
+        return every if only == "both" else {only: every[only]}
 
-def _settings(config: ReconstructionConfig, images: ImageSet, geometry: Geometry | None) -> AttackSettings:
-    a = config.attack
-    return AttackSettings(images.task, tuple(images.samples.names), a.steps, a.method, geometry, a.level)
+    @cached_property
+    def target(self) -> Target:
+        """Training images, network and pixel mean that candidates are scored against."""
+        images = self.images
+        mean = torch.from_numpy(images.samples.mean)
+        return Target(images.task, self.subject.network, images.x, images.labels, mean, images.samples.shape)
 
+    def candidates(self, objective: str) -> list[Candidates] | None:
+        """Return the stored candidates of an attack, or None before it."""
+        return self.folder.candidates(f"{self.subject.key}-{objective}")
 
-def _pooled_row(
-    subject: Subject, objective: str, known: AttackPrior, target: Target, candidates: Sequence[Candidates]
-) -> TableRow:
-    """Score all grid points' candidates together, as the published post-processing has them."""
-    x, labels = torch.cat([c.x for c in candidates]), torch.cat([c.labels for c in candidates])
-    pool_columns = {"kind": "pooled", "objective": objective, "prior": known.kind, "candidates": len(x)}
-    return to_jsonable({**subject_columns(subject), **pool_columns, **score(target, x, labels)[0].row()})
+    def attack_rows(self, progress: Callable[[int, int], None] | None = None) -> list[TableRow]:
+        """Return the rows of the table `attack`: each grid point, then the baselines."""
+        images, network = self.images, self.subject.network
+        truth = {
+            alpha: susceptibility.true_residual(images.task, network, images.x, images.labels, alpha)
+            for alpha in self.config.attack.alpha
+        }
+        points = grid(self.config, len(images.x))
+        known = prior(self.config, images)
+        rows: list[TableRow] = []
+        for objective, geometry in self.objectives.items():
+            candidates = self.candidates(objective)
+            if candidates is None:
+                candidates = attack.run(network, known, points, self._settings(geometry), progress=progress)
+                self.folder.keep_candidates(f"{self.subject.key}-{objective}", candidates)
+            best = self._true_alignment(geometry or Geometry("l2"))
+            rows += [self._attack_row(objective, c, truth[c.point.alpha], best) for c in candidates]
+            if len(candidates) > 1:
+                rows.append(self._pooled_row(objective, candidates))
+        return rows + self._baseline_rows(known, points, truth)
 
+    def match_rows(self) -> list[TableRow]:
+        """Return a row per training image: how well the attack of least initial radius and least K found it."""
+        margins = label_margins(
+            self.images.task, outputs(self.subject.network, self.images.x), self.images.labels
+        )
+        rows: list[TableRow] = []
+        for objective in self.objectives:
+            candidates = self.candidates(objective)
+            if not candidates:
+                continue
+            best = min(candidates, key=lambda c: (c.point.radius, c.residual))
+            matches = scoring.matches(self.target, best.x)
+            rows += [
+                self._row(
+                    objective=objective,
+                    image=i,
+                    margin=float(margins[i]) / float(margins.min()),
+                    ncc=float(matches.ncc[i]),
+                    ssim=float(matches.ssim[i]),
+                    is_buddy=bool(matches.buddies[i]),
+                )
+                for i in range(len(margins))
+            ]
+        return rows
 
-def _true_alignment(images: ImageSet, subject: Subject, geometry: Geometry) -> float:
-    """Return the best alignment of the training images in the objective's norm, with the network's own gates."""
-    fit = multipliers.fit(images.task, subject.network, images.x, images.labels)
-    return best_alignment(images.task, subject.network, images.x, images.labels, geometry, fit.lambdas)
+    def _row(self, **columns: Any) -> TableRow:
+        subject = self.subject
+        return to_jsonable(
+            {"optimizer": subject.optimizer, "seed": subject.seed, "step": subject.step, **columns}
+        )
 
+    def _settings(self, geometry: Geometry | None) -> AttackSettings:
+        a, labels = self.config.attack, tuple(self.images.samples.names)
+        return AttackSettings(self.images.task, labels, a.steps, a.method, geometry, a.level)
 
-def _attack_row(
-    subject: Subject,
-    objective: str,
-    known: AttackPrior,
-    target: Target,
-    candidates: Candidates,
-    truth: float,
-    true_alignment: float,
-) -> TableRow:
-    figures, _ = score(target, candidates.x, candidates.labels)
-    level: dict[str, Any] = dict.fromkeys(_AT_LEVEL)
-    if candidates.at_level is not None:
-        at_level = score(target, candidates.at_level, candidates.labels)[0].row()
-        level = {new: at_level[old] for new, old in _AT_LEVEL.items()}
-    point = candidates.point
-    return to_jsonable(
-        {
-            **subject_columns(subject),
-            "kind": "attack",
-            "objective": objective,
-            "prior": known.kind,
-            "radius": point.radius,
-            "alpha": point.alpha,
-            "lambda_min": point.lambda_min,
-            "candidates": point.candidates,
-            "lr": point.lr,
-            "attack_seed": point.seed,
-            "residual": candidates.residual,
-            "residual_hard": candidates.hard_residual,
-            "residual_true": truth,
-            "alignment": candidates.alignment,
-            "alignment_true": true_alignment,
-            "beats_truth": candidates.residual < truth
-            if objective == "l2"
-            else candidates.alignment > true_alignment,
-            "level_step": candidates.level_step,
+    def _true_alignment(self, geometry: Geometry) -> float:
+        """Return the best alignment of the training images in a norm, with the network's own gates."""
+        images, network = self.images, self.subject.network
+        lambdas = multipliers.fit(images.task, network, images.x, images.labels).lambdas
+        return best_alignment(images.task, network, images.x, images.labels, geometry, lambdas)
+
+    def _attack_row(
+        self, objective: str, candidates: Candidates, truth: float, true_alignment: float
+    ) -> TableRow:
+        figures, _ = score(self.target, candidates.x, candidates.labels)
+        level: dict[str, Any] = dict.fromkeys(AT_LEVEL)
+        if candidates.at_level is not None:
+            at_level = score(self.target, candidates.at_level, candidates.labels)[0].row()
+            level = {column: at_level[figure] for column, figure in AT_LEVEL.items()}
+        point = candidates.point
+        is_closer = candidates.residual < truth
+        is_better_aligned = candidates.alignment > true_alignment
+        return self._row(
+            kind="attack",
+            objective=objective,
+            prior=self.config.attack.prior,
+            radius=point.radius,
+            alpha=point.alpha,
+            lambda_min=point.lambda_min,
+            candidates=point.candidates,
+            lr=point.lr,
+            attack_seed=point.seed,
+            residual=candidates.residual,
+            residual_hard=candidates.hard_residual,
+            residual_true=truth,
+            alignment=candidates.alignment,
+            alignment_true=true_alignment,
+            beats_truth=is_closer if objective == "l2" else is_better_aligned,
+            level_step=candidates.level_step,
             **figures.row(),
             **level,
-        }
-    )
-
-
-_AT_LEVEL = {
-    "nn_top5_at_level": "nn_top5",
-    "nn_top5_margin_at_level": "nn_top5_margin",
-    "ncc_top5_at_level": "ncc_top5",
-}
-
-
-def _baseline_rows(
-    config: ReconstructionConfig,
-    images: ImageSet,
-    subject: Subject,
-    target: Target,
-    known: AttackPrior,
-    truth: dict[float, float],
-) -> list[TableRow]:
-    rows = []
-    seed = config.seed
-    sizes = [p.candidates for p in grid(config, len(images.x))]
-    for count in sorted({*sizes, sum(sizes)}):
-        labels = attack.spread_labels(tuple(images.samples.names), count)
-        sets = {
-            "gaussian": susceptibility.gaussians(target, labels, known.typical_norm, OTHER_DRAWS, seed),
-            "pair_means": susceptibility.pair_means(target, count, OTHER_DRAWS, seed),
-        }
-        if len(images.heldout):
-            sets["heldout"] = susceptibility.heldout(
-                target, images.heldout, images.heldout_labels, labels, HELDOUT_DRAWS, seed
-            )
-        rows += [_baseline_row(subject, kind, count, scores) for kind, scores in sets.items() if scores]
-    alpha = config.attack.alpha[0]
-    settings = _settings(config, images, None)
-    scores = susceptibility.oracle(target, known, settings, alpha, config.attack.lambda_init, seed)
-    figures, _ = score(target, scores.x, scores.labels)
-    residuals = {
-        "residual": scores.residual,
-        "residual_hard": scores.hard_residual,
-        "residual_true": truth[alpha],
-    }
-    rows.append(
-        to_jsonable(
-            {
-                **subject_columns(subject),
-                "kind": "oracle",
-                "candidates": len(images.x),
-                "alpha": alpha,
-                **residuals,
-                **figures.row(),
-            }
         )
-    )
-    return rows
+
+    def _pooled_row(self, objective: str, candidates: Sequence[Candidates]) -> TableRow:
+        """Score all grid points' candidates together, as the published post-processing has them."""
+        x, labels = torch.cat([c.x for c in candidates]), torch.cat([c.labels for c in candidates])
+        figures, _ = score(self.target, x, labels)
+        return self._row(
+            kind="pooled",
+            objective=objective,
+            prior=self.config.attack.prior,
+            candidates=len(x),
+            **figures.row(),
+        )
+
+    def _baseline_rows(
+        self, known: AttackPrior, points: Sequence[GridPoint], truth: dict[float, float]
+    ) -> list[TableRow]:
+        images, target, seed = self.images, self.target, self.config.seed
+        sizes = [point.candidates for point in points]
+        rows = []
+        # More candidates are nearer by chance alone: baselines for every number, and for the pool of all.
+        for count in sorted({*sizes, sum(sizes)}):
+            labels = attack.spread_labels(tuple(images.samples.names), count)
+            scores = {
+                "gaussian": susceptibility.gaussians(target, labels, known.typical_norm, OTHER_DRAWS, seed),
+                "pair_means": susceptibility.pair_means(target, count, OTHER_DRAWS, seed),
+            }
+            if len(images.heldout):
+                scores["heldout"] = susceptibility.heldout(
+                    target, images.heldout, images.heldout_labels, labels, HELDOUT_DRAWS, seed
+                )
+            rows += [
+                self._row(kind=kind, candidates=count, **_means(draws)) for kind, draws in scores.items()
+            ]
+        alpha, lambda_init = self.config.attack.alpha[0], self.config.attack.lambda_init
+        oracle = susceptibility.oracle(target, known, self._settings(None), alpha, lambda_init, seed)
+        figures, _ = score(target, oracle.x, oracle.labels)
+        oracle_row = self._row(
+            kind="oracle",
+            candidates=len(images.x),
+            alpha=alpha,
+            residual=oracle.residual,
+            residual_hard=oracle.hard_residual,
+            residual_true=truth[alpha],
+            **figures.row(),
+        )
+        return [*rows, oracle_row]
 
 
-def _baseline_row(subject: Subject, kind: str, count: int, scores: Sequence[Score]) -> TableRow:
-    means = {f.name: fmean(getattr(s, f.name) for s in scores) for f in fields(Score)}
-    return to_jsonable({**subject_columns(subject), "kind": kind, "candidates": count, **means})
+def _means(scores: Sequence[Score]) -> dict[str, float]:
+    return {f.name: fmean(getattr(score, f.name) for score in scores) for f in fields(Score)}

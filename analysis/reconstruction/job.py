@@ -1,4 +1,4 @@
-"""The whole job: every checkpoint through the stages, tables, warnings. What was done before is taken up again."""
+"""The whole job: every checkpoint through the stages, tables, warnings. Stored parts are taken up again."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from analysis.reconstruction import examination, susceptibility
+from analysis.reconstruction import susceptibility
 from analysis.reconstruction.config import ReconstructionConfig
+from analysis.reconstruction.examination import Examination
 from analysis.reconstruction.subjects import (
     TABLES,
     ImageSet,
     JobFolder,
-    Subject,
     TableRow,
     load,
     subjects,
@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class ReconstructionResults:
-    """Tables of a job, and what a reader must be told.
+    """Tables and warnings of a job.
 
     Attributes:
         tables: name → rows, in the order of `TABLES`.
@@ -38,28 +38,29 @@ class ReconstructionResults:
     images: ImageSet
     folder: JobFolder
     tables: dict[str, list[TableRow]] = field(default_factory=lambda: {name: [] for name in TABLES})
-    examined: list[Subject] = field(default_factory=list)
+    examined: list[Examination] = field(default_factory=list)
     matches: list[TableRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def latest(self) -> list[Subject]:
-        """Return the last checkpoint of each optimizer, first seed."""
-        latest: dict[str, Subject] = {}
-        for subject in self.examined:
-            other = latest.setdefault(subject.optimizer, subject)
+    def latest(self) -> list[Examination]:
+        """Return the examination of the last checkpoint of each optimizer, first seed."""
+        latest: dict[str, Examination] = {}
+        for examination in self.examined:
+            subject = examination.subject
+            other = latest.setdefault(subject.optimizer, examination).subject
             if subject.seed == other.seed and subject.step > other.step:
-                latest[subject.optimizer] = subject
+                latest[subject.optimizer] = examination
         return list(latest.values())
 
     @property
     def controls_failed(self) -> bool:
-        """Whether every control was seen to be wrong, as it must."""
+        """True if every control was refused, as it must be."""
         return not any(row["passed"] for row in self.tables["alternatives"] if row["is_control"])
 
     @property
     def exact_passed(self) -> bool:
-        """Whether every alternative of an exact KKT network passed (True where there is none)."""
-        exact = {s.optimizer for s in self.examined if s.is_exact}
+        """True if every alternative of an exact KKT network passed, or there is none."""
+        exact = {e.subject.optimizer for e in self.examined if e.subject.is_exact}
         rows = self.tables["alternatives"]
         return all(r["passed"] for r in rows if r["optimizer"] in exact and not r["is_control"])
 
@@ -87,48 +88,39 @@ def run(config: ReconstructionConfig, say: Say) -> ReconstructionResults:
     results = ReconstructionResults(config, images, folder)
     refusals: list[InputError] = []
     for subject in subjects(config, images, network, folder, say):
+        examination = Examination(config, images, subject, folder)
         try:
-            row = folder.rows(
-                f"{subject.key}-certificate", lambda s=subject: [examination.certify(config, images, s)]
-            )
+            certificate = folder.rows(f"{subject.key}-certificate", examination.certificate_rows)
         except InputError as error:
+            # The other subjects are examined without it; a job with none left fails with the first refusal.
             refusals.append(error)
             results.warnings.append(str(error))
             say(str(error))
             continue
-        results.examined.append(subject)
-        _examine(config, results, subject, row, say)
+        results.examined.append(examination)
+        _run_stages(examination, certificate, results, say)
     if not results.examined:
         raise refusals[0] if refusals else InputError("stages", config.stages, "left nothing to examine")
     results.tables["susceptibility"] = susceptibility.rows(results.tables["attack"])
-    for subject in results.latest() if results.tables["attack"] else ():
-        results.matches += examination.matches(config, images, subject, folder)
+    for examination in results.latest() if results.tables["attack"] else ():
+        results.matches += examination.match_rows()
     write_tables(folder.path, {**results.tables, "matches": results.matches})
     return results
 
 
-def _examine(
-    config: ReconstructionConfig,
-    results: ReconstructionResults,
-    subject: Subject,
-    certificate: list[TableRow],
-    say: Say,
+def _run_stages(
+    examination: Examination, certificate: list[TableRow], results: ReconstructionResults, say: Say
 ) -> None:
-    images, folder = results.images, results.folder
+    config, folder, key = examination.config, examination.folder, examination.subject.key
     if "certificate" in config.stages:
         results.tables["certificate"] += certificate
-        say(
-            f"{subject.key}: least margin {certificate[0]['margin_min']:.4g}, residual {certificate[0]['residual']:.3g}"
-        )
+        margin, residual = certificate[0]["margin_min"], certificate[0]["residual"]
+        say(f"{key}: least margin {margin:.4g}, residual {residual:.3g}")
     if "alternatives" in config.stages:
-        results.tables["alternatives"] += folder.rows(
-            f"{subject.key}-alternatives", lambda: examination.alternatives(config, images, subject, folder)
-        )
+        results.tables["alternatives"] += folder.rows(f"{key}-alternatives", examination.alternative_rows)
     if "attack" in config.stages and config.attack.steps:
 
         def progress(step: int, steps: int) -> None:
-            say(f"{subject.key}: attack, step {step} of {steps}")
+            say(f"{key}: attack, step {step} of {steps}")
 
-        results.tables["attack"] += folder.rows(
-            f"{subject.key}-attack", lambda: examination.run_attack(config, images, subject, folder, progress)
-        )
+        results.tables["attack"] += folder.rows(f"{key}-attack", lambda: examination.attack_rows(progress))

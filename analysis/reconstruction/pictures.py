@@ -65,58 +65,48 @@ def png(lines: Sequence[ImageRow]) -> bytes:
 
 
 def draw_alternatives(
-    problem: KktPoint, radii: Sequence[float], mean: Tensor, shape: tuple[int, ...], label: str, seed: int
+    point: KktPoint, radii: Sequence[float], target: Target, label: str, seed: int
 ) -> Picture:
     """Draw sets that the same weights cannot tell from the training set: train, +αν, −βν, merged."""
-    count = min(MOST, len(problem.x))
-    order = _both_classes(problem.labels, count)
-    lines = [ImageRow("training images", _shown(problem.x[order], mean, shape))]
+    order = _both_classes(point.labels, min(MOST, len(point.x)))
+    lines = [ImageRow("training images", _shown(target, point.x[order]))]
     for radius in sorted(radii)[:2]:
-        moved = alternatives.null_split(problem, radius, seed)
+        moved = alternatives.null_split(point, radius, seed)
         if moved is not None:
-            n = len(problem.x)
-            lines.append(
-                ImageRow(f"moved by {radius:g},\northogonal to all", _shown(moved.x[:n][order], mean, shape))
-            )
-            lines.append(
-                ImageRow(f"moved by {radius:g},\nthe other way", _shown(moved.x[n:][order], mean, shape))
-            )
-    merged = alternatives.merge(problem)
+            there, back = moved.x.chunk(2)
+            lines.append(ImageRow(f"moved by {radius:g},\northogonal to all", _shown(target, there[order])))
+            lines.append(ImageRow(f"moved by {radius:g},\nthe other way", _shown(target, back[order])))
+    merged = alternatives.merge(point)
     if merged is not None:
-        number = certificate.groups(problem.network, problem.x, problem.labels)
+        number = certificate.groups(point.network, point.x, point.labels)
         of_group = {int(number[p]): merged.x[i] for i, p in enumerate(merged.parents)}
-        rows = [of_group.get(int(number[i])) for i in order]
-        images = [None if row is None else _pixels(row, mean, shape) for row in rows]
+        points = [of_group.get(int(number[i])) for i in order]
+        images = [None if x is None else stretched(target.pixels(x)) for x in points]
         lines.append(ImageRow("merged: one point\nper group", images))
     caption = (
         "Each row below the first is a part of a set that satisfies the same conditions as the training images, "
         "to rounding at an exact KKT network and up to the small part of the weights that the report names at a "
         "trained one. Every image is stretched to its own least and largest value."
     )
-    return Picture(
-        f"alternatives-{label}", f"Other training sets for the same weights: {label}", caption, png(lines)
-    )
+    title = f"Other training sets for the same weights: {label}"
+    return Picture(f"alternatives-{label}", title, caption, png(lines))
 
 
 def draw_reconstructions(
-    target: Target, candidates: Candidates, heldout: Tensor, heldout_labels: Tensor, label: str, seed: int
+    target: Target, candidates: Candidates, heldout: Tensor, label: str, seed: int
 ) -> Picture:
-    """Draw training images, their nearest reconstructions, and the nearest of as many held-out images, best first."""
+    """Draw training images, their nearest reconstructions and the nearest of as many held-out images, best first."""
     matches = scoring.matches(target, candidates.x)
     order = matches.ncc.argsort(descending=True)[:MOST]
     lines = [
-        ImageRow("training images", _shown(target.x[order], target.mean, target.shape)),
-        ImageRow("nearest\nreconstruction", _shown(matches.image[order], target.mean, target.shape)),
+        ImageRow("training images", _shown(target, target.x[order])),
+        ImageRow("nearest\nreconstruction", _shown(target, matches.image[order])),
     ]
     if len(heldout):
         generator = torch.Generator().manual_seed(seed)
         drawn = heldout[torch.randperm(len(heldout), generator=generator)[: len(candidates.x)]]
-        best = correlations(target.x, drawn).argmax(1)
-        lines.append(
-            ImageRow(
-                "nearest of as many\nheld-out images", _shown(drawn[best][order], target.mean, target.shape)
-            )
-        )
+        nearest = drawn[correlations(target.x, drawn).argmax(1)]
+        lines.append(ImageRow("nearest of as many\nheld-out images", _shown(target, nearest[order])))
     caption = (
         f"The best {len(order)} by correlation. K = {candidates.residual:.2g}. The third row is what images that were "
         "never trained on look like when they are matched in the same way. The private mean is added for the eye."
@@ -130,12 +120,8 @@ def _both_classes(labels: Tensor, count: int) -> Tensor:
     return torch.cat([(labels == v).nonzero()[:per_class, 0] for v in values])
 
 
-def _shown(x: Tensor, mean: Tensor, shape: tuple[int, ...]) -> list[np.ndarray | None]:
-    return [_pixels(row, mean, shape) for row in x]
-
-
-def _pixels(row: Tensor, mean: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    return stretched((row + mean).numpy().reshape(shape))
+def _shown(target: Target, x: Tensor) -> list[np.ndarray | None]:
+    return [stretched(target.pixels(row)) for row in x]
 
 
 def _cell(image: np.ndarray) -> Image.Image:

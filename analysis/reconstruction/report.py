@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 from rich import box, table
 from rich.console import Console
@@ -17,7 +16,7 @@ from rich.text import Text
 from analysis import job_mirror
 from analysis.pages import job_page
 from analysis.pages.figures import Plot
-from analysis.reconstruction import examination, pictures, plots, susceptibility
+from analysis.reconstruction import pictures, plots, susceptibility
 from analysis.reconstruction.job import ReconstructionResults
 from analysis.reconstruction.pictures import Picture
 from analysis.reconstruction.subjects import TableRow
@@ -158,25 +157,21 @@ def headline(results: ReconstructionResults) -> str:
 def make_pictures(results: ReconstructionResults) -> list[Picture]:
     """Draw grids for the last checkpoint of each optimizer, first seed."""
     config, images = results.config, results.images
-    mean = torch.from_numpy(images.samples.mean)
     grids = []
-    for subject in results.latest():
+    for examination in results.latest():
+        name = examination.subject.optimizer
         if "alternatives" in config.stages and images.task != "regression":
-            posed = examination.kkt_point(images, subject)
             grids.append(
                 pictures.draw_alternatives(
-                    posed, config.radius, mean, images.samples.shape, subject.optimizer, config.seed
+                    examination.kkt_point, config.radius, examination.target, name, config.seed
                 )
             )
-        for objective in examination.objectives(config, subject) if results.tables["attack"] else ():
-            candidates = results.folder.candidates(f"{subject.key}-{objective}")
-            if candidates:
+        for objective in examination.objectives if results.tables["attack"] else ():
+            if candidates := examination.candidates(objective):
                 best = min(candidates, key=lambda c: (c.point.radius, c.residual))
-                target = examination.target(images, subject)
-                subject_columns = f"{subject.optimizer}-{objective}"
                 grids.append(
                     pictures.draw_reconstructions(
-                        target, best, images.heldout, images.heldout_labels, subject_columns, config.seed
+                        examination.target, best, images.heldout, f"{name}-{objective}", config.seed
                     )
                 )
     return grids

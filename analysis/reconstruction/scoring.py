@@ -37,6 +37,10 @@ class Target:
     mean: Tensor
     shape: tuple[int, ...]
 
+    def pixels(self, x: Tensor) -> np.ndarray:
+        """Return one image of the network's coordinates (d,) as pixels of its shape."""
+        return (x + self.mean).numpy().reshape(self.shape)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -168,9 +172,7 @@ def _window(plane: np.ndarray) -> np.ndarray:
 
 
 def _ssim(target: Target, index: int, image: Tensor) -> float:
-    true = (target.x[index] + target.mean).numpy().reshape(target.shape)
-    reconstructed = (image + target.mean).numpy().reshape(target.shape)
-    return ssim(stretched(true), stretched(reconstructed))
+    return ssim(stretched(target.pixels(target.x[index])), stretched(target.pixels(image)))
 
 
 def _top(values: Tensor) -> float:

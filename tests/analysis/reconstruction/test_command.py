@@ -248,7 +248,7 @@ def test_an_interrupted_job_says_that_it_can_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(examination, "run_attack", interrupted)
+    monkeypatch.setattr(examination.Examination, "attack_rows", interrupted)
     words = [*SMALL, f"out={tmp_path / 'job'}"]
     assert cli.main(["reconstruct", *words]) == 75
     assert "the same command goes on" in capsys.readouterr().err
