@@ -11,14 +11,14 @@ import numpy as np
 from analysis.formatting import listing, significant
 from analysis.margin import starts
 from analysis.margin.config import MarginConfig
-from analysis.margin.flow import FlowResult, flow
+from analysis.margin.flow import flow
 from analysis.margin.net import Nets, ToyProblem
 from analysis.margin.optimizer_specs import OptimizerSpec, resolve_spec
 from analysis.margin.outputs import MarginReport
 from analysis.margin.plots import shown_runs, toy_plots
 from analysis.margin.points import parse_points
 from analysis.margin.steps import TrainResult, record_times, train
-from analysis.margin.trajectory import MarginRun, TrajectoryRow, judge, measure, value_at_loss
+from analysis.margin.trajectory import MarginRun, ToyState, TrajectoryRow, judge, measure, value_at_loss
 from harness.errors import InputError
 
 LR, STEPS = 0.01, 100_000
@@ -89,7 +89,7 @@ def run_toy(config: MarginConfig, say: Say) -> list[MarginRun]:
         say(f"{optimizer.name}: {steps} steps of {start.runs} run(s), computed by {stepped.computed_by}")
         dead = set(stepped.dead)
         runs += [
-            _judged_steps(config, problem, optimizer, stepped, run, is_dead=run in dead)
+            _judge_steps(config, problem, optimizer, stepped, run, is_dead=run in dead)
             for run in range(start.runs)
         ]
     return runs
@@ -109,7 +109,7 @@ def run_flow(config: MarginConfig, say: Say) -> list[MarginRun]:
     if config.dtype != "float64":
         raise InputError("dtype", config.dtype, "is for steps", allowed="float64 with mode=flow")
     start = starts.start(config, problem)
-    runs = [_flowed(config, problem, optimizers[0], start.one(run), run) for run in range(start.runs)]
+    runs = [_follow_flow(config, problem, optimizers[0], start.one(run), run) for run in range(start.runs)]
     say(f"flow of {start.runs} run(s) to ln τ = {config.ln_tau_max:.1f}")
     return runs
 
@@ -119,73 +119,70 @@ def log_time(t: float, optimizer: OptimizerSpec, problem: ToyProblem) -> float:
     return math.log(t * optimizer.lr * problem.time_per_lr) if t > 0 else -math.inf
 
 
-def _judged_steps(
+def _judge_steps(
     config: MarginConfig,
     problem: ToyProblem,
     optimizer: OptimizerSpec,
-    stepped: TrainResult,
-    run: int,
+    result: TrainResult,
+    number: int,
     *,
     is_dead: bool,
 ) -> MarginRun:
-    times: list[float] = []
-    states: list[Nets] = []
+    states: list[ToyState] = []
     # Of a run that was given up its last state tells all; there may be thousands of them.
-    for snapshot in reversed(stepped.snapshots):
-        place = int(np.searchsorted(snapshot.ids, run))
-        if place < len(snapshot.ids) and snapshot.ids[place] == run:
-            times.insert(0, float(snapshot.t))
-            states.insert(0, snapshot.nets.one(place))
+    for snapshot in reversed(result.snapshots):
+        place = int(np.searchsorted(snapshot.ids, number))
+        if place < len(snapshot.ids) and snapshot.ids[place] == number:
+            log_tau = log_time(snapshot.t, optimizer, problem)
+            states.append(ToyState(float(snapshot.t), log_tau, snapshot.nets.one(place)))
             if is_dead:
                 break
-    log_taus = [log_time(t, optimizer, problem) for t in times]
-    flag = stepped.flags.get(run)
-    out = MarginRun(optimizer.name, run, "dead" if is_dead else "ok")
-    out.facts = {
+    states.reverse()
+    flag = result.flags.get(number)
+    run = MarginRun(optimizer.name, number, "dead" if is_dead else "ok")
+    run.facts = {
         "lr": optimizer.lr,
         "grad": "log" if optimizer.scale_free else "raw",
         "dtype": config.dtype,
-        "computed_by": stepped.computed_by,
-        "steps": int(times[-1]),
+        "computed_by": result.computed_by,
+        "steps": int(states[-1].t or 0),
         "stagnated_at": flag[0] if flag else None,
         "stagnation": flag[1] if flag else "",
     }
     stop = log_time(flag[0], optimizer, problem) if flag else math.inf
-    return judge(out, problem, optimizer, list(zip(times, log_taus, states)), stop)
+    return judge(run, problem, optimizer, states, stop)
 
 
-def _flowed(
-    config: MarginConfig, problem: ToyProblem, optimizer: OptimizerSpec, start: Nets, run: int
+def _follow_flow(
+    config: MarginConfig, problem: ToyProblem, optimizer: OptimizerSpec, start: Nets, number: int
 ) -> MarginRun:
-    out = MarginRun("gd", run, "ok")
-    states: list[tuple[float | None, float, Nets]] = [(0.0, -math.inf, start)]
-    net, joined = start, -math.inf
+    run = MarginRun("gd", number, "ok")
+    states = [ToyState(0.0, -math.inf, start)]
     if config.join_at is not None:
         at = record_times(config.join_at, config.record or PER_DECADE, [config.join_at // 10])
-        stepped = train(start, problem, optimizer, at, gives_up=False)
-        states = [(float(s.t), log_time(s.t, optimizer, problem), s.nets) for s in stepped.snapshots]
-        net, joined = states[-1][2], states[-1][1]
-        out.facts["join"] = _join_check(problem, optimizer, states, config.join_at)
+        snapshots = train(start, problem, optimizer, at, gives_up=False).snapshots
+        states = [ToyState(float(s.t), log_time(s.t, optimizer, problem), s.nets) for s in snapshots]
+        run.facts["join"] = _check_join(problem, optimizer, states, config.join_at)
+    joined = states[-1].log_tau
     if config.ln_tau_max <= joined:
         reason = f"is before the join at ln τ = {joined:.3f}"
         raise InputError("ln_tau_max", config.ln_tau_max, reason, fix="ln_tau_max=690.8")
     at_flow = _flow_times(joined, config.ln_tau_max, config.record or PER_DECADE_FLOW)
-    flowed = flow(net, problem, at_flow, joined)
+    flowed = flow(states[-1].net, problem, at_flow, joined)
     shift = math.log(optimizer.lr * problem.time_per_lr)
     states += [
-        (_step_of(log_tau - shift), log_tau, state) for log_tau, state in zip(flowed.log_tau, flowed.states)
+        ToyState(_step_of(log_tau - shift), log_tau, net)
+        for log_tau, net in zip(flowed.log_tau, flowed.states)
     ]
-    out.facts |= {"lr": optimizer.lr, "dtype": "float64", **_flow_facts(flowed)}
-    return judge(out, problem, optimizer, states, math.inf)
-
-
-def _flow_facts(flowed: FlowResult) -> dict[str, object]:
-    return {
+    run.facts |= {
+        "lr": optimizer.lr,
+        "dtype": "float64",
         "flow_steps": flowed.steps,
         "flow_switches": flowed.switches,
         "flow_steps_near_kinks": flowed.steps_near_kinks,
         "flow_stuck": flowed.stuck,
     }
+    return judge(run, problem, optimizer, states, math.inf)
 
 
 def _flow_times(joined: float, last: float, per_decade: int) -> list[float]:
@@ -197,10 +194,10 @@ def _flow_times(joined: float, last: float, per_decade: int) -> list[float]:
     return [x for x in grid if joined + near < x < last - near] + [last]
 
 
-def _join_check(
+def _check_join(
     problem: ToyProblem,
     optimizer: OptimizerSpec,
-    states: Sequence[tuple[float | None, float, Nets]],
+    states: Sequence[ToyState],
     join_at: int,
 ) -> dict[str, object]:
     """Compare flow from a tenth of the steps on with the steps themselves.
@@ -210,17 +207,19 @@ def _join_check(
     constants.
     """
     tenth = join_at // 10
-    before = next(state for t, _, state in states if t == tenth)
-    _, log_tau, after = states[-1]
-    flowed = flow(before, problem, [log_tau], log_time(tenth, optimizer, problem))
+    before = next(state for state in states if state.t == tenth)
+    after = states[-1]
+    flowed = flow(before.net, problem, [after.log_tau], log_time(tenth, optimizer, problem))
     if not flowed.states:
         return {"t": join_at, "passed": False, "why": "the gradient vanished"}
-    by_flow, by_steps = (measure(net, problem, None, log_tau)[0]["gap"] for net in (flowed.states[0], after))
+    by_flow, by_steps = (
+        measure(net, problem, None, after.log_tau)[0]["gap"] for net in (flowed.states[0], after.net)
+    )
     difference = abs(by_flow - by_steps)
     tolerance = max(abs(by_steps), 1e-6) / join_at + 1e-9
     return {
         "t": join_at,
-        "ln_tau": log_tau,
+        "ln_tau": after.log_tau,
         "gap_steps": by_steps,
         "gap_flow": by_flow,
         "difference": difference,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,20 @@ class Rate:
     exponent_r2: float | None = None
     log_exponent: float | None = None
     why: str = ""
+
+
+class ToyState(NamedTuple):
+    """One net at a time.
+
+    Attributes:
+        t: steps; None where their number exceeds fp64.
+        log_tau: ln of the flow time, -inf at the start.
+        net: its weights (R = 1).
+    """
+
+    t: float | None
+    log_tau: float
+    net: Nets
 
 
 @dataclass
@@ -256,7 +270,7 @@ def judge(
     run: MarginRun,
     problem: ToyProblem,
     optimizer: OptimizerSpec,
-    states: Sequence[tuple[float | None, float, Nets]],
+    states: Sequence[ToyState],
     stop: float,
 ) -> MarginRun:
     """Fill in rows, status, predicted constant and rate of a run.
@@ -265,7 +279,7 @@ def judge(
         run: with its name and number; changed in place and returned.
         problem: what was minimized.
         optimizer: what trained it.
-        states: (step, ln τ, net) in ascending order; the step is None where it exceeds fp64.
+        states: in ascending order of time.
         stop: ln τ from which numbers mean nothing any more (stagnation).
     """
     points = problem.points
@@ -304,11 +318,9 @@ def judge(
     return run
 
 
-def _first_separated(
-    states: Sequence[tuple[float | None, float, Nets]], problem: ToyProblem
-) -> SeparatedState | None:
+def _first_separated(states: Sequence[ToyState], problem: ToyProblem) -> SeparatedState | None:
     return next(
-        (found for _, log_tau, net in states if (found := separated_state(net, problem, log_tau))), None
+        (state for _, log_tau, net in states if (state := separated_state(net, problem, log_tau))), None
     )
 
 

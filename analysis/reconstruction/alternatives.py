@@ -27,6 +27,19 @@ from analysis.reconstruction.network import (
 )
 from analysis.reconstruction.scoring import hausdorff, nearest
 
+CONTROL_RADII = (100.0, 0.05)
+"""Radii of the random splits that must fail: one that breaks patterns, one that moves margins alone."""
+EXACT_TOLERANCE = 1e-12
+"""Tolerance of the residual at an exact KKT network, times max(1, radius): the rounding of x + αν."""
+MARGIN_TOLERANCE = 1e-10
+"""Tolerance of the least margin there, times max(1, radius)."""
+TRAINED_TOLERANCE = 1e-9
+"""Tolerance of residual and margin at a trained network, relative to the training set's, times max(1, radius)."""
+SMALL_PART = 0.05
+"""Share of W₁ that may lie along the directions of an alternative that explains a trained network."""
+FACTOR_TOLERANCE = 1e-9
+"""Tolerance of the polar factor of a trained network's gradient, whose small singular values amplify rounding."""
+
 
 @dataclass(frozen=True)
 class KktPoint:
@@ -34,7 +47,7 @@ class KktPoint:
 
     Attributes:
         x: (n, d). labels: (n,). lambdas: (n,) ≥ 0.
-        where: span of x.
+        span: of x.
     """
 
     task: str
@@ -42,7 +55,7 @@ class KktPoint:
     x: Tensor
     labels: Tensor
     lambdas: Tensor
-    where: Span
+    span: Span
 
 
 @dataclass(frozen=True)
@@ -50,13 +63,13 @@ class Alternative:
     """A set of images with multipliers.
 
     Attributes:
-        kind: how it was made.
+        kind: name of the construction.
         radius: ‖αν‖ of a split; None where there is none.
         x: (m, d). labels, lambdas: (m,).
         parents: (m,): the image whose gates each point should have.
         basis: (k, d) orthonormal rows: the directions that points moved along where the weights should have no
             part in them; (0, d) where there are none.
-        is_control: made wrong on purpose: it must not pass.
+        is_control: it is wrong on purpose and must not pass.
     """
 
     kind: str
@@ -69,14 +82,14 @@ class Alternative:
     is_control: bool = False
 
 
-def original(problem: KktPoint) -> Alternative:
+def original(point: KktPoint) -> Alternative:
     """Return the training set itself, which alternatives are measured against."""
-    every = torch.arange(len(problem.x))
-    return Alternative("original", None, problem.x, problem.labels, problem.lambdas, every, _nowhere(problem))
+    every = torch.arange(len(point.x))
+    return Alternative("original", None, point.x, point.labels, point.lambdas, every, _nowhere(point))
 
 
 def split(
-    problem: KktPoint,
+    point: KktPoint,
     kind: str,
     radius: float,
     directions: Tensor,
@@ -92,78 +105,78 @@ def split(
         ratio: β/α.
         basis: see `Alternative`.
     """
-    there = problem.x + radius * directions
-    back = problem.x - ratio * radius * directions
+    there = point.x + radius * directions
+    back = point.x - ratio * radius * directions
     share = ratio / (1 + ratio)
-    every = torch.arange(len(problem.x))
+    every = torch.arange(len(point.x))
     return Alternative(
         kind,
         radius,
         torch.cat([there, back]),
-        problem.labels.repeat(2),
-        torch.cat([problem.lambdas * share, problem.lambdas * (1 - share)]),
+        point.labels.repeat(2),
+        torch.cat([point.lambdas * share, point.lambdas * (1 - share)]),
         every.repeat(2),
-        _nowhere(problem) if basis is None else basis,
+        _nowhere(point) if basis is None else basis,
         is_control,
     )
 
 
-def null_split(problem: KktPoint, radius: float, seed: int) -> Alternative | None:
+def null_split(point: KktPoint, radius: float, seed: int) -> Alternative | None:
     """Split along directions orthogonal to all images; None if the images span the whole space."""
-    return _in_basis(problem, "null_split", radius, problem.where.outside, seed)
+    return _in_basis(point, "null_split", radius, point.span.outside, seed)
 
 
-def dead_pixel_split(problem: KktPoint, radius: float, seed: int) -> Alternative | None:
+def dead_pixel_split(point: KktPoint, radius: float, seed: int) -> Alternative | None:
     """Split along pixels that are 0 in every image, the one null direction that Adam leaves alone; None without any."""
-    basis = torch.eye(problem.x.shape[1], dtype=problem.x.dtype)[problem.where.dead]
-    return _in_basis(problem, "dead_pixel_split", radius, basis, seed)
+    basis = torch.eye(point.x.shape[1], dtype=point.x.dtype)[point.span.dead]
+    return _in_basis(point, "dead_pixel_split", radius, basis, seed)
 
 
-def in_span_split(problem: KktPoint, radius: float, seed: int) -> Alternative | None:
+def in_span_split(point: KktPoint, radius: float, seed: int) -> Alternative | None:
     """Split along directions *inside* the images' span that no neuron of layer 1 sees; None if there are none.
 
     ν ⊥ the row space of W₁ keeps every pre-activation. Weights that are exact combinations of few vectors (the
     closed form has two) leave far alternatives even if the data span the whole space.
     """
-    sigma, rows = torch.linalg.svd(problem.network.weights[0] @ problem.where.inside.T)[1:]
-    cut = sigma[0] * max(problem.network.weights[0].shape) * torch.finfo(sigma.dtype).eps
+    sigma, rows = torch.linalg.svd(point.network.weights[0] @ point.span.inside.T)[1:]
+    cut = sigma[0] * max(point.network.weights[0].shape) * torch.finfo(sigma.dtype).eps
     rank = int((sigma > cut).sum())
-    return _in_basis(problem, "in_span_split", radius, rows[rank:] @ problem.where.inside, seed)
+    return _in_basis(point, "in_span_split", radius, rows[rank:] @ point.span.inside, seed)
 
 
-def margin_split(problem: KktPoint, seed: int) -> Alternative | None:
+def margin_split(point: KktPoint, seed: int) -> Alternative | None:
     """Split each image a little inside the span with ν ⊥ ∇ₓΦ, so that the margin stays, at any depth.
 
     The step is half of what keeps the first layer's pattern along a random direction; None where no image can
     move (all on kinks in every direction).
     """
-    c = kkt_coefficients(problem.task, outputs(problem.network, problem.x), problem.labels)
-    slopes = input_gradients(problem.network, problem.x, c)
-    directions = _random(problem, problem.where.inside, seed)
+    c = kkt_coefficients(point.task, outputs(point.network, point.x), point.labels)
+    slopes = input_gradients(point.network, point.x, c)
+    directions = _random(point, point.span.inside, seed)
     unit = slopes / slopes.norm(dim=1, keepdim=True).clamp_min(1e-300)
     directions = directions - (directions * unit).sum(1, keepdim=True) * unit
     directions = directions / directions.norm(dim=1, keepdim=True)
-    radius = _pattern_radius(problem, directions)
+    radius = _pattern_radius(point, directions)
     if radius == 0:
         return None
-    return split(problem, "margin_split", radius, directions)
+    return split(point, "margin_split", radius, directions)
 
 
-def merge(problem: KktPoint) -> Alternative | None:
+def merge(point: KktPoint) -> Alternative | None:
     """Merge each (label, pattern) group into its λ-weighted mean; None if every group is one image.
 
     Images without a multiplier are left out: they only had to lie beyond the margin.
     """
-    number = groups(problem.network, problem.x, problem.labels)
-    active = problem.lambdas > 0
+    number = groups(point.network, point.x, point.labels)
+    active = point.lambdas > 0
     active_groups = number[active].unique()
     if len(active_groups) == int(active.sum()):
         return None
     points, lambdas, parents = [], [], []
     for group in active_groups:
         members = active & (number == group)
-        weight = problem.lambdas * members
-        points.append(weight @ problem.x / weight.sum())
+        weight = point.lambdas * members
+        points.append(weight @ point.x / weight.sum())
         lambdas.append(weight.sum())
         parents.append(int(members.nonzero()[0]))
     index = torch.tensor(parents)
@@ -171,58 +184,56 @@ def merge(problem: KktPoint) -> Alternative | None:
         "merge",
         None,
         torch.stack(points),
-        problem.labels[index],
+        point.labels[index],
         torch.stack(lambdas),
         index,
-        _nowhere(problem),
+        _nowhere(point),
     )
 
 
-def muon_family(problem: KktPoint, seed: int) -> Alternative | None:
+def muon_family(point: KktPoint, seed: int) -> Alternative | None:
     """Return X' = D⁺APBᵀ, other images that give W₁ the same orthogonalized gradient (two-layer networks).
 
     The first layer's u is U₁ = D X with D_ji = λᵢyᵢvⱼg_ij; Muon's KKT condition reads only its polar factor
     A Bᵀ (U₁ = A S Bᵀ). Every P ≻ 0 in place of S gives an X' with the same factor, for the gates of X. Rows
     of D⁺ without a multiplier are 0: there X stays. None beyond two layers.
     """
-    if problem.network.depth != 2 or problem.task != "binary":
+    if point.network.depth != 2 or point.task != "binary":
         return None
-    factor = first_layer_factor(problem)
-    rank = factor_rank(problem)
-    a, sigma, b = torch.linalg.svd(factor @ problem.x, full_matrices=False)
+    factor = first_layer_factor(point)
+    rank = factor_rank(point)
+    a, sigma, b = torch.linalg.svd(factor @ point.x, full_matrices=False)
     a, b = a[:, :rank], b[:rank]
     generator = torch.Generator().manual_seed(seed)
-    g = torch.randn(rank, rank, generator=generator, dtype=problem.x.dtype)
+    g = torch.randn(rank, rank, generator=generator, dtype=point.x.dtype)
     # A random positive definite P with the size of S: mostly S itself, bent by a Wishart matrix.
     root = sigma[:rank].sqrt()
     p = root.unsqueeze(1) * (0.5 * torch.eye(rank, dtype=g.dtype) + 0.5 * g @ g.T / rank) * root
     x = torch.linalg.pinv(factor) @ (a @ p @ b)
-    unused = problem.lambdas == 0
-    x = torch.where(unused.unsqueeze(1), problem.x, x)
+    unused = point.lambdas == 0
+    x = torch.where(unused.unsqueeze(1), point.x, x)
     every = torch.arange(len(x))
-    return Alternative("muon_family", None, x, problem.labels, problem.lambdas, every, _nowhere(problem))
+    return Alternative("muon_family", None, x, point.labels, point.lambdas, every, _nowhere(point))
 
 
-def first_layer_factor(problem: KktPoint) -> Tensor:
+def first_layer_factor(point: KktPoint) -> Tensor:
     """Return D (h, n) of a two-layer network, D_ji = λᵢyᵢvⱼg_ij, with U₁ = D X."""
-    gates = forward(problem.network, problem.x).gates[0]
-    back = (problem.lambdas * problem.labels).unsqueeze(1) * problem.network.weights[1] * gates
+    gates = forward(point.network, point.x).gates[0]
+    back = (point.lambdas * point.labels).unsqueeze(1) * point.network.weights[1] * gates
     return back.T
 
 
-def factor_rank(problem: KktPoint) -> int:
+def factor_rank(point: KktPoint) -> int:
     """Return the rank of U₁ = D X with numpy's cut."""
-    return int(torch.linalg.matrix_rank(first_layer_factor(problem) @ problem.x))
+    return int(torch.linalg.matrix_rank(first_layer_factor(point) @ point.x))
 
 
-def controls(problem: KktPoint, seed: int) -> list[Alternative]:
+def controls(point: KktPoint, seed: int) -> list[Alternative]:
     """Return sets that must fail: a random split that breaks patterns, and a small one that moves margins alone."""
-    everywhere = torch.eye(problem.x.shape[1], dtype=problem.x.dtype)
-    directions = _random(problem, everywhere, seed)
-    return [split(problem, "random_split", radius, directions, is_control=True) for radius in CONTROL_RADII]
+    everywhere = torch.eye(point.x.shape[1], dtype=point.x.dtype)
+    directions = _random(point, everywhere, seed)
+    return [split(point, "random_split", radius, directions, is_control=True) for radius in CONTROL_RADII]
 
-
-CONTROL_RADII = (100.0, 0.05)
 
 BY_RADIUS: tuple[Callable[[KktPoint, float, int], Alternative | None], ...] = (
     null_split,
@@ -231,46 +242,34 @@ BY_RADIUS: tuple[Callable[[KktPoint, float, int], Alternative | None], ...] = (
 )
 
 
-def _in_basis(problem: KktPoint, kind: str, radius: float, basis: Tensor, seed: int) -> Alternative | None:
+def _in_basis(point: KktPoint, kind: str, radius: float, basis: Tensor, seed: int) -> Alternative | None:
     if not basis.shape[0]:
         return None
-    return split(problem, kind, radius, _random(problem, basis, seed), basis=basis)
+    return split(point, kind, radius, _random(point, basis, seed), basis=basis)
 
 
-def _nowhere(problem: KktPoint) -> Tensor:
-    return problem.x.new_zeros(0, problem.x.shape[1])
+def _nowhere(point: KktPoint) -> Tensor:
+    return point.x.new_zeros(0, point.x.shape[1])
 
 
-def _random(problem: KktPoint, basis: Tensor, seed: int) -> Tensor:
+def _random(point: KktPoint, basis: Tensor, seed: int) -> Tensor:
     """Return a random unit direction of the basis (k, d) for each image, (n, d)."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(len(problem.x), basis.shape[0], generator=generator, dtype=problem.x.dtype)
+    mixed = torch.randn(len(point.x), basis.shape[0], generator=generator, dtype=point.x.dtype)
     return mixed / mixed.norm(dim=1, keepdim=True) @ basis
 
 
-def _pattern_radius(problem: KktPoint, directions: Tensor) -> float:
+def _pattern_radius(point: KktPoint, directions: Tensor) -> float:
     """Return half of the largest common step along ±directions that changes no gate in any layer."""
-    base = forward(problem.network, problem.x)
+    base = forward(point.network, point.x)
     radius = 0.5
     for _ in range(40):
-        moved = [forward(problem.network, problem.x + s * radius * directions) for s in (1.0, -1.0)]
+        moved = [forward(point.network, point.x + s * radius * directions) for s in (1.0, -1.0)]
         same = all(torch.equal(g, h) for m in moved for g, h in zip(m.gates, base.gates))
         if same:
             return radius / 2
         radius /= 2
     return 0.0
-
-
-EXACT_TOLERANCE = 1e-12
-"""Of the residual at an exact KKT network, times max(1, radius): what rounding of x + αν costs."""
-MARGIN_TOLERANCE = 1e-10
-"""Of the least margin there, times max(1, radius)."""
-TRAINED_TOLERANCE = 1e-9
-"""Of residual and margin against the training set's at a trained network, times max(1, radius)."""
-SMALL_PART = 0.05
-"""Of W₁ may lie along the directions of an alternative that is said to explain the trained network."""
-FACTOR_TOLERANCE = 1e-9
-"""Of the polar factor of a trained network's gradient, whose small singular values amplify rounding."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +291,7 @@ class VerifiedAlternative:
             hausdorff: between the two sets.
         factor_error: max|msign(DX′) − msign(DX)| of the Muon family, else None.
         tolerance: of the residual.
-        passed: it explains the weights as the training set does.
+        passed: the set explains the weights as the training set does.
     """
 
     kind: str
@@ -324,34 +323,34 @@ class VerifiedAlternative:
 
 
 def build_alternatives(
-    problem: KktPoint, radii: Sequence[float], seed: int, with_muon: bool
+    point: KktPoint, radii: Sequence[float], seed: int, with_muon: bool
 ) -> list[Alternative]:
     """Return the training set, every alternative that data and weights allow, and the controls, in this order."""
-    sets: list[Alternative | None] = [original(problem)]
+    sets: list[Alternative | None] = [original(point)]
     for radius in radii:
-        sets += [make(problem, radius, seed) for make in BY_RADIUS]
-    sets += [merge(problem), margin_split(problem, seed)]
+        sets += [make(point, radius, seed) for make in BY_RADIUS]
+    sets += [merge(point), margin_split(point, seed)]
     if with_muon:
-        sets.append(muon_family(problem, seed))
-    return [a for a in sets if a is not None] + controls(problem, seed)
+        sets.append(muon_family(point, seed))
+    return [a for a in sets if a is not None] + controls(point, seed)
 
 
-def verify(problem: KktPoint, alternative: Alternative, is_exact: bool) -> VerifiedAlternative:
+def verify(point: KktPoint, alternative: Alternative, is_exact: bool) -> VerifiedAlternative:
     """Recompute everything about one alternative.
 
     Args:
         problem: network at a least margin of 1, images, multipliers.
-        alternative: what is said to explain it.
+        alternative: the set to verify.
         is_exact: the network is an exact KKT point (the closed form): recomputed gates and margins must agree
             to rounding. Else the small part of W₁ outside the images' span flips gates of near-kinked pairs, and
             the exact statement is the one about the network without that part, which must be small.
     """
-    base = original(problem)
-    projected = project_out(problem.network, alternative.basis)
-    first = problem.network.weights[0]
-    margins = _margins(problem, problem.network, alternative)
-    to_train, _ = nearest(alternative.x, problem.x)
-    to_alternative, _ = nearest(problem.x, alternative.x)
+    base = original(point)
+    projected = project_out(point.network, alternative.basis)
+    first = point.network.weights[0]
+    margins = _margins(point, point.network, alternative)
+    to_train, _ = nearest(alternative.x, point.x)
+    to_alternative, _ = nearest(point.x, alternative.x)
     reach = max(1.0, alternative.radius or 0.0)
     total = float(alternative.lambdas.sum())
     row = VerifiedAlternative(
@@ -359,22 +358,22 @@ def verify(problem: KktPoint, alternative: Alternative, is_exact: bool) -> Verif
         radius=alternative.radius,
         points=len(alternative.x),
         is_control=alternative.is_control,
-        residual=_residual(problem, problem.network, alternative),
-        residual_inherited=_residual(problem, problem.network, alternative, inherit=True),
-        residual_projected=_residual(problem, projected, alternative),
+        residual=_residual(point, point.network, alternative),
+        residual_inherited=_residual(point, point.network, alternative, inherit=True),
+        residual_projected=_residual(point, projected, alternative),
         projection_change=float((projected.weights[0] - first).norm() / first.norm()),
-        residual_original=_residual(problem, problem.network, base),
-        residual_original_projected=_residual(problem, projected, base),
+        residual_original=_residual(point, point.network, base),
+        residual_original_projected=_residual(point, projected, base),
         margin_min=float(margins.min()),
         margin_max=float(margins.max()),
-        margin_projected=float(_margins(problem, projected, alternative).min()),
-        margin_original_projected=float(_margins(problem, projected, base).min()),
+        margin_projected=float(_margins(point, projected, alternative).min()),
+        margin_original_projected=float(_margins(point, projected, base).min()),
         slackness=float((alternative.lambdas * (margins - 1)).abs().max()) / max(total, 1e-300),
         nn_distance=float(to_train.min()),
         nn_train_to_alt=float(to_alternative.median()),
         nn_alt_to_train=float(to_train.median()),
-        hausdorff=hausdorff(alternative.x, problem.x),
-        factor_error=_factor_error(problem, alternative) if alternative.kind == "muon_family" else None,
+        hausdorff=hausdorff(alternative.x, point.x),
+        factor_error=_factor_error(point, alternative) if alternative.kind == "muon_family" else None,
         tolerance=(EXACT_TOLERANCE if is_exact else TRAINED_TOLERANCE) * reach,
         passed=False,
     )
@@ -393,20 +392,20 @@ def _passes(row: VerifiedAlternative, is_exact: bool, reach: float) -> bool:
     )
 
 
-def _margins(problem: KktPoint, network: Network, of: Alternative) -> Tensor:
-    return label_margins(problem.task, outputs(network, of.x), of.labels)
+def _margins(point: KktPoint, network: Network, of: Alternative) -> Tensor:
+    return label_margins(point.task, outputs(network, of.x), of.labels)
 
 
-def _residual(problem: KktPoint, network: Network, of: Alternative, inherit: bool = False) -> float:
+def _residual(point: KktPoint, network: Network, of: Alternative, inherit: bool = False) -> float:
     if not inherit:
-        return multipliers.residual(problem.task, network, of.x, of.labels, of.lambdas)
-    gates = [g[of.parents] for g in forward(problem.network, problem.x).gates]
-    return multipliers.residual(problem.task, network, of.x, of.labels, of.lambdas, inherited(gates))
+        return multipliers.residual(point.task, network, of.x, of.labels, of.lambdas)
+    gates = [g[of.parents] for g in forward(point.network, point.x).gates]
+    return multipliers.residual(point.task, network, of.x, of.labels, of.lambdas, inherited(gates))
 
 
-def _factor_error(problem: KktPoint, alternative: Alternative) -> float:
-    d = first_layer_factor(problem)
-    one, other = (_exact_polar(d @ x, factor_rank(problem)) for x in (alternative.x, problem.x))
+def _factor_error(point: KktPoint, alternative: Alternative) -> float:
+    d = first_layer_factor(point)
+    one, other = (_exact_polar(d @ x, factor_rank(point)) for x in (alternative.x, point.x))
     return float((one - other).abs().max())
 
 

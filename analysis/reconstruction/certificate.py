@@ -14,6 +14,12 @@ from analysis.reconstruction.geometry import NORMS, Geometry, best_alignment
 from analysis.reconstruction.network import Network, forward, kkt_coefficients, outputs, patterns
 from harness.errors import InputError
 
+DIRECTIONS = 16
+"""Random directions that a split radius is the median over."""
+DEAD = 1e-12
+"""Absolute pixel value up to which a pixel counts as 0."""
+_ROUNDING = 1e-14
+
 
 @dataclass(frozen=True)
 class KktCertificate:
@@ -118,14 +124,14 @@ def certify(
     values = kkt_coefficients(task, outputs(unit, x), labels).mul(outputs(unit, x)).sum(-1)
     total = float(fit.lambdas.abs().sum())
     clarke = multipliers.clarke(unit, x, labels) if task == "binary" else None
-    where = data_span(x)
+    span = data_span(x)
     aligned = {
         norm: best_alignment(
             task, unit, x, labels, hybrid if norm == "hybrid" else Geometry(norm), fit.lambdas
         )
         for norm in NORMS
     }
-    radii = split_radii(unit, x, where.outside, seed)
+    radii = split_radii(unit, x, span.outside, seed)
     sizes = Counter(_group_keys(unit, x, labels)).values()
     change = network.weights[0] - initial.weights[0] if initial is not None else None
     return KktCertificate(
@@ -147,12 +153,12 @@ def certify(
         alignment_spectral=aligned["spectral"],
         alignment_linf=aligned["linf"],
         alignment_hybrid=aligned["hybrid"],
-        outside=outside_share(network.weights[0], where),
-        update_outside=outside_share(change, where) if change is not None else None,
-        update_dead=_dead_share(change, where.dead) if change is not None else None,
-        rank=where.rank,
-        null_dimension=where.outside.shape[0],
-        dead_pixels=int(where.dead.sum()),
+        outside=outside_share(network.weights[0], span),
+        update_outside=outside_share(change, span) if change is not None else None,
+        update_dead=_dead_share(change, span.dead) if change is not None else None,
+        rank=span.rank,
+        null_dimension=span.outside.shape[0],
+        dead_pixels=int(span.dead.sum()),
         split_radius=_finite(float(radii.median())),
         groups=len(sizes),
         largest_group=max(sizes),
@@ -177,11 +183,6 @@ def _dead_share(change: Tensor, dead: Tensor) -> float:
 
 def _finite(value: float) -> float | None:
     return value if value < float("inf") else None
-
-
-DIRECTIONS = 16
-DEAD = 1e-12
-_ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,10 @@ def data_span(x: Tensor) -> Span:
     return Span(v[:rank], v[rank:], x.abs().amax(0) <= DEAD)
 
 
-def outside_share(weight: Tensor, where: Span) -> float:
+def outside_share(weight: Tensor, span: Span) -> float:
     """Return ‖W P_⊥‖/‖W‖ for W (h, d): 0 where every row is a combination of images."""
     size = weight.norm()
-    return float((weight @ where.outside.T).norm() / size) if size > 0 else 0.0
+    return float((weight @ span.outside.T).norm() / size) if size > 0 else 0.0
 
 
 def project_out(network: Network, basis: Tensor) -> Network:

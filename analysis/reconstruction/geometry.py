@@ -18,6 +18,8 @@ from torch import Tensor
 from analysis.reconstruction.network import GradientFactor, Network, factors, forward, kkt_coefficients
 
 NORMS = ("l2", "spectral", "linf", "hybrid")
+STEPS = 200
+"""Exponentiated-gradient steps of the search for the best alignment."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,6 @@ def _absolute(factor: GradientFactor) -> Tensor:
     with torch.no_grad():
         signs = factor.product().sign()
     return factor.inner(signs)
-
-
-STEPS = 200
 
 
 def best_alignment(

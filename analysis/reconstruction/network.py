@@ -15,6 +15,7 @@ from torch.nn.functional import one_hot
 
 Gates = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(pre-activations (…, n, h), layer from 0) → (activations, gates), both of the pre-activations' shape."""
+TASKS = ("binary", "multiclass", "regression")
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,6 @@ def per_sample(network: Network, x: Tensor, coefficients: Tensor, gates: Gates =
         passed.outputs.unsqueeze(-2),
     )
     return flat(combination(network, single, coefficients.unsqueeze(-2)), lead=1)
-
-
-TASKS = ("binary", "multiclass", "regression")
 
 
 def kkt_coefficients(task: str, outputs: Tensor, labels: Tensor) -> Tensor:

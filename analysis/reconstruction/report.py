@@ -48,6 +48,25 @@ COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }  # fmt: skip
 """Table → (key, words) of the columns for people; files and JSON have all."""
+ARTIFACTS = {"victims": "model", "candidates": "candidates", "alternatives": "alternatives"}
+"""Subfolder of a job → type of the W&B artifact that holds it."""
+PRIVATE_KEYS = {"out", "overwrite", "data_path", "checkpoint", "batch"}
+"""Keys that name places on this machine."""
+TITLES = {
+    "susceptibility": "Susceptibility",
+    "certificate": "Certificates",
+    "alternatives": "Alternatives",
+    "attack": "Attacks and baselines",
+}
+CAPTIONS = {
+    "susceptibility": susceptibility.SCOPE,
+    "certificate": "Networks are scaled to a least margin of 1. a: alignment with the multipliers' gradient in a norm, "
+    "1 at a KKT point of that norm.",
+    "alternatives": "A set passes if it explains the weights as the training set does. Controls are wrong on purpose "
+    "and must not pass.",
+    "attack": "K: relative squared residual. NN: distance of training images to the nearest candidate, mean of the "
+    "five best; on margin: candidates scaled to the least margin. NCC: correlation, mean of the five best.",
+}
 
 
 def show(results: ReconstructionResults, console: Console) -> None:
@@ -76,27 +95,6 @@ def _terminal_table(name: str, rows: Sequence[TableRow]) -> table.Table:
     for row in rows:
         grid.add_row(*(Text(cell(row.get(key))) for key, _ in COLUMNS[name]))
     return grid
-
-
-ARTIFACTS = {"victims": "model", "candidates": "candidates", "alternatives": "alternatives"}
-"""Subfolder of a job → type of the W&B artifact that holds it."""
-PRIVATE_KEYS = {"out", "overwrite", "data_path", "checkpoint", "batch"}
-"""Keys that name places on this machine."""
-TITLES = {
-    "susceptibility": "Susceptibility",
-    "certificate": "Certificates",
-    "alternatives": "Alternatives",
-    "attack": "Attacks and baselines",
-}
-CAPTIONS = {
-    "susceptibility": susceptibility.SCOPE,
-    "certificate": "Networks are scaled to a least margin of 1. a: alignment with the multipliers' gradient in a norm, "
-    "1 at a KKT point of that norm.",
-    "alternatives": "A set passes if it explains the weights as the training set does. Controls are wrong on purpose "
-    "and must not pass.",
-    "attack": "K: relative squared residual. NN: distance of training images to the nearest candidate, mean of the "
-    "five best; on margin: candidates scaled to the least margin. NCC: correlation, mean of the five best.",
-}
 
 
 def write(results: ReconstructionResults) -> list[Path]:

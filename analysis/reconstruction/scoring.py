@@ -13,8 +13,11 @@ from torch import Tensor
 from analysis.reconstruction.network import Network, label_margins, outputs
 
 TOP = 5
+"""Best training images that `_top5` figures are means over."""
 VOTE = 1.1
+"""Candidates within this factor of the best distance vote, as published."""
 GOOD_SSIM = 0.4
+"""SSIM above which a reconstruction counts as good, as published."""
 WINDOW = 3
 """Pixels of the SSIM window: 8×8 images are too small for the usual 7 or 11."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from analysis.reconstruction import closed_form, external, samples, victim
 from analysis.reconstruction.attack import Candidates, GridPoint
-from analysis.reconstruction.config import ReconstructionConfig
+from analysis.reconstruction.config import PLACES, ReconstructionConfig
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import Network
 from analysis.reconstruction.samples import Samples
@@ -36,14 +36,19 @@ from harness.visible import csv_cell
 from optimizers import OptionError
 
 CONFIG = "config.yaml"
-_OURS = ("victims", "candidates", "alternatives", "parts", "images", CONFIG)
+SUBFOLDERS = ("victims", "candidates", "alternatives", "parts", "images")
+_ARRAYS = ("x", "labels", "lambdas", "at_level", "history", "history_steps")
+_NUMBERS = ("level_step", "residual", "hard_residual", "alignment")
+"""Fields of `Candidates` that are stored as arrays, and as numbers."""
+TableRow = dict[str, Any]
+TABLES = ("certificate", "alternatives", "attack", "susceptibility")
 
 
 def check_folder(config: ReconstructionConfig) -> None:
     """Refuse a folder that this job must not write to, before anything is spent.
 
     Raises:
-        InputError: it holds results of another configuration, or files that are none of ours.
+        InputError: it holds results of another configuration, or files of something else.
     """
     out = config.folder
     if out.is_file():
@@ -57,25 +62,23 @@ def check_folder(config: ReconstructionConfig) -> None:
     if content.get("identity") != config.identity:
         now = config.model_dump(mode="json")
         before = keys if isinstance(keys := content.get("keys"), dict) else {}
-        keys = ", ".join(
-            k for k in now if k not in ("out", "overwrite", "wandb", "stages") and now[k] != before.get(k)
-        )
+        keys = ", ".join(k for k in now if k not in PLACES and now[k] != before.get(k))
         reason = f"holds results of another configuration (it differs in {keys})"
         raise InputError("out", out, reason, fix="another out=, or overwrite=true")
 
 
 class JobFolder:
-    """Files of one job; every one is written whole."""
+    """Files of one job, each written whole."""
 
     def __init__(self, config: ReconstructionConfig) -> None:
-        """Create it; `overwrite` empties it of what such jobs write."""
+        """Create the folder; `overwrite` removes the files of an earlier job from it."""
         self.path = config.folder
         if config.overwrite and self.path.is_dir() and (self.path / CONFIG).is_file():
-            for name in _OURS:
+            for name in (*SUBFOLDERS, CONFIG):
                 place = self.path / name
                 shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
         try:
-            for name in ("victims", "candidates", "alternatives", "parts", "images"):
+            for name in SUBFOLDERS:
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
@@ -120,17 +123,17 @@ class JobFolder:
         if not path.is_file():
             return None
         with np.load(path, allow_pickle=False) as arrays:
-            points = json.loads(str(arrays["points"]))
+            entries = json.loads(str(arrays["points"]))
             return [
-                _candidates(point, {key: arrays[f"{i}/{key}"] for key in _ARRAYS})
-                for i, point in enumerate(points)
+                _candidates(entry, {key: arrays[f"{i}/{key}"] for key in _ARRAYS})
+                for i, entry in enumerate(entries)
             ]
 
     def keep_candidates(self, name: str, candidates: Sequence[Candidates]) -> None:
         """Write what an attack found: x, λ, labels, K and the grid point of each."""
         self._npz(
             self.path / "candidates" / f"{name}.npz",
-            points=np.array(json.dumps([_point(c) for c in candidates])),
+            points=np.array(json.dumps([_entry(c) for c in candidates])),
             **{f"{i}/{key}": value for i, c in enumerate(candidates) for key, value in _arrays(c).items()},
         )
 
@@ -145,24 +148,15 @@ class JobFolder:
         atomic.write_bytes(path, buffer.getvalue())
 
 
-_ARRAYS = ("x", "labels", "lambdas", "at_level", "history", "history_steps")
-
-
 def _arrays(c: Candidates) -> dict[str, np.ndarray]:
+    tensors = {"x": c.x, "labels": c.labels, "lambdas": c.lambdas}
     at_level = c.at_level.numpy() if c.at_level is not None else np.zeros((0, 0))
-    return {
-        "x": c.x.numpy(),
-        "labels": c.labels.numpy(),
-        "lambdas": c.lambdas.numpy(),
-        "at_level": at_level,
-        "history": np.array(c.history),
-        "history_steps": np.array(c.history_steps),
-    }
+    history = {"history": np.array(c.history), "history_steps": np.array(c.history_steps)}
+    return {**{name: tensor.numpy() for name, tensor in tensors.items()}, "at_level": at_level, **history}
 
 
-def _point(c: Candidates) -> dict[str, Any]:
-    figures = {"residual": c.residual, "hard_residual": c.hard_residual, "alignment": c.alignment}
-    return {"point": c.point.__dict__, "level_step": c.level_step, **figures}
+def _entry(c: Candidates) -> dict[str, Any]:
+    return {"point": c.point.__dict__, **{name: getattr(c, name) for name in _NUMBERS}}
 
 
 def _candidates(entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> Candidates:
@@ -171,13 +165,10 @@ def _candidates(entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> Candida
         x=torch.from_numpy(arrays["x"]),
         labels=torch.from_numpy(arrays["labels"]),
         lambdas=torch.from_numpy(arrays["lambdas"]),
-        residual=entry["residual"],
-        hard_residual=entry["hard_residual"],
-        alignment=entry["alignment"],
         at_level=torch.from_numpy(arrays["at_level"]) if arrays["at_level"].size else None,
-        level_step=entry["level_step"],
         history=tuple(arrays["history"].tolist()),
-        history_steps=tuple(int(s) for s in arrays["history_steps"]),
+        history_steps=tuple(int(step) for step in arrays["history_steps"]),
+        **{name: entry[name] for name in _NUMBERS},
     )
 
 
@@ -189,10 +180,6 @@ def _parts(network: Network) -> dict[str, Tensor]:
 def _network(parts: dict[str, Tensor]) -> Network:
     count = sum(name.startswith("weight") for name in parts)
     return Network(tuple(parts[f"weight{i}"] for i in range(count)), parts.get("bias"))
-
-
-TableRow = dict[str, Any]
-TABLES = ("certificate", "alternatives", "attack", "susceptibility")
 
 
 def write_tables(folder: Path, tables: Mapping[str, Sequence[TableRow]]) -> list[Path]:
@@ -216,7 +203,8 @@ def _safe(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.map(lambda value: csv_cell(value) if isinstance(value, str) else value)
 
 
-FIXTURE, FOREIGN = "closed_form", "checkpoint"
+FIXTURE, EXTERNAL = "closed_form", "checkpoint"
+"""Names of the subjects that no optimizer of this job trained."""
 
 
 @dataclass(frozen=True)
@@ -224,11 +212,12 @@ class Subject:
     """One checkpoint to examine.
 
     Attributes:
-        optimizer, seed, step: whose it is. The closed form and foreign checkpoints have step 0.
-        network: its weights. initial: before training, or None.
-        hybrid: the norm of its optimizer.
+        optimizer, seed, step: of the training. The closed form and external checkpoints have step 0.
+        network: weights at this step.
+        initial: weights before training, or None.
+        hybrid: the norm in which a step of its optimizer is a ball.
         lambdas: (n,) known multipliers (closed form), or None.
-        is_exact: an exact KKT point.
+        is_exact: the network is an exact KKT point.
     """
 
     optimizer: str
@@ -242,13 +231,13 @@ class Subject:
 
     @property
     def key(self) -> str:
-        """Its name in files."""
+        """Name of the subject in files."""
         return f"{self.optimizer}-seed{self.seed}-step{self.step}"
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The samples as tensors, float64."""
+    """Training images, their labels and the public pool as float64 tensors, and the task."""
 
     samples: Samples
     task: str
@@ -262,7 +251,7 @@ def load(config: ReconstructionConfig) -> tuple[ImageSet, Network | None]:
     """Return the images, and the external network if the configuration names one.
 
     Raises:
-        InputError: see `samples.load`, `foreign`.
+        InputError: see `samples.load` and `external`.
     """
     if config.checkpoint is not None and config.batch is not None:
         network = external.network(config.checkpoint)
@@ -285,7 +274,7 @@ def subjects(
     """Yield every checkpoint; victims are trained, or taken from the folder, on the way.
 
     Raises:
-        InputError: options that an optimizer doesn't have, weights that diverged.
+        InputError: options that an optimizer does not have, weights that diverged.
     """
     if config.mode == "fixture":
         closed = closed_form.build(images.samples.images, images.samples.labels, config.neurons)
@@ -293,7 +282,7 @@ def subjects(
         yield Subject(FIXTURE, 0, 0, closed.network, None, hybrid, closed.lambdas, is_exact=True)
         return
     if network is not None:
-        yield Subject(FOREIGN, 0, 0, network, None, Geometry("l2"))
+        yield Subject(EXTERNAL, 0, 0, network, None, Geometry("l2"))
         return
     settings = {name: _options(config, name) for name in config.optimizer}
     for seed in range(config.seed, config.seed + config.seeds):

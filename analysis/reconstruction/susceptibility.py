@@ -26,6 +26,8 @@ SCOPE = (
     "and about this attack: not about language models."
 )
 MEASURES = ("nn_top5", "nn_top5_margin", "ncc_top5")
+ORACLE_LAMBDA_MIN = 1e-3
+ORACLE_LR = 0.005
 
 
 def rows(attack: Sequence[TableRow]) -> list[TableRow]:
@@ -106,10 +108,6 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
         return mean, None
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, float(student.ppf(0.975, len(values) - 1)) * error
-
-
-ORACLE_LAMBDA_MIN = 1e-3
-ORACLE_LR = 0.005
 
 
 def heldout(

@@ -81,7 +81,7 @@ def test_splits_of_any_radius_explain_the_same_weights(radius: float) -> None:
 
 def test_a_lopsided_split() -> None:
     problem = exact_problem()
-    directions = problem.where.outside[:1].expand(30, -1)
+    directions = problem.span.outside[:1].expand(30, -1)
     row = _verified(alternatives.split(problem, "null_split", 10.0, directions, ratio=0.5))
     assert row.residual <= 1e-11
     assert row.nn_distance >= 5 - 1e-9
