@@ -30,6 +30,8 @@ RULES = ("gd", "ngd", "sign", "adamw")
 MATRIX_RULES = ("spectral", "muon", "sumo", "galore")
 EPS = 2.0**-52
 TIE = 1.0 - 16.0 * EPS
+LOST: Numbers = (math.nan, math.nan, math.nan, math.nan, math.nan, math.nan)
+"""Weights of a run whose numbers mean nothing any more."""
 
 
 def fits(net: Nets, problem: ToyProblem, kind: str, weight_decay: float) -> bool:

@@ -6,7 +6,6 @@ One fp64 run of two neurons on two points of the line takes `scalar`; everything
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -187,12 +186,12 @@ class _ScalarStepper:
         try:
             self._numbers = self._advance(self._numbers, first, last)
         except OverflowError:
-            self._numbers = (math.nan,) * 6
+            self._numbers = scalar.LOST
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
         """Drop the one run if the mask does not mark it."""
         if not mask.all():
-            self._numbers = (math.nan,) * 6
+            self._numbers = scalar.LOST
 
 
 class _RuleStepper:

@@ -8,8 +8,7 @@ tell. Splits (x → x + αν, x − βν with λβ/(α+β), λα/(α+β)) and me
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -316,10 +315,6 @@ class VerifiedAlternative:
     factor_error: float | None
     tolerance: float
     passed: bool
-
-    def row(self) -> dict[str, Any]:
-        """Return the figures as a row of a table."""
-        return asdict(self)
 
 
 def build_alternatives(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,10 +69,6 @@ class KktCertificate:
     split_radius: float | None
     groups: int
     largest_group: int
-
-    def row(self) -> dict[str, Any]:
-        """Return the figures as a row of a table."""
-        return asdict(self)
 
 
 def separated(task: str, network: Network, x: Tensor, labels: Tensor, name: str) -> float:

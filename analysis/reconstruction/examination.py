@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -83,7 +83,7 @@ class Examination:
             self.config.seed,
             subject.key,
         )
-        return [self._row(**figures.row())]
+        return [self._row(**asdict(figures))]
 
     @cached_property
     def kkt_point(self) -> KktPoint:
@@ -104,7 +104,7 @@ class Examination:
         rows, arrays = [], {}
         for other in alternatives.build_alternatives(self.kkt_point, config.radius, config.seed, with_muon):
             if other.kind != "original":
-                rows.append(self._row(**alternatives.verify(self.kkt_point, other, subject.is_exact).row()))
+                rows.append(self._row(**asdict(alternatives.verify(self.kkt_point, other, subject.is_exact))))
             name = other.kind if other.radius is None else f"{other.kind}_{other.radius:g}"
             for part in ("x", "labels", "lambdas"):
                 arrays[f"{name}/{part}"] = getattr(other, part).numpy()
@@ -201,7 +201,7 @@ class Examination:
         figures, _ = score(self.target, candidates.x, candidates.labels)
         level: dict[str, Any] = dict.fromkeys(AT_LEVEL)
         if candidates.at_level is not None:
-            at_level = score(self.target, candidates.at_level, candidates.labels)[0].row()
+            at_level = asdict(score(self.target, candidates.at_level, candidates.labels)[0])
             level = {column: at_level[figure] for column, figure in AT_LEVEL.items()}
         point = candidates.point
         is_closer = candidates.residual < truth
@@ -223,7 +223,7 @@ class Examination:
             alignment_true=true_alignment,
             beats_truth=is_closer if objective == "l2" else is_better_aligned,
             level_step=candidates.level_step,
-            **figures.row(),
+            **asdict(figures),
             **level,
         )
 
@@ -236,7 +236,7 @@ class Examination:
             objective=objective,
             prior=self.config.attack.prior,
             candidates=len(x),
-            **figures.row(),
+            **asdict(figures),
         )
 
     def _baseline_rows(
@@ -269,7 +269,7 @@ class Examination:
             residual=oracle.residual,
             residual_hard=oracle.hard_residual,
             residual_true=truth[alpha],
-            **figures.row(),
+            **asdict(figures),
         )
         return [*rows, oracle_row]
 

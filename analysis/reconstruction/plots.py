@@ -12,13 +12,14 @@ import plotly.graph_objects as go
 from analysis.pages.figures import GREY, Plot, colour, figure, line
 from analysis.reconstruction.subjects import TableRow
 
-STEPS = {"title": {"text": "training steps"}, "type": "log"}
+STEPS = "training steps"
+INITIAL_RADIUS = "initial radius of candidates"
 
 
 def all_plots(tables: Mapping[str, Sequence[TableRow]], matches: Sequence[TableRow]) -> list[Plot]:
     """Return every plot that the rows allow, in the order of the page."""
-    names = list(dict.fromkeys(row["optimizer"] for row in tables["certificate"]))
     certificate, attack = tables["certificate"], tables["attack"]
+    names = list(dict.fromkeys(row["optimizer"] for row in certificate))
     plots: list[Plot | None] = []
     if len({row["step"] for row in certificate}) > 1:
         plots += [
@@ -32,29 +33,27 @@ def all_plots(tables: Mapping[str, Sequence[TableRow]], matches: Sequence[TableR
 
 
 def _residuals(rows: Sequence[TableRow], names: Sequence[str]) -> Plot:
-    traces = []
-    for arm, name in enumerate(names):
-        for key, label, width in (("residual", "fixed gates", 2.2), ("residual_clarke", "Clarke gates", 1.0)):
-            traces += _curve(arm, f"{name}, {label}", _means(rows, name, "step", key), width)
+    fixed = _curves(rows, names, "step", "residual", "{}, fixed gates")
+    free = _curves(rows, names, "step", "residual_clarke", "{}, Clarke gates", width=1.0)
     return Plot(
         "residuals",
         "Distance from a KKT point over training",
         "ε = ‖θ − Σ λᵢyᵢ∇Φ(xᵢ)‖/‖θ‖ with the best λ ≥ 0, mean over seeds. Thick: the network's own gates; thin: free "
         "multipliers where an image lies on a kink. The first stays high for ever and is no measure of convergence.",
-        figure(traces, xaxis=STEPS, yaxis={"title": {"text": "relative residual"}, "type": "log"}),
+        figure(
+            _by_arm(fixed, free), xaxis=_axis(STEPS, log=True), yaxis=_axis("relative residual", log=True)
+        ),
     )
 
 
 def _freedom(rows: Sequence[TableRow], names: Sequence[str]) -> Plot:
-    traces = []
-    for arm, name in enumerate(names):
-        traces += _curve(arm, name, _means(rows, name, "step", "split_radius"))
+    traces = _curves(rows, names, "step", "split_radius")
     return Plot(
         "freedom",
         "How far images can move without the weights telling",
         "Median over images of the largest step along a direction orthogonal to all images that changes no gate of the "
         "network as it is, where the least margin is 1. It grows with training as ‖W₁‖ over its initial size.",
-        figure(traces, xaxis=STEPS, yaxis={"title": {"text": "split radius"}, "type": "log"}),
+        figure(traces, xaxis=_axis(STEPS, log=True), yaxis=_axis("split radius", log=True)),
     )
 
 
@@ -63,43 +62,36 @@ def _quality_over_steps(rows: Sequence[TableRow], names: Sequence[str]) -> Plot 
     if not attacks:
         return None
     radius = min(row["radius"] for row in attacks)
-    attacks_at_radius = [row for row in attacks if row["radius"] == radius]
-    traces = []
-    for arm, (name, objective) in enumerate(_pairs(attacks_at_radius, names)):
-        mine = [row for row in attacks_at_radius if row["objective"] == objective]
-        traces += _curve(arm, f"{name}, {objective}", _means(mine, name, "step", "nn_top5_margin"))
-    traces += _chance(rows, names, len(traces), "nn_top5_margin")
+    at_radius = [row for row in attacks if row["radius"] == radius]
+    traces = _objective_curves(at_radius, names, "step", "nn_top5_margin")
+    heldout = [row for row in rows if row["kind"] == "heldout"]
+    steps = sorted({row["step"] for row in heldout})
+    if steps and traces:
+        chance = [fmean(row["nn_top5_margin"] for row in heldout if row["step"] == step) for step in steps]
+        traces.append(_chance(steps, chance))
     return Plot(
         "quality",
         "Reconstruction over training",
         f"Mean distance of the five best-matched training images to the nearest candidate on the margin, initial "
         f"radius {radius:g}, mean over seeds. The grey line is what as many held-out images get; lower is nearer.",
-        figure(traces, xaxis=STEPS, yaxis={"title": {"text": "NN distance, top 5"}}),
+        figure(traces, xaxis=_axis(STEPS, log=True), yaxis=_axis("NN distance, top 5")),
     )
 
 
 def _over_radius(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
     last = _last(rows)
-    if len({row["radius"] for row in last}) < 2:
+    radii = sorted({row["radius"] for row in last})
+    if len(radii) < 2:
         return None
-    traces = []
-    for arm, (name, objective) in enumerate(_pairs(last, names)):
-        mine = [row for row in last if row["objective"] == objective]
-        traces += _curve(arm, f"{name}, {objective}", _means(mine, name, "radius", "ncc_top5"))
-    chance = [row["ncc_top5"] for row in rows if row["kind"] == "heldout"]
-    if chance:
-        xs = sorted({row["radius"] for row in last})
-        traces.append(_grey(xs, [fmean(chance)] * len(xs)))
+    traces = _objective_curves(last, names, "radius", "ncc_top5")
+    if chance := [row["ncc_top5"] for row in rows if row["kind"] == "heldout"]:
+        traces.append(_chance(radii, [fmean(chance)] * len(radii)))
     return Plot(
         "radius",
         "Recovery against what the attacker believes",
         "Mean correlation of the five best-matched training images, last checkpoints, against the norm at which "
         "candidates start (1: that of public images). Grey: held-out images.",
-        figure(
-            traces,
-            xaxis={"title": {"text": "initial radius of candidates"}, "type": "log"},
-            yaxis={"title": {"text": "NCC, top 5"}},
-        ),
+        figure(traces, xaxis=_axis(INITIAL_RADIUS, log=True), yaxis=_axis("NCC, top 5")),
     )
 
 
@@ -107,23 +99,15 @@ def _fit_over_radius(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | N
     last = [row for row in _last(rows) if row["objective"] == "l2"]
     if len({row["radius"] for row in last}) < 2:
         return None
-    traces = []
-    for arm, name in enumerate(names):
-        traces += _curve(arm, name, _means(last, name, "radius", "residual"))
-        traces += _curve(
-            arm, f"{name}: the training set itself", _means(last, name, "radius", "residual_true"), 1.0
-        )
+    fit = _curves(last, names, "radius", "residual")
+    truth = _curves(last, names, "radius", "residual_true", "{}: the training set itself", width=1.0)
     return Plot(
         "fit",
         "Fit against what the attacker believes",
         "K = ‖θ − u‖²/‖θ‖² of the published attack at the end (thick) and of the true training images with the best λ "
         "(thin), last checkpoints. A set that is far from the truth and below the thin line explains the weights "
         "better than the truth does.",
-        figure(
-            traces,
-            xaxis={"title": {"text": "initial radius of candidates"}, "type": "log"},
-            yaxis={"title": {"text": "K"}, "type": "log"},
-        ),
+        figure(_by_arm(fit, truth), xaxis=_axis(INITIAL_RADIUS, log=True), yaxis=_axis("K", log=True)),
     )
 
 
@@ -133,11 +117,11 @@ def _ssim(matches: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
         return None
     traces = []
     for arm, name in enumerate(names):
-        mine = [row for row in shown if row["optimizer"] == name]
+        rows = [row for row in shown if row["optimizer"] == name]
         traces.append(
             go.Scatter(
-                x=[row["margin"] for row in mine],
-                y=[row["ssim"] for row in mine],
+                x=[row["margin"] for row in rows],
+                y=[row["ssim"] for row in rows],
                 mode="markers",
                 marker={"color": colour(arm), "size": 7, "opacity": 0.75},
                 name=name,
@@ -151,8 +135,8 @@ def _ssim(matches: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
         "over the least one; last checkpoints, smallest radius. Above 0.4 counts as good.",
         figure(
             traces,
-            xaxis={"title": {"text": "yΦ(x) over the least margin"}},
-            yaxis={"title": {"text": "SSIM"}},
+            xaxis=_axis("yΦ(x) over the least margin"),
+            yaxis=_axis("SSIM"),
         ),
     )
 
@@ -165,12 +149,12 @@ def _susceptibility(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | No
     last_rows = [r for r in rows if r["radius"] == radius and r["step"] == latest.get(r["optimizer"])]
     traces = []
     for part, objective in enumerate(dict.fromkeys(r["objective"] for r in last_rows)):
-        mine = [r for r in last_rows if r["objective"] == objective]
-        halves = [r["half_width_nn_top5_margin"] for r in mine]
+        own_rows = [r for r in last_rows if r["objective"] == objective]
+        halves = [r["half_width_nn_top5_margin"] for r in own_rows]
         traces.append(
             go.Bar(
-                x=[r["optimizer"] for r in mine],
-                y=[r["advantage_nn_top5_margin"] for r in mine],
+                x=[r["optimizer"] for r in own_rows],
+                y=[r["advantage_nn_top5_margin"] for r in own_rows],
                 error_y={
                     "color": "#6b7280",
                     "array": [h or 0 for h in halves],
@@ -188,64 +172,85 @@ def _susceptibility(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | No
         f"initial radius {radius:g}, last checkpoints; bars: 95 % intervals over victims' seeds if there are several.",
         figure(
             traces,
-            xaxis={"title": {"text": "optimizer"}},
-            yaxis={"title": {"text": "advantage"}},
+            xaxis=_axis("optimizer"),
+            yaxis=_axis("advantage"),
             barmode="group",
         ),
     )
 
 
-def _means(rows: Iterable[TableRow], name: str, x: str, y: str) -> dict[float, float]:
-    values_by_x: dict[float, list[float]] = defaultdict(list)
-    for row in rows:
-        if row["optimizer"] == name and row.get(x) is not None and row.get(y) is not None:
-            values_by_x[row[x]].append(row[y])
-    return {key: fmean(values) for key, values in sorted(values_by_x.items())}
+def _axis(title: str, *, log: bool = False) -> dict[str, Any]:
+    return {"title": {"text": title}, **({"type": "log"} if log else {})}
 
 
-def _curve(arm: int, name: str, points: Mapping[float, float], width: float = 2.2) -> list[Any]:
-    if not points:
-        return []
-    return [
-        go.Scatter(
-            x=list(points),
-            y=list(points.values()),
-            mode="lines+markers",
-            line=line(arm, width),
-            name=name,
-            meta={"arm": arm},
-        )
+def _curves(
+    rows: Iterable[TableRow],
+    names: Sequence[str],
+    x: str,
+    y: str,
+    label: str = "{}",
+    width: float = 2.2,
+) -> list[Any]:
+    """Return a trace per optimizer that has values of y, their mean over rows of equal x."""
+    rows = list(rows)
+    traces = [
+        _trace(arm, label.format(name), _means(rows, x, y, optimizer=name), width)
+        for arm, name in enumerate(names)
     ]
+    return [trace for trace in traces if trace is not None]
 
 
-def _chance(rows: Sequence[TableRow], names: Sequence[str], used: int, key: str) -> list[Any]:
-    heldout = [row for row in rows if row["kind"] == "heldout"]
-    steps = sorted({row["step"] for row in heldout})
-    values = [fmean(row[key] for row in heldout if row["step"] == step) for step in steps]
-    return [_grey(steps, values)] if steps and used else []
+def _objective_curves(rows: Sequence[TableRow], names: Sequence[str], x: str, y: str) -> list[Any]:
+    """Return a trace per optimizer and objective of the attack."""
+    pairs = [
+        pair
+        for name in names
+        for pair in dict.fromkeys((name, row["objective"]) for row in rows if row["optimizer"] == name)
+    ]
+    traces = [
+        _trace(arm, f"{name}, {objective}", _means(rows, x, y, optimizer=name, objective=objective))
+        for arm, (name, objective) in enumerate(pairs)
+    ]
+    return [trace for trace in traces if trace is not None]
 
 
-def _grey(x: Sequence[float], y: Sequence[float]) -> Any:
+def _by_arm(*groups: Sequence[Any]) -> list[Any]:
+    """Return the traces of all groups, those of one optimizer next to each other."""
+    return sorted((trace for group in groups for trace in group), key=lambda trace: trace.meta["arm"])
+
+
+def _means(rows: Iterable[TableRow], x: str, y: str, **equal: str) -> dict[float, float]:
+    values: dict[float, list[float]] = defaultdict(list)
+    for row in rows:
+        is_member = all(row[key] == value for key, value in equal.items())
+        if is_member and row.get(x) is not None and row.get(y) is not None:
+            values[row[x]].append(row[y])
+    return {key: fmean(group) for key, group in sorted(values.items())}
+
+
+def _trace(arm: int, name: str, points: Mapping[float, float], width: float = 2.2) -> Any | None:
+    if not points:
+        return None
     return go.Scatter(
-        x=list(x),
-        y=list(y),
-        mode="lines",
-        line={"color": GREY, "width": 1.6, "dash": "dot"},
-        name="held out",
+        x=list(points),
+        y=list(points.values()),
+        mode="lines+markers",
+        line=line(arm, width),
+        name=name,
+        meta={"arm": arm},
     )
 
 
+def _chance(x: Sequence[float], y: Sequence[float]) -> Any:
+    """Return the grey line of what held-out images get."""
+    style = {"color": GREY, "width": 1.6, "dash": "dot"}
+    return go.Scatter(x=list(x), y=list(y), mode="lines", line=style, name="held out")
+
+
 def _last(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Return the attacks on the last checkpoint of each optimizer."""
     attacks = [row for row in rows if row["kind"] == "attack"]
     latest: dict[str, int] = {}
     for row in attacks:
         latest[row["optimizer"]] = max(row["step"], latest.get(row["optimizer"], 0))
     return [row for row in attacks if row["step"] == latest[row["optimizer"]]]
-
-
-def _pairs(rows: Sequence[TableRow], names: Sequence[str]) -> list[tuple[str, str]]:
-    return [
-        p
-        for name in names
-        for p in dict.fromkeys((name, r["objective"]) for r in rows if r["optimizer"] == name)
-    ]

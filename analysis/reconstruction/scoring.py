@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -70,10 +69,6 @@ class Score:
     good: int
     good_share: float
     in_box: float
-
-    def row(self) -> dict[str, Any]:
-        """Return the figures as columns of a table."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -53,7 +53,7 @@ def _target(network: Network, per_class: int = 5) -> Target:
 
 
 def _means(found: list[Score]) -> dict[str, float]:
-    return {key: fmean(s.row()[key] for s in found) for key in found[0].row()}
+    return {key: fmean(asdict(s)[key] for s in found) for key in asdict(found[0])}
 
 
 @pytest.mark.parametrize("seeds", [(0,), pytest.param((1, 2), marks=pytest.mark.slow)])
