@@ -26,7 +26,7 @@ class MarginWandb(TypedKeys):
 
 
 class MarginConfig(job_keys.JobKeys):
-    """One `optbench margin`."""
+    """Keys of one `optbench margin` job."""
 
     mode: Literal["toy", "flow", "mlp", "head"] = "toy"
     """toy: optimizer steps on a small ReLU net and two points; flow: gradient flow in log-time; mlp: a ReLU network

@@ -138,7 +138,7 @@ def head_margins(h: Tensor, labels: Tensor, weight: Tensor, scores: Tensor, norm
         rows = weight[label] - weight
         size = torch.linalg.vector_norm(rows, ord=2.0 if norm == "l2" else 1.0, dim=1)
         difference = score[label] - score
-        # A class with the label's very weights is told apart by the bias alone, at any distance.
+        # A class with the label's own weights differs by the bias alone, at any distance.
         distance = torch.where(size > 0.0, difference / size.clamp_min(1e-300), torch.inf)
         distance[label] = torch.inf
         distances.append(distance.amin().clamp_min(0.0) if len(score) > 1 else distance.amin())

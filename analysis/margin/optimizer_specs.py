@@ -1,4 +1,4 @@
-"""Which optimizer a name stands for in this job, and with which options.
+"""The optimizer that a name means in this job, with its options.
 
 Weight decay is 0 unless asked for: with it norms stay bounded and no law for t → ∞ applies.
 """
@@ -55,7 +55,7 @@ class OptimizerSpec:
 
 
 def resolve_spec(name: str, lr: float, overrides: Mapping[str, Any], grad: str) -> OptimizerSpec:
-    """Return the optimizer that a name stands for, with its options resolved.
+    """Return the optimizer that a name means, with its options resolved.
 
     Args:
         name: a reference (`REFERENCES`), "adam", or a preset or plug-in of `optimizers`.

@@ -133,7 +133,7 @@ def summary(config: MarginConfig, report: MarginReport) -> dict[str, Any]:
 
 
 def page(config: MarginConfig, report: MarginReport) -> str:
-    """Return report.html."""
+    """Return the content of report.html."""
     tables = [TextTable(*cells(report.table))]
     tables += [TextTable(*cells(rows), title=name.replace("_", " ")) for name, rows in report.more.items()]
     return job_page.render(
@@ -150,7 +150,7 @@ def page(config: MarginConfig, report: MarginReport) -> str:
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return heads and cells of a table for people, without empty columns, with quartiles in brackets."""
+    """Return heads and cells of a readable table, without empty columns, with quartiles in brackets."""
     columns = [key for key in (rows[0] if rows else {}) if any(_text(row[key]) for row in rows)]
     shown = [key for key in columns if not key.endswith((" q1", " q3"))]
     return shown, [[_text(row[key]) + _quartiles(row, key) for key in shown] for row in rows]

@@ -49,7 +49,7 @@ def to_numbers(net: Nets) -> Numbers:
 
 
 def to_net(numbers: Numbers) -> Nets:
-    """Invert `to_numbers`."""
+    """Return the net of numbers, the inverse of `to_numbers`."""
     return Nets(np.array(numbers[:4]).reshape(2, 2, 1), np.array(numbers[4:]).reshape(2, 1))
 
 
@@ -256,7 +256,7 @@ class _Momentum:
         self.moment = [0.0] * length
 
     def __call__(self, gradient: Sequence[float]) -> Sequence[float]:
-        """Advance the moment."""
+        """Advance the moment and return the direction of the step."""
         mu, weight = self.mu, self.weight
         if self.nesterov == "stored":
             self.moment = [mu * mu * m + weight * (1.0 + mu) * g for m, g in zip(self.moment, gradient)]

@@ -178,7 +178,7 @@ class _ScalarStepper:
 
     @property
     def nets(self) -> Nets:
-        """The one net."""
+        """The weights of the one net."""
         return scalar.to_net(self._numbers)
 
     def advance(self, first: int, last: int) -> None:

@@ -102,7 +102,7 @@ class MarginRun:
         rows: of the trajectory, ascending in t.
         predicted: C, the limit of |b₂ - b₁|, where theory has one; for gradient descent also the inverse slope
             of 1/gap against ln t.
-        rate: what the trajectory says.
+        rate: class and constants of the trajectory.
         facts: further figures of the run, for `summary.json`.
     """
 

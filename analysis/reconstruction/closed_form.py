@@ -63,7 +63,7 @@ def build(images: np.ndarray, labels: np.ndarray, neurons: int) -> ClosedForm:
     """Build the network for images (n, d) with labels ±1 and `neurons` hidden units (an even number).
 
     Raises:
-        InputError: the two classes don't meet the condition.
+        InputError: the two classes do not meet the condition.
     """
     vectors, lambdas = [], np.zeros(len(images))
     for sign in (1.0, -1.0):

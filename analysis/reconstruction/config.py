@@ -68,7 +68,7 @@ class ReconstructionWandb(TypedKeys):
 
 
 class ReconstructionConfig(job_keys.JobKeys):
-    """One `optbench reconstruct`."""
+    """Keys of one `optbench reconstruct` job."""
 
     mode: Literal["fixture", "victim"] = "victim"
     """fixture: a network in closed form; victim: trained"""
@@ -190,7 +190,7 @@ def _check_combinations(config: ReconstructionConfig) -> None:
         raise InputError("neurons", config.neurons, reason, fix=f"neurons={config.neurons + 1}")
     if (config.checkpoint is None) != (config.batch is None):
         key, missing = ("checkpoint", "batch") if config.batch is None else ("batch", "checkpoint")
-        raise InputError(key, getattr(config, key), f"needs {missing}=FILE beside it", fix=f"{missing}=FILE")
+        raise InputError(key, getattr(config, key), f"needs {missing}=FILE, too", fix=f"{missing}=FILE")
     if config.checkpoint is not None and config.mode == "fixture":
         raise InputError("checkpoint", config.checkpoint, "has no place in mode=fixture", fix="mode=victim")
     several = isinstance(config.classes, list) and len(config.classes) > 2

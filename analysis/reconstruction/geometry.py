@@ -45,7 +45,7 @@ class Geometry:
 
 
 def norm(geometry: Geometry, network: Network) -> Tensor:
-    """Return ‖θ‖, 0-dim."""
+    """Return the norm ‖θ‖ of all parameters, 0-dim."""
     if geometry.norm == "l2":
         return torch.stack([p.square().sum() for p in network.parameters]).sum().sqrt()
     norms = [

@@ -78,7 +78,7 @@ def run(config: ReconstructionConfig, say: Say) -> ReconstructionResults:
     """Run the stages that `config.stages` names on every subject.
 
     Args:
-        say: takes lines for people.
+        say: takes lines of progress.
 
     Raises:
         InputError: bad input, or no checkpoint that separates its images.

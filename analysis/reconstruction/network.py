@@ -1,6 +1,6 @@
 """Homogeneous ReLU networks and Σ cᵢ∇_θΦ(xᵢ), with gates that are recomputed, inherited or smoothed.
 
-A task (`TASKS`) says how labels and outputs give margins and the coefficients c of θ = Σ λᵢ∇_θ⟨cᵢ, Φ(xᵢ)⟩.
+A task (`TASKS`) defines how labels and outputs give margins and the coefficients c of θ = Σ λᵢ∇_θ⟨cᵢ, Φ(xᵢ)⟩.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Network:
 
     @property
     def squared_norm(self) -> float:
-        """‖θ‖²."""
+        """‖θ‖² over all parameters."""
         return float(sum(p.square().sum() for p in self.parameters))
 
     def scaled(self, factor: float) -> Network:
@@ -137,7 +137,12 @@ def forward(network: Network, x: Tensor, gates: Gates = recomputed) -> ForwardPa
 
 
 class GradientFactor(NamedTuple):
-    """A gradient of one parameter as δᵀa, summed over n: δ (…, n, h), a (…, n, d); a bias has a = 1 (…, n, 1)."""
+    """A gradient of one parameter as δᵀa, summed over n.
+
+    Attributes:
+        delta: δ (…, n, h).
+        inputs: a (…, n, d); 1 (…, n, 1) for a bias.
+    """
 
     delta: Tensor
     inputs: Tensor

@@ -29,7 +29,7 @@ class Picture:
 
     Attributes:
         key: its name in files.
-        title, caption: for people.
+        title, caption: of the report.
         png: bytes of the file.
     """
 

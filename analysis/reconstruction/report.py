@@ -47,7 +47,7 @@ COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
         ("half_width_ncc_top5", "± 95 %"), ("beats_truth", "fits better than truth"),
     ),
 }  # fmt: skip
-"""Table → (key, words) of the columns for people; files and JSON have all."""
+"""Table → (key, heading) of the columns shown to readers; files and JSON have all."""
 ARTIFACTS = {"victims": "model", "candidates": "candidates", "alternatives": "alternatives"}
 """Subfolder of a job → type of the W&B artifact that holds it."""
 PRIVATE_KEYS = {"out", "overwrite", "data_path", "checkpoint", "batch"}
@@ -79,7 +79,7 @@ def show(results: ReconstructionResults, console: Console) -> None:
 
 
 def cell(value: Any) -> str:
-    """Return a value for people: four digits, yes or no, a dash for a missing one."""
+    """Return a value as readers see it: four digits, yes or no, a dash for a missing one."""
     if value is None:
         return "–"
     if isinstance(value, bool):

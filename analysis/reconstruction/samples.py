@@ -1,4 +1,4 @@
-"""The private training set, the public pool beside it, and labels. Torch-free: it is checked before torch loads."""
+"""The private training set, the public pool and labels. Torch-free: they are checked before torch loads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ class Samples:
     Attributes:
         images: (n, d) float64, class by class. labels: (n,): ±1, or class numbers, or ±1 as targets.
         heldout: (k, d): images of the same classes that were not trained on. heldout_labels: (k,).
-        mean: (d,) that was subtracted (the attacker is not told). offset: what was added on top of it.
-        shape: of an image. classes: label → words for people.
+        mean: (d,) that was subtracted; the attacker does not know it.
+        offset: what was added on top of it.
+        shape: of an image.
+        names: label → name of its class.
     """
 
     images: np.ndarray
@@ -70,7 +72,7 @@ def load(
         if len(rows) <= per_class:
             most = min(int(np.isin(digits, m).sum()) for _, m in groups.values()) - 1
             reason = (
-                f"images of class {name} are not there beside at least one held out ({len(rows)} in {data})"
+                f"images of class {name} are not there with at least one held out ({len(rows)} in {data})"
             )
             raise InputError("per_class", per_class, reason, allowed=f"1 to {most}", fix=f"per_class={most}")
         train_rows.append(rows[:per_class])

@@ -34,7 +34,7 @@ def rows(attack: Sequence[TableRow]) -> list[TableRow]:
     """Return a row per optimizer, step, objective and attacker's radius, from the rows of the table `attack`.
 
     Of the grid points of one victim and initial value, the attacker's own criterion (least K, or greatest
-    alignment) chooses; the training images don't. Advantage = (held out − attack)/held out for distances, and
+    alignment) chooses; the training images do not. Advantage = (held out − attack)/held out for distances, and
     (attack − held out)/(1 − held out) for NCC: 0 is chance, 1 is the image itself. The interval is Student's, 95 %,
     over victims' seeds; None for one seed. `beats_truth`: share of attacks that fit the weights better than the
     training images themselves, by the objective.

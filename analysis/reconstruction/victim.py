@@ -156,7 +156,7 @@ def step_geometry(optimizer: str, settings: Mapping[str, Any], network: Network)
 
     Gradient descent: ℓ2. AdamW: ℓ∞. Muon, SUMO, GaLore-Muon: the spectral norm of hidden matrices over the
     spectral size of an update, the ℓ∞ norm of head and bias over AdamW's. GaLore: no such norm is proved; its
-    updates are Adam's in a subspace, and ℓ∞ stands in.
+    updates are Adam's in a subspace, and ℓ∞ takes its place.
     """
     if optimizer == GD:
         return Geometry("l2")
