@@ -47,7 +47,7 @@ class _Split:
             self.length = len(self.starts) - 1
 
     def rows(self, indices: Ids) -> tuple[Ids, Ids]:
-        """(input_ids, labels) of the rows ``indices``: two (n, seq_len) int64 arrays, C-contiguous.
+        """Return (input_ids, labels) of the rows ``indices``: two (n, seq_len) int64 arrays, C-contiguous.
 
         Raises:
             OSError: the file of tokens was cut short meanwhile; reading its lost pages would kill the process.
@@ -60,7 +60,7 @@ class _Split:
         return self._packed(indices) if self.packed else self._padded(indices)
 
     def loss_tokens(self, indices: Ids) -> Ids:
-        """Labels ≠ −100 of each row: (len(indices),) int64."""
+        """Return the number of labels ≠ −100 of each row: (len(indices),) int64."""
         if self.packed:
             return np.full(len(indices), self.seq_len, dtype=np.int64)
         # A row holds at most seq_len tokens, of which the first is no label.
@@ -112,19 +112,22 @@ class Batches:
         self.order = Order(corpus.sha256, seed, self.length)
 
     def rows(self, first: int, count: int) -> tuple[Ids, Ids]:
-        """(input_ids, labels) of the samples ``first`` … ``first + count - 1`` of the run: two
-        (count, seq_len) int64 arrays, across epochs too; labels shifted, −100 where there is no loss."""
+        """Return (input_ids, labels) of the samples ``first`` … ``first + count - 1`` of the run.
+
+        Both are (count, seq_len) int64 arrays, across epochs too; labels are shifted, −100 where there is no
+        loss.
+        """
         return self._split.rows(self.order.take(first, count))
 
     def loss_tokens(self, first: int, count: int) -> int:
-        """Labels that carry loss in ``rows(first, count)``, without reading tokens: a process knows by
-        arithmetic what all others hold."""
+        """Return the number of labels with loss in ``rows(first, count)`` without reading tokens, so that
+        each process knows it for all."""
         if self._split.packed:
             return count * self.seq_len
         return int(self._split.loss_tokens(self.order.take(first, count)).sum())
 
     def epoch(self, n: int) -> int:
-        """Epoch of the ``n``-th sample, from 0."""
+        """Return the epoch of the ``n``-th sample, from 0."""
         return n // self.length
 
 
@@ -147,7 +150,7 @@ class Validation:
         self.loss_tokens_available = int(self._cumulative[-1]) if self.length else 0
 
     def count(self, tokens: int) -> int:
-        """Rows, from the first, that hold at least ``tokens`` labels with loss.
+        """Return the number of rows, from the first, that hold at least ``tokens`` labels with loss.
 
         Raises:
             ValueError: the split holds fewer.
@@ -157,7 +160,7 @@ class Validation:
         return int(np.searchsorted(self._cumulative, tokens)) + 1
 
     def batch(self, first: int, count: int) -> tuple[Ids, Ids]:
-        """(input_ids, labels) of the rows ``first`` … ``first + count - 1``, as `Batches.rows`.
+        """Return (input_ids, labels) of the rows ``first`` … ``first + count - 1``, as `Batches.rows`.
 
         Raises:
             IndexError: beyond ``length``.
@@ -165,7 +168,7 @@ class Validation:
         return self._split.rows(self._indices(first, count))
 
     def loss_tokens(self, first: int, count: int) -> int:
-        """Labels that carry loss in ``batch(first, count)``."""
+        """Return the number of labels with loss in ``batch(first, count)``."""
         return int(self._split.loss_tokens(self._indices(first, count)).sum())
 
     def _indices(self, first: int, count: int) -> Ids:

@@ -42,7 +42,7 @@ def build(
     say: Say,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write the files of a corpus into ``folder``; returns the manifest without checksums.
+    """Write the files of a corpus into ``folder``; return the manifest without checksums.
 
     Args:
         folder: empty.
@@ -121,8 +121,8 @@ def _read(spool: Spool, config: DataConfig, given: Encoder | None) -> None:
 def _training(
     spool: Spool, encoder: Encoder, validation: ValidationText, max_tokens: int | None
 ) -> Iterator[tuple[Tokens, int]]:
-    """(tokens, bytes of text) of the training documents in the order of the source, until ``max_tokens`` with
-    validation are reached."""
+    """Yield (tokens, bytes of text) of the training documents in source order, until ``max_tokens`` with
+    validation is reached."""
     budget = float("inf") if max_tokens is None else max_tokens - sum(map(len, validation.tokens))
     for document, size, tokens in _encoded(spool, encoder, validation, endless=max_tokens is not None):
         if budget <= 0:
@@ -139,8 +139,8 @@ def _training(
 def _encoded(
     spool: Spool, encoder: Encoder, validation: ValidationText, endless: bool
 ) -> Iterator[tuple[int, int, Tokens]]:
-    """(document, bytes of text, tokens) of all that is not validation text; ``endless``: of what the source
-    still holds, too, once the spool is used up."""
+    """Yield (document, bytes of text, tokens) of all text except validation; with ``endless``, continue with
+    the source after the spool."""
     done = 0
     while True:
         batch: list[tuple[int, ByteSpan]] = []
@@ -220,6 +220,6 @@ def _write(
 
 
 def entropy(counts: NDArray[np.int64]) -> float:
-    """Entropy −Σ p ln p of the distribution that ``counts`` estimate, in nats; 0 for no counts."""
+    """Return the entropy −Σ p ln p of the distribution that ``counts`` estimate, in nats; 0 for no counts."""
     p = counts[counts > 0] / max(1, counts.sum())
     return float(abs((p * np.log(p)).sum()))

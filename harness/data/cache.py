@@ -51,7 +51,7 @@ def check(
     say: Say = str,
     trust_remote_code: bool = False,
 ) -> Corpus:
-    """Prepare the corpus and check that the run can be fed from it; returns it.
+    """Prepare the corpus, check that it suffices for the run, and return it.
 
     Args:
         seq_len: tokens per row.
@@ -116,7 +116,7 @@ def _vocabulary(config: DataConfig, size: int, model_vocab_size: int) -> InputEr
 
 
 def prepare(config: DataConfig, *, say: Say = str, trust_remote_code: bool = False) -> Corpus:
-    """The corpus that ``config`` describes: opened from the cache, or built into it.
+    """Return the corpus that ``config`` describes: opened from the cache, or built into it.
 
     Safe to call from any number of processes at once: one builds, the others wait and open. A build that
     dies, however it dies, leaves nothing that would be taken for a corpus; the next call cleans up after it.

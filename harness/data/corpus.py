@@ -168,7 +168,7 @@ class Corpus:
     """A tokenized corpus on disk, memory-mapped. Made by `prepare` or `open_corpus`.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         manifest: what it is: source, licence where known, counts, versions, sizes and checksums.
         sha256: identity of its tokens and document boundaries.
         tokenizer_sha256: of ``tokenizer/tokenizer.json``.
@@ -203,24 +203,24 @@ class Corpus:
 
     @property
     def left_out(self) -> str:
-        """Rows of the source that hold no text, as the end of a line of the log; empty if there are none."""
+        """Return a phrase on rows of the source without text, for the end of a log line; empty if there are none."""
         return left_out(self.manifest["source"])
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Loads with ``transformers.AutoTokenizer.from_pretrained``."""
+        """Return the folder that ``transformers.AutoTokenizer.from_pretrained`` loads."""
         return self.folder / "tokenizer"
 
     def tokens(self) -> NDArray[np.uint16] | NDArray[np.uint32]:
-        """All tokens, training then validation: 1-D read-only memory map, uint16 or uint32."""
+        """Map all tokens, training then validation: 1-D read-only memory map, uint16 or uint32."""
         return np.memmap(self.folder / "tokens.bin", dtype=np.dtype(self.manifest["dtype"]), mode="r")
 
     def open_tokens(self) -> BinaryIO:
-        """The file of `tokens`, for whoever watches over its size."""
+        """Open the file of `tokens`, for checks of its size."""
         return (self.folder / "tokens.bin").open("rb")
 
     def boundaries(self) -> NDArray[np.int64]:
-        """Where each document starts in `tokens`, and the end: (documents + 1,) int64 memory map."""
+        """Map where each document starts in `tokens`, and the end: (documents + 1,) int64 memory map."""
         return np.load(self.folder / "documents.npy", mmap_mode="r")
 
 

@@ -112,7 +112,7 @@ def is_binary(data: bytes) -> bool:
 
 
 def _wide_text(head: bytes) -> Format | None:
-    """UTF-16 or UTF-32 without a byte-order mark: in Latin text all bytes but one of each unit are zero."""
+    """Detect UTF-16 or UTF-32 without a byte-order mark: in Latin text all bytes but one of each unit are zero."""
     units = len(head) // 4
     if not units:
         return None

@@ -21,7 +21,7 @@ _LOUD = ("huggingface_hub", "datasets", "transformers", "fsspec")
 
 
 def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(identity, facts) of a data set, without touching the network.
+    """Return (identity, facts) of a data set without network access.
 
     A local folder is identified by the contents of its files. A name on the hub is identified by the name:
     what was read is then fixed by the cache, and told apart by the hash of the corpus.
@@ -66,7 +66,7 @@ def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, 
 
 
 def stream(config: DataConfig) -> Iterator[str | None]:
-    """Documents of the data set in its own order, read as they are asked for; None for a row without text.
+    """Yield the documents of the data set in its own order, on demand; None for a row without text.
 
     `datasets` 4 and later run no loading script of a data set, so nothing here has to be trusted.
 
@@ -117,7 +117,7 @@ def _without_pattern(folder: Path | None) -> Iterator[Path | None]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of a data set, without hidden ones. A pipe among them would make `datasets` wait for ever."""
+    """List the files of a data set, without hidden ones. A pipe among them would make `datasets` wait forever."""
     found = []
     for path in sorted(folder.rglob("*")):
         kind = paths.kind(path)

@@ -39,7 +39,7 @@ class Place:
 
 
 def find(patterns: list[str], source: str) -> list[Path]:
-    """The files that ``patterns`` (paths or globs; ``**`` and ``~`` work) name, each once.
+    """List the files that ``patterns`` (paths or globs; ``**`` and ``~`` work) name, each once.
 
     A path that exists is taken before it is read as a glob. Patterns keep their order, the files of one
     pattern are sorted: the same files give the same corpus on every machine, wherever they are.
@@ -75,7 +75,7 @@ def find(patterns: list[str], source: str) -> list[Path]:
 
 
 def read(files: list[Path], source: str, field: str) -> Iterator[str | None]:
-    """Documents of ``files`` in order; None for a row without text.
+    """Yield the documents of ``files`` in order; None for a row without text.
 
     Files compressed by gzip, bzip2, xz, zstd or lz4 are decompressed, whatever their names.
 
@@ -171,7 +171,7 @@ def _lines(place: Place, file: io.BufferedReader) -> Iterator[bytes]:
 
 
 def _parse(place: Place, line: bytes, codec: str | None) -> dict[str, Any]:
-    """One line as a JSON object. JSON's own limits (depth, digits of a number) are Python's."""
+    """Parse one line as a JSON object. JSON's own limits (depth, digits of a number) are Python's."""
     try:
         row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -191,7 +191,7 @@ def _parse(place: Place, line: bytes, codec: str | None) -> dict[str, Any]:
 
 
 def _one_a_line(place: Place, line: bytes) -> str | None:
-    """The command for a file that is one JSON value over many lines, or one list."""
+    """Return the command that converts a file with one JSON value over many lines, or with one list."""
     start = line.lstrip()[:1]
     if place.row != ", line 1" or start not in (b"[", b"{"):
         return None
@@ -309,7 +309,7 @@ def _checked(place: Place, field: str, value: Any) -> str | None:
 
 
 def _shown(names: Iterable[object]) -> list[str]:
-    """The first names, cut, for a message: a key of a damaged file may be a megabyte long."""
+    """Return the first names, shortened, for a message: a key of a damaged file may be a megabyte long."""
     return [str(name)[:60] for name in itertools.islice(names, 20)]
 
 

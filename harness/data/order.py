@@ -53,7 +53,7 @@ class Order:
         return int(self.take(n, 1)[0])
 
     def take(self, first: int, count: int) -> Indices:
-        """Indices of the samples ``first`` … ``first + count - 1``: (count,) int64, each in [0, length)."""
+        """Return the indices of the samples ``first`` … ``first + count - 1``: (count,) int64, each in [0, length)."""
         if first < 0 or count < 0:
             raise ValueError(f"samples are numbered from 0: first={first}, count={count}")
         parts = []
@@ -95,7 +95,7 @@ class Order:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), elementwise."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), elementwise."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

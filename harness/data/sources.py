@@ -43,7 +43,7 @@ class TextSource(NamedTuple):
 
 
 def open_source(config: DataConfig, fingerprints: Fingerprints) -> TextSource:
-    """The source that ``config`` names. Checks that it exists; reads no text except to hash local files.
+    """Return the source that ``config`` names. It must exist; no text is read except to hash local files.
 
     Raises:
         InputError: a package that is not installed, files that are missing, a data set without a name.
@@ -73,7 +73,7 @@ def _package(config: DataConfig, _: Fingerprints) -> TextSource:
 
 
 def _chapters(path: Path) -> Iterator[str]:
-    """The chapters of a pythonbible text module, in order, read from its syntax tree.
+    """Yield the chapters of a pythonbible text module, in order, read from its syntax tree.
 
     The module is one call, ``bible = Bible(version, text, starts, ends, …)``; ``starts`` maps a verse,
     written as book·10⁶ + chapter·10³ + verse, to its position in ``text``.

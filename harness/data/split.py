@@ -45,7 +45,7 @@ class ValidationText(NamedTuple):
 def split(
     spool: Spool, config: DataConfig, given: Encoder | None, shared: Path, say: Say
 ) -> tuple[Encoder, ValidationText]:
-    """Tokenizer and validation documents.
+    """Choose the tokenizer and the validation documents.
 
     The tokenizer must not see the validation text, and how many documents make up the tokens wanted is known
     only with a tokenizer. So a reserve of more text than needed is kept from the tokenizer; the documents
@@ -76,8 +76,11 @@ def split(
 
 
 def _reserve(spool: Spool, size: int) -> dict[int, ByteSpan]:
-    """Documents by ascending hash until they make ``size`` bytes. One that would be a large part of that
-    (always so where the corpus is a single document) gives its tail, at most half of it."""
+    """Return documents by ascending hash until they make ``size`` bytes.
+
+    Of a document that would be a large part of that (always so for a single document), only the end is used,
+    at most half of it.
+    """
     reserve: dict[int, ByteSpan] = {}
     total = 0
     for document in map(int, spool.order()):
@@ -93,8 +96,8 @@ def _reserve(spool: Spool, size: int) -> dict[int, ByteSpan]:
 
 
 def _tokenizer_text(spool: Spool, reserve: dict[int, ByteSpan]) -> Iterator[str]:
-    """Text that the tokenizer is trained on: all but the reserve and copies of it; of a large corpus a sample
-    by hash."""
+    """Yield the text that the tokenizer is trained on: all but the reserve and its copies; of a large corpus
+    a sample by hash."""
     hashes = {spool.hash(document) for document in reserve}
     share = min(1.0, BPE_TRAINING_BYTES / spool.bytes)
     # The reserve has the lowest hashes, so that the sample is taken from the other end.
@@ -110,7 +113,7 @@ def _tokenizer_text(spool: Spool, reserve: dict[int, ByteSpan]) -> Iterator[str]
 def _take(
     spool: Spool, encoder: Encoder, reserve: dict[int, ByteSpan], wanted: int
 ) -> tuple[ValidationText, int]:
-    """The first documents of the reserve that make ``wanted`` tokens, and how many tokens were found."""
+    """Return the first documents of the reserve that make ``wanted`` tokens, and the number of tokens found."""
     taken: list[Tokens] = []
     hashes: set[int] = set()
     cut: dict[int, DocumentCut] = {}

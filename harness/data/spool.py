@@ -32,7 +32,8 @@ class ByteSpan(NamedTuple):
 
 
 class Spool:
-    """Documents of a source, in order, each with a 64-bit hash of its text; blank ones and nulls are left out.
+    """Store the documents of a source, in order, each with a 64-bit hash of its text, without blank ones and
+    nulls.
 
     Args:
         path: the file, created anew.
@@ -80,15 +81,15 @@ class Spool:
         self._file.flush()
 
     def span(self, document: int) -> ByteSpan:
-        """Where ``document`` lies."""
+        """Return the byte range of ``document``."""
         return ByteSpan(self._ends[document - 1] if document else 0, self._ends[document])
 
     def hash(self, document: int) -> int:
-        """64-bit hash of the text of ``document``: equal texts, equal hashes."""
+        """Return the 64-bit hash of the text of ``document``; equal texts have equal hashes."""
         return self._hashes[document]
 
     def order(self) -> NDArray[np.int64]:
-        """Distinct documents by ascending hash, the first one of equal texts: (n,) int64.
+        """Return distinct documents by ascending hash, the first one of equal texts: (n,) int64.
 
         A sample that depends on nothing but the texts: neither on a seed nor on the order of the files.
         """
@@ -96,8 +97,10 @@ class Spool:
         return first.astype(np.int64)
 
     def cut(self, document: int, tail_bytes: int) -> ByteSpan:
-        """The tail of ``document``, about ``tail_bytes`` long: it starts at white space where there is some
-        nearby, else between two characters."""
+        """Return the end of ``document``, about ``tail_bytes`` long.
+
+        It starts at white space if there is some nearby, else between two characters.
+        """
         start, stop = self.span(document)
         position = max(start + 1, stop - tail_bytes)
         data = self._read(ByteSpan(position, min(stop, position + 4096)))
@@ -106,7 +109,7 @@ class Spool:
         return ByteSpan(position + offset, stop)
 
     def pieces(self, span: ByteSpan) -> Iterator[str]:
-        """The text of ``span`` in pieces of at most ``PIECE_BYTES``."""
+        """Yield the text of ``span`` in pieces of at most ``PIECE_BYTES``."""
         start = span.start
         while span.stop - start > PIECE_BYTES:
             data = self._read(ByteSpan(start, start + PIECE_BYTES))

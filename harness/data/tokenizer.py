@@ -66,8 +66,9 @@ class Encoder:
         self.prefix_length = len(self._prefix)
 
     def encode(self, documents: list[list[str]]) -> list[NDArray[np.int64]]:
-        """Token ids of documents, each given in pieces, with the tokenizer's special tokens and eos around:
-        a list of 1-D int64 arrays. A document of which the tokenizer leaves nothing is an empty array."""
+        """Return the token ids of documents, each given in pieces, with the tokenizer's special tokens and
+        eos. The result is a list of 1-D int64 arrays; a document of which the tokenizer leaves nothing is an
+        empty array."""
         pieces = [piece for document in documents for piece in document]
         # "fast" leaves out character offsets, which nobody here reads.
         encodings = iter(self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
@@ -103,7 +104,7 @@ class Encoder:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Encoder:
-    """Byte-level BPE (Sennrich et al. 2016; bytes and splitting as in GPT-2), lossless on any text.
+    """Train a byte-level BPE (Sennrich et al. 2016; bytes and splitting as in GPT-2), lossless on any text.
 
     The same texts in the same order give the same bytes. Ids 0 and 1 are ``<eos>`` and ``<pad>``. A small
     corpus may give fewer than ``vocab_size`` entries.
@@ -123,8 +124,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Encoder:
 
 
 def cached_bpe(texts: Iterator[str], again: Iterator[str], vocab_size: int, cache: Path) -> Encoder:
-    """`train_bpe`, once for each (text, vocabulary size, algorithm): kept in ``cache`` under
-    the hash of the three.
+    """Run `train_bpe` once per (text, vocabulary size, algorithm), kept in ``cache`` under the hash of the
+    three.
 
     ``texts`` and ``again`` yield the same texts: the first is hashed, the second trained on if it must be.
     """
@@ -149,7 +150,9 @@ def cached_bpe(texts: Iterator[str], again: Iterator[str], vocab_size: int, cach
 
 
 def identity(config_tokenizer: str, vocab_size: int) -> dict[str, Any]:
-    """What decides the tokenizer, for a cache key, without network. A local tokenizer counts by content.
+    """Return what determines the tokenizer, for a cache key, without network.
+
+    A local tokenizer counts by content.
 
     Raises:
         InputError: a path that does not exist.
@@ -169,7 +172,7 @@ def identity(config_tokenizer: str, vocab_size: int) -> dict[str, Any]:
 
 
 def load(name: str, trust_remote_code: bool = False) -> Encoder:
-    """A Hugging Face tokenizer: a ``tokenizer.json``, a folder, or a name on the hub.
+    """Load a Hugging Face tokenizer: a ``tokenizer.json``, a folder, or a name on the hub.
 
     `tokenizers` reads it; `transformers.AutoTokenizer` converts one that has no ``tokenizer.json``.
 
@@ -263,7 +266,7 @@ def _download(name: str) -> Path | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Names of the special tokens as the files beside a ``tokenizer.json`` give them."""
+    """Return the names of the special tokens in the files next to a ``tokenizer.json``."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name

@@ -73,7 +73,7 @@ class RootSolver:
 
 
 def inverse_root(gram: Tensor, rtol: float, method: str = "gram", sync: bool | None = None) -> InverseRoot:
-    """(MᵀM)^(-1/2) of a stack of Gram matrices; directions with σ ≤ rtol·σ1 are dropped.
+    """Return (MᵀM)^(-1/2) of a batch of Gram matrices; directions with σ ≤ rtol·σ1 are dropped.
 
     "gram": eigendecomposition. "dwh": dynamically weighted Halley iteration on the Gram (Nakatsukasa, Bai and
     Gygi, SIAM J. Matrix Anal. Appl. 31(5), 2010, eq. 3.18 to 3.22, in Gram form): products and Cholesky
@@ -128,7 +128,7 @@ def _(gram: Tensor, rtol: float, method: str, sync: bool) -> tuple[Tensor, Tenso
 
 
 def root_by_eigh(gram: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inverse root by eigendecomposition: (b, r, r) → root, singular values, rank, fell_back (b,) bool."""
+    """Compute the inverse root by eigendecomposition: (b, r, r) → root, singular values, rank, fell_back (b,) bool."""
     if gram.numel() == 0:
         return _empty_root(gram)
     finite = finite_matrices(gram)
@@ -149,7 +149,7 @@ def _empty_root(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def dwh_weights(lower: float) -> tuple[list[tuple[float, float, float]], float]:
-    """Weights (a, b, c) of the Halley steps x(a + bx²)/(1 + cx²) that carry [lower, 1] to 1 within 1e-11.
+    """Return weights (a, b, c) of the Halley steps x(a + bx²)/(1 + cx²) that map [lower, 1] to 1 within 1e-11.
 
     Returns:
         the steps (4 down to 1e-5, 5 at 1e-6) and 1 - (image of `lower`).
@@ -168,7 +168,7 @@ def dwh_weights(lower: float) -> tuple[list[tuple[float, float, float]], float]:
 
 
 def root_by_dwh(gram: Tensor, rtol: float, sync: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inverse root by Halley steps on the Gram: (b, r, r) → root, NaN values, rank, fell_back (b,) bool."""
+    """Compute the inverse root by Halley steps: (b, r, r) → root, NaN values, rank, fell_back (b,) bool."""
     if gram.numel() == 0:
         return _empty_root(gram)
     r = gram.shape[-1]
@@ -198,7 +198,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _halley(start: Tensor, steps: list[tuple[float, float, float]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The steps on R = A/s²: accumulated product, last residual, ‖R-I‖_F before the last step, breakdown."""
+    """Run the steps on R = A/s²; return the product, last residual, ‖R-I‖_F before the last step, breakdown."""
     identity = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
     residual, product = start, None
     broken = torch.zeros(start.shape[0], dtype=torch.bool, device=start.device)
@@ -223,7 +223,7 @@ def _certificate(
     last: tuple[float, float, float],
     cut: float,
 ) -> Tensor:
-    """Whether each root is proven right: ‖O - polar(M)‖_F ≤ ‖P MᵀM P - I‖_F for symmetric positive P.
+    """Return which roots are certified: ‖O - polar(M)‖_F ≤ ‖P MᵀM P - I‖_F for symmetric positive P.
 
     The first term is the last step's error on the interval its residual allows, the second the rounding
     that the recursion for the residual cannot see. A direction at or below the cut makes the proof void:
@@ -253,7 +253,8 @@ def _redo_by_eigh(
 
 
 def _filtered(root: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Damp what the steps did not carry to 1: residual eigenvalues near 1 stay, smaller ones fall to 0.
+    """Damp directions that the steps did not map to 1: residual eigenvalues near 1 stay, smaller ones fall to
+    0.
 
     Smoothstep 3x² - 2x³, twice, has derivative 0 at 1: it costs a certified root nothing but its products.
     """

@@ -43,7 +43,7 @@ def newton_schulz(
     dtype: torch.dtype = torch.bfloat16,
     eps: float = 1e-7,
 ) -> Tensor:
-    """Muon's orthogonalization: `steps` times X ← aX + (bA + cA²)X with A = XXᵀ, from X = M/max(‖M‖_F, eps).
+    """Apply Muon's orthogonalization: `steps` times X ← aX + (bA + cA²)X, A = XXᵀ, from X = M/max(‖M‖_F, eps).
 
     With `JORDAN` and 5 steps singular values of 0.01 to 1 (relative to ‖M‖_F) land in [0.68, 1.14]; it does
     not converge to the polar factor. Rounding to `dtype` comes first, then the norm, as in
@@ -70,7 +70,8 @@ def cubic(
     norm: str = "frobenius",
     eps: float = 1e-7,
 ) -> Tensor:
-    """Cubic Newton-Schulz X ← (3X - XXᵀX)/2; converges to the polar factor, slowly where κ is large.
+    """Apply the cubic Newton-Schulz X ← (3X - XXᵀX)/2, which converges slowly to the polar factor if κ is
+    large.
 
     Args:
         matrix: (…, m, n).
@@ -100,7 +101,7 @@ def polar_express(
     safety: float = 1.01,
     eps: float = 1e-7,
 ) -> Tensor:
-    """Polar Express (arXiv 2505.16932, Algorithm 1): the composed minimax quintics of `POLAR_EXPRESS`.
+    """Apply Polar Express (arXiv 2505.16932, Algorithm 1): the composed minimax quintics of `POLAR_EXPRESS`.
 
     Args:
         matrix: (…, m, n).
@@ -172,7 +173,8 @@ def _odd_polynomials(
 
 
 def _emulates(x: Tensor) -> bool:
-    """Whether half-precision products run as fp32 products of the same rounded numbers, rounded after each.
+    """Return True if half-precision products run as fp32 products of the same rounded numbers, rounded after
+    each.
 
     A bf16 product accumulates in fp32 and rounds once, so this is the same arithmetic; CPUs without bf16
     units do it 18 times faster (56 matrices of 512×128, one AVX2 thread).

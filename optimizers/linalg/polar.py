@@ -40,7 +40,7 @@ class Polar(NamedTuple):
 
 
 def polar(matrix: Tensor, method: str = "auto", rtol: float | None = None, sync: bool | None = None) -> Polar:
-    """The polar factor of each matrix of a stack.
+    """Return the polar factor of each matrix of a batch.
 
     Exact methods: "svd" (fp32, or fp64 for fp64 input), "qr_svd" (fp64), "gram" (fp64 Gram and eigh; a matrix
     with singular values between the cut and 1e-6 σ1 goes to "qr_svd"), "dwh" (fp64 Gram and Halley steps, see
@@ -131,7 +131,7 @@ def _(matrix: Tensor, method: str, rtol: float, sync: bool) -> tuple[Tensor, Ten
 
 
 def _scaled(tall: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Matrices of fp64 scaled to a largest entry of 1: their squares, unlike those of fp32, may overflow."""
+    """Scale fp64 matrices to a largest entry of 1, because their squares, unlike those of fp32, may overflow."""
     if tall.dtype != torch.float64 or tall.numel() == 0:
         return tall, None
     scale = tall.abs().amax((-2, -1), keepdim=True)
@@ -179,7 +179,8 @@ def _by_gram(tall: Tensor, rtol: float, sync: bool) -> _Solution:
 def _by_rescue(
     tall: Tensor, which: Tensor, rtol: float, found: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`found`, with the matrices `which` (b,) done by QR-SVD: a Gram cannot see what they hold."""
+    """Return `found` with the matrices `which` (b,) recomputed by QR-SVD, which a Gram matrix is too
+    inaccurate for."""
     factor, values, rank = found
     for index in which.nonzero().flatten().tolist():
         left, exact, right = rescue_svd(tall[index])

@@ -29,8 +29,10 @@ _CPU_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_
 
 
 def multiplies(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether a device multiplies a dtype in hardware. CPUs without units for it take forty times longer than for
-    fp32 (bf16, measured)."""
+    """Return True if a device multiplies a dtype in hardware.
+
+    CPUs without bf16 units take forty times longer than for fp32 (measured).
+    """
     if device_type != "cpu" or dtype not in _CPU_UNITS:
         return True
     capabilities = torch.cpu.get_capabilities()
@@ -43,13 +45,13 @@ def iteration_dtype(device: torch.device) -> str:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off for a block; meta tensors have none."""
+    """Disable autocast for a block; meta tensors have no autocast."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Switch TF32, bf16-internal fp32 products and autocast off for a block; restore them afterwards.
+    """Disable TF32, bf16-internal fp32 products and autocast for a block, and restore them afterwards.
 
     A TF32 or bf16 product inside a factorization injects an error of size eps * kappa that does not commute
     with the Gram matrix: no later iteration removes it and no orthogonality test sees it.
@@ -74,19 +76,19 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a matrix of `dtype` is factorized: fp64 for fp64, else fp32."""
+    """Return the dtype in which a matrix of `dtype` is factorized: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def default_rtol(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> float:
-    """The cut max(m, n)·eps, relative to σ1; eps of the dtype that is worked in (fp32 for half precision)."""
+    """Return the cut max(m, n)·eps relative to σ1, with eps of the working dtype (fp32 for half precision)."""
     return max(shape[-2], shape[-1], 1) * torch.finfo(work_dtype(dtype)).eps
 
 
 def choose_method(
     shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> str:
-    """The exact method that "auto" stands for; depends on its arguments alone, not on data or timing.
+    """Return the exact method that "auto" selects, which depends on the arguments alone, not on data or timing.
 
     fp64 input: "qr_svd" (a Gram would lose half the digits). CPU: "gram", the fastest exact method measured
     there. CUDA: "dwh" (eigh and SVD are latency-bound there, and torch's synchronize), "gram" up to 32
@@ -106,7 +108,7 @@ def choose_method(
 
 
 def flattened(stack: Tensor) -> Tensor:
-    """(…, m, n) → (b, m, n); unlike `reshape(-1, m, n)` also for stacks without elements."""
+    """Reshape (…, m, n) to (b, m, n), unlike `reshape(-1, m, n)` also for batches without elements."""
     return stack.reshape(math.prod(stack.shape[:-2]), *stack.shape[-2:])
 
 
@@ -117,7 +119,7 @@ def _host_may_look(stack: Tensor) -> bool:
 
 
 def finite_matrices(stack: Tensor) -> Tensor:
-    """Which matrices of (b, m, n) are finite: (b,) bool."""
+    """Return which matrices of (b, m, n) are finite: (b,) bool."""
     # A sum is 50 times faster than an elementwise test on a CPU, and a finite sum has finite terms only.
     if _host_may_look(stack):
         total = torch.isfinite(stack.sum((-2, -1)))
@@ -127,16 +129,16 @@ def finite_matrices(stack: Tensor) -> Tensor:
 
 
 def cleaned(stack: Tensor, finite: Tensor) -> Tensor:
-    """`stack` (b, m, n) with zeros for matrices that are not finite; itself where the host may know."""
+    """Return `stack` (b, m, n) with zeros for non-finite matrices; the tensor itself where the host may know."""
     if _host_may_look(stack) and bool(finite.all()):
         return stack
     return torch.where(finite[:, None, None], stack, 0.0)
 
 
 def attempt(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None:
-    """The result of `call`, or None if its factorization failed or returned something that is not finite.
+    """Return the result of `call`, or None if its factorization failed or returned a non-finite value.
 
-    Running out of memory is no failure of a factorization and is raised.
+    Out-of-memory errors are not failures of a factorization and are raised.
     """
     try:
         result = call()
@@ -149,7 +151,7 @@ def attempt(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None
 
 
 def thin_svd_of_tall(tall: Tensor) -> Triple:
-    """Thin SVD through QR and the SVD of the triangle, in the dtype given.
+    """Compute the thin SVD through QR and the SVD of the triangle, in the given dtype.
 
     Args:
         tall: (…, L, r) with L ≥ r.
@@ -177,7 +179,7 @@ def _gesvd(tall: Tensor) -> Triple:
 
 
 def rescue_svd(tall: Tensor) -> Triple:
-    """Thin SVD of one finite matrix (L, r) in fp64, by whatever still works; zeros if nothing does."""
+    """Compute the thin SVD of one finite matrix (L, r) in fp64 by the first method that works; zeros if none does."""
     matrix = tall.double()
     for call in (
         lambda: thin_svd_of_tall(matrix),
@@ -192,7 +194,8 @@ def rescue_svd(tall: Tensor) -> Triple:
 
 
 def robust_svd(tall: Tensor, method: Callable[[Tensor], Triple]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`method` on a batch of finite tall matrices; one on which it fails is rescued, the others keep theirs.
+    """Run `method` on a batch of finite tall matrices; a matrix on which it fails is rescued, the others keep
+    theirs.
 
     Args:
         tall: (b, L, r), finite.
@@ -217,7 +220,7 @@ def robust_svd(tall: Tensor, method: Callable[[Tensor], Triple]) -> tuple[Tensor
 
 
 def robust_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (ascending) and vectors of a batch of finite symmetric matrices; never raises.
+    """Return eigenvalues (ascending) and vectors of a batch of finite symmetric matrices; never raise.
 
     Args:
         gram: (b, r, r) positive semi-definite, finite, fp64.

@@ -33,7 +33,7 @@ def range_finder(
     rtol: float,
     split: int | None = None,
 ) -> Steps:
-    """`subspace.randomized_basis` of a stack, or of this rank's rows or columns of one.
+    """Compute `subspace.randomized_basis` of a batch, or of this rank's rows or columns of one.
 
     Args:
         gradient: (b, m, n), fp32 or fp64; with split=0 (b, m_local, n), with split=1 (b, m, n_local).
@@ -73,7 +73,7 @@ def range_finder(
 
 
 def exact(gradient: Tensor, rank: int, side: str, rtol: float, split: int) -> Steps:
-    """`subspace.svd_basis` of matrices that are split over ranks, without gathering one.
+    """Compute `subspace.svd_basis` of matrices that are sharded over ranks, without gathering one.
 
     Through the fp64 Gram of the axis that is not split, which is a sum over ranks. That axis may be the long
     one: then 8·long² bytes travel instead of 8·short² (let the layout split the long axis).
@@ -92,7 +92,7 @@ def exact(gradient: Tensor, rank: int, side: str, rtol: float, split: int) -> St
 
 
 def canonical(steps: Steps, is_split: bool, start: int) -> Steps:
-    """`subspace.canonical_signs` of a basis whose rows may be split over ranks.
+    """Apply `subspace.canonical_signs` to a basis whose rows may be sharded over ranks.
 
     Args:
         steps: makes the basis.
@@ -123,7 +123,7 @@ def canonical(steps: Steps, is_split: bool, start: int) -> Steps:
 
 
 def orthonormal(block: Tensor, is_split: bool) -> Steps:
-    """One CholeskyQR pass over the columns of (b, L, k), whose rows may be split over ranks.
+    """Run one CholeskyQR pass over the columns of (b, L, k), whose rows may be sharded over ranks.
 
     Columns are scaled to length 1 first. Where Cholesky breaks down (dependent columns) the block is
     multiplied by the pseudo-inverse square root of its Gram instead: columns with the same span, with BᵀB a
@@ -158,7 +158,7 @@ def _with_warm(sketch: Tensor, warm: Tensor | None, is_split: bool) -> Steps:
 
 
 def _ritz(gram: Tensor, rank: int, rtol: float) -> Generator[Eigh, Any, tuple[Tensor, Tensor, Tensor]]:
-    """Leading singular values (b, 1, rank), rotation (b, k, rank), which lie above the cut (b, 1, rank)."""
+    """Return leading singular values (b, 1, rank), rotation (b, k, rank), and which are above the cut (b, 1, rank)."""
     values, vectors = yield Eigh(cleaned(gram, finite_matrices(gram)))
     values = values.flip(-1)[:, None, :rank].clamp_min(0.0)
     keep = values > rtol**2 * values[..., :1]

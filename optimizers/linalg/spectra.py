@@ -25,7 +25,7 @@ def figures(
     dtype: torch.dtype = torch.float32,
     rtol: float | None = None,
 ) -> MomentFigures:
-    """Condition number, effective rank and stable rank of spectra.
+    """Return condition number, effective rank and stable rank of spectra.
 
     Args:
         singular_values: (…, k) descending.
@@ -45,7 +45,7 @@ def figures(
 
 
 def orthogonality_error(factor: Tensor) -> Tensor:
-    """‖OOᵀ - I‖_F/√k on the short side, k = min(m, n); (…, m, n) → (…) fp64.
+    """Return ‖OOᵀ - I‖_F/√k on the short side, k = min(m, n); (…, m, n) → (…) fp64.
 
     Says nothing about whether O is the polar factor of a given matrix (`polar_error` does). A factor with
     dropped directions has √(dropped/k).
@@ -59,7 +59,7 @@ def orthogonality_error(factor: Tensor) -> Tensor:
 
 
 def polar_error(factor: Tensor, matrix: Tensor, rtol: float | None = None) -> Tensor:
-    """‖O - polar(M)‖_F/√k against the exact factor of `matrix` (QR-SVD in fp64); (…, m, n) → (…) fp64.
+    """Return ‖O - polar(M)‖_F/√k against the exact factor of `matrix` (QR-SVD in fp64); (…, m, n) → (…) fp64.
 
     Args:
         factor: (…, m, n), the factor to judge.

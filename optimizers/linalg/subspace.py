@@ -47,7 +47,8 @@ def canonical_signs(basis: Tensor) -> Tensor:
 
 
 def test_matrix(seed: int, name: str, refresh: int, shape: tuple[int, ...]) -> Tensor:
-    """A Gaussian sketch that depends on (seed, name, refresh) alone, not on any generator's state or device.
+    """Return a Gaussian sketch that depends on (seed, name, refresh) alone, not on a generator's state or
+    device.
 
     Args:
         seed: of the run.
@@ -68,7 +69,7 @@ test_matrix.__test__ = False  # type: ignore[attr-defined]
 
 
 def svd_basis(gradient: Tensor, rank: int, side: str, rtol: float | None = None) -> Tensor:
-    """The leading `rank` singular vectors of a gradient: exact, canonical signs, zeros below the cut.
+    """Return the leading `rank` singular vectors of a gradient: exact, canonical signs, zeros below the cut.
 
     Through the fp64 Gram of the short side, whose eigenvectors are those vectors; never raises on data. A
     matrix that is not finite gets a zero basis.
@@ -93,7 +94,7 @@ def svd_basis(gradient: Tensor, rank: int, side: str, rtol: float | None = None)
 
 
 def basis_cut(shape: Sequence[int], dtype: torch.dtype, rtol: float | None = None) -> float:
-    """Relative cut of a basis of (…, m, n) gradients: `rtol` or max(m, n)·eps, not below `GRAM_RTOL`."""
+    """Return the relative cut of a basis of (…, m, n) gradients: `rtol` or max(m, n)·eps, at least `GRAM_RTOL`."""
     return max(default_rtol(tuple(shape), dtype) if rtol is None else rtol, GRAM_RTOL)
 
 
@@ -131,7 +132,7 @@ def _(gradient: Tensor, rank: int, left: bool, rtol: float) -> Tensor:
 
 
 def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Largest `rank` eigenvalues, descending and not negative, and their vectors."""
+    """Return the largest `rank` eigenvalues, descending and not negative, and their vectors."""
     values, vectors, _ = robust_eigh(gram)
     return values.flip(-1)[:, :rank].clamp_min(0.0), vectors.flip(-1)[:, :, :rank]
 
@@ -146,7 +147,7 @@ def randomized_basis(
     rtol: float | None = None,
     canonical: bool = True,
 ) -> Tensor:
-    """Leading singular vectors by a randomized range finder with power passes and a warm start.
+    """Compute leading singular vectors by a randomized range finder with power passes and a warm start.
 
     N. Halko, P. Martinsson and J. Tropp, SIAM Review 53(2), 2011, Algorithms 4.4 and 5.1; orthonormalized by
     CholeskyQR2 on fp64 Grams (Y. Yamamoto et al., ETNA 44, 2015), by eigenvalues where that breaks down. A
