@@ -18,11 +18,10 @@ from optimizers.presets import OPTIONS, PRESETS, names, rank_limit_check, resolv
 from optimizers.rule_options import Preset
 
 if TYPE_CHECKING:
-    from optimizers.classes import SUMO, AdamW, GaLore, Muon
     from optimizers.interfaces import Update
     from optimizers.linalg.polar import Polar, polar
     from optimizers.optimizer import Optimizer
-    from optimizers.registry import build, plugin
+    from optimizers.registry import SUMO, AdamW, GaLore, Muon, build, plugin
     from optimizers.routing import Route
     from optimizers.rule import Rule
     from optimizers.rules.parts.building_blocks import momentum, orthogonalize, scale
@@ -31,10 +30,10 @@ _LAZY = {
     "build": "optimizers.registry",
     "plugin": "optimizers.registry",
     "Optimizer": "optimizers.optimizer",
-    "SUMO": "optimizers.classes",
-    "GaLore": "optimizers.classes",
-    "Muon": "optimizers.classes",
-    "AdamW": "optimizers.classes",
+    "SUMO": "optimizers.registry",
+    "GaLore": "optimizers.registry",
+    "Muon": "optimizers.registry",
+    "AdamW": "optimizers.registry",
     "Route": "optimizers.routing",
     "polar": "optimizers.linalg.polar",
     "Polar": "optimizers.linalg.polar",

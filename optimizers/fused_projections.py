@@ -1,4 +1,4 @@
-"""Fused projections: which rows (or columns) of a weight are a matrix of their own.
+"""Fused projections (QKV, gate-up, stacked experts): which rows or columns of a weight are a matrix of their own.
 
 The table says how each kind is laid out; sizes come from the attention module or the model's configuration.
 Where they are missing or do not add up the weight stays whole, and its route says so.
@@ -38,7 +38,7 @@ class Block:
     length: int = 0
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The block's elements of a parameter-shaped tensor, as a view: 2-D, or 3-D where interleaved."""
+        """Return the block's elements of a parameter-shaped tensor, as a view: 2-D, or 3-D where interleaved."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         if self.dim == -1:
@@ -49,13 +49,13 @@ class Block:
         return tensor.unflatten(self.dim, (self.outer, inner)).narrow(self.dim + 1, self.start, self.length)
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """The block of a parameter-shaped tensor as (rows, columns): a view where possible."""
+        """Return the block of a parameter-shaped tensor as (rows, columns), a view where possible."""
         # A reshape that changes nothing still costs a call per matrix and step.
         view = self.view(tensor)
         return view if view.ndim == 2 else view.reshape(self.shape)
 
     def like_view(self, matrix: Tensor) -> Tensor:
-        """A (rows, columns) tensor in the shape of `view`."""
+        """Return a (rows, columns) tensor in the shape of `view`."""
         return matrix if self.outer == 1 else matrix.unflatten(self.dim, (self.outer, self.length))
 
     @property
@@ -71,7 +71,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of an attention layer."""
+    """Numbers of query and key-value heads of an attention layer, and the size of a head."""
 
     query: int
     key_value: int
@@ -97,7 +97,7 @@ def _equal(*names: str) -> Callable[[int, Heads | None], Cut | None]:
 
 
 def _grouped(size: int, heads: Heads | None) -> Cut | None:
-    """All query heads, then all key heads, then all value heads."""
+    """Cut into all query heads, then all key heads, then all value heads."""
     if heads is None:
         return None
     kv = heads.key_value * heads.dim
@@ -105,8 +105,10 @@ def _grouped(size: int, heads: Heads | None) -> Cut | None:
 
 
 def _interleaved(size: int, heads: Heads | None) -> Cut | None:
-    """Per group of query heads that share a key head: its queries, its key, its value (GPT-NeoX, Bloom,
-    Falcon)."""
+    """Cut, for each group of query heads that share a key head, into its queries, its key and its value.
+
+    GPT-NeoX, Bloom and Falcon store them so.
+    """
     if heads is None or heads.query % heads.key_value:
         return None
     shared = heads.query // heads.key_value
@@ -117,7 +119,7 @@ _GATE_UP = _equal("gate", "up")
 
 
 def _alternating(size: int, heads: Heads | None) -> Cut | None:
-    """Gate and up row by row (or column by column) in turn (gpt-oss)."""
+    """Cut into gate and up, row by row (or column by column) in turn (gpt-oss)."""
     return Cut((("gate", 1), ("up", 1)), outer=size // 2) if size % 2 == 0 else None
 
 
@@ -142,7 +144,7 @@ def split(
     parent: nn.Module | None = None,
     config: object | None = None,
 ) -> tuple[tuple[Block, ...], str]:
-    """The matrices of a parameter, and how they were found ("" for an ordinary matrix).
+    """Return the matrices of a parameter, and how they were found ("" for an ordinary matrix).
 
     Args:
         name: of the parameter.
@@ -173,7 +175,7 @@ def split(
 
 
 def _parts(whole: Block, cut: Cut | None) -> tuple[Block, ...] | None:
-    """A matrix taken apart along its output axis; None where the parts do not add up."""
+    """Cut a matrix along its output axis; return None where the parts do not add up."""
     axis = 1 if whole.transposed else 0
     rows, columns = whole.shape
     if cut is None or sum(size for _, size in cut.parts) * cut.outer != whole.shape[axis]:
@@ -201,9 +203,9 @@ def _parts(whole: Block, cut: Cut | None) -> tuple[Block, ...] | None:
 def _experts(
     name: str, shape: tuple[int, ...], leaf: str, module: nn.Module | None, parent: nn.Module | None
 ) -> tuple[tuple[Block, ...], str]:
-    """The matrices of a stack of experts: one of each, or its gate and its up projection.
+    """Return the matrices of a stack of experts: one of each, or its gate and its up projection.
 
-    How a stack is stored is told by its module (transformers: `is_transposed`, `is_concatenated`), or else by the
+    The layout of a stack is stated by its module (transformers: `is_transposed`, `is_concatenated`), or else by the
     shapes of its two stacks.
     """
     experts, rows, columns = shape
@@ -244,7 +246,7 @@ def _feeds_a_gate(shape: tuple[int, ...], parent: nn.Module | None) -> bool:
 
 
 def _stacked_rows(name: str, shape: tuple[int, int], module: nn.Module | None) -> tuple[Block, ...]:
-    """The experts of a 2-D weight that holds one below the other (DBRX); none where it is no such stack."""
+    """Return the experts of a 2-D weight that holds one below the other (DBRX); none for other weights."""
     experts, inner = _integer(module, "moe_num_experts"), _integer(module, "ffn_hidden_size")
     if experts is None or inner is None or shape[0] != experts * inner:
         return ()
@@ -265,8 +267,7 @@ def _stacked_rows(name: str, shape: tuple[int, int], module: nn.Module | None) -
 
 
 def _heads(parent: nn.Module | None, config: object | None) -> Heads | None:
-    """Sizes of the attention layer, from its module or else from the configuration; None if they are not
-    there."""
+    """Return the sizes of the attention layer, from its module or else from the configuration, or None."""
     for source in (parent, config):
         query = _integer(source, "num_attention_heads", "num_heads", "n_head", "n_heads")
         if query is None:

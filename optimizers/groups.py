@@ -1,4 +1,4 @@
-"""From what a user passes (parameters, names, groups) to param groups that each follow one rule."""
+"""Split what a user passes (parameters, names, groups) into param groups that each follow one rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optimizers.presets import PRESETS, rank_limit_check, resolve
 from optimizers.routing import Modules, Route, route
 from optimizers.step_units import RuleGroup
 
-# Options of the matrix preset that belong to the AdamW group beside it, and what they are called there.
+# Options of the matrix preset that belong to the AdamW group next to it, and their names there.
 _AUX = {
     "aux_lr": "lr",
     "aux_weight_decay": "weight_decay",
@@ -28,7 +28,7 @@ _PLAIN_KEYS = {"params", "param_names", "rule", "scheduled", "initial_lr"}
 
 
 def named(params: Any, start: int = 0) -> tuple[list[tuple[str, Tensor]], bool]:
-    """(name, parameter) pairs of a group's "params", and whether the names were given.
+    """Return (name, parameter) pairs of a group's "params", and True if the user gave the names.
 
     Raises:
         TypeError: an entry is neither a tensor nor a (name, tensor) pair, or some have names and some not.
@@ -47,7 +47,7 @@ def named(params: Any, start: int = 0) -> tuple[list[tuple[str, Tensor]], bool]:
 
 
 def listed(params: Iterable[Any]) -> list[Any]:
-    """What the user passes, with generators read once."""
+    """Return the user's parameters or groups as a list, with generators read once."""
     return [
         {**entry, "params": entry["params"] if isinstance(entry["params"], Tensor) else list(entry["params"])}
         if isinstance(entry, Mapping) and "params" in entry
@@ -57,7 +57,7 @@ def listed(params: Iterable[Any]) -> list[Any]:
 
 
 def named_tensors(params: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    """All (name, parameter) to be trained of what the user passes: parameters, pairs, or groups of them."""
+    """Return (name, parameter) of everything that is trained, from parameters, pairs, or groups of them."""
     found: list[tuple[str, Tensor]] = []
     for entry in params:
         inner = entry.get("params", []) if isinstance(entry, Mapping) else [entry]
@@ -136,17 +136,17 @@ def check_rank(options: Mapping[str, Any], routes: Iterable[Route]) -> None:
 
 
 def rule_name(preset_name: str) -> str:
-    """The matrix rule of a preset; a plug-in rule is called as its entry point."""
+    """Return the name of a preset's matrix rule; that of a plug-in is its entry point's."""
     return PRESETS[preset_name].rule if preset_name in PRESETS else preset_name
 
 
 def matrix_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those of the AdamW beside it."""
+    """Return the options without those of the AdamW group."""
     return {key: value for key, value in options.items() if not key.startswith("aux_")}
 
 
 def adamw_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the AdamW group beside a matrix rule; of the preset adamw: its own."""
+    """Return the options of the AdamW group next to a matrix rule; for the preset adamw, its own."""
     if "aux_lr" not in options:
         return {**options, "eps_form": "corrected"}
     values = {name: options[key] for key, name in _AUX.items()}

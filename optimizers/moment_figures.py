@@ -23,7 +23,7 @@ Figures = dict[str, Tensor]
 
 
 class Share(NamedTuple):
-    """What a moment is where this process has an interval of it only.
+    """A moment of which this process holds an interval only.
 
     Attributes:
         shape: (m, n) of the whole moment.
@@ -36,13 +36,13 @@ class Share(NamedTuple):
     total: Callable[[Sequence[Tensor]], list[Tensor]]
 
     def gram(self, part: Tensor) -> Tensor:
-        """(b, u, u) fp64 Gram over the split dimension, complete; u: length of the other one."""
+        """Return the complete (b, u, u) fp64 Gram over the split dimension; u is the length of the other one."""
         wide = part.detach().double()
         with full_precision(part.device.type):
             return self.total([wide.mT @ wide if self.dim == -2 else wide @ wide.mT])[0]
 
     def times(self, part: Tensor, root: Tensor) -> Tensor:
-        """This process' interval of the moment times a symmetric (b, u, u)."""
+        """Return this process' interval of the moment times a symmetric (b, u, u) matrix."""
         wide = part.detach().double()
         return wide @ root if self.dim == -2 else root @ wide
 
@@ -54,7 +54,7 @@ def moment_share(
     options: Mapping[str, Any],
     collectives: Collectives,
 ) -> Share | None:
-    """How the moment of an (m, n) matrix is split where the matrix is along `split`; None: it is here whole."""
+    """Return how the moment of an (m, n) matrix is split where the matrix is split along `split`, or None."""
     if split is None:
         return None
     kind = rule.observed(shape, options)
@@ -68,8 +68,11 @@ def moment_share(
 
 
 def singular_values(moment: Tensor, share: Share | None = None) -> Tensor:
-    """(b, m, n) → (b, min(m, n)) descending, in the moment's dtype; from the fp64 Gram, so accurate above
-    1e-6 σ1. With `share` of a moment of which each rank holds an interval (a collective)."""
+    """Return the singular values (b, min(m, n)) of moments (b, m, n), descending, in the moment's dtype.
+
+    They come from the fp64 Gram, so they are accurate above 1e-6 σ1. With `share`, each rank holds an interval of the
+    moment, and the call is a collective.
+    """
     if share is not None:
         return _values(share.gram(moment), moment.dtype)[..., : min(share.shape)]
     wide = moment.detach().double()
@@ -123,7 +126,7 @@ def figures_of(
 def split_figures_of(
     names: Sequence[str], moment: Tensor, factor: Tensor | None, known: Tensor | None, share: Share
 ) -> dict[str, Figures]:
-    """`figures_of` moments of which each rank holds an interval, from Grams alone (a collective).
+    """Return `figures_of` for moments of which each rank holds an interval, from Grams alone (a collective).
 
     The exact factor that judges the applied one is M (MᵀM)^(-1/2) by eigendecomposition of the fp64 Gram.
     """
@@ -164,8 +167,8 @@ class Observation:
         known: Tensor | None = None,
         share: Share | None = None,
     ) -> None:
-        """`figures_of` a stack (with `share`, of split moments), with the clock running: device time on CUDA, where
-        the host runs ahead."""
+        """Add `figures_of` a batch (with `share`, of split moments), and time them: on CUDA, where the host runs ahead,
+        by events."""
 
         def found() -> dict[str, Figures]:
             if share is None:
@@ -184,7 +187,7 @@ class Observation:
         self._events.append((first, last))
 
     def seconds(self) -> float:
-        """Seconds that the figures took. Waits for the device."""
+        """Return the seconds that the figures took. Waits for the device."""
         for first, last in self._events:
             last.synchronize()
             self._host_seconds += first.elapsed_time(last) * 1e-3

@@ -34,10 +34,10 @@ class StatePiece(NamedTuple):
         name: of the matrix ("layers.0.qkv.weight[q]"), or of the parameter under AdamW.
         kind: "moment", "basis", …
         shape: of the whole tensor.
-        dim: dimension that is split, `FLAT`, or None where the tensor is here whole.
+        dim: dimension that is split, `FLAT`, or None where this process holds the whole tensor.
         start: where this part begins along `dim`.
         tensor: the part, a view of the optimizer's own memory.
-        is_primary: whether this process is the one to write it; others hold the same numbers.
+        is_primary: True on the process that writes it; others hold the same numbers.
     """
 
     name: str
@@ -49,7 +49,7 @@ class StatePiece(NamedTuple):
     is_primary: bool
 
     def of(self, whole: Tensor) -> Tensor:
-        """This part of the whole tensor, as a view of it.
+        """Return this part of the whole tensor, as a view of it.
 
         Raises:
             ValueError: it has another shape.
@@ -66,7 +66,7 @@ class StatePiece(NamedTuple):
 
 
 def pieces(optimizer: Optimizer) -> Iterator[StatePiece]:
-    """All parts of the state that this process holds; together the processes hold all of it."""
+    """Yield all parts of the state that this process holds; together the processes hold all of it."""
     units, layout = optimizer.units, optimizer.layout
     is_first = layout.is_first_replica
     for unit in units.all():
@@ -89,7 +89,7 @@ def pieces(optimizer: Optimizer) -> Iterator[StatePiece]:
 
 
 def parameter_shape(parameter: Tensor) -> torch.Size:
-    """Whole shape, also where ZeRO-3 has emptied the parameter."""
+    """Return the whole shape, also where ZeRO-3 has emptied the parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -124,7 +124,7 @@ def _has_first_row(matrix: MatrixRef) -> bool:
 
 
 def assemble(parts: Iterable[StatePiece]) -> dict[tuple[str, str], Tensor]:
-    """(name, kind) → whole tensor, from the primary parts of all processes.
+    """Return (name, kind) → whole tensor, from the primary parts of all processes.
 
     Raises:
         ValueError: an element is missing, or written twice.
@@ -245,7 +245,7 @@ def restore_exactly(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
 
 
 def compact(state: Mapping[Tensor, Mapping[str, Any]]) -> defaultdict[Tensor, dict[str, Any]]:
-    """The state with each tensor in memory of its own: pickle would store a shared block once per view."""
+    """Copy the state with each tensor in memory of its own: pickle would store a shared block once per view."""
     copy: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     for parameter, entries in state.items():
         copy[parameter] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in entries.items()}
@@ -259,7 +259,7 @@ def _pairs(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> l
 
 
 def kind_bytes(state: Mapping[str, Any]) -> dict[str, int]:
-    """Kind → bytes of a parameter's state tensors ("q.moment" counts as "moment")."""
+    """Return kind → bytes of a parameter's state tensors ("q.moment" counts as "moment")."""
     total: dict[str, int] = {}
     for key, value in state.items():
         if isinstance(value, Tensor):

@@ -82,7 +82,11 @@ class Option:
         return (*words, "null") if self.optional else words
 
     def check(self, value: Any) -> Any:
-        """`value` in its canonical type; OptionError if it is not allowed."""
+        """Return `value` in its canonical type.
+
+        Raises:
+            OptionError: the value is not allowed.
+        """
         if value is None and self.optional:
             return None
         try:
@@ -93,7 +97,7 @@ class Option:
             raise self.error(value) from None
 
     def error(self, value: Any) -> OptionError:
-        """The OptionError for this option and a bad value, with the closest choice."""
+        """Return the OptionError for this option and a bad value, with the closest choice."""
         words = [str(choice) for choice in self.choices]
         return OptionError(
             self.name,
@@ -109,7 +113,7 @@ def _word(value: Any) -> str:
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` is most likely a misspelling of, or None."""
+    """Return the choice that `word` is most likely a misspelling of, or None."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return found[0] if found else None
 

@@ -1,5 +1,4 @@
-"""From names to optimizers and rules: presets, rules of other packages, and any torch optimizer by import
-path."""
+"""Optimizers by the names that people import or write: SUMO, GaLore, Muon, AdamW; presets, plug-ins, import paths."""
 
 from __future__ import annotations
 
@@ -11,11 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.classes import CLASSES
 from optimizers.optimizer import Optimizer
 from optimizers.options import OptionError
 from optimizers.presets import names, preset
 from optimizers.routing import Modules
+
+
+class SUMO(Optimizer):
+    """SUMO (Refael et al. 2025, arXiv 2505.24749); preset "sumo" unless another of its presets is named."""
+
+    default_preset = "sumo"
+
+
+class GaLore(Optimizer):
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507)."""
+
+    default_preset = "galore"
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024); preset "muon" unless another of its presets is named."""
+
+    default_preset = "muon"
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+
+    default_preset = "adamw"
+
+
+CLASSES: dict[str, type[Optimizer]] = {"sumo": SUMO, "galore": GaLore, "muon": Muon, "adamw": AdamW}
 
 
 def build(
@@ -28,7 +53,7 @@ def build(
     work: str = "replicated",
     **hyper: Any,
 ) -> torch.optim.Optimizer:
-    """The optimizer of this name over a model's parameters.
+    """Build the optimizer of this name over a model's parameters.
 
     Args:
         name: a preset, a rule that another package brings (`optimizers.names()`), or the import path of a
@@ -60,7 +85,7 @@ def build(
 
 @lru_cache(maxsize=64)
 def plugin(target: str) -> type[torch.optim.Optimizer]:
-    """The torch.optim.Optimizer class at an import path such as ``pytorch_optimizer.SOAP``.
+    """Return the torch.optim.Optimizer class at an import path such as ``pytorch_optimizer.SOAP``.
 
     Raises:
         OptionError: not importable, or no torch.optim.Optimizer.

@@ -1,4 +1,4 @@
-"""Which parameter takes which rule, and how a fused projection falls apart into its matrices.
+"""Decide which parameter takes which rule, and which matrices a fused projection consists of.
 
 2-D weights of hidden linear layers take the matrix rule; embeddings, the output head, norms, biases and
 whatever is not a matrix take AdamW. Where modules are given their types decide; else names and ndim do
@@ -31,7 +31,7 @@ _ROUTER_MODULES = re.compile(r"\w*(Router|TopK\w*Gat(e|ing)|MoEGate)\w*")
 
 @dataclass(frozen=True)
 class Route:
-    """Where one parameter goes.
+    """The rule of one parameter, the reason, and the matrices inside it.
 
     Attributes:
         name: of the parameter.
@@ -86,7 +86,7 @@ class ModuleIndex:
 def route(
     named: Sequence[tuple[str, Tensor]], rule: str, modules: Modules | None = None, plain: bool = False
 ) -> list[Route]:
-    """One route per parameter.
+    """Decide the rule of each parameter, and the matrices inside it.
 
     Args:
         named: (name, parameter); names unique.
@@ -136,8 +136,10 @@ def _facts(
 
 
 def _not_hidden_by_module(parameter: Tensor, owners: Sequence[_Owner], index: ModuleIndex) -> str | None:
-    """Why this parameter is no hidden matrix, or None. A tied weight is an embedding wherever else it is
-    used."""
+    """Return why this parameter is no hidden matrix, or None.
+
+    A tied weight is an embedding wherever else it is used.
+    """
     if any(isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag)) for owner in owners):
         return "embedding, tied to the output head" if len(owners) > 1 else "embedding"
     if id(parameter) in index.heads:
@@ -174,5 +176,5 @@ def _not_hidden_by_name(name: str, ndim: int) -> str | None:
 
 
 def table(routes: Iterable[Route]) -> list[tuple[str, str, str, str]]:
-    """(name, shape, rule, reason) of each route: what is printed at start."""
+    """Return (name, shape, rule, reason) of each route, as printed at start."""
     return [(r.name, "×".join(map(str, r.shape)), r.rule, r.reason) for r in routes]

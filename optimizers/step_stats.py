@@ -19,12 +19,12 @@ from optimizers.step_units import StepUnits
 
 
 class StepStats:
-    """Kept for the last logical step, which may come in several calls: ZeRO calls once per flat tensor.
+    """Statistics of the last logical step, which may come in several calls: ZeRO calls once per flat tensor.
 
     Attributes:
         orthogonalizations: matrices that were orthogonalized in the last step.
         fallbacks: 0-dim int64 on the device: factorizations that needed a fallback, since `clear`.
-        observing: whether this step's moments are looked at.
+        observing: True while figures of this step's moments are computed.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StepStats:
         self._observation = Observation()
 
     def begin(self, parts: set[Any]) -> None:
-        """Begin a logical step with the first call that steps one of its parts again."""
+        """Begin a logical step, if this call steps a part of the last one again."""
         if self._begun and self._begun.isdisjoint(parts):
             self._begun |= parts
             return
@@ -58,11 +58,11 @@ class StepStats:
             self._observation = Observation()
 
     def observe_next(self, on: bool) -> None:
-        """Whether the next step's moments are looked at."""
+        """Observe the moments of the next step, or not."""
         self._is_to_observe = on
 
     def record(self, rule: Rule, batch: MatrixBatch, update: Update, collectives: Collectives) -> None:
-        """What an update says beside its delta."""
+        """Record what an update carries besides its delta."""
         if update.factor is not None:
             self.orthogonalizations += len(batch.matrices) - len(batch.skipped)
         if update.fallbacks is not None:
@@ -94,7 +94,7 @@ class StepStats:
             self._spectra.pop(name, None)
 
     def stepped(self, parameters: Sequence[Tensor]) -> None:
-        """These took a step."""
+        """Remember which parameters took a step."""
         self._stepped += parameters
 
     def retract(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -117,7 +117,7 @@ class StepStats:
         return self._observation.figures
 
     def seconds(self) -> float:
-        """What they cost. Waits for the device."""
+        """Return the seconds that the figures cost. Waits for the device."""
         return self._observation.seconds()
 
 
