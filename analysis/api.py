@@ -1,8 +1,8 @@
-"""optbench from Python and notebooks: `from harness import train, compare, load_runs`.
+"""Use optbench from Python and notebooks: `from harness import train, compare, load_runs`.
 
-Keys are those of the command line: words (``"optimizer.rank=16"``), keyword arguments (``steps=100``,
+Keys are those of the command line: overrides (``"optimizer.rank=16"``), keyword arguments (``steps=100``,
 ``**{"optimizer.rank": 16}``) or nested mappings (``optimizer={"name": "sumo", "rank": 16}``). Results are pandas data
-frames, whose ``attrs`` hold what is not a table. Bad input raises `harness.errors.InputError`.
+frames, whose ``attrs`` hold everything that is not a table. Bad input raises `harness.errors.InputError`.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from harness.record.schema import METRICS
 __all__ = ["InputError", "RunFailed", "compare", "load_runs", "train"]
 
 _PLAIN = re.compile(r"[\w./:+~%-]+", re.ASCII)
-"""Text that the command line's grammar takes as it is."""
+"""Text that needs no quotes in the grammar of overrides."""
 _FIRST = ("optimizer", "seed", "state", "val/loss", "lr", "steps", "tokens", "wall_s")
 """Columns of `load_runs` that come first."""
 
 
 class RunFailed(RuntimeError):
-    """Report a run that failed; the message holds the reason and the folder."""
+    """Raised for a failed run; the message contains the reason and the folder."""
 
 
 def train(*overrides: str, progress: bool = True, **keys: Any) -> pd.DataFrame:
     """Train one run in processes of its own and return its metrics.
 
-    A run that is finished with the same settings is not repeated, but read. One that was interrupted goes on.
+    A run that finished with the same settings is read, not repeated. An interrupted one resumes.
 
     Args:
-        overrides: words of the command line, ``key=value``.
-        progress: show a line while it trains.
+        overrides: ``key=value``, as on the command line.
+        progress: show a progress line.
         keys: keys of a run.
 
     Returns:
@@ -53,12 +53,12 @@ def train(*overrides: str, progress: bool = True, **keys: Any) -> pd.DataFrame:
 
     Raises:
         InputError: bad input; nothing was trained.
-        RunFailed: the run broke off.
+        RunFailed: the run failed.
     """
-    words = [*overrides, *_words(keys)]
+    arguments_ = [*overrides, *_overrides(keys)]
     verbosity = Verbosity.NORMAL if progress else Verbosity.QUIET
     with sessions.Trainer(as_json=False, verbosity=verbosity) as trainer:
-        run = prepare(words, say=trainer.say, writes_folder=False)
+        run = prepare(arguments_, say=trainer.say, writes_folder=False)
         session = sessions.Session([run], trainer, group=run.config.group)
         session.train()
     if session.refusals:
@@ -81,20 +81,20 @@ def compare(*optimizers: str | Iterable[str], progress: bool = True, **keys: Any
     """Train several optimizers under one protocol, write the report, and return the runs.
 
     Args:
-        optimizers: names of optimizers, or lists of them, and words of ``optbench compare``.
-        progress: show a line while they train.
-        keys: keys of the runs, ``seeds``, ``group`` and ``preset``; ``sumo={"rank": 16}`` is for one optimizer.
+        optimizers: names of optimizers, or lists of them, and arguments of ``optbench compare``.
+        progress: show a progress line.
+        keys: keys of the runs, ``seeds``, ``group`` and ``preset``; ``sumo={"rank": 16}`` applies to one optimizer.
 
     Returns:
         As `load_runs` of the group's folder; ``attrs`` also has ``report`` (path of the HTML page), ``verdict`` and
-        ``exit_code`` (0 all finished, 3 a run failed or diverged, 75 interrupted: call again to go on).
+        ``exit_code`` (0 all finished, 3 a run failed or diverged, 75 interrupted: call again to resume).
 
     Raises:
         InputError: bad input of any run; nothing was started.
         RunFailed: no run left a folder.
     """
-    words = [word for item in optimizers for word in ([item] if isinstance(item, str) else item)]
-    plan = arguments.plan([*words, *_words(keys), *([] if progress else ["--quiet"])])
+    names = [name for item in optimizers for name in ([item] if isinstance(item, str) else item)]
+    plan = arguments.plan([*names, *_overrides(keys), *([] if progress else ["--quiet"])])
     code, folder = sessions.train(plan)
     if not folder.is_dir():
         raise RunFailed("no run left a folder")
@@ -112,7 +112,7 @@ def compare(*optimizers: str | Iterable[str], progress: bool = True, **keys: Any
 
 
 def load_runs(folder: str | PathLike[str] = "runs", *, metrics: bool = False) -> pd.DataFrame:
-    """Read the runs below a folder, those of other trainers too.
+    """Read the runs below a folder, including those of other trainers.
 
     Args:
         folder: where to look.
@@ -144,7 +144,7 @@ def _names(run: LoadedRun) -> dict[str, Any]:
 
 
 def _facts(run: LoadedRun) -> dict[str, Any]:
-    """Name, state and the scalars of the summary, the most wanted ones first."""
+    """Return name, state and the scalars of the summary, the most important ones first."""
     scalars = {key: value for key, value in run.summary.items() if not isinstance(value, Mapping | list)}
     facts = {**scalars, **_names(run), "state": run.state, "reason": run.reason, "folder": str(run.folder)}
     first = {"run": run.where, **{key: facts.get(key) for key in _FIRST}}
@@ -152,7 +152,7 @@ def _facts(run: LoadedRun) -> dict[str, Any]:
 
 
 def _metrics(run: LoadedRun) -> pd.DataFrame:
-    """The logged rows, columns in the order of the table of metrics."""
+    """Return the logged rows, with columns in the order of `METRICS`."""
     known = [key for key in METRICS if key in run.metrics]
     others = [key for key in run.metrics if key not in METRICS]
     frame = pd.DataFrame({key: run.metrics[key] for key in [*known, *others]})
@@ -161,8 +161,8 @@ def _metrics(run: LoadedRun) -> pd.DataFrame:
     return frame
 
 
-def _words(keys: Mapping[str, Any]) -> list[str]:
-    """Keyword arguments as words of the command line."""
+def _overrides(keys: Mapping[str, Any]) -> list[str]:
+    """Return keyword arguments as overrides."""
     return [
         f"{name}={_value(value)}" for key, item in keys.items() for name, value in _leaves(key, item).items()
     ]
@@ -173,7 +173,7 @@ def _leaves(key: str, value: Any) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    """A value as it is typed."""
+    """Format a value for the grammar of overrides."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -187,6 +187,6 @@ def _value(value: Any) -> str:
     text = str(value)
     if _PLAIN.fullmatch(text):
         return text
-    # The grammar takes a backslash for an escape only where quotes follow it.
+    # In the grammar a backslash is an escape only if quotes follow it.
     quoted = re.sub(r'(\\*)"', r'\1\1\\"', text)
     return '"' + quoted + "\\" * (len(quoted) - len(quoted.rstrip("\\"))) + '"'

@@ -24,7 +24,7 @@ from optimizers import presets
 DEFAULT_TRIALS = 5
 MOST_TRIALS = 1000
 DEFAULT_EXTEND = 2
-"""More trials where a best lies on the edge of the default ladder; a space that was given is left as it is."""
+"""More trials if a best one is on the edge of the default ladder; an explicit space is not extended."""
 GROUP = "study"
 NUMBERS = ("trials", "seeds", "seed", "extend")
 KNOWN = ("optimizers", *NUMBERS, "space", "run")
@@ -33,15 +33,15 @@ _OWN = ("trials", "extend", "seed", "seeds", "study")
 
 @dataclass(frozen=True)
 class Study:
-    """What is to be tuned and compared.
+    """A tuning study and the comparison at its end.
 
     Attributes:
-        plan: of the comparison at the end: arms without what is tuned, fresh seeds, words that all runs get, group.
-        trials: settings that every optimizer gets.
-        seed: of the trials; not among the comparison's.
-        extend: most further trials for every optimizer, one at a time, while a best lies on an edge.
+        plan: of the comparison: arms without tuned options, fresh seeds, shared overrides, group.
+        trials: number of settings for every optimizer.
+        seed: of the trials; the comparison uses other seeds.
+        extend: most additional trials for every optimizer, one at a time, while a best one is on an edge.
         spaces: label → tuned options; an empty space is the default ladder of learning rates.
-        dry_run: say what would be done.
+        dry_run: print the plan only.
     """
 
     plan: ComparisonPlan
@@ -53,7 +53,7 @@ class Study:
 
     @property
     def trials_group(self) -> str:
-        """Group of the trials: a folder apart from the comparison's, so that nothing mixes the two."""
+        """Group of the trials, whose folder is separate from the comparison's."""
         return f"{self.plan.group}-trials"
 
 
@@ -92,25 +92,25 @@ def read(argv: Sequence[str]) -> Study:
 
 
 def _values(words: Sequence[str], key: str) -> list[str]:
-    """What was given for one of our own keys; twice the same is once.
+    """Return the values of one of our own keys, equal ones once.
 
     Raises:
         InputError: two values.
     """
-    found = list(dict.fromkeys(word.partition("=")[2] for word in words if word.partition("=")[0] == key))
-    if len(found) > 1:
-        raise InputError(key, found[1], f"was given as {found[0]} before")
-    return found
+    values = list(dict.fromkeys(word.partition("=")[2] for word in words if word.partition("=")[0] == key))
+    if len(values) > 1:
+        raise InputError(key, values[1], f"was already set to {values[0]}")
+    return values
 
 
 _LIMITS = {"trials": (2, MOST_TRIALS), "extend": (0, 20), "seed": (0, 2**63 - 1 - MOST_TRIALS)}
 
 
 def _whole(words: Sequence[str], key: str) -> int | None:
-    """The whole number that was given for one of our own keys.
+    """Return the whole number of one of our own keys; None if it is not set.
 
     Raises:
-        InputError: another word, or a number out of bounds.
+        InputError: not a whole number, or out of bounds.
     """
     low, high = _LIMITS[key]
     for text in _values(words, key):
@@ -123,16 +123,18 @@ def _whole(words: Sequence[str], key: str) -> int | None:
 
 
 def _spaces(labels: Sequence[str], words: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Axis]]]:
-    """Words for the comparison, and label → option → axis; an optimizer's own axis wins over the one for all.
+    """Split overrides into those of the comparison, and label → option → axis.
+
+    An optimizer's own axis takes precedence over the one for all optimizers.
 
     Raises:
-        InputError: several values where one belongs, or an option both given and tuned.
+        InputError: several values of a key that is not tunable, or an option that is both fixed and tuned.
     """
     kept: list[str] = []
     for_all: dict[str, Axis] = {}
     tuned: dict[str, dict[str, Axis]] = {label: {} for label in labels}
     fixed: dict[str, dict[str, str]] = {label: {} for label in labels}
-    given: dict[str, str] = {}
+    fixed_for_all: dict[str, str] = {}
     for word in words:
         key, equals, text = word.partition("=")
         head, _, option = key.removeprefix("+").rpartition(".")
@@ -141,12 +143,12 @@ def _spaces(labels: Sequence[str], words: Sequence[str]) -> tuple[list[str], dic
         if axis is not None:
             place = tuned[head] if is_own else for_all
             if place.get(option, axis) != axis:
-                raise InputError(key, text, "was given with other values before")
+                raise InputError(key, text, "was already set to other values")
             place[option] = axis
         elif head == "optimizer" and option not in ("name", "target"):
-            if given.get(option, text) != text:
-                raise InputError(key, text, f"was given as {given[option]} before")
-            given[option] = text
+            if fixed_for_all.get(option, text) != text:
+                raise InputError(key, text, f"was already set to {fixed_for_all[option]}")
+            fixed_for_all[option] = text
         else:
             kept.append(word)
             if is_own:
@@ -154,15 +156,19 @@ def _spaces(labels: Sequence[str], words: Sequence[str]) -> tuple[list[str], dic
             elif equals and head not in presets.names():
                 _refuse_several(key, text)
     for label in labels:
-        fixed[label] = given | fixed[label]
+        fixed[label] = fixed_for_all | fixed[label]
         tuned[label] = for_all | tuned[label]
         for option in tuned[label]:
             if option in fixed[label]:
                 value = fixed[label][option]
                 raise InputError(
-                    f"{label}.{option}", value, "is given and tuned, too", fix="leave one of them out"
+                    f"{label}.{option}", value, "is both fixed and tuned", fix="remove one of them"
                 )
-        kept += [f"{label}.{option}={text}" for option, text in given.items() if fixed[label][option] == text]
+        kept += [
+            f"{label}.{option}={text}"
+            for option, text in fixed_for_all.items()
+            if fixed[label][option] == text
+        ]
     return list(dict.fromkeys(kept)), tuned
 
 
@@ -170,27 +176,29 @@ def _refuse_several(key: str, text: str) -> None:
     if len(space.listed(text)) > 1:
         allowed = "one value; options of optimizers can be tuned: lr=1e-4,3e-4 or sumo.rank=16,32"
         fix = f"{key}={text.split(',')[0]}, or {key}=[{text}] where a list is meant"
-        raise InputError(key, text, "is several values of no optimizer's option", allowed=allowed, fix=fix)
+        raise InputError(
+            key, text, "has several values, but is not an option of an optimizer", allowed=allowed, fix=fix
+        )
 
 
 def _natural(spaces: Iterable[Sequence[Axis]]) -> int:
-    """Trials where none are given: as many as the longest list, else the default."""
+    """Return the default number of trials: the length of the longest list, if there is one."""
     sizes = [len(axes[0].values) for axes in spaces if len(axes) == 1 and axes[0].values]
     return max(sizes, default=DEFAULT_TRIALS)
 
 
-def _extend(given: int | None, spaces: dict[str, tuple[Axis, ...]]) -> int:
+def _extend(value: int | None, spaces: dict[str, tuple[Axis, ...]]) -> int:
     is_ladder = all(not axes or [axis.key for axis in axes] == ["lr"] for axes in spaces.values())
-    if given and not is_ladder:
+    if value and not is_ladder:
         other = next(
             label for label, axes in spaces.items() if axes and [axis.key for axis in axes] != ["lr"]
         )
-        reason = f"goes along learning rates, and {other} has another space"
+        reason = f"extends learning rates only, and {other} has another space"
         raise InputError(
-            "extend", given, reason, fix="extend=0, and a wider space where the best is on an edge"
+            "extend", value, reason, fix="extend=0, and a wider space where the best is on an edge"
         )
-    if given is not None:
-        return given
+    if value is not None:
+        return value
     return 0 if any(spaces.values()) else DEFAULT_EXTEND
 
 

@@ -1,4 +1,4 @@
-"""Search spaces: which values of which options are tried, and in which order. Nothing here draws without a seed.
+"""Search spaces of a tuning study: values of each option, and the order of the trials. All sampling is seeded.
 
 Several options at once are sampled by a scrambled Halton sequence (Halton, Numer. Math. 2 (1960) 84-90), as
 tuning rules for training benchmarks do: the first n points do not depend on how many are drawn.
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from harness.errors import InputError
 
 FACTOR = 2.0
-"""From one learning rate of the default ladder to the next."""
+"""Ratio of neighbouring learning rates in the default ladder."""
 OUTER = 0.1
-"""A sample in the outer tenth of a range counts as one on its edge."""
+"""Share of a range, in logarithm, that counts as its edge."""
 _RANGE = re.compile(r"([^.]+(?:\.[^.]+)?)\.\.([^.]+(?:\.[^.]+)?)")
 _OPEN, _CLOSE = "[{(", "]})"
 
@@ -41,19 +41,19 @@ class Axis:
     high: float = math.nan
 
     def at(self, share: float) -> str:
-        """The value at a share in [0, 1) of the axis; of a range 1 is allowed, too."""
+        """Return the value at a share in [0, 1) of the axis; for a range also at 1."""
         if self.values:
             return self.values[int(share * len(self.values))]
         return spelled(self.low * (self.high / self.low) ** share)
 
 
 def spelled(value: float) -> str:
-    """A number with six digits, as it is typed on the command line."""
+    """Format a number with six digits, as on the command line."""
     return f"{value:.6g}"
 
 
 def number(value: str) -> float:
-    """The number that a value is; NaN for any other word."""
+    """Return the number that a text states; NaN for any other text."""
     try:
         return float(value)
     except ValueError:
@@ -61,7 +61,7 @@ def number(value: str) -> float:
 
 
 def parse(key: str, option: str, text: str) -> Axis | None:
-    """The axis that a word describes; None if it is a single value.
+    """Parse the values of an option; return None for a single value.
 
     Args:
         key: as typed, for errors.
@@ -69,7 +69,7 @@ def parse(key: str, option: str, text: str) -> Axis | None:
         text: ``1e-4,3e-4`` or ``1e-4..1e-2``.
 
     Raises:
-        InputError: an empty or repeated value, or a range that is none.
+        InputError: an empty or repeated value, or an invalid range.
     """
     values = listed(text)
     if len(values) > 1:
@@ -84,12 +84,12 @@ def parse(key: str, option: str, text: str) -> Axis | None:
     low, high = (number(match[1]), number(match[2])) if match else (math.nan, math.nan)
     if not 0 < low < high < math.inf:
         allowed = "LOW..HIGH with 0 < LOW < HIGH (a logarithmic scale)"
-        raise InputError(key, text, "is no range", allowed=allowed, fix=f"{key}=1e-4..1e-2")
+        raise InputError(key, text, "is not a range", allowed=allowed, fix=f"{key}=1e-4..1e-2")
     return Axis(option, low=low, high=high)
 
 
 def listed(text: str) -> list[str]:
-    """The values of a word: its parts between commas outside of brackets and quotes."""
+    """Split a text at the commas outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if letter in "'\"":
@@ -104,18 +104,18 @@ def listed(text: str) -> list[str]:
 
 
 def size(axes: Sequence[Axis]) -> int | None:
-    """How many points a space of listed values has; None if a range is among them."""
+    """Return the number of points of a space of listed values; None if it has a range."""
     return math.prod(len(axis.values) for axis in axes) if all(axis.values for axis in axes) else None
 
 
 def points(label: str, axes: Sequence[Axis], trials: int, seed: int) -> list[Values]:
-    """The trials of one optimizer in order.
+    """Return the trials of one optimizer in order.
 
-    One axis: its values, or the range cut evenly, from the middle outwards. Several: all combinations of listed
-    values if they are as many as the trials, else quasi-random points without repetition.
+    One axis: its values, or evenly spaced points of its range, from the middle outwards. Several axes: all
+    combinations of listed values if their number is that of the trials, else quasi-random points without repetition.
 
     Raises:
-        InputError: the space has fewer points than trials, or one axis more: budgets would not be equal.
+        InputError: the number of points does not match the trials, so that budgets would not be equal.
     """
     known = size(axes)
     if known is not None and (known < trials or (len(axes) == 1 and known != trials)):
@@ -134,44 +134,43 @@ def points(label: str, axes: Sequence[Axis], trials: int, seed: int) -> list[Val
 
 
 def _sampled(axes: Sequence[Axis], trials: int, seed: int) -> list[Values]:
-    # scipy takes a second to import, and words are checked before it is needed.
+    # scipy takes a second to import, which an invalid argument does not need.
     from scipy.stats import qmc
 
-    # "seed" is understood by every scipy that we allow, its new name "rng" only from 1.15 on.
+    # Every supported scipy accepts "seed"; its new name "rng" exists only from 1.15 on.
     sequence = qmc.Halton(len(axes), scramble=True, seed=seed)  # pyright: ignore[reportCallIssue]
-    found: dict[tuple[str, ...], None] = {}
-    while len(found) < trials:
+    points: dict[tuple[str, ...], None] = {}
+    while len(points) < trials:
         (share,) = sequence.random(1)
-        found.setdefault(tuple(axis.at(float(s)) for axis, s in zip(axes, share, strict=True)))
-    return [{axis.key: value for axis, value in zip(axes, point, strict=True)} for point in found]
+        points.setdefault(tuple(axis.at(float(s)) for axis, s in zip(axes, share, strict=True)))
+    return [{axis.key: value for axis, value in zip(axes, point, strict=True)} for point in points]
 
 
 def from_centre(values: Sequence[str]) -> list[str]:
-    """The middle first, then its neighbours, and the ends last."""
+    """Sort values from the middle outwards."""
     middle = (len(values) - 1) / 2
     order = sorted(range(len(values)), key=lambda i: (abs(i - middle), i))
     return [values[i] for i in order]
 
 
 def ladder(centre: Mapping[str, float], trials: int) -> list[Values]:
-    """Learning rates a factor of `FACTOR` apart around the default, from the centre out: 1, 1/2, 2, 1/4, 4, …
+    """Return learning rates around the default from the centre outwards: 1, 1/2, 2, 1/4, 4, … times the default.
 
     Args:
-        centre: ``lr``, and the rates that go with it (``aux_lr``), which keep their ratio to it.
-        trials: how many.
+        centre: ``lr``, and rates that keep their ratio to it (``aux_lr``).
+        trials: number of settings.
     """
     powers = [(i + 1) // 2 * (-1 if i % 2 else 1) for i in range(trials)]
     return [{key: spelled(rate * FACTOR**power) for key, rate in centre.items()} for power in powers]
 
 
 def beyond(best: Values, tried: Sequence[float], losses: Sequence[float]) -> Values:
-    """One more point of a ladder: past the edge if the best lies there, else halfway (in logarithm) to its better
-    neighbour.
+    """Return one more point of a ladder: beyond the edge if the best is there, else between it and its better neighbour.
 
     Args:
         best: the best setting so far.
         tried: its learning rates so far, in any order.
-        losses: of them; infinite where a trial diverged.
+        losses: of these rates; infinite for a diverged trial.
     """
     rate = number(best["lr"])
     order = sorted(zip(tried, losses, strict=True))
@@ -187,19 +186,19 @@ def beyond(best: Values, tried: Sequence[float], losses: Sequence[float]) -> Val
 
 
 def edges(best: Values, tried: Sequence[Values], axes: Sequence[Axis]) -> dict[str, str]:
-    """Options whose best value lies on an edge of what was tried → "lowest" or "highest".
+    """Return the options whose best value is on an edge of the tried ones → "lowest" or "highest".
 
-    A value of 0 is no edge: there is nothing below it. Words have no order and no edge.
+    A value of 0 is not an edge, because nothing is below it. Texts have no order and no edge.
 
     Args:
         best: the best setting.
-        tried: all settings whose outcome is known, diverged ones too.
-        axes: the space, empty for the default ladder; of several axes a range is judged by its own ends, where a few
-            samples never lie.
+        tried: all settings with a known outcome, including diverged ones.
+        axes: the space; empty for the default ladder. With several axes, a range is judged by its own ends, which few
+            samples reach.
     """
     tuned = [axis.key for axis in axes] or ["lr"]
     ranges = {axis.key: axis for axis in axes if not axis.values and len(axes) > 1}
-    found = {}
+    on_edge = {}
     for key in tuned:
         value, others = number(best[key]), sorted({number(point[key]) for point in tried})
         if not value or any(math.isnan(other) for other in others) or len(others) < 2:
@@ -210,5 +209,5 @@ def edges(best: Values, tried: Sequence[Values], axes: Sequence[Axis]) -> dict[s
         else:
             side = {others[0]: "lowest", others[-1]: "highest"}.get(value, "")
         if side:
-            found[key] = side
-    return found
+            on_edge[key] = side
+    return on_edge
