@@ -165,7 +165,7 @@ def ladder(centre: Mapping[str, float], trials: int) -> list[Values]:
 
 
 def beyond(best: Values, tried: Sequence[float], losses: Sequence[float]) -> Values:
-    """Return one more point of a ladder: beyond the edge if the best is there, else between it and its better neighbour.
+    """Return one more point of a ladder: beyond the edge, or between the best and its better neighbour.
 
     Args:
         best: the best setting so far.

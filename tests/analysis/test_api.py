@@ -79,14 +79,14 @@ def test_the_functions_come_from_harness_and_cost_nothing_before_they_are_asked_
     ids=repr,
 )
 def test_every_value_arrives_as_it_was_given(value: Any) -> None:
-    (word,) = api._words({"key": [value] if isinstance(value, dict) else value})
+    (word,) = api._overrides({"key": [value] if isinstance(value, dict) else value})
     (assignment,) = overrides.parse([word], lambda *_: None)
     assert assignment.value == ([value] if isinstance(value, dict) else value)
 
 
 def test_nested_mappings_numpy_numbers_and_paths_are_keys_too(tmp_path: Path) -> None:
     given = {"model": {"name": "x", "config": {"hidden_size": np.int64(64)}}, "optimizer.lr": np.float64(0.5)}
-    assert api._words({**given, "runs_dir": tmp_path}) == [
+    assert api._overrides({**given, "runs_dir": tmp_path}) == [
         "model.name=x",
         "model.config.hidden_size=64",
         "optimizer.lr=0.5",
