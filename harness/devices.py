@@ -1,15 +1,32 @@
-"""The device that a process trains on: its own GPU, or the CPU if asked for or if there is no GPU; and bytes there."""
+"""The device that a process trains on, the bytes that it holds there, and the facts of its machine."""
 
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from harness.config.launcher import cpu_is_requested
 from harness.errors import InputError
+
+PACKAGES = (
+    "optbench",
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "wandb",
+    "numpy",
+)
+"""Packages whose versions environment.json records."""
 
 
 def uses_cuda(environ: Mapping[str, str] = os.environ) -> bool:
@@ -60,3 +77,43 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
             seen.add(key)
             total += local.numel() * local.element_size()
     return total
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Return versions, devices, threads and the git commit of the current folder, if it is a repository.
+
+    Host name, user name and paths of the machine are left out.
+    """
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": device_name(device),
+        "world_size": world_size,
+        "threads_per_process": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "cuda": torch.version.cuda,
+        "git": _git(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None

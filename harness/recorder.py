@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.table import Table
 
-from harness import summary
+from harness import devices, summary
 from harness.config import deepspeed_config, derived_defaults
 from harness.config.schema import ZERO, RunConfig
-from harness.devices import device_name
 from harness.loop import Run
 from harness.preparation import Prepared
 from harness.probes import memory
 from harness.probes.flops import FORMULA
 from harness.profiling import StepProfile
 from harness.protocols import CheckpointManager, MetricRow, Sink
-from harness.record import certificates, environment
+from harness.record import certificates
 from harness.record.folder import RunFolder
 from harness.record.log import Log, ProgressSink
 from harness.record.readers import stalled_ranks
@@ -103,7 +102,7 @@ class RunRecorder:
         self.folder.write_json(
             "environment.json",
             {
-                **environment.describe(run.engine.device, run.engine.world_size),
+                **devices.environment(run.engine.device, run.engine.world_size),
                 "engine": run.engine.name,
                 "corpus_sha256": corpus.sha256,
                 "tokenizer_sha256": corpus.tokenizer_sha256,
@@ -117,7 +116,7 @@ class RunRecorder:
             self._warnings.append(uncertified)
         self.log.say(
             f"{config.model.name}{_origin(config)}: {run.info.parameters:,} parameters, {config.precision}, "
-            f"{run.engine.world_size} process(es) on {device_name(run.engine.device)} ({run.engine.name}); "
+            f"{run.engine.world_size} process(es) on {devices.device_name(run.engine.device)} ({run.engine.name}); "
             f"{config.steps} steps of {config.batch_size}×{config.seq_len} tokens; "
             f"lr {config.optimizer.lr:g} ({config.optimizer.lr_source})"
         )

@@ -9,94 +9,30 @@ from typing import Any
 
 REDACTED = "<redacted>"
 
-_ANYWHERE = (
-    "password",
-    "passwd",
-    "passphrase",
-    "passcode",
-    "secret",
-    "credential",
-    "apikey",
-    "privatekey",
-    "accesskey",
-    "authkey",
-    "signingkey",
-    "encryptionkey",
-    "sshkey",
-    "bearer",
-    "authorization",
-    "webhook",
-    "connectionstring",
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ANYWHERE = _words(
+    "password passwd passphrase passcode secret credential apikey privatekey accesskey authkey signingkey "
+    "encryptionkey sshkey bearer authorization webhook connectionstring"
 )
 """Letters that make a name secret wherever they occur, whatever separates its parts (``api-key``, ``API_KEY``)."""
-_AT_END = (
-    "key",
-    "keys",
-    "pass",
-    "pwd",
-    "pw",
-    "pat",
-    "auth",
-    "jwt",
-    "cookie",
-    "cookies",
-    "dsn",
-    "hmac",
-    "sas",
-)
+_AT_END = _words("key keys pass pwd pw pat auth jwt cookie cookies dsn hmac sas")
 """Last parts of a secret name of several parts (``DB_PASS``, ``OPENAI_KEY``)."""
 _HARMLESS_BEFORE = {
-    "key": (
-        "comparison",
-        "public",
-        "primary",
-        "foreign",
-        "cache",
-        "sort",
-        "group",
-        "config",
-        "partition",
-        "row",
-    ),
-    "pass": ("forward", "backward", "first", "second", "single", "one", "two"),
-    "pwd": ("old",),
-    "pw": (),
+    "key": _words("comparison public primary foreign cache sort group config partition row"),
+    "pass": _words("forward backward first second single one two"),
+    "pwd": _words("old"),
+    "pw": _words(""),
 }
-_COUNTS = (
-    *(
-        "max",
-        "min",
-        "num",
-        "n",
-        "count",
-        "total",
-        "per",
-        "eval",
-        "train",
-        "val",
-        "validation",
-        "batch",
-        "new",
-    ),
-    *(
-        "available",
-        "skipped",
-        "seen",
-        "unk",
-        "bos",
-        "eos",
-        "pad",
-        "cls",
-        "sep",
-        "mask",
-        "image",
-        "audio",
-        "video",
-    ),
-    *("special", "vocab", "added", "prefix", "suffix", "start", "end"),
+_COUNTS = _words(
+    "max min num n count total per eval train val validation batch new available skipped seen unk bos eos pad "
+    "cls sep mask image audio video special vocab added prefix suffix start end"
 )
 """Parts before ``token`` that make it a word of a text, or a number of them."""
-_COUNTED_AFTER = ("id", "ids", "per", "count", "counts", "index", "type", "types", "embeddings", "available")
+_COUNTED_AFTER = _words("id ids per count counts index type types embeddings available")
 
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _NAME = r"[A-Za-z_][\w.-]*"

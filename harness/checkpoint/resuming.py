@@ -39,12 +39,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    run: Run,
-    checkpoints: Store,
-    *,
-    identity: str,
-    attempt: int,
-    shorter_runs: Sequence[ShorterRun] = (),
+    run: Run, checkpoints: Store, *, identity: str, attempt: int, shorter_runs: Sequence[ShorterRun] = ()
 ) -> Choice:
     """Return the newest checkpoint whose files are all as they were written (a collective).
 

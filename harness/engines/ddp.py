@@ -29,8 +29,7 @@ class ReplicatedEngine(SkipStepEngine):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         ddp = DistributedDataParallelKwargs(
-            bucket_cap_mb=config.engine.bucket_mb,
-            gradient_as_bucket_view=True,
+            bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
         )
         with without_accelerate_plugins():
             self._accelerator = Accelerator(

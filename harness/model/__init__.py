@@ -3,10 +3,4 @@
 from harness.model.build import build, count_parameters, decoder_layers
 from harness.model.loss import CausalLMObjective, loss_sum
 
-__all__ = [
-    "CausalLMObjective",
-    "build",
-    "count_parameters",
-    "decoder_layers",
-    "loss_sum",
-]
+__all__ = ["CausalLMObjective", "build", "count_parameters", "decoder_layers", "loss_sum"]

@@ -13,13 +13,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from harness.files import bounded
 from harness.files.bounded import MIB, JsonDecoder, UnreadableFile, UnreadableValue

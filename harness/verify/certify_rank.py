@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import engines
+from harness import devices, engines
 from harness.config.schema import RunConfig
 from harness.loop import Callbacks, Run, train
 from harness.preparation import prepare
-from harness.record import environment
 from harness.record.certificates import Cell
 from harness.run import assemble
 from harness.schedule import Factor
@@ -171,5 +170,5 @@ def start(rank: int, folder: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """Return the facts of this machine that certificates record."""
-    found = environment.describe(torch.device("cpu"), 1)
+    found = devices.environment(torch.device("cpu"), 1)
     return {key: found[key] for key in ("python", "system", "packages", "device", "cpu_cores")}
