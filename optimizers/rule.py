@@ -52,7 +52,7 @@ class Rule(ABC):
         matrices = [kind for kind, size in state.items() if len(size) == 2]
         return "moment" if "moment" in matrices else next(iter(matrices), None)
 
-    def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
+    def state_holds_spectrum(self, options: Mapping[str, Any]) -> bool:
         """Return True if `Update.singular_values` belong to the observed state as it is after the step."""
         return True
 
@@ -63,11 +63,11 @@ class Rule(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no row form (needs_whole)")
 
-    def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
+    def low_rank_form(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
         """Return (rank, keep) of the `LowRank` updates of (m, n) matrices; None: the updates are dense."""
         return None
 
-    def row_traffic(
+    def sharded_step_bytes(
         self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
     ) -> float:
         """Return the bytes that a rank sends in an ordinary step for one fp32 matrix that is split along `split`.

@@ -70,7 +70,7 @@ class StepStats:
             if batch.masked is not None and batch.masked.ndim == 0:
                 count = torch.where(batch.masked, 0, count)
             self.fallbacks = self.fallbacks.to(count.device) + count
-        known = update.singular_values if rule.spectrum_of_state(batch.options) else None
+        known = update.singular_values if rule.state_holds_spectrum(batch.options) else None
         for position, name in enumerate(batch.names):
             if known is not None and position not in batch.skipped:
                 self._spectra[name] = known, position

@@ -267,7 +267,7 @@ def traffic(
     rule: Rule, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
 ) -> tuple[float, bool]:
     """Return the bytes that a rank sends for one matrix in the cheaper scheme, and True if that is the row form."""
-    rows, whole = rule.row_traffic(shape, split, options, ranks), owner_traffic(shape, ranks)
+    rows, whole = rule.sharded_step_bytes(shape, split, options, ranks), owner_traffic(shape, ranks)
     return (whole, False) if rule.needs_whole or whole < rows else (rows, True)
 
 

@@ -173,7 +173,7 @@ class WorkSplitBucket(_DividedBucket):
         rule: Rule,
         options: Mapping[str, Any],
     ) -> None:
-        self._factors = rule.factors(matrices[0].block.shape, options)
+        self._factors = rule.low_rank_form(matrices[0].block.shape, options)
         sizes = [self._payload(m.block.shape) for m in matrices]
         everywhere = [[(0, size)] * communicator.size for size in sizes]
         exchange = Exchange(everywhere, whole_at(owners, sizes, communicator.size), communicator)

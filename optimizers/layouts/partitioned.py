@@ -435,7 +435,7 @@ def _in_rows(view: FlatSliceView, rule: Rule, options: Mapping[str, Any], ranks:
         return False
     m, n = view.row_count, view.columns
     moved = m * n - max(hi - lo for lo, hi in view.slot.pieces)
-    return rule.row_traffic((m, n), 0, options, ranks) <= 8.0 * moved / ranks
+    return rule.sharded_step_bytes((m, n), 0, options, ranks) <= 8.0 * moved / ranks
 
 
 def _owner(index: int, pieces: Sequence[Interval]) -> int:

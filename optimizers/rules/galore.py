@@ -41,11 +41,11 @@ class GaLore(Rule):
         axes = parts.subspace_axes(shape, options)
         return {**axes, "second_moment": axes["moment"]}
 
-    def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
+    def low_rank_form(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
         """Return the rank; nothing of the gradient outside of the subspace is kept."""
         return parts.rank_of(shape, options), 0.0
 
-    def row_traffic(
+    def sharded_step_bytes(
         self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
     ) -> float:
         """Return the bytes of Ĝ, or nothing where the moments keep the axis that is split."""

@@ -34,7 +34,7 @@ class Muon(Rule):
         """Return mn numbers."""
         return {"moment": shape}
 
-    def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
+    def state_holds_spectrum(self, options: Mapping[str, Any]) -> bool:
         """Return False with a look-ahead that is not stored."""
         return options["nesterov"] is not True
 

@@ -55,13 +55,13 @@ class Sumo(Rule):
         """Return the axes of basis and moment; the norms are one number for the whole matrix."""
         return {**parts.subspace_axes(shape, options), "previous_norm": (), "projected_norm": ()}
 
-    def factors(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
+    def low_rank_form(self, shape: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, float] | None:
         """Return the rank and factor of αρG + Q(sO - ρĜ); a limiter on residual or total needs it formed."""
         if parts.limits_growth(options, "residual") or parts.limits_growth(options, "total"):
             return None
         return parts.rank_of(shape, options), options["alpha"] * options["residual_scale"]
 
-    def row_traffic(
+    def sharded_step_bytes(
         self, shape: tuple[int, int], split: int, options: Mapping[str, Any], ranks: int
     ) -> float:
         """Return the bytes of Ĝ where Q contracts the split axis; else of Grams and roots (12r²), or of gathering."""
@@ -70,7 +70,7 @@ class Sumo(Rule):
         r = parts.rank_of(shape, options)
         return min(12.0 * r * r, 8.0 * shape[split] * r / ranks) * (ranks - 1) / ranks
 
-    def spectrum_of_state(self, options: Mapping[str, Any]) -> bool:
+    def state_holds_spectrum(self, options: Mapping[str, Any]) -> bool:
         """Return False with a look-ahead that is not stored."""
         return options["nesterov"] is not True
 

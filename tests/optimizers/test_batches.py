@@ -183,7 +183,7 @@ def test_a_rule_compiles_and_a_schedule_recompiles_nothing(
         def update(self, b: Any) -> Update:
             return compiled(b)
 
-        def spectrum_of_state(self, options: Any) -> bool:
+        def state_holds_spectrum(self, options: Any) -> bool:
             return True
 
     def run(lr: float) -> list[torch.Tensor]:

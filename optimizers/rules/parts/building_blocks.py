@@ -23,12 +23,19 @@ from optimizers.interfaces import (
 # Rules take them from here, so that their own modules import no torch.
 from optimizers.interfaces import InTurn as InTurn
 from optimizers.interfaces import Update as Update
-from optimizers.linalg import sketching
 from optimizers.linalg.inverse_root import GRAM_RTOL, RootSolver
 from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
 from optimizers.linalg.polar import Polar, polar
 from optimizers.linalg.robust import choose_method, default_rtol
-from optimizers.linalg.subspace import basis_cut, randomized_basis, svd_basis, test_matrix
+from optimizers.linalg.subspace import (
+    basis_cut,
+    randomized_basis,
+    range_finder,
+    sharded_canonical_signs,
+    sharded_svd_basis,
+    svd_basis,
+    test_matrix,
+)
 from optimizers.rule import Axes
 
 
@@ -270,13 +277,13 @@ def _new_basis(b: MatrixBatch, at: slice) -> Tensor | Generator[Any, Any, Tensor
         return randomized_basis(gradient, rank, side, test, passes=PASSES, warm=b.state["basis"][at])
     rtol = basis_cut(b.shape, gradient.dtype)
     if options["basis"] == "svd":
-        steps = sketching.exact(gradient, rank, side, rtol, b.split)
+        steps = sharded_svd_basis(gradient, rank, side, rtol, b.split)
     else:
         test, warm = _test_matrices(b, at, rank).to(gradient), b.state["basis"][at]
         if b.split == 1:
             test = test[:, b.start : b.start + gradient.shape[-1]]
-        steps = sketching.range_finder(gradient, rank, side, test, PASSES, warm, rtol, b.split)
-    return sketching.canonical(steps, b.split == contracted(left), b.start)
+        steps = range_finder(gradient, rank, side, test, PASSES, warm, rtol, b.split)
+    return sharded_canonical_signs(steps, b.split == contracted(left), b.start)
 
 
 def _test_matrices(b: MatrixBatch, at: slice, rank: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizers.linalg import sketching
+from optimizers.linalg import subspace
 from optimizers.linalg.requests import AllGather, AllReduce, Eigh, drive
 from optimizers.linalg.subspace import (
     basis_cut,
@@ -158,7 +158,7 @@ class Meeting:
         assert all(torch.equal(everything[0], other) for other in everything)
         return torch.linalg.eigh(everything[0])
 
-    def drive(self, rank: int, steps: sketching.Steps) -> torch.Tensor:
+    def drive(self, rank: int, steps: subspace.Steps) -> torch.Tensor:
         return drive(steps, partial(self.answer, rank))
 
 
@@ -191,11 +191,11 @@ def test_shards_give_the_basis_of_the_whole_matrix(
         kept = None if old is None else (old[lo:hi] if basis_is_split else old)[None]
         tests = (sketch[lo:hi] if split == 1 else sketch)[None]
         steps = (
-            sketching.exact(mine, 10, side, rtol, split)
+            subspace.sharded_svd_basis(mine, 10, side, rtol, split)
             if kind == "exact"
-            else sketching.range_finder(mine, 10, side, tests, 2, kept, rtol, split)
+            else subspace.range_finder(mine, 10, side, tests, 2, kept, rtol, split)
         )
-        results[index] = meeting.drive(index, sketching.canonical(steps, basis_is_split, lo))[0]
+        results[index] = meeting.drive(index, subspace.sharded_canonical_signs(steps, basis_is_split, lo))[0]
 
     threads = [threading.Thread(target=rank, args=(index,)) for index in range(world)]
     for thread in threads:
@@ -219,13 +219,15 @@ def test_the_largest_component_may_live_on_another_rank() -> None:
     meeting = Meeting(2)
     results: list[torch.Tensor] = [torch.empty(0)] * 2
 
-    def steps(part: torch.Tensor) -> sketching.Steps:
+    def steps(part: torch.Tensor) -> subspace.Steps:
         return part
         yield
 
     def rank(index: int) -> None:
         part = basis[2 * index : 2 * index + 2][None]
-        results[index] = meeting.drive(index, sketching.canonical(steps(part), True, 2 * index))[0]
+        results[index] = meeting.drive(index, subspace.sharded_canonical_signs(steps(part), True, 2 * index))[
+            0
+        ]
 
     threads = [threading.Thread(target=rank, args=(index,)) for index in range(2)]
     for thread in threads:
