@@ -69,7 +69,7 @@ class SignDescent(BatchedRule):
         return [np.sign(g) for g in gradient]
 
 
-class Adam(BatchedRule):
+class BatchedAdam(BatchedRule):
     """Adam with bias correction; ε is added after it."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ class SpectralDescent(BatchedMatrixRule):
         return polar(gradient)
 
 
-class Muon(BatchedMatrixRule):
+class BatchedMuon(BatchedMatrixRule):
     """Muon (`optimizers.rules.muon`), the exact factor or Newton–Schulz in the dtype of the weights."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ class Subspace(BatchedMatrixRule):
         """Bring moments into the new basis, with overlap = Q_newᵀ Q_old."""
 
 
-class Sumo(Subspace, Muon):
+class BatchedSumo(Subspace, BatchedMuon):
     """SUMO (`optimizers.rules.sumo`) with an exact or Newton–Schulz factor."""
 
     def __init__(self, options: Mapping[str, Any], shape: tuple[int, int]) -> None:
@@ -213,7 +213,7 @@ class Sumo(Subspace, Muon):
         return options["alpha"] * (rho * gradient + self.lifted(s * factor - rho * inside))
 
 
-class GaLore(Subspace):
+class BatchedGaLore(Subspace):
     """GaLore (`optimizers.rules.galore`), which carries no moments over."""
 
     def __init__(self, options: Mapping[str, Any], shape: tuple[int, int]) -> None:
@@ -268,10 +268,10 @@ def fast_rule(spec: OptimizerSpec, shape: tuple[int, int]) -> BatchedRule:
         "ngd": NormalizedDescent,
         "sign": SignDescent,
         "spectral": SpectralDescent,
-        "adamw": lambda: Adam(spec.options),
-        "muon": lambda: Muon(spec.options),
-        "sumo": lambda: Sumo(spec.options, shape),
-        "galore": lambda: GaLore(spec.options, shape),
+        "adamw": lambda: BatchedAdam(spec.options),
+        "muon": lambda: BatchedMuon(spec.options),
+        "sumo": lambda: BatchedSumo(spec.options, shape),
+        "galore": lambda: BatchedGaLore(spec.options, shape),
     }
     return by_kind[spec.kind]()
 

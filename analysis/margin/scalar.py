@@ -248,7 +248,7 @@ def _muon(options: Mapping[str, Any]) -> MatrixUpdate:
 
 
 class _Momentum:
-    """Gradient → what is orthogonalized (`rules.Muon.momentum`)."""
+    """Gradient → what is orthogonalized (`rules.BatchedMuon.momentum`)."""
 
     def __init__(self, options: Mapping[str, Any], length: int) -> None:
         self.mu, self.nesterov = options["momentum"], options["nesterov"]
@@ -268,7 +268,7 @@ class _Momentum:
 
 
 class _Subspace:
-    """SUMO and GaLore of rank 1 (`rules.Sumo`, `rules.GaLore`)."""
+    """SUMO and GaLore of rank 1 (`rules.BatchedSumo`, `rules.BatchedGaLore`)."""
 
     def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
         self.options = options

@@ -24,7 +24,7 @@ FONT_SIZE = 13
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageGrid:
     """A grid of images.
 
     Attributes:
@@ -66,7 +66,7 @@ def png(lines: Sequence[ImageRow]) -> bytes:
 
 def draw_alternatives(
     point: KktPoint, radii: Sequence[float], target: Target, label: str, seed: int
-) -> Picture:
+) -> ImageGrid:
     """Draw sets that the same weights cannot tell from the training set: train, +αν, −βν, merged."""
     order = _both_classes(point.labels, min(MOST, len(point.x)))
     lines = [ImageRow("training images", _shown(target, point.x[order]))]
@@ -89,12 +89,12 @@ def draw_alternatives(
         "trained one. Every image is stretched to its own least and largest value."
     )
     title = f"Other training sets for the same weights: {label}"
-    return Picture(f"alternatives-{label}", title, caption, png(lines))
+    return ImageGrid(f"alternatives-{label}", title, caption, png(lines))
 
 
 def draw_reconstructions(
     target: Target, candidates: Candidates, heldout: Tensor, label: str, seed: int
-) -> Picture:
+) -> ImageGrid:
     """Draw training images, their nearest reconstructions and the nearest of as many held-out images, best first."""
     matches = scoring.matches(target, candidates.x)
     order = matches.ncc.argsort(descending=True)[:MOST]
@@ -111,7 +111,7 @@ def draw_reconstructions(
         f"The best {len(order)} by correlation. K = {candidates.residual:.2g}. The third row is what images that were "
         "never trained on look like when they are matched in the same way. The private mean is added for the eye."
     )
-    return Picture(f"reconstructions-{label}", f"Reconstructions: {label}", caption, png(lines))
+    return ImageGrid(f"reconstructions-{label}", f"Reconstructions: {label}", caption, png(lines))
 
 
 def _both_classes(labels: Tensor, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from analysis.pages import job_page
 from analysis.pages.figures import Plot
 from analysis.reconstruction import pictures, plots, susceptibility
 from analysis.reconstruction.job import ReconstructionResults
-from analysis.reconstruction.pictures import Picture
+from analysis.reconstruction.pictures import ImageGrid
 from analysis.reconstruction.subjects import TableRow
 from analysis.text_tables import TextTable
 from harness.files import atomic
@@ -109,7 +109,7 @@ def write(results: ReconstructionResults) -> list[Path]:
     return [path, *written]
 
 
-def render(results: ReconstructionResults, figures: Sequence[Plot], images: Sequence[Picture]) -> str:
+def render(results: ReconstructionResults, figures: Sequence[Plot], images: Sequence[ImageGrid]) -> str:
     """Return the page as self-contained HTML."""
     return job_page.render(
         title=results.config.mode,
@@ -152,7 +152,7 @@ def headline(results: ReconstructionResults) -> str:
     return sentence.strip() or "Certificates only."
 
 
-def make_pictures(results: ReconstructionResults) -> list[Picture]:
+def make_pictures(results: ReconstructionResults) -> list[ImageGrid]:
     """Draw grids for the last checkpoint of each optimizer, first seed."""
     config, images = results.config, results.images
     grids = []
