@@ -1,4 +1,4 @@
-"""From the optimizer group of the configuration to an optimizer over the model's parameters."""
+"""Build the optimizer that a configuration names, over the parameters of a model."""
 
 from __future__ import annotations
 
@@ -18,55 +18,58 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(config: RunConfig, model: nn.Module, engine: Engine) -> torch.optim.Optimizer:
-    """The preset or plug-in that ``config.optimizer`` names, routed over the parameters of ``model``.
+    """Build the preset or plug-in that ``config.optimizer`` names, routed over the parameters of ``model``.
 
-    ``model`` is what `Engine.shard` left: whole parameters, or DTensors, which the optimizer recognizes.
+    Args:
+        config: checked.
+        model: as `Engine.shard` left it: whole parameters, or DTensors, which the optimizer recognizes.
+        engine: gives the process group and the layout.
 
     Raises:
         InputError: an option that this model or plug-in refuses.
     """
-    chosen = config.optimizer
-    if chosen.target is not None:
-        return _plugin(chosen.target, model, {"lr": chosen.lr, **chosen.options})
+    section = config.optimizer
+    if section.target is not None:
+        return _plugin(section.target, model, {"lr": section.lr, **section.options})
     try:
         return optimizers.build(
-            chosen.name,
+            section.name,
             model.named_parameters(),
             modules=model,
             process_group=engine.process_group(),
             # Whole parameters then only tell shapes and routes; DeepSpeed's slices are bound to it later.
             layout="partitioned" if engine.layout == "partitioned" else None,
             work=config.engine.optimizer_work,
-            lr=chosen.lr,
-            **chosen.options,
+            lr=section.lr,
+            **section.options,
         )
     except optimizers.OptionError as error:
         raise _refused(error) from error
 
 
 def shard_axes(config: RunConfig, model: nn.Module, shards: int) -> dict[str, int]:
-    """Parameter → axis to cut it along: where the optimizer sends least, or what ``engine.shard_axis`` says.
+    """Return parameter → axis to shard it along: where the optimizer sends least, or ``engine.shard_axis``.
 
     Args:
         config: checked.
         model: whole.
-        shards: processes over which a copy of the weights is to be cut.
+        shards: processes over which one replica of the weights is sharded.
 
     Raises:
         InputError: an option that this model refuses.
     """
-    chosen, axis = config.optimizer, config.engine.shard_axis
+    section, axis = config.optimizer, config.engine.shard_axis
     # A plug-in's traffic is not known; most gather what they need, which costs the same along either axis.
-    if axis != "auto" or chosen.target is not None:
+    if axis != "auto" or section.target is not None:
         return {name: 0 if axis == "auto" else axis for name, _ in model.named_parameters()}
     try:
         return preferred_axes(
-            chosen.name,
+            section.name,
             model.named_parameters(),
             shards,
             modules=model,
-            lr=chosen.lr,
-            **chosen.options,
+            lr=section.lr,
+            **section.options,
         )
     except optimizers.OptionError as error:
         raise _refused(error) from error
@@ -83,7 +86,7 @@ def _refused(error: optimizers.OptionError) -> InputError:
 
 
 def ownership(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
-    """Which parameter took which rule, for parameters.json. A plug-in owns all of them."""
+    """Return which parameter took which rule, for parameters.json; a plug-in takes all of them."""
     routes = tracked(optimizer).routes
     if not routes:
         rule = type(optimizer).__name__

@@ -92,7 +92,7 @@ def _values(gram: Tensor, dtype: torch.dtype) -> Tensor:
 def figures_of(
     names: Sequence[str], moment: Tensor, factor: Tensor | None = None, known: Tensor | None = None
 ) -> dict[str, Figures]:
-    """Name → figures of a stack of moments, and of the factors that were applied to them.
+    """Return name → figures of a batch of moments, and of the factors that were applied to them.
 
     Args:
         names: of the b matrices.
@@ -114,13 +114,10 @@ def figures_of(
         values = known
         columns["polar_error"] = polar_error(factor, moment)
     assert values is not None
-    found = figures(values, moment.shape, moment.dtype)
-    columns["condition_number"] = found.condition_number.double()
-    columns["effective_rank"] = found.effective_rank.double()
-    columns["stable_rank"] = found.stable_rank.double()
+    columns |= _spectral_columns(values, moment.shape, moment.dtype)
     if factor is not None:
         columns["orthogonality_error"] = orthogonality_error(factor)
-    return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)}
+    return _by_name(names, columns)
 
 
 def split_figures_of(
@@ -132,12 +129,7 @@ def split_figures_of(
     """
     gram = share.gram(moment)
     values = _values(gram, moment.dtype)[..., : min(share.shape)] if known is None else known
-    found = figures(values, share.shape, moment.dtype)
-    columns = {
-        "condition_number": found.condition_number.double(),
-        "effective_rank": found.effective_rank.double(),
-        "stable_rank": found.stable_rank.double(),
-    }
+    columns = _spectral_columns(values, share.shape, moment.dtype)
     if factor is not None:
         k = min(share.shape)
         exact = share.times(moment, inverse_root(gram, default_rtol(share.shape, moment.dtype)).root)
@@ -148,6 +140,19 @@ def split_figures_of(
         # ‖OOᵀ - I‖² on either side: the two Grams share their non-zero eigenvalues.
         excess = square.square().sum((-2, -1)) - 2 * trace + k
         columns["orthogonality_error"] = (excess.clamp_min(0.0) / k).sqrt()
+    return _by_name(names, columns)
+
+
+def _spectral_columns(values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    spectral = figures(values, shape, dtype)
+    return {
+        "condition_number": spectral.condition_number.double(),
+        "effective_rank": spectral.effective_rank.double(),
+        "stable_rank": spectral.stable_rank.double(),
+    }
+
+
+def _by_name(names: Sequence[str], columns: dict[str, Tensor]) -> dict[str, Figures]:
     return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)}
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 
-from optimizers.options import OptionError
+from optimizers.options import OptionError, declared, option
 from optimizers.presets import OPTIONS, PRESETS, names, rank_limit_check, resolve
 from optimizers.rules.parts.building_blocks import default_rank
 
@@ -129,3 +130,26 @@ def test_the_rank_check_names_the_matrix() -> None:
 
 def test_default_rank() -> None:
     assert (default_rank(512, 1376), default_rank(3, 100)) == (128, 1)
+
+
+def test_a_dataclass_declares_options_by_its_annotations() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        size: int | None = option(None, "a size", minimum=1)
+        kind: Literal["a", "b"] = option("a", "a kind")
+        pair: tuple[float, float] = option((0.9, 0.95), "decay rates")
+
+    found = declared(Options)
+    assert (found["size"].type, found["size"].optional, found["size"].minimum) == ("int", True, 1)
+    assert (found["kind"].type, found["kind"].choices) == ("str", ("a", "b"))
+    assert found["pair"].type == "betas"
+    with pytest.raises(OptionError, match="a whole number >= 1"):
+        found["size"].check(0)
+
+
+def test_every_preset_keeps_to_the_options_of_its_rule() -> None:
+    """Presets of one rule have the same options; those that rules share mean the same (`_collect` refuses others)."""
+    by_rule: dict[str, set[frozenset[str]]] = {}
+    for preset in PRESETS.values():
+        by_rule.setdefault(preset.rule, set()).add(frozenset(preset.options))
+    assert all(len(sets) == 1 for sets in by_rule.values())
