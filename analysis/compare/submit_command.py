@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     """
     submitted = _parse(argv)
     # Check all of them now: the script of a later job is written after the first job is queued.
-    scripts.check_words([word for words in (argv, *submitted.then) for word in words])
+    scripts.check_words([argument for command in (argv, *submitted.then) for argument in command])
     request = SubmitRequest(
         cluster=cluster.load(submitted.cluster_overrides),
         command=shlex.join(["optbench", "submit", *redact_argv(argv)]),
@@ -74,9 +74,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _compare(words: Sequence[str], request: SubmitRequest) -> Queued:
+def _compare(overrides: Sequence[str], request: SubmitRequest) -> Queued:
     """Check all runs, then queue them in the order of `optbench compare`."""
-    plan = arguments.plan(words)
+    plan = arguments.plan(overrides)
     rows: list[GridRow] = []
     done: list[str] = []
     home, overwrite = Path(), False
@@ -144,18 +144,18 @@ def _jobs(value: str) -> list[str]:
 
 def _then(value: str) -> tuple[str, ...]:
     try:
-        words = shlex.split(value)
+        command = shlex.split(value)
     except ValueError as error:
         raise InputError(
             "--then", value, f"cannot be split into arguments ({error})", fix="close the quotes"
         ) from None
-    if not words:
+    if not command:
         raise InputError("--then", value, "names no command", fix="--then 'margin optimizer=gd,adam'")
-    _check_command(words[0])
-    if words[0] in ("train", "compare"):
+    _check_command(command[0])
+    if command[0] in ("train", "compare"):
         fix = "submit it by itself, with --after JOB"
         raise InputError("--then", value, "is not a command of one node", fix=fix)
-    return tuple(words)
+    return tuple(command)
 
 
 def _show(queued: Queued, submitted: _SubmitArguments) -> None:

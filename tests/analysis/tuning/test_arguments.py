@@ -119,7 +119,7 @@ def test_the_study_that_is_shipped_is_one() -> None:
 
 def test_no_torch_is_imported_and_no_scipy_before_it_is_needed() -> None:
     code = "import sys, analysis.tuning.{}; sys.exit({} in sys.modules)"
-    for module, package in (("running", "'torch'"), ("arguments", "'scipy'")):
+    for module, package in (("study", "'torch'"), ("arguments", "'scipy'")):
         done = subprocess.run([sys.executable, "-c", code.format(module, package)], check=False)
         assert done.returncode == 0
 
