@@ -139,7 +139,7 @@ GOOD = (
         ("title: t", "title: [", "is not YAML"),
         ("title: t", "titel: t", "title: in .* is wrong (Field required)"),
         ("'0.3'", "0.3", "valid string"),
-        ("'0.3'", "'0.3G'", "no decimal number as printed"),
+        ("'0.3'", "'0.3G'", "not a decimal number as printed"),
         ("published: {60M", "published: {61M", "row SUMO has 61M, memory, which is not a column"),
         ("{memory: '0.3'}", "{perplexity: '0.3'}", "row SUMO has 60M, perplexity, which is not a column"),
         ("$rank", "$rnk", "row SUMO column 60M has no value rnk"),

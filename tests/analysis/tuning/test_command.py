@@ -235,7 +235,7 @@ def test_a_dry_run_trains_and_writes_nothing(
     assert document["cost"]["tokens_per_run"] == 20 * 2 * 32
     assert command.main([*words, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "6 trials (seed 0) and 4 runs on fresh seeds 1 and 2, and up to 4 trials more" in out
+    assert "6 trials (seed 0) and 4 runs on fresh seeds 1 and 2, and up to 4 more trials" in out
     assert launcher.started == []
     assert not (tmp_path / "runs").exists()
 
@@ -258,7 +258,7 @@ def test_runs_of_another_command_are_found_before_the_trials_are_spent(
     plain = [word for word in words if not word.startswith(("trials=", "seeds="))]
     assert compare_command.main([*plain, "seed=2", "seeds=1", "--json"]) == 0
     launcher.started.clear()
-    with pytest.raises(InputError, match=r"group: g has .*adamw-seed2 of another command"):
+    with pytest.raises(InputError, match=r"group: g already has .*adamw-seed2 of another command"):
         command.main(words)
     assert launcher.started == []
 
