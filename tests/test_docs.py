@@ -167,9 +167,12 @@ _OF_THE_READER = {
     "configs/cluster/spot.yaml",
     "configs/paper/NAME.yaml",
     "configs/study/NAME.yaml",
+    "optimizers/reference/normuon.py",
+    "optimizers/rules/normuon.py",
     "slurm/events.tsv",
+    "tests/optimizers/test_normuon.py",
 }
-"""Paths that look like the project's, but are of a reader's folder or of a run's."""
+"""Paths that look like the project's, but are a reader's own, a run's, or those of an example."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
