@@ -149,7 +149,7 @@ def split(
     Args:
         name: of the parameter.
         shape: 2-D, or 3-D for a stack of experts.
-        module: owner of the parameter; its type tells whether it is stored transposed.
+        module: owner of the parameter; its type tells if it is stored transposed.
         parent: the attention or MLP module, whose sizes are asked first.
         config: configuration of the model, asked second.
     """

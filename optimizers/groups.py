@@ -58,11 +58,11 @@ def listed(params: Iterable[Any]) -> list[Any]:
 
 def named_tensors(params: Sequence[Any]) -> list[tuple[str, Tensor]]:
     """Return (name, parameter) of everything that is trained, from parameters, pairs, or groups of them."""
-    found: list[tuple[str, Tensor]] = []
+    pairs: list[tuple[str, Tensor]] = []
     for entry in params:
         inner = entry.get("params", []) if isinstance(entry, Mapping) else [entry]
-        found += named(inner, start=len(found))[0]
-    return [(name, parameter) for name, parameter in found if parameter.requires_grad]
+        pairs += named(inner, start=len(pairs))[0]
+    return [(name, parameter) for name, parameter in pairs if parameter.requires_grad]
 
 
 def prepare(
@@ -106,23 +106,23 @@ def prepare(
     extra = {"initial_lr": user_group["initial_lr"]} if "initial_lr" in user_group else {}
     prepared = []
     for kind in dict.fromkeys((rule, "adamw")):
-        taken = [r for r in routes if r.rule == kind]
-        if not taken:
+        kept_routes = [r for r in routes if r.rule == kind]
+        if not kept_routes:
             continue
         scheduled = bool(user_group.get("scheduled", True))
         values = adamw_options(options) if kind == "adamw" else matrix_options(options)
         if kind == "adamw" and values.pop("scheduled", True) is False:
             scheduled = False
-        members = [(r.name, by_name[r.name]) if is_named else by_name[r.name] for r in taken]
+        members = [(r.name, by_name[r.name]) if is_named else by_name[r.name] for r in kept_routes]
         group = {"params": members, "rule": kind, "scheduled": scheduled, **values, **extra}
         group["fixed_lr"] = group["lr"]
         # Schedulers write into a tensor: each group, and what it keeps, needs one of its own.
         group = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
         if group.get("orthogonalizer_dtype") == "auto":
-            group["orthogonalizer_dtype"] = iteration_dtype(by_name[taken[0].name].device)
-        parameters = [by_name[r.name] for r in taken]
+            group["orthogonalizer_dtype"] = iteration_dtype(by_name[kept_routes[0].name].device)
+        parameters = [by_name[r.name] for r in kept_routes]
         frozen = {i for i, parameter in enumerate(parameters) if not parameter.requires_grad}
-        prepared.append(RuleGroup(group, parameters, taken, frozen))
+        prepared.append(RuleGroup(group, parameters, kept_routes, frozen))
     return prepared
 
 

@@ -175,19 +175,19 @@ class Observation:
         """Add `figures_of` a batch (with `share`, of split moments), and time them: on CUDA, where the host runs ahead,
         by events."""
 
-        def found() -> dict[str, Figures]:
+        def compute() -> dict[str, Figures]:
             if share is None:
                 return figures_of(names, moment, factor, known)
             return split_figures_of(names, moment, factor, known, share)
 
         if moment.device.type != "cuda":
             begin = time.perf_counter()
-            self.figures.update(found())
+            self.figures.update(compute())
             self._host_seconds += time.perf_counter() - begin
             return
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
-        self.figures.update(found())
+        self.figures.update(compute())
         last.record()
         self._events.append((first, last))
 

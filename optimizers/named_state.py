@@ -129,19 +129,19 @@ def assemble(parts: Iterable[StatePiece]) -> dict[tuple[str, str], Tensor]:
     Raises:
         ValueError: an element is missing, or written twice.
     """
-    found: dict[tuple[str, str], Tensor] = {}
+    wholes: dict[tuple[str, str], Tensor] = {}
     filled: dict[tuple[str, str], int] = {}
     for part in parts:
         if not part.is_primary:
             continue
         key = part.name, part.kind
-        whole = found.setdefault(key, torch.zeros(part.shape, dtype=part.tensor.dtype))
+        whole = wholes.setdefault(key, torch.zeros(part.shape, dtype=part.tensor.dtype))
         part.of(whole).copy_(part.tensor)
         filled[key] = filled.get(key, 0) + part.tensor.numel()
-    for key, whole in found.items():
+    for key, whole in wholes.items():
         if filled[key] != whole.numel():
             raise ValueError(f"{key[0]}: {filled[key]} of {whole.numel()} elements of {key[1]} were written")
-    return found
+    return wholes
 
 
 def load(optimizer: Optimizer, steps: Mapping[str, int], read: Callable[[StatePiece], Tensor]) -> None:

@@ -123,8 +123,8 @@ class Optimizer(torch.optim.Optimizer):
             OptionError: unknown option, bad value, rank larger than a matrix side.
         """
         self.units.state = self.state
-        taken = sum(len(group["params"]) for group in self.param_groups)
-        pairs, is_named = groups.named(param_group["params"], start=taken)
+        position = sum(len(group["params"]) for group in self.param_groups)
+        pairs, is_named = groups.named(param_group["params"], start=position)
         if self._is_partitioned:
             # DeepSpeed partitions what is trained now, once.
             self._left_out += [pair for pair in pairs if not pair[1].requires_grad]

@@ -15,7 +15,7 @@ class OptionError(ValueError):
 
     Attributes:
         key: the option (``"rank"``), or ``"name"`` for an unknown preset.
-        value: what was given.
+        value: the value that cannot be used.
         reason: what is wrong with it, a clause that follows key and value (``"is larger than …"``).
         allowed: what would be accepted: a tuple of choices, or a tuple with one sentence.
         suggestion: the closest accepted spelling, or None.
@@ -114,8 +114,8 @@ def _word(value: Any) -> str:
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
     """Return the choice that `word` is most likely a misspelling of, or None."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
 def _number(option: Option, value: Any) -> float | int:

@@ -40,16 +40,16 @@ _PLUGIN_RULES: dict[Any, Rule] = {}
 def _collect() -> None:
     """Enter the presets and options of all modules of `optimizers.rules`."""
     # From the end of the alphabet, so that lists for people begin with SUMO and end with AdamW.
-    for found in sorted(iter_modules(rules.__path__), key=lambda found: found.name, reverse=True):
+    for info in sorted(iter_modules(rules.__path__), key=lambda info: info.name, reverse=True):
         # `parts` is a package, and what rules are built of.
-        if found.ispkg:
+        if info.ispkg:
             continue
-        module = _MODULES[found.name] = import_module(f"{rules.__name__}.{found.name}")
+        module = _MODULES[info.name] = import_module(f"{rules.__name__}.{info.name}")
         PRESETS.update({preset.name: preset for preset in module.PRESETS})
         for value in vars(module).values():
             is_own = isinstance(value, type) and value.__module__ == module.__name__
             if is_own and issubclass(value, CommonOptions):
-                _CHECKS[found.name] = value.check
+                _CHECKS[info.name] = value.check
                 for name, option in declared(value).items():
                     if OPTIONS.setdefault(name, option) != option:
                         raise TypeError(f"{value.__name__}.{name}: has another meaning than in other rules")

@@ -65,7 +65,7 @@ def build(
         process_group: the processes that hold equal replicas of the parameters (DDP); None: this process
             alone, also where torch.distributed is initialized.
         layout: "partitioned" where DeepSpeed's ZeRO-1, 2 or 3 is about to cut the parameters up; see `Optimizer`.
-        work: "replicated" or "split": whether each of the replicas computes every matrix, or its share.
+        work: "replicated" (each replica computes every matrix) or "split" (each computes its share).
         hyper: options of the preset (`optimizers.resolve`). A value of None for `lr` means the preset's.
 
     Raises:
@@ -74,10 +74,10 @@ def build(
     pairs = list(named_parameters)
     if name not in names() and "." in name:
         return plugin(name)([p for _, p in pairs if p.requires_grad], **hyper)
-    chosen = preset(name)
+    rule = preset(name).rule
     if hyper.get("lr", 0.0) is None:
         hyper = {key: value for key, value in hyper.items() if key != "lr"}
-    kind = CLASSES.get(chosen.rule, Optimizer)
+    kind = CLASSES.get(rule, Optimizer)
     return kind(
         pairs, preset=name, modules=modules, process_group=process_group, layout=layout, work=work, **hyper
     )
@@ -94,11 +94,11 @@ def plugin(target: str) -> type[torch.optim.Optimizer]:
     if not module_name:
         raise OptionError("target", target, "is no import path", ("package.module.Class",))
     try:
-        found = getattr(import_module(module_name), attribute)
+        loaded = getattr(import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise OptionError(
             "target", target, f"cannot be imported ({error})", ("package.module.Class",)
         ) from error
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+    if not (isinstance(loaded, type) and issubclass(loaded, torch.optim.Optimizer)):
         raise OptionError("target", target, "is no torch.optim.Optimizer", ("package.module.Class",))
-    return found
+    return loaded

@@ -1,7 +1,7 @@
 """Decide which parameter takes which rule, and which matrices a fused projection consists of.
 
 2-D weights of hidden linear layers take the matrix rule; embeddings, the output head, norms, biases and
-whatever is not a matrix take AdamW. Where modules are given their types decide; else names and ndim do
+whatever is not a matrix take AdamW. The types of modules decide if modules are passed, otherwise names and ndim
 (`NAME_PATTERNS`).
 """
 

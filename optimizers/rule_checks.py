@@ -77,7 +77,7 @@ def own_options(name: str, rule: Rule) -> dict[str, Option]:
         OptionError: an option whose default does not tell what it takes.
     """
     declared = {option.name: option for option in rule.own_options}
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for key, default in rule.defaults.items():
         if key in OPTIONS:
             continue
@@ -91,8 +91,8 @@ def own_options(name: str, rule: Rule) -> dict[str, Option]:
                     "own_options",
                 )
             option = Option(key, kinds[type(default)], f"option of {name}")
-        found[key] = option
-    return found
+        options[key] = option
+    return options
 
 
 def _check_options(name: str, rule: Rule) -> None:

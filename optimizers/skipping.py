@@ -69,11 +69,11 @@ def nonfinite(gradients: Sequence[Tensor | None]) -> Tensor:
         if gradient is not None and gradient.numel():
             kinds.setdefault((gradient.device, gradient.dtype), []).append(i)
     parts: list[Tensor | None] = [None] * len(gradients)
-    for (place, dtype), chosen in kinds.items():
-        found = _nonfinite([gradients[i] for i in chosen], place, dtype)  # type: ignore[misc]
-        if len(chosen) == len(gradients):
-            return found
-        for i, flag in zip(chosen, found.to(device).unbind(0)):
+    for (place, dtype), positions in kinds.items():
+        flags = _nonfinite([gradients[i] for i in positions], place, dtype)  # type: ignore[misc]
+        if len(positions) == len(gradients):
+            return flags
+        for i, flag in zip(positions, flags.to(device).unbind(0)):
             parts[i] = flag
     missing = torch.tensor([gradient is None for gradient in gradients])
     empty = missing.to(device, non_blocking=True).unbind(0)

@@ -89,7 +89,7 @@ class StepStats:
         self._observation.add(names, moments, share=share)
 
     def forget_spectra(self, names: Sequence[str]) -> None:
-        """Forget what the last step found of these: it left no trace on them."""
+        """Drop the spectra that the last step computed of these matrices, which skipped it."""
         for name in names:
             self._spectra.pop(name, None)
 
@@ -108,8 +108,8 @@ class StepStats:
         if not all(name in self._spectra for name in names):
             values = compute()
             self._spectra.update({name: (values, i) for i, name in enumerate(names)})
-        found = {name: self._spectra[name] for name in names}
-        return {name: values[i].detach().clone() for name, (values, i) in found.items()}
+        stacks = {name: self._spectra[name] for name in names}
+        return {name: values[i].detach().clone() for name, (values, i) in stacks.items()}
 
     @property
     def figures(self) -> dict[str, Figures]:
