@@ -61,6 +61,8 @@ _API = ("InputError", "RunFailed", "compare", "load_runs")
 
 def __getattr__(name: str) -> Any:
     """Import a function of the Python API when it is asked for."""
+    if name == "train":
+        return importlib.import_module("harness.train")
     if name in _API:
         return getattr(importlib.import_module("analysis.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
