@@ -44,13 +44,13 @@ def preferred_axes(
     axes = {n: 0 for n, _ in pairs}
     if rule_id == "adamw":
         return axes
-    rule, chosen = presets.load_rule(rule_id), matrix_options(options)
-    for found in route(pairs, rule_id, modules):
-        if found.rule == "adamw" or len(found.shape) != 2 or not possible_axis(1, found.shape, ranks):
+    rule, group_options = presets.load_rule(rule_id), matrix_options(options)
+    for routed in route(pairs, rule_id, modules):
+        if routed.rule == "adamw" or len(routed.shape) != 2 or not possible_axis(1, routed.shape, ranks):
             continue
         rows, columns = (
-            sum(traffic(rule, block.shape, axis, chosen, ranks)[0] for block in found.blocks)
+            sum(traffic(rule, block.shape, axis, group_options, ranks)[0] for block in routed.blocks)
             for axis in (0, 1)
         )
-        axes[found.name] = int(columns < rows)
+        axes[routed.name] = int(columns < rows)
     return axes

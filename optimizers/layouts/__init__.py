@@ -1,1 +1,1 @@
-"""How matrices are held over processes: the few sums and exchanges that a rule asks for."""
+"""Layouts: which process holds which part of each matrix, and the collectives that answer a rule's requests."""

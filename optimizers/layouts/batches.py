@@ -23,8 +23,7 @@ _T = TypeVar("_T")
 
 
 class BatchState:
-    """The stack's home between steps: stacked state, of which `optimizer.state` holds the single matrices'
-    views.
+    """Keep the state of a batch between steps: stacked tensors, of which `optimizer.state` holds the views.
 
     `optimizer.state` stays the truth: when its tensors have been replaced (load_state_dict, a device change)
     the stacked copy is rebuilt from them.
@@ -61,7 +60,7 @@ class BatchState:
         self._posted: tuple[Tensor, torch.Event | None] | None = None
 
     def fits(self) -> bool:
-        """Whether the parameters still are where and what they were when the batch_state was built."""
+        """Return True if the parameters still have the device and dtype for which this was built."""
         return all(
             m.parameter.device == self.device and m.parameter.dtype == self.weight_dtype
             for m in self.matrices
@@ -94,7 +93,7 @@ class BatchState:
     def batch(
         self, active: Sequence[int], state: Mapping[Tensor, dict[str, Any]], mask: StepMask
     ) -> MatrixBatch:
-        """The matrices that have a gradient, for one step."""
+        """Return the matrices that have a gradient as the batch of one step."""
         matrices = [self.matrices[i] for i in active]
         units = [m.unit for m in matrices]
         skipped = mask.positions(units)
@@ -172,7 +171,7 @@ class BatchState:
         return {kind: torch.stack([views[i] for i in active]) for kind, views in self._views.items()}
 
     def write_back(self, active: Sequence[int], state: Mapping[str, Tensor]) -> None:
-        """Return the copies that `state_of` made."""
+        """Write back the copies of `state_of`."""
         if len(active) == len(self.matrices):
             return
         for kind, stacked in state.items():
@@ -207,7 +206,7 @@ class BatchEntry(NamedTuple):
 
 
 def batch_entries(batch_state: BatchState, state: OptimizerState, mask: StepMask) -> list[BatchEntry]:
-    """The batch_state's stack for this step; none where no matrix has a gradient."""
+    """Return the batch of this step, as a list of one; an empty list where no matrix has a gradient."""
     active = [i for i, matrix in enumerate(batch_state.matrices) if matrix.is_stepped]
     if not active:
         return []
@@ -221,7 +220,7 @@ def make_batch_states(
     shapes: Callable[[MatrixRef], Shapes],
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[BatchState]:
-    """Banks of matrices that are alike and alike existing here, of at most `BATCH_BYTES` of gradients each.
+    """Group matrices that are alike and alike held here, at most `BATCH_BYTES` of gradients in each group.
 
     Args:
         matrices: in any mixture.
@@ -244,14 +243,14 @@ def make_batch_states(
 
 
 def matrices_per_batch(matrix: MatrixRef, shape: tuple[int, int]) -> int:
-    """How many matrices of this shape one stack holds."""
+    """Return how many matrices of this shape one batch holds."""
     matrix_bytes = shape[0] * shape[1] * compute_dtype(matrix.parameter).itemsize
     limit = BATCH_BYTES.get(matrix.parameter.device.type, BATCH_BYTES["cuda"])
     return max(1, limit // max(1, matrix_bytes))
 
 
 def compensation(matrix: MatrixRef, options: Mapping[str, Any]) -> Shapes:
-    """The state that stays with the weights: what Kahan's sum carries over."""
+    """Return the shapes of the state that stays with the weights: the compensation of Kahan's sum."""
     if options["rounding"] != "kahan" or matrix.parameter.dtype == compute_dtype(matrix.parameter):
         return {}
     return {"compensation": matrix.view.shape}
@@ -275,11 +274,11 @@ class ApplyConfig:
 
 
 def apply_update(batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
-    """Take one step of the stack's weights (of what this process holds of them); Δ may be overwritten.
+    """Update the weights of a batch (this process' part of them); Δ may be overwritten.
 
     Args:
-        stack: whose weights.
-        delta: (b, m, n) in the stack's dtype, or its factors.
+        batch: whose weights.
+        delta: (b, m, n) in the batch's dtype, or its factors.
         config: learning rate, decay, rounding.
     """
     lr, weight_decay, decay_last = config.lr, config.weight_decay, config.decay_last
@@ -306,7 +305,7 @@ def apply_update(batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfi
 
 
 def stepped(batch: MatrixBatch, values: Sequence[_T]) -> list[_T]:
-    """Of one value for each matrix, those of the matrices that the host does not know to skip the step."""
+    """Return the values (one for each matrix) of the matrices that take the step, as far as the host knows."""
     return [value for position, value in enumerate(values) if position not in batch.skipped]
 
 
@@ -382,8 +381,7 @@ def apply_to_half(
     decay_last: bool,
     rounding: Rounding,
 ) -> None:
-    """The update of half-precision weights: computed in fp32 from one fp32 copy of the stack, rounded
-    once."""
+    """Update half-precision weights in fp32, from one fp32 copy of the batch, and round once."""
     blocks = [matrix.block for matrix in batch.matrices]
     shape = delta.shape[1:]
     old = torch.stack([weight.reshape(shape) for weight in weights])

@@ -1,4 +1,4 @@
-"""The collectives that layouts use, on one process group, with the bytes that each rank sends counted."""
+"""Collectives on one process group, with the bytes that each rank sends counted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Pending(NamedTuple):
-    """A collective under way."""
+    """The handle of a collective that was started."""
 
     result: Tensor
     work: dist.Work | None
 
     def wait(self) -> Tensor:
-        """The result. On CUDA the current stream waits, not the host."""
+        """Return the result. On CUDA the current stream waits, not the host."""
         if self.work is not None:
             self.work.wait()
         return self.result
@@ -42,34 +42,34 @@ class Communicator:
         self.calls: dict[str, int] = {}
 
     def sum(self, flat: Tensor) -> Tensor:
-        """All-reduce of a 1-D tensor, in place."""
+        """Sum a 1-D tensor over the ranks, in place."""
         self._count("all_reduce", 2 * _ring(flat, self.size))
         dist.all_reduce(flat, group=self.group)
         return flat
 
     def any(self, flags: Tensor) -> Tensor:
-        """Element-wise or of booleans."""
+        """Reduce booleans over the ranks by an element-wise or."""
         numbers = flags.to(torch.uint8)
         self._count("all_reduce", 2 * _ring(numbers, self.size))
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
         return numbers > 0
 
     def gather(self, part: Tensor) -> Tensor:
-        """(n,) of each rank → (W, n)."""
+        """Gather (n,) of each rank to (W, n)."""
         result = part.new_empty(self.size, part.numel())
         self._count("all_gather", _ring(result, self.size))
         dist.all_gather_single(result.view(-1), part.contiguous().view(-1), group=self.group)
         return result
 
     def sum_scatter(self, parts: Tensor) -> Tensor:
-        """(W, n) of each rank → (n,): row `rank` of their sum."""
+        """Sum (W, n) over the ranks and return row `rank` of it, (n,)."""
         result = parts.new_empty(parts.shape[1])
         self._count("reduce_scatter", _ring(parts, self.size))
         dist.reduce_scatter_single(result, parts.reshape(-1), group=self.group)
         return result
 
     def swap(self, send: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending:
-        """All-to-all of a 1-D tensor, not waited for.
+        """Start an all-to-all of a 1-D tensor.
 
         Args:
             send: elements for rank 0, then for rank 1, …
@@ -85,7 +85,7 @@ class Communicator:
         return Pending(result, work)
 
     def broadcast(self, flat: Tensor) -> Tensor:
-        """The first rank's tensor, in place."""
+        """Replace a tensor by the first rank's, in place."""
         self._count("broadcast", _ring(flat, self.size))
         source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
         dist.broadcast(flat, source, group=self.group)
@@ -97,40 +97,40 @@ class Communicator:
 
 
 class SimulatedCommunicator(Communicator):
-    """One rank of a group that does not exist: counts the same bytes, moves none. For meta tensors."""
+    """Simulate one rank of a process group on meta tensors: count the same bytes and move none."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.group, self.rank, self.size = None, rank, size
         self.sent, self.calls = {}, {}
 
     def sum(self, flat: Tensor) -> Tensor:
-        """Counts an all-reduce."""
+        """Count an all-reduce."""
         self._count("all_reduce", 2 * _ring(flat, self.size))
         return flat
 
     def any(self, flags: Tensor) -> Tensor:
-        """Counts an all-reduce of bytes."""
+        """Count an all-reduce of bytes."""
         self._count("all_reduce", 2 * _ring(flags.to(torch.uint8), self.size))
         return flags
 
     def gather(self, part: Tensor) -> Tensor:
-        """Counts an all-gather."""
+        """Count an all-gather."""
         result = part.new_empty(self.size, part.numel())
         self._count("all_gather", _ring(result, self.size))
         return result
 
     def sum_scatter(self, parts: Tensor) -> Tensor:
-        """Counts a reduce-scatter."""
+        """Count a reduce-scatter."""
         self._count("reduce_scatter", _ring(parts, self.size))
         return parts.new_empty(parts.shape[1])
 
     def swap(self, send: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending:
-        """Counts an all-to-all."""
+        """Count an all-to-all."""
         self._count("all_to_all", (sum(sent) - sent[self.rank]) * send.element_size())
         return Pending(send.new_empty(sum(received)), None)
 
     def broadcast(self, flat: Tensor) -> Tensor:
-        """Counts a broadcast."""
+        """Count a broadcast."""
         self._count("broadcast", _ring(flat, self.size))
         return flat
 

@@ -1,4 +1,4 @@
-"""From one distribution of matrices over ranks to another and back, in one all-to-all each way.
+"""Move matrices from one distribution over ranks to another and back, in one all-to-all each way.
 
 A distribution says, for each matrix and rank, which interval of the flattened matrix the rank has. What travels
 is where the interval of one rank overlaps that of another in the other distribution.
@@ -27,7 +27,7 @@ class _Move(NamedTuple):
 
 
 class _Direction(NamedTuple):
-    """What this rank sends and receives."""
+    """The part of one rank in an exchange in one direction."""
 
     moves_out: list[_Move]
     moves_in: list[_Move]
@@ -51,23 +51,23 @@ class Exchange:
         self._there = _direction(sources, targets, me, communicator.size)
         self._back = _direction(targets, sources, me, communicator.size)
 
-    def forward(self, held: Sequence[Tensor | None], like: Tensor) -> Arriving:
+    def forward(self, intervals: Sequence[Tensor | None], like: Tensor) -> Arriving:
         """Start moving from sources to targets.
 
         Args:
-            held: this rank's interval of each matrix, 1-D; None where it has none, or nothing to say: zeros travel.
+            intervals: this rank's interval of each matrix, 1-D; None: zeros travel.
             like: tensor of the dtype and device that travels.
         """
-        return self._start(self._there, held, like)
+        return self._start(self._there, intervals, like)
 
-    def backward(self, held: Sequence[Tensor | None], like: Tensor) -> Arriving:
+    def backward(self, intervals: Sequence[Tensor | None], like: Tensor) -> Arriving:
         """Start moving from targets to sources."""
-        return self._start(self._back, held, like)
+        return self._start(self._back, intervals, like)
 
-    def _start(self, plan: _Direction, held: Sequence[Tensor | None], like: Tensor) -> Arriving:
+    def _start(self, plan: _Direction, intervals: Sequence[Tensor | None], like: Tensor) -> Arriving:
         parts = []
         for move in plan.moves_out:
-            flat = held[move.matrix]
+            flat = intervals[move.matrix]
             if flat is None:
                 parts.append(like.new_zeros(move.hi - move.lo))
             else:
@@ -77,22 +77,22 @@ class Exchange:
 
 
 class Arriving:
-    """A move under way."""
+    """The handle of an exchange that was started."""
 
     def __init__(self, pending: Pending, plan: _Direction) -> None:
         self._pending, self._plan = pending, plan
 
     def wait(self) -> list[Tensor]:
-        """This rank's interval of each matrix, 1-D, empty where it has none."""
+        """Return this rank's interval of each matrix, 1-D, empty where it has none."""
         flat, plan = self._pending.wait(), self._plan
         result = []
-        found: dict[int, list[tuple[int, Tensor]]] = {}
+        parts_of: dict[int, list[tuple[int, Tensor]]] = {}
         offsets = accumulate((move.hi - move.lo for move in plan.moves_in), initial=0)
         for move, offset in zip(plan.moves_in, offsets):
             part = flat[offset : offset + move.hi - move.lo]
-            found.setdefault(move.matrix, []).append((move.lo, part))
+            parts_of.setdefault(move.matrix, []).append((move.lo, part))
         for matrix, size in enumerate(plan.sizes_in):
-            parts = found.get(matrix, [])
+            parts = parts_of.get(matrix, [])
             if len(parts) == 1:
                 result.append(parts[0][1])
             elif parts:
@@ -124,7 +124,7 @@ def _overlap(a: Interval, b: Interval) -> Interval:
 
 
 def whole_at(owners: Sequence[int], sizes: Sequence[int], ranks: int) -> list[list[Interval]]:
-    """The distribution in which each matrix lies whole on its owner."""
+    """Return the distribution in which each owner holds its matrices whole."""
     return [
         [(0, size) if rank == owner else (0, 0) for rank in range(ranks)]
         for owner, size in zip(owners, sizes)
@@ -132,7 +132,7 @@ def whole_at(owners: Sequence[int], sizes: Sequence[int], ranks: int) -> list[li
 
 
 def balanced_owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """An owner for each matrix: longest first, each to the rank with the least work so far.
+    """Choose an owner for each matrix: longest first, each to the rank with the least work so far.
 
     Ties go to the lower rank and the earlier matrix, so that all ranks find the same owners.
     """

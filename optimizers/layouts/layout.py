@@ -60,7 +60,7 @@ class StepUnit(NamedTuple):
 
 
 class Bucket(Protocol):
-    """Stacks that take a step together, and how their updates reach the weights.
+    """Batches that take a step together, and the way of their updates to the weights.
 
     All processes step the same buckets in the same order, whatever they hold of them: `begin` and `end` are
     collectives, and so are the answers to the rule's requests.
@@ -78,24 +78,24 @@ class Bucket(Protocol):
     collectives: Collectives
 
     def begin(self) -> None:
-        """Start bringing gradients to where they are needed; does not wait."""
+        """Start moving gradients to where they are needed, without waiting."""
         ...
 
     def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
-        """The stacks that have gradients, in the batches in which the rule is to be called."""
+        """Yield lists of the batches that have gradients; the batches of one list run in lock step."""
         ...
 
     def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
-        """Take a stack's update to the weights, now or at the `end`."""
+        """Apply the update of a batch to the weights, now or at the `end`."""
         ...
 
     def end(self, config: ApplyConfig) -> None:
-        """Finish the step."""
+        """Finish the step: exchange and apply what `apply` kept."""
         ...
 
 
 class LocalBucket:
-    """Every process updates the weights that it computes the update of.
+    """A bucket whose process updates the weights for which it computes the update.
 
     Args:
         rule: how the matrices move.
@@ -112,11 +112,13 @@ class LocalBucket:
         self._together = together
 
     def begin(self) -> None:
-        """Nothing: the gradients are here."""
+        """Do nothing: the gradients are here."""
 
     def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
-        """One stack at a time, so that one stack's transients are alive; together where they share a
-        collective, and then gradients are read again whenever they are needed."""
+        """Yield one batch at a time, so that one batch's transients are alive; all that share a collective together.
+
+        Batches of one list do not keep their copy of the gradients, but read them again.
+        """
         entries = [
             entry for batch_state in self.batch_states for entry in batch_entries(batch_state, state, mask)
         ]
@@ -134,42 +136,42 @@ class LocalBucket:
         yield from ([entry] for entry in entries if id(entry) not in in_shared)
 
     def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
-        """At once."""
+        """Apply it at once."""
         apply_update(batch, delta, config)
 
     def end(self, config: ApplyConfig) -> None:
-        """Nothing is left to do."""
+        """Do nothing: each update is applied."""
 
 
 class Layout(Protocol):
-    """How parameters lie on the processes."""
+    """How the parameters are distributed over the processes."""
 
     @property
     def collectives(self) -> Collectives:
-        """Sums over the processes that hold the rest of what lies here."""
+        """Return the collectives over the processes that hold the other parts of the matrices."""
         ...
 
     @property
     def is_divided(self) -> bool:
-        """Whether processes keep the state of different matrices, or of different parts of them."""
+        """Return True if processes keep the state of different matrices, or of different parts of them."""
         ...
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this process writes what several of them hold alike."""
+        """Return True if this process writes what several of them hold alike."""
         ...
 
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
-        """(dimension, start) of what `weight` is: dimension None: all of it; -1: of its flattened elements."""
+        """Return (dimension, start) of the part that `weight` returns: None: all; -1: of the flattened elements."""
         ...
 
     @property
     def communicators(self) -> list[Communicator]:
-        """What counts the bytes that this process sends for the optimizer."""
+        """Return the communicators, which count the bytes that this process sends for the optimizer."""
         ...
 
     def local_view(self, parameter: Tensor, block: Block) -> LocalView:
-        """How a matrix lies here.
+        """Return this process' view of a matrix.
 
         Raises:
             TypeError: it cannot be stepped in this layout; says why.
@@ -177,19 +179,19 @@ class Layout(Protocol):
         ...
 
     def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
-        """The buckets of a unit's matrices, the same on all processes."""
+        """Return the buckets of a unit's matrices, the same on all processes."""
         ...
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """What is to be stepped now, with these parameter groups."""
+        """Return the units to be stepped now, with these parameter groups."""
         ...
 
     def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """What is stepped in a whole optimizer step."""
+        """Return the units of a whole optimizer step."""
         ...
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Refuse parameters that lie unlike those that the layout was built for.
+        """Refuse parameters that are distributed unlike those for which the layout was built.
 
         Raises:
             TypeError: naming the parameter.
@@ -202,16 +204,16 @@ class Layout(Protocol):
         ...
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """A parameter's elements here, for element-wise updates: a view."""
+        """Return a view of the parameter's elements here, for element-wise updates."""
         ...
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The gradient of these elements."""
+        """Return the gradient of these elements."""
         ...
 
 
 class Unattached:
-    """The layout of an optimizer whose parameters are about to be partitioned: it steps nothing yet."""
+    """The layout of an optimizer that waits for DeepSpeed to partition its parameters; it steps nothing."""
 
     def __init__(self) -> None:
         self.collectives: Collectives = Unsharded()
@@ -221,40 +223,44 @@ class Unattached:
     is_divided: bool = True
 
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
-        """Not known yet."""
+        """Return (None, 0): not known yet."""
         return None, 0
 
     def local_view(self, parameter: Tensor, block: Block) -> LocalView:
-        """Not known yet."""
+        """Refuse: not known yet.
+
+        Raises:
+            RuntimeError: always.
+        """
         raise RuntimeError(
             "the optimizer was built for partitioned parameters and is not attached to an engine"
         )
 
     def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
-        """None."""
+        """Return an empty list."""
         return []
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """None."""
+        """Return an empty list."""
         return []
 
     def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """None."""
+        """Return an empty list."""
         return []
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Nothing starts later: see `Optimizer.step`."""
+        """Accept all: no parameter starts later (see `Optimizer.step`)."""
 
     def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
-        """Nobody to ask."""
+        """Return the flags themselves."""
         return flags
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """The parameter."""
+        """Return the parameter."""
         return parameter
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """None."""
+        """Return None."""
         return None
 
 
@@ -274,7 +280,7 @@ def traffic(
 def local_shapes(
     matrix: MatrixRef, rule: Rule, options: Mapping[str, Any], in_fp32: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """kind → shape of a matrix' state on this process, with what stays with the weights.
+    """Return kind → shape of a matrix' state on this process, with what stays with the weights.
 
     Args:
         in_fp32: the weights that are stepped are fp32, whatever the parameter's dtype is.
@@ -291,7 +297,7 @@ def local_shapes(
 
 
 def whole_groups(groups: Sequence[Mapping[str, Any]]) -> list[StepUnit]:
-    """Each parameter group as one unit."""
+    """Return each parameter group as one unit."""
     return [StepUnit(i, i, list(range(len(group["params"])))) for i, group in enumerate(groups)]
 
 

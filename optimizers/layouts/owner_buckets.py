@@ -29,7 +29,7 @@ from optimizers.skipping import StepMask
 
 
 class _DividedBucket:
-    """Each matrix is computed by one owner, which keeps its state and sends the update to where its weights are.
+    """A bucket in which one owner computes each matrix, keeps its state and sends the update to its weights.
 
     Args:
         matrices: all matrices of the bucket, in the same order on all ranks, as this process holds them.
@@ -59,7 +59,7 @@ class _DividedBucket:
         self._updates: list[Tensor | None] = [None] * len(self._matrices)
 
     def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
-        """The matrices that this process owns, one stack at a time."""
+        """Yield the matrices that this process owns, one batch at a time."""
         self._receiving = [
             entry for batch_state in self.receivers for entry in batch_entries(batch_state, state, mask)
         ]
@@ -68,7 +68,7 @@ class _DividedBucket:
                 yield [entry]
 
     def _send_back(self) -> list[Tensor]:
-        """What arrives here of each matrix's update, 1-D."""
+        """Send the updates back; return what arrives here of each, 1-D."""
         first = self._matrices[0].parameter
         like = torch.empty(0, dtype=compute_dtype(first), device=first.device)
         arrived = self._exchange.backward(self._updates, like).wait()
@@ -90,7 +90,7 @@ class _DividedBucket:
 
 
 class OwnerBucket(_DividedBucket):
-    """Each matrix is brought whole to one owner, which sends the update back in parts.
+    """A bucket that brings each matrix whole to one owner, which sends the update back in parts.
 
     Args:
         matrices: all matrices of the bucket as this process holds them, in the same order on all ranks.
@@ -122,7 +122,7 @@ class OwnerBucket(_DividedBucket):
         self._arriving: Arriving | None = None
 
     def begin(self) -> None:
-        """Send the gradients off, in their own dtype."""
+        """Start sending the gradients to the owners, in their own dtype."""
         if self._arriving is not None:
             return
         intervals = [_flat(m.gradient(), m.view.split) for m in self._matrices]
@@ -130,7 +130,7 @@ class OwnerBucket(_DividedBucket):
         self._arriving = None if like is None else self._exchange.forward(intervals, like)
 
     def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
-        """The matrices that this process owns, once they have arrived."""
+        """Wait for the gradients and yield the matrices that this process owns."""
         if self._arriving is not None:
             self._gathered.update(enumerate(self._arriving.wait()))
             yield from super().batches(state, mask)
@@ -153,7 +153,7 @@ class OwnerBucket(_DividedBucket):
 
 
 class WorkSplitBucket(_DividedBucket):
-    """Replicas share the work: one process computes each matrix and keeps its state, all apply its update.
+    """A bucket whose work the replicas divide: one process computes each matrix, all apply its update.
 
     An update travels as factors where the rule has them: r(m + n) numbers instead of mn.
 
@@ -184,7 +184,7 @@ class WorkSplitBucket(_DividedBucket):
         return sum(shape) * self._factors[0] if self._factors else shape[0] * shape[1]
 
     def begin(self) -> None:
-        """Nothing: every process has every gradient."""
+        """Do nothing: every process has every gradient."""
 
     def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """Keep the update until the `end`."""
@@ -211,7 +211,7 @@ class WorkSplitBucket(_DividedBucket):
 
 @dataclass(frozen=True)
 class GatheredView:
-    """A matrix that has been brought here whole; its weights are elsewhere."""
+    """The view of a matrix that was brought here whole; its weights are elsewhere."""
 
     shape: tuple[int, int]
     buffers: Mapping[int, Tensor]
@@ -222,7 +222,7 @@ class GatheredView:
     shard_bounds: ShardBounds | None = None
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """What arrived."""
+        """Return the gradient that arrived."""
         flat = self.buffers.get(self.index)
         if flat is None or flat.numel() == 0:
             return None
@@ -230,15 +230,15 @@ class GatheredView:
         return flat.view(n, m).mT if self.is_transposed else flat.view(m, n)
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
-        """Not here."""
-        raise RuntimeError(f"{block.name}: its weights are applied where they lie")
+        """Refuse: the weights are on other processes."""
+        raise RuntimeError(f"{block.name}: its weights are updated on the processes that hold them")
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """What arrived."""
+        """Return the gradient that arrived."""
         return self.gradient(parameter, block)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
-        """Not here."""
+        """Return None: the parameter is not here."""
         return None
 
 
@@ -248,21 +248,21 @@ def _gathered(matrix: MatrixRef, index: int, buffers: Mapping[int, Tensor]) -> M
 
 
 def _flat(part: Tensor | None, split: int | None) -> Tensor | None:
-    """1-D, so that what a rank holds of the matrix is one interval."""
+    """Flatten a part so that a rank holds one interval of the matrix."""
     if part is None:
         return None
     return (part.mT if split == 1 else part).reshape(-1)
 
 
 def _in_shape(parts: list[Tensor], batch: MatrixBatch) -> Tensor:
-    """The inverse of `_flat`, stacked."""
+    """Invert `_flat` and stack the parts."""
     m, n = batch.matrices[0].view.shape
     flat = torch.stack(parts)
     return flat.view(-1, n, m).mT if batch.split == 1 else flat.view(-1, m, n)
 
 
 def bucket_positions(matrices: Sequence[MatrixRef], owners: Sequence[int]) -> Iterable[list[int]]:
-    """Positions of the matrices that share a bucket: one shape, and for each owner no more than one batch."""
+    """Yield the positions of matrices that share a bucket: one shape, at most one batch for each owner."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
         p, block = matrix.parameter, matrix.block

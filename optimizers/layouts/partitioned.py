@@ -42,7 +42,7 @@ from optimizers.skipping import StepMask
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter lies: element intervals of all ranks, and where this rank's begins in its flat tensor."""
+    """The element intervals of a parameter on all ranks, and where this rank's begins in its flat tensor."""
 
     pieces: tuple[Interval, ...]
     at: int
@@ -101,28 +101,28 @@ class PartitionedLayout:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The flat tensors."""
+        """Return the flat tensors."""
         return [flat.tensor for flat in self._flats]
 
     @property
     def communicators(self) -> list[Communicator]:
-        """Those of the flat tensors."""
+        """Return the communicators of the flat tensors."""
         return list({id(c): c for c in self._per_flat}.values())
 
     is_divided: bool = True
 
     @property
     def is_first_replica(self) -> bool:
-        """There is one replica."""
+        """Return True: there is one replica."""
         return True
 
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
-        """Elements."""
+        """Return -1 and the first element here."""
         place = self._places[id(parameter)]
         return -1, self._flats[place].slots[parameter].pieces[self._per_flat[place].rank][0]
 
     def local_view(self, parameter: Tensor, block: Block) -> LocalView:
-        """Whole, or rows of it."""
+        """Return a view of all of it, or of rows."""
         place = self._places[id(parameter)]
         flat, communicator = self._flats[place], self._per_flat[place]
         whole = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 has emptied the parameter
@@ -130,8 +130,7 @@ class PartitionedLayout:
         return FlatSliceView(flat, slot, block.shape, communicator.rank)
 
     def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
-        """One bucket without communication for what lies whole here; one for what several ranks hold, or several
-        where that has to be brought together."""
+        """Return a bucket for matrices that are whole here, one for those stepped in rows, and owner buckets."""
         if not matrices:
             return []
         communicator = self._per_flat[self._places[id(matrices[0].parameter)]]
@@ -149,15 +148,15 @@ class PartitionedLayout:
         in_rows = [m for m, is_fit in zip(shared, fits) if is_fit]
         if in_rows:
             buckets.append(RowBucket(in_rows, communicator, rule, options))
-        brought = [m for m, is_fit in zip(shared, fits) if not is_fit]
-        pieces = [_flat_view(m).slot.pieces for m in brought]
+        gathered = [m for m, is_fit in zip(shared, fits) if not is_fit]
+        pieces = [_flat_view(m).slot.pieces for m in gathered]
         owners = [_owner(i, p) for i, p in enumerate(pieces)]
-        for chosen in bucket_positions(brought, owners):
+        for positions in bucket_positions(gathered, owners):
             buckets.append(
                 OwnerBucket(
-                    [_as_piece(brought[i]) for i in chosen],
-                    [pieces[i] for i in chosen],
-                    [owners[i] for i in chosen],
+                    [_as_piece(gathered[i]) for i in positions],
+                    [pieces[i] for i in positions],
+                    [owners[i] for i in positions],
                     communicator,
                     rule,
                     options,
@@ -166,38 +165,38 @@ class PartitionedLayout:
         return buckets
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """The flat tensors that the groups hold now: DeepSpeed narrows them to one at a time."""
+        """Return the flat tensors that the groups hold now: DeepSpeed narrows them to one at a time."""
         now = {id(tensor) for group in groups for tensor in group["params"]}
         return [s for s, flat in zip(self._step_units, self._flats) if id(flat.tensor) in now]
 
     def all_step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """Every flat tensor."""
+        """Return every flat tensor."""
         return self._step_units
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Nothing starts later: see `Optimizer.step`."""
+        """Accept all: no parameter starts later (see `Optimizer.step`)."""
 
     def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
-        """Element-wise or over the ranks of the flat tensor."""
+        """Reduce flags by an element-wise or over the ranks of the flat tensor."""
         assert isinstance(unit.key, int)
         communicator = self._per_flat[unit.key]
         return communicator.any(flags) if communicator.size > 1 else flags
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """What this rank has of it, 1-D."""
+        """Return this rank's elements of it, 1-D."""
         return self.part_of(parameter, self.flat_of(parameter).detach())
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The gradient of that."""
+        """Return the gradient of these elements."""
         gradient = self.flat_of(parameter).grad
         return None if gradient is None else self.part_of(parameter, gradient)
 
     def flat_of(self, parameter: Tensor) -> Tensor:
-        """The flat tensor that a parameter's elements here lie in."""
+        """Return the flat tensor that holds a parameter's elements here."""
         return self._flats[self._places[id(parameter)]].tensor
 
     def part_of(self, parameter: Tensor, flat: Tensor) -> Tensor:
-        """A parameter's elements in a tensor that is laid out like its flat one: a view."""
+        """Return a view of a parameter's elements in a tensor that is laid out like its flat one."""
         place = self._places[id(parameter)]
         slot = self._flats[place].slots[parameter]
         lo, hi = slot.pieces[self._per_flat[place].rank]
@@ -237,19 +236,19 @@ class FlatSliceView:
 
     @property
     def lead(self) -> Interval:
-        """Elements here that end a row of an earlier rank."""
+        """Return the interval of elements here that end a row of an earlier rank."""
         lo, hi = self.piece
         return lo, min(hi, max(lo, self.row_range[0] * self.columns)) if hi > lo else lo
 
     @property
     def missing(self) -> Interval:
-        """Elements of this rank's last row that later ranks have."""
+        """Return the interval of elements of this rank's last row that later ranks have."""
         hi = self.piece[1]
         end = self.row_range[1] * self.columns
         return (hi, end) if self.shape[0] and end > hi else (hi, hi)
 
     def within(self, flat: Tensor, interval: Interval) -> Tensor:
-        """An interval of this rank's piece, as a view of a flat tensor."""
+        """Return an interval of this rank's piece, as a view of a flat tensor."""
         offset = self.slot.at - self.piece[0]
         return flat[offset + interval[0] : offset + interval[1]]
 
@@ -273,21 +272,21 @@ class FlatSliceView:
         )
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """This rank's piece, broken rows as they lie."""
+        """Return this rank's piece, with broken rows as they are."""
         gradient = self.flat.tensor.grad
         return None if gradient is None else self.within(gradient, self.piece)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
-        """Where a whole parameter is here."""
+        """Return the matrix where its whole parameter is here, else None."""
         is_here = self.split is None and self.shape == block.shape and block.is_whole
         return local.view(self.shape) if is_here else None
 
 
 class RowBucket:
-    """Matrices that several ranks hold rows of; broken rows are completed before the step and returned after.
+    """A bucket of matrices whose rows several ranks hold; broken rows are completed before the step.
 
     Args:
-        matrices: in the same order on all ranks, with `FlatSliceView` holdings.
+        matrices: in the same order on all ranks, with `FlatSliceView` views.
         communicator: the ranks.
         rule: a rule with a row form.
         options: of the group.
@@ -324,7 +323,7 @@ class RowBucket:
         self._skipped: frozenset[int] = frozenset()
 
     def begin(self) -> None:
-        """Ask for what is missing of broken rows."""
+        """Start the exchange that completes broken rows."""
         gradient = self._views[0].flat.tensor.grad
         if self._exchange is None or self._arriving is not None or gradient is None:
             return
@@ -332,7 +331,7 @@ class RowBucket:
         self._arriving = self._exchange.forward(leads, gradient)
 
     def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
-        """All stacks together."""
+        """Complete the broken rows and yield all batches together."""
         self._skipped = mask.positions([m.unit for m in self._matrices])
         if self._arriving is not None:
             for view, tail in zip(self._views, self._arriving.wait()):
@@ -340,7 +339,7 @@ class RowBucket:
         yield from self._bucket.batches(state, mask)
 
     def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
-        """Where the own elements are; the rest is kept until the `end`."""
+        """Update this rank's elements; keep the rest until the `end`."""
         if self._exchange is None:
             self._bucket.apply(batch, delta, config)
             return
@@ -362,7 +361,7 @@ class RowBucket:
             descend(weights, parts, config)
 
     def end(self, config: ApplyConfig) -> None:
-        """Return what belongs to broken rows of others, and apply what comes back."""
+        """Send back the updates of other ranks' broken rows, and apply those that arrive."""
         if self._exchange is None or self._arriving is None:
             return
         flat = self._views[0].flat.tensor.detach()
@@ -383,7 +382,7 @@ class RowBucket:
 
 @dataclass(frozen=True)
 class FlatPieceView:
-    """A flattened interval of a matrix, as a column: what an owner is sent and what it sends back."""
+    """The view of a flattened interval of a matrix, as a column: sent to the owner and back."""
 
     view: FlatSliceView
     shape: tuple[int, int]
@@ -401,11 +400,11 @@ class FlatPieceView:
         return self.view.within(self.view.flat.tensor.detach(), self.view.piece)[:, None]
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """As `gradient`."""
+        """Return the same as `gradient`."""
         return self.gradient(parameter, block)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
-        """None: it has no rows."""
+        """Return None: it has no rows."""
         return None
 
 
@@ -429,8 +428,10 @@ def snapped(piece: Interval, columns: int) -> Interval:
 
 
 def _in_rows(view: FlatSliceView, rule: Rule, options: Mapping[str, Any], ranks: int) -> bool:
-    """Whether rows send less than bringing a matrix to its largest holder: sums go to all ranks, pieces only from
-    those that hold some."""
+    """Return True if rows send less than bringing a matrix to its largest holder.
+
+    Sums go to all ranks, pieces come only from ranks that hold some.
+    """
     if rule.needs_whole:
         return False
     m, n = view.row_count, view.columns
@@ -439,7 +440,7 @@ def _in_rows(view: FlatSliceView, rule: Rule, options: Mapping[str, Any], ranks:
 
 
 def _owner(index: int, pieces: Sequence[Interval]) -> int:
-    """The rank with the largest piece; ties are dealt in turn, or one rank would get all of ZeRO-3's matrices."""
+    """Return the rank with the largest piece; ties in turn, or one rank would get all of ZeRO-3's matrices."""
     largest = max(hi - lo for lo, hi in pieces)
     candidates = [rank for rank, (lo, hi) in enumerate(pieces) if hi - lo == largest]
     return candidates[index % len(candidates)]

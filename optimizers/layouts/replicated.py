@@ -31,7 +31,7 @@ from optimizers.rule import Rule
 
 @dataclass(frozen=True)
 class FullView:
-    """An ordinary parameter, whole."""
+    """The view of a matrix in an ordinary parameter: all of it."""
 
     shape: tuple[int, int]
     split: int | None = None
@@ -39,19 +39,19 @@ class FullView:
     shard_bounds: ShardBounds | None = None
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """The block of `parameter.grad`."""
+        """Return the block of `parameter.grad`."""
         return None if parameter.grad is None else block.matrix(parameter.grad)
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
-        """The block of the parameter."""
+        """Return the block of the parameter."""
         return block.view(parameter)
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """The block as a view, which may be interleaved."""
+        """Return the block as a view, which may be interleaved."""
         return None if parameter.grad is None else block.view(parameter.grad)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
-        """The block of it."""
+        """Return the block of it."""
         return block.matrix(local)
 
 
@@ -100,29 +100,29 @@ class ReplicatedLayout:
 
     @property
     def communicators(self) -> list[Communicator]:
-        """For the bytes that this process has sent."""
+        """Return the communicator of the replicas, if there are several."""
         return [] if self._ranks is None else [self._ranks]
 
     @property
     def is_divided(self) -> bool:
-        """With split work."""
+        """Return True with split work."""
         return self._communicator is not None
 
     @property
     def is_first_replica(self) -> bool:
-        """The first process of the group."""
+        """Return True on the first process of the group."""
         return self._ranks is None or self._ranks.rank == 0
 
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
-        """All of it."""
+        """Return (None, 0): all of it."""
         return None, 0
 
     def local_view(self, parameter: Tensor, block: Block) -> LocalView:
-        """Whole."""
+        """Return a view of the whole matrix."""
         return FullView(block.shape)
 
     def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
-        """One bucket; with split work one for each shape."""
+        """Return one bucket; with split work one for each shape."""
         if self._communicator is None:
             batch_states = make_batch_states(matrices, options, lambda m: local_shapes(m, rule, options))
             return [LocalBucket(rule, batch_states, self.collectives)]
@@ -130,36 +130,40 @@ class ReplicatedLayout:
         owners = balanced_owners(costs, self._communicator.size)
         return [
             WorkSplitBucket(
-                [matrices[i] for i in chosen], [owners[i] for i in chosen], self._communicator, rule, options
+                [matrices[i] for i in positions],
+                [owners[i] for i in positions],
+                self._communicator,
+                rule,
+                options,
             )
-            for chosen in bucket_positions(matrices, owners)
+            for positions in bucket_positions(matrices, owners)
         ]
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """Each group."""
+        """Return each group."""
         return whole_groups(groups)
 
     all_step_units = step_units
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Whole tensors only."""
+        """Refuse DTensors."""
         for name, parameter in named:
             if isinstance(parameter, DTensor):
                 raise TypeError(f"{name}: is a DTensor, while the other parameters are not")
 
     def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
-        """All replicas have all gradients, and they are equal."""
+        """Return the flags: all replicas have equal gradients."""
         return flags
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """The parameter."""
+        """Return the parameter."""
         return parameter
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """Its gradient."""
+        """Return its gradient."""
         return parameter.grad
 
 
 def work_of(shape: tuple[int, int]) -> float:
-    """Cost of a matrix' step, up to a factor: products of the matrix with others as wide as its short side."""
+    """Return the cost of a matrix' step up to a factor: products with matrices as wide as its short side."""
     return float(shape[0] * shape[1] * min(shape))

@@ -196,7 +196,7 @@ class ShardCollectives:
         return solutions[:, :k], solutions[:, k:].reshape(b, k, k)
 
     def agree(self, present: Tensor) -> Tensor:
-        """Element-wise or over the ranks."""
+        """Reduce flags by an element-wise or over the ranks."""
         return self._ranks.any(present)
 
 
@@ -229,7 +229,7 @@ def _packed(batches: Sequence[Tensor], shares: Sequence[Sequence[tuple[int, int]
 def _unpacked(
     rows: Tensor, shares: Sequence[Sequence[tuple[int, int]]], widths: Sequence[int]
 ) -> list[Tensor]:
-    """The inverse of `_packed` for batches of (b, width)."""
+    """Invert `_packed` for batches of (b, width)."""
     parts: list[list[Tensor]] = [[] for _ in shares]
     for rank in range(rows.shape[0]):
         offset = 0
@@ -237,7 +237,7 @@ def _unpacked(
             size = _length(share, rank) * width
             parts[i].append(rows[rank, offset : offset + size].view(-1, width))
             offset += size
-    return [torch.cat(found) for found in parts]
+    return [torch.cat(rows_of_ranks) for rows_of_ranks in parts]
 
 
 def _packed_root(root: InverseRoot) -> Tensor:
@@ -266,8 +266,8 @@ class ShardView:
 
     Attributes:
         cut: (axis, first, length) that select the matrix within what this process has of the parameter.
-        expert: index of the matrix among the experts that this process has; -1: it has others. None: no stack.
-        shard_bounds: the intervals of all ranks. Ranks must stack the same matrices, so it decides what is alike.
+        expert: index among the experts that this process has; -1: it has others. None: a 2-D parameter.
+        shard_bounds: the intervals of all ranks. Ranks must batch the same matrices, so it decides what is alike.
     """
 
     shape: tuple[int, int]
@@ -278,22 +278,22 @@ class ShardView:
     expert: int | None = None
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """This process' rows or columns of it."""
+        """Return this process' rows or columns of the gradient."""
         if parameter.grad is None:
             return None
         here = self._here(local(parameter.grad), block)
         return here if here.ndim == 2 else here.reshape(self.shape)
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
-        """View of the local shard."""
+        """Return a view of the local shard."""
         return self._here(local(parameter.detach()), block)
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """As `gradient`."""
+        """Return the same as `gradient`."""
         return self.gradient(parameter, block)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
-        """Its rows or columns."""
+        """Return its rows or columns."""
         here = self._here(local, block)
         return here if here.ndim == 2 else here.reshape(self.shape)
 
@@ -306,7 +306,7 @@ class ShardView:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a DTensor; a plain tensor itself."""
+    """Return the local shard of a DTensor, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -336,23 +336,23 @@ class ShardedLayout:
 
     @property
     def communicators(self) -> list[Communicator]:
-        """Within a replica, and between replicas."""
+        """Return the communicators within a replica and between replicas."""
         return [self._ranks] if self._replicas is None else [self._ranks, self._replicas]
 
     is_divided: bool = True
 
     @property
     def is_first_replica(self) -> bool:
-        """The first of the replicas."""
+        """Return True in the first replica."""
         return self._replicas is None or self._replicas.rank == 0
 
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
-        """The rows or columns here."""
+        """Return the axis and start of the rows or columns here."""
         axis = self._axis(parameter)
         return axis, self._interval(parameter, axis, self._ranks.rank)[0]
 
     def local_view(self, parameter: Tensor, block: Block) -> LocalView:
-        """The interval of its rows or columns."""
+        """Return the view of its rows or columns here."""
         axis = self._axis(parameter)
         ranks = range(self._ranks.size)
         views = [shard_view_of(block, axis, self._interval(parameter, axis, rank)) for rank in ranks]
@@ -372,7 +372,8 @@ class ShardedLayout:
     def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
         """One bucket of rows; one per bucket of matrices that go to owners, for a rule without a row form or where
         that sends less."""
-        fits = [self._in_rows(m, rule, options) for m in matrices]
+        ranks = self._ranks.size
+        fits = [traffic(rule, m.block.shape, m.view.split or 0, options, ranks)[1] for m in matrices]
         in_rows = [m for m, is_fit in zip(matrices, fits) if is_fit]
         buckets: list[Bucket] = []
         if in_rows:
@@ -384,11 +385,6 @@ class ShardedLayout:
             [m for m, is_fit in zip(matrices, fits) if not is_fit], rule, options
         )
 
-    def _in_rows(self, matrix: MatrixRef, rule: Rule, options: Mapping[str, Any]) -> bool:
-        split = matrix.view.split
-        assert split is not None
-        return traffic(rule, matrix.block.shape, split, options, self._ranks.size)[1]
-
     def _owner_buckets(
         self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]
     ) -> list[Bucket]:
@@ -396,14 +392,14 @@ class ShardedLayout:
         sources = [self._sources(m) for m in matrices]
         return [
             OwnerBucket(
-                [matrices[i] for i in chosen],
-                [sources[i] for i in chosen],
-                [owners[i] for i in chosen],
+                [matrices[i] for i in positions],
+                [sources[i] for i in positions],
+                [owners[i] for i in positions],
                 self._ranks,
                 rule,
                 options,
             )
-            for chosen in bucket_positions(matrices, owners)
+            for positions in bucket_positions(matrices, owners)
         ]
 
     def _sources(self, matrix: MatrixRef) -> list[tuple[int, int]]:
@@ -418,13 +414,13 @@ class ShardedLayout:
         return intervals
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """Each group."""
+        """Return each group."""
         return whole_groups(groups)
 
     all_step_units = step_units
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """DTensors on the same mesh, cut along the same dimension of it."""
+        """Refuse all but DTensors on the same mesh, sharded along the same dimension of it."""
         first_name, first = self._first
         for name, parameter in named:
             if not isinstance(parameter, DTensor):
@@ -433,15 +429,15 @@ class ShardedLayout:
                 raise TypeError(f"{name}: is sharded over another mesh than {first_name}")
 
     def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
-        """Element-wise or over the ranks of a replica."""
+        """Reduce flags by an element-wise or over the ranks of a replica."""
         return self._shards.agree(flags)
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """The local shard."""
+        """Return the local shard."""
         return local(parameter.detach())
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The local shard of the gradient."""
+        """Return the local shard of the gradient."""
         return None if parameter.grad is None else local(parameter.grad)
 
 
@@ -457,13 +453,13 @@ def _shard_dim(name: str, parameter: DTensor) -> int:
 
 
 def chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Collectives of a rank: torch's `Shard` cuts in pieces of ceil(size/W), the last ones may be short or empty."""
+    """Return the interval of a rank: torch's `Shard` cuts pieces of ceil(size/W), the last may be short or empty."""
     step = -(-size // ranks)
     return min(rank * step, size), min((rank + 1) * step, size)
 
 
 def shard_view_of(block: Block, axis: int, interval: tuple[int, int]) -> ShardView:
-    """How a matrix lies in a process' interval of its parameter.
+    """Return the view of a matrix in a process' interval of its parameter.
 
     Args:
         axis: along which the parameter is cut.
@@ -499,5 +495,5 @@ def _along(block: Block, axis: int, start: int, length: int, cut: tuple[int, int
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
-    """Whether these are DTensors."""
+    """Return True if one of these is a DTensor."""
     return any(isinstance(p, DTensor) for p in parameters)

@@ -36,19 +36,19 @@ class SimulatedShards(ShardedLayout):
         return self._axes[id(parameter)]
 
     def local_view(self, parameter: Tensor, block: Block) -> LocalView:
-        """As large as the real one, without numbers."""
+        """Return a view of the real size, without numbers."""
         views = super().local_view(parameter, block)
         assert isinstance(views, ShardView)
         return EmptyView(views.shape, views.split, views.start, views.shard_bounds)
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """As large as the shard."""
+        """Return a tensor of the shard's size."""
         axis = self._axis(parameter)
         lo, hi = chunk(parameter.shape[axis], self._ranks.size, self._ranks.rank)
         return parameter.detach().narrow(axis, lo, hi - lo)
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """As large as the shard."""
+        """Return a tensor of the shard's size."""
         return None if parameter.grad is None else self.weight(parameter)
 
 
@@ -71,19 +71,19 @@ class EmptyView:
     shard_bounds: ShardBounds | None
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """Of this shape."""
+        """Return an empty tensor of this shape."""
         return None if parameter.grad is None else parameter.new_empty(self.shape)
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
-        """Of this shape."""
+        """Return an empty tensor of this shape."""
         return parameter.detach().new_empty(self.shape)
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """Of this shape."""
+        """Return an empty tensor of this shape."""
         return self.gradient(parameter, block)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
-        """Of this shape."""
+        """Return an empty tensor of this shape."""
         return local.new_empty(self.shape)
 
 

@@ -177,11 +177,11 @@ def _by_gram(tall: Tensor, rtol: float, sync: bool) -> _Solution:
 
 
 def _by_rescue(
-    tall: Tensor, which: Tensor, rtol: float, found: tuple[Tensor, Tensor, Tensor]
+    tall: Tensor, which: Tensor, rtol: float, solution: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `found` with the matrices `which` (b,) recomputed by QR-SVD, which a Gram matrix is too
+    """Return `solution` with the matrices `which` (b,) recomputed by QR-SVD, which a Gram matrix is too
     inaccurate for."""
-    factor, values, rank = found
+    factor, values, rank = solution
     for index in which.nonzero().flatten().tolist():
         left, exact, right = rescue_svd(tall[index])
         again, again_rank = _assemble(left[None], exact[None], right[None], rtol)

@@ -295,9 +295,9 @@ def sharded_canonical_signs(steps: Steps, is_split: bool, start: int) -> Steps:
         first = torch.full(top.shape, torch.inf, dtype=torch.float64, device=basis.device)
         leader = torch.zeros_like(first)
     if is_split:
-        found = yield AllGather(torch.stack([first, leader]))
-        best = found[:, 0].argmin(0, keepdim=True)
-        leader = found[:, 1].gather(0, best).squeeze(0)
+        leaders = yield AllGather(torch.stack([first, leader]))
+        best = leaders[:, 0].argmin(0, keepdim=True)
+        leader = leaders[:, 1].gather(0, best).squeeze(0)
     return torch.where((leader < 0)[:, None, :], -basis, basis)
 
 

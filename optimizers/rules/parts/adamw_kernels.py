@@ -61,15 +61,15 @@ def step(
     groups: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     for i, (parameter, state) in enumerate(zip(parameters, states)):
         groups.setdefault((parameter.device, parameter.dtype, state["step"]), []).append(i)
-    for (device, dtype, before), chosen in groups.items():
-        weights = [parameters[i] for i in chosen]
-        slopes = [gradients[i] for i in chosen]
-        held = [states[i] for i in chosen]
+    for (device, dtype, before), positions in groups.items():
+        weights = [parameters[i] for i in positions]
+        grads = [gradients[i] for i in positions]
+        group_states = [states[i] for i in positions]
         mask = None if found_inf is None else (found_inf > 0).to(device=device, dtype=torch.float32)
         if dtype in (torch.float32, torch.float64) and device.type in FUSED_DEVICES:
-            _fused(weights, slopes, held, settings, before + 1, mask)
+            _fused(weights, grads, group_states, settings, before + 1, mask)
         else:
-            _in_fp32(weights, slopes, held, settings, before + 1, mask, [names[i] for i in chosen])
+            _in_fp32(weights, grads, group_states, settings, before + 1, mask, [names[i] for i in positions])
 
 
 def _fused(
@@ -113,9 +113,9 @@ def _in_fp32(
     """Step half-precision weights: fp32 moments and an fp32 update, which is rounded once."""
     bias1, bias2 = 1.0 - s.betas[0] ** now, math.sqrt(1.0 - s.betas[1] ** now)
     masked = None if mask is None else mask.reshape(()) > 0
-    for weight, slope, state, name in zip(weights, gradients, states, names):
+    for weight, grad, state, name in zip(weights, gradients, states, names):
         moment, second = state["moment"], state["second_moment"]
-        gradient = slope.to(moment.dtype)
+        gradient = grad.to(moment.dtype)
         first = torch.lerp(moment, gradient, 1.0 - s.betas[0])
         squares = torch.addcmul(s.betas[1] * second, gradient, gradient, value=1.0 - s.betas[1])
         step_ = first / bias1 / (squares.sqrt() / bias2 + s.eps_at(now))
