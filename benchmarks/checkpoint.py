@@ -1,9 +1,9 @@
-"""What checkpoints cost: how long training waits for one, and whether resuming takes longer the later it happens.
+"""Measure checkpoints: how long training waits for a save, and whether a later resume takes longer.
 
     python -m benchmarks.checkpoint [--rounds N] [key=value …]
 
 Default: LLaMA-9M under SUMO, one process, the packaged text. Saves with and without a background thread alternate;
-medians over the rounds. The first save is told apart: it also touches the memory of the copy.
+medians over the rounds. The first save is listed separately, because it also touches the memory of the copy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEPS = (10, 100_000)
 
 
 def started(words: Sequence[str], folder: Path, steps: int) -> tuple[Run, Checkpoints]:
-    """A run that is about to train, with its checkpoints."""
+    """Assemble a run that is ready to train, with its checkpoints."""
     prepared = prepare(
         [*WORDS, *QUIET, f"steps={steps}", f"runs_dir={folder}", *words],
         say=print,
@@ -47,14 +47,14 @@ def started(words: Sequence[str], folder: Path, steps: int) -> tuple[Run, Checkp
 
 
 def seconds(action: Any) -> float:
-    """Wall time of a call."""
+    """Return the wall time of a call."""
     begin = time.perf_counter()
     action()
     return time.perf_counter() - begin
 
 
 def saves(run: Run, checkpoints: Checkpoints, rounds: int) -> dict[str, float]:
-    """Medians: a save in the foreground, and what training waits for one in the background."""
+    """Return medians of a foreground save, and of the time that training waits for a background save."""
     state = Randomness.now(run.engine.device)
     found: dict[str, list[float]] = {"foreground": [], "background": []}
     first = seconds(lambda: checkpoints.save(state, background=True))
@@ -67,7 +67,7 @@ def saves(run: Run, checkpoints: Checkpoints, rounds: int) -> dict[str, float]:
 
 
 def resumes(words: Sequence[str], folder: Path, step: int, rounds: int) -> float:
-    """Median time from an assembled run to its next batch, from a checkpoint after ``step`` steps."""
+    """Return the median time from an assembled run to its next batch, from a checkpoint after ``step`` steps."""
     run, checkpoints = started(words, folder / str(step), step + 10)
     (folder / str(step) / "run").mkdir(parents=True)
     for group in run.optimizer.param_groups:
@@ -89,7 +89,7 @@ def resumes(words: Sequence[str], folder: Path, step: int, rounds: int) -> float
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     arguments, words = parser.parse_known_args()

@@ -1,11 +1,12 @@
-"""What the harness costs: tokens/s of its loop over a bare loop with the same model, batches and optimizer.
+"""Measure the overhead of the harness: tokens/s of its loop over a bare loop with equal model, batches and
+optimizer.
 
     python benchmarks/harness_overhead.py optimizer=sumo [key=value …]
 
-Both loops run in this process, in turns; the figures are medians over the rounds. The harness's side has all
-that a run has between evaluations: rows every `log_every` steps with losses, gradient norm, memory and times,
-metrics.jsonl and the flags of each step. Probes of spectra are left out: they have a budget of their own (1 % of time),
-and their first and last, always taken, would weigh too much in rounds this short.
+Both loops run alternately in this process; the figures are medians over the rounds. The harness's loop includes
+everything that a run does between evaluations: rows every `log_every` steps with losses, gradient norm, memory
+and times, metrics.jsonl and the flags of each step. Probes of spectra are excluded: they have their own budget
+(1 % of time), and the first and last probe, which are always taken, would weigh too much in such short rounds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class _FolderSink:
 def bare(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: BatchLoader, max_norm: float
 ) -> None:
-    """The loop that one writes without a harness."""
+    """Train with a plain loop, as without a harness."""
     for step in range(STEPS):
         for ids, labels in loader.micro_batches(step):
             loss = loss_sum(model(input_ids=ids).logits, labels) / labels.numel()

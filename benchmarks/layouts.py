@@ -1,11 +1,12 @@
-"""Milliseconds per optimizer step on two processes, on the hidden matrices of LLaMA-60M, one thread each.
+"""Measure milliseconds per optimizer step on two processes with one thread each, on LLaMA-60M's hidden
+matrices.
 
     python -m benchmarks.layouts [--rounds 5] [--layers 2] [--json]
 
-Three questions, each a ratio of contestants that take turns in one pool of processes, medians of the slower rank:
-our Muon against `torch.optim.Muon` on the same DTensors (both in fp32 arithmetic where the peer's is bf16 only, both
-times are shown); SUMO on shards against whole on each process; work split over replicas against one process that does
-all.
+Three ratios of contestants that alternate in one pool of processes, medians of the slower rank: optbench's Muon
+against `torch.optim.Muon` on the same DTensors (both in fp32 arithmetic where the peer's is bf16 only, both
+times are shown); SUMO on shards against SUMO on whole matrices; work split over replicas against one process
+that does all work.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _rank(rank: int, world: int, port: int, layers: int, rounds: int, queue: Any
 
 
 def measure(layers: int, rounds: int, port: int = 29531) -> dict[str, float]:
-    """Median milliseconds per step of each contestant, of the slower of two ranks."""
+    """Return the median milliseconds per step of each contestant, of the slower of two ranks."""
     context = mp.get_context("spawn")
     queue = context.Queue()
     ranks = [context.Process(target=_rank, args=(r, 2, port, layers, rounds, queue)) for r in range(2)]
@@ -105,7 +106,7 @@ def measure(layers: int, rounds: int, port: int = 29531) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=2)

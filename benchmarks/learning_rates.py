@@ -1,10 +1,10 @@
-"""Where the default learning rates of harness/config/derived_defaults.py for small models come from.
+"""Search the default learning rates of harness/config/derived_defaults.py for small models.
 
     python benchmarks/learning_rates.py OPTIMIZER LR,LR,… [key=value …]
 
 Trains one run per learning rate, everything else equal, and prints the validation losses as a Markdown table.
-Every optimizer gets the same number of learning rates, a factor of two apart; the best one must not lie on
-the grid's edge, or the grid is moved.
+Every optimizer gets the same number of learning rates, a factor of two apart; if the best one is on
+the edge of the grid, the grid is moved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.run import assemble, build_probes
 
 
 def final_loss(words: list[str]) -> float:
-    """Validation loss at the end of a run in this process; infinite if it diverged."""
+    """Return the validation loss at the end of a run in this process; infinite if it diverged."""
     prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
@@ -34,7 +34,7 @@ def final_loss(words: list[str]) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of losses."""
     optimizer, rates, *rest = sys.argv[1:]
     losses: dict[float, float] = {}
     print(f"| {optimizer}: lr | val/loss |\n|---|---|")

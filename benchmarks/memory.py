@@ -1,12 +1,13 @@
-"""Memory of an optimizer step on the hidden matrices of LLaMA-60M: the state, and the high-water mark beside it.
+"""Measure the memory of an optimizer step on LLaMA-60M's hidden matrices: the state, and the peak of
+temporary memory.
 
     python -m benchmarks.memory [--layers 8] [--rank 128] [--only sumo,muon] [--device cpu] [--quick] [--json]
 
-The state is what `state_bytes()` says. The high-water mark is what a step holds at most of what it has allocated
-itself, in an ordinary step and in one that renews every subspace. On a CPU it comes from the allocator's records in
+The state is the result of `state_bytes()`. The peak is the maximum of the memory that a step allocates, in an
+ordinary step and in one that refreshes every subspace. On a CPU it comes from the allocator's records in
 torch's profiler, inside every operator, with one thread (the profiler sees its own only); on CUDA from the caching
-allocator. What LAPACK and BLAS allocate for themselves is not in it. It is given in MiB and as a multiple of the
-gradients of the largest stack, the unit in which a step works.
+allocator. Internal allocations of LAPACK and BLAS are not included. The peak is given in MiB and as a multiple of
+the gradients of the largest batch, the unit in which a step works.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MIB = 2**20
 
 
 def allocation_peak(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `call` holds at most of what it allocates, above what was there before it."""
+    """Return the peak of the bytes that `call` allocates, above what existed before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -43,14 +44,14 @@ def allocation_peak(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _allocations(profile: Any) -> list[int]:
-    """Bytes of each allocation (positive) and release (negative) in the order of time."""
+    """Return the bytes of each allocation (positive) and release (negative) in the order of time."""
     events = profile.profiler.kineto_results.events()
     records = [event for event in events if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(records, key=lambda event: event.start_ns())]
 
 
 def highest(changes: Iterable[int]) -> int:
-    """The largest running sum; 0 if it never rises above."""
+    """Return the largest running sum; 0 if it never rises above 0."""
     now = most = 0
     for change in changes:
         now += change
@@ -59,7 +60,7 @@ def highest(changes: Iterable[int]) -> int:
 
 
 def largest_stack(shapes: Shapes, device: torch.device) -> int:
-    """Bytes of the fp32 gradients of the largest stack that these shapes form."""
+    """Return the bytes of the fp32 gradients of the largest batch that these shapes form."""
     limit = BATCH_BYTES.get(device.type, BATCH_BYTES["cuda"])
     sizes = []
     for m, n in set(shapes):
@@ -76,7 +77,7 @@ def _built(preset: str, shapes: Shapes, grads: list[Tensor], device: torch.devic
 
 
 def measure(preset: str, shapes: Shapes, rank: int, device: torch.device) -> dict[str, Any]:
-    """Bytes of the state and of the high-water marks of a preset.
+    """Return the bytes of the state and the peaks of a preset.
 
     Returns:
         state, ordinary, refresh: bytes; refresh is None for rules without subspaces. state_per_weight: numbers of
@@ -100,7 +101,7 @@ def measure(preset: str, shapes: Shapes, rank: int, device: torch.device) -> dic
 
 
 def report(results: dict[str, dict[str, Any]], stack: int) -> str:
-    """Markdown: state and high-water marks."""
+    """Return the states and peaks as a Markdown table."""
 
     def peak(value: int | None) -> str:
         return "–" if value is None else f"{value / MIB:.1f} ({value / stack:.1f})"
@@ -120,7 +121,7 @@ def report(results: dict[str, dict[str, Any]], stack: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=128)

@@ -1,4 +1,4 @@
-"""The peers that `step_time` measures, from their own packages, behind one signature."""
+"""Build the peers that `step_time` measures, from their own packages, with one signature."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 
 def galore_torch(weights: list[nn.Parameter], rank: int, interval: int) -> Any:
-    """galore-torch's AdamW with projection; its package's `__init__` wants bitsandbytes, so that is left
-    out."""
+    """Build galore-torch's AdamW with projection, without the package's `__init__`, which needs bitsandbytes."""
     if "galore_torch" not in sys.modules:
         spec = find_spec("galore_torch")
         if spec is None:
@@ -25,12 +24,12 @@ def galore_torch(weights: list[nn.Parameter], rank: int, interval: int) -> Any:
 
 
 def keller_muon(weights: list[nn.Parameter]) -> Any:
-    """The reference package (muon-optimizer), single device."""
+    """Build the reference package's Muon (muon-optimizer), single device."""
     return import_module("muon").SingleDeviceMuon(weights, lr=1e-3)
 
 
 def pytorch_optimizer_muon(weights: list[nn.Parameter]) -> Any:
-    """pytorch_optimizer's Muon."""
+    """Build pytorch_optimizer's Muon."""
     groups = [{"params": weights, "use_muon": True}]
     return import_module("pytorch_optimizer").Muon(groups, lr=1e-3)
 
@@ -49,7 +48,7 @@ class PublicSumoLoop:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of all matrices."""
+        """Take one step of all matrices."""
         self.t += 1
         for i, weight in enumerate(self.weights):
             gradient = weight.grad

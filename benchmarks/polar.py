@@ -1,4 +1,5 @@
-"""Accuracy and cost of the polar methods: method × κ × shape, and the energy that randomized bases capture.
+"""Measure accuracy and cost of the polar methods (method × κ × shape), and the energy that randomized bases
+capture.
 
     python benchmarks/polar.py                 # rewrites the tables in docs/polar.md and docs/img/polar.png
     python benchmarks/polar.py --quick --out DIR
@@ -58,7 +59,7 @@ QUICK = Plan(((2, 8, 24),), (1.0, 1e4, 1e8), 1, (48, 32, 8))
 
 
 def stack(batch: int, m: int, n: int, sigma: Tensor, seed: int = 0) -> Tensor:
-    """fp32 matrices (batch, m, n), m ≤ n, with singular values `sigma` (m,) and Haar-distributed vectors."""
+    """Return fp32 matrices (batch, m, n), m ≤ n, with singular values `sigma` (m,) and Haar-distributed vectors."""
     generator = torch.Generator().manual_seed(seed)
 
     def haar(rows: int, columns: int) -> Tensor:
@@ -69,7 +70,7 @@ def stack(batch: int, m: int, n: int, sigma: Tensor, seed: int = 0) -> Tensor:
 
 
 def errors(plan: Plan, rtol: float | None) -> dict[tuple[int, int], dict[str, list[float]]]:
-    """(short, long) → method → median error over the batch, for each κ."""
+    """Return (short, long) → method → median error over the batch, for each κ."""
     table: dict[tuple[int, int], dict[str, list[float]]] = {}
     for batch, m, n in plan.shapes:
         rows = table.setdefault((m, n), {name: [] for name in METHODS})
@@ -86,7 +87,7 @@ def errors(plan: Plan, rtol: float | None) -> dict[tuple[int, int], dict[str, li
 
 
 def milliseconds(plan: Plan) -> dict[tuple[int, int], dict[str, float]]:
-    """(short, long) → method → milliseconds per matrix at κ = 1e3."""
+    """Return (short, long) → method → milliseconds per matrix at κ = 1e3."""
     table: dict[tuple[int, int], dict[str, float]] = {}
     for batch, m, n in plan.shapes:
         matrices = stack(batch, m, n, torch.logspace(0, -3, m, dtype=torch.float64))
@@ -103,7 +104,7 @@ def milliseconds(plan: Plan) -> dict[tuple[int, int], dict[str, float]]:
 
 
 def energies(plan: Plan) -> list[tuple[str, str, list[float]]]:
-    """(spectrum, side, energy of each basis over the best possible) on a gradient changed by 30 %."""
+    """Return (spectrum, side, energy of each basis over the best possible) on a gradient changed by 30 %."""
     m, n, rank = plan.basis
     index = torch.arange(1, n + 1, dtype=torch.float64)
     results = []
@@ -133,7 +134,7 @@ def markdown(
     times: dict[tuple[int, int], dict[str, float]],
     energy: list[tuple[str, str, list[float]]],
 ) -> str:
-    """The tables, as they stand in docs/polar.md."""
+    """Return the tables as docs/polar.md contains them."""
     head = " | ".join(f"{kappa:.0e}" for kappa in plan.kappas)
     lines: list[str] = []
     for title, table in (("Default cut", cut), (f"No cut (`rtol={NO_CUT:g}`)", uncut)):
@@ -161,7 +162,7 @@ def markdown(
 
 
 def plot(plan: Plan, table: dict[tuple[int, int], dict[str, list[float]]], path: Path) -> None:
-    """Error over κ without a cut, one panel a shape."""
+    """Draw the error over κ without a cut, one panel per shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,7 +184,7 @@ def plot(plan: Plan, table: dict[tuple[int, int], dict[str, list[float]]], path:
 
 
 def replaced(page: str, tables: str) -> str:
-    """`page` with the text between the two markers replaced; a page without markers is just the tables."""
+    """Return `page` with the text between the two markers replaced; of a page without markers, just the tables."""
     if BEGIN not in page or END not in page:
         return f"{BEGIN}\n\n{tables}\n{END}\n"
     before, _, rest = page.partition(BEGIN)

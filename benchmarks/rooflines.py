@@ -1,11 +1,12 @@
-"""What bounds a step on this machine: rates of its products and eigenproblems, and ways around them that don't pay.
+"""Measure what bounds a step on this machine: rates of products and eigenproblems, and alternatives that are
+not used.
 
     python -m benchmarks.rooflines [--threads 2] [--rounds 15] [--quick] [--json]
 
 Products are those of Newton-Schulz on hidden matrices of LLaMA-60M and larger ones, one at a time, medians. Triangle:
 XXᵀ by strips of 256 rows of which only the lower part is multiplied, then mirrored, against the whole product. Inverse
 roots: of a stack of Grams by eigenvalues ("gram") and by Halley steps ("dwh"). Gram form: Newton-Schulz in bf16 whose
-iterations work on XXᵀ and return to X after some of them; its error against fp64, beside that of the plain iteration.
+iterations work on XXᵀ and return to X after some of them; its error against fp64, and that of the plain iteration.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ STRIP = 256
 
 
 def seconds(call: Callable[[], object], rounds: int) -> float:
-    """Median time of a call after one that does not count."""
+    """Return the median time of a call after a first call that does not count."""
     call()
     found = []
     for _ in range(rounds):
@@ -38,7 +39,7 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
 
 
 def triangle(x: Tensor, out: Tensor) -> None:
-    """out ← XXᵀ (k, k), of which each strip of rows is multiplied up to its diagonal."""
+    """Compute out ← XXᵀ (k, k), multiplying each strip of rows only up to its diagonal."""
     for start in range(0, len(x), STRIP):
         stop = min(start + STRIP, len(x))
         torch.mm(x[start:stop], x[:stop].T, out=out[start:stop, :stop])
@@ -46,7 +47,7 @@ def triangle(x: Tensor, out: Tensor) -> None:
 
 
 def gram_form(matrix: Tensor, plan: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz of one (k, l), k ≤ l; the entries of `plan` say how many iterations share one XXᵀ."""
+    """Apply Newton-Schulz to one (k, l), k ≤ l; each entry of `plan` is a number of iterations that share one XXᵀ."""
     a, b, c = JORDAN
     x = matrix.to(dtype)
     x = x / x.norm()
@@ -66,7 +67,7 @@ def gram_form(matrix: Tensor, plan: tuple[int, ...], dtype: torch.dtype) -> Tens
 
 
 def products(k: int, length: int, rounds: int) -> dict[str, float]:
-    """GFlop/s of the products of one matrix (k, l), and the time of the triangle over that of the whole."""
+    """Return the GFlop/s of the products of one matrix (k, l), and the time of the triangle over that of the whole."""
     found: dict[str, float] = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = torch.randn(k, length).to(dtype)
@@ -82,7 +83,7 @@ def products(k: int, length: int, rounds: int) -> dict[str, float]:
 
 
 def roots(count: int, rank: int, rounds: int) -> dict[str, float]:
-    """Milliseconds for a stack of inverse roots by each exact method on Grams."""
+    """Return the milliseconds of a batch of inverse roots by each exact method on Gram matrices."""
     moments = torch.randn(count, rank, 4 * rank, dtype=torch.float64)
     grams = moments @ moments.mT
     solvers = {method: RootSolver(method, 1e-6, dtype=torch.float32) for method in ("gram", "dwh")}
@@ -90,7 +91,7 @@ def roots(count: int, rank: int, rounds: int) -> dict[str, float]:
 
 
 def gram_form_errors(k: int, length: int) -> dict[str, float]:
-    """‖O - O₆₄‖_F / ‖O₆₄‖_F of five iterations in bf16 on a Gaussian matrix."""
+    """Return ‖O - O₆₄‖_F / ‖O₆₄‖_F of five iterations in bf16 on a Gaussian matrix."""
     matrix = torch.randn(k, length, generator=torch.Generator().manual_seed(0))
     exact = newton_schulz(matrix.double(), dtype=torch.float64)
     forms = {
@@ -102,7 +103,7 @@ def gram_form_errors(k: int, length: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)

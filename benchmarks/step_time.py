@@ -1,12 +1,12 @@
-"""Milliseconds per optimizer step against the peers' own packages, on the hidden matrices of LLaMA-60M.
+"""Measure milliseconds per optimizer step against the peers' own packages, on the hidden matrices of LLaMA-60M.
 
     python -m benchmarks.step_time [--rounds 7] [--layers 8] [--threads 2] [--rank 128] [--only sumo,galore]
     [--quick] [--cpu-time] [--json] [--profile "ours: sumo"]
 
-All contestants live in one process and take turns, one step each a round, so that whatever else the machine
-does hits all of them; medians over rounds. On a machine that others use, `--cpu-time --threads 1` counts the
+All contestants run in one process and alternate, one step each per round, so that other load of the machine
+affects all of them; medians over rounds. On a machine that others use, `--cpu-time --threads 1` counts the
 processor time of this process instead of the wall clock. Gradients are fixed random matrices with a decaying spectrum;
-every optimizer owns copies of the same weights. A refresh step is one in which every subspace is renewed.
+every optimizer has its own copy of the same weights. In a refresh step every subspace is refreshed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEVER = 10**9
 
 
 def llama_60m(layers: int = 8, hidden: int = 512, inner: int = 1376) -> Shapes:
-    """The 56 hidden matrices of LLaMA-60M, layer by layer."""
+    """Return the shapes of the 56 hidden matrices of LLaMA-60M, layer by layer."""
     square, up, down = (hidden, hidden), (inner, hidden), (hidden, inner)
     return [square, square, square, square, up, up, down] * layers
 
@@ -47,7 +47,7 @@ class Contestant:
 
 
 def contestants(rank: int) -> list[Contestant]:
-    """All that can be built here; packages that are not installed are left out."""
+    """Return all contestants that can be built; packages that are not installed are left out."""
 
     def ours(preset: str, **options: Any) -> Callable[[list[nn.Parameter]], Any]:
         return lambda weights: optimizers.build(
@@ -104,8 +104,7 @@ TARGETS = [
 
 
 def gradients(shapes: Shapes, seed: int = 0) -> list[Tensor]:
-    """Random matrices with singular values that fall off like i^-½, as gradients of language models roughly
-    do."""
+    """Return random matrices with singular values that decay like i^-½, as gradients of language models roughly do."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for m, n in shapes:
@@ -118,7 +117,7 @@ def gradients(shapes: Shapes, seed: int = 0) -> list[Tensor]:
 
 
 def warmed(contestant: Contestant, grads: list[Tensor]) -> Any:
-    """Its optimizer on weights of its own, after the steps that are unlike the others."""
+    """Return the contestant's optimizer on its own copy of the weights, after its first, unusual steps."""
     weights = [nn.Parameter(torch.zeros_like(gradient)) for gradient in grads]
     for weight, gradient in zip(weights, grads):
         weight.grad = gradient
@@ -134,7 +133,7 @@ def measure(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median milliseconds per step of each contestant, by `clock` (seconds)."""
+    """Return the median milliseconds per step of each contestant, by `clock` (seconds)."""
     grads = gradients(shapes)
     built = {contestant.name: warmed(contestant, grads) for contestant in chosen}
     times: dict[str, list[float]] = {c.name: [] for c in chosen}
@@ -147,7 +146,7 @@ def measure(
 
 
 def profiled(contestant: Contestant, shapes: Shapes) -> str:
-    """The operators of one step of a contestant, those that took longest first."""
+    """Return the operators of one step of a contestant, the slowest first."""
     optimizer = warmed(contestant, gradients(shapes))
     with torch.profiler.profile() as profile:
         optimizer.step()
@@ -155,7 +154,7 @@ def profiled(contestant: Contestant, shapes: Shapes) -> str:
 
 
 def report(medians: dict[str, float]) -> str:
-    """Markdown: a table of times, and one of ratios with their targets."""
+    """Return a Markdown table of times, and one of ratios with their targets."""
     lines = ["| optimizer | ms per step |", "|---|---|"]
     lines += [f"| {name} | {value:.1f} |" for name, value in medians.items()]
     lines += ["", "| ours | against | ratio | target |", "|---|---|---|---|"]
@@ -168,7 +167,7 @@ def report(medians: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,9 +1,10 @@
-"""Files and functions of this project that one optimizer step enters, in the order of first entry.
+"""List the files and functions of this project that one optimizer step enters, in the order of first entry.
 
     python -m benchmarks.step_walk [--preset sumo] [--ranks 1] [--refresh] [--json]
 
-How far a reader walks to follow one step under FSDP2: a profile hook notes each function of the project that
-`optimizer.step()` calls, on rank 0 of gloo processes. An ordinary step; with --refresh one that renews every subspace.
+The list shows what a reader must open to follow one step under FSDP2: a profile hook records each function of
+the project that `optimizer.step()` calls, on rank 0 of gloo processes. The step is an ordinary one; with
+--refresh it refreshes every subspace.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def measure(preset: str = "sumo", ranks: int = 1, is_refresh: bool = False) -> d
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--preset", default="sumo")
     parser.add_argument("--ranks", type=int, default=1)

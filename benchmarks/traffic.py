@@ -1,4 +1,5 @@
-"""Bytes that the optimizer sends per rank and step under FSDP2, by rank count, rank of the subspace and shard axis.
+"""Count the bytes that the optimizer sends per rank and step under FSDP2, by rank count, subspace rank and
+shard axis.
 
     python -m benchmarks.traffic [--plot docs/img/traffic.png] [--json]
 
@@ -47,7 +48,7 @@ CASES = [
 
 
 def sent(case: Case, world: int) -> tuple[float, float]:
-    """Mean bytes per rank of an ordinary step and of one with a refresh."""
+    """Return the mean bytes per rank of an ordinary step and of one with a refresh."""
     ranks = sorted({0, world - 1, *(world * i // 8 for i in range(8))})
     ordinary, refresh = [], []
     for rank in ranks:
@@ -70,7 +71,7 @@ def sent(case: Case, world: int) -> tuple[float, float]:
 
 
 def table(found: dict[str, dict[int, float]], worlds: Sequence[int]) -> str:
-    """Markdown: MB per rank and step, and the share of Muon's."""
+    """Return a Markdown table of MB per rank and step, with the share of Muon's traffic."""
     lines = ["| MB per rank and step | " + " | ".join(f"W = {w}" for w in worlds) + " |"]
     lines.append("|---|" + "---|" * len(worlds))
     muon = found[CASES[0].label]
@@ -81,7 +82,7 @@ def table(found: dict[str, dict[int, float]], worlds: Sequence[int]) -> str:
 
 
 def plot(found: dict[str, dict[int, float]], path: Path) -> None:
-    """Growth with the number of ranks."""
+    """Draw the traffic over the number of ranks."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -102,7 +103,7 @@ def plot(found: dict[str, dict[int, float]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; see the module's docstring."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--worlds", default=",".join(map(str, WORLDS)))
