@@ -146,18 +146,18 @@ def _save_dashboards(
     saved = _read_saved(out)
     if saved.get("place") != place:
         saved = dict[str, Any](place=place)
-    made = workspace.workspace(scope, _name(scope))
-    made._internal_name, made._internal_id = saved.get("workspace", ["", ""])
-    made.save()
-    saved["workspace"] = [made._internal_name, made._internal_id]
+    board = workspace.workspace(scope, _name(scope))
+    board._internal_name, board._internal_id = saved.get("workspace", ["", ""])
+    board.save()
+    saved["workspace"] = [board._internal_name, board._internal_id]
     # Written before the next step, which may fail: a later call must not save a second workspace.
     atomic.write_json(out / DEFINITION, {"schema_version": SCHEMA_VERSION, "saved": saved})
-    text = workspace.report(scope, public, _name(scope), online=True)
-    text.id = saved.get("report", "")
-    text.save()
-    saved["report"] = text.id
+    report = workspace.report(scope, public, _name(scope), online=True)
+    report.id = saved.get("report", "")
+    report.save()
+    saved["report"] = report.id
     atomic.write_json(out / DEFINITION, {"schema_version": SCHEMA_VERSION, "saved": saved})
-    return scope, {"W&B workspace": made.url, "W&B report": text.url, "W&B run with the files": address}
+    return scope, {"W&B workspace": board.url, "W&B report": report.url, "W&B run with the files": address}
 
 
 def log_report(scope: Scope, public: Document, write_report: WriteReport) -> tuple[str, str]:
@@ -201,7 +201,7 @@ def log_report(scope: Scope, public: Document, write_report: WriteReport) -> tup
         sink.attach(log_files)
         sink.finish({"sentence": public.sentence}, exit_code=0)
     if not accepted:
-        # The mirror's message promises an offline run, which a report does not need: it is made again.
+        # The mirror's message promises an offline run, which a report does not need: it is board again.
         reason = (
             messages[0].removeprefix("W&B: ").partition("; writing an offline run")[0] if messages else ""
         )

@@ -42,7 +42,7 @@ def workspace(scope: Scope, name: str) -> ws.Workspace:
         ws.Section(name=section.name, panels=_panels(section), is_open=True, pinned=section is SECTIONS[0])
         for section in SECTIONS
     ]
-    made = ws.Workspace(
+    built = ws.Workspace(
         name=title(name),
         entity=scope.entity or "",
         project=scope.project,
@@ -51,8 +51,8 @@ def workspace(scope: Scope, name: str) -> ws.Workspace:
         runset_settings=runs,
         auto_generate_panels=False,
     )
-    made._internal_runset_id = _identifier("runs", scope.project, *scope.groups)
-    return made
+    built._internal_runset_id = _identifier("runs", scope.project, *scope.groups)
+    return built
 
 
 def report(scope: Scope, document: Document, name: str, *, online: bool) -> wr.Report:
@@ -99,13 +99,13 @@ def title(text: str) -> str:
     return " ".join(kept.split())[:LONGEST_TITLE] or "optbench"
 
 
-def to_json(made: ws.Workspace | wr.Report) -> dict[str, Any]:
+def to_json(saved: ws.Workspace | wr.Report) -> dict[str, Any]:
     """Return the JSON that W&B would save."""
-    return json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
+    return json.loads(saved._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 
 def _runset(scope: Scope, key: str, online: bool) -> Any:
-    made = wr.Runset(
+    runset = wr.Runset(
         entity=(scope.entity or "") if online else "",
         project=scope.project if online else "",
         name="seeds of each arm",
@@ -113,8 +113,8 @@ def _runset(scope: Scope, key: str, online: bool) -> Any:
         groupby=[f"config.{key}" for key in scope.group_by],
         order=[wr.OrderBy(wr.SummaryMetric("val/loss"), ascending=True)],
     )
-    made._id = _identifier("runset", key)
-    return made
+    runset._id = _identifier("runset", key)
+    return runset
 
 
 def _filters(scope: Scope, keys: list[str]) -> Any:
@@ -128,18 +128,18 @@ def _filters(scope: Scope, keys: list[str]) -> Any:
 
 
 def _panels(section: Section, *, places: bool = False, salt: str = "") -> list[Any]:
-    return list(_made(section, places, salt))
+    return list(_place_panels(section, places, salt))
 
 
-def _made(section: Section, places: bool, salt: str) -> Iterator[Any]:
+def _place_panels(section: Section, places: bool, salt: str) -> Iterator[Any]:
     for index, panel in enumerate(section.panels):
-        made = _panel(panel)
-        made._id = _identifier(section.name, panel.title, salt)
+        drawn = _panel(panel)
+        drawn._id = _identifier(section.name, panel.title, salt)
         if places:
             row, column = divmod(index, PER_ROW)
             wide = 3 * WIDTH if panel.kind == "comparer" else WIDTH
-            made.layout = wr.Layout(x=column * WIDTH, y=row * HEIGHT, w=wide, h=HEIGHT)
-        yield made
+            drawn.layout = wr.Layout(x=column * WIDTH, y=row * HEIGHT, w=wide, h=HEIGHT)
+        yield drawn
 
 
 def _panel(panel: Panel) -> Any:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from analysis.comparison import document, results_table
-from analysis.comparison.document import Document
+from analysis.comparison import results_table
+from analysis.comparison.document import Document, judge_folder, to_json
 from analysis.pages import matplotlib_figures, screenshot
 from analysis.report import report_page
 from analysis.report.main_plot import main_plot
@@ -70,24 +70,24 @@ def finish(
     Raises:
         InputError: no such folder, or ``out`` cannot be written to.
     """
-    judged = document.judge_folder(folder)
-    written = write(judged, out, figures=figures)
+    document = judge_folder(folder)
+    written = write(document, out, figures=figures)
     if publish is not None:
-        written = publish(judged, written)
+        written = publish(document, written)
     if as_json:
-        _print_json(judged, written, extra or {})
+        _print_json(document, written, extra or {})
     else:
-        _print_tables(judged, written)
+        _print_tables(document, written)
 
 
-def write(document_: Document, out: Path, *, figures: bool = False) -> WrittenReport:
+def write(document: Document, out: Path, *, figures: bool = False) -> WrittenReport:
     """Write report.html, comparison.md, comparison.csv, comparison.json and comparison.png into ``out``.
 
     All files are made before the first one is moved into place, so that a report is never incomplete. Chromium takes
     the picture; without it matplotlib draws the picture if ``figures`` is set, else a remark says why it is missing.
 
     Args:
-        document_: the judged runs.
+        document: the judged runs.
         out: folder; created if necessary.
         figures: also write each plot as ``figures/NAME.png`` with matplotlib.
 
@@ -96,23 +96,21 @@ def write(document_: Document, out: Path, *, figures: bool = False) -> WrittenRe
     """
     if figures:
         matplotlib_figures.require()
-    tables = [
-        (judged.table, f"{judged.verdict.sentence} {judged.verdict.scope}") for judged in document_.sets
-    ]
+    tables = [(judged.table, f"{judged.verdict.sentence} {judged.verdict.scope}") for judged in document.sets]
     texts = {
-        "comparison.md": results_table.markdown(tables) if tables else f"{markdown(document_.sentence)}\n",
+        "comparison.md": results_table.markdown(tables) if tables else f"{markdown(document.sentence)}\n",
         "comparison.csv": results_table.to_csv(table for table, _ in tables),
-        "comparison.json": json.dumps(document.to_json(document_), indent=1, allow_nan=False) + "\n",
-        "report.html": report_page.render(document_),
+        "comparison.json": json.dumps(to_json(document), indent=1, allow_nan=False) + "\n",
+        "report.html": report_page.render(document),
     }
     files = {name: text.encode("utf-8", "replace") for name, text in texts.items()}
-    picture, remark = _make_picture(document_, figures)
+    picture, remark = _make_picture(document, figures)
     if picture is not None:
         files[PICTURE_FILE] = picture
     if figures:
         files |= {
             f"figures/set{index}-{plot.key}.png": matplotlib_figures.png(plot)
-            for index, judged in enumerate(document_.sets)
+            for index, judged in enumerate(document.sets)
             for plot in report_page.build_plots(judged.comparison).in_order()
         }
     _write_together(files, out, stale=[PICTURE_FILE])
@@ -121,12 +119,12 @@ def write(document_: Document, out: Path, *, figures: bool = False) -> WrittenRe
     return WrittenReport(html, [html, *others], [remark] if remark else [])
 
 
-def _make_picture(document_: Document, figures: bool) -> tuple[bytes | None, str | None]:
+def _make_picture(document: Document, figures: bool) -> tuple[bytes | None, str | None]:
     """Return the main plot of the first set that has one as a PNG, or the reason why there is none."""
-    plots = ((judged, main_plot(judged.comparison)) for judged in document_.sets)
+    plots = ((judged, main_plot(judged.comparison)) for judged in document.sets)
     judged, plot = next(((judged, plot) for judged, plot in plots if plot is not None), (None, None))
     if judged is None or plot is None:
-        return None, f"{PICTURE_FILE} is not written: no run logged a loss" if document_.runs else None
+        return None, f"{PICTURE_FILE} is not written: no run logged a loss" if document.runs else None
     with tempfile.TemporaryDirectory(prefix="optbench-") as scratch:
         target = Path(scratch, PICTURE_FILE)
         width, height = PICTURE_SIZE
@@ -182,19 +180,19 @@ def _remove_leftovers(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _print_json(document_: Document, written: WrittenReport, extra: Mapping[str, object]) -> None:
+def _print_json(document: Document, written: WrittenReport, extra: Mapping[str, object]) -> None:
     for remark in written.remarks:
         print(visible(remark), file=sys.stderr)
-    content = {**document.to_json(document_), **extra, "files": [str(path) for path in written.files]}
+    content = {**to_json(document), **extra, "files": [str(path) for path in written.files]}
     if written.links:
         content["links"] = written.links
     print(json.dumps(content, indent=2, allow_nan=False))
 
 
-def _print_tables(document_: Document, written: WrittenReport) -> None:
+def _print_tables(document: Document, written: WrittenReport) -> None:
     """Print table, verdict and severe warnings of each set; the last line is the path of the page."""
     console = for_tables(width=MIN_WIDTH)
-    for judged in document_.sets:
+    for judged in document.sets:
         console.print()
         results_table.print_table(judged.table, console)
         console.print()
@@ -206,10 +204,10 @@ def _print_tables(document_: Document, written: WrittenReport) -> None:
             console.print(cell(f"! {warning.message}", "red"))
         if notes := len(judged.warnings) - len(severe):
             console.print(cell(f"{notes} more notes are in the report", "dim"))
-    if len(document_.sets) != 1:
+    if len(document.sets) != 1:
         console.print()
-        console.print(cell(document_.sentence, "bold"))
-    for remark in document_.remarks:
+        console.print(cell(document.sentence, "bold"))
+    for remark in document.remarks:
         console.print(cell(f"! {remark}", "red"))
     for remark in written.remarks:
         print(visible(remark))

@@ -61,8 +61,8 @@ def read(argv: Sequence[str]) -> Study:
     """Parse the arguments of ``optbench sweep``.
 
     Raises:
-        InputError: what `optbench compare` refuses, a space that does not have as many settings as the others, a key
-            that is both given and tuned, or several values of what is no optimizer's option.
+        InputError: an argument that `optbench compare` refuses, a space whose number of settings differs from the
+            others, an option that is both fixed and tuned, or several values of a key that is not tunable.
     """
     arguments = command_line.parse("sweep", argv)
     options, words = arguments.options, arguments.rest
@@ -202,31 +202,31 @@ def _extend(value: int | None, spaces: dict[str, tuple[Axis, ...]]) -> int:
     return 0 if any(spaces.values()) else DEFAULT_EXTEND
 
 
-def read_study_file(name: str, given: Sequence[str]) -> list[str]:
-    """The words of a study, and after them those of the command line, which win.
+def read_study_file(name: str, overrides: Sequence[str]) -> list[str]:
+    """Return the arguments in a study file, followed by those of the command line, which take precedence.
 
     ``optimizers`` is a list, replaced as a whole by optimizers on the command line; ``space`` maps options (``lr``,
     ``sumo.rank``) to lists or ranges; ``run`` maps keys of a run, or ``OPTIMIZER.key``, to values.
 
     Args:
         name: of the file.
-        given: words of the command line, without ``study=``.
+        overrides: arguments of the command line, without ``study=``.
 
     Raises:
-        InputError: no such study, no YAML, or a key that a study does not have.
+        InputError: no such study, invalid YAML, or an unknown key.
     """
     path = sources.find(GROUP, name)
     if path is None:
         shown = sources.options(GROUP)
         raise InputError(GROUP, name, allowed=shown, fix=f"study={shown[0]}" if shown else None)
     content = _load_yaml(path)
-    own = {word.partition("=")[0].removeprefix("optimizer.") for word in given if "=" in word}
-    labels = [word for word in given if "=" not in word and not word.startswith("-")]
-    found = [] if labels else [str(label) for label in content.get("optimizers", ())]
+    own = {word.partition("=")[0].removeprefix("optimizer.") for word in overrides if "=" in word}
+    labels = [word for word in overrides if "=" not in word and not word.startswith("-")]
+    arguments = [] if labels else [str(label) for label in content.get("optimizers", ())]
     pairs = {key: content[key] for key in NUMBERS if key in content}
     pairs |= {**content.get("run", {}), **content.get("space", {})}
-    found += [f"{key}={_value(value)}" for key, value in pairs.items() if key not in own]
-    return [*found, *given]
+    arguments += [f"{key}={_value(value)}" for key, value in pairs.items() if key not in own]
+    return [*arguments, *overrides]
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -244,5 +244,5 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    """A value as a word has it: of a list the tuned values, of a list in a list one value that is a list."""
+    """Format a value: the items of a list are tuned values, a list in a list is one value."""
     return ",".join(map(format_value, value)) if isinstance(value, list) else format_value(value)
