@@ -21,7 +21,7 @@ from analysis.runs.reading import read_provenance
 from analysis.runs.run import LoadedRun
 from harness.redaction import redact_paths
 
-SCHEMA_VERSION = 1
+DOCUMENT_SCHEMA_VERSION = 1
 NO_RUNS = "There are no runs below this folder: nothing is compared."
 
 
@@ -111,7 +111,7 @@ def _judge_set(comparison: ComparisonSet, provenance: Mapping[Path, Mapping[str,
 def to_json(document: Document) -> dict[str, Any]:
     """Return ``{"schema_version", "runs", "comparison", "warnings"}``; non-finite numbers become null."""
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": DOCUMENT_SCHEMA_VERSION,
         "runs": [_run(run) for run in document.runs],
         "comparison": {
             "sentence": document.sentence,

@@ -26,7 +26,7 @@ from harness.record import readers
 from harness.record.wandb import WandbSink
 from harness.visible import visible
 
-SCHEMA_VERSION = 1
+DEFINITION_SCHEMA_VERSION = 1
 DEFINITION, PREVIEW = "wandb_dashboards.json", "wandb_preview.html"
 ARTIFACT = "comparison"
 
@@ -113,7 +113,7 @@ def _definition_json(scope: Scope, public: Document, saved: dict[str, Any]) -> d
     from analysis.dashboards import workspace
 
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": DEFINITION_SCHEMA_VERSION,
         "entity": scope.entity,
         "project": scope.project,
         "groups": list(scope.groups),
@@ -151,12 +151,12 @@ def _save_dashboards(
     board.save()
     saved["workspace"] = [board._internal_name, board._internal_id]
     # Written before the next step, which may fail: a later call must not save a second workspace.
-    atomic.write_json(out / DEFINITION, {"schema_version": SCHEMA_VERSION, "saved": saved})
+    atomic.write_json(out / DEFINITION, {"schema_version": DEFINITION_SCHEMA_VERSION, "saved": saved})
     report = workspace.report(scope, public, _name(scope), online=True)
     report.id = saved.get("report", "")
     report.save()
     saved["report"] = report.id
-    atomic.write_json(out / DEFINITION, {"schema_version": SCHEMA_VERSION, "saved": saved})
+    atomic.write_json(out / DEFINITION, {"schema_version": DEFINITION_SCHEMA_VERSION, "saved": saved})
     return scope, {"W&B workspace": board.url, "W&B report": report.url, "W&B run with the files": address}
 
 

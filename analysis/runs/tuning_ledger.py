@@ -19,7 +19,7 @@ from analysis.runs import reading
 from analysis.runs.run import LoadedRun
 from harness.redaction import redact_paths
 
-SCHEMA_VERSION = 1
+LEDGER_SCHEMA_VERSION = 1
 FILE = "tuning.json"
 TRIALS = "trials.json"
 """Written into the folder of the trials: runs below it selected a setting and are not compared."""

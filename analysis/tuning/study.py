@@ -13,7 +13,7 @@ from pathlib import Path
 from analysis.compare import sessions
 from analysis.compare.arguments import ArmSpec, ComparisonPlan
 from analysis.runs import reading, tuning_ledger
-from analysis.runs.tuning_ledger import FILE, SCHEMA_VERSION, SPENT, TRIALS, Trial, TunedArm, lowest
+from analysis.runs.tuning_ledger import FILE, LEDGER_SCHEMA_VERSION, SPENT, TRIALS, Trial, TunedArm, lowest
 from analysis.tuning import space
 from analysis.tuning.arguments import Study
 from analysis.tuning.space import Values
@@ -85,7 +85,7 @@ class Tuning:
         session = self._session(self.trials)
         self.home.mkdir(parents=True, exist_ok=True)
         self._trials_folder.mkdir(parents=True, exist_ok=True)
-        marker = {"schema_version": SCHEMA_VERSION, "study": self._study.plan.group}
+        marker = {"schema_version": LEDGER_SCHEMA_VERSION, "study": self._study.plan.group}
         atomic.write_json(self._trials_folder / TRIALS, marker)
         if self._train(session) == sessions.INTERRUPTED:
             return sessions.INTERRUPTED
@@ -132,7 +132,7 @@ class Tuning:
         earlier = [arm for arm in self._earlier if arm.label not in labels]
         first = self.trials[0].run
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": LEDGER_SCHEMA_VERSION,
             "command": self._study.plan.command,
             "trials_group": self._study.trials_group,
             "comparison_key": first.comparison_key,
