@@ -32,8 +32,8 @@ def quiet(_: str) -> None:
 def trained() -> dict[str, Any]:
     """Two optimizers on digits, a small net."""
     words = ["mode=mlp", "optimizer=spectral,adam", "hidden=32", "steps=150", "max_samples=6", "record=1"]
-    config = load([*words, "adam.lr=0.03", "spectral.lr=0.05"])
-    return {run.optimizer: run for run in mlp.run_mlp(config, quiet)}
+    margin_config = load([*words, "adam.lr=0.03", "spectral.lr=0.05"])
+    return {run.optimizer: run for run in mlp.run_mlp(margin_config, quiet)}
 
 
 def test_networks_are_trained_and_bracketed(trained: dict[str, Any]) -> None:
@@ -133,13 +133,13 @@ def config(tmp_path: Path) -> Any:
 def test_heads_of_our_checkpoints(tmp_path: Path, config: Any) -> None:
     for step in (5, 20):
         our_checkpoint(tmp_path / "run", config, step, seed=step)
-    config = load(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
-    (run,) = head.run_head(config, quiet)
+    margin_config = load(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
+    (run,) = head.run_head(margin_config, quiet)
     assert run.optimizer == "muon"
     assert [row["t"] for row in run.rows] == [5.0, 20.0]
     # The weights that were read are those that were written.
     model: Any = build(config.model, seed=20).double().eval()
-    loaded = checkpoints.load_checkpoint(tmp_path / "run/checkpoints/step_00000020", 20, config, quiet)
+    loaded = checkpoints.load_checkpoint(tmp_path / "run/checkpoints/step_00000020", 20, margin_config, quiet)
     with torch.no_grad():
         scores = model(input_ids=loaded.ids).logits.flatten(0, 1)
     used = loaded.labels.flatten() != -100
@@ -221,9 +221,9 @@ def test_heads_of_hugging_face_folders(tmp_path: Path) -> None:
 
 def test_bad_checkpoints(tmp_path: Path, config: Any) -> None:
     def refused(pattern: str, part: str, data: str = "x.txt") -> None:
-        config = MarginConfig(mode="head", checkpoints=str(tmp_path / pattern), data=data)
+        margin_config = MarginConfig(mode="head", checkpoints=str(tmp_path / pattern), data=data)
         with pytest.raises(InputError, match=part):
-            head.run_head(config, quiet)
+            head.run_head(margin_config, quiet)
 
     refused("nothing*", "matches no folder")
     (tmp_path / "empty").mkdir()
@@ -267,9 +267,9 @@ def test_a_damaged_checkpoint_is_said_and_the_others_are_measured(
     else:
         path = next(folder.glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-9])
-    config = load(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
+    margin_config = load(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_*'", "max_samples=20"])
     said: list[str] = []
-    (run,) = head.run_head(config, said.append)
+    (run,) = head.run_head(margin_config, said.append)
     assert [row["t"] for row in run.rows] == [5.0]
     assert len([line for line in said if line.startswith("left out: ") and "step_00000020" in line]) == 1
     alone = load(["mode=head", f"checkpoints='{tmp_path}/run/checkpoints/step_00000020'", "max_samples=20"])
