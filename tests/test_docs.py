@@ -183,6 +183,20 @@ def test_a_path_of_the_project_exists(page: Path) -> None:
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 
+_NAME = re.compile(r"`((?:analysis|benchmarks|harness|optimizers)(?:\.\w+)+)(?:\([^`]*\))?`")
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        {name for page in PAGES for name in _NAME.findall(page.read_text(encoding="utf-8"))}
+        - {"analysis.sbatch"}
+    ),
+)
+def test_a_dotted_name_in_the_docs_exists(name: str) -> None:
+    assert pkgutil.resolve_name(name) is not None
+
+
 def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
