@@ -1,6 +1,6 @@
-"""What runs below a folder are doing: from their folders, and from SLURM where it is there. Torch-free.
+"""Collect the state of runs below a folder, from their run folders and from SLURM. Torch-free.
 
-SLURM knows jobs, not runs, and forgets them some minutes after their end; the run folders know the rest.
+SLURM knows jobs, not runs, and forgets a job some minutes after its end; the run folders hold the rest.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from harness.record.readers import METRICS, STATUS, Status, heartbeats
 from harness.record.schema import STATES
 
 ACTIVE = ("pending", "requeued", "starting", "running", "stopping")
-"""States in which something will still happen by itself."""
+"""States of a run that waits or runs."""
 FRESH_S = 15.0
-"""A process whose last sign of life is older is dead or on a file system that is late."""
+"""Age, s, of a heartbeat beyond which its process is dead or its file system is late."""
 UNREADABLE = "unreadable"
 
 
@@ -44,10 +44,10 @@ class RunStatus:
         val_loss: last validation loss, nats per token.
         tokens_per_s: last throughput.
         restarts: attempts after the first.
-        reason: one line; "" if there is nothing to say.
+        reason: one line; "" if there is none.
         job: that trains it or trained it last; None without SLURM.
         nodes: that it runs on.
-        problems: what in its folder cannot be read, one line each.
+        problems: one line for each file of its folder that cannot be read.
     """
 
     name: str
@@ -72,7 +72,7 @@ class JobStatus:
     Attributes:
         job: its number.
         command: that it runs.
-        state: SLURM's, in small letters; ended: SLURM knows it no more.
+        state: SLURM's state in lower case; ended: SLURM no longer knows the job.
         reason: SLURM's; "" if there is none.
         script: its file.
     """
@@ -85,13 +85,13 @@ class JobStatus:
 
     @property
     def is_active(self) -> bool:
-        """Whether something will still happen by itself."""
+        """Return True if the job waits or runs."""
         return self.state.upper() in slurm.ALIVE
 
 
 @dataclass
 class _Found:
-    """A run with what speaks about it."""
+    """A run folder with the submitted jobs that concern it."""
 
     folder: Path
     submitted: list[tuple[str, Submitted]]
@@ -99,7 +99,7 @@ class _Found:
 
     @property
     def job(self) -> str | None:
-        """The newest job that has or had to do with it."""
+        """Return the newest job that trains or trained the run; None if there is none."""
         lease = leases.holder(leases.path_of(self.folder))
         jobs = [task for task, _ in self.submitted] + [event.job for event in read_events(self.folder)]
         jobs += [lease.job] if lease is not None and slurm.is_job(lease.job) else []
@@ -107,9 +107,9 @@ class _Found:
 
 
 def collect(root: Path) -> tuple[list[RunStatus], list[JobStatus]]:
-    """All runs below ``root`` (or ``root`` itself), by path, and the other jobs that were submitted there.
+    """Return all runs below ``root`` (or ``root`` itself), by path, and the other jobs that were submitted there.
 
-    What cannot be read is a run in the state ``unreadable`` and takes nothing else down.
+    A folder or file that cannot be read is reported as a run in the state ``unreadable``.
     """
     found: dict[Path, _Found] = {}
     others: list[Submitted] = []
@@ -143,7 +143,7 @@ def collect(root: Path) -> tuple[list[RunStatus], list[JobStatus]]:
 
 
 def _unreadable(path: Path, reason: str) -> RunStatus:
-    """A folder or file that cannot be read."""
+    """Return the entry of a folder or file that cannot be read."""
     return RunStatus(
         _name(path), path, UNREADABLE, None, None, None, None, None, 0, reason, None, "", [reason]
     )
@@ -155,12 +155,12 @@ def _name(folder: Path) -> str:
 
 
 def grid_rows(submission: Submission) -> list[GridRow]:
-    """The rows of a group's grid; none without a grid."""
+    """Return the rows of a group's grid; none if there is no grid."""
     return grid.read(submission.path / grid.FILE)
 
 
 def submitted_as(run: RunStatus) -> tuple[Submitted, int | None] | None:
-    """The last entry that a run was submitted by, and its row in that grid; None: not by us."""
+    """Return the last entry that submitted a run, and its row in that grid; None if `optbench submit` did not."""
     own = [entry for entry in Submission(run.folder).jobs() if entry.kind == "train"]
     if own:
         return own[-1], None
@@ -173,15 +173,13 @@ def submitted_as(run: RunStatus) -> tuple[Submitted, int | None] | None:
 
 
 def _place(row: GridRow, group: Path) -> Path | None:
-    """A row's folder, also after the group's folder was moved; None: the row names none."""
+    """Return a row's folder, also after the group's folder was moved; None if the row names none."""
     name = Path(row.folder).name
     return None if name in ("", "..") or "\0" in name else group / name
 
 
 def _homes(root: Path, unreadable: list[RunStatus]) -> Iterator[Path]:
-    """Folders of runs and of groups that jobs were submitted for; folders that cannot be listed are added to
-    ``unreadable``.
-    """
+    """Yield folders of runs and of groups with jobs, and add those that cannot be listed to ``unreadable``."""
 
     def note(error: OSError) -> None:
         unreadable.append(_unreadable(Path(error.filename), f"can't be listed ({error.strerror})"))
@@ -241,10 +239,10 @@ def _state(
     task: Task | None,
     event: Event | None,
 ) -> tuple[str, str]:
-    said = content.attempts[-1].reason if content.attempts else ""
+    reason = content.attempts[-1].reason if content.attempts else ""
     own = content.state
     if (folder / "DONE").exists():
-        return "finished", said
+        return "finished", reason
     if task is not None and not task.is_over:
         if task.state == "COMPLETING":
             return "stopping", event.text if event is not None else ""
@@ -258,10 +256,7 @@ def _state(
         return "cancelled", f"job {job}" + (f", {event.text}" if event is not None else "")
     if event is not None and event.kind in ("stopped", "failed", "preflight", "waiting"):
         named = "stopped" if event.kind in ("stopped", "waiting") else "failed"
-        return own if own in ("failed", "diverged") else named, said if own in (
-            "failed",
-            "diverged",
-        ) else event.text
+        return (own, reason) if own in ("failed", "diverged") else (named, event.text)
     if event is not None and event.kind == "resubmitted":
         return "requeued", f"as job {event.text}"
     if own == "running":
@@ -270,13 +265,13 @@ def _state(
         ended = f"; SLURM: {task.state} {task.reason}".rstrip() if task is not None else ""
         return "dead", f"{_silence(folder)}{ended}"
     if own:
-        return own, said
+        return own, reason
     ended = f"{task.state} {task.reason}".strip() if task is not None else "no longer known to SLURM"
     return "failed", f"job {job} left no run: {ended}"
 
 
 def _is_alive(folder: Path, since: str | None = None) -> bool:
-    """Whether a process gave a sign of life just now, and (ISO 8601) after the attempt began: not the one before it."""
+    """Return True if a process wrote a heartbeat just now, and after the attempt began at ``since`` (ISO 8601)."""
     oldest_s = FRESH_S
     if since is not None:
         began = datetime.fromisoformat(since)

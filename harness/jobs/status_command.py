@@ -39,10 +39,10 @@ _COLOURS |= {"stopped": "red", "cancelled": "yellow", "interrupted": "yellow", "
 
 
 def main(argv: Sequence[str]) -> int:
-    """Show what the runs below DIR (``runs``) are doing, or end and queue some of them.
+    """Show the state of the runs below DIR (default ``runs``), and cancel or resubmit some of them.
 
     Raises:
-        InputError: no such folder, a run that is not there, or that can't be ended or queued.
+        InputError: no such folder or run, or a run that cannot be cancelled or resubmitted.
     """
     arguments = command_line.parse("status", argv)
     options, root = arguments.options, _folder(arguments.rest)
@@ -78,7 +78,7 @@ def _folder(names: Sequence[str]) -> Path:
 
 
 def _named(name: str, runs: Sequence[RunStatus], flag: str) -> RunStatus:
-    """The run of a name: ``group/name``, ``name`` where that is enough, or its job."""
+    """Return the run of a name: ``group/name``, ``name`` if that is unique, or the number of its job."""
     matches = [run for run in runs if name in (run.name, run.folder.name, run.job)]
     if len(matches) == 1:
         return matches[0]
@@ -86,14 +86,14 @@ def _named(name: str, runs: Sequence[RunStatus], flag: str) -> RunStatus:
     if not matches:
         guess = closest(name, [*names, *(run.folder.name for run in runs)])
         fix = f"{flag} {guess}" if guess else None
-        raise InputError(flag, name, "is no run here", allowed=names, suggestion=guess, fix=fix)
+        raise InputError(flag, name, "is not a run here", allowed=names, suggestion=guess, fix=fix)
     several = [run.name for run in matches]
-    raise InputError(flag, name, "is several runs", allowed=several, fix=f"{flag} {several[0]}")
+    raise InputError(flag, name, "matches several runs", allowed=several, fix=f"{flag} {several[0]}")
 
 
 def _cancel(run: RunStatus) -> str:
     if run.job is None or run.state not in ACTIVE:
-        reason = f"is {run.state}: there is no job to end"
+        reason = f"is {run.state}: there is no job to cancel"
         raise InputError("--cancel", run.name, reason, fix="leave it out")
     slurm.cancel(run.job)
     if run.state in ("pending", "requeued"):
@@ -108,8 +108,8 @@ def _resubmit(run: RunStatus) -> str:
         raise InputError("--resubmit", run.name, reason, fix="leave it out")
     found = status.submitted_as(run)
     if found is None:
-        reason = "was not submitted by optbench submit: there is no script"
-        raise InputError("--resubmit", run.name, reason, fix="optbench submit with the words of the run")
+        reason = "was not submitted by optbench submit, so there is no script"
+        raise InputError("--resubmit", run.name, reason, fix="optbench submit KEY=VALUE …")
     entry, row = found
     slurm.require()
     script = Path(entry.script)
@@ -153,7 +153,7 @@ def _shown(runs: Sequence[RunStatus], jobs: Sequence[JobStatus], root: Path) -> 
 
 
 def _reason(run: RunStatus) -> str:
-    """Why the run is in its state, and what in its folder cannot be read."""
+    """Return why the run is in its state, and the first file of its folder that cannot be read."""
     more = [problem for problem in run.problems if problem != run.reason]
     text = "; ".join([run.reason, *more[:1]] if run.reason else more[:1])
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -1,4 +1,4 @@
-"""Runs and commands as SLURM jobs: checked here, written as a script, tried out by SLURM, then queued. Torch-free."""
+"""Submit runs and commands as SLURM jobs: check here, render a script, let SLURM test it, then queue it. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """What was asked for beside the words of the run.
+    """What `optbench submit` was asked for, besides the overrides of the run.
 
     Attributes:
-        cluster: where.
-        command: the command line, for the script's head.
-        after: numbers of jobs that must have ended before.
-        then: commands (words) that are to run as jobs after it, whatever became of it.
-        dry_run: render only.
-        say: where messages go.
+        cluster: resources and options of the cluster.
+        command: the command line, for the head of the script.
+        after: numbers of jobs that must end first.
+        then: commands (lists of arguments) to run as jobs afterwards, however this one ends.
+        dry_run: render the script only.
+        say: receives messages.
     """
 
     cluster: ClusterConfig
@@ -45,16 +45,16 @@ class SubmitRequest:
 
 @dataclass
 class Queued:
-    """What became of it.
+    """A request after it was queued.
 
     Attributes:
-        folder: of the run, the group or the command's jobs.
+        folder: folder of the run, the group or the command's jobs.
         script: file of the first job; it exists unless this was a dry run.
-        text: what stands in it.
-        job: its number; None: dry run, or nothing to do.
-        rows: of a grid, names of the runs that were queued, by row.
+        text: content of the script.
+        job: number of the job; None: dry run, or nothing to do.
+        rows: row of the grid → name of the run that was queued.
         skipped: name of a run → why it was not queued.
-        then: (job, script) of each job that waits for it.
+        then: (job, script) of each job that waits for this one.
     """
 
     folder: Path
@@ -69,29 +69,29 @@ class Queued:
 def prepared(
     words: Sequence[str], request: SubmitRequest, *, writes_folder: bool = True
 ) -> tuple[Prepared, list[str]]:
-    """Check one run as it will be on the cluster; returns it, and its words as the job gets them.
+    """Check one run as the cluster will run it, and return it with the overrides that the job gets.
 
-    The words have the run's name, so that every attempt finds the folder of this one, and no world_size, which the
-    script knows.
+    These overrides contain the run's name, so that every attempt finds the same folder, and no world_size, which the
+    script sets.
 
     Args:
-        words: of the run.
-        request: for the cluster.
-        writes_folder: refuse a folder that is another run's, or finished.
+        words: overrides of the run.
+        request: the request.
+        writes_folder: refuse a folder that belongs to another run, or to a finished one.
 
     Raises:
         InputError: bad input; nothing was written but the corpus cache.
     """
     scripts.check_words(words)
     world_size = request.cluster.world_size
-    given = [word for word in words if word.partition("=")[0] == "world_size"]
-    words = [word for word in words if word not in given]
-    for word in given:
+    sizes = [word for word in words if word.partition("=")[0] == "world_size"]
+    words = [word for word in words if word not in sizes]
+    for word in sizes:
         _check_world_size(word.partition("=")[2], request.cluster)
     run = prepare([*words, f"world_size={world_size}"], say=request.say, writes_folder=writes_folder)
     check_attempts(run.config, may_overwrite=True)
     kept = [word for word in words if word.lstrip("+").partition("=")[0] != "overwrite"]
-    # From a file: once is enough, and the job must not do it at every attempt.
+    # A configuration file may set it: once is enough, and the job must not repeat it at every attempt.
     if run.config.overwrite:
         kept.append("overwrite=false")
     if run.config.name is None:
@@ -103,7 +103,7 @@ def train(words: Sequence[str], request: SubmitRequest) -> Queued:
     """Queue one run.
 
     Raises:
-        InputError: bad input, here or for SLURM; a job for this run that waits or runs.
+        InputError: bad input, SLURM refuses the script, or a job for this run waits or runs.
     """
     run, kept = prepared(words, request)
     folder = run.folder.absolute()
@@ -138,14 +138,14 @@ def sweep(
     done: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Queued:
-    """Queue the runs of a grid as one array, without those that are done, wait or run.
+    """Queue the runs of a grid as one array job, without those that are finished, wait or run.
 
     Args:
         rows: all runs; their numbers do not matter.
         home: the group's folder.
         request: the cluster, and what comes after.
-        done: names of runs that are finished.
-        overwrite: move the folders of the queued runs aside.
+        done: names of finished runs.
+        overwrite: archive the folders of the queued runs.
 
     Raises:
         InputError: as `train`.
@@ -221,13 +221,13 @@ def _analysis(words: Sequence[str], submission: Submission, request: SubmitReque
 
 
 def _try_out(queued: Queued, request: SubmitRequest) -> None:
-    """Before anything is written: what SLURM would refuse leaves no trace."""
+    """Let SLURM test the script before anything is written, so that a refused one leaves no trace."""
     slurm.require()
     slurm.try_out(queued.text, request.cluster.model_dump())
 
 
 def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: SubmitRequest) -> Queued:
-    """Write the script, queue it and what comes after it."""
+    """Write the script, queue it, and queue the commands that come after it."""
     submission.prepare(request.cluster)
     with writing("runs_dir", submission.path):
         atomic.write_text(queued.script, queued.text)
@@ -238,8 +238,10 @@ def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: Su
         for name in (SUCCESSORS, DEPENDENTS):
             (submission.path / name).unlink(missing_ok=True)
     except OSError as error:
-        # It is queued, and trains; only `optbench status` does not know its number before it begins.
-        request.say(f"warning: job {queued.job} is queued, but cannot be noted ({error.strerror or error})")
+        # The job is queued and will train, but `optbench status` does not know its number before it begins.
+        request.say(
+            f"warning: job {queued.job} is queued, but could not be recorded ({error.strerror or error})"
+        )
     for words in request.then:
         # afterany: also if a run failed; the report says so.
         one = replace(request, after=(queued.job,), then=())
@@ -255,7 +257,7 @@ def _busy(submission: Submission, rows: Sequence[GridRow]) -> dict[int, str]:
     """GridRow → job that waits for it or runs it, of the jobs that were submitted here."""
     tasks = {entry.task(row): row for entry in submission.jobs() for row in entry.rows}
     known = slurm.tasks(list(tasks))
-    busy = {tasks[task]: task for task, found in known.items() if not found.is_over}
+    busy = {tasks[job]: job for job, task in known.items() if not task.is_over}
     held = {row.row: leases.holder(leases.path_of(Path(row.folder))) for row in rows}
     # Submitted by hand: it holds the run's lease.
     others = slurm.tasks([lease.job for lease in held.values() if lease is not None])
@@ -273,12 +275,12 @@ def _check_idle(submission: Submission, folder: Path) -> None:
             raise InputError("submit", folder, reason, fix=fix)
 
 
-def _check_world_size(given: str, cluster: ClusterConfig) -> None:
-    if given not in ("null", str(cluster.world_size)):
+def _check_world_size(value: str, cluster: ClusterConfig) -> None:
+    if value not in ("null", str(cluster.world_size)):
         product = f"cluster.nodes × processes per node = {cluster.nodes} × {cluster.processes_per_node}"
         reason = f"disagrees with {product} = {cluster.world_size}"
         raise InputError(
-            "world_size", given, reason, fix="leave it out, or change cluster.nodes, cluster.gpus"
+            "world_size", value, reason, fix="leave it out, or change cluster.nodes, cluster.gpus"
         )
 
 
@@ -287,7 +289,7 @@ def _about(command: str, again: str) -> list[str]:
 
 
 def _free(folder: Path, name: str) -> Path:
-    """``name.sbatch``, or the first ``name-2.sbatch`` … that is not there."""
+    """Return ``name.sbatch``, or the first of ``name-2.sbatch``, … that does not exist."""
     path, number = folder / f"{name}.sbatch", 1
     while path.exists():
         number += 1

@@ -4,9 +4,8 @@
         for run in runs:
             launch.start(run)          # in the shared processes where `is_shareable`, else in its own
 
-Every run joins a process group of its own, and `harness.jobs.warm_worker` puts its process back as it was, so a run
-has the weights that it has in a fresh process. Processes in which anything but an ordinary end happened are
-replaced. Torch-free.
+Each run joins a process group of its own, and `harness.jobs.warm_worker` restores its process afterwards, so a run gets
+the same weights as in a fresh process. After anything but an ordinary end the processes are replaced. Torch-free.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ from optimizers import presets
 ENGINES = ("single", "ddp", "fsdp2", "hsdp")
 """DeepSpeed keeps its process groups in module globals: its runs get processes of their own."""
 MOST_FLOPS = 1e14
-"""Of a run that shares processes, about half an hour on two CPU cores. For longer runs starting up is nothing."""
+"""Most FLOPs of a run that shares processes, about half an hour on two CPU cores; longer runs hardly notice a start."""
 PEAK_RESET = Path("/proc/self/clear_refs")
 """Where Linux lets a process reset the peak of its resident memory."""
 GRACE_S = 10.0
-"""How long the other processes have to end by themselves once one has died; then they get SIGTERM."""
+"""Time, s, in which the other processes must end by themselves once one has died; then they get SIGTERM."""
 KILL_S = 30.0
-"""And from then until SIGKILL."""
+"""Time, s, from SIGTERM to SIGKILL."""
 
 
 class Kind(NamedTuple):
-    """What runs must have in common to share processes."""
+    """Settings that runs must have in common to share processes."""
 
     world_size: int
     engine: str
@@ -93,7 +92,7 @@ def sharing(output: IO[Any] | None = None) -> Iterator[None]:
 
 
 class _Shared:
-    """One group of processes at a time: runs of another kind replace it."""
+    """The shared processes: one group at a time, which a run of another kind replaces."""
 
     def __init__(self, output: IO[Any] | None) -> None:
         self._output = output
@@ -101,7 +100,7 @@ class _Shared:
         self._group: _Group | None = None
 
     def train(self, prepared: Prepared) -> RunOutcome | None:
-        """Train a run; None where it must have processes of its own."""
+        """Train a run, or return None if it needs processes of its own."""
         config = prepared.config
         if not is_shareable(config):
             return None
@@ -120,7 +119,7 @@ class _Shared:
 
 
 class _Group:
-    """Processes that wait for runs; what they are told and answer goes through pipes."""
+    """A group of processes that receive runs and send replies through pipes."""
 
     def __init__(self, world_size: int, output: IO[Any] | None) -> None:
         self._is_clean = True
@@ -154,7 +153,7 @@ class _Group:
         """Train a run as `launch.start` does.
 
         Raises:
-            InputError: what only the run's own processes can find.
+            InputError: bad input that only the run's own processes can find.
         """
         with tempfile.TemporaryDirectory() as scratch:
             error = Path(scratch) / "error.json"
@@ -179,7 +178,7 @@ class _Group:
         return outcome.finalize(prepared.folder, code, missing, forwarder.received, began)
 
     def close(self) -> None:
-        """End the processes: those that wait by themselves, the others by force."""
+        """End the processes: waiting ones end by themselves, the others are killed."""
         for pipe in self._pipes:
             pipe.close()
         if not self._is_clean:
@@ -194,17 +193,17 @@ class _Group:
 
     def _send(self, job: tuple[Sequence[str], Mapping[str, str]]) -> None:
         for pipe in self._pipes:
-            # One that died before is found where its reply is missing.
+            # A process that died before is noticed by its missing reply.
             with suppress(OSError):
                 pipe.send(job)
 
     def _replies(self) -> list[tuple[int, bool]]:
-        """(exit code, whether the process can go on) of each rank; of a process that died its own exit code.
+        """Return (exit code, True if the process can train another run) of each rank.
 
-        Where one died the others only wait for it: they are asked to end, then killed, as a launcher does.
+        If one process died, the others only wait for it: they are asked to end, then killed, as a launcher does.
         """
         replies: dict[int, tuple[int, bool]] = {}
-        died_at, asked = None, False
+        died_at, terminated = None, False
         while len(replies) < len(self._pipes):
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in replies]
             for pipe in wait(waiting, timeout=1.0):
@@ -217,9 +216,9 @@ class _Group:
             if died_at is None:
                 continue
             late = time.monotonic() - died_at
-            if late >= GRACE_S and not asked:
+            if late >= GRACE_S and not terminated:
                 self._signal(signal.SIGTERM)
-                asked = True
+                terminated = True
             elif late >= GRACE_S + KILL_S:
                 self._signal(signal.SIGKILL)
         return [replies[rank] for rank in range(len(self._pipes))]
@@ -230,7 +229,7 @@ class _Group:
 
 
 def _environment(rank: int, world_size: int) -> dict[str, str]:
-    """What a launcher gives each of several processes; nothing where there is one."""
+    """Return the variables that a launcher gives each of several processes; {} for a single one."""
     if world_size == 1:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""A process of `harness.jobs.warm`: trains the runs that come through its pipe, and is as it was after each of them.
+"""A process of `harness.jobs.warm`: trains the runs that come through its pipe and restores itself after each one.
 
 python -m harness.jobs.warm_worker FILE_DESCRIPTOR
 """
@@ -27,9 +27,9 @@ from harness.process.stop import SIGNALS, outlive_the_terminal
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train runs until the pipe is closed; returns the exit code.
+    """Train runs until the pipe is closed, and return the exit code.
 
-    A run that ended in an exception ends this process, too: its threads and its process group are in no known state.
+    A run that raises an exception ends this process, because its threads and process group are in an unknown state.
     """
     pipe = Connection(int(argv[0]))
     parent.watch()
@@ -68,7 +68,7 @@ def warm_up() -> None:
 
 
 class ProcessState:
-    """What a run may change in its process, as it was before the first one."""
+    """Process-wide state before the first run: environment, signals, threads, random generators, torch settings."""
 
     def __init__(self) -> None:
         import numpy as np
@@ -82,7 +82,7 @@ class ProcessState:
         self._torch = self._settings()
 
     def restore(self) -> bool:
-        """Put it back; returns whether that succeeded."""
+        """Restore the state; return False if something of the run is left, after which the process must be replaced."""
         import numpy as np
         import torch
         import torch.distributed as dist
@@ -104,7 +104,7 @@ class ProcessState:
         return not dist.is_initialized() and self._settings() == self._torch and self._has_quiet_threads()
 
     def reset_peak(self) -> None:
-        """Begin the peak of the resident memory anew, so that a run's figure is its own."""
+        """Reset the peak of the resident memory, so that a run's figure is its own."""
         self._release_memory()
         PEAK_RESET.write_text("5")
 
@@ -116,7 +116,7 @@ class ProcessState:
 
     @staticmethod
     def _settings() -> tuple[Any, ...]:
-        """Global settings of torch that change results."""
+        """Return the global settings of torch that change results."""
         import torch
 
         return (
@@ -128,7 +128,7 @@ class ProcessState:
         )
 
     def _has_quiet_threads(self) -> bool:
-        """Wait for the run's threads; False if one goes on that is not a daemon."""
+        """Wait for the run's threads; return False if one that is no daemon goes on."""
         end = time.monotonic() + 2 * BEAT_S
         while any(not t.daemon for t in set(threading.enumerate()) - self._threads):
             if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Which cells there are (rule × engine × dtype × accumulation × clipping), and the run that certifies each.
+"""The cells (rule × engine × dtype × accumulation × clipping), and the run that certifies each.
 
 Nothing here imports torch.
 """
@@ -61,12 +61,12 @@ _POLYNOMIAL = ("newton_schulz", "cubic", "polar_express")
 
 
 def rules() -> list[str]:
-    """Every rule that can be certified: the presets, installed plug-in rules, and the example of one."""
+    """Return every rule that can be certified: the presets, installed plug-in rules, and the example rule."""
     return [*presets.names(), *([EXAMPLE_RULE] if EXAMPLE_RULE not in presets.names() else [])]
 
 
 def pairwise() -> list[Cell]:
-    """Every (rule, engine), and every (engine, dtype, accumulation, clipping) under a rule of `CROSSED`.
+    """Return every (rule, engine), and every (engine, dtype, accumulation, clipping) under a rule of `CROSSED`.
 
     Each of `CROSSED` takes half of the eight settings of an engine: those in which an even (sumo) or odd (muon,
     adamw) number of them are unusual, so that under each of them every pair of values meets.
@@ -79,7 +79,7 @@ def pairwise() -> list[Cell]:
 
 
 def every() -> list[Cell]:
-    """All combinations."""
+    """Return all combinations of rule, engine, dtype, accumulation and clipping."""
     return sorted({cell for rule in rules() for cell in _settings(rule)} | set(_edges()))
 
 
@@ -96,7 +96,7 @@ def _unusual(cell: Cell) -> int:
 
 
 def _edges() -> list[Cell]:
-    """Three processes, over which nothing divides evenly; and replicas that share the optimizer's work."""
+    """Return cells of three processes, over which nothing divides evenly, and of replicas that share the work."""
     uneven = [
         Cell(rule, engine, world_size=3)
         for rule in ("sumo", "muon")
@@ -111,7 +111,7 @@ def _edges() -> list[Cell]:
 
 
 def controls() -> list[Cell]:
-    """The cells of `harness.verify.controls`, whose defects must show."""
+    """Return the cells of `harness.verify.controls`, whose defects must show."""
     return [replace(cell, control=name) for name, (cell, _) in CONTROLS.items()]
 
 
@@ -139,7 +139,7 @@ optimizer is given, which a replay cannot see."""
 
 
 def peers() -> list[Cell]:
-    """Other implementations of Muon (`harness.verify.peers`), measured beside ours."""
+    """Return the cells of other implementations of Muon (`harness.verify.peers`), measured like ours."""
     found = [
         Cell("torch.optim.Muon", "fsdp2"),
         *(Cell("DeepSpeed Muon", f"zero{stage}", clipping="off") for stage in (1, 2, 3)),
@@ -206,7 +206,7 @@ def select(words: Iterable[str], full: bool = False) -> list[Cell]:
 
 
 def reference_of(cell: Cell) -> Cell:
-    """What a cell's end-to-end figure is measured against: one fp32 process; of a peer, with our Muon."""
+    """Return the cell that the end-to-end error is measured against: one fp32 process; for a peer, with our Muon."""
     return Cell(_rule(cell), "single", clipping=cell.clipping, world_size=1, is_peer=cell.is_peer)
 
 
@@ -215,22 +215,22 @@ def _rule(cell: Cell) -> str:
 
 
 def orthogonalizes(rule: str) -> bool:
-    """Whether the rule applies an orthogonal factor."""
+    """Return True if the rule applies an orthogonal factor."""
     return rule in presets.PRESETS and "orthogonalizer" in presets.PRESETS[rule].options
 
 
 def is_rounded(rule: str) -> bool:
-    """Whether the rule iterates in bf16 where the device is fast at it, which a certificate replaces by fp32."""
+    """Return True if the rule iterates in bf16 on devices that are fast at it; certificates use fp32 instead."""
     options = presets.PRESETS[rule].options if rule in presets.PRESETS else {}
     return options.get("orthogonalizer_dtype") == "auto" and options["orthogonalizer"] in _POLYNOMIAL
 
 
 def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") -> list[str]:
-    """The configuration of a cell's run, as ``key=value`` words.
+    """Return the configuration of a cell's run, as ``key=value`` overrides.
 
     Args:
         cell: which.
-        runs_dir: a folder that may be written (nothing is).
+        runs_dir: a writable folder (nothing is written).
         orthogonalizer_dtype: of polynomial orthogonalizers.
     """
     rule = _rule(cell)

@@ -1,4 +1,4 @@
-"""Certificates for people: a line as each comes, tables at the end, docs/certificates.md."""
+"""Show certificates to people: a line per cell as it comes, tables at the end, and docs/certificates.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MISSING = "–"
 
 
 def line(result: Result, number: int, total: int) -> Text:
-    """One cell as it comes."""
+    """Return the line of one cell, as it comes."""
     text = Text(f"[{number}/{total}] {result.cell}: ")
     text.append(*_word(result))
     text.append(
@@ -41,7 +41,7 @@ def _word(result: Result) -> tuple[str, str]:
 
 
 def show(found: Certified, console: Console) -> None:
-    """Print the tables."""
+    """Print the tables of a session."""
     ours = [result for result in found.results if not result.cell.control and not result.cell.is_peer]
     if ours:
         console.print(_rich(*_worst(ours), "replay error, the worst cell of each rule and engine"))
@@ -56,7 +56,7 @@ def show(found: Certified, console: Console) -> None:
 
 
 def _lists(found: Certified) -> Iterable[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of what is told cell by cell."""
+    """Yield (title, head, rows) of the tables with one row per cell."""
     red = [r for r in found.results if not r.passed and not r.cell.control and not r.cell.is_peer]
     if red:
         yield "red cells", ["cell", "why"], [[str(r.cell), "; ".join(r.reasons)] for r in red]
@@ -96,7 +96,7 @@ def _lists(found: Certified) -> Iterable[tuple[str, list[str], list[list[str]]]]
 
 
 def _worst(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Rules × engines, the largest replay error of the cells of both."""
+    """Return the table rules × engines with the largest replay error of the cells of each pair."""
     engines = [engine for engine in cells.ENGINES if any(r.cell.engine == engine for r in results)]
     rows = []
     for rule in dict.fromkeys(result.cell.rule for result in results):
@@ -139,7 +139,7 @@ def _rich(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Tab
 
 
 def markdown(found: Certified) -> str:
-    """docs/certificates.md."""
+    """Return the text of docs/certificates.md."""
     ours = [result for result in found.results if not result.cell.control and not result.cell.is_peer]
     good = sum(result.passed for result in ours)
     controls = [result for result in found.results if result.cell.control]

@@ -28,11 +28,11 @@ from harness.verify.step_recorder import ParameterGradients, StepRecorder
 from optimizers.routing import route
 
 MOMENTUM, BETAS, EPS = 0.95, (0.9, 0.95), 1e-10
-"""Of the preset muon, which these implement."""
+"""Values of the preset muon, which the peers implement."""
 
 
 def certify(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
-    """One peer on this rank (a collective); returns what `harness.verify.verdict.judge` asks.
+    """Measure one peer on this rank (a collective) and return the report that `harness.verify.verdict.judge` needs.
 
     Args:
         cell: its `rule` is the peer's name.
@@ -124,16 +124,16 @@ class _Pair:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Of both."""
+        """Return the groups of both optimizers."""
         return [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of both."""
+        """Clear the gradients of both optimizers."""
         for part in self.parts:
             part.zero_grad(set_to_none=set_to_none)
 
     def step(self) -> None:
-        """Both."""
+        """Step both optimizers."""
         for part in self.parts:
             part.step()
 
@@ -202,15 +202,15 @@ def _deepspeed_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]
 
 
 class _Idle:
-    """Stands where DeepSpeed's own optimizer works."""
+    """A placeholder, because DeepSpeed's own optimizer does the work."""
 
     param_groups: list[dict[str, Any]] = []  # noqa: RUF012
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: DeepSpeed clears its gradients."""
+        """Do nothing: DeepSpeed clears its gradients."""
 
     def step(self) -> None:
-        """Never called."""
+        """Do nothing: it is never called."""
 
 
 def _deepspeed_settings(cell: Cell, config: RunConfig) -> dict[str, Any]:

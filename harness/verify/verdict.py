@@ -1,4 +1,4 @@
-"""When a cell passes: bounds, each with its reason. Torch-free."""
+"""Judge a cell: the bounds of its errors, each with its reason. Torch-free."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NORM_BOUND = 1e-4
 
 @dataclass(frozen=True)
 class Result:
-    """A cell, what was measured, and what follows.
+    """A cell with its measured figures and its verdict.
 
     Attributes:
         passed: every criterion held.
@@ -56,7 +56,7 @@ class Result:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """The cell's entry in the JSON document."""
+        """Return the cell's entry in the JSON document."""
         return {
             **self.cell.as_dict(),
             "passed": self.passed,
@@ -81,7 +81,7 @@ FIGURES = (
 
 
 def judge(cell: Cell, ranks: Sequence[Mapping[str, Any]], seconds: float = 0.0) -> Result:
-    """What the reports of all ranks say of a cell.
+    """Judge a cell by the reports of all ranks.
 
     Args:
         cell: which.
@@ -111,7 +111,7 @@ def judge(cell: Cell, ranks: Sequence[Mapping[str, Any]], seconds: float = 0.0) 
 
 
 def crashed(cell: Cell, trace: str, seconds: float = 0.0) -> Result:
-    """A cell that ended in an exception on all ranks: red, with its last line."""
+    """Return the red result of a cell that raised an exception, with the last line of the traceback."""
     return Result(cell, False, (trace.strip().splitlines()[-1],), {}, seconds)
 
 
@@ -154,7 +154,7 @@ def _arithmetic(cell: Cell, first: Mapping[str, Any]) -> list[str]:
 
 
 def _matrices(cell: Cell, first: Mapping[str, Any], counts: Sequence[Mapping[str, int]]) -> list[str]:
-    """Every matrix on the rule, and orthogonalized once a step by whoever does."""
+    """Return reasons against: a matrix that is not on the rule, or is not orthogonalized once per step."""
     expected = first["matrix_names"]
     reasons = []
     if first["matrices"] != len(expected):
@@ -173,8 +173,10 @@ def _matrices(cell: Cell, first: Mapping[str, Any], counts: Sequence[Mapping[str
 
 
 def _counts(ranks: Sequence[Mapping[str, int]]) -> Counter[str]:
-    """Matrix → how often the rank that did it most often orthogonalized it: replicas and holders of rows of one
-    matrix each do it once, together or alike."""
+    """Return matrix → largest number of times that a rank orthogonalized it.
+
+    Replicas, and ranks that hold rows of one matrix, each count it once.
+    """
     total: Counter[str] = Counter()
     for counts in ranks:
         total |= Counter(counts)
@@ -190,5 +192,5 @@ def _replicas_equal(ranks: Sequence[Mapping[str, str]]) -> bool | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no infinity."""
+    """Return None instead of an infinite or NaN value, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

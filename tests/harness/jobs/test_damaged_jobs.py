@@ -173,5 +173,5 @@ def test_a_full_disk_at_the_last_moment_is_one_line(
     monkeypatch.setattr(Submission, "add", full)
     assert cli.main(["submit", *words]) == 0
     shown = capsys.readouterr()
-    assert "job 12 is queued, but cannot be noted (Disk quota exceeded)" in shown.err
+    assert "job 12 is queued, but could not be recorded (Disk quota exceeded)" in shown.err
     assert shown.out.startswith("job 12\n")

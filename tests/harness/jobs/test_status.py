@@ -200,9 +200,9 @@ def test_the_command_and_its_refusals(tmp_path: Path, capsys: pytest.CaptureFixt
         "problems": [],
     }
     for words, said in (
-        (["--cancel", "a"], "is finished: there is no job to end"),
+        (["--cancel", "a"], "is finished: there is no job to cancel"),
         (["--resubmit", "a"], "is finished: there is nothing to do"),
-        (["--cancel", "b"], "--cancel: b is no run here"),
+        (["--cancel", "b"], "--cancel: b is not a run here"),
         (["--cancle", "a"], "did you mean --cancel?"),
         (["--cancel"], "--cancel: needs a value"),
     ):
