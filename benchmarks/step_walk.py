@@ -49,9 +49,7 @@ def walk(call: Callable[[], object]) -> dict[str, list[str]]:
     return {path: list(functions) for path, functions in entered.items()}
 
 
-def _rank(rank: int, ranks: int, port: int, preset: str, is_refresh: bool, queue: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def _walk_of_a_step(preset: str, is_refresh: bool, ranks: int) -> dict[str, list[str]]:
     torch.manual_seed(0)
     # Hidden matrices only: what AdamW does for the rest of a model is another walk.
     model = nn.Sequential(nn.Linear(32, 24, bias=False), nn.Linear(24, 32, bias=False))
@@ -61,21 +59,33 @@ def _rank(rank: int, ranks: int, port: int, preset: str, is_refresh: bool, queue
         {"rank": 4, "refresh_interval": 1 if is_refresh else 100} if has_subspace else {}
     )
     optimizer: Any = optimizers.build(preset, model.named_parameters(), modules=model, **options)
-    for step in range(3):
+    entered: dict[str, list[str]] = {}
+    for _ in range(3):  # the first step allocates and renews every subspace
         model(torch.randn(8, 32)).square().mean().backward()
-        if step == 2:
-            entered = walk(optimizer.step)
-            if rank == 0:
-                queue.put(entered)
-        else:
-            optimizer.step()  # the first step allocates and renews every subspace
+        entered = walk(optimizer.step)
         optimizer.zero_grad()
+    return entered
+
+
+def _rank(rank: int, ranks: int, port: int, preset: str, is_refresh: bool, queue: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    entered = _walk_of_a_step(preset, is_refresh, ranks)
+    if rank == 0:
+        queue.put(entered)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measure(preset: str = "sumo", ranks: int = 1, is_refresh: bool = False) -> dict[str, list[str]]:
-    """Return file → functions that one step of `preset` enters under FSDP2."""
+    """Return file → functions that one step of `preset` enters under FSDP2; one rank runs in this process."""
+    if ranks == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            return _walk_of_a_step(preset, is_refresh, ranks)
+        finally:
+            dist.destroy_process_group()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
