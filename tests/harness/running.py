@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +128,12 @@ def trained(rank: int, overrides: Sequence[str], change: Callable[..., None] | N
     tensors = [v for entry in run.optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
     state = [float(tensor.float().abs().sum()) for tensor in tensors]
     return Trained(before, after, sink.rows, run.state.skipped, state)
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a process of its own: DeepSpeed keeps process groups that were destroyed."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 class _Rows:

@@ -16,7 +16,7 @@ from harness.errors import InputError
 from harness.loop import Run
 from harness.preparation import prepare
 from tests.distributed.pool import RankPool
-from tests.harness.running import Trained, small, trained, update_error, write_documents
+from tests.harness.running import Trained, in_new_process, small, trained, update_error, write_documents
 
 # fp32 rounding of sums in another order, amplified by Adam where an element of the gradient is near eps. With
 # eps = 1e-5 measured: 3e-6 at most. A wrong weight, norm or clip moves the weights by 1e-2 and more (controls below).
@@ -120,7 +120,8 @@ def test_compiled_models_train_the_same_weights(
 def test_one_process_needs_no_launcher(
     engine: str, corpus: Path, tmp_path: Path, alone: Callable[..., Trained]
 ) -> None:
-    check_equal(alone(*ADAMW), trained(0, small(corpus, tmp_path, *ADAMW, f"engine={engine}")))
+    words = small(corpus, tmp_path, *ADAMW, f"engine={engine}")
+    check_equal(alone(*ADAMW), in_new_process(trained, 0, words))
 
 
 # The polar factor of a moment divides its rounding by the moment's small singular values: measured 1.1e-5 at most.
