@@ -5,8 +5,7 @@ The candidates are written into the script when it is printed, so completing sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from harness import command_line
 from harness.commands import COMMANDS, JSON, load
@@ -105,8 +104,11 @@ def _values(name: str) -> list[str]:
     """Return the names that a command takes as arguments."""
     if COMMANDS[name].takes_optimizers:
         return sources.options("optimizer")
-    values: Any = load(COMMANDS[name].values) if COMMANDS[name].values else ()
-    return list(values() if callable(values) else values)
+    if not COMMANDS[name].values:
+        return []
+    values = load(COMMANDS[name].values)
+    names: Iterable[str] = values() if callable(values) else values
+    return list(names)
 
 
 def _keys() -> list[str]:
