@@ -5,7 +5,8 @@ The candidates are written into the script when it is printed, so completing sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from harness import command_line
 from harness.commands import COMMANDS, JSON, load
@@ -107,7 +108,7 @@ def _values(name: str) -> list[str]:
     if not COMMANDS[name].values:
         return []
     values = load(COMMANDS[name].values)
-    names: Iterable[str] = values() if callable(values) else values
+    names: Any = values() if callable(values) else values
     return list(names)
 
 
