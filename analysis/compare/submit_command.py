@@ -125,7 +125,9 @@ def _check_command(name: str) -> None:
     allowed = [name for name in COMMANDS if name not in _NOT_AS_JOB]
     if name == "sweep":
         reason = "chooses its last runs by its first ones, and runs on one machine"
-        fix = "optbench sweep … in a job of yours (the same command goes on), then optbench submit compare …"
+        fix = (
+            "optbench sweep … in a job of yours (the same command resumes it), then optbench submit compare …"
+        )
         raise InputError("submit", name, reason, fix=fix)
     if name not in allowed:
         guess = closest(name, allowed)

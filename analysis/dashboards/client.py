@@ -24,7 +24,7 @@ def find_obstacle() -> str | None:
     """Return why W&B cannot be used now; None if a server answers and this user is logged in to it."""
     if resolve_mode("auto") != "online":
         has_mode = os.environ.get("WANDB_MODE")
-        return "WANDB_MODE says so" if has_mode else "not logged in (wandb login, or WANDB_API_KEY)"
+        return "WANDB_MODE is not online" if has_mode else "not logged in (wandb login, or WANDB_API_KEY)"
     # Without these, W&B prints lines of its own and reports errors to its maker.
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

@@ -1,1 +1,1 @@
-"""`optbench paper`: a published table, cell by cell beside what is predicted and what was measured."""
+"""`optbench paper`: a published table, cell by cell next to the predicted and measured values."""

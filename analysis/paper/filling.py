@@ -165,7 +165,7 @@ def _make_slot(name: str, table: PaperTable, row: str, column: str) -> _RunSlot:
     keys = leaves("", config.model_dump(mode="json"))
     for key in table.rows[row].unstated:
         if key not in keys:
-            raise _wrong(name, f"row {row}", f"has {key} as unstated, which is no key of its run")
+            raise _wrong(name, f"row {row}", f"has {key} as unstated, which is not a key of its run")
     return _RunSlot(name, table, row, column, config)
 
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     ``ENTITY/PROJECT[/GROUP] --export DIR`` first reads runs from W&B into DIR.
 
     Returns:
-        0, also where the folder holds no runs; the report then says so.
+        0, also for a folder without runs, for which the report states that.
 
     Raises:
         InputError: no such folder or W&B project, or an unknown argument.

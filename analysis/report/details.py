@@ -24,7 +24,7 @@ def ownership(comparison: ComparisonSet) -> TextTable:
     """Return the rules of each arm: tensors, parameters, their share, and the reason for the assignment."""
     body = []
     for arm in comparison.arms:
-        rows = next((run.parameters for run in arm.runs if run.parameters), [])
+        rows = _parameter_rows(arm)
         total = sum(number(row.get("numel")) for row in rows)
         rules = list(dict.fromkeys(str(row.get("rule", "")) for row in rows))
         for rule in rules:
@@ -39,7 +39,10 @@ def ownership(comparison: ComparisonSet) -> TextTable:
 
 def parameters(comparison: ComparisonSet) -> TextTable:
     """Return every parameter with its shape and the rule of each arm; equal blocks share a row."""
-    rules = [_rules(arm) for arm in comparison.arms]
+    rules = [
+        {str(row.get("name")): str(row.get("rule", "")) for row in _parameter_rows(arm)}
+        for arm in comparison.arms
+    ]
     shapes = {
         str(row.get("name")): " × ".join(str(side) for side in row["shape"])
         for arm in comparison.arms
@@ -61,9 +64,8 @@ def parameters(comparison: ComparisonSet) -> TextTable:
     return TextTable(["parameter", "shape", *(arm.label for arm in comparison.arms)], body)
 
 
-def _rules(arm: Arm) -> dict[str, str]:
-    rows = next((run.parameters for run in arm.runs if run.parameters), [])
-    return {str(row.get("name")): str(row.get("rule", "")) for row in rows}
+def _parameter_rows(arm: Arm) -> list[dict[str, Any]]:
+    return next((run.parameters for run in arm.runs if run.parameters), [])
 
 
 def _range(numbers: list[int]) -> str:

@@ -58,7 +58,7 @@ class TunedArm:
     Attributes:
         space: option → list of values or [low, "..", high]; the default ladder is ``{"lr": "ladder"}``.
         best: number of the trial with the lowest final loss; None if none finished.
-        edges: option → "lowest" or "highest", where the best value lies on the edge of what was tried.
+        edges: option → "lowest" or "highest", if the best value is on the edge of the tried ones.
         seed: of the trials.
         confirmed: identities of the runs of the best setting on fresh seeds.
         lost: optimizers of the same study without a finite trial.
