@@ -71,11 +71,11 @@ def pairwise() -> list[Cell]:
     Each of `CROSSED` takes half of the eight settings of an engine: those in which an even (sumo) or odd (muon,
     adamw) number of them are unusual, so that under each of them every pair of values meets.
     """
-    found = [Cell(rule, engine, world_size=world) for rule in rules() for engine, world in ENGINES.items()]
+    selected = [Cell(rule, engine, world_size=world) for rule in rules() for engine, world in ENGINES.items()]
     for rule in CROSSED:
         parity = 0 if rule == "sumo" else 1
-        found += [cell for cell in _settings(rule) if _unusual(cell) % 2 == parity]
-    return sorted(set(found) | set(_edges()))
+        selected += [cell for cell in _settings(rule) if _unusual(cell) % 2 == parity]
+    return sorted(set(selected) | set(_edges()))
 
 
 def every() -> list[Cell]:
@@ -140,13 +140,13 @@ optimizer is given, which a replay cannot see."""
 
 def peers() -> list[Cell]:
     """Return the cells of other implementations of Muon (`harness.verify.peers`), measured like ours."""
-    found = [
+    selected = [
         Cell("torch.optim.Muon", "fsdp2"),
         *(Cell("DeepSpeed Muon", f"zero{stage}", clipping="off") for stage in (1, 2, 3)),
         Cell("DeepSpeed Muon", "zero1", variant="default clipping"),
         Cell("DeepSpeed Muon", "zero3", accumulation=2, clipping="off"),
     ]
-    return [replace(cell, is_peer=True) for cell in found]
+    return [replace(cell, is_peer=True) for cell in selected]
 
 
 _CHOICES: Mapping[str, Sequence[str]] = {
@@ -172,7 +172,7 @@ def select(words: Iterable[str], full: bool = False) -> list[Cell]:
     Raises:
         InputError: a key or value that there is not, or nothing is left.
     """
-    chosen: dict[str, list[str]] = {}
+    values_by_key: dict[str, list[str]] = {}
     choices = {"rule": rules(), **_CHOICES}
     for word in words:
         key, equals, value = word.partition("=")
@@ -190,19 +190,19 @@ def select(words: Iterable[str], full: bool = False) -> list[Cell]:
             if one not in choices[key]:
                 guess = closest(one, choices[key]) or choices[key][0]
                 raise InputError(f"certify {key}", one, allowed=choices[key], fix=f"{key}={guess}")
-        chosen[key] = value.split(",")
-    finer = full or any(key in chosen for key in ("dtype", "accumulation", "clipping"))
-    found = [
+        values_by_key[key] = value.split(",")
+    finer = full or any(key in values_by_key for key in ("dtype", "accumulation", "clipping"))
+    selected = [
         cell
         for cell in (every() if finer else pairwise())
-        if all(str(getattr(cell, key)) in values for key, values in chosen.items())
+        if all(str(getattr(cell, key)) in values for key, values in values_by_key.items())
     ]
-    if not found:
-        asked = " ".join(words)
+    if not selected:
+        selection = " ".join(words)
         raise InputError(
-            "certify", asked, "leaves no cell", allowed="combinations that exist", fix="drop one of them"
+            "certify", selection, "leaves no cell", allowed="combinations that exist", fix="drop one of them"
         )
-    return found
+    return selected
 
 
 def reference_of(cell: Cell) -> Cell:

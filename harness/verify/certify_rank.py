@@ -126,7 +126,7 @@ def figures(done: Trained, build: Build, reference: Path | None) -> dict[str, An
     recorder = done.recorder
     error, worst, optimizer = _replay(done, build)
     routes = tracked(optimizer).routes
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "replay_error": error,
         "replay_worst": worst,
         "matrix_names": [block.name for route in routes if route.rule != "adamw" for block in route.blocks],
@@ -137,9 +137,9 @@ def figures(done: Trained, build: Build, reference: Path | None) -> dict[str, An
     if reference is not None:
         known = torch.load(reference)
         end = recorder.weights.get(REFERENCE_STEPS, recorder.end)
-        found["end_to_end_error"] = update_error(known["start"], end, known["end"])[0]
-        found["delivery_error"] = _gradient_error(recorder.gradients[0], known["gradients"])
-    return found
+        measured["end_to_end_error"] = update_error(known["start"], end, known["end"])[0]
+        measured["delivery_error"] = _gradient_error(recorder.gradients[0], known["gradients"])
+    return measured
 
 
 def _replay(done: Trained, build: Build) -> tuple[float, str, Any]:
@@ -152,11 +152,11 @@ def _norm(gradients: dict[str, Tensor]) -> float:
     return float(torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm())
 
 
-def _gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def _gradient_error(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Return the error of all gradients as one vector: small ones alone are rounded more than they matter."""
     names = list(expected)
     return relative_error(
-        torch.cat([found[name].double().reshape(-1) for name in names]),
+        torch.cat([gradients[name].double().reshape(-1) for name in names]),
         torch.cat([expected[name].double().reshape(-1) for name in names]),
     )
 
@@ -170,5 +170,5 @@ def start(rank: int, folder: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """Return the facts of this machine that certificates record."""
-    found = devices.environment(torch.device("cpu"), 1)
-    return {key: found[key] for key in ("python", "system", "packages", "device", "cpu_cores")}
+    facts = devices.environment(torch.device("cpu"), 1)
+    return {key: facts[key] for key in ("python", "system", "packages", "device", "cpu_cores")}

@@ -42,19 +42,19 @@ def main(argv: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="optbench-certify-") as scratch:
         try:
-            found = certify(selected, Path(scratch), say)
+            certified = certify(selected, Path(scratch), say)
         except RankLost as error:
             if is_json:
                 print(json_document(error={"key": "certify", "message": str(error).splitlines()[0]}))
             print(error, file=sys.stderr, flush=True)
             return ExitCode.RUN_FAILED
-    _write(found, out)
+    _write(certified, out)
     if is_json:
-        print(json_document(**_content(found)))
+        print(json_document(**_content(certified)))
     else:
-        page.show(found, for_tables())
+        page.show(certified, for_tables())
         print(out / "certificates.json")
-    return 0 if found.passed else 1
+    return 0 if certified.passed else 1
 
 
 def _selected(arguments: Arguments) -> list[Cell]:
@@ -66,21 +66,21 @@ def _selected(arguments: Arguments) -> list[Cell]:
     return selected
 
 
-def _content(found: Certified) -> dict[str, object]:
+def _content(certified: Certified) -> dict[str, object]:
     return {
-        "passed": found.passed,
+        "passed": certified.passed,
         "made": datetime.now(UTC).date().isoformat(),
-        "seconds": round(found.seconds, 1),
-        "sources_sha256": found.sources,
-        "machine": found.machine,
-        "cells": [result.as_dict() for result in found.results],
+        "seconds": round(certified.seconds, 1),
+        "sources_sha256": certified.sources,
+        "machine": certified.machine,
+        "cells": [result.as_dict() for result in certified.results],
     }
 
 
-def _write(found: Certified, out: Path) -> None:
+def _write(certified: Certified, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(out / "certificates.json", _one_line_a_cell(_content(found)))
-    atomic.write_text(out / "certificates.md", page.markdown(found))
+    atomic.write_text(out / "certificates.json", _one_line_a_cell(_content(certified)))
+    atomic.write_text(out / "certificates.md", page.markdown(certified))
 
 
 def _one_line_a_cell(content: dict[str, object]) -> str:

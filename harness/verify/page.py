@@ -40,27 +40,27 @@ def _word(result: Result) -> tuple[str, str]:
     return ("green", "green") if result.passed else ("RED", "bold red")
 
 
-def show(found: Certified, console: Console) -> None:
+def show(certified: Certified, console: Console) -> None:
     """Print the tables of a session."""
-    ours = [result for result in found.results if not result.cell.control and not result.cell.is_peer]
+    ours = [result for result in certified.results if not result.cell.control and not result.cell.is_peer]
     if ours:
         console.print(_rich(*_worst(ours), "replay error, the worst cell of each rule and engine"))
-    for title, head, rows in _lists(found):
+    for title, head, rows in _lists(certified):
         console.print(_rich(head, rows, title))
     good = sum(result.passed for result in ours)
-    controls = [result for result in found.results if result.cell.control]
+    controls = [result for result in certified.results if result.cell.control]
     words = [f"{good} of {len(ours)} cells green"]
     if controls:
         words.append(f"{sum(not result.passed for result in controls)} of {len(controls)} controls red")
-    console.print(", ".join(words) + f"; {found.seconds:.0f} s")
+    console.print(", ".join(words) + f"; {certified.seconds:.0f} s")
 
 
-def _lists(found: Certified) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def _lists(certified: Certified) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     """Yield (title, head, rows) of the tables with one row per cell."""
-    red = [r for r in found.results if not r.passed and not r.cell.control and not r.cell.is_peer]
+    red = [r for r in certified.results if not r.passed and not r.cell.control and not r.cell.is_peer]
     if red:
         yield "red cells", ["cell", "why"], [[str(r.cell), "; ".join(r.reasons)] for r in red]
-    controls = [r for r in found.results if r.cell.control]
+    controls = [r for r in certified.results if r.cell.control]
     if controls:
         rows = [
             [
@@ -73,7 +73,7 @@ def _lists(found: Certified) -> Iterable[tuple[str, list[str], list[list[str]]]]
             for r in controls
         ]
         yield "controls", ["defect", "what is done wrong", "in", "verdict", "by"], rows
-    peers = [r for r in found.results if r.cell.is_peer]
+    peers = [r for r in certified.results if r.cell.is_peer]
     if peers:
         head = ["peer", "in", "end to end", "replay", "orthogonalizations", "collectives", "verdict", "why"]
         yield (
@@ -138,11 +138,11 @@ def _rich(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Tab
     return table
 
 
-def markdown(found: Certified) -> str:
+def markdown(certified: Certified) -> str:
     """Return the text of docs/certificates.md."""
-    ours = [result for result in found.results if not result.cell.control and not result.cell.is_peer]
+    ours = [result for result in certified.results if not result.cell.control and not result.cell.is_peer]
     good = sum(result.passed for result in ours)
-    controls = [result for result in found.results if result.cell.control]
+    controls = [result for result in certified.results if result.cell.control]
     parts = [
         "# Certificates",
         "Written by `make certify`; do not edit.",
@@ -165,11 +165,11 @@ def markdown(found: Certified) -> str:
         f"over {cells.STEPS} steps with 2 refreshes) and collectives issued (the step with most).",
         _table(*_traffic(ours)),
     ]
-    for title, head, rows in _lists(found):
+    for title, head, rows in _lists(certified):
         parts += [f"## {title[0].upper()}{title[1:]}", _table(head, rows)]
         if title == "peers":
             parts.append(_PEERS)
-    parts += ["## Machine", _table(["", ""], _machine(found))]
+    parts += ["## Machine", _table(["", ""], _machine(certified))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -39,9 +39,9 @@ def certify(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
         folder: scratch.
         reference: of one fp32 process with our muon.
     """
-    found = _PEERS[cell.rule](cell, folder, reference) | {"bytes_per_step": None}
-    found["matrix_names"] = found.get("matrix_names", [])
-    return found
+    measured = _PEERS[cell.rule](cell, folder, reference) | {"bytes_per_step": None}
+    measured["matrix_names"] = measured.get("matrix_names", [])
+    return measured
 
 
 def _torch_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
@@ -86,10 +86,10 @@ def _torch_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
         return ParameterGradients(dict(run.model.named_parameters()))
 
     done = trained(words, Defect(around, count), gradients)
-    found = report(done)
+    measured = report(done)
     if done.recorder.gradients:
-        found |= figures(done, build_of(done.config), reference)
-        found["matrices"] = len(found["matrix_names"])
+        measured |= figures(done, build_of(done.config), reference)
+        measured["matrices"] = len(measured["matrix_names"])
         _, weights = replayed(
             lambda named: _Pair(named, done.config),
             done.recorder.start,
@@ -97,9 +97,9 @@ def _torch_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
             done.factor,
             torch.float32,
         )
-        found["replay_error_own_code"] = update_error(done.recorder.start, done.recorder.end, weights)[0]
-    found |= {"collectives_per_step": max(calls), "orthogonalized": orthogonalized}
-    return found
+        measured["replay_error_own_code"] = update_error(done.recorder.start, done.recorder.end, weights)[0]
+    measured |= {"collectives_per_step": max(calls), "orthogonalized": orthogonalized}
+    return measured
 
 
 class _Pair:
@@ -186,19 +186,19 @@ def _deepspeed_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]
         recorder.measure = next_step
 
     done = trained(words, Defect(around, count), lambda run: ParameterGradients({}))
-    found = report(done) | {"matrices": None, "collectives_per_step": None}
-    found["orthogonalized"] = [
+    measured = report(done) | {"matrices": None, "collectives_per_step": None}
+    measured["orthogonalized"] = [
         {f"rank {dist.get_rank()}, call {i}": 1 for i in range(n)}
         for n in calls[: len(done.recorder.grad_norms)]
     ]
     if done.recorder.gradients:
         known = torch.load(reference)
         end = done.recorder.weights[cells.REFERENCE_STEPS]
-        found["end_to_end_error"] = update_error(known["start"], end, known["end"])[0]
-        found["replay_error"] = None
-        found["delivery_error"] = None
-        found["received_norms"] = []
-    return found
+        measured["end_to_end_error"] = update_error(known["start"], end, known["end"])[0]
+        measured["replay_error"] = None
+        measured["delivery_error"] = None
+        measured["received_norms"] = []
+    return measured
 
 
 class _Idle:
