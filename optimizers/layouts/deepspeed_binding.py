@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.partitioned import Flat, PartitionedLayout, Slot
-from optimizers.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from optimizers.optimizer import Optimizer
 
 
 def attach(optimizer: Optimizer, engine: Any) -> None:
