@@ -103,7 +103,7 @@ def damage(folder: Path, fingerprints: Fingerprints) -> str | None:
 def tokenizer_folders(root: Path, corpus_sha256: str) -> Iterator[Path]:
     """Yield the intact tokenizer folders of the corpora below ``root`` that have this hash, in any format.
 
-    Corpora whose manifest or tokenizer is damaged are skipped: they are other people's as well as ours.
+    Corpora whose manifest or tokenizer is damaged are skipped, because the cache may be shared with other users.
     """
     try:
         folders = sorted(path.parent for path in root.glob(f"*/{NAME}"))

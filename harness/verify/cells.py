@@ -14,7 +14,7 @@ from harness.record.certificates import CROSSED, ENGINES, Cell
 from optimizers import presets
 
 EXAMPLE_RULE = "unit_momentum"
-"""The plug-in rule that is certified like ours: `harness.verify.example_rule`, found by its entry point."""
+"""The plug-in rule that is certified like the built-in rules: `harness.verify.example_rule`, by its entry point."""
 
 DTYPES = ("fp32", "bf16")
 ACCUMULATIONS = (1, 2)
@@ -123,19 +123,19 @@ CONTROLS: Mapping[str, tuple[Cell, str]] = {
     ),
     "micro-batch momentum": (
         Cell("muon", "ddp", accumulation=2),
-        "momentum and Newton–Schulz run once a micro-batch",
+        "momentum and Newton–Schulz run once per micro-batch",
     ),
     "no matrix routed": (Cell("muon", "fsdp2"), "AdamW steps everything under Muon's name"),
     "unsynchronized basis, shards": (
         Cell("sumo", "fsdp2"),
         "each rank sketches its rows with its own test matrix",
     ),
-    "unsynchronized basis, replicas": (Cell("sumo", "ddp"), "each replica finds a basis of its own"),
-    "clipping forgotten": (Cell("muon", "ddp"), "gradients arrive as they are"),
+    "unsynchronized basis, replicas": (Cell("sumo", "ddp"), "each replica computes its own basis"),
+    "clipping forgotten": (Cell("muon", "ddp"), "gradients arrive unclipped"),
     "gradients halved": (Cell("sumo", "fsdp2", clipping="off"), "gradients are averaged once too often"),
 }
-"""Name of a defect → the cell in which it must show, and what is done wrong. The last two are wrong in what the
-optimizer is given, which a replay cannot see."""
+"""Name of a defect → the cell in which it must be detected, and what is wrong. The last two pass wrong gradients to
+the optimizer, which a replay cannot detect."""
 
 
 def peers() -> list[Cell]:
@@ -160,7 +160,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {
 
 
 def select(words: Iterable[str], full: bool = False) -> list[Cell]:
-    """The cells that ``key=value,value`` words choose.
+    """Return the cells that ``key=value,value`` arguments select.
 
     What is named is taken whole: with dtype, accumulation or clipping named, out of `every` cell, else out of the
     `pairwise` ones.

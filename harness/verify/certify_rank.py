@@ -80,8 +80,8 @@ def trained(
 
     Args:
         words: overrides of the run.
-        defect: what is done wrong.
-        gradients: makes the recorder's gradient source; None: through the layout of one of our optimizers.
+        defect: name of the deliberate defect.
+        gradients: makes the recorder's gradient source; None: through the layout of an optbench optimizer.
     """
     prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
     with defect.around():

@@ -39,7 +39,7 @@ class Defect:
 
 @contextmanager
 def _shard_local() -> Iterator[None]:
-    """Every rank orthogonalizes the rows that it happens to hold."""
+    """Orthogonalize on every rank only the rows that it holds."""
 
     def buckets(
         self: ShardedLayout, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]
@@ -54,7 +54,7 @@ def _shard_local() -> Iterator[None]:
 
 
 def _clip_updates(run: Run, recorder: StepRecorder) -> None:
-    """The bound is applied to the step, not to the gradient: what DeepSpeed's default does to its Muon."""
+    """Clip the update instead of the gradient, as DeepSpeed's default does with its Muon."""
     step = run.engine.step
     parameters = [p for p in run.model.parameters() if p.requires_grad]
 
@@ -73,7 +73,7 @@ def _clip_updates(run: Run, recorder: StepRecorder) -> None:
 
 
 def _step_per_micro_batch(run: Run, recorder: StepRecorder) -> None:
-    """Momentum advances, and matrices are orthogonalized, with every micro-batch; weights move once."""
+    """Advance momentum and orthogonalize with every micro-batch; update the weights once."""
     micro_step, step = run.engine.micro_step, type(run.optimizer).step
 
     def always_last(*, last: bool) -> AbstractContextManager[object]:
@@ -99,7 +99,7 @@ def _then(inner: AbstractContextManager[object], after: Callable[[], None]) -> I
 
 @contextmanager
 def _nothing_routed() -> Iterator[None]:
-    """No parameter looks like a matrix, as under `zero.Init`, whose shards are flat; and nobody asks."""
+    """Let no parameter look like a matrix, as under `zero.Init`, whose shards are flat, without an error."""
     from optimizers import groups
 
     route = groups.route
@@ -113,7 +113,7 @@ def _nothing_routed() -> Iterator[None]:
 
 @contextmanager
 def _own_sketches() -> Iterator[None]:
-    """Every rank draws its own test matrices."""
+    """Draw different test matrices on every rank."""
     from optimizers.rules.parts import building_blocks
 
     drawn = sketches.test_matrix
@@ -127,19 +127,19 @@ def _own_sketches() -> Iterator[None]:
 
 @contextmanager
 def _own_bases() -> Iterator[None]:
-    """Every replica draws its own test matrices and keeps the basis that it finds."""
+    """Draw different test matrices on every replica, and keep each replica's own basis."""
     with _own_sketches(), patch.object(ReplicaCollectives, "broadcast_bases", Unsharded.broadcast_bases):
         yield
 
 
 def _never_clip(run: Run, recorder: StepRecorder) -> None:
-    """The bound is read and forgotten."""
+    """Read the clipping bound, but do not apply it."""
     step = run.engine.step
     run.engine.step = lambda max_norm: step(None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _halve_gradients(run: Run, recorder: StepRecorder) -> None:
-    """An average is taken twice."""
+    """Average the gradients twice."""
     backward = run.engine.backward
     run.engine.backward = lambda loss: backward(loss / 2)  # pyright: ignore[reportAttributeAccessIssue]
 

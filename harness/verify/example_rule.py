@@ -28,7 +28,7 @@ class UnitMomentum(Rule):
     defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.9}
 
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return mn numbers."""
+        """Return the shape of the moment: mn numbers."""
         return {"moment": shape}
 
     def update(self, b: MatrixBatch) -> Update:
@@ -39,7 +39,7 @@ class UnitMomentum(Rule):
 
 
 def install(folder: Path, name: str) -> None:
-    """Declare the rule to this process as an installed package would.
+    """Register the rule in this process, as an installed package would.
 
     Args:
         folder: scratch; the package's metadata is written there.

@@ -32,10 +32,10 @@ def line(result: Result, number: int, total: int) -> Text:
 
 def _word(result: Result) -> tuple[str, str]:
     if result.cell.is_peer:
-        return ("as ours" if result.passed else "differs"), "cyan"
+        return ("agrees" if result.passed else "differs"), "cyan"
     if result.cell.control:
         return (
-            "stays green" if result.passed else "red, as it must"
+            "stays green" if result.passed else "red, as expected"
         ), "bold red" if result.passed else "green"
     return ("green", "green") if result.passed else ("RED", "bold red")
 
@@ -72,7 +72,7 @@ def _lists(certified: Certified) -> Iterable[tuple[str, list[str], list[list[str
             ]
             for r in controls
         ]
-        yield "controls", ["defect", "what is done wrong", "in", "verdict", "by"], rows
+        yield "controls", ["defect", "what is wrong", "in", "verdict", "by"], rows
     peers = [r for r in certified.results if r.cell.is_peer]
     if peers:
         head = ["peer", "in", "end to end", "replay", "orthogonalizations", "collectives", "verdict", "why"]
@@ -158,11 +158,11 @@ def markdown(certified: Certified) -> str:
         _ROUNDED,
         _table(*_rounded(ours)),
         "## Every setting of every engine",
-        f"Under {', '.join(cells.CROSSED)}, which take turns; the larger error where several meet one.",
+        f"Under {', '.join(cells.CROSSED)}, in turn; the largest error where several rules share a setting.",
         _table(*_settings(ours)),
         "## What the optimizer does in a step",
-        "Of the worst rank: bytes sent for the optimizer (ring convention, without the gradients' own reduction; mean "
-        f"over {cells.STEPS} steps with 2 refreshes) and collectives issued (the step with most).",
+        "On the worst rank: bytes sent for the optimizer (ring convention, without the reduction of gradients; mean "
+        f"over {cells.STEPS} steps with 2 refreshes) and collectives issued (in the step with the most).",
         _table(*_traffic(ours)),
     ]
     for title, head, rows in _lists(certified):
@@ -175,20 +175,22 @@ def markdown(certified: Certified) -> str:
 
 _INTRODUCTION = """\
 Each cell trains a LLaMA of 3 layers on the King James Bible for {steps} steps through the harness's own engine and
-loop. A recorder notes the gradients that the optimizer receives. *Replay*: the rule on whole matrices in fp64, one
-process, on these very gradients; largest ‖ΔW − ΔW_ref‖_F / ‖ΔW_ref‖_F of a parameter; green up to {bound}, which is
-fp32 rounding. Also required: the first gradients are those of one fp32 process and have the norm that clipping
-leaves; every matrix is on the rule and is orthogonalized once a step; replicas are bit-equal; in fp32 the weights
-after four steps are those of one process. Ranks are processes on one CPU machine, over gloo; nothing here was run on
-GPUs. Polynomial orthogonalizers iterate in fp32 here (`optimizer.orthogonalizer_dtype`)."""
+loop. A recorder stores the gradients that the optimizer receives. *Replay* runs the rule on whole matrices in fp64,
+in one process, on these gradients. The replay error is the largest ‖ΔW − ΔW_ref‖_F / ‖ΔW_ref‖_F over the
+parameters. A cell is green up to {bound}, which is fp32 rounding, if it also meets these conditions: the first
+gradients are those of one fp32 process and have the norm that clipping leaves; every matrix takes the rule and is
+orthogonalized once per step; replicas are bit-equal; in fp32, the weights after four steps are those of one
+process. Ranks are processes on one CPU machine, over gloo; nothing here was run on GPUs. Polynomial orthogonalizers
+iterate in fp32 here (`optimizer.orthogonalizer_dtype`)."""
 
-_ROUNDED = "With bf16 iterations instead, the default where the device is fast at them (not judged):"
+_ROUNDED = "With bf16 iterations, the default on devices with bf16 units (not judged):"
 
 _PEERS = """\
-Errors of a peer are against our Muon: end to end against one process in fp32, replay against fp64 on whole matrices.
-*As ours*: they differ by no more than half-precision iterations do. torch's Muon iterates in bf16, DeepSpeed's on a CPU
-in fp32. DeepSpeed's by its defaults clips what it has orthogonalized, at 1.0 (its `gradient_clipping`, unset). Counts
-are of a step, over all ranks: a matrix across the boundary of two ranks of ZeRO-1 and 2 is orthogonalized on both."""
+Errors of a peer are differences from optbench's Muon: end to end from one process in fp32, replay from fp64 on
+whole matrices. *Agrees* means that the differences are within those of half-precision iterations. torch's Muon
+iterates in bf16, DeepSpeed's on a CPU in fp32. By default, DeepSpeed's Muon clips the orthogonalized update at 1.0
+(its `gradient_clipping`, unset). Counts are per step, over all ranks: a matrix across the boundary of two ranks of
+ZeRO-1 and 2 is orthogonalized on both."""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

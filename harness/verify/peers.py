@@ -1,4 +1,4 @@
-"""Muon as others ship it, measured like ours: torch's on FSDP2's DTensors, DeepSpeed's own under ZeRO."""
+"""Measure Muon implementations of other packages: torch's on FSDP2's DTensors, DeepSpeed's under ZeRO."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def certify(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
 
 
 def _torch_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
-    """`torch.optim.Muon` on the DTensors of `fully_shard`, AdamW beside it.
+    """Run `torch.optim.Muon` on the DTensors of `fully_shard`, with AdamW for the other parameters.
 
     It computes in bf16, so its replay by the exact rule shows that; "replay_error_own_code" is against its own code
     on whole matrices.
@@ -139,7 +139,7 @@ class _Pair:
 
 
 def _deepspeed_muon(cell: Cell, folder: Path, reference: Path) -> dict[str, Any]:
-    """DeepSpeed's `"optimizer": {"type": "Muon"}`.
+    """Run DeepSpeed's `"optimizer": {"type": "Muon"}`.
 
     It orthogonalizes while gradients are reduced, so that nobody sees what its optimizer receives: what is left is
     the end-to-end figure and the number of orthogonalizations.
