@@ -102,7 +102,8 @@ def prepare(
     routes = route(pairs, rule, modules, plain=not is_named and modules is None)
     by_name = dict(pairs)
     if rule != "adamw":
-        check_rank(options, [r for r in routes if r.rule == rule and by_name[r.name].requires_grad])
+        trained = [r for r in routes if r.rule == rule and by_name[r.name].requires_grad]
+        rank_limit_check(options, [(block.name, block.shape) for r in trained for block in r.blocks])
     extra = {"initial_lr": user_group["initial_lr"]} if "initial_lr" in user_group else {}
     prepared = []
     for kind in dict.fromkeys((rule, "adamw")):
@@ -124,15 +125,6 @@ def prepare(
         frozen = {i for i, parameter in enumerate(parameters) if not parameter.requires_grad}
         prepared.append(RuleGroup(group, parameters, kept_routes, frozen))
     return prepared
-
-
-def check_rank(options: Mapping[str, Any], routes: Iterable[Route]) -> None:
-    """Refuse a rank that is larger than a side of one of these matrices.
-
-    Raises:
-        OptionError: naming the matrix.
-    """
-    rank_limit_check(options, [(block.name, block.shape) for route in routes for block in route.blocks])
 
 
 def rule_name(preset_name: str) -> str:

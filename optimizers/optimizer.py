@@ -34,8 +34,6 @@ from optimizers.skipping import Candidate, Candidates, SkipTracker, StepMask
 from optimizers.step_stats import StepStats, first_moments, moment_spectra
 from optimizers.step_units import RuleGroup, StepUnits, adamw_settings, apply_config
 
-Params = Iterable[Any]
-
 
 class Optimizer(torch.optim.Optimizer):
     """An ordinary torch optimizer: groups, state_dict, closures and schedulers work as usual.
@@ -81,7 +79,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Params,
+        params: Iterable[Any],
         lr: float | Tensor | None = None,
         *,
         preset: str | None = None,
@@ -97,11 +95,9 @@ class Optimizer(torch.optim.Optimizer):
             raise OptionError("work", work, "is unknown", ("replicated", "split"))
         self.preset = preset or self.default_preset
         self.options = resolve(self.preset, options if lr is None else {"lr": lr, **options})
-        named: list[tuple[str, Tensor]] = []
         # torch refuses a bare tensor with a message of its own.
-        if not isinstance(params, Tensor):
-            params = groups.listed(params)
-            named = groups.named_tensors(params)
+        params = params if isinstance(params, Tensor) else groups.listed(params)
+        named = [] if isinstance(params, Tensor) else groups.named_tensors(params)
         self.units = StepUnits(Unattached() if layout else _layout_of(named, process_group, work))
         self.stats = StepStats()
         self._skips = SkipTracker()
@@ -174,13 +170,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_unit(self, unit: StepUnit) -> None:
         rule = self.units.group_of(unit).rule
-        active = [p for p in self.units.parameters(unit) if self.layout.gradient(p) is not None]
+        gradient = self.layout.gradient
+        active = [p for p in self.units.parameters(unit) if gradient(p) is not None]
         if not active:
             return
         with record_function(f"optimizer/{rule}"), without_autocast(active[0].device.type):
             candidates = self._candidates(unit, active)
             mask = self._mask(unit, candidates)
-            moved = [p for p in active if not mask.units.issuperset(c.key for c in candidates[p])]
+            moved = [p for p in active if not mask.units.issuperset(key for key, _, _ in candidates[p])]
             if rule != "adamw":
                 self._step_matrices(unit, mask)
             elif moved:
@@ -190,8 +187,7 @@ class Optimizer(torch.optim.Optimizer):
         self.stats.stepped(moved)
 
     def _step_matrices(self, unit: StepUnit, mask: StepMask) -> None:
-        group = self.units.group_of(unit).options
-        config = apply_config(group)
+        rule, config = self.units.group_of(unit).rule, apply_config(self.units.group_of(unit).options)
         buckets = self.units.buckets(unit)
         if buckets:
             buckets[0].begin()
@@ -200,7 +196,7 @@ class Optimizer(torch.optim.Optimizer):
                 if number == 0 and position + 1 < len(buckets):
                     # The next bucket's gradients travel while this one computes.
                     buckets[position + 1].begin()
-                with record_function(f"{group['rule']}/rule"):
+                with record_function(f"{rule}/rule"):
                     self._step_batches(bucket, entries, config)
             if position + 1 < len(buckets):
                 buckets[position + 1].begin()
@@ -216,28 +212,30 @@ class Optimizer(torch.optim.Optimizer):
             entry_of[id(batch)].finish()
 
     def _step_adamw(self, unit: StepUnit, active: list[Tensor], mask: StepMask) -> None:
+        layout = self.layout
         adamw_kernels.step(
-            [self.layout.weight(p) for p in active],
-            [gradient for p in active if (gradient := self.layout.gradient(p)) is not None],
+            [layout.weight(p) for p in active],
+            [gradient for p in active if (gradient := layout.gradient(p)) is not None],
             [self.state[p] for p in active],
             adamw_settings(self.units.group_of(unit).options),
-            [self.name_of(p) for p in active],
+            [self.units.name_of(p) for p in active],
             mask.everything,
         )
         if self.stats.observing and self.preset_rule == "adamw":
-            for names, moments, share in first_moments(self.units, unit):
-                self.stats.observe(names, moments, share)
+            for observed in first_moments(self.units, unit):
+                self.stats.observe(*observed)
 
     # Gradients that are missing, sparse or not finite.
 
     def _candidates(self, unit: StepUnit, active: list[Tensor]) -> Candidates:
         """Return what may skip the step as one: each matrix, or under AdamW each parameter."""
         if self.units.group_of(unit).rule == "adamw":
-            return {p: [Candidate((id(p), ""), self.name_of(p), self.layout.gradient(p))] for p in active}
+            name_of, gradient = self.units.name_of, self.layout.gradient
+            return {p: [((id(p), ""), name_of(p), gradient(p))] for p in active}
         candidates: dict[Tensor, list[Candidate]] = {}
         for m in self.units.matrices(unit):
             elements = m.view.elements(m.parameter, m.block)
-            candidates.setdefault(m.parameter, []).append(Candidate(m.unit, m.block.name, elements))
+            candidates.setdefault(m.parameter, []).append((m.unit, m.block.name, elements))
         return candidates
 
     def _mask(self, unit: StepUnit, candidates: Candidates) -> StepMask:
@@ -258,8 +256,13 @@ class Optimizer(torch.optim.Optimizer):
         self._skips.log.warn()
 
     def _check_gradients(self) -> None:
-        parameters = [p for group in self.units.groups for p in group.parameters]
-        skipping.refuse_sparse((self.name_of(p), p.grad) for p in parameters if p.grad is not None)
+        name_of = self.units.name_of
+        skipping.refuse_sparse(
+            (name_of(p), p.grad)
+            for group in self.units.groups
+            for p in group.parameters
+            if p.grad is not None
+        )
         unfrozen = next((name for name, p in self._left_out if p.requires_grad), None)
         if unfrozen is not None:
             raise RuntimeError(

@@ -11,7 +11,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,20 +179,9 @@ def refuse_sparse(named: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-class Candidate(NamedTuple):
-    """What skips a step as one: a matrix, or a whole parameter under AdamW.
-
-    Attributes:
-        key: what a `StepMask` calls it.
-        name: for people.
-        gradient: its elements on this process, in any shape; None where there are none.
-    """
-
-    key: SkipKey
-    name: str
-    gradient: Tensor | None
-
-
+Candidate = tuple[SkipKey, str, Tensor | None]
+"""What skips a step as one, a matrix or a whole parameter under AdamW: its key in a `StepMask`, its name, and the
+elements of its gradient on this process (None where there are none). Plain tuples: every step makes one per matrix."""
 Candidates = Mapping[Tensor, list[Candidate]]
 """Parameter → what may skip the step in it."""
 
@@ -259,16 +247,20 @@ class SkipTracker:
     def _read_later(self, candidates: Candidates, flags: Tensor, together: bool) -> None:
         """Send flags to the host, which reads them in the next step: waiting now would stall the device."""
         present = {
-            parameter: [candidate.key for candidate in same if candidate.gradient is not None]
+            parameter: [key for key, _, gradient in same if gradient is not None]
             for parameter, same in candidates.items()
         }
         each = [candidate for same in candidates.values() for candidate in same]
-        looked = [(c, flag) for c, flag in zip(each, flags.unbind(0)) if c.gradient is not None]
-        host_flags, event = to_host(torch.stack([flag for _, flag in looked]))
+        looked = [
+            (key, name, flag)
+            for (key, name, gradient), flag in zip(each, flags.unbind(0))
+            if gradient is not None
+        ]
+        host_flags, event = to_host(torch.stack([flag for _, _, flag in looked]))
         self._pending.append(
             Pending(
-                [candidate.name for candidate, _ in looked],
-                [candidate.key for candidate, _ in looked],
+                [name for _, name, _ in looked],
+                [key for key, _, _ in looked],
                 [(parameter, keys) for parameter, keys in present.items() if keys],
                 host_flags,
                 event,

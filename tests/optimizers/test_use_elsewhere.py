@@ -87,7 +87,7 @@ SAME = 1e-5
 def test_every_block_is_run_here() -> None:
     expected = {
         "A plain loop": 1,
-        "Which parameter took which rule": 1,
+        "The rule of each parameter": 1,
         "fp16": 2,
         "Hugging Face Trainer": 1,
         "Replicas (DDP)": 1,
@@ -113,7 +113,7 @@ def test_the_control_without_a_step_learns_nothing() -> None:
 
 
 def test_muon_and_its_routes(capsys: pytest.CaptureFixture[str]) -> None:
-    names = run("Which parameter took which rule")
+    names = run("The rule of each parameter")
     assert names["after"] < FELL * names["before"]
     assert_routed(names["optimizer"], "muon")
     printed = capsys.readouterr().out
