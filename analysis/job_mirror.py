@@ -1,4 +1,4 @@
-"""The mirror in W&B of a job that is no training run: `optbench margin`, `optbench reconstruct`."""
+"""The mirror in W&B of a job that is not a training run: `optbench margin`, `optbench reconstruct`."""
 
 from __future__ import annotations
 

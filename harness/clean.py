@@ -128,7 +128,7 @@ def _items(run: Path) -> Iterator[Item]:
     for path in sorted(run.iterdir()):
         kind = next((kind for pattern, kind in _FILES if pattern.fullmatch(path.name)), None)
         if _CHECKPOINTS.fullmatch(path.name) and _is_folder(path):
-            yield _item(path, "checkpoints that a later attempt did not go on from")
+            yield _item(path, "checkpoints that later attempts did not resume from")
         elif kind is not None and not _is_folder(path):
             yield _item(path, kind)
     for path in _entries(run / "checkpoints"):

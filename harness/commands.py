@@ -192,7 +192,7 @@ COMMANDS: dict[str, Command] = {
         "[TABLE] [runs=DIR]",
         (
             ("", "list the available tables"),
-            ("sumo_table3", "memory counted on our optimizers, perplexities from runs/sumo_table3"),
+            ("sumo_table3", "memory counted with optbench's optimizers, perplexities from runs/sumo_table3"),
             ("sumo_table3 runs=runs/mine --out runs/paper", "from finished runs elsewhere, written as files"),
             ("sumo_table9 --commands", "the commands of the missing runs"),
         ),

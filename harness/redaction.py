@@ -80,7 +80,7 @@ def is_secret_name(name: str) -> bool:
 def secret_in(value: str) -> str | None:
     """Return what in a text is a secret: its name, or a word for its form; None if there is none.
 
-    A reference that the shell resolves later (``HF_TOKEN=$HF_TOKEN``, ``$(cat file)``) is no secret.
+    A reference that the shell resolves later (``HF_TOKEN=$HF_TOKEN``, ``$(cat file)``) is not a secret.
     """
     for name, _, _ in _secrets(value):
         return name

@@ -69,7 +69,7 @@ def build(
 ) -> dict[str, Any]:
     """Return the summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
     config, corpus, totals = run.config, prepared.corpus, run.state
-    # The first row holds allocation and compilation, which is no speed.
+    # The first row holds allocation and compilation, which is not speed.
     last, warm = (rows[-1] if rows else {}), (rows[1:] or rows)
     losses = [loss for row in rows if (loss := finite(row.get("val/loss"))) is not None]
     ended = totals.step == config.steps

@@ -23,7 +23,7 @@ _AUX = {
     "rounding": "rounding",
     "seed": "seed",
 }
-# Group keys that are no options.
+# Group keys that are not options.
 _PLAIN_KEYS = {"params", "param_names", "rule", "scheduled", "initial_lr"}
 
 

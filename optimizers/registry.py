@@ -92,7 +92,7 @@ def plugin(target: str) -> type[torch.optim.Optimizer]:
     """
     module_name, _, attribute = target.rpartition(".")
     if not module_name:
-        raise OptionError("target", target, "is no import path", ("package.module.Class",))
+        raise OptionError("target", target, "is not an import path", ("package.module.Class",))
     try:
         loaded = getattr(import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
@@ -100,5 +100,5 @@ def plugin(target: str) -> type[torch.optim.Optimizer]:
             "target", target, f"cannot be imported ({error})", ("package.module.Class",)
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, torch.optim.Optimizer)):
-        raise OptionError("target", target, "is no torch.optim.Optimizer", ("package.module.Class",))
+        raise OptionError("target", target, "is not a torch.optim.Optimizer", ("package.module.Class",))
     return loaded

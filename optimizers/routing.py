@@ -136,7 +136,7 @@ def _facts(
 
 
 def _not_hidden_by_module(parameter: Tensor, owners: Sequence[_Owner], index: ModuleIndex) -> str | None:
-    """Return why this parameter is no hidden matrix, or None.
+    """Return why this parameter is not a hidden matrix, or None.
 
     A tied weight is an embedding wherever else it is used.
     """

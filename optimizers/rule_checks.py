@@ -43,7 +43,7 @@ def checked(name: str, point: Any) -> Rule:
     except Exception as error:
         raise _refused(name, f"cannot be loaded from {point.value} ({_text(error)})") from error
     if not isinstance(rule, Rule):
-        raise _refused(name, f"is no optimizers.Rule, but {target!r}")
+        raise _refused(name, f"is not an optimizers.Rule, but {target!r}")
     _check_options(name, rule)
     options = {**PLUGIN_COMMON, **rule.defaults}
     if "rank" in options:
@@ -87,7 +87,7 @@ def own_options(name: str, rule: Rule) -> dict[str, Option]:
             if type(default) not in kinds:
                 raise _refused(
                     name,
-                    f"has the option {key}, whose default {default!r} does not tell what it takes: declare it in "
+                    f"has the option {key}, whose default {default!r} does not determine its type: declare it in "
                     "own_options",
                 )
             option = Option(key, kinds[type(default)], f"option of {name}")
@@ -100,7 +100,7 @@ def _check_options(name: str, rule: Rule) -> None:
         raise _refused(name, "has defaults that are no mapping from option names to values")
     for option in rule.own_options:
         if not isinstance(option, Option):
-            raise _refused(name, f"declares {option!r} in own_options, which is no optimizers.Option")
+            raise _refused(name, f"declares {option!r} in own_options, which is not an optimizers.Option")
         if option.name in OPTIONS:
             raise _refused(name, f"declares {option.name}, which has one meaning in all rules")
         if option.name not in rule.defaults:
@@ -127,7 +127,7 @@ def _check_state(name: str, rule: Rule, shape: tuple[int, int], options: Mapping
     except Exception as error:
         raise _refused(name, f"gives no state for {m}×{n} matrices ({_text(error)})") from error
     if not isinstance(state, Mapping):
-        raise _refused(name, f"gives a state that is no mapping from kinds to shapes, but {state!r}")
+        raise _refused(name, f"gives a state that is not a mapping from kinds to shapes, but {state!r}")
     for kind, size in state.items():
         if not isinstance(kind, str) or not kind.isidentifier() or kind in ("step", "compensation"):
             raise _refused(
@@ -135,7 +135,7 @@ def _check_state(name: str, rule: Rule, shape: tuple[int, int], options: Mapping
             )
         if not isinstance(size, tuple) or not all(isinstance(side, int) and side >= 0 for side in size):
             raise _refused(
-                name, f"gives the state {kind} the shape {size!r}, which is no tuple of whole numbers"
+                name, f"gives the state {kind} the shape {size!r}, which is not a tuple of whole numbers"
             )
         if not rule.needs_whole:
             along = axes.get(kind)

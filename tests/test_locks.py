@@ -111,7 +111,7 @@ def test_the_installer_makes_pip_check_the_hashes(monkeypatch: pytest.MonkeyPatc
 
 
 def _script(name: str) -> ModuleType:
-    """Return the module of a script in .ci/, which is no package."""
+    """Return the module of a script in .ci/, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -192,4 +192,4 @@ def _one_arm(comparison: ComparisonSet, scope: str) -> Verdict:
             f" ± {formatting.significant(arm.final.half_width, 2)} (95 % interval over {arm.final.n} seeds)"
         )
     headline = f"One arm: {arm.label} ends at {formatting.loss(arm.final.mean)} nats/token{spread}."
-    return Verdict("one_arm", headline, "There is no other arm to compare it with.", scope)
+    return Verdict("one_arm", headline, "There is no other arm to compare with.", scope)

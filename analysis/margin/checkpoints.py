@@ -44,7 +44,7 @@ def find_checkpoints(config: MarginConfig, say: Callable[[str], None]) -> list[t
     """Return (step, folder) of the checkpoints, ascending in step; name and leave out those that cannot be read.
 
     Raises:
-        InputError: no pattern, no folder that matches, a folder that is no checkpoint or has no step; other
+        InputError: no pattern, no folder that matches, a folder that is not a checkpoint or has no step; other
             architectures among them; no checkpoint that can be read.
     """
     if config.checkpoints is None:
@@ -128,12 +128,12 @@ def _step(path: Path) -> int:
         except (store.DamagedCheckpoint, ValueError, KeyError, TypeError) as error:
             raise UnreadableCheckpoint("checkpoints", path, f"is damaged: {_line(error)}") from None
     if not (path / "config.json").is_file():
-        reason = "is no checkpoint: it has neither manifest.json (ours) nor config.json (Hugging Face)"
+        reason = "is not a checkpoint: it has neither manifest.json (optbench) nor config.json (Hugging Face)"
         raise InputError("checkpoints", path, reason)
     numbers = re.findall(r"\d+", path.name)
     if not numbers:
         reason = "has no step: its name holds no number"
-        raise InputError("checkpoints", path, reason, fix=f"rename it to {path.name}_step1000 or alike")
+        raise InputError("checkpoints", path, reason, fix=f"rename it to {path.name}_step1000 or similar")
     return int(numbers[-1])
 
 
@@ -197,7 +197,7 @@ def _hugging_face(path: Path, step: int, config: MarginConfig) -> LoadedCheckpoi
 
     if not isinstance(config.data, str):
         raise InputError(
-            "data", config.data, "is no text to measure a Hugging Face folder on", fix="data=text.txt"
+            "data", config.data, "is not text to measure a Hugging Face folder on", fix="data=text.txt"
         )
     text_file = Path(config.data)
     if not text_file.is_file():

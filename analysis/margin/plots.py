@@ -103,7 +103,7 @@ def _margin(runs: Sequence[MarginRun]) -> Plot:
         curves(runs, log10_t, lambda r: r["margin"]), **axes(LOG_STEP, "margin"), **_level(best, "optimum")
     )
     caption = (
-        "Exact distance from the points to the decision boundary. A margin that falls first is no error."
+        "Exact distance from the points to the decision boundary. A margin that falls first is not an error."
     )
     return Plot("margin", "Margin", caption, built, 360)
 
@@ -152,7 +152,7 @@ def _delta(runs: Sequence[MarginRun]) -> Plot | None:
     level = _level(float(first.predicted), f"C = {first.predicted:.4g}") if first and first.predicted else {}
     built = figure(traces, **axes(LOG_STEP, "|b₂ − b₁|"), **level)
     caption = (
-        "Sign and spectral descent leave the difference of the biases as it is; gradient descent moves it to C. "
+        "Sign and spectral descent do not change the difference of the biases; gradient descent moves it to C. "
         "Adam does, too, once gradients are smaller than its ε."
     )
     return Plot("delta-b", "Difference of the biases", caption, built, 340)

@@ -122,7 +122,7 @@ def _from_file(path: Path) -> Points:
     except ValueError:
         table = np.zeros((0, 0))
     if table.ndim != 2 or len(table) < 2 or table.shape[1] < 2 or not np.isfinite(table).all():
-        reason = "is no table of points"
+        reason = "is not a table of points"
         raise InputError("data", path, reason, allowed="a row x1, …, xd, y per point; two or more rows")
     x, y = table[:, :-1], table[:, -1]
     if not np.isin(y, (-1.0, 1.0)).all():

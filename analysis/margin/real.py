@@ -110,7 +110,7 @@ class TorchStepper:
     """Steps of toy nets with torch optimizers (`steps.Stepper`); each run has a module and an optimizer of its own.
 
     Raises:
-        InputError: spectral descent with a trained v, which is no matrix.
+        InputError: spectral descent with a trained v, which is not a matrix.
     """
 
     def __init__(self, start: Nets, problem: ToyProblem, spec: OptimizerSpec) -> None:

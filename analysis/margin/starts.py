@@ -97,7 +97,7 @@ def _array(key: str, value: Any) -> np.ndarray:
         array = np.array([np.nan])
     if not np.isfinite(array).all() or array.ndim > 2:
         raise InputError(
-            key, value, "is no list of numbers", fix=f"{key}=2,-0.5" if key == "w" else f"{key}=0,0"
+            key, value, "is not a list of numbers", fix=f"{key}=2,-0.5" if key == "w" else f"{key}=0,0"
         )
     return array
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from analysis.paper.tables import Grade, PaperTable, PrintedNumber, Quantity
 
 STATUSES = {
-    "agrees": "every value of ours would be printed as published",
+    "agrees": "every value of optbench rounds to the published value",
     "close": "not printed the same, but within the table's tolerance",
     "differs": "outside of the tolerance, and no reason is known",
     "differs_known": "outside of the tolerance, for the reason given",

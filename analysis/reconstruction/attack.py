@@ -149,7 +149,7 @@ def run(
 
 
 def spread_labels(labels: Sequence[float], candidates: int) -> Tensor:
-    """Return (m,): the labels in blocks of equal size, the first ones one longer where m is no multiple."""
+    """Return (m,): the labels in blocks of equal size, the first ones one longer where m is not a multiple."""
     size, more = divmod(candidates, len(labels))
     counts = [size + (i < more) for i in range(len(labels))]
     return torch.tensor([v for v, n in zip(labels, counts) for _ in range(n)], dtype=torch.float64)

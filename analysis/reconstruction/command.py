@@ -46,7 +46,7 @@ def _run(config: ReconstructionConfig, *, is_json: bool) -> int:
     try:
         results = job.run(config, say)
     except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on from {config.folder}")
+        say(f"interrupted; the same command resumes from {config.folder}")
         return INTERRUPTED
     code = 0 if results.controls_failed and results.exact_passed else 1
     files = report.write(results)

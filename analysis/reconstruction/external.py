@@ -22,7 +22,7 @@ _REFUSED = (
         r"(attn|attention|q_proj|k_proj|qkv)",
         "attention: Φ is not homogeneous of one degree, nor piecewise affine",
     ),
-    (r"(embed|wte|wpe)", "embeddings: the input is no vector that could be reconstructed"),
+    (r"(embed|wte|wpe)", "embeddings: the input is not a vector that could be reconstructed"),
 )
 COVERED = "a chain of linear layers with ReLU between them and biases in the first layer alone"
 
@@ -41,7 +41,7 @@ def network(path: str) -> Network:
     weights = [(name, value) for name, value in state.items() if not name.endswith("bias")]
     if not weights or any(value.ndim != 2 for _, value in weights):
         odd = next((f"{name} {tuple(v.shape)}" for name, v in weights if v.ndim != 2), path)
-        raise InputError("checkpoint", odd, "is no matrix of a linear layer", allowed=COVERED)
+        raise InputError("checkpoint", odd, "is not a matrix of a linear layer", allowed=COVERED)
     for (one, first), (other, second) in pairwise(weights):
         if second.shape[1] != first.shape[0]:
             shapes = f"{one} {tuple(first.shape)} and {other} {tuple(second.shape)}"
@@ -80,7 +80,7 @@ def samples(path: str, inputs: int, outputs: int) -> Samples:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError) as error:
-        raise InputError("batch", path, f"is no .npz of arrays ({error})") from None
+        raise InputError("batch", path, f"is not an .npz of arrays ({error})") from None
     missing = [key for key in ("x", "y") if key not in arrays]
     if missing:
         raise InputError("batch", path, f"has no {' and no '.join(missing)}", allowed="x (n, d) and y (n,)")
@@ -134,6 +134,6 @@ def _state(path: Path) -> Mapping[str, Tensor]:
         state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(
-            "checkpoint", path, "is no state dict: name → tensor", fix="torch.save(model.state_dict(), …)"
+            "checkpoint", path, "is not a state dict: name → tensor", fix="torch.save(model.state_dict(), …)"
         )
     return state

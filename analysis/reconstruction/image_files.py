@@ -123,7 +123,7 @@ def _idx(path: Path, magic: int) -> np.ndarray:
     content = _plain(path.read_bytes())
     kind, *_ = struct.unpack(">I", content[:4])
     if kind != magic:
-        raise InputError("data_path", path, f"is no IDX file of this kind (it starts with {kind:#x})")
+        raise InputError("data_path", path, f"is not an IDX file of this kind (it starts with {kind:#x})")
     dimensions = kind & 0xFF
     shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)

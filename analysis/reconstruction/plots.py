@@ -39,7 +39,8 @@ def _residuals(rows: Sequence[TableRow], names: Sequence[str]) -> Plot:
         "residuals",
         "Distance from a KKT point over training",
         "ε = ‖θ − Σ λᵢyᵢ∇Φ(xᵢ)‖/‖θ‖ with the best λ ≥ 0, mean over seeds. Thick: the network's own gates; thin: free "
-        "multipliers where an image lies on a kink. The first stays high for ever and is no measure of convergence.",
+        "multipliers where an image is on a kink. The first does not converge to 0 and is not a measure of "
+        "convergence.",
         figure(
             _by_arm(fixed, free), xaxis=_axis(STEPS, log=True), yaxis=_axis("relative residual", log=True)
         ),
@@ -168,7 +169,7 @@ def _susceptibility(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | No
     return Plot(
         "susceptibility",
         "Susceptibility by optimizer",
-        f"How much nearer than held-out images the attack comes (0: not at all, 1: exactly), candidates on the margin, "
+        f"How much closer the attack comes than held-out images (0: no closer, 1: exact), candidates on the margin, "
         f"initial radius {radius:g}, last checkpoints; bars: 95 % intervals over victims' seeds if there are several.",
         figure(
             traces,

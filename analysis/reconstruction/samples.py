@@ -118,7 +118,7 @@ def _groups(data: str, classes: str | list[int], known: list[int]) -> dict[float
         raise InputError("classes", classes, allowed=allowed, fix=f"classes={default}")
     if wrong := [c for c in classes if c not in known]:
         raise InputError(
-            "classes", wrong[0], f"is no class of {data}", allowed=allowed, fix=f"classes={default}"
+            "classes", wrong[0], f"is not a class of {data}", allowed=allowed, fix=f"classes={default}"
         )
     labels = [1.0, -1.0] if len(classes) == 2 else [float(i) for i in range(len(classes))]
     return {label: (str(c), [c]) for label, c in zip(labels, classes)}

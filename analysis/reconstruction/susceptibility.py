@@ -171,7 +171,7 @@ def oracle(
 ) -> attack.Candidates:
     """Run the attack from the training images with random λ: the practical ceiling.
 
-    It drifts off, because for finitely trained weights the truth is no minimizer of the smoothed objective.
+    It drifts off, because for finitely trained weights the truth is not a minimizer of the smoothed objective.
     """
     generator = torch.Generator().manual_seed(seed)
     n = len(target.x)

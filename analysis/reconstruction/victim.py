@@ -76,7 +76,7 @@ def resolve_options(optimizer: str, overrides: Mapping[str, Any]) -> dict[str, A
         unknown = set(overrides) - {"lr", "weight_decay"}
         if unknown:
             raise optimizers.OptionError(
-                min(unknown), overrides[min(unknown)], "is no option of gd", ("lr", "weight_decay")
+                min(unknown), overrides[min(unknown)], "is not an option of gd", ("lr", "weight_decay")
             )
         return {"lr": float(lr), "weight_decay": float(overrides.get("weight_decay", 0.0))}
     preset = optimizers.resolve(optimizer)

@@ -146,7 +146,7 @@ def _read(
     if (name, own) not in saved:
         raise DamagedCheckpoint(
             f"{saved.folder.name}: {path} of {name} was kept for other processes than these; "
-            "this plug-in's state goes on with the same engine and world_size alone"
+            "this plug-in's state can only be loaded with the same engine and world_size"
         )
     return saved.whole(name, own).to(device, copy=True)
 

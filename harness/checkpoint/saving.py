@@ -169,7 +169,7 @@ class Checkpoints:
                 # The step that was broken off has drawn numbers since.
                 assert self._randomness is not None
                 randomness = self._randomness
-            # As a probe's time, should the run be gone on with: it is no training.
+            # As a probe's time, should the run be gone on with: it is not training.
             with self._run.clock.part("probes"):
                 self.save(randomness, background=False)
         if self._saved_step != state.step:

@@ -116,7 +116,7 @@ class Store:
         for path in sorted(partial.iterdir()):
             if path.suffix == ".yaml":
                 files[path.name] = digest(path)
-        # The manifest comes last: without it a folder is no checkpoint.
+        # The manifest comes last: without it a folder is not a checkpoint.
         content = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
         atomic.write_json(partial / MANIFEST, content, sync_name=False)
         atomic.write_text(partial / CHECKSUM, digest(partial / MANIFEST)["sha256"] + "\n", sync_name=False)
@@ -229,7 +229,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return manifest.json of a checkpoint, which lists the file of every process.
 
     Raises:
-        DamagedCheckpoint: it is missing, is no manifest, or was written by another version.
+        DamagedCheckpoint: it is missing, is not a manifest, or was written by another version.
     """
     try:
         content = bounded.read_bytes(folder / MANIFEST, bounded.JSON_LIMIT)
@@ -244,7 +244,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except UnreadableFile as error:
         raise DamagedCheckpoint(f"{folder.name}: {error}") from error
     except ValueError as error:
-        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} is no JSON ({error})") from error
+        raise DamagedCheckpoint(f"{folder.name}: {MANIFEST} is not JSON ({error})") from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if isinstance(version, int) and version != SCHEMA_VERSION:
         raise DamagedCheckpoint(
@@ -256,7 +256,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part)[:40] for part in first["loc"]) or "the whole"
         raise DamagedCheckpoint(
-            f"{folder.name}: {MANIFEST} is no manifest of a checkpoint ({where}: {first['msg']})"
+            f"{folder.name}: {MANIFEST} is not a manifest of a checkpoint ({where}: {first['msg']})"
         ) from error
     _check_names(folder, facts)
     return manifest
@@ -300,7 +300,7 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> dict[str, Any]:
             # A link may lead out of the folder, opening a pipe would wait for ever.
             status = (folder / name).lstat()
             if not stat.S_ISREG(status.st_mode):
-                raise DamagedCheckpoint(f"{folder.name}: {name} is no regular file")
+                raise DamagedCheckpoint(f"{folder.name}: {name} is not a regular file")
             actual = {"bytes": status.st_size}
             if actual["bytes"] == expected["bytes"]:
                 actual = digest(folder / name)

@@ -137,7 +137,10 @@ def user_settings(path: str, stage: int) -> dict[str, Any]:
     for name in settings:
         if name in _OURS:
             raise InputError(
-                KEY, path, f"decides {name}, which is our key {_OURS[name]}", fix=f"remove {name} from it"
+                KEY,
+                path,
+                f"decides {name}, which is optbench's key {_OURS[name]}",
+                fix=f"remove {name} from it",
             )
         if name not in _TOP:
             reason = f"asks for {name}, which is not supported"

@@ -63,7 +63,7 @@ def default_learning_rate(
     if from_weights:
         warnings.append(
             f"optimizer.lr: {row.lr:g} is a rate for random weights, and this run starts from trained weights, "
-            f"which usually want a smaller one; give optimizer.lr=… (docs/model_path.md)"
+            f"which usually need a smaller one; set optimizer.lr=… (docs/model_path.md)"
         )
     is_tuned = row.tuned and is_covered and not from_weights
     # A source that says "tuned" at another size, or from other weights, must not read as if it were about this run.

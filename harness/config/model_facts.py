@@ -42,7 +42,7 @@ def facts(model: ModelConfig) -> ModelFacts:
     """Return the shapes of the model that this configuration describes.
 
     Raises:
-        InputError: `model.path` is no model folder, or a value is of the wrong type or size.
+        InputError: `model.path` is not a model folder, or a value is of the wrong type or size.
     """
     values = full_config(model)
     kind = str(values.pop("model_type", model.model_type))
@@ -79,7 +79,7 @@ def full_config(model: ModelConfig) -> dict[str, Any]:
     """Return a model's configuration under declared names: class defaults, `model.path`'s, then `model.config`.
 
     Raises:
-        InputError: `model.path` is no model folder.
+        InputError: `model.path` is not a model folder.
     """
     kind, stored = model.model_type, {}
     if model.path is not None:

@@ -115,7 +115,7 @@ class ModelFolder(NamedTuple):
         for file in weight_files(self.path):
             try:
                 with safe_open(file, framework="numpy") as content:
-                    for name in content.keys():  # noqa: SIM118 (it is no mapping)
+                    for name in content.keys():  # noqa: SIM118 (it is not a mapping)
                         size = 1
                         for side in content.get_slice(name).get_shape():
                             size *= side
@@ -130,7 +130,7 @@ def read(path: str | Path) -> ModelFolder:
     """Return the model folder at ``path``.
 
     Raises:
-        InputError: it is no folder, or holds no configuration of a model that can be trained.
+        InputError: it is not a folder, or holds no configuration of a model that can be trained.
     """
     folder = Path(path).expanduser()
     config = _config(folder, path)

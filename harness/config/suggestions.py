@@ -59,7 +59,7 @@ def assign(key: str, value: Any) -> str:
 
 
 def special(name: str, value: str | None, known: Iterable[str]) -> str | None:
-    """Return what to type for a name that is no key here, or whose value decides; else None.
+    """Return what to type for a name that is not a key here, or whose value decides; else None.
 
     Args:
         name: key as typed, without dashes.

@@ -233,7 +233,7 @@ def _wrong_value(key: Key, value: Any, source: str | None) -> InputError:
     reason = "is wrong" + (f" in {source}" if source else "")
     text = format_value(value)
     if key.name == "resume" and (command := suggestions.run_of(text)):
-        reason = "names a run, and a run goes on by itself when its command is repeated"
+        reason = "names a run, and a run resumes by itself when its command is repeated"
         return InputError(key.name, text, reason, allowed=key.allowed, fix=command)
     guess = _guess(key, text)
     example = format_value(key.default) if key.default not in (None, {}, []) else _example(key, value)

@@ -131,7 +131,7 @@ _RESOLVER = re.compile(r"\$\{\s*(?P<name>[^:${}]*)")
 
 
 def is_allowed(variable: str) -> bool:
-    """Return True if a file may read this environment variable: it is listed and its name is no secret's."""
+    """Return True if a file may read this environment variable: it is listed and its name is not a secret's."""
     listed = variable in READABLE_VARIABLES or variable.startswith(READABLE_PREFIXES)
     return listed and not is_secret_name(variable)
 

@@ -63,7 +63,7 @@ class _Split:
         """Return the number of labels ≠ −100 of each row: (len(indices),) int64."""
         if self.packed:
             return np.full(len(indices), self.seq_len, dtype=np.int64)
-        # A row holds at most seq_len tokens, of which the first is no label.
+        # A row holds at most seq_len tokens, of which the first is not a label.
         return np.minimum(self.starts[indices + 1] - self.starts[indices], self.seq_len) - 1
 
     def _packed(self, indices: Ids) -> tuple[Ids, Ids]:

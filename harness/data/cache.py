@@ -94,7 +94,7 @@ def check(
         )
     available = Validation(corpus, seq_len, config.mode).loss_tokens_available
     if eval_tokens > available:
-        # Padded rows hold less than the split does: long documents are cut, and first tokens are no labels.
+        # Padded rows hold less than the split does: long documents are cut, and first tokens are not labels.
         enough = math.ceil(1.1 * eval_tokens * corpus.validation_tokens / max(1, available))
         raise InputError(
             "eval.tokens",

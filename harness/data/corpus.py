@@ -134,7 +134,7 @@ def _load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedManifest(f"{NAME} cannot be read: {type(error).__name__}") from error
     if not isinstance(manifest, dict):
-        raise DamagedManifest(f"{NAME} cannot be read: it is no object")
+        raise DamagedManifest(f"{NAME} cannot be read: it is not an object")
     return manifest
 
 
@@ -152,7 +152,7 @@ def _files_damage(
                 return f"{name} is not listed"
             status = (folder / name).stat()
             if not stat.S_ISREG(status.st_mode):
-                return f"{name} is no file"
+                return f"{name} is not a file"
             if status.st_size != recorded[name]["bytes"]:
                 return f"{name} has another size"
             if fingerprints.sha256(folder / name) != recorded[name]["sha256"]:

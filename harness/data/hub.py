@@ -133,7 +133,9 @@ def _files(folder: Path) -> list[Path]:
 
 def _text(row: Any, config: DataConfig) -> str | None:
     if config.field not in row:
-        raise InputError("data.field", config.field, f"is no column of {config.dataset}", allowed=list(row))
+        raise InputError(
+            "data.field", config.field, f"is not a column of {config.dataset}", allowed=list(row)
+        )
     value = row[config.field]
     if value is not None and not isinstance(value, str):
         reason = f"holds {type(value).__name__}, not text, in {config.dataset}"

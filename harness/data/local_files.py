@@ -154,7 +154,7 @@ def _jsonl(place: Place, field: str) -> Iterator[str | None]:
                 break
             yield None
         if keys is not None and not seen:
-            raise InputError("data.field", field, f"is no key of {first}", allowed=_shown(keys))
+            raise InputError("data.field", field, f"is not a key of {first}", allowed=_shown(keys))
 
 
 def _lines(place: Place, file: io.BufferedReader) -> Iterator[bytes]:
@@ -220,7 +220,7 @@ def _parquet_rows(place: Place, field: str) -> Iterator[str | None]:
 
     schema = pq.read_schema(place.path)
     if field not in schema.names:
-        raise InputError("data.field", field, f"is no column of {place}", allowed=_shown(schema.names))
+        raise InputError("data.field", field, f"is not a column of {place}", allowed=_shown(schema.names))
     kind = schema.field(field).type
     value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)

@@ -206,7 +206,7 @@ def load(name: str, trust_remote_code: bool = False) -> Encoder:
             raise InputError(
                 "data.tokenizer",
                 name,
-                "brings Python code of its own (auto_map), which is not run unless you trust it",
+                "contains its own Python code (auto_map), which is not executed unless you trust it",
                 allowed="a tokenizer with a tokenizer.json, which needs no code",
                 fix="trust_remote_code=true if you have read that code",
             ) from error
@@ -256,7 +256,7 @@ def _download(name: str) -> Path | None:
                 continue
     except LocalEntryNotFoundError:
         # The hub did not answer. Converting would only wait for it again, unless the user has said that there
-        # is no hub; then the files of a tokenizer in its older form may still be at hand.
+        # is not a hub; then the files of a tokenizer in its older form may still be at hand.
         if HF_HUB_OFFLINE:
             return None
         raise

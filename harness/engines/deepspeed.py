@@ -166,7 +166,7 @@ class PartitionedEngine(_DeepSpeedEngine):
         set_nonfinite(self._gradients(), where)
 
     def step(self, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        assert max_norm == self._config.max_grad_norm, "DeepSpeed was told at its start where to clip"
+        assert max_norm == self._config.max_grad_norm, "DeepSpeed's clipping bound is set at its start"
         self._gradient_bytes = tensor_bytes(self._gradients())
         self._engine.step()
         skipped = bool(self._zero.overflow)

@@ -47,11 +47,11 @@ def read_bytes(path: Path, limit: int, *, tail: bool = False) -> bytes:
     Args:
         path: of the file; a link is followed.
         limit: largest size in bytes that is accepted.
-        tail: return the last ``limit`` bytes of a larger file, which then is no error.
+        tail: return the last ``limit`` bytes of a larger file, which then is not an error.
 
     Raises:
         FileNotFoundError: no such file.
-        UnreadableFile: it is no regular file, too large, or the operating system refuses it.
+        UnreadableFile: it is not a regular file, too large, or the operating system refuses it.
     """
     try:
         # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
@@ -73,7 +73,7 @@ def read_bytes(path: Path, limit: int, *, tail: bool = False) -> bytes:
             if tail:
                 file.seek(max(0, facts.st_size - limit))
                 return file.read(limit)
-            # Some file systems report 0 for files that have content, so the size alone is no bound.
+            # Some file systems report 0 for files that have content, so the size alone is not a bound.
             content = file.read(limit + 1)
     except OSError as error:
         raise UnreadableFile(f"{path.name} can't be read ({_reason(error)})") from None
@@ -104,7 +104,7 @@ def read_json(path: Path, problems: list[str], limit: int = JSON_LIMIT) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        UnreadableFile: it is no JSON, or deeper than `MAX_DEPTH`.
+        UnreadableFile: it is not JSON, or deeper than `MAX_DEPTH`.
     """
     decoder = JsonDecoder()
     try:
@@ -120,7 +120,7 @@ def read_yaml(path: Path, problems: list[str], limit: int = YAML_LIMIT) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        UnreadableFile: it is no YAML of plain values, too deep, or its aliases expand too far.
+        UnreadableFile: it is not YAML of plain values, too deep, or its aliases expand too far.
     """
     text = read_text(path, limit, problems)
     try:
@@ -152,7 +152,7 @@ class JsonDecoder:
         """Return the value of one text.
 
         Raises:
-            UnreadableValue: it is no JSON, or deeper than `MAX_DEPTH`.
+            UnreadableValue: it is not JSON, or deeper than `MAX_DEPTH`.
         """
         try:
             return _cleaned(self._decoder.decode(text))

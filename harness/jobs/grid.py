@@ -98,7 +98,7 @@ def merged(old: Sequence[GridRow], new: Sequence[GridRow], busy: Sequence[int]) 
             rows.append(numbered)
             continue
         if number in busy and rows[number] != numbered:
-            reason = "waits or runs with other words"
+            reason = "waits or runs with other arguments"
             raise InputError(
                 "submit",
                 row.name,

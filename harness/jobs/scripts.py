@@ -207,9 +207,7 @@ def _flags(kind: Kind, cluster: ClusterConfig) -> dict[str, str | int | None]:
             continue
         if name in flags:
             reason = "is a key of its own"
-            raise InputError(
-                f"cluster.extra.{flag}", value, reason, fix=f"the cluster key that stands for --{name}"
-            )
+            raise InputError(f"cluster.extra.{flag}", value, reason, fix=f"the cluster key for --{name}")
         flags[name] = None if value is True or value is None else value
     return flags
 
@@ -230,11 +228,11 @@ EXAMPLES: dict[Kind, Job] = {
     "train": Job(
         name="optbench",
         about=(
-            "One run on one or several nodes; it goes on by itself after preemption and at the time limit:",
+            "One run on one or several nodes; it resumes by itself after preemption and at the time limit:",
             "",
             "  sbatch --nodes=2 --gpus-per-node=8 slurm/train.sbatch model=llama_60m optimizer=sumo steps=10000",
             "",
-            f"Everything after the file's name goes to the run as it is. {_ADAPT}",
+            f"Everything after the file's name goes to the run unchanged. {_ADAPT}",
             _CPUS,
             _MADE,
         ),

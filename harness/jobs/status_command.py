@@ -24,7 +24,7 @@ from harness.output import json_document
 
 REFRESH_S = 2.0
 NARROWEST = 110
-"""Width of the table where the output is no terminal."""
+"""Width of the table where the output is not a terminal."""
 _LONGEST = 300
 """Characters of a reason in the table; --json has all of it."""
 _COLOURS = {

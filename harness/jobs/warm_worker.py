@@ -128,7 +128,7 @@ class ProcessState:
         )
 
     def _has_quiet_threads(self) -> bool:
-        """Wait for the run's threads; return False if one that is no daemon goes on."""
+        """Wait for the run's threads; return False if one that is not a daemon goes on."""
         end = time.monotonic() + 2 * BEAT_S
         while any(not t.daemon for t in set(threading.enumerate()) - self._threads):
             if time.monotonic() > end:

@@ -64,7 +64,7 @@ class Moments:
             return None
         try:
             if not path.is_file():
-                raise OSError("it is no file")
+                raise OSError("it is not a file")
             rows = pq.read_table(path, schema=_SCHEMA).to_pylist()
             self._rows = [row for row in rows if row["step"] is not None and row["step"] <= steps]
         except (OSError, pa.ArrowException) as error:

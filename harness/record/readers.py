@@ -318,7 +318,7 @@ def _mapping(path: Path, content: Any, problems: list[str]) -> dict[str, Any] | 
 
 
 def parameters(folder: Path) -> tuple[list[Parameter], list[str]]:
-    """Read parameters.json of a run folder; entries that are no objects are left out."""
+    """Read parameters.json of a run folder; entries that are not objects are left out."""
     path, problems = folder / PARAMETERS, []
     try:
         content = bounded.read_json(path, problems)
@@ -340,7 +340,7 @@ def parameters(folder: Path) -> tuple[list[Parameter], list[str]]:
 def metrics(path: Path) -> tuple[list[MetricRow], list[str]]:
     """Read the rows of a metrics.jsonl, in their order; each has a whole ``step`` from 0 on.
 
-    Lines that are no such row are skipped and counted, wherever they are. In a row, a value that is no number is
+    Lines that are no such row are skipped and counted, wherever they are. In a row, a value that is not a number is
     left out and counted; one that is not finite is None.
 
     Args:
@@ -405,7 +405,7 @@ def _row(line: bytes, decoder: JsonDecoder) -> tuple[MetricRow, list[str]]:
             row[key] = _count(value) if key == "step" else _number(value)
         except ValueError:
             if key == "step":
-                raise UnreadableValue("its step is no whole number from 0 on") from None
+                raise UnreadableValue("its step is not a whole number ≥ 0") from None
             strange.append(key)
     if "step" not in row:
         raise UnreadableValue("it has no step")
@@ -439,7 +439,7 @@ def _wrong(wrong: dict[str, int], name: str) -> list[str]:
         return []
     shown = ", ".join(f"{key!a} in {count}" for key, count in list(wrong.items())[:3])
     more = f" and {len(wrong) - 3} more keys" if len(wrong) > 3 else ""
-    return [f"rows of {name} hold values that are no numbers, which are left out: {shown}{more}"]
+    return [f"rows of {name} hold values that are not numbers, which are left out: {shown}{more}"]
 
 
 def heartbeats(folder: Path) -> tuple[dict[int, Beat], list[str]]:

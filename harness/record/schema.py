@@ -16,7 +16,7 @@
         status.json          {"schema_version", "state", "step", "steps", "updated", "attempts": [{"started", "ended",
                              "state", "reason", "first_step", "last_step", "world_size"}]}
         checkpoints/         step_00001000/, latest (harness/checkpoint/store.py)
-        checkpoints.attempt1/  checkpoints that a later attempt did not go on from
+        checkpoints.attempt1/  checkpoints that later attempts did not resume from
         config.steps1000.yaml, summary.steps1000.json   of the run of so many steps that this one continues
         heartbeat/           a file a process: the step it is in, the line it executes; a few seconds old
         REQUEUE              only in a run that was stopped and can go on: the steps done

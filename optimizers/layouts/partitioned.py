@@ -88,7 +88,7 @@ class PartitionedLayout:
         for i, flat in enumerate(flats):
             for parameter in flat.slots:
                 if id(parameter) in self._places:
-                    raise ValueError("a parameter lies in two flat tensors")
+                    raise ValueError("a parameter is in two flat tensors")
                 self._places[id(parameter)] = i
         self._step_units = []
         for i, flat in enumerate(flats):
@@ -460,8 +460,8 @@ def _block_slot(block: Block, slot: Slot, rank: int, whole: Sequence[int]) -> Sl
         first += block.start * block.shape[1]
     elif block.dim != -1:
         raise TypeError(
-            f"{block.name}: this fused projection is no interval of its flattened parameter and cannot be stepped in "
-            "slices (ZeRO-1, 2, 3); use ddp, fsdp2 or zero0"
+            f"{block.name}: this fused projection is not an interval of its flattened parameter and cannot be "
+            "stepped in slices (ZeRO-1, 2, 3); use ddp, fsdp2 or zero0"
         )
     pieces = tuple((min(max(lo - first, 0), size), min(max(hi - first, 0), size)) for lo, hi in slot.pieces)
     return Slot(pieces, slot.at + max(0, first - slot.pieces[rank][0]))

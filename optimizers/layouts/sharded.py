@@ -424,7 +424,7 @@ class ShardedLayout:
         first_name, first = self._first
         for name, parameter in named:
             if not isinstance(parameter, DTensor):
-                raise TypeError(f"{name}: is no DTensor, while other parameters are")
+                raise TypeError(f"{name}: is not a DTensor, while other parameters are")
             if parameter.device_mesh != first.device_mesh or _shard_dim(name, parameter) != self._dim:
                 raise TypeError(f"{name}: is sharded over another mesh than {first_name}")
 

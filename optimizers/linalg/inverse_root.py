@@ -82,7 +82,7 @@ def inverse_root(gram: Tensor, rtol: float, method: str = "gram", sync: bool | N
     synchronization.
 
     A Gram that is not finite gives a zero root, NaN singular values, rank 0, and counts as a fallback; it
-    touches no other matrix of the stack. A zero Gram gives a zero root and rank 0 and is no fallback.
+    touches no other matrix of the stack. A zero Gram gives a zero root and rank 0 and is not a fallback.
 
     Args:
         gram: (…, r, r) fp64, symmetric positive semi-definite, MᵀM summed in fp64.

@@ -183,7 +183,7 @@ PRESETS = (
         "sumo",
         "sumo",
         _PAPER.values,
-        doc="SUMO, our recommended settings (now those of sumo_paper)",
+        doc="SUMO with the recommended settings (currently those of sumo_paper)",
         source="Refael et al. 2025, arXiv 2505.24749; differences from sumo_paper: docs/optimizers.md",
         rates=(PeakRate(1e6, 4e6, 4e-3, TUNED_TINY, tuned=True, aux_lr=1.6e-2), _MATCHED),
     ),

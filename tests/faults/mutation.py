@@ -1,4 +1,4 @@
-"""Damage done to real run folders: flipped bits, cuts, swapped types, files that are no files."""
+"""Damage done to real run folders: flipped bits, cuts, swapped types, files that are not files."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ STATE = "    def state(self, shape, options):\n        return {'velocity': shape
 STEP = "    def update(self, b):\n        return Update(b.gradient)\n"
 OLD = "    def step(self, stacks, rows):\n        for s in stacks:\n            yield Update(s.gradient)\n"
 BROKEN = {
-    "no rule": ("Bad = dict\n", "is no optimizers.Rule"),
+    "no rule": ("Bad = dict\n", "is not an optimizers.Rule"),
     "raises at import": ("1 / 0\n", "cannot be loaded from .*ZeroDivisionError"),
     "lacks update": ("class Bad(Rule):\n" + STATE, "cannot be loaded .*abstract"),
     "old contract": ("class Bad(Rule):\n" + STATE + OLD, r"defines step\(stacks, rows\).* write update\(self, b\)"),

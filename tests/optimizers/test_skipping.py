@@ -241,7 +241,7 @@ def test_no_number_is_read_in_a_blind_step() -> None:
             for _, p in named:
                 p.grad = torch.randn(p.shape)
             if t == 2:
-                # What the last step posted arrived long ago; reading it is no wait.
+                # What the last step posted arrived long ago; reading it is not a wait.
                 optimizer.skipped_steps  # noqa: B018
                 with recorder:
                     optimizer.step()

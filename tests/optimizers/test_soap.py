@@ -58,7 +58,7 @@ def soap(rank: int, words: list[str]) -> tuple[Weights, Weights, list[float], li
 def test_soap_trains(corpus: Path, tmp_path: Path) -> None:
     before, after, train, validation, module, kinds = soap(0, small(corpus, tmp_path, *SOAP, "steps=30"))
     assert module.startswith("pytorch_optimizer.")
-    assert {"GG", "Q"} <= kinds  # its preconditioners and their eigenbases: this is no Adam
+    assert {"GG", "Q"} <= kinds  # its preconditioners and their eigenbases: this is not an Adam
     assert len(train) == 30
     assert all(math.isfinite(loss) for loss in train + validation)
     # ln 512 = 6.24 nats is a uniform guess; the unigram entropy of the corpus lies about one nat below.

@@ -152,7 +152,7 @@ def test_an_empty_folder_is_reported_as_such(
 
 
 def test_a_report_of_reports_does_not_grow(tmp_path: Path, launcher: Launcher) -> None:
-    """The files of a report in the same folder are no runs."""
+    """The files of a report in the same folder are not runs."""
     synthetic.group(tmp_path, seeds=[0])
     for _ in range(2):
         assert report_command.main([str(tmp_path)]) == 0

@@ -227,7 +227,7 @@ def test_bad_checkpoints(tmp_path: Path, config: Any) -> None:
 
     refused("nothing*", "matches no folder")
     (tmp_path / "empty").mkdir()
-    refused("empty", "is no checkpoint")
+    refused("empty", "is not a checkpoint")
     for name, width in (("a_step1", 16), ("b_step2", 32), ("stepless", 16)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(

@@ -251,7 +251,7 @@ def test_an_interrupted_job_says_that_it_can_go_on(
     monkeypatch.setattr(examination.Examination, "attack_rows", interrupted)
     words = [*SMALL, f"out={tmp_path / 'job'}"]
     assert cli.main(["reconstruct", *words]) == 75
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     monkeypatch.undo()
     assert cli.main(["reconstruct", *words]) == 0
 

@@ -155,7 +155,7 @@ def test_scale_gauge(bias: bool) -> None:
         assert moved > 1e-2
     else:
         assert moved <= 1e-12
-        # Finite smoothing sees the scale: σ(αh) is no function of h's sign alone.
+        # Finite smoothing sees the scale: σ(αh) is not a function of h's sign alone.
         assert float((u(3.0, 5.0) - u(1.0, 5.0)).abs().max()) > 1e-3
 
 

@@ -109,7 +109,7 @@ def test_figures_are_valid_json_with_null_for_what_is_not_finite(html: str) -> N
     assert len(blocks) == 2
 
     def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     figures: dict[str, Any] = {}
     for block in blocks:

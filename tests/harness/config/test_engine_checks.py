@@ -190,11 +190,11 @@ def write(folder: Path, content: Any) -> str:
 
 FILES: list[tuple[Any, str]] = [
     ([], "is not a DeepSpeed configuration"),
-    ({"gradient_clipping": 1.0}, "decides gradient_clipping, which is our key max_grad_norm"),
-    ({"train_batch_size": 8}, "decides train_batch_size, which is our key batch_size"),
-    ({"bf16": {"enabled": True}}, "decides bf16, which is our key precision"),
-    ({"optimizer": {"type": "Muon"}}, "decides optimizer, which is our key optimizer"),
-    ({"scheduler": {"type": "WarmupLR"}}, "decides scheduler, which is our key schedule"),
+    ({"gradient_clipping": 1.0}, "decides gradient_clipping, which is optbench's key max_grad_norm"),
+    ({"train_batch_size": 8}, "decides train_batch_size, which is optbench's key batch_size"),
+    ({"bf16": {"enabled": True}}, "decides bf16, which is optbench's key precision"),
+    ({"optimizer": {"type": "Muon"}}, "decides optimizer, which is optbench's key optimizer"),
+    ({"scheduler": {"type": "WarmupLR"}}, "decides scheduler, which is optbench's key schedule"),
     (
         {"zero_optimization": {"stage": 3}},
         "asks for ZeRO stage 3, and the engine is zero2; fix: engine=zero3",

@@ -182,7 +182,7 @@ def test_odd_values_next_to_the_text_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "y").write_bytes(b'{"text": "a"}\n{"text": "\xed\xa0\x80"}\n')  # a surrogate as bytes
     assert "y, line 2 is not UTF-8" in line_of(tmp_path / "y")
     (tmp_path / "z").write_text(json.dumps({"k" * 10**6: 1}) + "\n")
-    assert "is no key of" in line_of(tmp_path / "z")
+    assert "is not a key of" in line_of(tmp_path / "z")
 
 
 def test_one_json_value_over_many_lines_names_the_command(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_bombs_are_refused_before_they_fill_memory_or_disk(
     pq.write_table(pa.table({"text": [zeros.decode()]}), tmp_path / "long", compression="zstd")
     for name in ("repeated", "long"):
         assert "expands to more than 200 times" in line_of(tmp_path / name, "parquet")
-    # Prose that shrinks as prose does is no bomb.
+    # Prose that shrinks as prose does is not a bomb.
     write_jsonl(tmp_path / "prose", documents(4000))
     (tmp_path / "prose.gz").write_bytes(gzip.compress((tmp_path / "prose").read_bytes()))
     assert len(read(tmp_path / "prose.gz")) == 4000

@@ -86,7 +86,7 @@ def test_values_that_are_not_text_are_refused(tmp_path: Path, source: str, value
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_column_that_no_row_has_is_refused(tmp_path: Path, source: str) -> None:
-    with pytest.raises(InputError, match=r"data\.field: text is no (key|column) of .*allowed: body"):
+    with pytest.raises(InputError, match=r"data\.field: text is not a (key|column) of .*allowed: body"):
         prepare(stored(source, tmp_path / source, [{"body": "a", "title": "b"}] * 3))
 
 
@@ -94,5 +94,5 @@ def test_a_mistyped_key_is_found_without_reading_to_the_end(tmp_path: Path) -> N
     config = stored("jsonl", tmp_path / "a", [{"body": "a"}] * 1000)
     with Path(tmp_path / "a" / "set" / "rows.jsonl").open("a") as file:
         file.write("not JSON\n")
-    with pytest.raises(InputError, match=r"is no key of .*rows.jsonl, line 1; allowed: body"):
+    with pytest.raises(InputError, match=r"is not a key of .*rows.jsonl, line 1; allowed: body"):
         prepare(config)

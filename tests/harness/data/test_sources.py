@@ -110,7 +110,7 @@ def test_globs_are_sorted_recursive_and_count_a_file_once(tmp_path: Path) -> Non
         (
             b'{"body": "a"}\n',
             {"source": "jsonl"},
-            r"data.field: text is no key of .*x, line 1; allowed: body",
+            r"data.field: text is not a key of .*x, line 1; allowed: body",
         ),
         (b'{"text": 3}\n', {"source": "jsonl"}, r"data.field: text holds int, not text"),
         (b"caf\xe9", {"source": "text"}, r"is not UTF-8 text \(.*byte 3\); fix: iconv"),
@@ -130,7 +130,7 @@ def test_broken_gzip_and_missing_columns(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read(tmp_path, source="text", files=[str(tmp_path / "x.gz")])
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "p")
-    with pytest.raises(InputError, match=r"data.field: text is no column of .*allowed: body, n"):
+    with pytest.raises(InputError, match=r"data.field: text is not a column of .*allowed: body, n"):
         read(tmp_path, source="parquet", files=[str(tmp_path / "p")])
     with pytest.raises(InputError, match=r"data.field: n holds int64, not text"):
         read(tmp_path, source="parquet", files=[str(tmp_path / "p")], field="n")
@@ -157,7 +157,7 @@ def test_a_local_data_set_folder_is_streamed(tmp_path: Path) -> None:
     stream = hub.stream(config)
     assert next(stream) == texts[0]
     assert [texts[0], *stream] == texts
-    with pytest.raises(InputError, match=r"data.field: body is no column of .*allowed: text"):
+    with pytest.raises(InputError, match=r"data.field: body is not a column of .*allowed: text"):
         list(hub.stream(config.model_copy(update={"field": "body"})))
 
 

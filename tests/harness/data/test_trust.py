@@ -48,7 +48,7 @@ def test_code_of_a_tokenizer_is_executed_only_if_asked_for(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
     mark = tmp_path / "executed"
     folder = with_code(tmp_path / "tokenizer", mark)
-    with pytest.raises(InputError, match=r"brings Python code of its own.*fix: trust_remote_code=true"):
+    with pytest.raises(InputError, match=r"contains its own Python code.*fix: trust_remote_code=true"):
         tok.load(str(folder))
     assert not mark.exists()
     # The control: trusted, the same folder is executed, and is a tokenizer.

@@ -27,7 +27,7 @@ def test_numbers_stay_and_new_rows_go_to_the_end() -> None:
 def test_a_row_that_waits_or_runs_keeps_its_words() -> None:
     first = grid.merged([], [_row("a"), _row("b")], [])
     assert grid.merged(first, [_row("a")], [0]) == first
-    with pytest.raises(InputError, match="waits or runs with other words"):
+    with pytest.raises(InputError, match="waits or runs with other arguments"):
         grid.merged(first, [_row("a", "steps=2")], [0])
 
 

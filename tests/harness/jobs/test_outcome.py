@@ -153,7 +153,7 @@ def test_an_error_crosses_processes_whatever_it_holds(value: object) -> None:
         allowed=[Path("f"), "g"],  # pyright: ignore[reportArgumentType]
         fix=Path("h"),  # pyright: ignore[reportArgumentType]
     )
-    error.add_note("a note is no argument")
+    error.add_note("a note is not an argument")
     assert str(InputError(**json.loads(json.dumps(error.fields())))) == str(error)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert str(value) in str(error)

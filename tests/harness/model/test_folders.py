@@ -169,7 +169,7 @@ def test_overrides_that_fit_are_laid_over_the_folder(folders: dict[str, Path]) -
     assert network.config.attention_dropout == 0.1
     assert network.config.rope_parameters["rope_theta"] == 50000.0
     assert network.config.num_attention_heads == 6
-    # A shape that is repeated is no conflict, under either of its names.
+    # A shape that is repeated is not a conflict, under either of its names.
     assert _checked(folders["gpt2"], "model.config.hidden_size=48").model.config["n_embd"] == 48
 
 

@@ -165,7 +165,7 @@ def test_the_folder_of_batch_scripts_may_be_there_before_the_run(tmp_path: Path)
     _finished(path)
     assert (path / "DONE").exists()
     assert (path / folder.JOBS / "submit.sbatch").exists()
-    # Anything else that is no run is still refused.
+    # Anything else that is not a run is still refused.
     (tmp_path / "other" / folder.JOBS).mkdir(parents=True)
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(InputError, match="holds files, but no run"):
@@ -177,8 +177,8 @@ def test_the_folder_of_batch_scripts_may_be_there_before_the_run(tmp_path: Path)
     [
         ('{"step": 2, "train/loss": 1.5', "1 line of metrics.jsonl"),
         ('{"train/loss": 1.5}', "it has no step"),
-        ('{"step": "two"}', "its step is no whole number"),
-        ('{"step": -1}', "its step is no whole number"),
+        ('{"step": "two"}', "its step is not a whole number"),
+        ('{"step": -1}', "its step is not a whole number"),
         ("[" * 9000, "1 line of metrics.jsonl"),
         ("[]", "no object"),
         ('{"step": ' + "9" * 5000 + "}", "1 line of metrics.jsonl"),
