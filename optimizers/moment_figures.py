@@ -143,7 +143,7 @@ def split_figures_of(
     return _by_name(names, columns)
 
 
-def _spectral_columns(values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+def _spectral_columns(values: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
     spectral = figures(values, shape, dtype)
     return {
         "condition_number": spectral.condition_number.double(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ import optimizers
 from harness.tracked_optimizer import ForeignOptimizer, tracked
 
 
-def stepped(kind: type[torch.optim.Optimizer], **options: object) -> torch.optim.Optimizer:
+def stepped(kind: Callable[..., torch.optim.Optimizer], **options: object) -> torch.optim.Optimizer:
     weight = nn.Parameter(torch.ones(4, 4))
     optimizer = kind([weight], lr=0.1, **options)
     weight.grad = torch.ones_like(weight)
