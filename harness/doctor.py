@@ -89,10 +89,10 @@ def _packages() -> Iterator[Finding]:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            wrong.append((requirement.name, f"not installed, wanted {requirement.specifier}"))
+            wrong.append((requirement.name, f"not installed, required {requirement.specifier}"))
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append((requirement.name, f"{version}, wanted {requirement.specifier}"))
+            wrong.append((requirement.name, f"{version}, required {requirement.specifier}"))
     if not wrong:
         yield Finding("packages", "ok", f"all {count} within their ranges")
     for name, what in wrong:

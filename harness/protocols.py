@@ -300,16 +300,16 @@ class NoCheckpoints:
     problem = ""
 
     def before_step(self) -> None:
-        """Do nothing."""
+        """Do nothing: no checkpoint is written."""
 
     def after_step(self, *, wanted: bool, writing: bool) -> None:
-        """Do nothing."""
+        """Do nothing: no checkpoint is written."""
 
     def stop(self) -> None:
-        """Do nothing."""
+        """Do nothing: no checkpoint is written."""
 
     def finish(self) -> None:
-        """Do nothing."""
+        """Do nothing: no checkpoint is written."""
 
 
 class StepObserver(Protocol):

@@ -108,11 +108,11 @@ class ForeignOptimizer:
         """Do nothing: which tensors are moments is not known."""
 
     def moment_figures(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return no figures."""
+        """Return no figures: the optimizer reports no moments."""
         return {}
 
     def observation_seconds(self) -> float:
-        """Return 0."""
+        """Return 0: nothing was observed."""
         return 0.0
 
     def state_bytes(self) -> dict[str, int]:
@@ -130,7 +130,7 @@ class ForeignOptimizer:
         return {}
 
     def collective_calls(self) -> int:
-        """Return 0."""
+        """Return 0: the optimizer's collectives are not counted."""
         return 0
 
 

@@ -65,7 +65,7 @@ class Block:
 
     @property
     def fans(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Return (out, in) of the layer that the block belongs to."""
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
 

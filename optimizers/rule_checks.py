@@ -74,7 +74,7 @@ def own_options(name: str, rule: Rule) -> dict[str, Option]:
     """Return the options of a rule that `optimizers.OPTIONS` does not have: as declared, else by their defaults.
 
     Raises:
-        OptionError: an option whose default does not tell what it takes.
+        OptionError: an option whose default does not determine its type.
     """
     declared = {option.name: option for option in rule.own_options}
     options: dict[str, Option] = {}
@@ -131,7 +131,7 @@ def _check_state(name: str, rule: Rule, shape: tuple[int, int], options: Mapping
     for kind, size in state.items():
         if not isinstance(kind, str) or not kind.isidentifier() or kind in ("step", "compensation"):
             raise _refused(
-                name, f"calls a state {kind!r}: a plain word is needed, other than step and compensation"
+                name, f"calls a state {kind!r}: an identifier is needed, other than step and compensation"
             )
         if not isinstance(size, tuple) or not all(isinstance(side, int) and side >= 0 for side in size):
             raise _refused(

@@ -74,7 +74,7 @@ STEP_PARTS = tuple(part for part in TIME_PARTS if part != "probes")
 _RESULT, _COST = "result", "cost"
 COLUMNS = [
     ResultsColumn(
-        "optimizer", "optimizer", "", "preset, and the options that tell its arms apart", "both", False
+        "optimizer", "optimizer", "", "preset, and the options that differ between its arms", "both", False
     ),
     ResultsColumn(
         "loss", "val loss", "nats/token", "validation loss at the last step, mean over seeds", _RESULT

@@ -31,8 +31,8 @@ SCHEMA_VERSION = 1
 UNLOGGED = ("pattern",)
 """Columns of a row that W&B does not get: text."""
 OBSERVED = (
-    "Observed, not proved. An attack radius is an upper bound of the margin, a certified radius a lower one; what lies "
-    "between is not known. With biases, norms or attention a normalized margin is a heuristic."
+    "Observed, not proved. An attack radius is an upper bound of the margin, a certified radius a lower bound; "
+    "the margin between them is unknown. With biases, norms or attention a normalized margin is a heuristic."
 )
 SHOWN_KEYS = ("t", "ln_tau", "gap", "margin")
 MANY = 20

@@ -40,7 +40,7 @@ class SteepestDescent(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step."""
+        """Take one step along the steepest descent direction."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -44,7 +44,7 @@ class BatchedRule(ABC):
 
 
 class Descent(BatchedRule):
-    """Gradient descent: g."""
+    """Gradient descent: the update is g."""
 
     def update(self, gradient: list[Floats]) -> list[Floats]:
         """Return the gradient itself."""
@@ -55,7 +55,7 @@ class NormalizedDescent(BatchedRule):
     """Gradient descent of unit length over all parameters."""
 
     def update(self, gradient: list[Floats]) -> list[Floats]:
-        """Return g/‖g‖₂."""
+        """Return the normalized gradient g/‖g‖₂."""
         squares = sum((g * g).reshape(-1, g.shape[-1]).sum(0) for g in gradient)
         norm = np.sqrt(squares)
         return [g / np.where(norm > 0.0, norm, 1.0) for g in gradient]
@@ -65,7 +65,7 @@ class SignDescent(BatchedRule):
     """Steepest descent in the max norm, of unit size."""
 
     def update(self, gradient: list[Floats]) -> list[Floats]:
-        """Return sign g."""
+        """Return the sign of the gradient."""
         return [np.sign(g) for g in gradient]
 
 

@@ -51,9 +51,9 @@ def _freedom(rows: Sequence[TableRow], names: Sequence[str]) -> Plot:
     traces = _curves(rows, names, "step", "split_radius")
     return Plot(
         "freedom",
-        "How far images can move without the weights telling",
+        "Distance that images can move without a change of the weights",
         "Median over images of the largest step along a direction orthogonal to all images that changes no gate of the "
-        "network as it is, where the least margin is 1. It grows with training as ‖W₁‖ over its initial size.",
+        "unmodified network, where the least margin is 1. It grows with training as ‖W₁‖ over its initial size.",
         figure(traces, xaxis=_axis(STEPS, log=True), yaxis=_axis("split radius", log=True)),
     )
 

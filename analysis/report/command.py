@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """One `optbench report`."""
+    """Arguments of one `optbench report` command."""
 
     folder: Path
     """Of the runs; with ``export`` they are written there first."""

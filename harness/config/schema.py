@@ -189,7 +189,7 @@ class WandbConfig(TypedKeys):
 
 
 class RunConfig(TypedKeys):
-    """One training run."""
+    """Configuration of one training run: all keys with types, bounds, defaults and meanings."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -206,7 +206,7 @@ def _flags(kind: Kind, cluster: ClusterConfig) -> dict[str, str | int | None]:
         if value is False:
             continue
         if name in flags:
-            reason = "is a key of its own"
+            reason = "has its own cluster key"
             raise InputError(f"cluster.extra.{flag}", value, reason, fix=f"the cluster key for --{name}")
         flags[name] = None if value is True or value is None else value
     return flags
@@ -244,7 +244,7 @@ EXAMPLES: dict[Kind, Job] = {
             "",
             "  sbatch --array=0-7%4 slurm/sweep.sbatch grid.jsonl",
             "",
-            'A row: {"words": ["optimizer=sumo", "seed=1", "steps=1000"]}. Rows that are finished end at once.',
+            'A row: {"words": ["optimizer=sumo", "seed=1", "steps=1000"]}. Finished rows end immediately.',
             _ADAPT,
             _CPUS,
             _MADE,

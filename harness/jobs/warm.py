@@ -112,7 +112,7 @@ class _Shared:
         return self._group.train(prepared)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the shared processes."""
         if self._group is not None:
             self._group.close()
         self._group = None

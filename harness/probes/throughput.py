@@ -42,7 +42,7 @@ class Progress:
         )
 
     def before_update(self, step: int) -> None:
-        """Do nothing."""
+        """Do nothing: the figures are read after the step."""
 
     def state(self) -> dict[str, Any]:
         """Return where the last row was."""
@@ -107,7 +107,7 @@ class Balance:
         return step > 0 and is_row and engine.world_size > 1 and engine.forward_is_local
 
     def before_update(self, step: int) -> None:
-        """Do nothing."""
+        """Do nothing: the figures are read after the step."""
 
     def state(self) -> dict[str, Any]:
         """Return nothing: it has no state."""
@@ -129,6 +129,6 @@ class Balance:
 
 
 def matrix_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate of the matrix rule's group, or of the first group where no rule is told apart."""
+    """Return the learning rate of the matrix rule's group, or of the first group if rules are unknown."""
     groups = optimizer.param_groups
     return next((group for group in groups if group.get("rule", "adamw") != "adamw"), groups[0])["lr"]

@@ -49,7 +49,7 @@ class Evaluation:
         )
 
     def before_update(self, step: int) -> None:
-        """Do nothing."""
+        """Do nothing: validation runs after the step."""
 
     def measure(self, step: int, row: MetricRow) -> None:
         run = self._run

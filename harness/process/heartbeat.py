@@ -36,7 +36,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread that writes the heartbeat file."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -93,7 +93,7 @@ class Attempt(Record):
 
 
 class Status(Record):
-    """status.json."""
+    """Contents of status.json as a validated model."""
 
     schema_version: Number = None
     state: Text = ""
@@ -170,7 +170,7 @@ class RunCertificate(Record):
 
 
 class Environment(Record):
-    """environment.json."""
+    """Contents of environment.json as a validated model."""
 
     python: Text = ""
     system: Text = ""

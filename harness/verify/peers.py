@@ -133,7 +133,7 @@ class _Pair:
             part.zero_grad(set_to_none=set_to_none)
 
     def step(self) -> None:
-        """Step both optimizers."""
+        """Take the step of both optimizers."""
         for part in self.parts:
             part.step()
 

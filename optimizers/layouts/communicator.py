@@ -104,7 +104,7 @@ class SimulatedCommunicator(Communicator):
         self.sent, self.calls = {}, {}
 
     def sum(self, flat: Tensor) -> Tensor:
-        """Count an all-reduce."""
+        """Count the bytes of an all-reduce."""
         self._count("all_reduce", 2 * _ring(flat, self.size))
         return flat
 
@@ -114,23 +114,23 @@ class SimulatedCommunicator(Communicator):
         return flags
 
     def gather(self, part: Tensor) -> Tensor:
-        """Count an all-gather."""
+        """Count the bytes of an all-gather."""
         result = part.new_empty(self.size, part.numel())
         self._count("all_gather", _ring(result, self.size))
         return result
 
     def sum_scatter(self, parts: Tensor) -> Tensor:
-        """Count a reduce-scatter."""
+        """Count the bytes of a reduce-scatter."""
         self._count("reduce_scatter", _ring(parts, self.size))
         return parts.new_empty(parts.shape[1])
 
     def swap(self, send: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending:
-        """Count an all-to-all."""
+        """Count the bytes of an all-to-all."""
         self._count("all_to_all", (sum(sent) - sent[self.rank]) * send.element_size())
         return Pending(send.new_empty(sum(received)), None)
 
     def broadcast(self, flat: Tensor) -> Tensor:
-        """Count a broadcast."""
+        """Count the bytes of a broadcast."""
         self._count("broadcast", _ring(flat, self.size))
         return flat
 

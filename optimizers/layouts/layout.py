@@ -256,11 +256,11 @@ class Unattached:
         return flags
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """Return the parameter."""
+        """Return the whole parameter."""
         return parameter
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """Return None."""
+        """Return None, because nothing is stepped yet."""
         return None
 
 
@@ -370,11 +370,11 @@ class Unsharded:
         return [request.solver(request.gram) for request in requests]
 
     def polar_factors(self, requests: Sequence[GatherPolar]) -> list[Polar]:
-        """Solve here."""
+        """Compute the factors on this process."""
         return [request.solve(request.moment) for request in requests]
 
     def broadcast_bases(self, requests: Sequence[BroadcastBasis]) -> list[Tensor]:
-        """Make them here."""
+        """Compute the bases on this process."""
         return [make_basis(request) for request in requests]
 
 

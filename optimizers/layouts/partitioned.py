@@ -253,7 +253,7 @@ class FlatSliceView:
         return flat[offset + interval[0] : offset + interval[1]]
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """(rows, n)."""
+        """Return the gradient of the whole rows of this rank, (rows, n)."""
         gradient = self.flat.tensor.grad
         if gradient is None:
             return None
@@ -391,12 +391,12 @@ class FlatPieceView:
     start: int = 0
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """(elements, 1)."""
+        """Return the gradient of this rank's elements, (elements, 1)."""
         gradient = self.view.flat.tensor.grad
         return None if gradient is None else self.view.within(gradient, self.view.piece)[:, None]
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
-        """(elements, 1)."""
+        """Return the weights of this rank's elements, (elements, 1)."""
         return self.view.within(self.view.flat.tensor.detach(), self.view.piece)[:, None]
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:

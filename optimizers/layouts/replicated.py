@@ -140,13 +140,13 @@ class ReplicatedLayout:
         ]
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """Return each group."""
+        """Return one unit per group."""
         return whole_groups(groups)
 
     all_step_units = step_units
 
     def check(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Refuse DTensors."""
+        """Refuse DTensors, which this layout cannot step."""
         for name, parameter in named:
             if isinstance(parameter, DTensor):
                 raise TypeError(f"{name}: is a DTensor, while the other parameters are not")
@@ -156,11 +156,11 @@ class ReplicatedLayout:
         return flags
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """Return the parameter."""
+        """Return the whole parameter."""
         return parameter
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """Return its gradient."""
+        """Return the gradient of the whole parameter."""
         return parameter.grad
 
 

@@ -414,7 +414,7 @@ class ShardedLayout:
         return intervals
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:
-        """Return each group."""
+        """Return one unit per group."""
         return whole_groups(groups)
 
     all_step_units = step_units

@@ -31,7 +31,7 @@ class Muon(Rule):
         return parts.Update(delta, u, o.factor, o.singular_values, o.fallbacks)
 
     def state(self, shape: tuple[int, int], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return mn numbers."""
+        """Return the shape of the moment: mn numbers."""
         return {"moment": shape}
 
     def state_holds_spectrum(self, options: Mapping[str, Any]) -> bool:

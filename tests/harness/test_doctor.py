@@ -34,7 +34,7 @@ def test_a_package_out_of_its_range_is_named_with_the_range(monkeypatch: pytest.
     monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "accelerate" else version(name))
     (finding,) = doctor._packages()
     assert (finding.name, finding.verdict) == ("accelerate", "broken")
-    assert finding.found == "0.1, wanted >=1.10"
+    assert finding.found == "0.1, required >=1.10"
     assert finding.fix == 'pip install "accelerate>=1.10"'
 
 
@@ -48,7 +48,7 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(metadata, "version", known)
     (finding,) = doctor._packages()
-    assert finding.found.startswith("not installed, wanted")
+    assert finding.found.startswith("not installed, required")
 
 
 def test_a_gpu_that_torch_cannot_use_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

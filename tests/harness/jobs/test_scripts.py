@@ -108,7 +108,7 @@ def test_the_container_is_entered_on_the_nodes_and_slurm_is_asked_outside() -> N
 def test_what_slurm_would_misread_is_refused() -> None:
     with pytest.raises(InputError, match="line break"):
         _render("train", 'cluster.partition="a\nb"')
-    with pytest.raises(InputError, match="is a key of its own"):
+    with pytest.raises(InputError, match="has its own cluster key"):
         _render("train", "cluster.extra={nodes: 3}")
 
 
