@@ -68,7 +68,7 @@ class InputError(Exception):
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that ``word`` is most likely a misspelling of, or None."""
+    """Return the choice that ``word`` is most likely a misspelling of, or None."""
     if len(word) > 100:
         return None  # no misspelling, and slow to compare
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)

@@ -28,7 +28,7 @@ class TrackedOptimizer(Protocol):
 
     @property
     def routes(self) -> Sequence[Route]:
-        """The route of each trained parameter; empty where everything takes the optimizer's one rule."""
+        """Return the route of each trained parameter; empty if all parameters take the optimizer's one rule."""
         ...
 
     @property

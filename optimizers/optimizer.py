@@ -292,17 +292,17 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def routes(self) -> list[Route]:
-        """The route of each trained parameter, group by group; frozen ones appear when they start."""
+        """Return the route of each trained parameter, group by group; frozen ones appear when they start."""
         return [route for group in self.units.groups for route in group.started_routes]
 
     @property
     def preset_rule(self) -> str:
-        """The rule of the hidden matrices."""
+        """Return the name of the rule of the hidden matrices."""
         return groups.rule_name(self.preset)
 
     @property
     def parameters_of_groups(self) -> list[list[Tensor]]:
-        """The parameters of each group as they were given; an engine may have put flat tensors in their place."""
+        """Return the original parameters of each group; an engine may have replaced them by flat tensors."""
         return [group.parameters for group in self.units.groups]
 
     def name_of(self, parameter: Tensor) -> str:
@@ -311,7 +311,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def layout(self) -> Layout:
-        """How the parameters are distributed over the processes."""
+        """Return how the parameters are distributed over the processes."""
         return self.units.layout
 
     @property
@@ -337,7 +337,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def fallbacks(self) -> Tensor:
-        """0-dim int64 on the device: factorizations that needed a fallback, since construction."""
+        """Return the number of factorizations that needed a fallback since construction, 0-dim int64 on the device."""
         return self.stats.fallbacks
 
     def add_fallbacks(self, count: int) -> None:

@@ -66,7 +66,7 @@ class Option:
 
     @property
     def allowed(self) -> tuple[str, ...]:
-        """What is accepted, as words for an error message."""
+        """Return the accepted values, as text for an error message."""
         if self.choices:
             words = tuple(_word(choice) for choice in self.choices)
         elif self.type == "bool":

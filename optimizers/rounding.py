@@ -18,8 +18,10 @@ class Rounding:
     seed: int = 0
 
     def bits(self, like: Tensor, name: str, step: int) -> Tensor:
-        """16 random bits per element, int32: a function of (seed, name, step) alone, so that a step that was
-        taken back repeats exactly, and equal replicas round equally."""
+        """Return 16 random bits per element, int32, a function of (seed, name, step) alone.
+
+        A step that was undone therefore repeats exactly, and equal replicas round equally.
+        """
         digest = hashlib.sha256(f"{self.seed}/{name}/{step}/rounding".encode()).digest()
         generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.randint(
@@ -28,7 +30,7 @@ class Rounding:
 
 
 def stochastic_bf16(value: Tensor, bits: Tensor) -> Tensor:
-    """fp32 → bf16, up or down with probabilities that make the expectation exact.
+    """Round fp32 to bf16, up or down with probabilities that make the expectation exact.
 
     A bf16 number is the upper half of an fp32 one: adding 16 random bits and cutting the lower half off
         carries
@@ -43,15 +45,16 @@ def stochastic_bf16(value: Tensor, bits: Tensor) -> Tensor:
 
 
 def rounded(value: Tensor, dtype: torch.dtype, rounding: Rounding, name: str, step: int) -> Tensor:
-    """An fp32 tensor in a weight's dtype ("nearest" or "stochastic")."""
+    """Return an fp32 tensor in a weight's dtype ("nearest" or "stochastic")."""
     if rounding.mode == "stochastic" and dtype == torch.bfloat16:
         return stochastic_bf16(value, rounding.bits(value, name, step))
     return value.to(dtype)
 
 
 def compensated(weight: Tensor, change: Tensor, compensation: Tensor) -> tuple[Tensor, Tensor]:
-    """Kahan's sum: the rounding error of this step is carried to the next (Zamirai et al. 2020, arXiv
-    2010.06192).
+    """Apply Kahan's sum: the rounding error of this step is added in the next (Zamirai et al.
+
+    2020, arXiv 2010.06192).
 
     Args:
         weight: half precision.

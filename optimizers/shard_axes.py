@@ -15,7 +15,7 @@ from optimizers.routing import Modules, route
 
 
 def possible_axis(axis: int, shape: Sequence[int], ranks: int) -> int:
-    """`axis` if torch can cut it over `ranks`, else 0: it refuses uneven shards along axis 1."""
+    """Return `axis` if torch can shard it over `ranks`, else 0, because torch refuses uneven shards along axis 1."""
     return axis if axis == 0 or (axis < len(shape) and shape[axis] % ranks == 0) else 0
 
 

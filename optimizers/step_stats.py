@@ -113,7 +113,7 @@ class StepStats:
 
     @property
     def figures(self) -> dict[str, Figures]:
-        """Of the last observed step."""
+        """Return the moment figures of the last observed step."""
         return self._observation.figures
 
     def seconds(self) -> float:

@@ -43,7 +43,7 @@ class RuleGroup:
 
     @property
     def rule(self) -> str:
-        """The name of the rule."""
+        """Return the name of the group's rule."""
         return self.options["rule"]
 
     @property
@@ -106,7 +106,7 @@ class StepUnits:
 
     @property
     def options(self) -> list[dict[str, Any]]:
-        """All param groups, also while DeepSpeed has narrowed ``param_groups`` to one."""
+        """Return all param groups, also while DeepSpeed has narrowed ``param_groups`` to one."""
         return [group.options for group in self.groups]
 
     def group_of(self, unit: StepUnit) -> RuleGroup:

@@ -49,7 +49,7 @@ class Document:
 
     @property
     def commands(self) -> list[str]:
-        """The commands of all sets, each once."""
+        """Return the commands of all sets, each once."""
         return list(dict.fromkeys(command for judged in self.sets for command in judged.commands))
 
     @property

@@ -31,7 +31,7 @@ class Nets(NamedTuple):
 
     @property
     def runs(self) -> int:
-        """R, the number of nets."""
+        """Return R, the number of nets."""
         return self.hidden.shape[-1]
 
     def one(self, run: int) -> Nets:

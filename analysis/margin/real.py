@@ -129,7 +129,7 @@ class TorchStepper:
 
     @property
     def nets(self) -> Nets:
-        """The weights as arrays."""
+        """Return the weights as arrays."""
         hidden = [module.hidden.detach().numpy() for module in self._modules]
         output = [module.output.detach().numpy() for module in self._modules]
         return Nets(np.stack(hidden, axis=-1), np.stack(output, axis=-1))

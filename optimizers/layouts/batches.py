@@ -312,7 +312,7 @@ def stepped(batch: MatrixBatch, values: Sequence[_T]) -> list[_T]:
 def descend(
     weights: list[Tensor], deltas: list[Tensor], config: ApplyConfig, decay: float | Tensor | None = None
 ) -> None:
-    """W ← decay·W - lr·Δ for tensors of any shape, of one dtype; Δ may be overwritten.
+    """Apply W ← decay·W - lr·Δ for tensors of any shape, of one dtype; Δ may be overwritten.
 
     Args:
         weights: to be changed.

@@ -35,7 +35,7 @@ def attach(optimizer: Optimizer, engine: Any) -> None:
 
 
 def layout_of(engine: Any, parameters: Sequence[Sequence[Tensor]]) -> PartitionedLayout:
-    """How the parameters of a DeepSpeed engine lie.
+    """Return how the parameters of a DeepSpeed engine are partitioned.
 
     Args:
         engine: what `deepspeed.initialize` returned.

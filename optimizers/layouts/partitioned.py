@@ -265,7 +265,7 @@ class FlatSliceView:
         return own.view(self.shape)
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
-        """(rows, n) where no row is broken."""
+        """Return the weights of the whole rows of this rank, (rows, n), if no row crosses its boundary."""
         start = self.row_range[0] * self.columns
         return self.within(self.flat.tensor.detach(), (start, start + self.shape[0] * self.columns)).view(
             self.shape

@@ -370,8 +370,10 @@ class ShardedLayout:
         return chunk(parameter.shape[axis], self._ranks.size, rank)
 
     def buckets(self, matrices: Sequence[MatrixRef], rule: Rule, options: Mapping[str, Any]) -> list[Bucket]:
-        """One bucket of rows; one per bucket of matrices that go to owners, for a rule without a row form or where
-        that sends less."""
+        """Return one bucket of rows, and one per bucket of matrices that go to owners.
+
+        Matrices go to owners for a rule without a row form, or where that sends fewer bytes.
+        """
         ranks = self._ranks.size
         fits = [traffic(rule, m.block.shape, m.view.split or 0, options, ranks)[1] for m in matrices]
         in_rows = [m for m, is_fit in zip(matrices, fits) if is_fit]

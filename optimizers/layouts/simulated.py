@@ -90,7 +90,7 @@ class EmptyView:
 def simulated_slices(
     groups: Sequence[Sequence[Tensor]], stage: int, rank: int, size: int
 ) -> PartitionedLayout:
-    """ZeRO-1, 2 or 3 on meta tensors, cut as DeepSpeed cuts by default.
+    """Simulate ZeRO-1, 2 or 3 on meta tensors, partitioned as DeepSpeed does by default.
 
     Args:
         groups: parameters of each group.
