@@ -96,7 +96,7 @@ def _packages() -> Iterator[Finding]:
     if not wrong:
         yield Finding("packages", "ok", f"all {count} within their ranges")
     for name, what in wrong:
-        yield Finding(name, "broken", what, f'pip install "{name}{what.rpartition("wanted ")[2]}"')
+        yield Finding(name, "broken", what, f'pip install "{name}{what.rpartition("required ")[2]}"')
 
 
 def _devices() -> Iterator[Finding]:
