@@ -179,7 +179,7 @@ BAD = [
     (["w=1"], "one neuron"),
     (["v=1,1"], "cannot give both signs"),
     (["v=often"], "fixed, trained"),
-    (["w=a,b"], "no list of numbers"),
+    (["w=a,b"], "not a list of numbers"),
     (["runs=3", "w=1,-2"], "all the same"),
     (["dim=3", "k=4"], "has no exact margin"),
     (["optimizer=sumoo"], "did you mean sumo"),

@@ -50,7 +50,7 @@ def _state(**changes: Tensor) -> dict[str, Tensor]:
         (_state(**{"2.bias": torch.ones(5)}), "bias past layer 1"),
         (_state(**{"norm1.weight": torch.ones(7)}), "normalization"),
         (_state(**{"h.0.attn.q_proj.weight": torch.ones(7, 7)}), "attention"),
-        (_state(**{"conv.weight": torch.ones(2, 1, 3, 3)}), "no matrix of a linear layer"),
+        (_state(**{"conv.weight": torch.ones(2, 1, 3, 3)}), "not a matrix of a linear layer"),
         (_state(**{"shortcut.weight": torch.ones(5, 4)}), "do not follow each other"),
         (_state(**{"0.weight": torch.full((7, 4), float("nan"))}), "not finite"),
         ({"0.weight": torch.ones(1, 4)}, "one layer"),
