@@ -217,7 +217,7 @@ def _without(folder: Path, source: Path, *names: str, **texts: str) -> Path:
         ([], {"adapter_config__json": "{}"}, "holds an adapter"),
         (["config.json"], {}, r"has no config\.json"),
         ([], {"config__json": "{"}, r"unreadable config\.json"),
-        ([], {"config__json": "[]"}, "no JSON object"),
+        ([], {"config__json": "[]"}, "not a JSON object"),
         ([], {"config__json": '{"model_type": "llama", "quantization_config": {"bits": 4}}'}, "quantized"),
         ([], {"config__json": '{"model_type": "of_ones_own"}'}, "is not a model type"),
         (
