@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart test test-full docs docs-check lint format bench certify faults study reconstruct lock sbom vulnerabilities clean
+.PHONY: help setup quickstart check unit test test-full test-gpu docs docs-check lint format bench certify faults study reconstruct lock sbom vulnerabilities clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,11 +33,21 @@ setup: $(VENV)/.installed ## create the virtual environment .venv from the lock 
 quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each; write runs/quickstart/report.html
 	$(BIN)/optbench compare adamw muon galore sumo preset=quickstart seeds=1 group=quickstart
 
+check: setup ## run ruff, basedpyright and the tests that start no processes, side by side (90 seconds on 2 cores)
+	$(MAKE) --no-print-directory --output-sync -j 2 lint unit
+
+unit: setup ## run the tests of tests/unit.txt: files that start no processes and take milliseconds a test
+	$(BIN)/python -m pytest -q -m "not slow and not launch and not browser" @tests/unit.txt
+
+# Three workers on two cores: tests of SLURM and of signals wait most of their time.
 test: setup ## run the tests (about 12 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-full: setup ## run all tests, including the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test-gpu: setup ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 docs: $(DOCS)/.installed ## build the documentation and the API reference into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict

@@ -107,6 +107,7 @@ def test_it_is_the_installed_one_that_runs(installed: Path, elsewhere: Path) -> 
     assert "mine" in [model["name"] for model in json.loads(shown.stdout)["models"]]
 
 
+@pytest.mark.slow
 def test_it_trains_from_there(installed: Path, elsewhere: Path, session_cache: Path) -> None:
     words = ["model=mine", "optimizer=sumo", "optimizer.rank=8", "steps=2", "batch_size=2", "seq_len=32"]
     more = ["world_size=2", "eval.tokens=64", "wandb.mode=disabled", "name=run", "--json"]

@@ -73,6 +73,7 @@ def test_a_time_limit_ends_with_a_checkpoint_before_it_is_over(corpus: Path, tmp
     assert assert_whole(run) == [now["step"]]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_second_signal_ends_a_run_that_hangs_and_harms_no_checkpoint(corpus: Path, tmp_path: Path) -> None:
     words = small(corpus, tmp_path, *ENDLESS, "world_size=2", "checkpoint.every=2", "name=run")
@@ -96,6 +97,8 @@ def test_a_second_signal_ends_a_run_that_hangs_and_harms_no_checkpoint(corpus: P
     assert assert_whole(run) != []
 
 
+# `make test` has USR1 from a real SLURM (tests/slurm).
+@pytest.mark.slow
 @pytest.mark.launch
 def test_usr1_to_every_process_of_a_step_as_slurm_sends_it(corpus: Path, tmp_path: Path) -> None:
     """With the launcher told to ignore it, as a batch script has to; without that, it dies of it."""

@@ -76,6 +76,7 @@ def test_the_rule_on_the_page_has_at_most_20_lines() -> None:
     assert 10 < len([line for line in rule.splitlines() if line.strip()]) <= 20
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_from_the_file_to_the_report(site: Path, tmp_path: Path) -> None:
     words = small(

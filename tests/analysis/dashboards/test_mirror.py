@@ -119,6 +119,7 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run(server: Server, corpus: Path
     _assert_gives_nothing_away(server, run, tmp_path, environment)
 
 
+@pytest.mark.slow
 def test_offline_attempts_are_synced_as_one_run(server: Server, corpus: Path, tmp_path: Path) -> None:
     """W&B's file of the killed attempt is torn: `wandb sync` of both would stop there."""
     words, environment = _words(corpus, tmp_path, "offline"), _environment(tmp_path, server)

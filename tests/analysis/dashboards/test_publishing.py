@@ -116,6 +116,7 @@ def _assert_no_places(server: Server) -> None:
     assert any(b"a.jsonl" in body for body in server.received)
 
 
+@pytest.mark.slow
 def test_another_project_is_a_new_workspace(
     server: Server, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +130,7 @@ def test_another_project_is_a_new_workspace(
     ]
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_and_the_files_are_there(
     server: Server, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -332,6 +332,7 @@ def test_19_each_descent_wins_in_its_own_norm() -> None:
     assert not head.wins_in_own_norm(swapped)
 
 
+@pytest.mark.slow
 def test_19_values_after_30000_steps() -> None:
     x, y = own_norm_problem()
     found = head.own_norm_table({d: head.descend(x, y, 5, d, 30_000) for d in head.DESCENTS}, x, y)

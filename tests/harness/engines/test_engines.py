@@ -87,7 +87,7 @@ def test_replicas_of_shards_train_what_one_process_trains(
     check_equal(alone(*ADAMW, CUT[1], CUT[2]), results[0])
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_four_processes_with_uneven_rows(
     engine: str, corpus: Path, tmp_path: Path, four_ranks: RankPool, alone: Callable[..., Trained]
 ) -> None:
@@ -116,7 +116,15 @@ def test_compiled_models_train_the_same_weights(
     check_equal(alone(*ADAMW), two_ranks.run(_ranked, small(corpus, tmp_path, *ADAMW, *words))[0])
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero0", "zero1", "zero3"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "fsdp2",
+        "zero1",
+        pytest.param("zero0", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_one_process_needs_no_launcher(
     engine: str, corpus: Path, tmp_path: Path, alone: Callable[..., Trained]
 ) -> None:

@@ -51,6 +51,7 @@ def test_a_launched_run_is_complete_and_ends_in_peace(engine: str, tmp_path: Pat
         assert settings["zero_optimization"] == {"stage": 3}
 
 
+@pytest.mark.slow
 def test_a_users_own_deepspeed_launcher_works(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(

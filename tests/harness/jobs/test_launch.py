@@ -212,6 +212,7 @@ def test_a_rank_that_dies_is_named_and_soon(engine: str, corpus: Path, tmp_path:
     assert "rank 1 ended unexpectedly" in output
 
 
+@pytest.mark.slow
 def test_two_machines_as_two_launchers_on_loopback(corpus: Path, tmp_path: Path) -> None:
     words = small(corpus, tmp_path, "world_size=2", "steps=3")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}

@@ -117,6 +117,7 @@ def test_a_later_run_equals_the_first_one_of_fresh_processes(
     assert _processes() == []
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_run_that_ends_badly_takes_no_other_run_along(
     start: Callable[..., RunOutcome], tmp_path: Path

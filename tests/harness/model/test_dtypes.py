@@ -128,7 +128,10 @@ def test_casts_of_a_library_are_undone() -> None:
     assert network.get_parameter("weight").dtype == torch.float32
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine",
+    ["zero3", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)],
+)
 def test_engines_leave_buffers_exact(engine: str, tmp_path: Path) -> None:
     words = small(write_documents(tmp_path), tmp_path, f"engine={engine}", "precision=bf16")
     assert in_new_process(_worst_angle_on_engine, words) < 2e-3

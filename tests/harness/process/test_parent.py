@@ -168,8 +168,13 @@ def test_a_closed_terminal_stops_a_run(corpus: Path, tmp_path: Path) -> None:
     """SIGHUP, and standard output and error that take nothing any more."""
     run = tmp_path / "default" / "run"
     ours, theirs = os.openpty()
+    # The tests themselves may run under nohup, whose children ignore SIGHUP.
     process = subprocess.Popen(
-        [*OPTBENCH, *small(corpus, tmp_path, *ENDLESS)], stdin=theirs, stdout=theirs, stderr=theirs
+        [*OPTBENCH, *small(corpus, tmp_path, *ENDLESS)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     os.close(theirs)
     seen = b""
@@ -177,7 +182,10 @@ def test_a_closed_terminal_stops_a_run(corpus: Path, tmp_path: Path) -> None:
         seen += os.read(ours, 4096)
     os.close(ours)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(LIMIT_S) == 75
+    try:
+        assert process.wait(LIMIT_S) == 75
+    finally:
+        process.kill()
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "interrupted"
     assert "SIGHUP (the terminal was closed)" in status["attempts"][-1]["reason"]
