@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help setup quickstart check unit test test-full test-gpu docs docs-check lint format bench certify faults study reconstruct lock sbom vulnerabilities clean
+.PHONY: help setup quickstart check product-lint unit test test-full test-gpu docs docs-check lint format bench certify faults study reconstruct lock sbom vulnerabilities clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,8 +33,13 @@ setup: $(VENV)/.installed ## create the virtual environment .venv from the lock 
 quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each; write runs/quickstart/report.html
 	$(BIN)/optbench compare adamw muon galore sumo preset=quickstart seeds=1 group=quickstart
 
-check: setup ## run ruff, basedpyright and the tests that start no processes, side by side (90 seconds on 2 cores)
-	$(MAKE) --no-print-directory --output-sync -j 2 lint unit
+check: setup ## run ruff, basedpyright on the product and the tests that start no processes, side by side (90 seconds on 2 cores)
+	$(MAKE) --no-print-directory --output-sync -j 2 product-lint unit
+
+product-lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error optimizers harness analysis
 
 unit: setup ## run the tests of tests/unit.txt: files that start no processes and take milliseconds a test
 	$(BIN)/python -m pytest -q -m "not slow and not launch and not browser" @tests/unit.txt
