@@ -19,9 +19,21 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("WANDB_API_KEY", None)
 
 
+POOLS = {"two_ranks", "four_ranks", "pools"}
+"""Fixtures of warm rank processes, which cost seconds of every core when they start."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest first: with one file a worker it would keep one of two busy at the end, alone."""
-    items.sort(key=lambda item: item.path.parent.name != "slurm")
+    """Give each test process whole files; what shares rank pools, or the SLURM cluster, goes to one process.
+
+    The longest group comes first: at the end it would keep one process busy, alone.
+    """
+    in_pools = {item.path for item in items if POOLS.intersection(getattr(item, "fixturenames", ()))}
+    for item in items:
+        is_slurm = item.path.parent.name == "slurm"
+        group = "slurm" if is_slurm else "pools" if item.path in in_pools else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (item.path.parent.name != "slurm", item.path not in in_pools))
 
 
 @pytest.fixture(scope="session")
