@@ -44,7 +44,7 @@ product-lint: setup
 unit: setup ## run the tests of tests/unit.txt: files that start no processes and take milliseconds a test
 	$(BIN)/python -m pytest -q -m "not slow and not launch and not browser" @tests/unit.txt
 
-test: setup ## run the tests (about 12 minutes on 2 cores)
+test: setup ## run the tests (10 to 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-full: setup ## run all tests, including the slow ones
