@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import optimizers
+from harness.verify.pool import RankPool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,16 +68,6 @@ def _walk_of_a_step(preset: str, is_refresh: bool, ranks: int) -> dict[str, list
     return entered
 
 
-def _rank(rank: int, ranks: int, port: int, preset: str, is_refresh: bool, queue: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    entered = _walk_of_a_step(preset, is_refresh, ranks)
-    if rank == 0:
-        queue.put(entered)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def measure(preset: str = "sumo", ranks: int = 1, is_refresh: bool = False) -> dict[str, list[str]]:
     """Return file → functions that one step of `preset` enters under FSDP2; one rank runs in this process."""
     if ranks == 1:
@@ -86,21 +77,8 @@ def measure(preset: str = "sumo", ranks: int = 1, is_refresh: bool = False) -> d
             return _walk_of_a_step(preset, is_refresh, ranks)
         finally:
             dist.destroy_process_group()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=_rank, args=(rank, ranks, port, preset, is_refresh, queue))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    entered = queue.get()
-    for process in processes:
-        process.join()
-    return entered
+    with TemporaryDirectory() as folder, closing(RankPool(ranks, Path(folder))) as pool:
+        return pool.run("benchmarks.step_walk:_walk_of_a_step", preset, is_refresh, ranks)[0]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,9 +19,8 @@ import filelock
 from rich.table import Table
 
 from harness import command_line
-from harness.commands import ExitCode
 from harness.console import cell, for_tables
-from harness.errors import InputError
+from harness.errors import ExitCode, InputError
 from harness.files import locks
 from harness.output import json_document
 from harness.record.readers import STATUS

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from harness import command_help
-from harness.commands import COMMANDS, Command, ExitCode, load
+from harness.commands import COMMANDS, Command, load
+from harness.errors import ExitCode, InputError, closest
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 _NOT_WRITTEN += (errno.EIO, errno.ENOTDIR)
@@ -36,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _dispatch(argv)
         # Here, because the interpreter would report a full disk at exit with a code of its own.
-        sys.stdout.flush()
+        _flush_stdout()
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return int(ExitCode.INTERRUPTED)
+        return int(ExitCode.KEYBOARD_INTERRUPT)
     except BrokenPipeError:
         # The reader of the pipe has left: that is not an error, and the exit must not write to it again.
         _discard_stdout()
@@ -72,8 +73,6 @@ def _refuse_nul(argv: Sequence[str]) -> None:
     """Refuse a NUL, which a program that calls `main` can pass; no file has one in its name."""
     for argument in argv:
         if "\0" in argument:
-            from harness.errors import InputError
-
             raise InputError(
                 "command line", ascii(argument)[:80], "holds a NUL character", fix="leave it out"
             )
@@ -90,8 +89,6 @@ def _command_first(argv: Sequence[str]) -> list[str]:
 
 
 def _failure(error: Exception, *, is_json: bool) -> int:
-    from harness.errors import InputError
-
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         # A promised file that could not be written: a full disk needs a line, not a traceback.
         name = error.filename or "standard output or a file"
@@ -121,10 +118,16 @@ def _report(key: str, value: str, message: str, *, is_json: bool) -> None:
     try:
         if is_json:
             print(json_document(error={"key": key, "value": value, "message": message}))
-        sys.stdout.flush()
+        _flush_stdout()
     except OSError:
         _discard_stdout()
     print(visible(message), file=sys.stderr)
+
+
+def _flush_stdout() -> None:
+    # None where the command was started with a closed standard output (``>&-``).
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _discard_stdout() -> None:
@@ -132,8 +135,6 @@ def _discard_stdout() -> None:
 
 
 def _unknown_command(name: str, arguments: list[str]) -> Exception:
-    from harness.errors import InputError, closest
-
     typed = " ".join(arguments)
     if "=" in name:
         return InputError(

@@ -5,20 +5,8 @@ Standard library only, so that `optbench --help` is instant: a command's module 
 
 from __future__ import annotations
 
-from enum import IntEnum
 from importlib import import_module
 from typing import Any, NamedTuple
-
-
-class ExitCode(IntEnum):
-    """How a command ended."""
-
-    DONE = 0
-    CHECK_FAILED = 1
-    BAD_INPUT = 2
-    RUN_FAILED = 3
-    RESUMABLE = 75
-    INTERRUPTED = 130
 
 
 class Option(NamedTuple):

@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause, and how it reads.
+"""The one error that a user's input can cause, how it reads, and the exit codes of commands.
 
 Every message has the same form, so that its last line alone says what to do::
 
@@ -9,8 +9,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 from functools import partial
 from typing import Any
+
+
+class ExitCode(IntEnum):
+    """How a command ended."""
+
+    DONE = 0
+    CHECK_FAILED = 1
+    BAD_INPUT = 2
+    RUN_FAILED = 3
+    RESUMABLE = 75
+    KEYBOARD_INTERRUPT = 130
 
 
 class InputError(Exception):
@@ -73,3 +85,8 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
         return None  # no misspelling, and slow to compare
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def first_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message, for a log."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -138,7 +138,7 @@ def find(place: Path) -> Source:
 
     is_checkpoint = (place / store.MANIFEST).exists()
     run = place.absolute().parent.parent if is_checkpoint else place
-    # Newest first: the first valid one is taken, and why newer ones were not is told.
+    # Newest first: the first valid one is taken, and what is wrong with newer ones is reported.
     candidates = [place] if is_checkpoint else [Store(run).folder(step) for step in Store(run).steps()]
     problems: list[str] = []
     for folder in candidates:

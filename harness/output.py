@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 JSON_SCHEMA_VERSION = 1
-"""Of every document on standard output; a change that breaks a reader raises it."""
+"""Version of every document on standard output; a change that breaks a reader raises it."""
 
 
 def json_document(**content: object) -> str:

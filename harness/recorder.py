@@ -12,6 +12,7 @@ from rich.table import Table
 from harness import devices, summary
 from harness.config import deepspeed_config, derived_defaults
 from harness.config.schema import ZERO, RunConfig
+from harness.errors import first_line
 from harness.loop import Run
 from harness.preparation import Prepared
 from harness.probes import memory
@@ -62,7 +63,7 @@ class RunRecorder:
             self.log.say(f"continues beyond the {shorter.steps} steps of run {shorter.identity}")
         known = len(self.folder.problems)
         self.rows = self.folder.begin(first_step)
-        self._warn_of(self.folder.problems[known:])
+        self.warn_of(self.folder.problems[known:])
         progress = ProgressSink(self.log, self._run.config.steps)
         mirror = self._mirror()
         try:
@@ -90,7 +91,6 @@ class RunRecorder:
         """Write the facts of a run that are known before its first step, and show them."""
         run, config, corpus = self._run, self._run.config, self._prepared.corpus
         self._certificate = certificates.of_run(config)
-        self._warn_of(self.folder.problems)
         self.folder.write_json("parameters.json", run.info.routes)
         if config.engine.name in ZERO:
             self.folder.write_json("deepspeed.json", deepspeed_config.effective(config))
@@ -125,9 +125,10 @@ class RunRecorder:
             f"{corpus.unigram_entropy:.3f} nats; evaluation on {derived_defaults.evaluation_tokens(config):,} tokens"
             f"{corpus.left_out}"
         )
-        self._warn_of(self._warnings)
+        self.warn_of(self._warnings)
 
-    def _warn_of(self, problems: Sequence[str]) -> None:
+    def warn_of(self, problems: Sequence[str]) -> None:
+        """Log each problem as a warning."""
         for problem in problems:
             self.log.say(f"warning: {problem}")
 
@@ -137,7 +138,7 @@ class RunRecorder:
             reason = memory.explain_out_of_memory(self._run)
             self.log.say(reason)
             return reason
-        reason = _first_line(error)
+        reason = first_line(error)
         # Where another rank hangs or died, this rank's error only names the connection that broke.
         stalled = stalled_ranks(self._prepared.folder)
         return f"{stalled}; then {reason}" if stalled else reason
@@ -205,10 +206,12 @@ def recording(prepared: Prepared, run: Run) -> Iterator[RunRecorder]:
     folder = RunFolder(prepared.folder, prepared.config, prepared.identity, prepared.shorter_runs)
     recorder = RunRecorder(prepared, run, folder)
     try:
+        # First, because choosing a checkpoint may end the run.
+        recorder.warn_of(folder.problems)
         yield recorder
     except BaseException as error:
         recorder.state = "failed"
-        recorder.reason = recorder.reason or _first_line(error)
+        recorder.reason = recorder.reason or first_line(error)
         folder.add_log(traceback.format_exc())
         raise
     finally:
@@ -232,7 +235,3 @@ def _origin(config: RunConfig) -> str:
     """Return where weights come from that are not random, for the log."""
     path = config.model.path
     return "" if path is None else f" ({config.model.model_type}, weights from {path})"
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

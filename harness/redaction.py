@@ -25,7 +25,6 @@ _HARMLESS_BEFORE = {
     "key": _words("comparison public primary foreign cache sort group config partition row"),
     "pass": _words("forward backward first second single one two"),
     "pwd": _words("old"),
-    "pw": _words(""),
 }
 _COUNTS = _words(
     "max min num n count total per eval train val validation batch new available skipped seen unk bos eos pad "
@@ -74,7 +73,8 @@ def is_secret_name(name: str) -> bool:
         return True
     if len(parts) < 2 or parts[-1] not in _AT_END:
         return False
-    return parts[-2] not in _HARMLESS_BEFORE.get(parts[-1].removesuffix("s") or parts[-1], ())
+    last = parts[-1] if parts[-1] in _HARMLESS_BEFORE else parts[-1].removesuffix("s")
+    return parts[-2] not in _HARMLESS_BEFORE.get(last, ())
 
 
 def secret_in(value: str) -> str | None:

@@ -17,6 +17,7 @@ from optimizers.fused_projections import Block
 from optimizers.linalg.inverse_root import InverseRoot, RootSolver
 from optimizers.linalg.polar import Polar
 from optimizers.linalg.requests import AllGather, AllReduce, Eigh
+from optimizers.rule import Rule as Rule
 
 ShardBounds = tuple[tuple[int, int], ...]
 """(start, length) of the interval of each rank along the axis that is split."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,34 @@ from torch import Tensor
 from optimizers import presets
 from optimizers.interfaces import MatrixRef
 from optimizers.layouts.batches import BatchState
+from optimizers.layouts.layout import Layout
 from optimizers.layouts.owner_buckets import WorkSplitBucket
 from optimizers.rule import Rule
-
-if TYPE_CHECKING:
-    from optimizers.optimizer import Optimizer
+from optimizers.step_units import StepUnits
 
 FLAT = -1
 """As `StatePiece.dim`: the interval counts elements of the flattened tensor."""
+
+
+class StatefulOptimizer(Protocol):
+    """What `pieces` and `load` ask of an optimizer; `optimizers.Optimizer` has it."""
+
+    units: StepUnits
+    state: Any
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def parameters_of_groups(self) -> list[list[Tensor]]: ...
+
+    def name_of(self, parameter: Tensor) -> str:
+        """Return the parameter's name in the model."""
+        ...
+
+    def state_was_replaced(self) -> None:
+        """Take note that the numbers in `state` are no longer those of the last step."""
+        ...
 
 
 class StatePiece(NamedTuple):
@@ -65,7 +85,7 @@ class StatePiece(NamedTuple):
         return whole.narrow(self.dim, self.start, self.tensor.shape[self.dim])
 
 
-def pieces(optimizer: Optimizer) -> Iterator[StatePiece]:
+def pieces(optimizer: StatefulOptimizer) -> Iterator[StatePiece]:
     """Yield all parts of the state that this process holds; together the processes hold all of it."""
     units, layout = optimizer.units, optimizer.layout
     is_first = layout.is_first_replica
@@ -144,7 +164,9 @@ def assemble(parts: Iterable[StatePiece]) -> dict[tuple[str, str], Tensor]:
     return wholes
 
 
-def load(optimizer: Optimizer, steps: Mapping[str, int], read: Callable[[StatePiece], Tensor]) -> None:
+def load(
+    optimizer: StatefulOptimizer, steps: Mapping[str, int], read: Callable[[StatePiece], Tensor]
+) -> None:
     """Fill the state from what was saved (a collective where matrices are split over ranks).
 
     Args:

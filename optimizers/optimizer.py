@@ -281,7 +281,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> dict[str, int]:
-        """Name of a matrix or parameter → steps that it skipped because its gradient was not finite.
+        """Return name of a matrix or parameter → steps that it skipped because its gradient was not finite.
 
         Steps that `found_inf` masked are not counted. Waits for the device.
         """

@@ -13,7 +13,6 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from optimizers import rules
 from optimizers.options import Option, OptionError, closest, declared
 from optimizers.rule_options import CommonOptions, MatrixOptions, Preset
 
@@ -40,11 +39,12 @@ _PLUGIN_RULES: dict[Any, Rule] = {}
 def _collect() -> None:
     """Enter the presets and options of all modules of `optimizers.rules`."""
     # From the end of the alphabet, so that lists for people begin with SUMO and end with AdamW.
-    for info in sorted(iter_modules(rules.__path__), key=lambda info: info.name, reverse=True):
+    package = import_module("optimizers.rules")
+    for info in sorted(iter_modules(package.__path__), key=lambda info: info.name, reverse=True):
         # `parts` is a package, and what rules are built of.
         if info.ispkg:
             continue
-        module = _MODULES[info.name] = import_module(f"{rules.__name__}.{info.name}")
+        module = _MODULES[info.name] = import_module(f"{package.__name__}.{info.name}")
         PRESETS.update({preset.name: preset for preset in module.PRESETS})
         for value in vars(module).values():
             is_own = isinstance(value, type) and value.__module__ == module.__name__
@@ -106,7 +106,7 @@ def plugin_rule(name: str) -> Rule:
     if point not in _PLUGIN_RULES:
         from optimizers.rule_checks import checked
 
-        _PLUGIN_RULES[point] = checked(name, point)
+        _PLUGIN_RULES[point] = checked(name, point, OPTIONS, PLUGIN_COMMON)
     return _PLUGIN_RULES[point]
 
 
@@ -120,7 +120,7 @@ def options_of(name: str) -> Mapping[str, Option]:
         return OPTIONS
     from optimizers.rule_checks import own_options
 
-    return {**OPTIONS, **own_options(name, plugin_rule(name))}
+    return {**OPTIONS, **own_options(name, plugin_rule(name), OPTIONS)}
 
 
 def resolve(name: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:

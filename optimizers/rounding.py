@@ -52,9 +52,9 @@ def rounded(value: Tensor, dtype: torch.dtype, rounding: Rounding, name: str, st
 
 
 def compensated(weight: Tensor, change: Tensor, compensation: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply Kahan's sum: the rounding error of this step is added in the next (Zamirai et al.
+    """Apply Kahan's sum: carry the rounding error of this step to the next.
 
-    2020, arXiv 2010.06192).
+    Zamirai et al. 2020, arXiv 2010.06192.
 
     Args:
         weight: half precision.

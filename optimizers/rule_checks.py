@@ -15,7 +15,6 @@ from optimizers.layouts.batches import BatchState
 from optimizers.layouts.layout import Unsharded, run_updates
 from optimizers.layouts.replicated import FullView
 from optimizers.options import Option, OptionError, closest
-from optimizers.presets import OPTIONS, PLUGIN_COMMON
 from optimizers.rule import Rule
 from optimizers.skipping import StepMask
 
@@ -24,12 +23,14 @@ _SHAPES = ((4, 6), (6, 4))
 _COUNT = 2
 
 
-def checked(name: str, point: Any) -> Rule:
+def checked(name: str, point: Any, known: Mapping[str, Option], common: Mapping[str, Any]) -> Rule:
     """Load and check the rule of an entry point.
 
     Args:
         name: of the rule.
         point: the entry point; its `value` says what it loads.
+        known: options that have one meaning in all rules.
+        common: values of the options that every rule takes.
 
     Raises:
         OptionError: it cannot be loaded, or is not what a rule has to be; one sentence says what.
@@ -44,8 +45,8 @@ def checked(name: str, point: Any) -> Rule:
         raise _refused(name, f"cannot be loaded from {point.value} ({_text(error)})") from error
     if not isinstance(rule, Rule):
         raise _refused(name, f"is not an optimizers.Rule, but {target!r}")
-    _check_options(name, rule)
-    options = {**PLUGIN_COMMON, **rule.defaults}
+    _check_options(name, rule, known)
+    options = {**common, **rule.defaults}
     if "rank" in options:
         options["rank"] = 2
     for shape in _SHAPES:
@@ -70,8 +71,8 @@ def _refuse_old_contract(name: str, target: Any) -> None:
         )
 
 
-def own_options(name: str, rule: Rule) -> dict[str, Option]:
-    """Return the options of a rule that `optimizers.OPTIONS` does not have: as declared, else by their defaults.
+def own_options(name: str, rule: Rule, known: Mapping[str, Option]) -> dict[str, Option]:
+    """Return the options of a rule that are not among the `known` ones: as declared, else by their defaults.
 
     Raises:
         OptionError: an option whose default does not determine its type.
@@ -79,7 +80,7 @@ def own_options(name: str, rule: Rule) -> dict[str, Option]:
     declared = {option.name: option for option in rule.own_options}
     options: dict[str, Option] = {}
     for key, default in rule.defaults.items():
-        if key in OPTIONS:
+        if key in known:
             continue
         option = declared.get(key)
         if option is None:
@@ -95,27 +96,27 @@ def own_options(name: str, rule: Rule) -> dict[str, Option]:
     return options
 
 
-def _check_options(name: str, rule: Rule) -> None:
+def _check_options(name: str, rule: Rule, known: Mapping[str, Option]) -> None:
     if not isinstance(rule.defaults, Mapping) or not all(isinstance(key, str) for key in rule.defaults):
         raise _refused(name, "has defaults that are no mapping from option names to values")
     for option in rule.own_options:
         if not isinstance(option, Option):
             raise _refused(name, f"declares {option!r} in own_options, which is not an optimizers.Option")
-        if option.name in OPTIONS:
+        if option.name in known:
             raise _refused(name, f"declares {option.name}, which has one meaning in all rules")
         if option.name not in rule.defaults:
             guess = closest(option.name, list(rule.defaults))
             more = f"; did you mean {guess}?" if guess else ""
             raise _refused(name, f"declares the option {option.name}, which has no value in defaults{more}")
-    known = {**OPTIONS, **own_options(name, rule)}
+    meanings = {**known, **own_options(name, rule, known)}
     for key, default in rule.defaults.items():
         try:
-            known[key].check(default)
+            meanings[key].check(default)
         except OptionError as error:
             raise _refused(name, f"has a default that is not allowed: {error}") from error
         except KeyError as error:
             raise _refused(
-                name, f"declares {key} with the type {known[key].type}, which is unknown"
+                name, f"declares {key} with the type {meanings[key].type}, which is unknown"
             ) from error
 
 

@@ -104,12 +104,12 @@ class StepStats:
         self.forget_step()
 
     def spectra(self, names: Sequence[str], compute: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """Name → singular values, those of the last step or else (b, k) of `compute`."""
+        """Return name → singular values, those of the last step or else (b, k) of `compute`."""
         if not all(name in self._spectra for name in names):
             values = compute()
             self._spectra.update({name: (values, i) for i, name in enumerate(names)})
-        stacks = {name: self._spectra[name] for name in names}
-        return {name: values[i].detach().clone() for name, (values, i) in stacks.items()}
+        known = {name: self._spectra[name] for name in names}
+        return {name: values[i].detach().clone() for name, (values, i) in known.items()}
 
     @property
     def figures(self) -> dict[str, Figures]:

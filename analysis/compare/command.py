@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from analysis.compare import arguments
-
-FAILED = 3
+from harness.errors import ExitCode
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     code, folder = sessions.train(plan)
     if not folder.is_dir():
         print("no run left a folder: there is nothing to report", file=sys.stderr)
-        return code or FAILED
+        return code or ExitCode.RUN_FAILED
     from analysis.report import report
 
     sessions.write_provenance(folder, plan)

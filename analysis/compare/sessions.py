@@ -21,7 +21,7 @@ from analysis.compare.progress import SessionProgress, Verbosity
 from analysis.formatting import listing
 from analysis.runs import reading
 from harness.config import compose
-from harness.errors import InputError
+from harness.errors import ExitCode, InputError
 from harness.files import atomic
 from harness.jobs import launch, warm
 from harness.preparation import Prepared, prepare
@@ -30,7 +30,6 @@ from harness.record.readers import Summary
 from harness.record.schema import SCHEMA_VERSION
 from harness.redaction import redact_text
 
-FINISHED, FAILED, INTERRUPTED = 0, 3, 75
 _MOST_KEPT = 64 * 1024
 """Most bytes of a failed run's output, counted from its end, that are added to its log."""
 
@@ -160,7 +159,7 @@ class Session:
 
     def train(self, after: Callable[[], None] = lambda: None) -> int:
         """Train the remaining runs, call ``after`` after each of them, and return the exit code."""
-        code = FINISHED
+        code = ExitCode.DONE
         with SessionProgress(
             sum(run.config.steps for run in self._pending),
             len(self._pending),
@@ -172,15 +171,15 @@ class Session:
                 progress.begin(number, run.folder, run.config.steps)
                 ended, result = self._one(run)
                 after()
-                progress.end(result, is_finished=ended == FINISHED)
-                if ended == INTERRUPTED:
+                progress.end(result, is_finished=ended == ExitCode.DONE)
+                if ended == ExitCode.RESUMABLE:
                     break
                 code = code or ended
             else:
                 return code
         group = shlex.quote(f"group={self._group}")
         self._trainer.say(f"interrupted: the same command with {group} resumes from here")
-        return INTERRUPTED
+        return ExitCode.RESUMABLE
 
     def _one(self, run: Prepared) -> tuple[int, str]:
         """Train one run; return its exit code and a description of its end."""
@@ -194,7 +193,7 @@ class Session:
             state, reason, is_refused = "failed", str(error), True
             self.refusals.append(error)
         except KeyboardInterrupt:
-            return INTERRUPTED, "interrupted"
+            return ExitCode.RESUMABLE, "interrupted"
         if not (run.folder / "status.json").is_file():
             _record_failed_start(run, state, reason)
         elif state == "failed" and not is_refused:
@@ -203,7 +202,7 @@ class Session:
             reason = f"{reason} ({run.folder / 'log.txt'})"
         loss = reading.number(reading.record(run.folder / "summary.json", Summary, []).get("val/loss"))
         result = f"validation loss {loss:.4f}" if state == "finished" else reason
-        code = {"finished": FINISHED, "interrupted": INTERRUPTED}.get(state, FAILED)
+        code = {"finished": ExitCode.DONE, "interrupted": ExitCode.RESUMABLE}.get(state, ExitCode.RUN_FAILED)
         return code, f"{state} in {time.monotonic() - started:.1f} s: {result}"
 
 

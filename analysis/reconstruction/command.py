@@ -8,9 +8,8 @@ from analysis.reconstruction import config as configuration
 from analysis.reconstruction.config import ReconstructionConfig
 from harness import command_line
 from harness.console import for_tables
+from harness.errors import ExitCode
 from harness.output import json_document
-
-INTERRUPTED = 75
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +46,7 @@ def _run(config: ReconstructionConfig, *, is_json: bool) -> int:
         results = job.run(config, say)
     except KeyboardInterrupt:
         say(f"interrupted; the same command resumes from {config.folder}")
-        return INTERRUPTED
+        return ExitCode.RESUMABLE
     code = 0 if results.controls_failed and results.exact_passed else 1
     files = report.write(results)
     report.mirror(results, files[1:], say, code)

@@ -114,7 +114,7 @@ class LoadedRun:
 
     @property
     def certified(self) -> dict[str, Any] | None:
-        """Certificate as the run recorded it (`harness.verify.certificates.of_run`); None if it recorded none."""
+        """Certificate as the run recorded it (`harness.record.certificates.of_run`); None if it recorded none."""
         certificate = self.environment.get("certificate")
         return certificate if isinstance(certificate, dict) else None
 

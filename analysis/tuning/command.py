@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from analysis import formatting
 from analysis.compare import sessions
 from analysis.tuning import arguments
+from harness.errors import ExitCode
 from harness.files import atomic
 from harness.output import json_document
 
@@ -46,15 +47,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(tuning: Tuning) -> int:
     """Run the trials, then the comparison; return the exit code."""
-    if tuning.tune() == sessions.INTERRUPTED:
-        return sessions.INTERRUPTED
+    if tuning.tune() == ExitCode.RESUMABLE:
+        return ExitCode.RESUMABLE
     trials_code = tuning.exit_code()
     if all(arm.best is None for arm in tuning.arms()):
         return trials_code
     code, plan = tuning.confirm()
     sessions.write_provenance(tuning.home, plan)
     # A failed trial stays visible in the exit code, also where all runs of the comparison finished.
-    return code if code == sessions.INTERRUPTED else max(trials_code, code)
+    return code if code == ExitCode.RESUMABLE else max(trials_code, code)
 
 
 def _report(study: arguments.Study, tuning: Tuning) -> None:

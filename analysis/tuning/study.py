@@ -18,7 +18,7 @@ from analysis.tuning import space
 from analysis.tuning.arguments import Study
 from analysis.tuning.space import Values
 from harness.config import checks, compose
-from harness.errors import InputError
+from harness.errors import ExitCode, InputError
 from harness.files import atomic
 from harness.preparation import Prepared, prepare
 from harness.record import folder as run_folder
@@ -87,16 +87,16 @@ class Tuning:
         self._trials_folder.mkdir(parents=True, exist_ok=True)
         marker = {"schema_version": LEDGER_SCHEMA_VERSION, "study": self._study.plan.group}
         atomic.write_json(self._trials_folder / TRIALS, marker)
-        if self._train(session) == sessions.INTERRUPTED:
-            return sessions.INTERRUPTED
+        if self._train(session) == ExitCode.RESUMABLE:
+            return ExitCode.RESUMABLE
         for _ in range(self._study.extend):
             more = self._plan_extension()
             if not more:
                 break
             self.trials += more
-            if self._train(self._session(more)) == sessions.INTERRUPTED:
-                return sessions.INTERRUPTED
-        return sessions.FINISHED
+            if self._train(self._session(more)) == ExitCode.RESUMABLE:
+                return ExitCode.RESUMABLE
+        return ExitCode.DONE
 
     def confirm(self) -> tuple[int, ComparisonPlan]:
         """Train the best setting of every optimizer on fresh seeds.
@@ -147,8 +147,8 @@ class Tuning:
         """Return the exit code of the trials: 3 if one failed, 1 if an optimizer has no finite one, else 0."""
         arms = self.arms()
         if any(trial.state not in SPENT for arm in arms for trial in arm.trials):
-            return sessions.FAILED
-        return NOTHING_FINITE if any(arm.best is None for arm in arms) else sessions.FINISHED
+            return ExitCode.RUN_FAILED
+        return NOTHING_FINITE if any(arm.best is None for arm in arms) else ExitCode.DONE
 
     def _read_ledger(self) -> None:
         """Read what earlier commands tuned in this group."""

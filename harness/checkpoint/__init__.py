@@ -1,1 +1,1 @@
-"""Checkpoints: what a run needs to go on exactly where it was, on any engine and number of processes."""
+"""Checkpoints: what a run needs to continue exactly where it stopped, on any engine and number of processes."""

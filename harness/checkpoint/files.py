@@ -83,7 +83,7 @@ class _Place(NamedTuple):
     key: str
     size: tuple[int, ...]
     part: StatePiece
-    """Of which the tensor is not there yet."""
+    """Its tensor is a placeholder: the numbers are in the file."""
 
 
 class Saved:
@@ -100,7 +100,7 @@ class Saved:
         self.folder = folder
         self.manifest = store.read_manifest(folder)
         self.facts: list[dict[str, Any]] = []
-        """What each process wrote about itself."""
+        """Counters of each process, by rank."""
         self._files: list[Any] = []
         self._places: dict[tuple[str, str], list[_Place]] = {}
         try:

@@ -18,6 +18,7 @@ from harness.checkpoint.resuming import from_all
 from harness.checkpoint.store import DamagedCheckpoint, Retention, Store
 from harness.config.compose import to_yaml
 from harness.config.schema import RunConfig
+from harness.errors import first_line
 from harness.files import atomic
 from harness.loop import Run, drain_pending
 from harness.protocols import Probe
@@ -27,9 +28,9 @@ from optimizers.named_state import StatePiece
 EVERY_S = 900.0
 """Seconds of training between checkpoints with ``checkpoint.every=auto``."""
 LAST_TRIES = 2
-"""How often the last step is tried to be saved."""
+"""Attempts to save the last step."""
 RETRY_S = 1.0
-"""Seconds between these tries: a quota or a full disk may have changed meanwhile."""
+"""Seconds between these attempts: a quota or a full disk may have changed meanwhile."""
 _HEADROOM = 1.05
 """Free space asked for, over what the tensors take: headers, block sizes, a metrics file that grows meanwhile."""
 
@@ -65,7 +66,6 @@ class Checkpoints:
 
     Attributes:
         duration_s: from the start of the last save to its name.
-        waited_s: how long training waited for the last save.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Checkpoints:
         self._retention = Retention(config.keep, config.keep_best, config.keep_every, pinned)
         self._last_began = time.monotonic()
         self._last_step: int | None = None
-        """Of the last save that began."""
+        """Step of the last save that began."""
         self._saved_step = saved_step
-        """Of the last save that got its name, the same on all processes."""
+        """Step of the last save that got its name, the same on all processes."""
         self._reason = ""
         """Why the last save failed, the same on all processes."""
         self.problem = ""
@@ -107,7 +107,6 @@ class Checkpoints:
         self._randomness: Randomness | None = None
         self._tries = 0
         self.duration_s = 0.0
-        self.waited_s = 0.0
 
     def before_step(self) -> None:
         """Note the random states that a stop before this step's update would need."""
@@ -169,7 +168,7 @@ class Checkpoints:
                 # The step that was broken off has drawn numbers since.
                 assert self._randomness is not None
                 randomness = self._randomness
-            # As a probe's time, should the run be gone on with: it is not training.
+            # Counted as a probe's time if the run continues: saving is not training.
             with self._run.clock.part("probes"):
                 self.save(randomness, background=False)
         if self._saved_step != state.step:
@@ -217,7 +216,7 @@ class Checkpoints:
                 files.write(partial, run.engine.rank, copies, randomness.tensors(), facts)
             except Exception as error:
                 # Of any kind: a thread's exception would be lost, and the others must hear of it.
-                write.problem = _first_line(error)
+                write.problem = first_line(error)
 
         # Not a daemon: the interpreter waits for it, so that a process that ends leaves no half file.
         write.thread = threading.Thread(target=work, name="checkpoint")
@@ -225,7 +224,6 @@ class Checkpoints:
         self._last_step = run.state.step
         if not background:
             self._name()
-        self.waited_s = time.monotonic() - began
 
     def _name(self) -> None:
         """Wait for what is being written and give it its name, or discard it (a collective)."""
@@ -263,7 +261,7 @@ class Checkpoints:
         try:
             self.store.commit(write.step, write.folder, write.manifest)
         except (OSError, DamagedCheckpoint) as error:
-            write.problem = _first_line(error)
+            write.problem = first_line(error)
             return
         try:
             # The checkpoint has its name by now: what fails here costs only old ones' space.
@@ -271,7 +269,7 @@ class Checkpoints:
             self.store.prune(self._retention)
         except OSError as error:
             self._say(
-                f"checkpoint of step {write.step} is written; what it replaces stays ({_first_line(error)})"
+                f"checkpoint of step {write.step} is written; what it replaces stays ({first_line(error)})"
             )
 
     def _sync_rows(self) -> None:
@@ -291,7 +289,7 @@ class Checkpoints:
             try:
                 free = float(self.store.free_bytes())
             except OSError as error:
-                why = f": {_first_line(error)}"
+                why = f": {first_line(error)}"
         free = engine.max(torch.tensor(free, dtype=torch.float64, device=engine.device)).item()
         if free >= needed:
             return False
@@ -339,7 +337,3 @@ def _before_decay(config: RunConfig) -> int | None:
         return None
     step = config.steps - length(config.schedule.decay, config.steps)
     return step if 0 < step < config.steps else None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

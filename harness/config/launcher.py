@@ -218,9 +218,15 @@ def _refuse_variable(
 
 
 _TRUE = ("1", "true", "yes")
+"""Values with which a launcher sets a variable; what a user may export by hand (`_ON`) is wider."""
 
 
 def check_settings(config: RunConfig, environ: Mapping[str, str]) -> None:
+    """Refuse settings of the launcher (engine, precision, clipping, files) that contradict the keys of the run.
+
+    Raises:
+        InputError: the first contradiction.
+    """
     name = config.engine.name
     for variable, engines, what in (
         ("ACCELERATE_USE_DEEPSPEED", ZERO, "DeepSpeed"),
@@ -289,6 +295,7 @@ def _check_launchers_deepspeed(config: RunConfig, environ: Mapping[str, str]) ->
 
 
 def deepspeed_file(environ: Mapping[str, str]) -> str | None:
+    """Return the DeepSpeed file that the launcher names; None if there is none."""
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     return None if not _is_set(environ, "ACCELERATE_USE_DEEPSPEED") or file.lower() in ("none", "") else file
 

@@ -180,7 +180,7 @@ def _aux_learning_rate(
 
 
 def _option_error(error: Any, name: str) -> InputError:
-    """Translate an `optimizers.presets.OptionError` to an error of the command line."""
+    """Translate an `optimizers.options.OptionError` to an error of the command line."""
     from optimizers.presets import OPTIONS, PRESETS
 
     is_unknown_option = name in PRESETS and error.key not in PRESETS[name].options and error.key != "name"

@@ -276,7 +276,9 @@ def _inside_group(group: str, text: str, keys: Mapping[str, Key]) -> str | None:
 
 def _example(key: Key, value: Any) -> str:
     if key.is_list:
-        return "[1]" if isinstance(value, list) else format_value([value])
+        # A list that is wrong has items of a wrong type; anything else becomes the one item of a list.
+        candidates = ("[1]", "[a,b]") if isinstance(value, list) else (format_value([value]),)
+        return next((text for text in candidates if key.accepts(text)), candidates[0])
     return "1" if key.is_number else "null"
 
 

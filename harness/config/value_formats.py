@@ -77,7 +77,7 @@ def check_folder_name(key: str, name: str) -> None:
 
 
 def clean_folder_name(name: str) -> str:
-    """Return the name with what `check` refuses replaced by "-", its length apart; "" for a name of such alone."""
+    """Return the name with characters that `check_folder_name` refuses replaced by "-"; "" if no others are left."""
     return "".join(letter if _is_plain(letter) else "-" for letter in name).strip(" .-") if name else ""
 
 

@@ -255,8 +255,8 @@ def _download(name: str) -> Path | None:
             except EntryNotFoundError:
                 continue
     except LocalEntryNotFoundError:
-        # The hub did not answer. Converting would only wait for it again, unless the user has said that there
-        # is not a hub; then the files of a tokenizer in its older form may still be at hand.
+        # The hub did not answer. Converting would only wait for it again, unless the user works offline
+        # (HF_HUB_OFFLINE); then the files of a tokenizer in its older form may still be available.
         if HF_HUB_OFFLINE:
             return None
         raise

@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, locked, or read within limits. Torch-free."""
+"""Files: written whole or not at all, locked, read within limits, found by pattern, hashed. Torch-free."""

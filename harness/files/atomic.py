@@ -17,7 +17,7 @@ from typing import Any
 from harness.errors import InputError
 
 PARTIAL = ".partial"
-"""How the temporary name of a folder ends that is being written, or was left behind by a process that died."""
+"""Suffix of the temporary name of a folder that is being written, or that a dead process left behind."""
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR)
 """Answers of file systems that cannot flush a folder (CIFS, some FUSE): their renames are as durable as they get."""
 _LONGEST_KEPT = 50

@@ -58,7 +58,7 @@ def listed(key: str, path: str) -> str:
 
 
 def _existing_folder(pattern: str) -> tuple[str, str]:
-    """The longest leading part of ``pattern`` that is an existing folder, and the rest."""
+    """Return the longest leading part of ``pattern`` that is an existing folder, and the rest."""
     end = len(pattern)
     while (end := pattern.rfind("/", 0, end)) >= 0:
         if os.path.isdir(pattern[: end + 1]):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import filelock
 
-from harness.errors import InputError
+from harness.errors import ExitCode, InputError
 from harness.files import atomic, locks
 from harness.process import exit_markers
 from harness.record import folder as run_folder
@@ -27,7 +27,12 @@ from harness.record import readers
 from harness.record.folder import REQUEUE, now
 from harness.record.readers import SILENT, Status
 
-EXIT_CODES = {"finished": 0, "diverged": 3, "failed": 3, "interrupted": 75}
+EXIT_CODES = {
+    "finished": ExitCode.DONE,
+    "diverged": ExitCode.RUN_FAILED,
+    "failed": ExitCode.RUN_FAILED,
+    "interrupted": ExitCode.RESUMABLE,
+}
 """Exit code of `optbench` by the state that a run ended in."""
 LOCK_S = 2.0
 """How long to wait for the lock of a folder whose processes have ended: the lock of a killed process is freed late."""
@@ -67,7 +72,10 @@ def finalize(
     early = "before the first step"
     if received is not None:
         unknown = RunOutcome(
-            folder, "interrupted", 75, f"stopped by {exit_markers.signal_name(received)} {early}"
+            folder,
+            "interrupted",
+            ExitCode.RESUMABLE,
+            f"stopped by {exit_markers.signal_name(received)} {early}",
         )
     else:
         unknown = RunOutcome(folder, "failed", 3, f"the processes ended with code {code} {early}")

@@ -254,7 +254,7 @@ def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: Su
 
 
 def _busy(submission: Submission, rows: Sequence[GridRow]) -> dict[int, str]:
-    """GridRow → job that waits for it or runs it, of the jobs that were submitted here."""
+    """Return row number → job that waits for the row or runs it, among the jobs submitted here."""
     tasks = {entry.task(row): row for entry in submission.jobs() for row in entry.rows}
     known = slurm.tasks(list(tasks))
     busy = {tasks[job]: job for job, task in known.items() if not task.is_over}

@@ -101,8 +101,8 @@ def bf16_peak(name: str) -> float | None:
     """Return the dense bf16 peak of a device, or None if it is unknown.
 
     Whole words of the name are compared, so that an L40 is not taken for an L4 nor an A10G for an A10; the entry with
-    the most words counts. A slice of a GPU (MIG) and a mobile version have an
-    unknown share of the peak.
+    the most words counts. A slice of a GPU (MIG) and a mobile version have an unknown
+    share of the peak.
 
     Args:
         name: as the driver reports it, such as "NVIDIA H100 80GB HBM3" or "NVIDIA A100-SXM4-80GB MIG 1g.10gb".

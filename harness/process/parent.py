@@ -1,4 +1,4 @@
-"""Notice that `optbench` or a launcher is gone, so that no training process goes on without who started it.
+"""Notice that `optbench` or a launcher is gone, so that no training process outlives the command that started it.
 
 A launcher between the two survives a SIGKILL of `optbench`, and a death signal (PR_SET_PDEATHSIG) would reach only
 the launcher. So each training process watches both, by process id and start time. Torch-free.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from harness.errors import ExitCode
 from harness.process.stop import KILLED, Stop
 
 VARIABLE = "OPTBENCH_PARENT"
@@ -24,8 +25,7 @@ _LAUNCHED = "TORCHELASTIC_RUN_ID"
 """Environment variable that torchrun and `accelerate launch` set in the processes that they start and wait for."""
 POLL_S = 1.0
 PATIENCE_S = 600.0
-"""How long a process that was asked to stop may take to save; one that hangs is ended then."""
-INTERRUPTED = 75
+"""How long a process that was asked to stop may take to save; a hanging one is killed then."""
 
 
 def environment() -> dict[str, str]:
@@ -85,6 +85,6 @@ def _watch(parents: Mapping[str, str]) -> None:
     Stop.abandoned = gone
     if not Stop.installed:
         # Nothing is trained yet.
-        os._exit(INTERRUPTED)
+        os._exit(ExitCode.RESUMABLE)
     time.sleep(PATIENCE_S)
     os._exit(KILLED + signal.SIGKILL)

@@ -23,6 +23,7 @@ _SOURCES = (
     "harness/engines",
     "harness/loop.py",
     "harness/protocols.py",
+    "harness/devices.py",
     "harness/optimizer.py",
     "harness/tracked_optimizer.py",
     "harness/data/micro_batches.py",

@@ -273,7 +273,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def ask_to_be_requeued(self, step: int) -> None:
-        """Leave the mark of a run that was stopped and can go on; exit codes do not pass every launcher."""
+        """Leave the mark of a run that was stopped and can be resumed; exit codes do not pass every launcher."""
         atomic.write_text(self.path / REQUEUE, f"{step}\n")
 
     @property

@@ -19,7 +19,7 @@
         checkpoints.attempt1/  checkpoints that later attempts did not resume from
         config.steps1000.yaml, summary.steps1000.json   of the run of so many steps that this one continues
         heartbeat/           a file a process: the step it is in, the line it executes; a few seconds old
-        REQUEUE              only in a run that was stopped and can go on: the steps done
+        REQUEUE              only in a run that was stopped and can be resumed: the steps done
         log.txt  wandb/  DONE (empty; only in a finished run)
 
 A run that was killed lacks summary.json and DONE; everything else is readable up to its last row.

@@ -24,7 +24,7 @@ FINISH_TIMEOUT_S = 60
 class WandbSink:
     """One W&B run per job, under the id that the run folder keeps.
 
-    A job that goes on (the same id) adds to its run what the run lacks: the rows that a killed process had not sent
+    A resumed job (the same id) adds to its run what the run lacks: the rows that a killed process had not sent
     (`catch_up`) and the new ones. Rows of steps that W&B has are left out: they repeat, and W&B takes none back.
 
     Every failure (no server, no disk, no package) is said once and ends the mirror, not the run. What could

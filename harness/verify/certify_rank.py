@@ -80,7 +80,7 @@ def trained(
 
     Args:
         words: overrides of the run.
-        defect: name of the deliberate defect.
+        defect: what is made wrong on purpose; `Defect()` for nothing.
         gradients: makes the recorder's gradient source; None: through the layout of an optbench optimizer.
     """
     prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)

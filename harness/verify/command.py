@@ -11,8 +11,8 @@ from pathlib import Path
 
 from harness import command_line
 from harness.command_line import Arguments
-from harness.commands import ExitCode
 from harness.console import for_tables
+from harness.errors import ExitCode
 from harness.files import atomic
 from harness.output import json_document
 from harness.record.certificates import Cell

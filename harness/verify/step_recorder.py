@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import optimizers
 from harness.loop import Run
 from harness.protocols import MetricRow
 from harness.tracked_optimizer import tracked
@@ -136,17 +137,16 @@ class StepRecorder:
             return step(*args, **kwargs)
 
         optimizer.step = recorded_step
-        stats = getattr(optimizer, "stats", None)
-        if stats is None:
+        if not isinstance(optimizer, optimizers.Optimizer):
             return
-        record = stats.record
+        record = optimizer.stats.record
 
-        def watched_record(rule: Any, stack: Any, update: Any, *rest: Any) -> None:
+        def watched_record(rule: Any, batch: Any, update: Any, *rest: Any) -> None:
             if update.factor is not None:
-                self._counts.update(stack.names)
-            record(rule, stack, update, *rest)
+                self._counts.update(batch.names)
+            record(rule, batch, update, *rest)
 
-        stats.record = watched_record
+        optimizer.stats.record = watched_record
 
     def due(self, step: int) -> bool:
         """Return True: every step is recorded."""

@@ -87,7 +87,7 @@ class BatchState:
                 state[matrix.parameter][matrix.key(kind)] = view
 
     def stacked(self, kind: str) -> Tensor:
-        """(b, …) state of all matrices; `bind` first."""
+        """Return the (b, …) state of all matrices; `bind` first."""
         return self._stacked[kind]
 
     def batch(
@@ -165,7 +165,7 @@ class BatchState:
         return self._flags
 
     def state_of(self, active: Sequence[int]) -> dict[str, Tensor]:
-        """kind → stacked state of the active matrices: the tensors themselves if all are, else copies."""
+        """Return kind → stacked state of the active matrices: the tensors themselves if all are, else copies."""
         if len(active) == len(self.matrices):
             return self._stacked
         return {kind: torch.stack([views[i] for i in active]) for kind, views in self._views.items()}
@@ -344,8 +344,10 @@ def _decay(weights: list[Tensor], decay: float | Tensor) -> None:
 
 
 def _in_place(batch: MatrixBatch, weights: Sequence[Tensor]) -> bool:
-    """Whether factors are multiplied straight into the weights: on a CPU that saves two passes over memory,
-    on a GPU it would cost a launch per matrix."""
+    """Return True if factors are multiplied straight into the weights.
+
+    On a CPU that saves two passes over memory; on a GPU it would cost a launch per matrix.
+    """
     return (
         batch.masked is None
         and weights[0].device.type == "cpu"
@@ -394,7 +396,7 @@ def apply_to_half(
         result, compensation = compensated(old, new - wide, batch.state["compensation"])
         batch.commit("compensation", compensation)
     else:
-        # ShardCollectives of one matrix must not all round by the same bits.
+        # Shards of one matrix must not all round by the same bits.
         name = f"{batch.names[0]}@{batch.start}" if batch.start else batch.names[0]
         result = rounded(new, old.dtype, rounding, name, batch.steps[0])
     if batch.masked is not None:

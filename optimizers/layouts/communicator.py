@@ -29,8 +29,8 @@ class Communicator:
     Attributes:
         rank: of this process in the group.
         size: processes in the group.
-        sent: kind of collective → bytes that this rank has sent since construction, by the ring convention
-            (DESIGN.md, section 2): all-reduce 2B(W-1)/W, all-gather and reduce-scatter B(W-1)/W of the whole
+        sent: kind of collective → bytes that this rank has sent since construction, by the ring
+            convention: all-reduce 2B(W-1)/W, all-gather and reduce-scatter B(W-1)/W of the whole
             buffer B, all-to-all what leaves the rank, broadcast B(W-1)/W.
         calls: kind of collective → how often it was issued.
     """

@@ -9,18 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.partitioned import Flat, PartitionedLayout, Slot
 
-if TYPE_CHECKING:
-    from optimizers.optimizer import Optimizer
+
+class PartitionedOptimizer(Protocol):
+    """What `attach` needs of an optimizer: `optimizers.Optimizer` has it."""
+
+    @property
+    def parameters_of_groups(self) -> list[list[Tensor]]:
+        """Return the parameters of each group as they were given."""
+        ...
+
+    def attach(self, layout: PartitionedLayout) -> None:
+        """Step the partitions of `layout` from now on; allocate their state."""
+        ...
 
 
-def attach(optimizer: Optimizer, engine: Any) -> None:
+def attach(optimizer: PartitionedOptimizer, engine: Any) -> None:
     """Let `optimizer` step the partitions of a DeepSpeed engine; allocates its state.
 
     Args:

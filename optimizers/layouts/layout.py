@@ -199,8 +199,10 @@ class Layout(Protocol):
         ...
 
     def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
-        """(k,) bool of gradients of which this process may hold a part → element-wise or over all that hold parts: a
-        collective where there are several."""
+        """Reduce (k,) bool flags by an element-wise or over the processes that hold parts of these gradients.
+
+        A collective where there are several.
+        """
         ...
 
     def weight(self, parameter: Tensor) -> Tensor:
@@ -332,11 +334,20 @@ def _steps(rule: Rule, batch: MatrixBatch) -> Steps[Update]:
     return (yield from update) if isinstance(update, Generator) else update
 
 
+_KINDS = (AllReduce, SolveRoot, BroadcastBasis, GatherPolar)
+"""What a rule may yield besides `InTurn`; in this order, the same on all ranks, a phase becomes collectives."""
+
+
 def answer(requests: Sequence[Request | list[Request]], collectives: Collectives) -> deque[Any]:
     """Answer one phase: one reply for each entry, a list of replies for a list of requests."""
     flat = [one for entry in requests for one in (entry if isinstance(entry, list) else [entry])]
+    for one in flat:
+        if not isinstance(one, _KINDS):
+            raise TypeError(
+                f"update yields {one!r:.60}, which is not a request; an Update is returned, not yielded"
+            )
     replies: dict[int, Any] = {}
-    for kind in (AllReduce, SolveRoot, BroadcastBasis, GatherPolar):
+    for kind in _KINDS:
         positions = [i for i, request in enumerate(flat) if isinstance(request, kind)]
         if positions:
             replies.update(zip(positions, _collective(kind, [flat[i] for i in positions], collectives)))

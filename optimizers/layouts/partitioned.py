@@ -447,7 +447,7 @@ def _owner(index: int, pieces: Sequence[Interval]) -> int:
 
 
 def _block_slot(block: Block, slot: Slot, rank: int, whole: Sequence[int]) -> Slot:
-    """Where a matrix of a fused parameter of shape `whole` lies.
+    """Return where a matrix of a fused parameter of shape `whole` is.
 
     Raises:
         TypeError: its elements are no interval of the flattened parameter.

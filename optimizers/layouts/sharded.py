@@ -201,8 +201,7 @@ class ShardCollectives:
 
 
 def _dealt(count: int, ranks: int, start: int) -> list[tuple[int, int]]:
-    """Contiguous shares of `count` matrices, sizes differing by at most one; the longer ones begin at rank
-    `start`."""
+    """Return contiguous shares of `count` matrices that differ by at most one; the longer ones begin at `start`."""
     small, extra = divmod(count, ranks)
     shares, lo = [], 0
     for rank in range(ranks):
@@ -217,7 +216,7 @@ def _length(shares: Sequence[tuple[int, int]], rank: int) -> int:
 
 
 def _packed(batches: Sequence[Tensor], shares: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    """(W, longest): row q holds rank q's share of every batch, padded."""
+    """Return (W, longest): row q holds rank q's share of every batch, padded."""
     rows = [
         torch.cat([batch[lo:hi].reshape(-1) for batch, (lo, hi) in zip(batches, parts)])
         for parts in zip(*shares)
@@ -409,10 +408,10 @@ class ShardedLayout:
         intervals = []
         for rank in range(self._ranks.size):
             interval = self._interval(matrix.parameter, axis, rank)
-            views = shard_view_of(matrix.block, axis, interval)
-            assert views.split is not None
-            other = matrix.block.shape[1 - views.split]
-            intervals.append((views.start * other, (views.start + views.shape[views.split]) * other))
+            view = shard_view_of(matrix.block, axis, interval)
+            assert view.split is not None
+            other = matrix.block.shape[1 - view.split]
+            intervals.append((view.start * other, (view.start + view.shape[view.split]) * other))
         return intervals
 
     def step_units(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[StepUnit]:

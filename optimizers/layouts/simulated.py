@@ -37,9 +37,9 @@ class SimulatedShards(ShardedLayout):
 
     def local_view(self, parameter: Tensor, block: Block) -> LocalView:
         """Return a view of the real size, without numbers."""
-        views = super().local_view(parameter, block)
-        assert isinstance(views, ShardView)
-        return EmptyView(views.shape, views.split, views.start, views.shard_bounds)
+        view = super().local_view(parameter, block)
+        assert isinstance(view, ShardView)
+        return EmptyView(view.shape, view.split, view.start, view.shard_bounds)
 
     def weight(self, parameter: Tensor) -> Tensor:
         """Return a tensor of the shard's size."""

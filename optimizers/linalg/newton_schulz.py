@@ -70,8 +70,9 @@ def cubic(
     norm: str = "frobenius",
     eps: float = 1e-7,
 ) -> Tensor:
-    """Apply the cubic Newton-Schulz X ← (3X - XXᵀX)/2, which converges slowly to the polar factor if κ is
-    large.
+    """Apply the cubic Newton-Schulz X ← (3X - XXᵀX)/2.
+
+    It converges to the polar factor, slowly if κ is large.
 
     Args:
         matrix: (…, m, n).

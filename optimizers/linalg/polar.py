@@ -179,8 +179,10 @@ def _by_gram(tall: Tensor, rtol: float, sync: bool) -> _Solution:
 def _by_rescue(
     tall: Tensor, which: Tensor, rtol: float, solution: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `solution` with the matrices `which` (b,) recomputed by QR-SVD, which a Gram matrix is too
-    inaccurate for."""
+    """Return `solution` with the matrices `which` (b,) recomputed by QR-SVD.
+
+    A Gram matrix is too inaccurate for them.
+    """
     factor, values, rank = solution
     for index in which.nonzero().flatten().tolist():
         left, exact, right = rescue_svd(tall[index])

@@ -256,3 +256,13 @@ def test_a_folder_that_cannot_be_written_is_found_first(
     assert printed.err.startswith(f"--out: {place} cannot be written")
     assert len(printed.err.splitlines()) == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["list", "--json"], 0), (["train", "stps=1", "--json"], 2)])
+def test_a_closed_standard_output_changes_no_exit_code(arguments: list[str], code: int) -> None:
+    command = [sys.executable, "-m", "harness.cli", *arguments]
+    ended = subprocess.run(
+        ["bash", "-c", '"$@" >&-', "bash", *command], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr

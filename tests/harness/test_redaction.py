@@ -31,7 +31,7 @@ HARMLESS = [
     "PATH", "PWD", "OLDPWD", "NCCL_SOCKET_IFNAME", "TOKENIZERS_PARALLELISM", "eval.tokens", "MAX_TOKENS", "eos_token",
     "pad_token_id", "train_tokens_available", "comparison_key", "KEYBOARD", "MONKEY", "SEED", "OMP_NUM_THREADS",
     "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "PASSIVE", "SSH_AUTH_SOCK", "PUBLIC_KEY", "tokens", "tokens_per_s", "AUTHOR",
-    "data.tokenizer", "num_key_value_heads", "key",
+    "data.tokenizer", "num_key_value_heads", "key", "forward_pass", "backward_passes",
 ]  # fmt: skip
 FORMS = [
     "hf_abcdefghijklmnopqrstuvwx", "ghp_abcdefghijklmnopqrstuvwxyz0123456789", "AKIAIOSFODNN7EXAMPLE",

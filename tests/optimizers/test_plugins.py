@@ -187,6 +187,10 @@ BROKEN = {
     "no update": (
         "class Bad(Rule):\n" + STATE + STEP.replace("Update(b.gradient)", "b.gradient"), "must return an optimizers",
     ),
+    "yielded": (
+        "class Bad(Rule):\n" + STATE + STEP.replace("return Update", "yield Update"),
+        "yields Update.*an Update is returned",
+    ),
     "state shape": ("class Bad(Rule):\n" + STATE.replace("shape}", "4}") + STEP, "state velocity the shape 4"),
     "state name": ("class Bad(Rule):\n" + STATE.replace("velocity", "step") + STEP, "calls a state 'step'"),
     "default": ("class Bad(Rule):\n    defaults = {'momentum': 7}\n" + STATE + STEP, "not allowed: momentum: 7"),

@@ -15,6 +15,7 @@ from harness.config import cluster
 from harness.errors import InputError
 from harness.jobs import scripts, slurm
 from harness.jobs.scripts import Job, Kind
+from harness.process import exit_markers
 
 HOSTILE = [
     "name='a \"b\" $HOME `id`'",
@@ -38,6 +39,12 @@ def _directives(text: str) -> dict[str, str]:
     found = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
     assert len({key for key, _ in found}) == len(found), "a directive twice"
     return dict(found)
+
+
+@pytest.mark.parametrize("variable", [exit_markers.FOLDER_VARIABLE, exit_markers.ERROR_VARIABLE])
+@pytest.mark.parametrize("kind", ["train", "sweep"])
+def test_a_job_sets_what_its_processes_read(kind: Kind, variable: str) -> None:
+    assert re.search(rf"^export .*\b{variable}=", _render(kind), re.MULTILINE)
 
 
 def test_words_reach_the_run_unchanged() -> None:
