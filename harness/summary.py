@@ -50,9 +50,11 @@ def warnings(run: Run, train_tokens: int) -> list[str]:
         lines.append(
             f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
         )
-    if run.engine.device.type == "cuda" and config.precision != "fp32" and run.info.peak_flops is None:
+    if run.engine.device.type == "cuda" and run.info.peak_flops is None:
         name = device_name(run.engine.device)
-        lines.append(f"no throughput/mfu: the peak of {name} is unknown (peak_flops=… FLOP/s gives it)")
+        lines.append(
+            f"no throughput/mfu: the {config.precision} peak of {name} is unknown (peak_flops=… FLOP/s gives it)"
+        )
     return lines
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from harness.config.schema import RunConfig
+from harness.device_specs import device_spec
 from harness.errors import InputError
 from harness.model import decoder_layers
 from harness.plan import activations
@@ -21,7 +22,7 @@ from harness.plan.simulated_rank import (
     simulate,
     with_layers,
 )
-from harness.probes.flops import FlopCount, bf16_peak
+from harness.probes.flops import FlopCount
 
 MAX_DEPTH = 128
 """Largest number of layers that is simulated; deeper models are extrapolated from two depths."""
@@ -158,7 +159,7 @@ def _step_time(config: RunConfig, flops: float) -> dict[str, dict[str, float]] |
     assert config.world_size is not None
     if config.precision not in activations.HALF:
         return None
-    peaks = {name: bf16_peak(name) for name in _DEVICES}
+    peaks = {name: spec.bf16 for name in _DEVICES if (spec := device_spec(name))}
     return {
         name: {"forward_backward_at_peak": flops / config.world_size / peak}
         for name, peak in peaks.items()
