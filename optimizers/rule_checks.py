@@ -22,6 +22,13 @@ from optimizers.skipping import StepMask
 _SHAPES = ((4, 6), (6, 4))
 _COUNT = 2
 
+_RENAMED = {
+    "factors": "low_rank_form",
+    "row_traffic": "sharded_step_bytes",
+    "spectrum_of_state": "state_holds_spectrum",
+}
+"""Optional methods of `Rule` by their former names. A rule that still has one would be run without it."""
+
 
 def checked(name: str, point: Any, known: Mapping[str, Option], common: Mapping[str, Any]) -> Rule:
     """Load and check the rule of an entry point.
@@ -63,12 +70,18 @@ def checked(name: str, point: Any, known: Mapping[str, Option], common: Mapping[
 
 def _refuse_old_contract(name: str, target: Any) -> None:
     kind = target if isinstance(target, type) else type(target)
-    if issubclass(kind, Rule) and hasattr(kind, "step") and kind.update is Rule.update:
+    if not issubclass(kind, Rule):
+        return
+    if hasattr(kind, "step") and kind.update is Rule.update:
         raise _refused(
             name,
             "defines step(stacks, rows), which rules no longer have: write update(self, b) for one batch b of "
             "same-shape matrices that returns optimizers.Update(…) (docs/optimizers.md, A rule of your own)",
         )
+    for old, new in _RENAMED.items():
+        # A helper of that name in a rule that has the new method, too, is the rule's own affair.
+        if hasattr(kind, old) and getattr(kind, new) is getattr(Rule, new):
+            raise _refused(name, f"defines {old}, which is now called {new}: rename it")
 
 
 def own_options(name: str, rule: Rule, known: Mapping[str, Option]) -> dict[str, Option]:

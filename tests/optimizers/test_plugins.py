@@ -178,6 +178,10 @@ BROKEN = {
     "raises at import": ("1 / 0\n", "cannot be loaded from .*ZeroDivisionError"),
     "lacks update": ("class Bad(Rule):\n" + STATE, "cannot be loaded .*abstract"),
     "old contract": ("class Bad(Rule):\n" + STATE + OLD, r"defines step\(stacks, rows\).* write update\(self, b\)"),
+    "old method": (
+        "class Bad(Rule):\n    def row_traffic(self, *_):\n        return 0.0\n" + STATE + STEP,
+        "defines row_traffic, which is now called sharded_step_bytes",
+    ),
     "other key": (
         "class Bad(Rule):\n" + STATE + STEP.replace("b.gradient", "b.state['moment']"),
         "fails on 4×6 matrices .KeyError: 'moment'",
@@ -214,6 +218,13 @@ def test_a_broken_rule_is_refused_in_one_sentence(case: str, install: Install) -
     assert "\n" not in str(caught.value)
     with pytest.raises(optimizers.OptionError):
         optimizers.resolve("bad")
+
+
+def test_a_helper_under_a_former_name_is_the_own_affair_of_a_rule_of_today(install: Install) -> None:
+    helper = "    def factors(self):\n        return 1\n"
+    method = "    def low_rank_form(self, shape, options):\n        return None\n"
+    install("good", "Good", HEAD + "class Good(Rule):\n" + helper + method + STATE + STEP)
+    optimizers.build("good", [("w", nn.Parameter(torch.zeros(4, 6)))], lr=0.1)
 
 
 def test_show_promises_what_train_finds(install: Install) -> None:
