@@ -4,6 +4,7 @@ compensation."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,40 @@ class Rounding:
 
         A step that was undone therefore repeats exactly, and equal replicas round equally.
         """
-        digest = hashlib.sha256(f"{self.seed}/{name}/{step}/rounding".encode()).digest()
-        generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        (stream,) = self.streams(like.device, [name], step)
+        return stream.draw(like.numel()).view(like.shape)
+
+    def streams(self, device: torch.device, names: Sequence[str], step: int) -> list[RandomBits]:
+        """Return one stream of these bits for each name."""
+        return [RandomBits(device, f"{self.seed}/{name}/{step}/rounding") for name in names]
+
+    def needs_bits(self, dtype: torch.dtype) -> bool:
+        """Return True if weights of this dtype are rounded with random bits."""
+        return self.mode == "stochastic" and dtype == torch.bfloat16
+
+
+class RandomBits:
+    """A stream of random numbers in [0, 65536), a function of its key alone.
+
+    On a CPU pieces that are drawn one after the other are those of one draw.
+
+    Args:
+        device: of the numbers.
+        key: any text.
+    """
+
+    def __init__(self, device: torch.device, key: str) -> None:
+        self._device = device
+        if device.type != "meta":
+            seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+            self._generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(self, count: int) -> Tensor:
+        """Return the next numbers, (count,) int32."""
+        if self._device.type == "meta":
+            return torch.empty(count, dtype=torch.int32, device="meta")
         return torch.randint(
-            0, 1 << 16, like.shape, generator=generator, device=like.device, dtype=torch.int32
+            0, 1 << 16, (count,), generator=self._generator, device=self._device, dtype=torch.int32
         )
 
 
@@ -46,7 +77,7 @@ def stochastic_bf16(value: Tensor, bits: Tensor) -> Tensor:
 
 def rounded(value: Tensor, dtype: torch.dtype, rounding: Rounding, name: str, step: int) -> Tensor:
     """Return an fp32 tensor in a weight's dtype ("nearest" or "stochastic")."""
-    if rounding.mode == "stochastic" and dtype == torch.bfloat16:
+    if rounding.needs_bits(dtype):
         return stochastic_bf16(value, rounding.bits(value, name, step))
     return value.to(dtype)
 

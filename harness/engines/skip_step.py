@@ -102,9 +102,13 @@ class SkipStepEngine(ProcessEngine):
 def set_nonfinite(gradients: Iterable[torch.Tensor], where: torch.Tensor) -> None:
     """Multiply the first element of each tensor, whatever its strides, by NaN where ``where`` is true, else by 1."""
     factor = torch.where(where, math.nan, 1.0)
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
     for gradient in gradients:
         if gradient.numel():
-            gradient[(0,) * gradient.ndim].mul_(factor)
+            by_dtype.setdefault(gradient.dtype, []).append(gradient[(0,) * gradient.ndim])
+    for dtype, elements in by_dtype.items():
+        # On CUDA only a factor of their own dtype lets one kernel take all of them.
+        torch._foreach_mul_(elements, factor.to(dtype))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def root_sum_square(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

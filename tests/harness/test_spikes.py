@@ -90,7 +90,7 @@ def test_the_guard_is_part_of_a_run_s_identity_where_it_is_on() -> None:
 def test_a_gradient_is_voided_whatever_its_strides(where: bool) -> None:
     """Columns of a shard are not contiguous memory; an empty shard has no first element."""
     whole = torch.ones(4, 6)
-    gradients = [whole[:, 2:4], torch.empty(0, 3), torch.ones(()), torch.ones(5)]
+    gradients = [whole[:, 2:4], torch.empty(0, 3), torch.ones(()), torch.ones(5, dtype=torch.bfloat16)]
     set_nonfinite(gradients, torch.tensor(where))
     assert [bool(g.isfinite().all()) for g in gradients] == [not where, True, not where, not where]
     assert int(whole.isfinite().sum()) == 24 - where

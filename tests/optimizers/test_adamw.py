@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimizers
 from optimizers.reference import AdamW
+from optimizers.rounding import Rounding, compensated, rounded
+from optimizers.rules.parts import adamw_kernels
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -98,3 +104,119 @@ def test_spectra_are_those_of_the_hidden_matrices() -> None:
     assert list(spectra) == ["w"]
     expected = torch.linalg.svdvals(optimizer.state[params[0]]["moment"])
     torch.testing.assert_close(spectra["w"], expected, rtol=1e-5, atol=1e-7)
+
+
+HALF_SHAPES = [(40, 24), (24,), (3, 5, 7), (130, 70), (0,), (1,)]
+
+
+def half_weights() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=generator).bfloat16() for s in HALF_SHAPES]
+    image = torch.randn(4, 6, 8, 8, generator=generator).bfloat16()
+    return [*weights, image.to(memory_format=torch.channels_last)]
+
+
+def step_half(mode: str, masked_step: int | None, stepper: Any, steps: int = 4) -> list[torch.Tensor]:
+    """Step half-precision weights of several shapes; return them and their state."""
+    weights = half_weights()
+    states = [
+        {kind: torch.zeros_like(w, dtype=dtype) for kind, dtype in adamw_kernels.state_kinds(mode, w).items()}
+        for w in weights
+    ]
+    settings = adamw_kernels.AdamWSettings(1e-2, 0.1, (0.9, 0.95), 1e-8, "corrected", Rounding(mode, 3))
+    generator = torch.Generator().manual_seed(1)
+    for t in range(steps):
+        gradients = [torch.randn(w.shape, generator=generator).bfloat16() for w in weights]
+        found_inf = None if masked_step is None else torch.tensor([float(t == masked_step)])
+        if t == masked_step:
+            gradients[0][0, 0] = torch.nan
+        current = [{**state, "step": t} for state in states]
+        names = [f"p{i}" for i in range(len(weights))]
+        stepper(weights, gradients, current, settings, names, found_inf)
+    return [*weights, *(tensor for state in states for tensor in state.values())]
+
+
+def tensor_by_tensor(
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    states: list[dict[str, Any]],
+    s: adamw_kernels.AdamWSettings,
+    names: list[str],
+    found_inf: torch.Tensor | None,
+) -> None:
+    """The step of half-precision weights in plain words: each whole tensor after the other."""
+    if found_inf is not None and found_inf > 0:
+        return
+    for weight, gradient, state, name in zip(weights, gradients, states, names):
+        now = state["step"] + 1
+        wide, gradient = weight.float(), gradient.float()
+        state["moment"].lerp_(gradient, 1.0 - s.betas[0])
+        state["second_moment"].mul_(s.betas[1]).addcmul_(gradient, gradient, value=1.0 - s.betas[1])
+        root = state["second_moment"].sqrt() / math.sqrt(1.0 - s.betas[1] ** now)
+        direction = state["moment"] / (1.0 - s.betas[0] ** now) / (root + s.eps)
+        change = -s.lr * (direction + s.weight_decay * wide)
+        if s.rounding.mode == "kahan":
+            new, lost = compensated(weight, change, state["compensation"])
+            state["compensation"].copy_(lost)
+        else:
+            new = rounded(wide + change, weight.dtype, s.rounding, name, now)
+        weight.copy_(new)
+
+
+@pytest.mark.parametrize("limit", [7, 1000, 1 << 17])
+@pytest.mark.parametrize("masked_step", [None, 2])
+@pytest.mark.parametrize("mode", ["nearest", "stochastic", "kahan"])
+def test_chunks_of_half_weights_have_the_bits_of_whole_tensors(
+    mode: str, masked_step: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = step_half(mode, masked_step, tensor_by_tensor)
+    monkeypatch.setitem(adamw_kernels.CHUNK_ELEMENTS, "cpu", limit)
+    found = step_half(mode, masked_step, adamw_kernels.step)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Operators(TorchDispatchMode):
+    """Count operators that compute, and remember the largest fp32 tensor that one of them made."""
+
+    VIEWS = ("view", "slice", "split", "detach", "_unsafe_view", "split_with_sizes", "reshape")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in self.VIEWS:
+            self.count += 1
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("mode", ["nearest", "kahan"])
+def test_operators_do_not_grow_with_the_number_of_half_parameters(mode: str) -> None:
+    settings = adamw_kernels.AdamWSettings(1e-2, 0.1, (0.9, 0.95), 1e-8, "corrected", Rounding(mode))
+
+    def operators(copies: int) -> int:
+        weights = [torch.ones(8, 8, dtype=torch.bfloat16) for _ in range(copies)]
+        states = [
+            {kind: torch.zeros(8, 8, dtype=dtype) for kind, dtype in kinds.items()} | {"step": 0}
+            for kinds in (adamw_kernels.state_kinds(mode, w) for w in weights)
+        ]
+        names = [str(i) for i in range(copies)]
+        with Operators() as counted:
+            adamw_kernels.step(weights, [torch.ones_like(w) for w in weights], states, settings, names, None)
+        return counted.count - copies  # the gradients
+
+    # 40 parameters took 600 operators as 40 tensors.
+    assert operators(40) == operators(2) < 45
+
+
+def test_temporaries_of_half_parameters_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(adamw_kernels.CHUNK_ELEMENTS, "cpu", 512)
+    weight, gradient = torch.ones(2, 100, 100, dtype=torch.bfloat16).unbind(0)
+    state = {"moment": torch.zeros(100, 100), "second_moment": torch.zeros(100, 100), "step": 0}
+    settings = adamw_kernels.AdamWSettings(1e-2, 0.1, (0.9, 0.95), 1e-8, "corrected", Rounding("stochastic"))
+    with Operators() as counted:
+        adamw_kernels.step([weight], [gradient], [state], settings, ["w"], None)
+    assert counted.largest == 512

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optimizers.interfaces import compute_dtype
-from optimizers.rounding import Rounding, compensated, rounded
+from optimizers.rounding import Rounding, compensated, stochastic_bf16
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+# Elements of half-precision weights that are stepped at once. A step holds about ten fp32 temporaries of this many: on
+# a CPU they should stay in its caches (2¹⁷ took 0.69 of the time of whole tensors); on a
+# GPU 2²⁵ are 1.3 GB, and few kernels.
+CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 
 
 def state_kinds(rounding: str, parameter: Tensor) -> dict[str, torch.dtype]:
@@ -110,26 +115,94 @@ def _in_fp32(
     mask: Tensor | None,
     names: list[str],
 ) -> None:
-    """Step half-precision weights: fp32 moments and an fp32 update, which is rounded once."""
+    """Step half-precision weights: fp32 moments and an fp32 update, which is rounded once.
+
+    Chunks of flattened parameters take the step as one tensor each, so that the number of operators does not grow with
+    the number of parameters, nor the temporary memory with their size.
+    """
+    device, dtype = weights[0].device, weights[0].dtype
+    moments = [state["moment"] for state in states]
+    seconds = [state["second_moment"] for state in states]
+    has_lost = s.rounding.mode == "kahan" and "compensation" in states[0]
+    lost = [state["compensation"] for state in states] if has_lost else None
+    stored = [weights, moments, seconds, *([] if lost is None else [lost])]
     bias1, bias2 = 1.0 - s.betas[0] ** now, math.sqrt(1.0 - s.betas[1] ** now)
     masked = None if mask is None else mask.reshape(()) > 0
-    for weight, grad, state, name in zip(weights, gradients, states, names):
-        moment, second = state["moment"], state["second_moment"]
-        gradient = grad.to(moment.dtype)
+    random_bits = s.rounding.streams(device, names, now) if s.rounding.needs_bits(dtype) else None
+    limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+    for chunk in _chunks(stored, limit):
+        weight, moment, second = _joined(weights, chunk), _joined(moments, chunk), _joined(seconds, chunk)
+        gradient = _joined(gradients, chunk).to(moment.dtype)
         first = torch.lerp(moment, gradient, 1.0 - s.betas[0])
         squares = torch.addcmul(s.betas[1] * second, gradient, gradient, value=1.0 - s.betas[1])
-        step_ = first / bias1 / (squares.sqrt() / bias2 + s.eps_at(now))
+        direction = first / bias1 / (squares.sqrt() / bias2 + s.eps_at(now))
         wide = weight.to(moment.dtype)
-        change = -s.lr * (step_ + s.weight_decay * wide)
-        if s.rounding.mode == "kahan" and "compensation" in state:
-            result, lost = compensated(weight, change, state["compensation"])
-            _commit(state["compensation"], lost, masked)
+        change = -s.lr * (direction + s.weight_decay * wide)
+        if lost is not None:
+            before = _joined(lost, chunk)
+            result, after = compensated(weight, change, before)
+            _commit(lost, chunk, before, after, masked)
+        elif random_bits is not None:
+            bits = [random_bits[piece.tensor].draw(piece.end - piece.start) for piece in chunk]
+            result = stochastic_bf16(wide + change, torch.cat(bits))
         else:
-            result = rounded(wide + change, weight.dtype, s.rounding, name, now)
-        _commit(weight, result, masked)
-        _commit(moment, first, masked)
-        _commit(second, squares, masked)
+            result = (wide + change).to(dtype)
+        _commit(weights, chunk, weight, result, masked)
+        _commit(moments, chunk, moment, first, masked)
+        _commit(seconds, chunk, second, squares, masked)
 
 
-def _commit(target: Tensor, value: Tensor, masked: Tensor | None) -> None:
-    target.copy_(value if masked is None else torch.where(masked, target, value))
+class _Piece(NamedTuple):
+    """Elements [start, end) of the flattened parameter at position `tensor`."""
+
+    tensor: int
+    start: int
+    end: int
+
+
+def _chunks(stored: Sequence[list[Tensor]], limit: int) -> Iterator[list[_Piece]]:
+    """Yield lists of pieces that cover all parameters in order, with at most `limit` elements in each list.
+
+    A tensor whose memory is not in the order of its elements has no flat views to write to: it stays whole.
+    """
+    chunk: list[_Piece] = []
+    room = limit
+    for i, weight in enumerate(stored[0]):
+        is_flat = all(tensors[i].is_contiguous() for tensors in stored)
+        start, size = 0, weight.numel()
+        while start < size:
+            if not is_flat and chunk and size > room:
+                yield chunk
+                chunk, room = [], limit
+            end = min(size, start + room) if is_flat else size
+            chunk.append(_Piece(i, start, end))
+            room -= end - start
+            start = end
+            if room <= 0:
+                yield chunk
+                chunk, room = [], limit
+    if chunk:
+        yield chunk
+
+
+def _joined(tensors: Sequence[Tensor], chunk: Sequence[_Piece]) -> Tensor:
+    """Return the elements of a chunk, 1-D; a single piece is a view of its tensor where it can be."""
+    parts = [tensors[piece.tensor].reshape(-1)[piece.start : piece.end] for piece in chunk]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _commit(
+    targets: Sequence[Tensor], chunk: Sequence[_Piece], old: Tensor, new: Tensor, masked: Tensor | None
+) -> None:
+    """Write the new elements of a chunk into the tensors; the old ones where the step is masked."""
+    new = new if masked is None else torch.where(masked, old, new)
+    parts = new.split([piece.end - piece.start for piece in chunk])
+    places = []
+    for piece, part in zip(chunk, parts):
+        target = targets[piece.tensor]
+        places.append(
+            (target.view(-1)[piece.start : piece.end], part)
+            if target.is_contiguous()
+            else (target, part.view(target.shape))
+        )
+    torch._foreach_copy_([place for place, _ in places], [part for _, part in places])  # pyright: ignore[reportPrivateImportUsage]
