@@ -69,7 +69,7 @@ class Engine(Protocol):
         ...
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
-        """Enclose forward and backward of one micro-batch; only the ``last`` one reduces gradients (means)."""
+        """Enclose forward and backward of one micro-batch; after the ``last`` one the gradients are reduced (means)."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ _OWNERS: dict[str, tuple[str, ...]] = {
     "shard_axis": SHARDED,
     "replicas": ("hsdp",),
     "reshard_after_forward": SHARDED,
+    "reduce_every_micro_batch": SHARDED,
     "config_file": ZERO,
 }
 """Key of `EngineConfig` → engines that read it; keys that are not here belong to all."""
@@ -57,6 +58,7 @@ def check(config: RunConfig, environ: Mapping[str, str], world_size: int) -> dic
         raise InputError("engine.name", "single", reason, fix="engine=ddp, or world_size=1")
     _check_keys(engine, name)
     _check_replicas(engine, name, world_size)
+    _check_reduction(config, name)
     values = engine.model_dump() | {"name": name}
     if name in ZERO:
         values["config_file"] = engine.config_file or launcher.deepspeed_file(environ)
@@ -95,6 +97,29 @@ def _check_replicas(engine: EngineConfig, name: str, world_size: int) -> None:
             allowed=divisors,
             fix=f"engine.replicas={nearest}",
         )
+
+
+def reduces_every_micro_batch(config: RunConfig) -> bool:
+    """Return True if every micro-batch's gradients are reduced into shards, under `fsdp2` and `hsdp`.
+
+    Args:
+        config: with a sharded engine by name.
+    """
+    asked = config.engine.reduce_every_micro_batch
+    return _keeps_fp32_shards(config, config.engine.name) if asked == "auto" else asked
+
+
+def _keeps_fp32_shards(config: RunConfig, name: str) -> bool:
+    # torch 2.13 (`foreach_reduce`) adds reduced gradients up in the dtype of the weights; with a mesh of replicas it
+    # adds them up in the reduction's dtype, before the one all-reduce of the step.
+    return name == "hsdp" or config.precision != "bf16_pure"
+
+
+def _check_reduction(config: RunConfig, name: str) -> None:
+    if config.engine.reduce_every_micro_batch is True and not _keeps_fp32_shards(config, name):
+        reason = "would add the gradients of micro-batches up in bf16 with precision=bf16_pure"
+        fix = "engine.reduce_every_micro_batch=auto, or precision=bf16"
+        raise InputError("engine.reduce_every_micro_batch", "true", reason, fix=fix)
 
 
 def _check_deepspeed(config: RunConfig, name: str) -> None:

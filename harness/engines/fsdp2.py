@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from harness.config.engine_checks import reduces_every_micro_batch
 from harness.config.schema import RunConfig
 from harness.devices import tensor_bytes
 from harness.engines.skip_step import SkipStepEngine, root_sum_square
@@ -45,6 +46,7 @@ class ShardedEngine(SkipStepEngine):
         self._shard_group = self._mesh.get_group("shard")
         self.shards = self._mesh["shard"].size()
         self._reshard = config.engine.reshard_after_forward
+        self._reduces_each = reduces_every_micro_batch(config)
         compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         # bf16_pure has bf16 weights; their gradients, too, are summed over the processes in fp32.
         reduce = torch.float32 if compute or config.precision == "bf16_pure" else None
@@ -88,8 +90,16 @@ class ShardedEngine(SkipStepEngine):
         return nullcontext()
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
-        """Let only the last micro-batch communicate: before it, whole fp32 gradients add up on each process."""
-        cast(FSDPModule, self.model).set_requires_gradient_sync(last)
+        """Reduce the gradients of every micro-batch into fp32 shards, or add whole fp32 ones up until the last.
+
+        Between replicas only the last micro-batch communicates.
+        """
+        model = cast(FSDPModule, self.model)
+        if not self._reduces_each:
+            model.set_requires_gradient_sync(last)
+        elif self.name == "hsdp":
+            # Until then torch keeps the shards' sums of this replica, in the dtype of the reduction.
+            model.set_requires_all_reduce(last)
         return nullcontext()
 
     @contextmanager

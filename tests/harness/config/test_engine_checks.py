@@ -48,6 +48,11 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["engine.shard_axis: 1 has no effect with engine=ddp"],
     ),
     ({"engine__name": "zero3", "engine__reshard_after_forward": False}, ["has no effect with engine=zero3"]),
+    ({"engine__name": "ddp", "engine__reduce_every_micro_batch": True}, ["has no effect with engine=ddp"]),
+    (
+        {"engine__name": "fsdp2", "engine__reduce_every_micro_batch": True, "precision": "bf16_pure"},
+        ["engine.reduce_every_micro_batch: true would add", "fix: engine.reduce_every_micro_batch=auto"],
+    ),
     ({"engine__name": "fsdp2", "engine__optimizer_work": "split"}, ["engine.optimizer_work: split"]),
     (
         {"engine__name": "fsdp2", "engine__config_file": "x.json"},

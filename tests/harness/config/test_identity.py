@@ -36,6 +36,7 @@ SAME = [
     {"engine__shard_axis": 1},
     {"engine__replicas": 2},
     {"engine__reshard_after_forward": False},
+    {"engine__reduce_every_micro_batch": False},
     {"engine__config_file": "x"},
     {"log_every": 3},
     {"eval__every": 3},

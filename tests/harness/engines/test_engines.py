@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from harness import engines
 from harness.config import deepspeed_config
+from harness.devices import tensor_bytes
 from harness.errors import InputError
-from harness.loop import Run
+from harness.loop import Run, forward_backward
 from harness.preparation import prepare
+from harness.run import assemble
 from tests.distributed.pool import RankPool
 from tests.harness.running import Trained, in_new_process, small, trained, update_error, write_documents
 
@@ -31,6 +34,7 @@ PAIRS = {
     "ddp": ("engine=ddp",),
     "fsdp2": ("engine=fsdp2",),
     "fsdp2-axis1": ("engine=fsdp2", "engine.shard_axis=1", "engine.reshard_after_forward=false"),
+    "fsdp2-once": ("engine=fsdp2", "engine.reduce_every_micro_batch=false"),
     "zero0": ("engine=zero0",),
     "zero1": ("engine=zero1",),
     "zero2": ("engine=zero2",),
@@ -85,6 +89,43 @@ def test_replicas_of_shards_train_what_one_process_trains(
     words = ["engine=hsdp", "engine.replicas=2", "world_size=4", *CUT]
     results = four_ranks.run(_ranked, small(corpus, tmp_path, *ADAMW, *words))
     check_equal(alone(*ADAMW, CUT[1], CUT[2]), results[0])
+
+
+def _accumulated(rank: int, words: list[str]) -> tuple[int, list[int]]:
+    """Return the bytes of all weights, and of the gradients that this process keeps after each micro-batch."""
+    prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
+    engine = engines.start(prepared.config)
+    run = assemble(prepared, engine)
+    run.stop.restore()
+    held: list[int] = []
+    backward = engine.backward
+
+    def measured(loss: torch.Tensor) -> None:
+        backward(loss)
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in run.model.modules() if isinstance(m, FSDPModule)]
+        whole = [p.unsharded_accumulated_grad for group in groups if group for p in group.fsdp_params]
+        partial = [group._partial_reduce_output for group in groups if group]
+        shards = [p.grad for p in engine.named_parameters().values()]
+        held.append(tensor_bytes(tensor for tensor in (*whole, *partial, *shards) if tensor is not None))
+
+    engine.backward = measured
+    forward_backward(run, run.loader.micro_batches(0), weight=1.0)
+    engine.release()
+    return sum(4 * p.numel() for p in run.model.parameters()), held
+
+
+@pytest.mark.parametrize("words", [("engine=fsdp2",), ("engine=hsdp", "engine.replicas=1")])
+def test_micro_batches_add_up_in_shards_or_whole(
+    words: tuple[str, ...], corpus: Path, tmp_path: Path, two_ranks: RankPool
+) -> None:
+    words = (*ADAMW, *words, "world_size=2", "micro_batch_size=1", "precision=bf16")
+    weights, held = two_ranks.run(_accumulated, small(corpus, tmp_path, *words))[0]
+    # fp32 under bf16, too.
+    assert held == [weights // 2] * 4
+    words = (*words, "engine.reduce_every_micro_batch=false")
+    weights, held = two_ranks.run(_accumulated, small(corpus, tmp_path, *words))[0]
+    # Until the last micro-batch reduces them, whole gradients.
+    assert held == [weights] * 3 + [weights // 2]
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
@@ -321,7 +362,7 @@ def test_memory_is_what_a_process_holds(corpus: Path, tmp_path: Path, two_ranks:
         numbers = sum(weight.numel() for weight in first.after.values())
     whole, buffers, steps = 4 * numbers, 64, 4 * 21  # rotary frequencies; a step counter per parameter
     assert held["ddp"] == held["zero0"] == [whole + buffers, whole, 2 * whole + steps]
-    assert held["fsdp2"] == held["fsdp2-axis1"] == [whole / 2 + buffers, whole / 2, whole + steps]
+    assert held["fsdp2"] == held["fsdp2-once"] == held["fsdp2-axis1"] == [whole / 2 + buffers, whole / 2, whole + steps]
     # fp32 masters beside fp32 weights; one flat slice, so one step counter.
     assert held["zero1"] == held["zero2"] == [1.5 * whole + buffers, whole / 2, whole + 4]
     # All of this model's weights are below DeepSpeed's threshold for staying whole beside their slices.
