@@ -219,6 +219,10 @@ class BatchLoader(Protocol):
         """Return the passes over the training split after a step."""
         ...
 
+    def close(self) -> None:
+        """End what reads ahead."""
+        ...
+
 
 class Probe(Protocol):
     """A measurement at some steps. It runs on every process, so it may issue collectives."""

@@ -51,6 +51,7 @@ def execute(prepared: Prepared) -> str:
         choice, checkpoints = _choose(prepared, run, probes, heartbeat, attempt=0, say=_to_stderr)
         resuming.resume(run, probes, checkpoints.store, choice, lambda line: None)
         state = train(run, Callbacks(probes, checkpoints=checkpoints, heartbeat=heartbeat))
+    run.loader.close()
     heartbeat.stop()
     # Not after an exception: the other processes are elsewhere then, and waiting for them would hide it.
     engine.close()
@@ -95,6 +96,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         rank=engine.rank,
         world_size=engine.world_size,
         device=engine.device,
+        steps=config.steps,
     )
     stop = Stop(value_formats.duration_seconds("time_limit", config.time_limit))
     stop.install()

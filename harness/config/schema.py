@@ -124,7 +124,7 @@ class EngineConfig(TypedKeys):
     reshard_after_forward: bool = True
     """fsdp2, hsdp: free a layer's gathered weights between its forward and its backward pass."""
     reduce_every_micro_batch: bool | Literal["auto"] = "auto"
-    """fsdp2, hsdp: true: reduce-scatter the gradients of every micro-batch, so that a process accumulates its own shard;
+    """fsdp2, hsdp: true: reduce-scatter the gradients of every micro-batch, so that a process keeps its own shard only;
     false: once a step, from whole fp32 gradients. auto: true, except under fsdp2 with bf16_pure."""
     timeout_s: float = Field(default=600.0, gt=0)
     """End the run if processes wait longer than this many seconds for another process in a collective."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +15,35 @@ if TYPE_CHECKING:
     from harness.protocols import MicroBatch
 
 
+class _Share(NamedTuple):
+    """This process' part of a step.
+
+    Attributes:
+        batches: on the device.
+        loss_tokens: of all processes.
+        copied: recorded on the copying stream after the last copy; None on a CPU.
+    """
+
+    batches: list[MicroBatch]
+    loss_tokens: int
+    copied: torch.cuda.Event | None
+
+
 class MicroBatchLoader:
     """Cuts step s of the run, samples s·B … (s+1)·B−1, into this process' micro-batches.
 
-    Which samples a step holds depends on the step alone; process r of W takes the r-th W-th of them.
+    Which samples a step holds depends on the step alone; process r of W takes the r-th W-th of them. While a step
+    computes, a thread reads the next one; on CUDA it also copies it to the device, on a stream of its own. Nothing is
+    counted as used before `micro_batches` returns it, so there is no state to resume.
+
+    Args:
+        batches: samples of the run.
+        batch_size: samples of all processes in a step.
+        micro_batch_size: samples of a micro-batch.
+        rank: of this process.
+        world_size: processes.
+        device: of this process.
+        steps: of the run; later ones are not read ahead.
     """
 
     def __init__(
@@ -28,26 +55,69 @@ class MicroBatchLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        steps: int,
     ) -> None:
         self._batches, self._batch_size, self._micro = batches, batch_size, micro_batch_size
         self._share = batch_size // world_size
-        self._rank, self._device = rank, device
+        self._rank, self._device, self._steps = rank, device, steps
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # One thread, which reads everything: the order of the samples keeps its last block without a lock.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._ahead: tuple[int, Future[_Share]] | None = None
+        self._loss_tokens: tuple[int, int] | None = None
+        """Step that was returned last, and its loss tokens."""
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """Return this process' micro-batches of a step, on its device."""
-        first = step * self._batch_size + self._rank * self._share
-        return [
-            _to_device(self._batches.rows(first + offset, self._micro), self._device)
-            for offset in range(0, self._share, self._micro)
-        ]
+        """Return this process' micro-batches of a step, on its device.
+
+        Raises:
+            OSError: the corpus cannot be read any more.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != step:
+            # The first step, or one after a jump: what was read ahead is not this one.
+            ahead = (step, self._thread.submit(self._read, step))
+        share = ahead[1].result()
+        if step + 1 < self._steps:
+            self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
+        self._loss_tokens = (step, share.loss_tokens)
+        if share.copied is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(share.copied)
+            for tensor in (tensor for batch in share.batches for tensor in batch):
+                # Else its memory could be given to the next copy while this step still reads it.
+                tensor.record_stream(stream)
+        return share.batches
 
     def loss_tokens(self, step: int) -> int:
         """Return how many tokens carry loss in the global batch of a step, without communication."""
-        return self._batches.loss_tokens(step * self._batch_size, self._batch_size)
+        if self._loss_tokens is None or self._loss_tokens[0] != step:
+            return self._thread.submit(self._count, step).result()
+        return self._loss_tokens[1]
 
     def epoch(self, step: int) -> float:
         """Return the passes over the training split after a step."""
         return (step + 1) * self._batch_size / self._batches.length
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read(self, step: int) -> _Share:
+        first = step * self._batch_size + self._rank * self._share
+        copied = None
+        # A thread has a current device of its own, which is the first one.
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            batches = [
+                _to_device(self._batches.rows(first + offset, self._micro), self._device)
+                for offset in range(0, self._share, self._micro)
+            ]
+            if self._stream is not None:
+                copied = self._stream.record_event()
+        return _Share(batches, self._count(step), copied)
+
+    def _count(self, step: int) -> int:
+        return self._batches.loss_tokens(step * self._batch_size, self._batch_size)
 
 
 class ValidationLoader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_two_processes_train_what_one_trains(
     assert [row["val/loss"] for row in first.rows] == [row["val/loss"] for row in second.rows]
 
 
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_overlapped_reductions_in_small_buckets_train_what_one_process_trains(
+    engine: str, corpus: Path, tmp_path: Path, two_ranks: RankPool, alone: Callable[..., Trained]
+) -> None:
+    buckets = {"reduce_bucket_size": 3000, "allgather_bucket_size": 3000}
+    file = tmp_path / "overlap.json"
+    file.write_text(json.dumps({"zero_optimization": {"overlap_comm": True, **buckets}}))
+    words = [f"engine={engine}", "world_size=2", f"engine.config_file={file}"]
+    first, _ = two_ranks.run(_ranked, small(corpus, tmp_path, *ADAMW, *CUT, *words))
+    check_equal(alone(*ADAMW, CUT[1], CUT[2]), first)
+
+
 def test_replicas_of_shards_train_what_one_process_trains(
     corpus: Path, tmp_path: Path, four_ranks: RankPool, alone: Callable[..., Trained]
 ) -> None:
@@ -102,7 +115,9 @@ def _accumulated(rank: int, words: list[str]) -> tuple[int, list[int]]:
 
     def measured(loss: torch.Tensor) -> None:
         backward(loss)
-        groups = [m._get_fsdp_state()._fsdp_param_group for m in run.model.modules() if isinstance(m, FSDPModule)]
+        groups = [
+            m._get_fsdp_state()._fsdp_param_group for m in run.model.modules() if isinstance(m, FSDPModule)
+        ]
         whole = [p.unsharded_accumulated_grad for group in groups if group for p in group.fsdp_params]
         partial = [group._partial_reduce_output for group in groups if group]
         shards = [p.grad for p in engine.named_parameters().values()]
@@ -362,7 +377,12 @@ def test_memory_is_what_a_process_holds(corpus: Path, tmp_path: Path, two_ranks:
         numbers = sum(weight.numel() for weight in first.after.values())
     whole, buffers, steps = 4 * numbers, 64, 4 * 21  # rotary frequencies; a step counter per parameter
     assert held["ddp"] == held["zero0"] == [whole + buffers, whole, 2 * whole + steps]
-    assert held["fsdp2"] == held["fsdp2-once"] == held["fsdp2-axis1"] == [whole / 2 + buffers, whole / 2, whole + steps]
+    assert (
+        held["fsdp2"]
+        == held["fsdp2-once"]
+        == held["fsdp2-axis1"]
+        == [whole / 2 + buffers, whole / 2, whole + steps]
+    )
     # fp32 masters beside fp32 weights; one flat slice, so one step counter.
     assert held["zero1"] == held["zero2"] == [1.5 * whole + buffers, whole / 2, whole + 4]
     # All of this model's weights are below DeepSpeed's threshold for staying whole beside their slices.
