@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from harness.config.schema import RunConfig
+from harness.memory_phases import MemoryPhases
 from harness.process.heartbeat import Heartbeat
 from harness.process.stop import Stop
 from harness.profiling import Clock
@@ -91,6 +92,7 @@ class Run:
     lr_factor: Factor
     loader: BatchLoader
     clock: Clock
+    memory: MemoryPhases
     stop: Stop
     spikes: SpikeGuard | None = None
     state: TrainState = field(default_factory=TrainState)
@@ -141,6 +143,8 @@ def train(run: Run, callbacks: Callbacks) -> str:
     if state.step == 0:
         # Since the clock was made, the run folder was opened and W&B was started.
         run.clock.read()
+    # What building and resuming held is not what training needs.
+    run.memory.enter("training")
     for step in range(state.step, config.steps):
         due = callbacks.before_step(step)
         if not train_step(run, callbacks, step, due):

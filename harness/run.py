@@ -16,6 +16,7 @@ from harness.config import value_formats
 from harness.data import Batches, Validation
 from harness.data.micro_batches import MicroBatchLoader, ValidationLoader
 from harness.loop import Callbacks, ModelInfo, Run, SpikeGuard, train
+from harness.memory_phases import MemoryPhases
 from harness.optimizer import build_optimizer, ownership, shard_axes
 from harness.preparation import Prepared
 from harness.probes.flops import FlopCount
@@ -62,6 +63,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     """Build model, optimizer and data of a run on an engine."""
     config, corpus = prepared.config, prepared.corpus
     assert config.micro_batch_size is not None
+    memory = MemoryPhases(engine.device)
     network = model.build(
         config.model,
         seed=config.seed,
@@ -110,6 +112,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         lr_factor=schedule.factor(config.schedule, config.steps),
         loader=loader,
         clock=Clock(engine.device),
+        memory=memory,
         stop=stop,
         spikes=None if config.max_loss_rise is None else SpikeGuard(engine, config.max_loss_rise),
     )

@@ -103,7 +103,7 @@ def build(
         "tokens_per_s": median(warm, "throughput/tokens_per_s"),
         "step_ms": step_ms(rows),
         "time_s": mean_times(rows),
-        "memory_bytes": {kind: last.get(f"memory/{kind}_bytes") for kind in MEMORY_KINDS},
+        "memory_bytes": {kind: last[key] for kind in MEMORY_KINDS if (key := f"memory/{kind}_bytes") in last},
         "state_bytes": optimizer.state_bytes(),
         "optimizer_fallbacks": int(optimizer.fallbacks),
         "parameters": run.info.parameters,

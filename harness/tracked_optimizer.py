@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -49,8 +50,10 @@ class TrackedOptimizer(Protocol):
         """Take back the host's counters of the last step, which ``found_inf`` masked on the device."""
         ...
 
-    def observe_moments(self, on: bool = True) -> None:
-        """Let the next step compute ``moment_figures``."""
+    def observe_moments(
+        self, on: bool = True, around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        """Let the next step compute ``moment_figures``, each time inside a context of ``around``."""
         ...
 
     def moment_figures(self) -> Mapping[str, Mapping[str, Tensor]]:
@@ -104,7 +107,9 @@ class ForeignOptimizer:
         if retract is not None:
             retract()
 
-    def observe_moments(self, on: bool = True) -> None:
+    def observe_moments(
+        self, on: bool = True, around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         """Do nothing: which tensors are moments is not known."""
 
     def moment_figures(self) -> Mapping[str, Mapping[str, Tensor]]:

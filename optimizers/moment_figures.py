@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -157,10 +158,15 @@ def _by_name(names: Sequence[str], columns: dict[str, Tensor]) -> dict[str, Figu
 
 
 class Observation:
-    """The figures of one observed step, and the time that they took."""
+    """The figures of one observed step, and the time that they took.
 
-    def __init__(self) -> None:
+    Args:
+        around: gives a context for each computation.
+    """
+
+    def __init__(self, around: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
         self.figures: dict[str, Figures] = {}
+        self._around = around
         self._host_seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -176,9 +182,10 @@ class Observation:
         by events."""
 
         def compute() -> dict[str, Figures]:
-            if share is None:
-                return figures_of(names, moment, factor, known)
-            return split_figures_of(names, moment, factor, known, share)
+            with self._around():
+                if share is None:
+                    return figures_of(names, moment, factor, known)
+                return split_figures_of(names, moment, factor, known, share)
 
         if moment.device.type != "cuda":
             begin = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -349,9 +350,16 @@ class Optimizer(torch.optim.Optimizer):
         """Matrices that were orthogonalized in the last step."""
         return self.stats.orthogonalizations
 
-    def observe_moments(self, on: bool = True) -> None:
-        """Let the next step compute `moment_figures`."""
-        self.stats.observe_next(on)
+    def observe_moments(
+        self, on: bool = True, around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        """Let the next step compute `moment_figures`.
+
+        Args:
+            on: False takes it back.
+            around: gives a context for each computation of figures inside the step, such as a meter of its memory.
+        """
+        self.stats.observe_next(on, around)
 
     def moment_figures(self) -> dict[str, Figures]:
         """Return figures of each matrix in the last observed step, as 0-dim fp64 tensors on the device.

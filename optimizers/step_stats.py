@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial as bound
 from typing import Any
 
@@ -36,6 +37,7 @@ class StepStats:
         self.fallbacks: Tensor = torch.zeros((), dtype=torch.int64)
         self.observing = False
         self._is_to_observe = False
+        self._around: Callable[[], AbstractContextManager[object]] = nullcontext
         self._begun: set[Any] = set()
         self.forget_step()
 
@@ -55,11 +57,11 @@ class StepStats:
         self._stepped = []
         self.observing, self._is_to_observe = self._is_to_observe, False
         if self.observing:
-            self._observation = Observation()
+            self._observation = Observation(self._around)
 
-    def observe_next(self, on: bool) -> None:
-        """Observe the moments of the next step, or not."""
-        self._is_to_observe = on
+    def observe_next(self, on: bool, around: Callable[[], AbstractContextManager[object]]) -> None:
+        """Observe the moments of the next step, or not; each computation is enclosed by a context."""
+        self._is_to_observe, self._around = on, around
 
     def record(self, rule: Rule, batch: MatrixBatch, update: Update, collectives: Collectives) -> None:
         """Record what an update carries besides its delta."""

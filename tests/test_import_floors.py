@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("preparation",),
     ("engines", "probes", "checkpoint", "record", "data", "model"),
     ("loop",),
-    ("protocols", "profiling", "schedule", "tracked_optimizer", "devices"),
+    ("protocols", "profiling", "schedule", "tracked_optimizer", "devices", "memory_phases"),
     ("command_help", "command_line"),
     ("commands", "console", "output"),
     ("config", "process"),

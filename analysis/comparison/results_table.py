@@ -114,7 +114,7 @@ COLUMNS = [
         "peak",
         "peak",
         "MiB",
-        "allocator's peak on CUDA, resident set on CPU; max over processes",
+        "in training steps: allocator's peak on CUDA, resident set on CPU; max over processes (older runs: whole run)",
         _COST,
     ),
     ResultsColumn(
@@ -136,7 +136,9 @@ def build(comparison: ComparisonSet) -> ResultsTable:
     """
     ranked = comparison.ranked()
     order = ranked + [i for i in range(len(comparison.arms)) if i not in ranked]
-    rows_of = {index: _arm(comparison.arms[index], comparison.target) for index in order}
+    rows_of = {
+        index: _arm(comparison.arms[index], comparison.target, comparison.peak_kind) for index in order
+    }
     rows = []
     for index, cells in rows_of.items():
         arm = comparison.arms[index]
@@ -160,7 +162,7 @@ def build(comparison: ComparisonSet) -> ResultsTable:
     return ResultsTable(comparison.title, COLUMNS, rows, notes)
 
 
-def _arm(arm: Arm, target: float) -> dict[str, ResultsCell]:
+def _arm(arm: Arm, target: float, peak_kind: str) -> dict[str, ResultsCell]:
     run = (arm.finished or arm.runs)[0]
     kinds, mib = state_kinds(run), 2**20
     finished, curve = len(arm.finished), arm.curve
@@ -187,7 +189,7 @@ def _arm(arm: Arm, target: float) -> dict[str, ResultsCell]:
         "optimizer_ms": _number_cell(arm.mean_time("optimizer") * 1000),
         "step_ms": _number_cell(arm.mean_time(*STEP_PARTS) * 1000),
         "tokens_per_s": ResultsCell(formatting.grouped(arm.mean("tokens_per_s")), arm.mean("tokens_per_s")),
-        "peak": _number_cell(arm.mean("memory_bytes", "peak") / mib),
+        "peak": _number_cell(arm.mean("memory_bytes", peak_kind) / mib),
         "certificate": _text_cell(_certificate(arm)),
     }
 

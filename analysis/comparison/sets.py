@@ -74,6 +74,8 @@ class ComparisonSet:
     losses: Floats
     """Final validation losses, shape (arms, seeds), in nats/token; NaN where missing."""
     tests: Pairwise
+    peak_kind: str = "peak"
+    """Kind of memory that optimizers are compared by: training's peak, or the whole run's where a run lacks that."""
     target: float = math.nan
     """Highest mean final loss among the arms below the unigram entropy; NaN without a finished arm."""
     replaced: list[str] = field(default_factory=list)
@@ -131,10 +133,18 @@ def _build(key: str, runs: list[LoadedRun], order: Sequence[str]) -> ComparisonS
         seeds=seeds,
         losses=losses,
         tests=statistics.pairwise(losses),
+        peak_kind=_peak_kind(arms),
         replaced=replaced,
     )
     comparison.target = _target(comparison)
     return comparison
+
+
+def _peak_kind(arms: Sequence[Arm]) -> str:
+    """Return the kind of peak that all finished runs have: one definition for all arms."""
+    finished = [run for arm in arms for run in arm.finished]
+    has_training = all(math.isfinite(run.fact("memory_bytes", "training_peak")) for run in finished)
+    return "training_peak" if finished and has_training else "peak"
 
 
 def _target(comparison: ComparisonSet) -> float:

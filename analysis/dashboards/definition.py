@@ -71,7 +71,11 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Memory",
         (
-            Panel("Peak, bytes", ("memory/peak_bytes",), kind="bar"),
+            Panel(
+                "Peak in training and in all phases, bytes",
+                ("memory/training_peak_bytes", "memory/peak_bytes"),
+                kind="bar",
+            ),
             Panel("Optimizer state, bytes", ("memory/optimizer_state_bytes",), kind="bar"),
             Panel(
                 "Weights and gradients, bytes", ("memory/weights_bytes", "memory/gradients_bytes"), kind="bar"
@@ -100,7 +104,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("What differs", (Panel("Runs side by side", kind="comparer"),)),
 )
 
-COLUMNS = ("val/loss", "best_val_loss", "wall_s", "throughput/tokens_per_s", "memory/peak_bytes")
+COLUMNS = ("val/loss", "best_val_loss", "wall_s", "throughput/tokens_per_s", "memory/training_peak_bytes")
 """Summary values next to a run's name in W&B's table of runs."""
 
 

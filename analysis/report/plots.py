@@ -123,7 +123,7 @@ def memory(comparison: ComparisonSet) -> Plot | None:
     peaks = [
         f"{a.label} {formatting.size(p)}"
         for a in comparison.arms
-        if math.isfinite(p := a.mean("memory_bytes", "peak"))
+        if math.isfinite(p := a.mean("memory_bytes", comparison.peak_kind))
     ]
     caption = "Counted from the tensors: weights and gradients are the maximum over processes, state is that of rank 0."
     caption += (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import math
 
 import torch
 
 from harness.config.schema import RunConfig
 from harness.loop import Run
-from harness.protocols import Engine, MetricRow
+from harness.memory_phases import PHASES, device_bytes
+from harness.protocols import MetricRow
 from harness.tracked_optimizer import tracked
 
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
@@ -19,34 +19,33 @@ _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 class MemoryMeter:
     """Reads this process' memory by kind; every figure is the maximum over the processes.
 
-    ``peak`` is the CUDA allocator's high-water mark, or on a CPU the resident set's (interpreter and
-    libraries included: that is what a node must have).
+    Peaks are the CUDA allocator's high-water marks, or on a CPU the resident set's (interpreter and
+    libraries included: that is what a node must have), in total and per phase (`harness.memory_phases`).
     """
 
-    def __init__(self, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
-        self._engine, self._optimizer = engine, optimizer
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def read(self) -> MetricRow:
-        """Return the four ``memory/…_bytes`` keys (a collective)."""
+        """Return the ``memory/…_bytes`` keys that exist on this device (a collective)."""
+        engine, memory = self._run.engine, self._run.memory
+        peaks = memory.peaks()
         # Maxima over processes: the fullest device decides whether a run fits.
-        figures = {
-            **self._engine.memory_bytes(),
-            "optimizer_state": sum(tracked(self._optimizer).state_bytes().values()),
-            "peak": peak_bytes(self._engine.device),
+        figures: dict[str, float] = {
+            **engine.memory_bytes(),
+            "optimizer_state": sum(tracked(self._run.optimizer).state_bytes().values()),
+            "peak": memory.highest(),
+            # All processes reduce the same keys: where one cannot tell its phases apart, the maximum is unknown.
+            **{f"{phase}_peak": peaks.get(phase, math.inf) for phase in PHASES},
         }
-        tensor = torch.tensor(list(figures.values()), dtype=torch.float64, device=self._engine.device)
+        if engine.device.type == "cuda":
+            figures |= {"reserved_peak": memory.reserved(), "device": device_bytes(engine.device)}
+        tensor = torch.tensor(list(figures.values()), dtype=torch.float64, device=engine.device)
         return {
             f"memory/{kind}_bytes": int(value)
-            for kind, value in zip(figures, self._engine.max(tensor).tolist())
+            for kind, value in zip(figures, engine.max(tensor).tolist())
+            if math.isfinite(value)
         }
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the high-water mark of this process in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -62,7 +61,7 @@ def explain_out_of_memory(run: Run) -> str:
         **run.engine.memory_bytes(),
         "optimizer state": sum(tracked(run.optimizer).state_bytes().values()),
     }
-    peak = peak_bytes(run.engine.device)
+    peak = run.memory.highest()
     # What the peak holds beyond the tensors that were counted.
     kinds["activations and the rest"] = max(0, peak - sum(kinds.values()))
     parts = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in kinds.items())

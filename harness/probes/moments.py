@@ -50,7 +50,7 @@ class Moments:
         return step == 0 or step + 1 == self._run.config.steps or step >= self._next
 
     def before_update(self, step: int) -> None:
-        self._optimizer.observe_moments()
+        self._optimizer.observe_moments(around=lambda: self._run.memory.phase("probes"))
 
     def state(self) -> dict[str, Any]:
         """Return when the next probe is affordable, and what the last ones cost."""
@@ -79,7 +79,7 @@ class Moments:
         begin = time.perf_counter()
         inside = self._optimizer.observation_seconds()
         self._run.clock.move("optimizer", "probes", inside)
-        with self._run.clock.part("probes"):
+        with self._run.clock.part("probes"), self._run.memory.phase("probes"):
             self._collect(step, row)
         self._schedule(step, inside + time.perf_counter() - begin)
 

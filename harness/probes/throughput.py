@@ -28,7 +28,7 @@ class Progress:
 
     def __init__(self, run: Run, others: Sequence[Probe]) -> None:
         self._run, self._others = run, others
-        self._memory = MemoryMeter(run.engine, run.optimizer)
+        self._memory = MemoryMeter(run)
         self._last_step = 0
         self._last_tokens = 0
 

@@ -54,7 +54,7 @@ class Evaluation:
     def measure(self, step: int, row: MetricRow) -> None:
         run = self._run
         micro = run.config.micro_batch_size or 1
-        with run.clock.part("probes"):
+        with run.clock.part("probes"), run.memory.phase("evaluation"):
             loss = evaluate(
                 run.engine,
                 run.model,

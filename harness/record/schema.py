@@ -41,7 +41,24 @@ class Metric(NamedTuple):
 
 
 TIME_PARTS = ("data", "forward_backward", "optimizer", "communication", "probes", "other")
-MEMORY_KINDS = ("weights", "gradients", "optimizer_state", "peak")
+MEMORY_KINDS: dict[str, str] = {
+    "weights": "weights, with buffers and master copies",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "peak": "most that was held at once, in all phases: torch's CUDA allocator, or on a CPU the resident set",
+    **{
+        f"{phase}_peak": f"the same, {meaning}; absent where a CPU's kernel does not let a process reset the peak"
+        for phase, meaning in {
+            "build": "until the first step: building and cutting the model, resuming",
+            "training": "in training steps, without the figures of moments: what optimizers are compared by",
+            "evaluation": "in evaluations",
+            "probes": "while figures of moments are computed",
+        }.items()
+    },
+    "reserved_peak": "most that torch's CUDA allocator reserved in training, cached blocks included; GPUs only",
+    "device": "in use on the device at this row, CUDA context, NCCL and other programs included; GPUs only",
+}
+"""Kinds of memory, and their meanings."""
 
 METRICS: dict[str, Metric] = {
     "step": Metric("", "optimizer steps done"),
@@ -75,8 +92,8 @@ METRICS: dict[str, Metric] = {
         for part in TIME_PARTS
     },
     **{
-        f"memory/{kind}_bytes": Metric("bytes", f"{kind.replace('_', ' ')}, max over processes")
-        for kind in MEMORY_KINDS
+        f"memory/{kind}_bytes": Metric("bytes", f"{meaning}; max over processes")
+        for kind, meaning in MEMORY_KINDS.items()
     },
     **{
         f"moments/{figure}/{stat}": Metric("", f"{stat} over layers of the {figure.replace('_', ' ')}")
@@ -111,7 +128,7 @@ SUMMARY_KEYS: dict[str, str] = {
     "tokens_per_s": "median of the rows",
     "step_ms": "mean milliseconds per step after the first row, without evaluation and probes",
     "time_s": "{part: mean seconds per step after the first row}",
-    "memory_bytes": "{weights, gradients, optimizer_state, peak}: max over processes",
+    "memory_bytes": "{kind: bytes} by MEMORY_KINDS, of the last row: max over processes",
     "state_bytes": "{kind: bytes} of the optimizer state of rank 0",
     "optimizer_fallbacks": "factorizations that needed a fallback",
     "parameters": "number of trainable parameters",

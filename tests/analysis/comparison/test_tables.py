@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 from pathlib import Path
 
@@ -72,6 +73,25 @@ def test_figures_are_those_of_the_runs(mixed: ResultsTable) -> None:
     assert cells["step_ms"].value == pytest.approx(119.0), "probes (1 ms) are left out"
     assert cells["perplexity"].value == pytest.approx(math.exp(float(cells["loss"].value)))
     assert cells["n"].text == "3"
+
+
+def test_optimizers_are_compared_by_the_peak_of_training_if_all_runs_have_it(tmp_path: Path) -> None:
+    root = synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1])
+    paths = sorted(root.rglob("summary.json"))
+    for path in paths:
+        summary = json.loads(path.read_text())
+        summary["memory_bytes"] |= {
+            "training_peak": 300 * 2**20,
+            "build_peak": 500 * 2**20,
+            "peak": 500 * 2**20,
+        }
+        path.write_text(json.dumps(summary))
+    assert {row.cells["peak"].value for row in table(tmp_path).rows} == {300}
+    # A run from before that figure existed: then all are compared by the peak of the whole run.
+    summary = json.loads(paths[0].read_text())
+    del summary["memory_bytes"]["training_peak"]
+    paths[0].write_text(json.dumps(summary))
+    assert {row.cells["peak"].value for row in table(tmp_path).rows} == {500}
 
 
 def test_the_target_is_the_worst_finishing_mean(mixed: ResultsTable) -> None:

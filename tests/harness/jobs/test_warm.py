@@ -184,7 +184,7 @@ def _change_and_restore() -> None:
 
 
 def test_a_peak_is_that_of_one_run() -> None:
-    from harness.probes.memory import peak_bytes
+    from harness.memory_phases import peak_bytes
 
     before, device = warm_worker.ProcessState(), torch.device("cpu")
     block = torch.ones(64 * 2**20)

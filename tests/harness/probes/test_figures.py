@@ -17,7 +17,6 @@ from harness.data.micro_batches import ValidationLoader
 from harness.devices import tensor_bytes
 from harness.model import loss_sum
 from harness.preparation import prepare
-from harness.probes import memory
 from harness.probes.flops import FlopCount
 from harness.probes.validation import evaluate
 from harness.tracked_optimizer import tracked
@@ -53,13 +52,6 @@ def test_state_of_a_foreign_optimizer_by_kind() -> None:
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert tracked(optimizer).state_bytes() == {"step": 4, "exp_avg": 256, "exp_avg_sq": 256}
-
-
-def test_peak_on_a_cpu_is_the_resident_set() -> None:
-    before = memory.peak_bytes(torch.device("cpu"))
-    block = torch.ones(64 * 2**20 // 4)
-    assert memory.peak_bytes(torch.device("cpu")) >= before
-    assert memory.peak_bytes(torch.device("cpu")) > block.numel() * 4
 
 
 def _evaluated(rank: int, overrides: list[str], rows: int, micro: int) -> float:
