@@ -171,6 +171,8 @@ def train_step(run: Run, callbacks: Callbacks, step: int, due: Sequence[Probe]) 
         run.state,
         callbacks.checkpoints,
     )
+    # Timers may cost the host a wait, so that only steps with a row have them.
+    engine.measure_communication(bool(due))
     with clock.part("data"):
         micro_batches = run.loader.micro_batches(step)
         tokens = run.loader.loss_tokens(step)

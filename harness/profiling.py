@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +22,16 @@ _ROWS = 40
 class Clock:
     """Accumulates seconds per named part between two reads.
 
-    On a CPU the parts are host time. On CUDA they are pairs of events on the current stream, added up when
-    `read` waits for the device, which is the only wait.
+    On a CPU the parts are host time. On CUDA they are pairs of events on the current stream. `read` waits for the
+    device, which is the only wait, and adds them up; before, pairs that the device has passed are added up and used
+    again, so that their number does not grow with the steps between two reads.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._free: list[torch.cuda.Event] = []
         self._last_read = time.perf_counter()
 
     @contextmanager
@@ -41,15 +43,26 @@ class Clock:
     def _timed(self, name: str) -> Iterator[None]:
         if self._device.type == "cuda":
             # Events cost microseconds on the stream; a host timer would need a wait.
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._collect()
+            begin, end = self._event(), self._event()
             begin.record()
             yield
             end.record()
-            self._events.append((name, begin, end))
+            self._pending.append((name, begin, end))
         else:
             begin = time.perf_counter()
             yield
             self._seconds[name] += time.perf_counter() - begin
+
+    def _event(self) -> torch.cuda.Event:
+        return self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+
+    def _collect(self) -> None:
+        """Add up the oldest pairs, up to the first that the device has not passed yet."""
+        while self._pending and self._pending[0][2].query():
+            name, begin, end = self._pending.popleft()
+            self._seconds[name] += begin.elapsed_time(end) * 1e-3
+            self._free += (begin, end)
 
     def move(self, source: str, target: str, seconds: float) -> None:
         """Count ``seconds`` that were measured inside of ``source`` as ``target`` instead."""
@@ -66,15 +79,14 @@ class Clock:
         """Return what `read` would, without starting anew. Waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            for name, begin, end in self._events:
-                self._seconds[name] += begin.elapsed_time(end) * 1e-3
-            self._events = []
+            self._collect()
         return {**self._seconds, "total": time.perf_counter() - self._last_read}
 
     def resume(self, seconds: dict[str, float]) -> None:
         """Continue, from now, what `peek` returned in an earlier process."""
         parts = {name: value for name, value in seconds.items() if name != "total"}
-        self._seconds, self._events = defaultdict(float, parts), []
+        self._seconds = defaultdict(float, parts)
+        self._pending.clear()
         self._last_read = time.perf_counter() - seconds["total"]
 
 

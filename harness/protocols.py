@@ -122,8 +122,12 @@ class Engine(Protocol):
         """
         ...
 
+    def measure_communication(self, on: bool) -> None:
+        """Measure in the next step what `exposed_communication` returns, or not; issues no collectives."""
+        ...
+
     def exposed_communication(self) -> float | None:
-        """Return the seconds of gradient communication that computation did not hide in the last step, if known."""
+        """Return the seconds of gradient communication that computation did not hide in the last step, if measured."""
         ...
 
     def memory_bytes(self) -> dict[str, int]:

@@ -65,6 +65,9 @@ class ProcessEngine:
     def shard(self, model: nn.Module, axes: Mapping[str, int], blocks: Sequence[nn.Module]) -> None:
         """Do nothing: the optimizer is built on whole parameters."""
 
+    def measure_communication(self, on: bool) -> None:
+        """Do nothing: gradient communication is not measured."""
+
     def set_collective_timeout(self) -> None:
         """Give every process group the configured timeout."""
         # Meshes and DeepSpeed make groups with torch's default of half an hour.

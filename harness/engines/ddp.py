@@ -17,6 +17,9 @@ from harness.engines.skip_step import SkipStepEngine
 from harness.protocols import WeightLayout
 from optimizers.layouts.replicated import ReplicatedLayout
 
+NEVER = 2**31 - 1
+"""Sample rate of DDP's timers with which they run in its first ten steps only, where torch always samples."""
+
 
 class ReplicatedEngine(SkipStepEngine):
     """Engines `single` and `ddp`: every process holds all weights and sees the mean gradient.
@@ -36,6 +39,7 @@ class ReplicatedEngine(SkipStepEngine):
                 cpu=self.device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp]
             )
         self._precision = config.precision
+        self._is_measuring = False
         self.model: nn.Module
         self._module: nn.Module
 
@@ -50,8 +54,15 @@ class ReplicatedEngine(SkipStepEngine):
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             # Buffers (rotary frequencies) are the same everywhere; sending them costs a collective per forward.
             self.model.forward_sync_buffers = False
-            # Default: one sample in 100 iterations, too few for rows that describe every step.
-            self.model._set_ddp_runtime_logging_sample_rate(1)
+            self.model._set_ddp_runtime_logging_sample_rate(NEVER)
+
+    def measure_communication(self, on: bool) -> None:
+        """Let DDP's timers run in the next step, or not."""
+        # A forward pass that finds a sample waits on CUDA for the events of the step before
+        # (`Logger::set_runtime_stats_and_log`), so that the host could not run ahead if every step were one.
+        if on != self._is_measuring and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model._set_ddp_runtime_logging_sample_rate(1 if on else NEVER)
+            self._is_measuring = on
 
     def autocast(self) -> AbstractContextManager[object]:
         return autocast(self._precision, self.device)
@@ -69,6 +80,10 @@ class ReplicatedEngine(SkipStepEngine):
     def exposed_communication(self) -> float | None:
         if not isinstance(self.model, nn.parallel.DistributedDataParallel):
             return 0.0
+        if not self._is_measuring:
+            return None
+        # DDP itself reads its timers at the next forward pass; at a row the host waits anyway.
+        self.model.logger.set_runtime_stats_and_log()
         data = self.model._get_ddp_logging_data()
         total, hidden = data.get("backward_comm_time"), data.get("backward_compute_comm_overlap_time")
         return None if not total else max(0.0, (int(total) - int(hidden or 0)) * 1e-9)
