@@ -305,10 +305,12 @@ class BroadcastBasis(NamedTuple):
 
     Attributes:
         maker: computes the basis; for a split matrix it returns a generator of `linalg.requests`.
+        work: cost of `maker` relative to the other requests; replicas divide the requests by it.
     """
 
     maker: Callable[[], Tensor | Generator[AllReduce | AllGather | Eigh, Any, Tensor]]
     like: Tensor
+    work: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,10 @@ class Communicator:
         )
         return Pending(result, work)
 
-    def broadcast(self, flat: Tensor) -> Tensor:
-        """Replace a tensor by the first rank's, in place."""
+    def broadcast(self, flat: Tensor, source: int = 0) -> Tensor:
+        """Replace a tensor by that of rank `source` of the group, in place."""
         self._count("broadcast", _ring(flat, self.size))
-        source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-        dist.broadcast(flat, source, group=self.group)
+        dist.broadcast(flat, group=self.group, group_src=source)
         return flat
 
     def _count(self, kind: str, size: float) -> None:
@@ -129,7 +128,7 @@ class SimulatedCommunicator(Communicator):
         self._count("all_to_all", (sum(sent) - sent[self.rank]) * send.element_size())
         return Pending(send.new_empty(sum(received)), None)
 
-    def broadcast(self, flat: Tensor) -> Tensor:
+    def broadcast(self, flat: Tensor, source: int = 0) -> Tensor:
         """Count the bytes of a broadcast."""
         self._count("broadcast", _ring(flat, self.size))
         return flat

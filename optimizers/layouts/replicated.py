@@ -56,7 +56,7 @@ class FullView:
 
 
 class ReplicaCollectives(Unsharded):
-    """The collectives of equal replicas (DDP): all compute everything, but bases come from the first process.
+    """The collectives of equal replicas (DDP): all compute everything, but one process makes each basis.
 
     Args:
         ranks: the processes that hold the replicas.
@@ -68,15 +68,23 @@ class ReplicaCollectives(Unsharded):
         self.ranks = ranks
 
     def broadcast_bases(self, requests: Sequence[BroadcastBasis]) -> list[Tensor]:
-        """Make them on the first process and send them in one flat buffer per dtype and device."""
-        if self.ranks.rank == 0:
-            bases = [make_basis(request).to(request.like.dtype) for request in requests]
-        else:
-            bases = [torch.empty_like(request.like) for request in requests]
-        for kind in sorted({(str(basis.dtype), str(basis.device)) for basis in bases}):
-            positions = [i for i, t in enumerate(bases) if (str(t.dtype), str(t.device)) == kind]
+        """Make a share of the bases on each process, and send each share in one flat buffer per dtype and device.
+
+        If one process made all of them, the others would wait for it, at 1B parameters for minutes. A request is not
+        divided: products of smaller batches may be rounded in another way.
+        """
+        owners = balanced_owners([request.work for request in requests], self.ranks.size)
+        bases = [
+            make_basis(request).to(request.like.dtype)
+            if owner == self.ranks.rank
+            else torch.empty_like(request.like)
+            for request, owner in zip(requests, owners)
+        ]
+        kinds = [(owner, str(t.dtype), str(t.device)) for owner, t in zip(owners, bases)]
+        for kind in sorted(set(kinds)):
+            positions = [i for i, other in enumerate(kinds) if other == kind]
             flat = torch.cat([bases[i].reshape(-1) for i in positions])
-            self.ranks.broadcast(flat)
+            self.ranks.broadcast(flat, source=kind[0])
             for i, part in zip(positions, flat.split([bases[i].numel() for i in positions])):
                 bases[i] = part.view(bases[i].shape)
         return bases

@@ -1,8 +1,10 @@
-"""Replicas on two processes: bases come from the first one, and everything stays bit-equal."""
+"""Replicas on two processes: each basis comes from one of them, and everything stays bit-equal."""
 
 from __future__ import annotations
 
 import hashlib
+import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -81,15 +83,47 @@ def test_replicas_stay_bit_equal_and_equal_to_one_process(two_ranks: RankPool, p
 
 
 @pytest.mark.parametrize("preset", ["sumo_official", "galore"])
-def test_a_rank_that_finds_other_vectors_uses_those_of_the_first(two_ranks: RankPool, preset: str) -> None:
+def test_ranks_that_find_other_vectors_use_those_of_the_owner(two_ranks: RankPool, preset: str) -> None:
     first, second = two_ranks.run(replica, preset, True)
     assert first[:2] == second[:2]
 
 
-def test_one_broadcast_per_refresh_and_nothing_else(two_ranks: RankPool) -> None:
+def test_one_broadcast_per_owner_and_refresh_and_nothing_else(two_ranks: RankPool) -> None:
     """Four stacks of three shapes; refreshes at 0, 3 and 6."""
     for _, _, calls in two_ranks.run(replica, "sumo", False):
-        assert calls == {"broadcast": 3, "all_reduce": 0, "all_gather": 0}
+        assert calls == {"broadcast": 2 * 3, "all_reduce": 0, "all_gather": 0}
+
+
+def slow_makers(rank: int, seconds: float, timeout: float) -> tuple[int, list[bytes]]:
+    """Runs on each rank: six bases that take time, in a group whose collectives may not."""
+    import torch.distributed as dist
+
+    from optimizers.interfaces import BroadcastBasis
+    from optimizers.layouts.communicator import Communicator
+    from optimizers.layouts.replicated import ReplicaCollectives
+
+    group = dist.new_group(timeout=timedelta(seconds=timeout))
+    made = []
+
+    def make(number: int) -> torch.Tensor:
+        time.sleep(seconds)
+        made.append(number)
+        return torch.full((2, 3), float(number), dtype=torch.float32 if number % 2 else torch.float64)
+
+    requests = [BroadcastBasis(lambda i=i: make(i), make_like(i), work=1.0 + i) for i in range(6)]
+    bases = ReplicaCollectives(Communicator(group)).broadcast_bases(requests)
+    dist.destroy_process_group(group)
+    return len(made), [basis.numpy().tobytes() for basis in bases]
+
+
+def make_like(number: int) -> torch.Tensor:
+    return torch.empty((2, 3), dtype=torch.float32 if number % 2 else torch.float64)
+
+
+def test_no_rank_waits_until_another_one_has_made_all_bases(two_ranks: RankPool) -> None:
+    """Six bases of 0.5 s each on one process would exceed the timeout of 2 s."""
+    expected = [torch.full_like(make_like(i), float(i)).numpy().tobytes() for i in range(6)]
+    assert two_ranks.run(slow_makers, 0.5, 2.0) == [(3, expected), (3, expected)]
 
 
 def split(rank: int, preset: str, options: dict[str, Any]) -> dict[str, Any]:

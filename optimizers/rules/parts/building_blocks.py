@@ -213,7 +213,11 @@ def refresh(b: MatrixBatch) -> Steps[None]:
     left, old, moment = is_left(b), b.state["basis"], b.state["moment"]
     due = list(b.due_slices())
     # Lists, also empty ones: batches that renew nothing stay in step with those that do.
-    bases = yield [BroadcastBasis(partial(_new_basis, b, at), old[at]) for at in due]
+    m, n = b.shape
+    bases = yield [
+        BroadcastBasis(partial(_new_basis, b, at), old[at], (at.stop - at.start) * m * n * min(m, n))
+        for at in due
+    ]
     if b.options["transport"]:
         is_partial = b.split == contracted(left)
         overlaps = yield [AllReduce(new.mT @ old[at], is_partial) for at, new in zip(due, bases)]
