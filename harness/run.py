@@ -21,6 +21,7 @@ from harness.optimizer import build_optimizer, ownership, shard_axes
 from harness.preparation import Prepared
 from harness.probes.flops import FlopCount
 from harness.probes.moments import Moments
+from harness.probes.replicas import ReplicaCheck
 from harness.probes.throughput import Balance, Progress
 from harness.probes.validation import Evaluation
 from harness.process.heartbeat import Heartbeat
@@ -131,6 +132,7 @@ def build_probes(run: Run, corpus: Corpus, folder: Path | None = None) -> list[P
         Evaluation(run, ValidationLoader(validation, run.engine.device)),
         Moments(run, folder),
         Balance(run),
+        ReplicaCheck(run),
     ]
     # Last: its row holds what the others cost, and it is due whenever one of them is.
     return [*probes, Progress(run, probes)]

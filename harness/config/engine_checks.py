@@ -15,6 +15,7 @@ _OWNERS: dict[str, tuple[str, ...]] = {
     "optimizer_work": ("single", "ddp", "zero0"),
     "shard_axis": SHARDED,
     "replicas": ("hsdp",),
+    "check_replicas_every": ("single", "ddp", "zero0", "hsdp"),
     "reshard_after_forward": SHARDED,
     "reduce_every_micro_batch": SHARDED,
     "config_file": ZERO,

@@ -121,6 +121,9 @@ class EngineConfig(TypedKeys):
     """fsdp2, hsdp: axis along which a matrix is sharded; auto: the axis with the least optimizer traffic."""
     replicas: int | None = Field(default=None, ge=1)
     """hsdp: copies of the sharded weights; divides world_size. The processes of one copy have consecutive ranks."""
+    check_replicas_every: int | None = Field(default=10, ge=1)
+    """ddp, zero0, hsdp: compare the weights of all replicas bit by bit in every so many rows and in the last one, and
+    warn where they differ; null: never."""
     reshard_after_forward: bool = True
     """fsdp2, hsdp: free a layer's gathered weights between its forward and its backward pass."""
     reduce_every_micro_batch: bool | Literal["auto"] = "auto"

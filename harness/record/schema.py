@@ -86,6 +86,9 @@ METRICS: dict[str, Metric] = {
         "own time (data, forward passes) of the slowest process over the median of the others; null below 0.2 s",
     ),
     "balance/slowest_rank": Metric("", "which process that was"),
+    "replicas/differing": Metric(
+        "parameters", "parameters whose copies are not equal on all processes; in rows of the check alone"
+    ),
     "flops": Metric("FLOP", "model FLOPs so far (forward and backward)"),
     **{
         f"time/{part}_s": Metric("s", f"per step, {part.replace('_', ' and ')}, mean since the previous row")

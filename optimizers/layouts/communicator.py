@@ -47,12 +47,15 @@ class Communicator:
         dist.all_reduce(flat, group=self.group)
         return flat
 
+    def maximum(self, flat: Tensor) -> Tensor:
+        """Reduce a 1-D tensor to the element-wise maximum over the ranks, in place."""
+        self._count("all_reduce", 2 * _ring(flat, self.size))
+        dist.all_reduce(flat, dist.ReduceOp.MAX, group=self.group)
+        return flat
+
     def any(self, flags: Tensor) -> Tensor:
         """Reduce booleans over the ranks by an element-wise or."""
-        numbers = flags.to(torch.uint8)
-        self._count("all_reduce", 2 * _ring(numbers, self.size))
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
-        return numbers > 0
+        return self.maximum(flags.to(torch.uint8)) > 0
 
     def gather(self, part: Tensor) -> Tensor:
         """Gather (n,) of each rank to (W, n)."""
@@ -107,10 +110,10 @@ class SimulatedCommunicator(Communicator):
         self._count("all_reduce", 2 * _ring(flat, self.size))
         return flat
 
-    def any(self, flags: Tensor) -> Tensor:
-        """Count an all-reduce of bytes."""
-        self._count("all_reduce", 2 * _ring(flags.to(torch.uint8), self.size))
-        return flags
+    def maximum(self, flat: Tensor) -> Tensor:
+        """Count the bytes of an all-reduce."""
+        self._count("all_reduce", 2 * _ring(flat, self.size))
+        return flat
 
     def gather(self, part: Tensor) -> Tensor:
         """Count the bytes of an all-gather."""

@@ -161,6 +161,11 @@ class Layout(Protocol):
         """Return True if this process writes what several of them hold alike."""
         ...
 
+    @property
+    def replicas(self) -> Communicator | None:
+        """Return the processes that hold the same elements of the parameters; None where no other process does."""
+        ...
+
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
         """Return (dimension, start) of the part that `weight` returns: None: all; -1: of the flattened elements."""
         ...
@@ -223,6 +228,7 @@ class Unattached:
 
     is_first_replica: bool = False
     is_divided: bool = True
+    replicas: Communicator | None = None
 
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
         """Return (None, 0): not known yet."""

@@ -110,6 +110,7 @@ class PartitionedLayout:
         return list({id(c): c for c in self._per_flat}.values())
 
     is_divided: bool = True
+    replicas: Communicator | None = None
 
     @property
     def is_first_replica(self) -> bool:

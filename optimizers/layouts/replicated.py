@@ -121,6 +121,11 @@ class ReplicatedLayout:
         """Return True on the first process of the group."""
         return self._ranks is None or self._ranks.rank == 0
 
+    @property
+    def replicas(self) -> Communicator | None:
+        """Return all processes."""
+        return self._ranks
+
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
         """Return (None, 0): all of it."""
         return None, 0

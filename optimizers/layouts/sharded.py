@@ -329,21 +329,21 @@ class ShardedLayout:
         if mesh.ndim > 2:
             raise TypeError(f"{name}: a mesh of {mesh.ndim} dimensions is not supported (FSDP: 1, HSDP: 2)")
         self._ranks = Communicator(mesh.get_group(dim))
-        self._replicas = Communicator(mesh.get_group(1 - dim)) if mesh.ndim == 2 else None
-        self._shards = ShardCollectives(self._ranks, self._replicas)
+        self.replicas = Communicator(mesh.get_group(1 - dim)) if mesh.ndim == 2 else None
+        self._shards = ShardCollectives(self._ranks, self.replicas)
         self.collectives: Collectives = self._shards
 
     @property
     def communicators(self) -> list[Communicator]:
         """Return the communicators within a replica and between replicas."""
-        return [self._ranks] if self._replicas is None else [self._ranks, self._replicas]
+        return [self._ranks] if self.replicas is None else [self._ranks, self.replicas]
 
     is_divided: bool = True
 
     @property
     def is_first_replica(self) -> bool:
         """Return True in the first replica."""
-        return self._replicas is None or self._replicas.rank == 0
+        return self.replicas is None or self.replicas.rank == 0
 
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:
         """Return the axis and start of the rows or columns here."""

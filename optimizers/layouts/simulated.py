@@ -28,7 +28,7 @@ class SimulatedShards(ShardedLayout):
     def __init__(self, axes: Mapping[int, int], rank: int, size: int) -> None:
         self._axes = axes
         self._ranks: Communicator = SimulatedCommunicator(rank, size)
-        self._replicas = None
+        self.replicas = None
         self._shards = ShardCollectives(self._ranks)
         self.collectives = self._shards
 

@@ -53,6 +53,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"engine__name": "fsdp2", "engine__reduce_every_micro_batch": True, "precision": "bf16_pure"},
         ["engine.reduce_every_micro_batch: true would add", "fix: engine.reduce_every_micro_batch=auto"],
     ),
+    (
+        {"engine__name": "fsdp2", "engine__check_replicas_every": 5},
+        ["engine.check_replicas_every: 5 has no effect with engine=fsdp2", "hsdp"],
+    ),
     ({"engine__name": "fsdp2", "engine__optimizer_work": "split"}, ["engine.optimizer_work: split"]),
     (
         {"engine__name": "fsdp2", "engine__config_file": "x.json"},

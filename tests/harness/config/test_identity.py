@@ -33,6 +33,7 @@ SAME = [
     {"engine__name": "zero3"},
     {"engine__threads": 2},
     {"engine__optimizer_work": "split"},
+    {"engine__check_replicas_every": 3},
     {"engine__shard_axis": 1},
     {"engine__replicas": 2},
     {"engine__reshard_after_forward": False},
