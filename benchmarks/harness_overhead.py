@@ -17,7 +17,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,16 +40,22 @@ STEPS = 10
 
 class _FolderSink:
     def __init__(self, folder: RunFolder) -> None:
-        self.write = folder.add_row
+        self.folder, self.write = folder, folder.add_row
 
 
 def bare(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: BatchLoader, max_norm: float
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: BatchLoader,
+    max_norm: float,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Train with a plain loop, as without a harness."""
     for step in range(STEPS):
         for ids, labels in loader.micro_batches(step):
-            loss = loss_sum(model(input_ids=ids).logits, labels) / labels.numel()
+            with autocast():
+                logits = model(input_ids=ids).logits
+            loss = loss_sum(logits, labels) / labels.numel()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
         optimizer.step()
@@ -61,10 +70,15 @@ def restarted(run: Run, corpus: Corpus, sink: _FolderSink) -> tuple[Run, Callbac
     return run, Callbacks(probes, [sink])
 
 
-def main() -> None:
-    """Print the two speeds and their ratio as JSON."""
+def measure(overrides: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
+    """Return the two speeds and their ratio.
+
+    Args:
+        overrides: keys of the run; its number of steps and what is recorded are the benchmark's.
+        rounds: alternating rounds of `STEPS` steps, after one that warms up.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        words = list(sys.argv[1:])
+        words = list(overrides)
         words += [
             f"steps={STEPS}",
             "world_size=1",
@@ -74,7 +88,7 @@ def main() -> None:
             "moments.every=null",
             "log_every=10",
         ]
-        prepared = prepare(words, say=print, worker=True)
+        prepared = prepare(words, say=lambda line: print(line, file=sys.stderr), worker=True)
         config = prepared.config
         run = assemble(prepared, engines.start(config))
         run.stop.restore()
@@ -82,33 +96,40 @@ def main() -> None:
         twin.stop.restore()
         run.engine.prepare(run.model, run.optimizer)
         sink = _FolderSink(RunFolder(Path(scratch) / "run", config, prepared.identity))
+        sink.folder.begin(0)
+        device, max_norm = run.engine.device, config.max_grad_norm or float("inf")
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         seconds: dict[str, list[float]] = {"harness": [], "bare": []}
-        for round_number in range(ROUNDS + 1):
+        for round_number in range(rounds + 1):
             # Turns are swapped each round: whoever comes second may find a warmer machine.
             for name in ("harness", "bare")[:: 1 if round_number % 2 else -1]:
                 again, callbacks = restarted(run, prepared.corpus, sink)
+                wait()
                 begin = time.perf_counter()
                 if name == "harness":
                     assert train(again, callbacks) == "finished"
                 else:
-                    bare(twin.model, twin.optimizer, twin.loader, config.max_grad_norm or float("inf"))
+                    bare(twin.model, twin.optimizer, twin.loader, max_norm, run.engine.autocast)
+                wait()
                 if round_number:  # the first round warms up
                     seconds[name].append(time.perf_counter() - begin)
+        sink.folder.close()
     tokens = STEPS * config.batch_size * config.seq_len
     speeds = {name: round(tokens / statistics.median(times)) for name, times in seconds.items()}
     ratios = [bare / own for own, bare in zip(seconds["harness"], seconds["bare"])]
-    print(
-        json.dumps(
-            {
-                "optimizer": config.optimizer.name,
-                "model": config.model.name,
-                "threads": torch.get_num_threads(),
-                "tokens_per_s": speeds,
-                "ratio": round(statistics.median(ratios), 3),
-                "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-            }
-        )
-    )
+    return {
+        "optimizer": config.optimizer.name,
+        "model": config.model.name,
+        "threads": torch.get_num_threads(),
+        "tokens_per_s": speeds,
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+    }
+
+
+def main() -> None:
+    """Print the two speeds and their ratio as JSON."""
+    print(json.dumps(measure(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measure milliseconds per optimizer step against the peers' own packages, on the hidden matrices of LLaMA-60M.
 
     python -m benchmarks.step_time [--rounds 7] [--layers 8] [--threads 2] [--rank 128] [--only sumo,galore]
-    [--quick] [--cpu-time] [--json] [--profile "ours: sumo"]
+    [--quick] [--cpu-time] [--device cpu] [--json] [--profile "ours: sumo"]
 
 All contestants run in one process and alternate, one step each per round, so that other load of the machine
 affects all of them; medians over rounds. On a machine that others use, `--cpu-time --threads 1` counts the
@@ -57,7 +57,7 @@ def contestants(rank: int) -> list[Contestant]:
     def in_a_run(weights: list[nn.Parameter]) -> Any:
         # The loop has looked at the gradients when it clipped them; torch's AdamW does not look at all.
         optimizer = ours("adamw")(weights)
-        optimizer.found_inf = torch.zeros(())
+        optimizer.found_inf = torch.zeros((), device=weights[0].device)
         return optimizer
 
     low = {"rank": rank, "refresh_interval": NEVER}
@@ -103,7 +103,7 @@ TARGETS = [
 ]
 
 
-def gradients(shapes: Shapes, seed: int = 0) -> list[Tensor]:
+def gradients(shapes: Shapes, seed: int = 0, device: torch.device | str = "cpu") -> list[Tensor]:
     """Return random matrices with singular values that decay like i^-½, as gradients of language models roughly do."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -112,7 +112,7 @@ def gradients(shapes: Shapes, seed: int = 0) -> list[Tensor]:
         left = torch.randn(m, k, generator=generator) / m**0.5
         right = torch.randn(k, n, generator=generator) / n**0.5
         decay = torch.arange(1, k + 1).float().rsqrt()
-        made.append(1e-2 * (left * decay) @ right)
+        made.append((1e-2 * (left * decay) @ right).to(device))
     return made
 
 
@@ -132,15 +132,22 @@ def measure(
     shapes: Shapes,
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Return the median milliseconds per step of each contestant, by `clock` (seconds)."""
-    grads = gradients(shapes)
+    """Return the median milliseconds per step of each contestant, by `clock` (seconds).
+
+    On a GPU a step ends when the device has done it.
+    """
+    grads = gradients(shapes, device=device)
     built = {contestant.name: warmed(contestant, grads) for contestant in chosen}
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     times: dict[str, list[float]] = {c.name: [] for c in chosen}
     for _ in range(rounds):
         for contestant in chosen:
+            wait()
             start = clock()
             built[contestant.name].step()
+            wait()
             times[contestant.name].append(1e3 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -179,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="two tiny layers: that it runs, not how fast")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of this process")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--profile", default="", metavar="NAME", help="operators of one contestant's step instead"
@@ -200,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         if (not wanted or c.family in wanted) and not (given.no_refresh and c.refreshes)
     ]
     clock = time.process_time if given.cpu_time else time.perf_counter
-    medians = measure(chosen, shapes, rounds, clock)
+    medians = measure(chosen, shapes, rounds, clock, given.device)
     print(json.dumps({"schema_version": 1, "ms_per_step": medians}) if given.json else report(medians))
     return 0
 

@@ -158,7 +158,7 @@ def make_pictures(results: ReconstructionResults) -> list[ImageGrid]:
     grids = []
     for examination in results.latest():
         name = examination.subject.optimizer
-        if examination.makes_alternatives:
+        if "alternatives" in config.stages and images.task != "regression":
             grids.append(
                 pictures.draw_alternatives(
                     examination.kkt_point, config.radius, examination.target, name, config.seed
