@@ -34,7 +34,6 @@ METHODS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "qr_svd (fp64)": lambda m, cut: polar(m, "qr_svd", cut).factor,
     "gram": lambda m, cut: polar(m, "gram", cut).factor,
     "dwh": lambda m, cut: polar(m, "dwh", cut).factor,
-    "dwh, no host read": lambda m, cut: polar(m, "dwh", cut, sync=False).factor,
     "newton_schulz 5": lambda m, cut: polar(m, "newton_schulz").factor,
     "newton_schulz 5, bf16": lambda m, cut: newton_schulz(m, dtype=torch.bfloat16),
     "cubic 5": lambda m, cut: polar(m, "cubic").factor,

@@ -85,6 +85,11 @@ class Examination:
         )
         return [self._row(**asdict(figures))]
 
+    @property
+    def makes_alternatives(self) -> bool:
+        """Return False in regression: other training sets are built at a least margin of 1, which it has not."""
+        return "alternatives" in self.config.stages and self.images.task != "regression"
+
     @cached_property
     def kkt_point(self) -> KktPoint:
         """The network scaled to a least margin of 1, with its images and best multipliers."""

@@ -116,7 +116,7 @@ def _run_stages(
         results.tables["certificate"] += certificate
         margin, residual = certificate[0]["margin_min"], certificate[0]["residual"]
         say(f"{key}: least margin {margin:.4g}, residual {residual:.3g}")
-    if "alternatives" in config.stages:
+    if examination.makes_alternatives:
         results.tables["alternatives"] += folder.rows(f"{key}-alternatives", examination.alternative_rows)
     if "attack" in config.stages and config.attack.steps:
 

@@ -158,7 +158,7 @@ def make_pictures(results: ReconstructionResults) -> list[ImageGrid]:
     grids = []
     for examination in results.latest():
         name = examination.subject.optimizer
-        if "alternatives" in config.stages and images.task != "regression":
+        if examination.makes_alternatives:
             grids.append(
                 pictures.draw_alternatives(
                     examination.kkt_point, config.radius, examination.target, name, config.seed

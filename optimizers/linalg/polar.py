@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.linalg.inverse_root import GRAM_RTOL, root_by_dwh, root_by_eigh
+from optimizers.linalg.inverse_root import root_by_dwh, root_by_eigh
 from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
 from optimizers.linalg.robust import (
+    GRAM_RTOL,
     choose_method,
     cleaned,
     default_rtol,
@@ -39,14 +40,14 @@ class Polar(NamedTuple):
     fallbacks: Tensor  # 0-dim int64, on the device: matrices that the method could not do by itself
 
 
-def polar(matrix: Tensor, method: str = "auto", rtol: float | None = None, sync: bool | None = None) -> Polar:
+def polar(matrix: Tensor, method: str = "auto", rtol: float | None = None) -> Polar:
     """Return the polar factor of each matrix of a batch.
 
     Exact methods: "svd" (fp32, or fp64 for fp64 input), "qr_svd" (fp64), "gram" (fp64 Gram and eigh; a matrix
-    with singular values between the cut and 1e-6 σ1 goes to "qr_svd"), "dwh" (fp64 Gram and Halley steps, see
-    `inverse_root`). They drop the directions with σ ≤ rtol·σ1, so ‖O‖_F² is the effective rank. Approximate
-    methods, in fp32 (fp64 for fp64 input): "newton_schulz" (5 steps), "cubic" (5), "polar_express" (8);
-    they have no spectrum and no cut. "auto": `choose_method`.
+    with singular values between the cut and 1e-6 σ1 goes to "qr_svd"), "dwh" (fp64 Gram and Halley steps, with the
+    same cut and, unless `rtol` is below 1e-6, without a host read). They drop the directions with σ ≤ rtol·σ1, so
+    ‖O‖_F² is the effective rank. Approximate methods, in fp32 (fp64 for fp64 input): "newton_schulz" (5 steps),
+    "cubic" (5), "polar_express" (8); they have no spectrum and no cut. "auto": `choose_method`.
 
     Never raises on data. A matrix that is not finite gets a zero factor, NaN singular values and rank 0, and
     counts as a fallback: in an update it means "do not move", and no other matrix of the stack notices. A
@@ -56,7 +57,6 @@ def polar(matrix: Tensor, method: str = "auto", rtol: float | None = None, sync:
     Args:
         matrix: (…, m, n), floating point.
         rtol: cut relative to σ1; None: max(m, n)·eps (`default_rtol`).
-        sync: may the host wait for the certificate of "dwh"? None: yes on CPU, no elsewhere (`inverse_root`).
 
     Raises:
         ValueError: unknown method, fewer than two dimensions, not floating point, rtol outside [0, 1).
@@ -71,8 +71,7 @@ def polar(matrix: Tensor, method: str = "auto", rtol: float | None = None, sync:
     if name in APPROXIMATE:
         return _approximate(matrix.detach(), name)
     cut = default_rtol(matrix.shape, matrix.dtype) if rtol is None else float(rtol)
-    wait = matrix.device.type == "cpu" if sync is None else sync
-    factor, values, rank, fallbacks = _exact_polar(matrix.detach(), name, cut, wait)
+    factor, values, rank, fallbacks = _exact_polar(matrix.detach(), name, cut)
     return Polar(factor, None if name == "dwh" else values, rank, fallbacks)
 
 
@@ -91,9 +90,7 @@ def _approximate(matrix: Tensor, method: str) -> Polar:
 
 
 @torch.library.custom_op("optbench::exact_polar", mutates_args=())
-def _exact_polar(
-    matrix: Tensor, method: str, rtol: float, sync: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _exact_polar(matrix: Tensor, method: str, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # An operator of its own: a compiled rule keeps one graph across the data-dependent fallbacks in here.
     with full_precision(matrix.device.type):
         m, n = matrix.shape[-2:]
@@ -102,7 +99,7 @@ def _exact_polar(
         finite = finite_matrices(tall)
         clean, scale = _scaled(cleaned(tall, finite))
         if clean.numel():
-            factor, values, rank, fell_back = _SOLVERS[method](clean, rtol, sync)
+            factor, values, rank, fell_back = _SOLVERS[method](clean, rtol)
         else:
             factor, values = clean.clone(), clean.new_zeros(clean.shape[0], clean.shape[-1])
             rank, fell_back = values.new_zeros(clean.shape[0], dtype=torch.int64), ~finite
@@ -120,7 +117,7 @@ def _exact_polar(
 
 
 @_exact_polar.register_fake
-def _(matrix: Tensor, method: str, rtol: float, sync: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(matrix: Tensor, method: str, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, short = matrix.shape[:-2], min(matrix.shape[-2:])
     return (
         torch.empty_like(matrix, memory_format=torch.contiguous_format),
@@ -149,14 +146,14 @@ def _assemble(left: Tensor, values: Tensor, right: Tensor, rtol: float) -> tuple
     return (left * keep[:, None, :]) @ right, keep.sum(-1)
 
 
-def _by_svd(tall: Tensor, rtol: float, sync: bool) -> _Solution:
+def _by_svd(tall: Tensor, rtol: float) -> _Solution:
     parts = robust_svd(tall, lambda t: tuple(torch.linalg.svd(t, full_matrices=False)))
     left, values, right, rescued = parts
     factor, rank = _assemble(left, values, right, rtol)
     return factor, values, rank, rescued
 
 
-def _by_qr_svd(tall: Tensor, rtol: float, sync: bool) -> _Solution:
+def _by_qr_svd(tall: Tensor, rtol: float) -> _Solution:
     left, values, right, rescued = robust_svd(tall.double(), thin_svd_of_tall)
     factor, rank = _assemble(left, values, right, rtol)
     return factor.to(tall.dtype), values, rank, rescued
@@ -165,7 +162,7 @@ def _by_qr_svd(tall: Tensor, rtol: float, sync: bool) -> _Solution:
 # Both Gram methods also multiply by the root in fp64: in fp32 that product alone would cost eps32·κ, as much
 # as the
 # SVD it is to beat.
-def _by_gram(tall: Tensor, rtol: float, sync: bool) -> _Solution:
+def _by_gram(tall: Tensor, rtol: float) -> _Solution:
     wide = tall.double()
     root, values, rank, rescued = root_by_eigh(wide.mT @ wide, rtol)
     factor = (wide @ root).to(tall.dtype)
@@ -191,16 +188,18 @@ def _by_rescue(
     return factor, values, rank
 
 
-def _by_dwh(tall: Tensor, rtol: float, sync: bool) -> _Solution:
+def _by_dwh(tall: Tensor, rtol: float) -> _Solution:
     wide = tall.double()
-    root, values, rank, fell_back = root_by_dwh(wide.mT @ wide, rtol, sync)
+    root, values, rank, fell_back = root_by_dwh(wide.mT @ wide, rtol)
     factor = (wide @ root).to(tall.dtype)
-    if sync and rtol < GRAM_RTOL:
-        factor, values, rank = _by_rescue(tall, fell_back, rtol, (factor, values, rank))
+    if rtol < GRAM_RTOL:
+        hidden = (rank > 0) & (rank < tall.shape[-1])
+        factor, values, rank = _by_rescue(tall, hidden, rtol, (factor, values, rank))
+        fell_back = fell_back | hidden
     return factor, values, rank, fell_back
 
 
-_SOLVERS: dict[str, Callable[[Tensor, float, bool], _Solution]] = {
+_SOLVERS: dict[str, Callable[[Tensor, float], _Solution]] = {
     "svd": _by_svd,
     "qr_svd": _by_qr_svd,
     "gram": _by_gram,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
-# Below this size an eigenproblem is cheaper than four Cholesky factorizations, also on a GPU.
-_SMALL = 32
+# An fp64 Gram carries noise of about r * eps64 * σ1² on its eigenvalues: below 1e-6 σ1 (r up to 4096) a
+# singular value read off it means nothing, so no cut made on a Gram is lower than this.
+GRAM_RTOL = 1e-6
 
 _MKLDNN: Any = torch.backends.mkldnn
 _BACKENDS = (torch.backends.cuda.matmul, _MKLDNN.matmul)
@@ -91,8 +92,8 @@ def choose_method(
     """Return the exact method that "auto" selects, which depends on the arguments alone, not on data or timing.
 
     fp64 input: "qr_svd" (a Gram would lose half the digits). CPU: "gram", the fastest exact method measured
-    there. CUDA: "dwh" (eigh and SVD are latency-bound there, and torch's synchronize), "gram" up to 32
-    columns. Devices without fp64: "svd".
+    there. CUDA: "dwh", the same cut and accuracy without a host read; "gram" for matrices of at most 8×8, whose
+    default cut lies below what a Gram resolves. Devices without fp64: "svd".
 
     Args:
         shape: (…, m, n).
@@ -104,7 +105,7 @@ def choose_method(
         return "svd"
     if dtype == torch.float64:
         return "qr_svd"
-    return "dwh" if kind == "cuda" and min(shape[-2], shape[-1]) > _SMALL else "gram"
+    return "dwh" if kind == "cuda" and default_rtol(shape, dtype) >= GRAM_RTOL else "gram"
 
 
 def flattened(stack: Tensor) -> Tensor:

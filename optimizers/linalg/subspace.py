@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.linalg.inverse_root import GRAM_RTOL, root_by_eigh
+from optimizers.linalg.inverse_root import root_by_eigh
 from optimizers.linalg.requests import AllGather, AllReduce, Eigh, answer_alone, drive
 from optimizers.linalg.robust import (
+    GRAM_RTOL,
     cleaned,
     default_rtol,
     finite_matrices,

@@ -23,10 +23,10 @@ from optimizers.interfaces import (
 # Rules take them from here, so that their own modules import no torch.
 from optimizers.interfaces import InTurn as InTurn
 from optimizers.interfaces import Update as Update
-from optimizers.linalg.inverse_root import GRAM_RTOL, RootSolver
+from optimizers.linalg.inverse_root import RootSolver
 from optimizers.linalg.newton_schulz import cubic, newton_schulz, polar_express
 from optimizers.linalg.polar import Polar, polar
-from optimizers.linalg.robust import choose_method, default_rtol
+from optimizers.linalg.robust import GRAM_RTOL, choose_method, default_rtol
 from optimizers.linalg.subspace import (
     basis_cut,
     randomized_basis,

@@ -31,6 +31,18 @@ SMALL = (
 )
 
 
+def test_a_regression_has_attacks_and_no_alternatives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, found = run_json(capsys, *SMALL[:-1], "task=regression")
+    assert code == 0
+    assert found["alternatives"] == []
+    # No margin: it is minus the largest error there.
+    assert all(row["margin_min"] < 0 for row in found["certificate"])
+    assert found["attack"]
+
+
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
     code = cli.main(["reconstruct", *words, "wandb.mode=disabled", "--json"])
     return code, json.loads(capsys.readouterr().out)

