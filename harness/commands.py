@@ -161,15 +161,28 @@ COMMANDS: dict[str, Command] = {
         "[FILE.yaml] [group=option …] [key=value …]",
         (
             ("model=llama_60m optimizer=sumo engine=fsdp2 --world-size 64", "for a planned cluster"),
+            ("model=llama_7b precision=bf16 engine=fsdp2 --world-size 8 --device H100", "on a known GPU"),
             ("optimizer=muon engine=zero3 world_size=2 --json", "as one JSON document"),
         ),
         (
             Option(("--world-size", "--world_size"), "processes to plan for", "N", "--world-size 8"),
             Option(
-                ("--device-memory", "--device_memory"),
-                'memory of one device, for "fits": 80GB, 24GiB (80GB)',
+                ("--device",),
+                "GPU by name, for its memory and the time of a step: A100, H100, H200, B200, 4090, MI300X, …",
+                "NAME",
+                "--device H100",
+            ),
+            Option(
+                ("--memory", "--device-memory", "--device_memory"),
+                'memory of one device, for "fits": 80GB, 24GiB (that of --device, else 80GB)',
                 "SIZE",
-                "--device-memory 80GB",
+                "--memory 80GB",
+            ),
+            Option(
+                ("--network",),
+                "bandwidth of each GPU between nodes, one direction, per second (50GB)",
+                "SIZE",
+                "--network 25GB",
             ),
         ),
         takes_keys=True,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.config.schema import RunConfig
 from harness.model import decoder_layers, loss_sum
@@ -31,11 +32,16 @@ class Activations:
         kept: activations of all layers, without checkpointing.
         recomputed: with checkpointing: the inputs of all layers, and all activations of one layer.
         logits: logits, their softmax and their gradient.
+        casts: copies of fp32 weights in half precision, which autocast makes for the products.
+        layer: all activations of one layer. What the forward or backward pass of a layer holds for a moment is of
+            this size, too.
     """
 
     kept: int
     recomputed: int
     logits: int
+    casts: int
+    layer: int
 
 
 def count(config: RunConfig, layers: int) -> Activations:
@@ -62,8 +68,8 @@ def count(config: RunConfig, layers: int) -> Activations:
         return a + per_layer * (depth - 1) + (per_sequence + both * (depth - 1)) * (batch - 1)
 
     whole, single, base = at("body", layers), at("body", 1), at("body", 0)
-    inputs = at("inputs", layers)
-    return Activations(whole, base + inputs + (single - base), at("logits", layers))
+    inputs, layer = at("inputs", layers), single - base
+    return Activations(whole, base + inputs + layer, at("logits", layers), at("casts", layers), layer)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class _Saved:
     body: int
     inputs: int
     logits: int
+    casts: int
 
     @classmethod
     def of(cls, config: RunConfig, depth: int, batch: int) -> _Saved:
@@ -104,15 +111,42 @@ class _Saved:
                 )
             autocast = torch.autocast("cpu", dtype=half) if casts and half else nullcontext()
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                with autocast:
+                with _Casts(own) as made, autocast:
                     logits: Any = module(input_ids=ids).logits
                 loss = loss_sum(logits, ids)
             del loss
             logits_bytes = sum(s.nbytes() for s, is_logits in storages.values() if is_logits)
             # The model's output is alive, and the gradient of the fp32 copy comes on top.
             logits_bytes += logits.untyped_storage().nbytes() + logits.numel() * 4
-        body = sum(s.nbytes() for s, is_logits in storages.values() if not is_logits)
-        return cls(body, sum(inputs), logits_bytes)
+        body = sum(
+            s.nbytes()
+            for key, (s, is_logits) in storages.items()
+            if not is_logits and key not in made.storages
+        )
+        casts_bytes = sum(storage.nbytes() for storage in made.storages.values())
+        return cls(body, sum(inputs), logits_bytes, casts_bytes)
+
+
+class _Casts(TorchDispatchMode):
+    """Note the copies in another dtype that are made of parameters.
+
+    Args:
+        own: addresses of the parameters' storages.
+    """
+
+    def __init__(self, own: set[int]) -> None:
+        super().__init__()
+        self._own = own
+        # Held, so that the address of one is not given to another storage.
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and note its output if it casts a parameter."""
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._own:
+            storage = result.untyped_storage()
+            self.storages[storage._cdata] = storage
+        return result
 
 
 def _bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""`optbench plan [key=value …] [--world-size N] [--device-memory SIZE] [--json]`: what a run needs."""
+"""`optbench plan [key=value …] [--world-size N] [--device NAME] [--memory SIZE] [--json]`: what a run needs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 from harness import command_line
 from harness.config import checks, compose
 from harness.config.schema import RunConfig
-from harness.errors import InputError
+from harness.device_specs import DEVICES, device_spec
+from harness.errors import InputError, closest
 from harness.output import json_document
 
 DEVICE_MEMORY = "80GB"
 """Device memory that `fits` is checked against by default: an A100 or H100."""
+NETWORK = "50GB"
+"""Bandwidth of each GPU between nodes by default: one adapter of 400 Gbit/s."""
 _UNITS = {
     "": 10**9,
     "gb": 10**9,
@@ -30,7 +33,9 @@ _UNITS = {
 class _Request(NamedTuple):
     overrides: list[str]
     world_size: int | None
-    device_memory: int
+    device: str | None
+    device_memory: int | None
+    network: int
     as_json: bool
 
 
@@ -47,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     # Only now: `optbench plan --help` and bad input need no torch.
     from harness.plan.estimate import plan
 
-    estimates = plan(config, request.device_memory, say)
+    estimates = plan(config, request.device_memory, say, device=request.device, network=request.network)
     if request.as_json:
         print(json_document(**estimates))
     else:
@@ -69,7 +74,7 @@ def size(key: str, text: str) -> int:
 
 
 def _parse(argv: Sequence[str]) -> _Request:
-    # The two options are also understood in the spelling of keys.
+    # Options are also understood in the spelling of keys.
     argv = [f"--{argument}" if argument.startswith("device_memory=") else argument for argument in argv]
     arguments = command_line.parse("plan", argv, keeps_unknown=True)
     options = arguments.options
@@ -77,8 +82,31 @@ def _parse(argv: Sequence[str]) -> _Request:
     if processes is not None and not (processes.isdecimal() and 0 < len(processes.lstrip("0")) < 10):
         allowed, fix = "1, 2, 3, …", "--world-size 8"
         raise InputError("--world-size", processes, "is not a number of processes", allowed=allowed, fix=fix)
-    memory = size("--device-memory", options.device_memory or DEVICE_MEMORY)
-    return _Request(arguments.rest, int(processes) if processes else None, memory, options.json)
+    device = None if options.device is None else device_name(options.device)
+    memory = options.memory or (None if device else DEVICE_MEMORY)
+    return _Request(
+        arguments.rest,
+        int(processes) if processes else None,
+        device,
+        None if memory is None else size("--memory", memory),
+        size("--network", (options.network or NETWORK).removesuffix("/s")),
+        options.json,
+    )
+
+
+def device_name(text: str) -> str:
+    """Return the name in the table of devices for what a user types, such as h100, 4090 or mi300x.
+
+    Raises:
+        InputError: the device is unknown.
+    """
+    for name in (text, f"RTX {text}"):
+        if (spec := device_spec(name)) is not None:
+            return spec.name
+    names = [spec.name for spec in DEVICES]
+    guess = closest(text, names)
+    reason = "is not a device with known figures; give its memory instead"
+    raise InputError("--device", text, reason, allowed=names, suggestion=guess, fix="--memory 80GB")
 
 
 def _with_world_size(overrides: Sequence[str], world_size: int | None) -> list[str]:
@@ -113,42 +141,65 @@ def _show(config: RunConfig, estimates: dict[str, Any]) -> None:
     for column in ("what", "MiB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for kind, bytes_held in estimates["per_rank"].items():
-        table.add_row(f"holds {kind}", _mib(bytes_held))
+        table.add_row(f"forward and backward: {kind}", _mib(bytes_held))
     table.add_section()
-    table.add_row("holds in total, at most", _mib(estimates["total_bytes"]))
+    for name, phase in estimates["phases"].items():
+        table.add_row(f"phase {name}, in total", _mib(phase["total_bytes"]))
+    host = estimates["phases"]["checkpoint"]["host_bytes"]
+    table.add_row("host memory for checkpoints (ddp: of rank 0)", _mib(host))
     table.add_section()
     for kind, bytes_sent in estimates["traffic_per_step"].items():
         table.add_row(f"sends a step: {kind}", _mib(bytes_sent))
     console.print(table)
-    kept = estimates["activations"]
+    kept, margin = estimates["activations"], estimates["margin"]
     if kept is None:
         console.print("Activations are not counted: this model's code cannot run on fake tensors.")
     else:
-        console.print(
-            f"Activations of a micro-batch of {kept['micro_batch_size']} × {config.seq_len} tokens: "
-            f"{_mib(kept['without_checkpointing'])} MiB, with model.activation_checkpointing=true "
-            f"{_mib(kept['with_checkpointing'])} MiB."
+        others = ", ".join(
+            f"{_mib(kept[mode])} MiB with activation checkpointing {label}"
+            for mode, label in (("without_checkpointing", "off"), ("with_checkpointing", "on"))
         )
+        console.print(
+            f"Activations of a micro-batch of {kept['micro_batch_size']} × {config.seq_len} tokens: {others}."
+        )
+    console.print(
+        f"Needs {estimates['needed_bytes'] / 1e9:.1f} GB of device memory: the largest phase "
+        f"({estimates['peak_phase']}), {margin['fragmentation']:.0%} fragmentation, "
+        f"{margin['context_bytes'] / 1e9:g} GB for the CUDA context and NCCL, {margin['reserve']:.0%} in reserve."
+    )
     if estimates["fits"] is not None:
         verdict = "yes" if estimates["fits"] else "no"
-        console.print(f"Fits in {estimates['device_memory'] / 1e9:g} GB: {verdict} (--device-memory SIZE)")
-    if estimates["step_time_s"]:
-        times = ", ".join(
-            f"{name} {time['forward_backward_at_peak']:.3g}"
-            for name, time in estimates["step_time_s"].items()
-        )
         console.print(
-            f"Seconds of a step's forward and backward pass at the device's peak (lower bound): {times}."
+            f"Fits in {estimates['device_memory'] / 1e9:g} GB: {verdict} (--device NAME or --memory SIZE)"
         )
+    if estimates["step_time_s"]:
+        _show_times(console, estimates["step_time_s"])
     simulated = estimates["ranks_looked_at"]
     if 1 < len(simulated) < estimates["world_size"]:
         console.print(f"Simulated ranks {', '.join(map(str, simulated))}.")
     if len(estimates["depths_looked_at"]) > 1:
         depths = " and ".join(map(str, estimates["depths_looked_at"]))
         console.print(f"Counted at {depths} layers and extrapolated: every layer adds the same.")
-    console.print(
-        "Not counted: temporaries of kernels and of the optimizer's step, the CUDA context (about 1 GB)."
-    )
+    console.print("Not counted: workspaces inside of kernels. Nothing here was measured on a GPU.")
+
+
+def _show_times(console: Any, times: dict[str, dict[str, float]]) -> None:
+    from rich.table import Table
+
+    title = "Seconds of a step: lower bound by data sheet (model, optimizer, exposed communication) and expected band"
+    table = Table(title=title, title_justify="left")
+    columns = ("device", "model", "optimizer", "communication", "at least", "expected", "tokens/s expected")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for name, time in times.items():
+        parts = (time[part] for part in ("model", "optimizer", "exposed_communication", "total"))
+        table.add_row(
+            name,
+            *(f"{part:.3g}" for part in parts),
+            f"{time['expected_from']:.3g} to {time['expected_to']:.3g}",
+            f"{time['expected_tokens_per_s_from']:,.0f} to {time['expected_tokens_per_s_to']:,.0f}",
+        )
+    console.print(table)
 
 
 def _mib(count: float) -> str:

@@ -1,56 +1,68 @@
-"""Estimate what a run holds, sends and computes on its worst rank."""
+"""Estimate what a run holds, sends and computes on its worst rank, and whether and how fast it runs on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from harness.config.schema import RunConfig
-from harness.device_specs import device_spec
+from harness.device_specs import DeviceSpec, device_spec
 from harness.errors import InputError
-from harness.model import decoder_layers
-from harness.plan import activations
+from harness.plan import activations, phases
 from harness.plan.simulated_rank import (
+    StepCost,
     build_model,
+    engine_traffic,
     held_bytes,
     layer_count,
+    optimizer_steps,
+    probe_workspace,
     sampled_ranks,
-    sent_bytes,
     simulate,
     with_layers,
 )
+from harness.plan.step_time import NAMED, NETWORK_BANDWIDTH, StepWork, step_time
 from harness.probes.flops import FlopCount
 
 MAX_DEPTH = 128
 """Largest number of layers that is simulated; deeper models are extrapolated from two depths."""
-_DEVICES = ("A100", "H100", "B200")
-_SHARDED = ("fsdp2", "hsdp", "zero3")
 
 
 def plan(
-    config: RunConfig, device_memory: int | None = None, say: Callable[[str], None] = lambda text: None
+    config: RunConfig,
+    device_memory: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    device: str | None = None,
+    network: float = NETWORK_BANDWIDTH,
 ) -> dict[str, Any]:
     """Return the plan of a checked configuration.
 
     Args:
         config: checked.
-        device_memory: bytes of one device, for `fits`; None: unknown.
+        device_memory: bytes of one device, for `fits`; None: the named device's, else unknown.
         say: where progress goes.
+        device: name of the device (`harness.device_specs`); None: times of several.
+        network: byte/s of each device between nodes.
 
     Returns:
-        `per_rank` {kind: bytes} and its sum `total_bytes`, and `traffic_per_step` {kind: bytes}, all of the worst rank;
-        `flops_per_step` {kind: FLOPs} of all ranks; `fits` (None: activations or memory unknown); `activations`
-        {kind: bytes} of a micro-batch; `step_time_s` {device: {kind: s}}.
+        `per_rank` {kind: bytes} of the forward and backward pass and its sum `total_bytes`; `phases` {phase: {"bytes",
+        "total_bytes"}}, the largest of them `peak_phase`, and `needed_bytes`, the device memory for it (`margin` says
+        what is added); `traffic_per_step` {kind: bytes}, all of the worst rank; `flops_per_step` {kind: FLOPs} of all
+        ranks; `fits` (None: activations or memory unknown); `activations` {kind: bytes} of a micro-batch;
+        `step_time_s` {device: {part: s}}.
 
     Raises:
-        InputError: an optimizer by import path, or a model that cannot be built.
+        InputError: an optimizer by import path, a model that cannot be built, or an unknown device.
     """
     if config.optimizer.target is not None:
         reason = "cannot be planned: only the optimizers of optbench have a known state"
         raise InputError("optimizer.target", config.optimizer.target, reason, fix="optimizer=adamw")
+    specs = {
+        name: spec for name in ([device] if device else NAMED) if (spec := device_spec(name)) is not None
+    }
     # Python code from the model's folder is run as it is, at its own depth.
     has_own_code = config.trust_remote_code and config.model.path is not None
     layers = None if has_own_code else layer_count(config.model)
@@ -62,21 +74,38 @@ def plan(
         raise InputError(
             "model", config.model.name, f"cannot be planned ({first})", fix="model=llama_60m"
         ) from error
-    estimates = plans[-1] if len(plans) == 1 else _extrapolated(plans, depths, layers or 0)
+    counted = plans[-1] if len(plans) == 1 else _extrapolated(plans, depths, layers or 0)
     say("activations")
     kept = _activations(config, layers)
+    per_rank: dict[str, int] = counted["per_rank"]
     if kept is not None:
         used = kept.recomputed if config.model.activation_checkpointing else kept.kept
-        estimates["per_rank"] |= {"activations": used, "logits": kept.logits}
-    total = sum(estimates["per_rank"].values())
-    flops = sum(estimates["flops_per_step"].values())
+        per_rank |= {"activations": used, "logits": kept.logits}
+        if kept.casts:
+            per_rank["autocast_copies"] = kept.casts
+    by_phase = phases.phases(config, per_rank, counted["build"], kept, counted["workspace"])
+    peak_phase = max(by_phase, key=lambda name: by_phase[name]["total_bytes"])
+    needed = phases.needed_bytes(by_phase[peak_phase]["total_bytes"])
+    if device_memory is None and device in specs:
+        device_memory = int(specs[device].memory)
+    traffic = counted["traffic_per_step"]
     return {
         "world_size": config.world_size,
         "engine": config.engine.name,
         "ranks_looked_at": list(sampled_ranks(config)),
         "depths_looked_at": depths,
-        **estimates,
-        "total_bytes": total,
+        "per_rank": per_rank,
+        "total_bytes": sum(per_rank.values()),
+        "phases": by_phase,
+        "peak_phase": peak_phase,
+        "needed_bytes": needed,
+        "margin": {
+            "context_bytes": round(phases.CONTEXT_BYTES),
+            "fragmentation": phases.FRAGMENTATION,
+            "reserve": round(1 - phases.RESERVE, 4),
+        },
+        "traffic_per_step": traffic,
+        "flops_per_step": counted["flops_per_step"],
         "activations": None
         if kept is None
         else {
@@ -86,45 +115,59 @@ def plan(
             "logits": kept.logits,
         },
         "device_memory": device_memory,
-        "fits": None if kept is None or device_memory is None else total <= device_memory,
-        "step_time_s": _step_time(config, flops),
+        "fits": None if kept is None or device_memory is None else needed <= device_memory,
+        "step_time_s": _step_times(config, counted, specs, network),
     }
 
 
 def _at_depth(config: RunConfig, depth: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return groups of numbers by kind, all of which are linear in the depth."""
     model = config.model if depth is None else with_layers(config.model, depth)
     say(f"model on the meta device{f', {depth} layers' if depth else ''}")
     module = build_model(model, config.precision, trust_remote_code=config.trust_remote_code)
     held: dict[str, int] = {}
     sent: dict[str, float] = {}
+    work: dict[str, float] = {}
+    workspace: dict[str, int] = {}
     ranks = sampled_ranks(config)
     for place, rank in enumerate(ranks):
         say(f"rank {rank} ({place + 1} of {len(ranks)})")
         planned = simulate(config, module, rank)
-        for kind, size in {**held_bytes(config, planned), **_gathered(config, module)}.items():
-            held[kind] = max(held.get(kind, 0), size)
-        for kind, size in sent_bytes(config, planned).items():
-            sent[kind] = max(sent.get(kind, 0.0), size)
+        refresh, ordinary = optimizer_steps(planned)
+        traffic = {**engine_traffic(config, planned), "optimizer": ordinary.sent}
+        if refresh.sent != ordinary.sent:
+            traffic["optimizer/refresh"] = refresh.sent
+        _raise(held, held_bytes(config, planned))
+        _raise(sent, traffic)
+        _raise(work, {**_work("step", ordinary), **_work("refresh", refresh)})
+        probe = probe_workspace(planned)
+        _raise(workspace, {"step": ordinary.workspace, "refresh": refresh.workspace, "probe": probe})
+    if gathered := phases.gathered_weights(config, module):
+        held["gathered_weights"] = gathered
+    held["communication"] = phases.communication_buffers(config, module)
+    # Two micro-batches of int64 tokens and labels: the next one is on its way.
+    held["batch"] = 2 * 2 * 8 * (config.micro_batch_size or 1) * config.seq_len
     flops = FlopCount.of(
         module, seq_len=config.seq_len, precision=config.precision, device=torch.device("cpu")
     )
     return {
         "per_rank": held,
+        "build": phases.build_bytes(config, module, held),
+        "workspace": workspace,
+        "work": work,
         "traffic_per_step": {kind: round(size) for kind, size in sent.items()},
         "flops_per_step": {"forward_backward": flops.per_token * config.batch_size * config.seq_len},
     }
 
 
-def _gathered(config: RunConfig, module: nn.Module) -> dict[str, int]:
-    """Return the bytes of gathered weights: two layers (one is prefetched) and the parameters outside the layers."""
-    if config.engine.name not in _SHARDED:
-        return {}
-    width = 2 if config.precision in activations.HALF else 4
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(module)]
-    whole = sum(p.numel() for p in module.parameters())
-    stays = config.engine.name in ("fsdp2", "hsdp") and not config.engine.reshard_after_forward
-    layers = sum(sizes) if stays else 2 * max(sizes, default=0)
-    return {"gathered_weights": (whole - sum(sizes) + layers) * width}
+def _raise(highest: dict[str, Any], values: Mapping[str, float]) -> None:
+    for kind, value in values.items():
+        highest[kind] = max(highest.get(kind, 0), value)
+
+
+def _work(step: str, cost: StepCost) -> dict[str, float]:
+    flops = {f"{step}/flops/{kind}": count for kind, count in cost.flops.items()}
+    return {f"{step}/moved": cost.moved, f"{step}/sent": cost.sent, **flops}
 
 
 def _extrapolated(plans: list[dict[str, Any]], depths: list[Any], layers: int) -> dict[str, Any]:
@@ -136,10 +179,9 @@ def _extrapolated(plans: list[dict[str, Any]], depths: list[Any], layers: int) -
         value, before = more[group][kind], less[group].get(kind, 0)
         return value + (value - before) * steps
 
+    exact = ("flops_per_step", "work")
     return {
-        group: {
-            kind: at(group, kind) if group == "flops_per_step" else round(at(group, kind)) for kind in values
-        }
+        group: {kind: at(group, kind) if group in exact else round(at(group, kind)) for kind in values}
         for group, values in more.items()
     }
 
@@ -154,14 +196,31 @@ def _activations(config: RunConfig, layers: int | None) -> activations.Activatio
         return None
 
 
-def _step_time(config: RunConfig, flops: float) -> dict[str, dict[str, float]] | None:
-    """Return the seconds of forward and backward pass at the peak of each known device, a lower bound."""
+def _step_times(
+    config: RunConfig, counted: dict[str, Any], specs: Mapping[str, DeviceSpec], network: float
+) -> dict[str, Any] | None:
+    """Return the times of a step by device; None: no device computes in this precision."""
     assert config.world_size is not None
-    if config.precision not in activations.HALF:
-        return None
-    peaks = {name: spec.bf16 for name in _DEVICES if (spec := device_spec(name))}
-    return {
-        name: {"forward_backward_at_peak": flops / config.world_size / peak}
-        for name, peak in peaks.items()
-        if peak
-    }
+    work, traffic = counted["work"], counted["traffic_per_step"]
+    flops = sum(counted["flops_per_step"].values()) / config.world_size
+
+    def products(step: str) -> dict[str, float]:
+        start = f"{step}/flops/"
+        return {kind.removeprefix(start): count for kind, count in work.items() if kind.startswith(start)}
+
+    # A recomputed forward pass is a third of forward and backward.
+    recomputed = 4 / 3 if config.model.activation_checkpointing else 1.0
+    interval = config.optimizer.options.get("refresh_interval")
+    step = StepWork(
+        model_flops=flops * recomputed,
+        optimizer_flops=products("step"),
+        refresh_flops=products("refresh"),
+        optimizer_moved=work["step/moved"],
+        refresh_moved=work["refresh/moved"],
+        engine_sent=traffic["weights"] + traffic["gradients"],
+        optimizer_sent=work["step/sent"],
+        refresh_sent=work["refresh/sent"],
+        refresh_interval=interval if isinstance(interval, int) else None,
+    )
+    times = {name: step_time(config, spec, step, network) for name, spec in specs.items()}
+    return {name: time for name, time in times.items() if time is not None} or None

@@ -10,11 +10,13 @@ from torch import nn
 
 import optimizers
 from harness import model
+from harness.config.engine_checks import reduces_every_micro_batch
 from harness.config.model_facts import facts, full_config
 from harness.config.model_keys import config_fields
 from harness.config.schema import ModelConfig, Precision, RunConfig
 from harness.model import decoder_layers
 from harness.optimizer import shard_axes
+from harness.plan.op_counter import OpCounter
 from optimizers.layouts.layout import Layout
 from optimizers.layouts.simulated import SimulatedReplicas, SimulatedShards, simulated_slices
 from optimizers.optimizer import Optimizer
@@ -154,6 +156,10 @@ def held_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, int]:
     width = parameters[0].element_size()
     name = config.engine.name
     held = {"weights": local * width, "gradients": local * width}
+    accumulates = config.batch_size > (config.micro_batch_size or 1) * (config.world_size or 1)
+    if name in ("fsdp2", "hsdp") and accumulates and not reduces_every_micro_batch(config):
+        # Whole fp32 gradients add up until the last micro-batch.
+        held["gradients"] = whole * 4
     if name in ZERO_STAGES:
         half = config.precision in ("bf16", "fp16")
         copies = whole if name != "zero3" else local
@@ -163,27 +169,59 @@ def held_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, int]:
     return held
 
 
-def sent_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
-    """Return kind → bytes that this rank sends in one optimizer step, by the ring convention (docs/layouts.md).
+@dataclass(frozen=True)
+class StepCost:
+    """What one optimizer step costs on one rank, counted by running the optimizer's own code.
 
-    "optimizer" is an ordinary step, "optimizer/refresh" one that refreshes every subspace; both are counted by running
-    the optimizer's own code. "gradients" and "weights" are the engine's, by formula.
+    Attributes:
+        sent: bytes, by the ring convention (docs/layouts.md).
+        workspace: bytes that are alive at the peak of the step and not before it; kernels' own are not seen.
+        moved: bytes that operators read and write in device memory.
+        flops: number format ("fp64", "fp32", "bf16") → FLOPs of products and decompositions.
     """
+
+    sent: float
+    workspace: int
+    moved: float
+    flops: dict[str, float]
+
+
+def optimizer_steps(planned: PlannedRank) -> tuple[StepCost, StepCost]:
+    """Return the costs of a step that refreshes every subspace, and of an ordinary one."""
     _set_gradients(planned)
-    refresh, ordinary = _optimizer_traffic(planned), _optimizer_traffic(planned)
-    sent = {**_engine_traffic(config, planned), "optimizer": ordinary}
-    if refresh != ordinary:
-        sent["optimizer/refresh"] = refresh
-    return sent
+    return _optimizer_step(planned), _optimizer_step(planned)
 
 
-def _optimizer_traffic(planned: PlannedRank) -> float:
+def _optimizer_step(planned: PlannedRank) -> StepCost:
     before = sum(planned.optimizer.bytes_sent().values())
-    planned.optimizer.step()
-    return sum(planned.optimizer.bytes_sent().values()) - before
+    with OpCounter() as counted:
+        planned.optimizer.step()
+    sent = sum(planned.optimizer.bytes_sent().values()) - before
+    # AdamW is one kernel (`_set_gradients` leaves it out): weight and two moments are read and written, the gradient
+    # is read.
+    elementwise = 7 * 4 * _adamw_elements(planned)
+    flops = {_FORMATS.get(dtype, "fp32"): count for dtype, count in counted.flops.items()}
+    return StepCost(sent, counted.peak, counted.moved + elementwise, flops)
 
 
-def _engine_traffic(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
+def probe_workspace(planned: PlannedRank) -> int:
+    """Return the bytes of a probe of the moments: fp64 copies of the largest matrix, its Gram and eigenvectors."""
+    matrices = {route.name for route in planned.optimizer.routes if route.rule != "adamw"}
+    shapes = [tuple(p.shape[-2:]) for name, p in planned.network.named_parameters() if name in matrices]
+    return max((2 * 8 * m * n + 4 * 8 * min(m, n) ** 2 for m, n in shapes), default=0)
+
+
+_FORMATS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _adamw_elements(planned: PlannedRank) -> int:
+    adamw = {route.name for route in planned.optimizer.routes if route.rule == "adamw"}
+    layout = planned.optimizer.layout
+    return sum(layout.weight(p).numel() for name, p in planned.network.named_parameters() if name in adamw)
+
+
+def engine_traffic(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
+    """Return the bytes of weights and gradients that the engine sends in a step on this rank, by formula."""
     assert config.world_size is not None
     assert config.micro_batch_size is not None
     name, world, shards = config.engine.name, config.world_size, planned.shards
@@ -197,7 +235,8 @@ def _engine_traffic(config: RunConfig, planned: PlannedRank) -> dict[str, float]
         layers = sum(p.numel() for layer in decoder_layers(planned.network) for p in layer.parameters())
         times = 2 if config.engine.reshard_after_forward else 1
         gathered = micro_batches * (times * layers + whole - layers) * width * around
-        reduced = whole * 4 * around
+        reductions = micro_batches if reduces_every_micro_batch(config) else 1
+        reduced = reductions * whole * 4 * around
         if name == "hsdp" and config.engine.replicas:
             replicas = config.engine.replicas
             reduced += 2 * whole * 4 / shards * (replicas - 1) / replicas

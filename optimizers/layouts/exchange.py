@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,24 +104,31 @@ class Arriving:
 
 
 def _direction(sources: Distribution, targets: Distribution, me: int, size: int) -> _Direction:
-    out: list[_Move] = []
-    into: list[_Move] = []
+    # By rank, then by matrix: the order in which an all-to-all lays the elements out.
+    out: list[tuple[int, _Move]] = []
+    into: list[tuple[int, _Move]] = []
+    for matrix, (has, wants) in enumerate(zip(sources, targets)):
+        for moves, mine, theirs in ((out, has[me], wants), (into, wants[me], has)):
+            for rank, lo, hi in _overlaps(mine, theirs):
+                moves.append((rank, _Move(matrix, lo - mine[0], hi - mine[0])))
     sent, received = [0] * size, [0] * size
-    for other in range(size):
-        for matrix, (has, wants) in enumerate(zip(sources, targets)):
-            lo, hi = _overlap(has[me], wants[other])
-            if hi > lo:
-                out.append(_Move(matrix, lo - has[me][0], hi - has[me][0]))
-                sent[other] += hi - lo
-            lo, hi = _overlap(has[other], wants[me])
-            if hi > lo:
-                into.append(_Move(matrix, lo - wants[me][0], hi - wants[me][0]))
-                received[other] += hi - lo
-    return _Direction(out, into, sent, received, [wants[me][1] - wants[me][0] for wants in targets])
+    for moves, counts in ((out, sent), (into, received)):
+        moves.sort(key=lambda entry: (entry[0], entry[1].matrix))
+        for rank, move in moves:
+            counts[rank] += move.hi - move.lo
+    sizes_in = [wants[me][1] - wants[me][0] for wants in targets]
+    return _Direction([move for _, move in out], [move for _, move in into], sent, received, sizes_in)
 
 
-def _overlap(a: Interval, b: Interval) -> Interval:
-    return max(a[0], b[0]), min(a[1], b[1])
+def _overlaps(mine: Interval, theirs: Sequence[Interval]) -> list[tuple[int, int, int]]:
+    """Return (rank, first element, end) of the overlap with each rank's interval that is not empty."""
+    if mine[1] <= mine[0]:
+        return []
+    # Vectorized: a matrix has an interval on each of possibly thousands of ranks, and overlaps few of them.
+    bounds = np.asarray(theirs, dtype=np.int64)
+    lo, hi = np.maximum(bounds[:, 0], mine[0]), np.minimum(bounds[:, 1], mine[1])
+    ranks = np.flatnonzero(hi > lo)
+    return [(int(rank), int(lo[rank]), int(hi[rank])) for rank in ranks]
 
 
 def whole_at(owners: Sequence[int], sizes: Sequence[int], ranks: int) -> list[list[Interval]]:

@@ -238,15 +238,12 @@ class FlatSliceView:
     @property
     def lead(self) -> Interval:
         """Return the interval of elements here that end a row of an earlier rank."""
-        lo, hi = self.piece
-        return lo, min(hi, max(lo, self.row_range[0] * self.columns)) if hi > lo else lo
+        return _lead(self.piece, self.columns)
 
     @property
     def missing(self) -> Interval:
         """Return the interval of elements of this rank's last row that later ranks have."""
-        hi = self.piece[1]
-        end = self.row_range[1] * self.columns
-        return (hi, end) if self.shape[0] and end > hi else (hi, hi)
+        return _missing(self.piece, self.columns)
 
     def within(self, flat: Tensor, interval: Interval) -> Tensor:
         """Return an interval of this rank's piece, as a view of a flat tensor."""
@@ -311,12 +308,9 @@ class RowBucket:
         self.collectives: Collectives = shards
         self._matrices = list(matrices)
         self._views = [_flat_view(m) for m in matrices]
-        views_of_ranks = [
-            [FlatSliceView(s.flat, s.slot, m.block.shape, rank) for rank in range(communicator.size)]
-            for s, m in zip(self._views, matrices)
-        ]
-        leads = [[view.lead for view in same] for same in views_of_ranks]
-        missing = [[view.missing for view in same] for same in views_of_ranks]
+        pieces_of = [(view.slot.pieces, view.columns) for view in self._views]
+        leads = [[_lead(piece, columns) for piece in pieces] for pieces, columns in pieces_of]
+        missing = [[_missing(piece, columns) for piece in pieces] for pieces, columns in pieces_of]
         is_broken = any(hi > lo for same in leads for lo, hi in same)
         self._exchange = Exchange(leads, missing, communicator) if is_broken else None
         self._arriving: Arriving | None = None
@@ -426,6 +420,20 @@ def snapped(piece: Interval, columns: int) -> Interval:
     lo, hi = piece
     first = -(-lo // columns)
     return first, max(first, -(-hi // columns)) if hi > lo else first
+
+
+def _lead(piece: Interval, columns: int) -> Interval:
+    """Return the part of an interval of elements that ends a row of an earlier rank."""
+    lo, hi = piece
+    first, _ = snapped(piece, columns)
+    return lo, min(hi, max(lo, first * columns)) if hi > lo else lo
+
+
+def _missing(piece: Interval, columns: int) -> Interval:
+    """Return the elements after an interval that its last row lacks; empty if no row begins in the interval."""
+    hi = piece[1]
+    first, end = snapped(piece, columns)
+    return hi, max(hi, end * columns) if end > first else hi
 
 
 def _in_rows(view: FlatSliceView, rule: Rule, options: Mapping[str, Any], ranks: int) -> bool:

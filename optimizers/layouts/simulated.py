@@ -65,26 +65,33 @@ class SimulatedReplicas(ReplicatedLayout):
 
 @dataclass(frozen=True)
 class EmptyView:
+    """The view of a shard without numbers. Like the real one it allocates nothing: a view into the whole tensor."""
+
     shape: tuple[int, int]
     split: int | None
     start: int
     shard_bounds: ShardBounds | None
 
     def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """Return an empty tensor of this shape."""
-        return None if parameter.grad is None else parameter.new_empty(self.shape)
+        """Return a view of this shape."""
+        return None if parameter.grad is None else self._of(parameter.grad)
 
     def weight(self, parameter: Tensor, block: Block) -> Tensor:
-        """Return an empty tensor of this shape."""
-        return parameter.detach().new_empty(self.shape)
+        """Return a view of this shape."""
+        return self._of(parameter.detach())
 
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """Return an empty tensor of this shape."""
+        """Return a view of this shape."""
         return self.gradient(parameter, block)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
-        """Return an empty tensor of this shape."""
-        return local.new_empty(self.shape)
+        """Return a view of this shape."""
+        return (
+            self._of(local) if local.numel() >= self.shape[0] * self.shape[1] else local.new_empty(self.shape)
+        )
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1)[: self.shape[0] * self.shape[1]].view(self.shape)
 
 
 def simulated_slices(
