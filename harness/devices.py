@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from harness.config.launcher import cpu_is_requested
-from harness.errors import InputError
+from harness.config import launcher
 
 PACKAGES = (
     "optbench",
@@ -34,11 +33,11 @@ def uses_cuda(environ: Mapping[str, str] = os.environ) -> bool:
 
     Accelerate's `PartialState` does not read that variable, so every choice of device or backend must ask here.
     """
-    return torch.cuda.is_available() and not cpu_is_requested(environ)
+    return torch.cuda.is_available() and not launcher.cpu_is_requested(environ)
 
 
-def claim_gpu(environ: Mapping[str, str] = os.environ) -> None:
-    """Make this process' GPU the current one, before anything creates a process group.
+def claim_gpu(environ: Mapping[str, str] = os.environ) -> torch.device:
+    """Make this process' GPU the current one, before anything creates a process group, and return it.
 
     NCCL guesses a device for collectives that come before `torch.cuda.set_device`, and two processes on one GPU end
     in "Duplicate GPU detected" minutes later.
@@ -48,22 +47,19 @@ def claim_gpu(environ: Mapping[str, str] = os.environ) -> None:
     """
     local_rank = int(environ.get("LOCAL_RANK", "0"))
     processes = max(int(environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
-    visible = torch.cuda.device_count()
-    if processes > visible:
-        raise InputError(
-            "world_size",
-            processes,
-            f"is the number of processes on this machine, which shows them {visible} GPU(s): one process needs one GPU",
-            allowed=f"at most {visible} processes a machine",
-            fix=f"world_size={visible}, CUDA_VISIBLE_DEVICES with {processes} GPUs in every process, "
-            "or ACCELERATE_USE_CPU=true",
-        )
+    launcher.check_gpus(processes, torch.cuda.device_count())
     torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def device_name(device: torch.device) -> str:
     """Return the name of a GPU as its driver reports it, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cpu_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -50,7 +50,12 @@ class Prepared:
 
 
 def prepare(
-    overrides: Sequence[str], *, say: Callable[[str], None], worker: bool = False, writes_folder: bool = True
+    overrides: Sequence[str],
+    *,
+    say: Callable[[str], None],
+    worker: bool = False,
+    writes_folder: bool = True,
+    devices: int | None = None,
 ) -> Prepared:
     """Compose and check the configuration, tokenize the corpus if it is not cached, and check the run folder.
 
@@ -61,11 +66,12 @@ def prepare(
         say: takes messages.
         worker: this is one of the run's own processes, not the command that starts them.
         writes_folder: whether this process will write the run folder (rank 0), so that it must be free.
+        devices: GPUs of each machine that the run will start on; None: it starts on this machine.
 
     Raises:
         InputError: anything about the input that is wrong; nothing has been written to the run folder then.
     """
-    config = checks.check(compose.load(overrides), worker=worker)
+    config = checks.check(compose.load(overrides), devices=devices, worker=worker)
     # Only now: a mistyped key must not wait for numpy and the tokenizers.
     from harness import data
 

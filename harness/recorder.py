@@ -115,7 +115,8 @@ class RunRecorder:
         if uncertified := certificates.warning(self._certificate):
             self._warnings.append(uncertified)
         self.log.say(
-            f"{config.model.name}{_origin(config)}: {run.info.parameters:,} parameters, {config.precision}, "
+            f"{config.model.name}{_origin(config)}: {run.info.parameters:,} parameters, "
+            f"{config.precision}{' with TF32 products' if config.tf32 else ''}, "
             f"{run.engine.world_size} process(es) on {devices.device_name(run.engine.device)} ({run.engine.name}); "
             f"{config.steps} steps of {config.batch_size}×{config.seq_len} tokens; "
             f"lr {config.optimizer.lr:g} ({config.optimizer.lr_source})"

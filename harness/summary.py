@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from harness.config import checks
-from harness.devices import device_name
+from harness.config.schema import RunConfig
+from harness.device_specs import device_spec
+from harness.devices import cpu_cores, device_name
 from harness.loop import Run
 from harness.preparation import Prepared
 from harness.protocols import MetricRow
@@ -17,6 +22,9 @@ from harness.record.folder import finite
 from harness.record.schema import MEMORY_KINDS, SCHEMA_VERSION, TIME_PARTS
 from harness.redaction import redact_argv
 from harness.tracked_optimizer import tracked
+
+ENOUGH_CORES = 4
+"""CPU cores for a process on a GPU: its main thread, autograd's, NCCL's proxies and a writer of checkpoints."""
 
 
 def reason(state: str, run: Run, problem: str) -> str:
@@ -50,10 +58,41 @@ def warnings(run: Run, train_tokens: int) -> list[str]:
         lines.append(
             f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
         )
-    if run.engine.device.type == "cuda" and run.info.peak_flops is None:
-        name = device_name(run.engine.device)
+    if run.engine.device.type == "cuda":
+        lines += gpu_warnings(config, device_name(run.engine.device), run.info.peak_flops)
+    return lines
+
+
+def gpu_warnings(config: RunConfig, name: str, peak_flops: float | None) -> list[str]:
+    """Return what makes a run on GPUs slower than it could be, or its speed unknown, a line each.
+
+    Args:
+        config: of the run.
+        name: of the GPU, as its driver reports it.
+        peak_flops: dense peak of one device, FLOP/s; None: unknown.
+    """
+    lines: list[str] = []
+    if config.precision == "fp32" and not config.tf32:
+        spec = device_spec(name)
+        cost = ""
+        if spec is not None and spec.bf16 is not None:
+            cost = f" ({spec.fp32 / 1e12:g} of {spec.bf16 / 1e12:g} TFLOP/s on this GPU)"
+        lines.append(
+            f"precision=fp32 leaves the tensor cores unused{cost}: precision=bf16, or tf32=true, is faster"
+        )
+    if config.precision in ("bf16", "bf16_pure") and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    ):
+        lines.append(f"precision={config.precision} is emulated on {name}: precision=fp16 or fp32 is faster")
+    if peak_flops is None:
         lines.append(
             f"no throughput/mfu: the {config.precision} peak of {name} is unknown (peak_flops=… FLOP/s gives it)"
+        )
+    cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cores < ENOUGH_CORES:
+        lines.append(
+            f"{cores} CPU core(s) a process: kernels are launched, data read and checkpoints written by at least "
+            f"{ENOUGH_CORES} (on SLURM: cluster.cpus, --cpus-per-task)"
         )
     return lines
 

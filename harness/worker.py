@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.config.launcher import visible_devices
 from harness.errors import InputError
 from harness.preparation import Prepared, prepare
-from harness.process import exit_markers, parent
+from harness.process import exit_markers, gpu_environment, parent
 from harness.record import readers
 
 EXIT_CODES = {"finished": 0, "interrupted": 0, "diverged": 3, "failed": 3}
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with exit_markers.marked():
             prepared = prepare(overrides, say=say, worker=True, writes_folder=is_first)
+            if visible_devices():
+                os.environ.update(gpu_environment.of_process(os.environ, prepared.folder))
             from harness.run import execute  # imports torch
 
             state = execute(prepared)

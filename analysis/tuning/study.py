@@ -277,7 +277,7 @@ def _centre(study: Study, arm: ArmSpec) -> dict[str, float]:
 def _rates(study: Study, arm: ArmSpec, values: Values) -> tuple[float, float | None]:
     """Return learning rate and ``aux_lr`` of the arm with these options set, after defaults."""
     config = compose.load([*study.plan.shared, *with_values(arm, values).overrides])
-    optimizer = checks.check(config).optimizer
+    optimizer = checks.check(config, devices=0).optimizer  # of whichever machine: only the rates are read
     assert optimizer.lr is not None
     return optimizer.lr, optimizer.options.get("aux_lr")
 

@@ -20,8 +20,9 @@ from harness.config import (
     optimizer_checks,
     value_formats,
 )
+from harness.config.gpus import Gpu, have_bf16
 from harness.config.model_facts import facts
-from harness.config.schema import RunConfig
+from harness.config.schema import Precision, RunConfig
 from harness.errors import InputError
 from harness.visible import visible
 
@@ -38,11 +39,11 @@ def check(
     Args:
         config: as composed; checking a checked configuration changes nothing.
         environ: where a launcher's WORLD_SIZE and accelerate's settings are looked for.
-        devices: GPUs present; None: counted.
+        devices: GPUs on each machine that the run will start on; None: this command starts it on this machine.
         worker: this process is one of the run's own: without a launcher's WORLD_SIZE it is the only one.
 
     Returns:
-        The configuration with world_size, micro_batch_size, engine.name, learning rate (and its source)
+        The configuration with world_size, precision, micro_batch_size, engine.name, learning rate (and its source)
         and every optimizer option set.
 
     Raises:
@@ -58,6 +59,9 @@ def check(
     launcher.check_environment(config, environ)
     world_size = _world_size(config, environ, devices, worker)
     values["world_size"] = world_size
+    values["precision"] = _precision(config, environ, devices)
+    # Engines compare the launcher's precision with the one that is trained in.
+    config = config.model_copy(update={"precision": values["precision"]})
     values["engine"] = engine_checks.check(config, environ, world_size)
     values["micro_batch_size"] = _micro_batch(config, world_size)
     values["eval"]["tokens"] = evaluation_tokens = derived_defaults.evaluation_tokens(config)
@@ -132,7 +136,10 @@ def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | No
         fix = f"unset {' '.join(launcher.VARIABLES)}"
         raise InputError("WORLD_SIZE", launch.world_size, reason, fix=fix)
     if launch is None:
-        return wanted or devices or (launcher.visible_devices(environ) if devices is None else 0) or 1
+        present = launcher.visible_devices(environ) if devices is None else devices
+        if wanted is not None and devices is None:
+            launcher.check_gpus(wanted, present)
+        return wanted or present or 1
     if wanted is not None and wanted != launch.world_size:
         variable = f"WORLD_SIZE={launch.world_size}" if "WORLD_SIZE" in environ else "no WORLD_SIZE"
         started = "1 process" if launch.world_size == 1 else f"{launch.world_size} processes"
@@ -140,6 +147,20 @@ def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | No
         fix = f"world_size={launch.world_size}, or optbench train world_size={wanted} …"
         raise InputError("world_size", wanted, reason, fix=fix)
     return launch.world_size
+
+
+def _precision(config: RunConfig, environ: Mapping[str, str], devices: int | None) -> Precision:
+    """Return the precision to train in, ``auto`` resolved by the GPUs that the run will start on.
+
+    GPUs of other machines, of which only the number is known, count as recent ones.
+    """
+    found = launcher.visible_gpus(environ) if devices is None else (Gpu(),) * devices
+    if config.tf32 and not found:
+        reason = "is a number format of GPUs, and this run has none"
+        raise InputError("tf32", "true", reason, fix="tf32=false")
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if found and have_bf16(found) else "fp32"
 
 
 def _micro_batch(config: RunConfig, world_size: int) -> int:

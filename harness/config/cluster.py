@@ -184,6 +184,11 @@ def _checked(config: ClusterConfig) -> ClusterConfig:
         raise InputError(f"{GROUP}.time", config.time, reason, fix=f"{GROUP}.time={2 * config.grace_s}s")
     if config.gpu_type is not None and config.gpus == 0:
         raise InputError(f"{GROUP}.gpu_type", config.gpu_type, "without GPUs", fix=f"{GROUP}.gpus=1")
+    if config.processes is not None and 0 < config.gpus < config.processes:
+        reason = f"is more than cluster.gpus = {config.gpus}: one process needs one GPU"
+        allowed = f"at most {config.gpus}, or any number with cluster.gpus=0"
+        fix = f"cluster.processes={config.gpus}"
+        raise InputError(f"{GROUP}.processes", config.processes, reason, allowed=allowed, fix=fix)
     for flag, value in config.extra.items():
         _check_flag(flag, value)
     for name in config.env:

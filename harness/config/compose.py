@@ -147,7 +147,8 @@ def difference(config: RunConfig) -> dict[str, Any]:
         options_now = {name: _jsonable(value) for name, value in preset.options.items() if name != "lr"}
         defaults |= {f"optimizer.{name}": value for name, value in options_now.items()}
     current = _all_leaves(config.model_dump(mode="json"))
-    derived = {**defaults, **_derived(config)}
+    # What precision=auto means depends on the machine: only what a CPU would not have is shown.
+    derived = {**defaults, "precision": "fp32", **_derived(config)}
     different = {
         key: value
         for key, value in current.items()

@@ -66,6 +66,8 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         # The load-balancing loss is that of a forward pass, so the cut into passes changes the result.
         facts["micro_batch_size"] = values["micro_batch_size"]
     scalars = ("steps", "seed", "batch_size", "seq_len", "precision", "max_grad_norm")
+    if values["tf32"]:
+        facts["tf32"] = True
     if values["max_loss_rise"] is not None:
         facts["max_loss_rise"] = values["max_loss_rise"]
     return {**facts, **{name: values[name] for name in scalars}}

@@ -7,8 +7,6 @@ refused here. Torch is not imported.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -16,6 +14,8 @@ from typing import NamedTuple, get_args
 import psutil
 import yaml
 
+from harness.config import gpus
+from harness.config.gpus import Gpu
 from harness.config.schema import SHARDED, ZERO, Precision, RunConfig
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
@@ -83,18 +83,58 @@ def cpu_is_requested(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
-def visible_devices(environ: Mapping[str, str] = os.environ) -> int:
-    """Return the number of NVIDIA GPUs that this process may use, by the driver and CUDA_VISIBLE_DEVICES."""
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> Sequence[Gpu]:
+    """Return the NVIDIA GPUs that this process may use, by the driver, CUDA_VISIBLE_DEVICES and ACCELERATE_USE_CPU.
+
+    Numbers in CUDA_VISIBLE_DEVICES choose by the driver's order, which is that of the slots.
+    """
     if cpu_is_requested(environ):
-        return 0
-    present = _present_devices()
+        return ()
+    present = gpus.present()
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
     names = [name.strip() for name in visible.split(",")]
     # CUDA stops reading at the first invalid entry.
     valid = next((place for place, name in enumerate(names) if name in ("", "-1")), len(names))
-    return min(valid, present)
+    chosen = names[: min(valid, len(present))]
+    if all(name.isdecimal() and int(name) < len(present) for name in chosen):
+        return [present[int(name)] for name in chosen]
+    return present[: len(chosen)]
+
+
+def visible_devices(environ: Mapping[str, str] = os.environ) -> int:
+    """Return the number of `visible_gpus`."""
+    return len(visible_gpus(environ))
+
+
+def check_gpus(processes: int, visible: int) -> None:
+    """Refuse more processes on a machine than it has GPUs; without GPUs they share the CPU.
+
+    NCCL would end them with "Duplicate GPU detected", after everything was built.
+
+    Args:
+        processes: of the run on this machine.
+        visible: GPUs that they may use.
+
+    Raises:
+        InputError: there are GPUs, and fewer than processes.
+    """
+    if not 0 < visible < processes:
+        return
+    reason = f"is the number of processes on this machine, which shows them {visible} GPU(s)"
+    if visible == 1:
+        reason += (
+            "; CUDA_VISIBLE_DEVICES must name the GPUs of all processes in each (not srun --gpus-per-task=1)"
+        )
+    raise InputError(
+        "world_size",
+        processes,
+        f"{reason}: one process needs one GPU",
+        allowed=f"at most {visible} processes a machine",
+        fix=f"world_size={visible}, CUDA_VISIBLE_DEVICES with {processes} GPUs in every process, "
+        "or ACCELERATE_USE_CPU=true",
+    )
 
 
 def parent_command_lines(levels: int = 2) -> list[list[str]]:
@@ -154,24 +194,6 @@ def _flag(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _present_devices() -> int:
-    gpus = Path("/proc/driver/nvidia/gpus")
-    try:
-        return sum(1 for entry in gpus.iterdir() if entry.is_dir())
-    except OSError:
-        pass
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0
-    try:
-        listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return (
-        sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
-    )
-
-
 _ON = ("1", "true", "yes", "y", "on", "t")
 
 _REFUSED_SWITCHES = {
@@ -206,6 +228,8 @@ def check_environment(config: RunConfig, environ: Mapping[str, str]) -> None:
     if accumulated.isdecimal() and accumulated != "1":
         effect = "asks for micro-batches that batch_size and micro_batch_size decide here"
         _refuse_variable("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", environ, effect)
+    if environ.get(variable := "ACCELERATE_TORCH_DEVICE", ""):
+        _refuse_variable(variable, environ, "puts every process on one device", "CUDA_VISIBLE_DEVICES")
     if environ.get("NVIDIA_TF32_OVERRIDE", "") == "1":
         _refuse_variable("NVIDIA_TF32_OVERRIDE", environ, "computes fp32 products in TF32 (three digits)")
 

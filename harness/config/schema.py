@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from harness.config.typed_keys import FREE, Key, TypedKeys, keys_of
 
-Precision = Literal["fp32", "bf16", "bf16_pure", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "bf16_pure", "fp16"]
 EngineName = Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 PARTITIONED = ("zero1", "zero2", "zero3")
@@ -219,8 +219,11 @@ class RunConfig(TypedKeys):
     """Sequences per process and forward pass; null: batch_size / world_size."""
     seq_len: int = Field(default=128, ge=2)
     """Tokens per sequence."""
-    precision: Precision = "fp32"
-    """fp32; bf16 and fp16: mixed precision (fp32 weights); bf16_pure: bf16 weights."""
+    precision: Precision = "auto"
+    """auto: bf16 on GPUs that multiply it in hardware, else fp32. bf16 and fp16: mixed precision (fp32 weights);
+    bf16_pure: bf16 weights."""
+    tf32: bool = False
+    """On GPUs: multiply fp32 matrices in TF32 (three digits); factorizations of the optimizers stay in fp32."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm, before the rule; null: off."""
     max_skipped_steps: int = Field(default=10, ge=0)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
 from harness.config.schema import RunConfig
-from harness.devices import claim_gpu, uses_cuda
+from harness.devices import claim_gpu, cpu_cores, uses_cuda
 from harness.errors import InputError
 
 
@@ -43,11 +44,15 @@ class ProcessEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         torch.set_num_threads(config.engine.threads or _threads_per_process())
         self._timeout = timedelta(seconds=config.engine.timeout_s)
-        on_gpu = uses_cuda()
-        if on_gpu:
-            claim_gpu()
+        options: dict[str, Any] = {"timeout": self._timeout}
+        if on_gpu := uses_cuda():
+            # Bound to its device, a group connects now, where an error names the cause, and never guesses a device.
+            options["device_id"] = claim_gpu()
+            if config.tf32:
+                # Not the newer per-operator setting: after it, inductor's read of this one raises (torch 2.13).
+                torch.set_float32_matmul_precision("high")
         with without_accelerate_plugins():
-            state = PartialState(cpu=not on_gpu, timeout=self._timeout)
+            state = PartialState(cpu=not on_gpu, **options)
         self.name = config.engine.name
         self.rank, self.world_size = state.process_index, state.num_processes
         self.device = torch.device(state.device or "cpu")
@@ -60,7 +65,7 @@ class ProcessEngine:
             )
         if needs_group and not dist.is_initialized():
             backend = "gloo" if self.device.type == "cpu" else "nccl"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=self._timeout)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, **options)
 
     def shard(self, model: nn.Module, axes: Mapping[str, int], blocks: Sequence[nn.Module]) -> None:
         """Do nothing: the optimizer is built on whole parameters."""
@@ -139,5 +144,4 @@ def _threads_per_process() -> int:
     if threads.isdecimal() and int(threads) > 0 and "WORLD_SIZE" not in os.environ:
         return int(threads)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, cores // local)
+    return max(1, cpu_cores() // local)

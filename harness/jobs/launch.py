@@ -28,11 +28,15 @@ from harness.errors import InputError
 from harness.jobs import outcome
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
-from harness.process import exit_markers, parent
+from harness.process import exit_markers, gpu_environment, parent
 from harness.process.stop import REPEAT_S, handled_signals, outlive_the_terminal
 
 SHARED: ContextVar[Callable[[Prepared], RunOutcome | None] | None] = ContextVar("shared", default=None)
 """Trains a run in processes that several runs share, or returns None if it needs processes of its own."""
+
+
+ACCELERATE_CONFIG = '{distributed_type: MULTI_GPU, gpu_ids: all, mixed_precision: "no"}'
+"""Configuration file of `accelerate launch`: what the user's own would answer where no flag does."""
 
 
 def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
@@ -48,8 +52,8 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
     shared = SHARED.get()
     if shared is not None and (shared_outcome := shared(prepared)) is not None:
         return shared_outcome
-    command, extra = launch_command(prepared.config, prepared.overrides)
     with tempfile.TemporaryDirectory() as scratch:
+        command, extra = launch_command(prepared.config, prepared.overrides, Path(scratch))
         error = Path(scratch) / "error.json"
         began = time.time()
         markers = {exit_markers.ERROR_VARIABLE: str(error), exit_markers.FOLDER_VARIABLE: scratch}
@@ -85,29 +89,39 @@ def environment() -> dict[str, str]:
     return {**os.environ, **import_path.environment(), **parent.environment()}
 
 
-def launch_command(config: RunConfig, overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def launch_command(
+    config: RunConfig, overrides: Sequence[str], scratch: Path
+) -> tuple[list[str], dict[str, str]]:
     """Return the command line that starts the processes, and the environment variables that it needs besides ours.
 
-    One process needs no launcher. Several get `accelerate launch` with every choice spelled out, so that the user's
-    `accelerate config` changes nothing. On CPUs the ``--cpu`` flag would start one process, silently;
+    One process needs no launcher. Several get `accelerate launch` with a configuration file of ours, so that the
+    user's `accelerate config` changes nothing: what no flag says, the launcher takes from a file (gpu_ids, debug,
+    enable_cpu_affinity, dynamo_config, …). On CPUs the ``--cpu`` flag would start one process, silently;
     ``--multi_gpu`` with ACCELERATE_USE_CPU starts them all, over gloo.
+
+    Args:
+        config: of the run.
+        overrides: of the run.
+        scratch: folder for the configuration file, which must last as long as the launcher.
     """
     assert config.world_size is not None
     training = ["harness.train", *worker_argv(config, overrides)]
     if config.world_size == 1:
         return [sys.executable, "-P", "-m", *training], {}
-    flags = ["--multi_gpu", "--num_processes", str(config.world_size), "--num_machines", "1"]
-    flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    extra = {} if visible_devices() else cpu_environment()
+    file = scratch / "accelerate.yaml"
+    file.write_text(ACCELERATE_CONFIG)
+    flags = ["--config_file", str(file), "--multi_gpu", "--num_processes", str(config.world_size)]
+    flags += ["--num_machines", "1", "--main_process_port", str(free_port())]
+    extra = gpu_environment.of_launcher(os.environ) if visible_devices() else cpu_environment()
     extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     return [sys.executable, "-P", "-m", "accelerate.commands.launch", *flags, "-m", *training], extra
 
 
 def worker_argv(config: RunConfig, overrides: Sequence[str]) -> list[str]:
-    """Return the arguments of each training process: the overrides, with the world size that was chosen here."""
-    if any(word.startswith("world_size=") for word in overrides):
-        return list(overrides)
-    return [*overrides, f"world_size={config.world_size}"]
+    """Return the arguments of each training process: the overrides, with what was chosen here for all of them."""
+    keys = {word.partition("=")[0] for word in overrides}
+    chosen = {"world_size": config.world_size, "precision": config.precision}
+    return [*overrides, *(f"{key}={value}" for key, value in chosen.items() if key not in keys)]
 
 
 def cpu_environment() -> dict[str, str]:

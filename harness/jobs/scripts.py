@@ -20,6 +20,8 @@ from harness import import_path
 from harness.config import cluster as cluster_config
 from harness.config.cluster import ClusterConfig
 from harness.errors import InputError
+from harness.jobs.launch import ACCELERATE_CONFIG
+from harness.process import gpu_environment
 
 Kind = Literal["train", "sweep", "analysis"]
 
@@ -167,6 +169,8 @@ def _cluster_values(kind: Kind, cluster: ClusterConfig, *, by_hand: bool) -> dic
         "max_restarts": cluster.max_restarts,
         "idle_attempts": cluster.idle_attempts,
         "address_suffix": cluster.address_suffix,
+        "accelerate_config": ACCELERATE_CONFIG,
+        "launcher_environment": gpu_environment.of_launcher({}),
         "exclude_bad_nodes": cluster.exclude_bad_nodes,
         "preflight": {
             "enabled": preflight.enabled and (by_hand or cluster.nodes > 1),
@@ -230,8 +234,10 @@ EXAMPLES: dict[Kind, Job] = {
         about=(
             "One run on one or several nodes; it resumes by itself after preemption and at the time limit:",
             "",
-            "  sbatch --nodes=2 --gpus-per-node=8 slurm/train.sbatch model=llama_60m optimizer=sumo steps=10000",
+            "  sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=96 \\",
+            "      slurm/train.sbatch model=llama_60m optimizer=sumo steps=10000",
             "",
+            "The task of a node starts a process for each GPU: give it 12 CPUs a GPU, or all of the node.",
             f"Everything after the file's name goes to the run unchanged. {_ADAPT}",
             _CPUS,
             _MADE,

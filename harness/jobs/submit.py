@@ -88,9 +88,17 @@ def prepared(
     words = [word for word in words if word not in sizes]
     for word in sizes:
         _check_world_size(word.partition("=")[2], request.cluster)
-    run = prepare([*words, f"world_size={world_size}"], say=request.say, writes_folder=writes_folder)
+    run = prepare(
+        [*words, f"world_size={world_size}"],
+        say=request.say,
+        writes_folder=writes_folder,
+        devices=request.cluster.gpus,
+    )
     check_attempts(run.config, may_overwrite=True)
     kept = [word for word in words if word.lstrip("+").partition("=")[0] != "overwrite"]
+    # Every attempt trains as was checked here, also where one lands on another kind of GPU.
+    if not any(word.partition("=")[0] == "precision" for word in words):
+        kept.append(f"precision={run.config.precision}")
     # A configuration file may set it: once is enough, and the job must not repeat it at every attempt.
     if run.config.overwrite:
         kept.append("overwrite=false")

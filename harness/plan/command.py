@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from harness import command_line
 from harness.config import checks, compose
+from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
 from harness.device_specs import DEVICES, device_spec
 from harness.errors import InputError, closest
@@ -46,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input.
     """
     request = _parse(argv)
-    config = checks.check(compose.load(_with_world_size(request.overrides, request.world_size)), environ={})
+    overrides = _with_world_size(request.overrides, request.world_size)
+    config = checks.check(compose.load(overrides), environ={}, devices=visible_devices())
     say = _progress()
     say("starting torch")
     # Only now: `optbench plan --help` and bad input need no torch.

@@ -46,3 +46,11 @@ def test_two_processes_never_share_a_gpu(environ: dict[str, str], claimed: list[
     with pytest.raises(InputError, match=r"2 GPU\(s\): one process needs one GPU.*world_size=2"):
         claim_gpu(environ)
     assert claimed == []
+
+
+def test_one_visible_gpu_in_each_process_is_explained(
+    claimed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="not srun --gpus-per-task=1"):
+        claim_gpu({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
+import torch
 
 from harness import summary
+from harness.config.schema import RunConfig
 from harness.protocols import MetricRow
 
 
@@ -37,3 +42,33 @@ def test_medians_skip_what_is_not_finite() -> None:
     ]
     assert summary.median(rows, "val/loss") == 2.0
     assert summary.median([], "val/loss") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "part"),
+    [
+        ({"precision": "fp32"}, "NVIDIA H100 80GB HBM3", r"tensor cores unused \(67 of 989 TFLOP/s"),
+        ({"precision": "fp32"}, "Some GPU", "tensor cores unused: precision=bf16"),
+        ({"precision": "bf16"}, "Tesla V100-SXM2-16GB", "precision=bf16 is emulated"),
+        ({"precision": "fp32", "tf32": True}, "NVIDIA H100 80GB HBM3", None),
+        ({"precision": "bf16"}, "NVIDIA H100 80GB HBM3", None),
+    ],
+)
+def test_a_slow_choice_on_a_gpu_is_said(
+    changes: dict[str, Any], name: str, part: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: "V100" not in name)
+    monkeypatch.setattr(summary, "cpu_cores", lambda: 64)
+    lines = summary.gpu_warnings(RunConfig.model_validate(changes), name, peak_flops=1e15)
+    assert len(lines) == (part is not None)
+    assert part is None or re.search(part, lines[0])
+
+
+def test_too_few_cores_for_a_gpu_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(summary, "cpu_cores", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    (line,) = summary.gpu_warnings(RunConfig(precision="bf16"), "H100", peak_flops=1e15)
+    assert line.startswith("1 CPU core(s) a process")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not summary.gpu_warnings(RunConfig(precision="bf16"), "H100", peak_flops=1e15)

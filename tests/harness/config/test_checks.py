@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from harness.config import checks, derived_defaults, model_facts
+from harness.config import checks, derived_defaults, launcher, model_facts
+from harness.config import gpus as gpus_of_machine
 from harness.config.compose import load
+from harness.config.gpus import Gpu
+from harness.config.identity import identity
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 
@@ -142,6 +145,59 @@ def test_world_size_defaults_to_the_devices() -> None:
     assert run_check(make(), devices=0).world_size == 1
     assert run_check(make(), devices=4).engine.name == "ddp"
     assert run_check(make(world_size=2), devices=4).world_size == 2
+
+
+def test_more_processes_than_gpus_are_refused_where_the_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "visible_gpus", lambda environ: (Gpu(),) * 8)
+    with pytest.raises(InputError, match=r"world_size: 16 .* shows them 8 GPU\(s\): .* fix: world_size=8"):
+        checks.check(make(world_size=16), {})
+    assert checks.check(make(world_size=8), {}).world_size == 8
+    # Submitted from here to machines with as many GPUs as it takes.
+    assert checks.check(make(world_size=16), {}, 8).world_size == 16
+    monkeypatch.setattr(launcher, "visible_gpus", lambda environ: ())
+    assert checks.check(make(world_size=16), {}).world_size == 16
+
+
+OLD, NEW, UNKNOWN = Gpu("V100", (7, 0)), Gpu("H100", (9, 0)), Gpu()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environ", "expected"),
+    [
+        ((), {}, "fp32"),
+        ((NEW, NEW), {}, "bf16"),
+        ((UNKNOWN,), {}, "bf16"),
+        ((OLD,), {}, "fp32"),  # fp16 would need a loss scale, which nobody asked for
+        ((NEW, OLD), {}, "fp32"),
+        ((NEW, OLD), {"CUDA_VISIBLE_DEVICES": "0"}, "bf16"),
+        ((NEW,), {"CUDA_VISIBLE_DEVICES": ""}, "fp32"),
+        ((NEW,), {"ACCELERATE_USE_CPU": "true"}, "fp32"),
+    ],
+)
+def test_precision_auto_is_what_the_device_multiplies(
+    gpus: tuple[Gpu, ...], environ: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus_of_machine, "present", lambda: gpus)
+    resolved = checks.check(make(world_size=1), environ)
+    assert resolved.precision == expected
+    # A checked run is the same elsewhere: a job trains as was checked where it was submitted.
+    assert run_check(resolved, devices=0).precision == expected
+    assert checks.check(make(world_size=1, precision="fp16"), environ).precision == "fp16"
+
+
+def test_the_identity_holds_the_resolved_precision_and_tf32_only_where_it_is_on() -> None:
+    def key(**changes: Any) -> str:
+        devices = changes.pop("devices", 0)
+        return identity(run_check(make(world_size=1, **changes), devices=devices), "corpus", "tokenizer")
+
+    assert key() == key(precision="fp32") == key(precision="fp32", devices=1)
+    assert key(devices=1) == key(precision="bf16") != key()
+    assert key(precision="fp32", tf32=True, devices=1) not in (key(), key(devices=1))
+
+
+def test_tf32_needs_a_gpu() -> None:
+    with pytest.raises(InputError, match=r"tf32: true is a number format of GPUs.* fix: tf32=false"):
+        run_check(make(tf32=True))
 
 
 def launched(world: int, rank: int = 0) -> dict[str, str]:

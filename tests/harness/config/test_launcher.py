@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import launcher
+from harness.config import gpus, launcher
 from harness.errors import InputError
 
 
@@ -85,25 +85,11 @@ def test_no_launcher() -> None:
     ],
 )
 def test_visible_devices(monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int) -> None:
-    monkeypatch.setattr(launcher, "_present_devices", lambda: 3)
+    monkeypatch.setattr(gpus, "present", lambda: (gpus.Gpu(),) * 3)
     assert launcher.visible_devices({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
 
 
 def test_accelerates_cpu_switch_hides_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_present_devices", lambda: 3)
+    monkeypatch.setattr(gpus, "present", lambda: (gpus.Gpu(),) * 3)
     assert launcher.visible_devices({"ACCELERATE_USE_CPU": "true"}) == 0
     assert launcher.visible_devices({"ACCELERATE_USE_CPU": "false"}) == 3
-
-
-def test_devices_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        "#!/bin/sh\necho 'GPU 0: H100 (UUID: a)'\necho '  MIG 1g'\necho 'GPU 1: H100 (UUID: b)'\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    if Path("/proc/driver/nvidia/gpus").exists():
-        pytest.skip("this machine has the driver's own list, which comes first")
-    assert launcher.visible_devices({}) == 2
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
-    assert launcher.visible_devices({}) == 0

@@ -46,6 +46,10 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     # The name that the run would have had, so that a later attempt finds this folder; the script knows the processes.
     assert "  name=llama_tiny-sumo-seed0-" in block
     assert "world_size" not in block
+    # Resolved here for all attempts: the test's cluster has no GPUs.
+    assert "  precision=fp32\n" in block
+    gpus = ["cluster.gpus=1", "cluster.cpus=null", "cluster.processes=null"]
+    assert "  precision=bf16\n" in _submit(capsys, *words, "optimizer=adamw", *gpus, "--dry-run")[1]
     assert "cluster" not in block
     assert _files(tmp_path) == before
 
