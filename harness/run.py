@@ -24,6 +24,7 @@ from harness.probes.moments import Moments
 from harness.probes.replicas import ReplicaCheck
 from harness.probes.throughput import Balance, Progress
 from harness.probes.validation import Evaluation
+from harness.process.gpu_environment import FLIGHT_RECORDER
 from harness.process.heartbeat import Heartbeat
 from harness.process.stop import Stop
 from harness.profiling import Clock
@@ -175,6 +176,8 @@ def _choose(
         store.archive(choice.attempt - 1, after=-1 if choice.step is None else choice.step)
     # Only now: rank 0 has opened the folder, which must be its own, or empty, until then.
     heartbeat.start()
+    if run.engine.device.type == "cuda" and run.engine.world_size > 1:
+        (prepared.folder / FLIGHT_RECORDER).mkdir(exist_ok=True)
     checkpoints = Checkpoints(
         run,
         prepared.folder,

@@ -9,13 +9,13 @@ run), `harness.loop` (training), `harness.recorder` (its record).
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from harness.process.leaving import leave_after
 from harness.process.stop import outlive_the_terminal
 from harness.worker import main
 
@@ -35,9 +35,4 @@ if __name__ == "__main__":
     # Until the run takes it over, Ctrl-C ends this process without a traceback, as SIGTERM does.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     outlive_the_terminal()
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is written and the process group is left. The interpreter's own end runs the destructors of torch's native
-    # threads, which abort on a busy machine; a launcher takes that for a crash and kills the other processes.
-    os._exit(code)
+    leave_after(main)

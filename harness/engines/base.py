@@ -19,6 +19,11 @@ from torch.distributed import distributed_c10d
 from harness.config.schema import RunConfig
 from harness.devices import claim_gpu, cpu_cores, uses_cuda
 from harness.errors import InputError
+from harness.process.waiting import wait_until
+
+WATCHDOG_S = 60.0
+"""How long after ``engine.timeout_s`` NCCL's watchdog aborts a process, s: the wait of `reduce_flags` ends before, with
+an exception that the record can name."""
 
 
 class ProcessEngine:
@@ -43,9 +48,11 @@ class ProcessEngine:
         # torch's own wrappers call collectives under names that it deprecated.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         torch.set_num_threads(config.engine.threads or _threads_per_process())
-        self._timeout = timedelta(seconds=config.engine.timeout_s)
+        self._timeout_s = config.engine.timeout_s
+        on_gpu = uses_cuda()
+        self._timeout = timedelta(seconds=self._timeout_s + on_gpu * WATCHDOG_S)
         options: dict[str, Any] = {"timeout": self._timeout}
-        if on_gpu := uses_cuda():
+        if on_gpu:
             # Bound to its device, a group connects now, where an error names the cause, and never guesses a device.
             options["device_id"] = claim_gpu()
             if config.tf32:
@@ -104,7 +111,8 @@ class ProcessEngine:
         host.copy_(flags, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return lambda: (done.synchronize(), host.tolist())[1]
+        what = "the collectives of a step, which another process has not joined"
+        return lambda: (wait_until(done.query, self._timeout_s, what), host.tolist())[1]
 
     def sync_from_masters(self) -> None:
         """Do nothing: the weights have no separate masters."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -22,6 +22,7 @@ import filelock
 from harness.errors import ExitCode, InputError
 from harness.files import atomic, locks
 from harness.process import exit_markers
+from harness.process.gpu_environment import FLIGHT_RECORDER
 from harness.record import folder as run_folder
 from harness.record import readers
 from harness.record.folder import REQUEUE, now
@@ -34,6 +35,8 @@ EXIT_CODES = {
     "interrupted": ExitCode.RESUMABLE,
 }
 """Exit code of `optbench` by the state that a run ended in."""
+CRASHES = "crash"
+"""Folder below a run folder for the stacks of processes that crashed: ``rank_0.txt``, …"""
 LOCK_S = 2.0
 """How long to wait for the lock of a folder whose processes have ended: the lock of a killed process is freed late."""
 
@@ -56,7 +59,11 @@ class RunOutcome:
 
 
 def finalize(
-    folder: Path, code: int, missing: list[int], received: signal.Signals | None, began: float = 0.0
+    folder: Path,
+    code: int,
+    missing: Mapping[int, str],
+    received: signal.Signals | None,
+    began: float = 0.0,
 ) -> RunOutcome:
     """Complete status.json of a run whose processes have ended, and return how the run ended.
 
@@ -65,7 +72,7 @@ def finalize(
     Args:
         folder: of the run.
         code: exit code of the launcher.
-        missing: ranks that started and left no end marker (`exit_markers`).
+        missing: ranks that started and left no end marker, with the stacks of a crash (`exit_markers`).
         received: the signal that the command was told to stop by.
         began: Unix time before the processes started; an older status.json is of an earlier attempt.
     """
@@ -91,7 +98,7 @@ def finalize(
         status, _ = readers.status(folder)
         if status is None or not status.attempts or not _is_since(status.updated, began):
             return unknown
-        return _completed(folder, status, code, missing, received, may_edit=lock is not None)
+        return _completed(folder, status, code, missing, received, began, may_edit=lock is not None)
     finally:
         if lock is not None:
             lock.release()
@@ -101,8 +108,9 @@ def _completed(
     folder: Path,
     status: Status,
     code: int,
-    missing: list[int],
+    missing: Mapping[int, str],
     received: signal.Signals | None,
+    began: float,
     *,
     may_edit: bool,
 ) -> RunOutcome:
@@ -120,21 +128,42 @@ def _completed(
         )
         is_requeued = True
     elif status.state == "running":
-        # Rank 0 was killed from outside.
+        # Rank 0 was killed from outside, or crashed.
         who = exit_markers.describe_missing(missing) if missing else f"the processes died (code {code})"
-        _end(status, "failed", f"{who} after step {step}")
+        _end(status, "failed", f"{who} after step {step}{_flight_recorder(folder, began)}")
     elif status.state == "failed" and missing and SILENT not in attempt.reason:
         # The other ranks only saw their connection break. A rank that hung was killed because of that.
-        attempt.reason = f"{exit_markers.describe_missing(missing)}; then {attempt.reason}"
+        who, dumps = exit_markers.describe_missing(missing), _flight_recorder(folder, began)
+        attempt.reason = f"{who}; then {attempt.reason}{dumps}"
     else:
         may_edit = False
     if may_edit:
+        with suppress(OSError):
+            _keep_stacks(folder, missing)
         # A full or read-only disk changes nothing about how the run ended.
         with suppress(OSError):
             atomic.write_json(folder / readers.STATUS, status.facts())
             if is_requeued:
                 atomic.write_text(folder / REQUEUE, f"{step}\n")
     return RunOutcome(folder, status.state, EXIT_CODES.get(status.state, 3), attempt.reason)
+
+
+def _flight_recorder(folder: Path, began: float) -> str:
+    """Return where NCCL wrote its last collectives in this attempt, as the end of a sentence; "" if nowhere."""
+    dumps = [path for path in (folder / FLIGHT_RECORDER).glob("rank_*") if path.stat().st_mtime >= began]
+    if not dumps:
+        return ""
+    return (
+        f"; NCCL timed out and left the last collectives of {len(dumps)} process(es) in {FLIGHT_RECORDER}/ "
+        f"(torchfrtrace {FLIGHT_RECORDER})"
+    )
+
+
+def _keep_stacks(folder: Path, missing: Mapping[int, str]) -> None:
+    for rank, stacks in missing.items():
+        if stacks:
+            (folder / CRASHES).mkdir(exist_ok=True)
+            atomic.write_text(folder / CRASHES / f"rank_{rank}.txt", stacks)
 
 
 def _is_since(time_text: str | None, began: float) -> bool:
@@ -158,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
     options |= {name: value for name, _, value in (word.rpartition("=") for word in argv[2:])}
     received = signal.Signals[options[""]] if options[""] else None
     markers = os.environ.get(exit_markers.FOLDER_VARIABLE)
-    missing = exit_markers.missing_ranks(Path(markers)) if markers else []
+    missing = exit_markers.missing_ranks(Path(markers)) if markers else {}
     outcome = finalize(folder, code, missing, received, float(options["began"] or 0))
     print(" ".join(f"{outcome.state}: {outcome.reason}".split()))
     return outcome.exit_code

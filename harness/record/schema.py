@@ -19,6 +19,8 @@
         checkpoints.attempt1/  checkpoints that later attempts did not resume from
         config.steps1000.yaml, summary.steps1000.json   of the run of so many steps that this one continues
         heartbeat/           a file a process: the step it is in, the line it executes; a few seconds old
+        crash/               stacks of the threads of a process that crashed in native code, a file a process
+        flight_recorder/     on several GPUs: the last collectives of each process where NCCL timed out (torchfrtrace)
         REQUEUE              only in a run that was stopped and can be resumed: the steps done
         log.txt  wandb/  DONE (empty; only in a finished run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -38,7 +39,7 @@ def test_a_second_start_never_edits_the_run_of_another_process(
 ) -> None:
     monkeypatch.setattr(outcome, "LOCK_S", 0.05)
     before = {path.name: path.read_bytes() for path in live.path.iterdir()}
-    ended = outcome.finalize(live.path, 1, [0], asked)
+    ended = outcome.finalize(live.path, 1, {0: ""}, asked)
     assert {path.name: path.read_bytes() for path in live.path.iterdir()} == before
     assert "another process is training this run" in ended.reason
     assert (ended.state, ended.exit_code) == (("failed", 3) if asked is None else ("interrupted", 75))
@@ -46,7 +47,7 @@ def test_a_second_start_never_edits_the_run_of_another_process(
 
 def test_control_the_status_of_a_dead_run_is_completed(live: RunFolder) -> None:
     live.close()
-    ended = outcome.finalize(live.path, 1, [], signal.SIGINT)
+    ended = outcome.finalize(live.path, 1, {}, signal.SIGINT)
     status = json.loads((live.path / "status.json").read_text())
     assert ended.state == status["state"] == status["attempts"][-1]["state"] == "interrupted"
     assert (
@@ -59,7 +60,7 @@ def test_control_the_status_of_a_dead_run_is_completed(live: RunFolder) -> None:
 def test_a_run_killed_after_its_mark_of_the_end_is_finished(live: RunFolder) -> None:
     live.close()
     (live.path / "DONE").touch()
-    assert outcome.finalize(live.path, -9, [0], None).exit_code == 0
+    assert outcome.finalize(live.path, -9, {0: ""}, None).exit_code == 0
     assert json.loads((live.path / "status.json").read_text())["state"] == "finished"
 
 
@@ -73,7 +74,7 @@ def test_a_status_that_cannot_be_written_is_told_all_the_same(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(outcome.atomic, "write_json", full)
-    assert outcome.finalize(live.path, 1, [], signal.SIGTERM).exit_code == 75
+    assert outcome.finalize(live.path, 1, {}, signal.SIGTERM).exit_code == 75
 
 
 def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(
@@ -83,7 +84,7 @@ def test_what_an_earlier_attempt_left_is_not_taken_for_this_one(
     live.set_state("interrupted", step=3, reason="stopped by SIGTERM after step 3")
     live.close()
     before = (live.path / "status.json").read_bytes()
-    ended = outcome.finalize(live.path, 1, [], None, began=time.time() + 60)
+    ended = outcome.finalize(live.path, 1, {}, None, began=time.time() + 60)
     assert (ended.state, ended.exit_code) == ("failed", 3)
     assert "before the first step" in ended.reason
     assert outcome.main([str(live.path), "1", f"began={time.time() + 60:.0f}"]) == 3
@@ -102,7 +103,7 @@ def test_a_damaged_status_is_no_traceback(text: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "status.json").write_text(text)
-    ended = outcome.finalize(run, 1, [], None)
+    ended = outcome.finalize(run, 1, {}, None)
     assert (ended.state, ended.exit_code) == ("failed", 3)
 
 
@@ -175,3 +176,21 @@ def test_the_command_that_resumes_is_the_one_that_was_typed() -> None:
         train_command.resume_command(["mine.yaml"], config)
         == "optbench train mine.yaml overwrite=false resume=true"
     )
+
+
+def test_an_abort_of_nccls_watchdog_is_named_with_what_it_left(live: RunFolder) -> None:
+    """Rank 1 aborted; the flight recorder wrote in this attempt, and in an earlier one."""
+    stacks = "Fatal Python error: Aborted\n\nThread 0x1 (most recent call first):\n"
+    dumps = live.path / "flight_recorder"
+    dumps.mkdir()
+    (dumps / "rank_0").write_text("old")
+    os.utime(dumps / "rank_0", (1.0, 1.0))
+    (dumps / "rank_1").write_text("new")
+    began = time.time() - 60
+    live.close()
+    ended = outcome.finalize(live.path, 1, {0: stacks, 1: stacks}, None, began)
+    assert (ended.state, ended.exit_code) == ("failed", 3)
+    assert ended.reason.startswith("ranks 0, 1 crashed in native code (Aborted) after step")
+    assert "the last collectives of 1 process(es) in flight_recorder/ (torchfrtrace" in ended.reason
+    assert json.loads((live.path / "status.json").read_text())["attempts"][-1]["reason"] == ended.reason
+    assert (live.path / "crash" / "rank_1.txt").read_text() == stacks
