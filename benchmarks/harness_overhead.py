@@ -114,6 +114,8 @@ def measure(overrides: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
                 if round_number:  # the first round warms up
                     seconds[name].append(time.perf_counter() - begin)
         sink.folder.close()
+        run.loader.close()
+        twin.loader.close()
     tokens = STEPS * config.batch_size * config.seq_len
     speeds = {name: round(tokens / statistics.median(times)) for name, times in seconds.items()}
     ratios = [bare / own for own, bare in zip(seconds["harness"], seconds["bare"])]

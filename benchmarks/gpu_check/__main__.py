@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.gpu_check import page, runner
 from benchmarks.gpu_check.registry import STAGES
+from harness import devices
 from harness.errors import ExitCode, InputError
 from harness.files import atomic
 
@@ -68,8 +69,9 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.out.absolute(),
         arguments.device,
         arguments.quick,
+        devices.device_name(torch.device(arguments.device)),
         arguments.again,
-        60 * arguments.minutes,
+        budget_s=60 * arguments.minutes,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     runner.run(wanted, session)

@@ -27,7 +27,7 @@ def collect(stages: Sequence[Stage], session: Session) -> Document:
         records.append(record)
     counts = Counter(check.status for record in records for check in record.checks)
     return Document(
-        device=session.device,
+        device=session.device_name,
         mode="quick" if session.quick else "full",
         environment=_environment(records),
         passed=counts["passed"],

@@ -48,6 +48,7 @@ class Session:
     Attributes:
         out: folder of the records and the outputs.
         device: "cuda" or "cpu".
+        device_name: as the driver reports it: results of another GPU are not kept.
         quick: tiny sizes.
         again: run stages again that have a record of this session's key.
         budget_s: seconds of all stages together.
@@ -57,6 +58,7 @@ class Session:
     out: Path
     device: str
     quick: bool = False
+    device_name: str = "cpu"
     again: bool = False
     budget_s: float = 720.0
     say: Callable[[str], None] = print
@@ -64,7 +66,7 @@ class Session:
     @property
     def key(self) -> str:
         """Return what a record must have in common with this session to be kept."""
-        return f"{sources_sha256()[:16]} {self.device} {'quick' if self.quick else 'full'}"
+        return f"{sources_sha256()[:16]} {self.device_name} {'quick' if self.quick else 'full'}"
 
     def path(self, stage: Stage) -> Path:
         """Return the file of a stage's record."""

@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +101,7 @@ def assembled(context: StageContext, *keys: str) -> Iterator[Run]:
     try:
         yield run
     finally:
+        run.loader.close()
         run.engine.release()
         del run, prepared
         gc.collect()
@@ -252,7 +253,7 @@ class StepLog:
 
 
 def interleaved_ms(
-    calls: dict[str, Callable[[], object]], device: torch.device, rounds: int
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, float]:
     """Return the median milliseconds of each call over rounds of one call each, after a round that warms up."""
     times: dict[str, list[float]] = {name: [] for name in calls}

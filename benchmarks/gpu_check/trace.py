@@ -18,6 +18,8 @@ WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSynch
 """Runtime calls, without their prefix cuda or hip, in which the host waits for the device."""
 PAGEABLE = "Memcpy DtoH (Device -> Pageable)"
 """Copies in which the host waits though the call is an asynchronous one."""
+STAGED = "Memcpy HtoD (Pageable -> Device)"
+"""Copies from pageable memory: above 64 KB the driver may wait for the stream before it stages them."""
 ALLOCATIONS = ("Malloc", "Free", "HostAlloc", "HostFree", "FreeHost", "MallocHost", "MemCreate", "MemRelease")
 """Runtime and driver calls that allocate or free memory and may wait for the device."""
 SCALAR_READS = ("aten::_local_scalar_dense",)
@@ -39,6 +41,7 @@ class Counts:
 
     waits: Counter[str]
     allocations: Counter[str]
+    staged_copies: int
     scalar_reads: int
     operators: int
 
@@ -106,10 +109,12 @@ class Trace:
 
         waits: Counter[str] = Counter()
         allocations: Counter[str] = Counter()
+        staged = 0
         for call, copied in self._calls:
             if not is_inside(call):
                 continue
             name = _without_prefix(call.name)
+            staged += copied == STAGED
             if name in WAITS:
                 waits[call.name] += 1
             elif copied == PAGEABLE:
@@ -118,7 +123,7 @@ class Trace:
                 allocations[call.name] += 1
         operators = [entry.name for entry in self._operators if is_inside(entry)]
         reads = sum(name in SCALAR_READS for name in operators)
-        return Counts(waits, allocations, reads, len(operators))
+        return Counts(waits, allocations, staged, reads, len(operators))
 
     def kernels(self) -> list[str]:
         """Return the kernels that ran on the device, each once, in the order of the trace."""

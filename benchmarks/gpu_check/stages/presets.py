@@ -94,6 +94,8 @@ def _measured(context: StageContext, preset: str) -> list[Any]:
 def _no_waits(context: StageContext, name: str, proves: str, counts: Counts) -> None:
     kind = "waits" if context.is_cuda else "scalar_reads"
     figures = {kind: counts.of_host(context.is_cuda), "operators": counts.operators}
+    if context.is_cuda:
+        figures["copies_from_pageable_memory"] = counts.staged_copies
     context.check_on_cuda(name, proves, not counts.waits, figures, _listed(counts.waits))
 
 

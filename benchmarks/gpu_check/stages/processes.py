@@ -26,7 +26,7 @@ REFUSED = (
 )
 EQUAL = "Two processes give the weights of one process to 2e-3 of their change in 4 steps of fp32."
 HANGS = "A rank that hangs ends the other one within its time-out, and the record names the reason."
-_TOLERANCE = 2e-3
+TOLERANCE = 2e-3
 """Relative to the change of the weights; TF32 is off, but reductions of another order meet AdamW's first steps."""
 _HANG_LIMIT_S = 60.0
 
@@ -41,9 +41,9 @@ def run(context: StageContext) -> None:
         name = f"{engine}: weights of two processes"
         if enough:
             with context.attempt(name, EQUAL):
-                one = one or _trained_weights(context, 1, "single")
-                error = _largest_error(context, one, _trained_weights(context, 2, engine))
-                context.check(name, EQUAL, error <= _TOLERANCE, {"error": error})
+                one = one or trained_weights(context, 1, "single")
+                error = largest_error(context, one, trained_weights(context, 2, engine))
+                context.check(name, EQUAL, error <= TOLERANCE, {"error": error})
         else:
             context.not_run(name, EQUAL, "needs two GPUs")
     if enough:
@@ -64,7 +64,7 @@ def _refusal(context: StageContext) -> None:
     context.check("one GPU, two processes", REFUSED, ended.returncode == 2 and named, figures)
 
 
-def _trained_weights(context: StageContext, processes: int, engine: str) -> dict[str, torch.Tensor]:
+def trained_weights(context: StageContext, processes: int, engine: str) -> dict[str, torch.Tensor]:
     """Return the weights after four steps."""
     micro = 2 if context.quick else 8
     keys = _keys(engine, processes, engine)
@@ -77,9 +77,7 @@ def _trained_weights(context: StageContext, processes: int, engine: str) -> dict
     return {name: p.detach() for name, p in loaded.named_parameters()}
 
 
-def _largest_error(
-    context: StageContext, one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]
-) -> float:
+def largest_error(context: StageContext, one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     """Return the largest difference of a parameter, relative to its change since the start."""
     config = checks.check(compose.load(overrides(context, *_keys("start", 1, "single"))), environ={})
     start = model.build(config.model, seed=config.seed, precision="fp32").state_dict()

@@ -26,6 +26,8 @@ EVENTS = [
     event("cuda_runtime", "cudaMemcpyAsync", 15, correlation=6),
     event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 90, correlation=5),
     event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 91, correlation=6),
+    event("cuda_runtime", "cudaMemcpyAsync", 17, correlation=7),
+    event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 92, correlation=7),
     event("cuda_runtime", "cudaEventSynchronize", 16, tid=2),
     event("cuda_runtime", "cudaDeviceSynchronize", 70),
     event("cuda_runtime", "hipFree", 20),
@@ -41,6 +43,7 @@ def test_calls_are_counted_by_range_and_thread() -> None:
     inside = trace.count(trace.ranges("optimizer/", trace.steps()[7]))
     assert inside.waits == {"cudaStreamSynchronize": 1, "Memcpy DtoH (Device -> Pageable)": 1}
     assert inside.allocations == {"cudaMalloc": 1, "hipFree": 1, "cuMemCreate": 1}
+    assert inside.staged_copies == 1
     assert (inside.scalar_reads, inside.operators) == (1, 2)
     assert (inside.of_host(True), inside.of_host(False)) == (2, 1)
     anybody = trace.count([trace.steps()[7]], any_thread=True)
