@@ -10,6 +10,7 @@ from torch import Tensor
 from optimizers.linalg.robust import iteration_dtype
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
+from optimizers.refresh_schedule import resolved_stagger
 from optimizers.routing import Modules, Route, route
 from optimizers.step_units import RuleGroup
 
@@ -114,6 +115,9 @@ def prepare(
         values = adamw_options(options) if kind == "adamw" else matrix_options(options)
         if kind == "adamw" and values.pop("scheduled", True) is False:
             scheduled = False
+        if "refresh_stagger" in values:
+            shapes = [block.shape for r in kept_routes for block in r.blocks]
+            values["refresh_stagger"] = resolved_stagger(values["refresh_stagger"], shapes)
         members = [(r.name, by_name[r.name]) if is_named else by_name[r.name] for r in kept_routes]
         group = {"params": members, "rule": kind, "scheduled": scheduled, **values, **extra}
         group["fixed_lr"] = group["lr"]

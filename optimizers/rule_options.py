@@ -74,9 +74,10 @@ class LowRankOptions(MatrixOptions):
     refresh_offset: int = option(
         0, "refresh when (t + offset) mod K = 0, t = 0, 1, …, and at t = 0", minimum=0
     )  # fmt: skip
-    refresh_stagger: bool = option(
-        False,
-        "spread the refreshes of the matrices evenly over the interval (the first one stays at t = 0)",
+    refresh_stagger: Literal[False, True, "auto"] = option(
+        "auto",
+        "spread the refreshes over the interval (the first one stays at t = 0): true: evenly; auto: those of matrices "
+        "with a short side of 2048 or more, in 8 steps; false: all matrices in one step",
     )
     side: Literal["short", "long"] = option(
         "short",

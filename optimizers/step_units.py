@@ -18,6 +18,7 @@ from optimizers.layouts.layout import (
     StepUnit,
 )
 from optimizers.presets import rank_limit_check
+from optimizers.refresh_schedule import refresh_offsets
 from optimizers.rounding import Rounding
 from optimizers.routing import Route
 from optimizers.rules.parts import adamw_kernels
@@ -235,17 +236,17 @@ class StepUnits:
             if position not in others
             for block in route.blocks
         ]
-        offset, interval = group.options.get("refresh_offset", 0), group.options.get("refresh_interval", 1)
-        stagger, wanted = group.options.get("refresh_stagger", False), set(unit.positions)
+        offsets = refresh_offsets([block.shape for _, block in matrices], group.options)
+        wanted = set(unit.positions)
         return [
             MatrixRef(
                 group.parameters[position],
                 block,
                 f"{block.part}." if len(group.routes[position].blocks) > 1 else "",
-                offset + (number * interval // len(matrices) if stagger else 0),
+                offset,
                 self.layout.local_view(group.parameters[position], block),
             )
-            for number, (position, block) in enumerate(matrices)
+            for (position, block), offset in zip(matrices, offsets)
             if position in wanted
         ]
 

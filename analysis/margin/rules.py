@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.margin.optimizer_specs import OptimizerSpec
+from optimizers.refresh_schedule import resolved_stagger
 
 Floats = NDArray[np.floating]
 EXACT_FACTORS = ("auto", "svd", "qr_svd", "gram", "dwh")
@@ -255,7 +256,8 @@ def has_fast_rule(spec: OptimizerSpec, shape: tuple[int, int], *, train_output: 
     rank = options["rank"] or max(1, min(shape) // 4)
     spans = options["basis"] == "svd" or rank + OVERSAMPLING >= min(shape)
     is_early = options["decay_order"] == "before" or spec.weight_decay == 0.0
-    plain = is_early and not options["refresh_stagger"] and options.get("refresh_threshold") is None
+    is_staggered = resolved_stagger(options["refresh_stagger"], [shape])
+    plain = is_early and not is_staggered and options.get("refresh_threshold") is None
     unlimited = options.get("norm_growth_limit") is None
     carries = spec.kind == "sumo" or not options["transport"]
     return exact and spans and plain and carries and unlimited

@@ -33,6 +33,7 @@ def resolved_section(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
     """
     from optimizers.options import OptionError
     from optimizers.presets import rank_limit_check, resolve
+    from optimizers.refresh_schedule import resolved_stagger
 
     requested = config.optimizer
     section: dict[str, Any] = {"name": requested.name, "target": requested.target}
@@ -46,6 +47,10 @@ def resolved_section(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
         except OptionError as error:
             raise _option_error(error, requested.name) from None
         options.pop("lr", None)
+        if "refresh_stagger" in options:
+            # Of a family whose matrices are not known, the hidden size is the short side of most of them.
+            sides = (shapes.matrices or {"": (shapes.hidden_size or 0,) * 2}).values()
+            options["refresh_stagger"] = resolved_stagger(options["refresh_stagger"], sides)
         # Runs of several seeds must differ in the optimizer's random choices too (sketches, rounding).
         if "seed" in options and "seed" not in requested.options:
             options["seed"] = config.seed

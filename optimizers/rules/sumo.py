@@ -102,7 +102,7 @@ RULE = Sumo()
 
 @dataclass(frozen=True, kw_only=True)
 class SumoOptions(ScaledOrthogonalOptions, LowRankOptions):
-    """SUMO's options; the defaults are Algorithm 1 and the text of the paper."""
+    """SUMO's options; the defaults are Algorithm 1 and the text of the paper, with large refreshes spread."""
 
     refresh_threshold: float | None = option(
         None,
@@ -133,7 +133,7 @@ class SumoOptions(ScaledOrthogonalOptions, LowRankOptions):
             raise OptionError("norm_growth_target", "residual", "limits nothing where residual_scale is 0")
 
 
-_PAPER = SumoOptions()
+_PAPER = SumoOptions(refresh_stagger=False)
 _OFFICIAL = replace(
     _PAPER,
     side="long",
@@ -153,6 +153,7 @@ _OFFICIAL = replace(
 )
 _GALORE_MUON = replace(
     _PAPER,
+    refresh_stagger="auto",
     side="long",
     basis="svd",
     transport=False,
@@ -182,8 +183,8 @@ PRESETS = (
     Preset(
         "sumo",
         "sumo",
-        _PAPER.values,
-        doc="SUMO with the recommended settings (currently those of sumo_paper)",
+        SumoOptions().values,
+        doc="SUMO with the recommended settings (those of sumo_paper; large models spread their refreshes)",
         source="Refael et al. 2025, arXiv 2505.24749; differences from sumo_paper: docs/optimizers.md",
         rates=(PeakRate(1e6, 4e6, 4e-3, TUNED_TINY, tuned=True, aux_lr=1.6e-2), _MATCHED),
     ),
