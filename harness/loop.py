@@ -71,12 +71,14 @@ class ModelInfo:
         routes: which parameter takes which rule, as parameters.json has it.
         flops_per_token: forward and backward.
         peak_flops: dense peak of one device, FLOP/s; None where it is unknown, such as on a CPU.
+        notes: what the model's code did not allow (`harness.model.specialize`), one line each.
     """
 
     parameters: int
     routes: list[dict[str, Any]]
     flops_per_token: float
     peak_flops: float | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,8 @@ class Losses(NamedTuple):
 class Objective(Protocol):
     """What a run minimizes: from a micro-batch to the inputs of the model, and from its outputs to losses."""
 
-    def inputs(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return the keyword arguments of the model's forward pass."""
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """Return the keyword arguments of the model's forward pass, in training and evaluation."""
         ...
 
     def losses(self, outputs: Any, batch: MicroBatch) -> Losses:

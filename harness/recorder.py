@@ -126,6 +126,8 @@ class RunRecorder:
             f"{corpus.unigram_entropy:.3f} nats; evaluation on {derived_defaults.evaluation_tokens(config):,} tokens"
             f"{corpus.left_out}"
         )
+        for note in run.info.notes:
+            self.log.say(note)
         self.warn_of(self._warnings)
 
     def warn_of(self, problems: Sequence[str]) -> None:

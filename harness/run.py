@@ -73,6 +73,12 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         device=str(engine.device),
         trust_remote_code=config.trust_remote_code,
     )
+    notes = model.specialize(
+        network,
+        config.model,
+        seq_len=config.seq_len,
+        tokens=config.micro_batch_size * config.seq_len,
+    )
     # From here on the processes draw different numbers (dropout): their rows are different, too.
     torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
     # Counted before an engine cuts the model.
@@ -88,7 +94,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         engine.shard(network, shard_axes(config, network, engine.shards), model.decoder_layers(network))
     # After sharding: an optimizer recognizes DTensors and plans its layout by them.
     optimizer = build_optimizer(config, network, engine)
-    info = ModelInfo(parameters, ownership(optimizer, network), flops.per_token, flops.peak)
+    info = ModelInfo(parameters, ownership(optimizer, network), flops.per_token, flops.peak, tuple(notes))
     if config.model.compile:
         # In place, so that names of parameters stay as they are.
         network.compile()
@@ -110,7 +116,9 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         network,
         info,
         optimizer,
-        objective=model.CausalLMObjective(network, is_padded=config.data.mode == "padded"),
+        objective=model.CausalLMObjective(
+            network, is_padded=config.data.mode == "padded", loss_chunk=config.model.loss_chunk
+        ),
         lr_factor=schedule.factor(config.schedule, config.steps),
         loader=loader,
         clock=Clock(engine.device),

@@ -1,7 +1,7 @@
 """Which runs are the same, and which may be compared: hashes of what changes a result.
 
 World size, engine, micro-batch, cadence of logs, names and folders do not change what is learned (beyond
-rounding) and stay out; so do attention implementation, compilation and activation checkpointing.
+rounding) and stay out; so do attention implementation, chunks of the loss, compilation and activation checkpointing.
 """
 
 from __future__ import annotations

@@ -41,7 +41,11 @@ class ModelConfig(TypedKeys):
     path: str | None = None
     """Local Hugging Face folder (weights and configuration) to start from, instead of random weights."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation."""
+    """sdpa: torch's fused attention, without a mask where the model's is plainly causal; eager: transformers' own
+    products and softmax."""
+    loss_chunk: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """Tokens whose logits exist at a time, in training and evaluation; auto: whole logits up to 64 MiB in fp32, else
+    chunks of up to 256 MiB; null: whole logits."""
     compile: bool = False
     """torch.compile the model (first step 15 s or more on a CPU)."""
     activation_checkpointing: bool = False

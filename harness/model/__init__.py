@@ -2,5 +2,6 @@
 
 from harness.model.build import build, count_parameters, decoder_layers
 from harness.model.loss import CausalLMObjective, loss_sum
+from harness.model.specialization import specialize
 
-__all__ = ["CausalLMObjective", "build", "count_parameters", "decoder_layers", "loss_sum"]
+__all__ = ["CausalLMObjective", "build", "count_parameters", "decoder_layers", "loss_sum", "specialize"]

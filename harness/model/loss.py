@@ -9,44 +9,56 @@ of processes changes nothing at a fixed ``micro_batch_size``, which is part of t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from harness.config.model_keys import ROUTER_COEFFICIENTS
+from harness.model.linear_loss import IGNORED, LossHead, automatic_chunk, whole_logits_suffice
 from harness.protocols import Losses
 
 if TYPE_CHECKING:
     from harness.protocols import MicroBatch
-
-IGNORED = -100
-"""Label of a position that carries no loss (padding)."""
 
 
 class CausalLMObjective:
     """Next-token prediction: cross-entropy summed over loss tokens, plus the routers' loss where the model has one.
 
     Args:
-        model: a `transformers` causal language model.
+        model: a `transformers` causal language model. If its head is a `LossHead`, logits are not made whole.
         is_padded: rows end in padding, which routers must not balance.
+        loss_chunk: tokens whose logits exist at a time: a number, automatic, or None for whole logits.
     """
 
-    def __init__(self, model: nn.Module, *, is_padded: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, is_padded: bool, loss_chunk: int | Literal["auto"] | None = None
+    ) -> None:
         self._coefficient = router_coefficient(model)
         # Causal attention never looks at padding on the right; the routers' loss would count it.
         self._needs_mask = bool(self._coefficient) and is_padded
+        whole: Any = model
+        head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self._head = head if isinstance(head, LossHead) else None
+        self._chunk: int | Literal["auto"] | None = loss_chunk
 
-    def inputs(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward pass."""
         ids, labels = batch
-        return {"input_ids": ids, **({"attention_mask": attention_mask(labels)} if self._needs_mask else {})}
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if self._needs_mask:
+            inputs["attention_mask"] = attention_mask(labels)
+        if self._loss_in_head(labels):
+            assert self._head is not None
+            chunk = automatic_chunk(self._head.out_features) if self._chunk == "auto" else self._chunk
+            inputs |= {"labels": labels, "loss_chunk": chunk}
+        return inputs
 
     def losses(self, outputs: Any, batch: MicroBatch) -> Losses:
         """Return the losses of a forward pass, as 0-dim fp32 sums over its loss tokens."""
         _, labels = batch
-        loss = loss_sum(outputs.logits, labels)
+        loss = self._cross_entropy(outputs, labels)
         if not self._coefficient:
             return Losses(loss, loss, None)
         aux_loss = aux_loss_sum(outputs, labels)
@@ -55,7 +67,18 @@ class CausalLMObjective:
     def validation_sums(self, outputs: Any, batch: MicroBatch) -> torch.Tensor:
         """Return summed cross-entropy and number of loss tokens, ``(2,)`` fp64; the routers' loss is left out."""
         _, labels = batch
-        return torch.stack([loss_sum(outputs.logits, labels).double(), (labels != IGNORED).sum().double()])
+        return torch.stack(
+            [self._cross_entropy(outputs, labels).double(), (labels != IGNORED).sum().double()]
+        )
+
+    def _loss_in_head(self, labels: torch.Tensor) -> bool:
+        """Return True if the head computes the loss of a batch: a matter of its shape, equal on all processes."""
+        return self._head is not None and not whole_logits_suffice(
+            self._chunk, labels.numel(), self._head.out_features
+        )
+
+    def _cross_entropy(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        return outputs.logits.view(()) if self._loss_in_head(labels) else loss_sum(outputs.logits, labels)
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

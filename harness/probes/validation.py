@@ -106,7 +106,7 @@ def evaluate(
             # Forward passes of sharded weights are collectives: every process makes as many.
             batch = validation.rows(start, count) if count > 0 else validation.rows(0, 1)
             with engine.autocast():
-                outputs = forward(input_ids=batch[0])
+                outputs = forward(**objective.inputs(batch))
             if count > 0:
                 total += objective.validation_sums(outputs, batch)
     model.train(was_training)

@@ -30,6 +30,8 @@ ADAMW = ("optimizer.target=torch.optim.AdamW", "optimizer.lr=0.003", "optimizer.
 SGD = ("optimizer.target=torch.optim.SGD", "optimizer.lr=0.5")
 # Two micro-batches, every norm (0.77 to 1.2) is clipped, and documents of different lengths.
 CUT = ("micro_batch_size=2", "max_grad_norm=0.2", "data.mode=padded")
+# Micro-batches of 64 tokens, and a last chunk that is smaller.
+CHUNKED = "model.loss_chunk=20"
 
 PAIRS = {
     "ddp": ("engine=ddp",),
@@ -77,7 +79,8 @@ def check_equal(reference: Trained, other: Trained) -> None:
 def test_two_processes_train_what_one_trains(
     engine: str, corpus: Path, tmp_path: Path, two_ranks: RankPool, alone: Callable[..., Trained]
 ) -> None:
-    words = small(corpus, tmp_path, *ADAMW, *CUT, *PAIRS[engine], "world_size=2")
+    """Also where one process makes whole logits, and two of them chunks."""
+    words = small(corpus, tmp_path, *ADAMW, *CUT, *PAIRS[engine], CHUNKED, "world_size=2")
     first, second = two_ranks.run(_ranked, words)
     check_equal(alone(*ADAMW, CUT[1], CUT[2]), first)
     assert second.after == {}
@@ -158,7 +161,7 @@ def test_tied_embeddings_and_checkpointed_activations(
     engine: str, corpus: Path, tmp_path: Path, two_ranks: RankPool, alone: Callable[..., Trained]
 ) -> None:
     tied = (*ADAMW, "+model.config.tie_word_embeddings=true")
-    words = [f"engine={engine}", "world_size=2", "model.activation_checkpointing=true"]
+    words = [f"engine={engine}", "world_size=2", "model.activation_checkpointing=true", CHUNKED]
     first, _ = two_ranks.run(_ranked, small(corpus, tmp_path, *tied, *words))
     check_equal(alone(*tied), first)
 
