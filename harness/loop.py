@@ -12,6 +12,7 @@ from torch import nn
 
 from harness.config.schema import RunConfig
 from harness.memory_phases import MemoryPhases
+from harness.process.garbage import collected_between_steps
 from harness.process.heartbeat import Heartbeat
 from harness.process.stop import Stop
 from harness.profiling import Clock
@@ -147,11 +148,13 @@ def train(run: Run, callbacks: Callbacks) -> str:
         run.clock.read()
     # What building and resuming held is not what training needs.
     run.memory.enter("training")
-    for step in range(state.step, config.steps):
-        due = callbacks.before_step(step)
-        if not train_step(run, callbacks, step, due):
-            break
-        callbacks.after_step(run, step, due)
+    with collected_between_steps() as collect:
+        for step in range(state.step, config.steps):
+            due = callbacks.before_step(step)
+            if not train_step(run, callbacks, step, due):
+                break
+            callbacks.after_step(run, step, due)
+            collect(step + 1)
     drain_pending(run)
     is_diverged = state.skipped > config.max_skipped_steps
     if state.step < config.steps and not is_diverged:

@@ -37,6 +37,9 @@ class PreflightConfig(TypedKeys):
     min_gb_per_s: float = Field(default=0.1, ge=0)
     """Least throughput of that all-reduce per node, GB/s (ring convention); 0: measured and shown only. The default is
     a 1 Gb/s network; give your cluster's."""
+    min_share: float = Field(default=0.5, ge=0, le=1)
+    """Least throughput of a GPU's all-reduce and of a node's best pair, as a share of the best that was measured: a
+    broken rail of the network is slower than the others; 0: not checked."""
     min_free_gb: float = Field(default=1.0, ge=0)
     """Least free disk, GB: the run's folder and each node's temporary folder."""
     max_skew_s: float = Field(default=2.0, gt=0)

@@ -2,16 +2,16 @@
 
     srun --ntasks-per-node=1 python -m harness.jobs.preflight --results=FOLDER --disk=FOLDER --gpus=8 …
 
-Checked are devices, free disk, clocks, and an all-reduce over all nodes. In the results' folder, the file ``bad`` names
-the bad nodes and ``reasons`` says what is wrong with each. If the all-reduce is too slow, pairs of nodes are measured:
-a node is bad if none of its pairs is fast enough. Imports torch.
+Checked are devices, free disk, clocks, and an all-reduce over all nodes, between the GPUs of each number: on most
+clusters these share a network card, a "rail". In the results' folder, the file ``bad`` names the bad nodes and
+``reasons`` says what is wrong with each. If the all-reduce of some GPUs is too slow, pairs of nodes are measured with
+the slowest: a node is bad if none of its pairs is fast enough. Imports torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import socket
@@ -43,6 +43,11 @@ class Limits(NamedTuple):
     min_free_gb: float
     max_skew_s: float
     min_gb_per_s: float
+    min_share: float
+
+    def throughput(self, best: float) -> float:
+        """Return the least throughput of a good link, GB/s, where ``best`` is the highest that was measured."""
+        return max(self.min_gb_per_s, self.min_share * best)
 
 
 class NodeFacts(NamedTuple):
@@ -54,7 +59,9 @@ class NodeFacts(NamedTuple):
         broken: the error of the first device that can be seen and not used; "" if there is none.
         free_gb: folder → free disk, GB.
         clock_s: Unix time at which it left a barrier.
-        gb_per_s: its throughput in the all-reduce over all nodes (ring convention, 2 (n−1)/n bytes a byte).
+        gb_per_s: throughput of each of its GPUs, or of its CPU, in the all-reduce over all nodes (ring convention,
+            2 (n−1)/n bytes a byte); [] where none was made.
+        slow: number of the GPU that pairs of nodes were measured with; None: none was, or on CPUs.
         pairs_gb_per_s: node → throughput with that node alone; {} where no pairs were measured.
     """
 
@@ -63,7 +70,8 @@ class NodeFacts(NamedTuple):
     broken: str
     free_gb: dict[str, float]
     clock_s: float
-    gb_per_s: float
+    gb_per_s: list[float]
+    slow: int | None
     pairs_gb_per_s: dict[str, float]
 
 
@@ -80,6 +88,8 @@ def judge(facts: Sequence[NodeFacts], expected: Sequence[str], limits: Limits) -
     for node in expected:
         if node not in known:
             wrong[node].append("did not answer")
+    speeds = [speed for one in facts for speed in (*one.gb_per_s, *one.pairs_gb_per_s.values())]
+    least = limits.throughput(max(speeds, default=0.0))
     middle = statistics.median([one.clock_s for one in facts]) if facts else 0.0
     for one in facts:
         reasons = wrong.setdefault(one.node, [])
@@ -93,13 +103,14 @@ def judge(facts: Sequence[NodeFacts], expected: Sequence[str], limits: Limits) -
         if abs(one.clock_s - middle) > limits.max_skew_s:
             reasons.append(f"its clock is {one.clock_s - middle:+.1f} s off")
         best = max(one.pairs_gb_per_s.values(), default=None)
-        if best is not None and best < limits.min_gb_per_s:
-            reasons.append(f"{best:.2g} GB/s with the best of the other nodes, not {limits.min_gb_per_s:g}")
-    slow = [one.gb_per_s for one in facts if one.gb_per_s < limits.min_gb_per_s]
+        if best is not None and best < least:
+            gpu = "" if one.slow is None else f"GPU {one.slow}: "
+            reasons.append(f"{gpu}{best:.2g} GB/s with the best of the other nodes, not {least:.3g}")
+    slow = [speed for one in facts for speed in one.gb_per_s if speed < least]
     if slow and not any(wrong.values()):
         # Each node is fast with some other one: the network between them is not.
         for one in facts:
-            wrong[one.node].append(f"{min(slow):.2g} GB/s over all nodes, not {limits.min_gb_per_s:g}")
+            wrong[one.node].append(f"{min(slow):.2g} GB/s over all nodes, not {least:.3g}")
     return {node: "; ".join(reasons) for node, reasons in wrong.items() if reasons}
 
 
@@ -165,7 +176,7 @@ def examine(
     """
     gpus, broken = _devices()
     free = {folder: shutil.disk_usage(folder).free / GB for folder in (*folders, tempfile.gettempdir())}
-    facts = NodeFacts(node, gpus, broken, free, time.time(), float("inf"), {})
+    facts = NodeFacts(node, gpus, broken, free, time.time(), [], None, {})
     rendezvous.publish("alone", facts._asdict())
     count = len(rendezvous.nodes)
     if rendezvous.rank == 0:
@@ -176,7 +187,7 @@ def examine(
         enough = limits.gpus < 0 or gpus >= limits.gpus
         uses_gpus = limits.gpus != 0 and gpus > 0 and enough
         try:
-            facts = _with_network(rendezvous, facts, limits, seconds, uses_gpus)
+            facts = _with_network(rendezvous, facts, limits, seconds, gpus if uses_gpus else 0)
         except Exception as error:
             rendezvous.publish("error", " ".join(str(error).split())[:300])
     rendezvous.publish("all", facts._asdict())
@@ -194,36 +205,50 @@ def examine(
 
 
 def _with_network(
-    rendezvous: Rendezvous, facts: NodeFacts, limits: Limits, seconds: float, uses_gpus: bool
+    rendezvous: Rendezvous, facts: NodeFacts, limits: Limits, seconds: float, gpus: int
 ) -> NodeFacts:
     """Return the facts with clock and throughputs, measured together with all other nodes."""
-    device = torch.device("cuda", 0) if uses_gpus else torch.device("cpu")
     # NCCL where every node can; a vote, because all must take the same one.
-    rendezvous.publish("gpus", uses_gpus)
+    rendezvous.publish("gpus", gpus)
     everyone = [rendezvous.receive("gpus", rank) for rank in range(len(rendezvous.nodes))]
-    if not all(everyone):
-        device = torch.device("cpu")
+    common = min(int(str(count or 0)) for count in everyone)
+    devices = [torch.device("cuda", index) for index in range(common)] or [torch.device("cpu")]
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "nccl" if common else "gloo",
         store=dist.PrefixStore("group", rendezvous.store),  # pyright: ignore[reportPrivateImportUsage]
         rank=rendezvous.rank,
         world_size=len(rendezvous.nodes),
         timeout=rendezvous.timeout,
     )
     try:
-        dist.all_reduce(torch.zeros(1, device=device))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        dist.all_reduce(torch.zeros(1, device=devices[0]))
+        if common:
+            torch.cuda.synchronize(devices[0])
         clock = time.time()
-        speed = throughput(dist.group.WORLD, device, seconds)
-        slowest = torch.tensor([speed], device=device)
+        speeds = [_over_all_nodes(rendezvous, device, seconds / len(devices)) for device in devices]
+        # Of each device on the node where it was slowest, so that all decide alike.
+        slowest = torch.tensor(speeds, device=devices[0])
         dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
-        pairs: dict[str, float] = {}
-        if float(slowest) < limits.min_gb_per_s:
-            pairs = _pairs(rendezvous, device)
-        return facts._replace(clock_s=clock, gb_per_s=speed, pairs_gb_per_s=pairs)
+        agreed: list[float] = slowest.tolist()
+        facts = facts._replace(clock_s=clock, gb_per_s=speeds)
+        if min(agreed) >= limits.throughput(max(agreed)):
+            return facts
+        slow = agreed.index(min(agreed))
+        pairs = _pairs(rendezvous, devices[slow])
+        return facts._replace(slow=slow if common else None, pairs_gb_per_s=pairs)
     finally:
         dist.destroy_process_group()
+
+
+def _over_all_nodes(rendezvous: Rendezvous, device: torch.device, seconds: float) -> float:
+    """Return the throughput of the all-reduce between the same devices of all nodes, GB/s."""
+    # A group of its own: an NCCL group belongs to the device of its first collective.
+    group = dist.new_group(timeout=rendezvous.timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    try:
+        return throughput(group, device, seconds)
+    finally:
+        dist.destroy_process_group(group)
 
 
 def _pairs(rendezvous: Rendezvous, device: torch.device) -> dict[str, float]:
@@ -236,7 +261,7 @@ def _pairs(rendezvous: Rendezvous, device: torch.device) -> dict[str, float]:
             if rendezvous.rank in pair and isinstance(group, dist.ProcessGroup):
                 other = pair[0] if pair[1] == rendezvous.rank else pair[1]
                 speeds[rendezvous.nodes[other]] = throughput(group, device, PAIR_S)
-        dist.all_reduce(torch.zeros(1, device=device))
+        dist.all_reduce(torch.zeros(1, device=torch.device("cuda", 0) if device.type == "cuda" else device))
     return speeds
 
 
@@ -283,7 +308,9 @@ def _facts(content: dict[str, object]) -> NodeFacts:
 def main(argv: Sequence[str]) -> int:
     """Check this node with all others; node 0 writes the verdict. Return 0 if all nodes are good, else 1."""
     options = _options(argv)
-    limits = Limits(options.gpus, options.min_free_gb, options.max_skew_s, options.min_gb_per_s)
+    limits = Limits(
+        options.gpus, options.min_free_gb, options.max_skew_s, options.min_gb_per_s, options.min_share
+    )
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     rank, nodes = int(os.environ["SLURM_NODEID"]), os.environ["OPTBENCH_NODE_NAMES"].split()
     address, port = os.environ["OPTBENCH_ADDRESS"], int(os.environ["OPTBENCH_PORT"])
@@ -303,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
     bad = errors or bad
     for one in facts:
         free = ", ".join(f"{amount:.0f} GB free in {folder}" for folder, amount in one.free_gb.items())
-        speed = f", {one.gb_per_s:.2f} GB/s" if math.isfinite(one.gb_per_s) else ""
+        speed = f", {' '.join(f'{value:.2f}' for value in one.gb_per_s)} GB/s" if one.gb_per_s else ""
         print(f"preflight: {one.node}: {one.gpus} GPUs, {free}{speed}", flush=True)
     if not bad:
         return 0
@@ -318,7 +345,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--results", required=True)
     parser.add_argument("--disk", required=True)
     parser.add_argument("--gpus", type=int, required=True)
-    for name in ("seconds", "min-gb-per-s", "min-free-gb", "max-skew-s", "timeout-s"):
+    for name in ("seconds", "min-gb-per-s", "min-share", "min-free-gb", "max-skew-s", "timeout-s"):
         parser.add_argument(f"--{name}", type=float, required=True)
     return parser.parse_args(argv)
 

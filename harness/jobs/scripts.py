@@ -178,6 +178,7 @@ def _cluster_values(kind: Kind, cluster: ClusterConfig, *, by_hand: bool) -> dic
                 f"--gpus={-1 if by_hand else cluster.gpus}",
                 f"--seconds={preflight.seconds:g}",
                 f"--min-gb-per-s={preflight.min_gb_per_s:g}",
+                f"--min-share={preflight.min_share:g}",
                 f"--min-free-gb={preflight.min_free_gb:g}",
                 f"--max-skew-s={preflight.max_skew_s:g}",
                 f"--timeout-s={preflight.timeout_s:g}",

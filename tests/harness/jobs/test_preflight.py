@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from harness.jobs.preflight import Limits, NodeFacts, judge, rounds
 
-LIMITS = Limits(gpus=8, min_free_gb=10, max_skew_s=2, min_gb_per_s=1)
+LIMITS = Limits(gpus=8, min_free_gb=10, max_skew_s=2, min_gb_per_s=1, min_share=0.5)
 NODES = ["n1", "n2", "n3"]
 
 
 def _facts(node: str, **changes: object) -> NodeFacts:
-    return NodeFacts(node, 8, "", {"/tmp": 50.0}, 1000.0, 5.0, {})._replace(**changes)
+    return NodeFacts(node, 8, "", {"/tmp": 50.0}, 1000.0, [5.0], None, {})._replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -37,18 +37,35 @@ def test_a_node_that_says_nothing_is_named() -> None:
 
 
 def test_the_slow_node_is_the_one_without_a_fast_pair() -> None:
-    slow = {"gb_per_s": 0.5}  # an all-reduce is as slow for all as for the slowest
+    slow = {"gb_per_s": [0.5]}  # an all-reduce is as slow for all as for the slowest
     facts = [
         _facts("n1", pairs_gb_per_s={"n2": 0.5, "n3": 4.0}, **slow),
         _facts("n2", pairs_gb_per_s={"n1": 0.5, "n3": 0.5}, **slow),
         _facts("n3", pairs_gb_per_s={"n1": 4.0, "n2": 0.5}, **slow),
     ]
-    assert judge(facts, NODES, LIMITS) == {"n2": "0.5 GB/s with the best of the other nodes, not 1"}
+    assert judge(facts, NODES, LIMITS) == {"n2": "0.5 GB/s with the best of the other nodes, not 2"}
 
 
 def test_slow_together_and_fast_in_pairs_is_nobodys_fault_alone() -> None:
-    fast = {"pairs_gb_per_s": {"other": 4.0}, "gb_per_s": 0.5}
+    fast = {"pairs_gb_per_s": {"other": 4.0}, "gb_per_s": [0.5]}
     assert set(judge([_facts(node, **fast) for node in NODES], NODES, LIMITS)) == set(NODES)
+
+
+def test_a_broken_rail_is_found_by_its_share_of_the_best() -> None:
+    """GPU 3 of n2 has lost its network card: far above the absolute limit, and a tenth of what the others do."""
+    rails = {"gb_per_s": [40.0, 41.0, 40.0, 4.0], "slow": 3}
+    facts = [
+        _facts("n1", pairs_gb_per_s={"n2": 4.0, "n3": 39.0}, **rails),
+        _facts("n2", pairs_gb_per_s={"n1": 4.0, "n3": 4.0}, **rails),
+        _facts("n3", pairs_gb_per_s={"n1": 39.0, "n2": 4.0}, **rails),
+    ]
+    assert judge(facts, NODES, LIMITS) == {"n2": "GPU 3: 4 GB/s with the best of the other nodes, not 20.5"}
+    assert judge(facts, NODES, LIMITS._replace(min_share=0)) == {}
+
+
+def test_rails_that_are_alike_are_good() -> None:
+    facts = [_facts(node, gb_per_s=[40.0, 35.0, 28.0]) for node in NODES]
+    assert judge(facts, NODES, LIMITS) == {}
 
 
 @given(st.integers(2, 17))

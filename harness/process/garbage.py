@@ -1,0 +1,38 @@
+"""Collect cyclic garbage in the same steps on all processes. Torch-free.
+
+Python's collector runs whenever a process has allocated enough, and the larger the heap, the longer: some ten
+milliseconds in which one process is late and all others wait for it. Here it runs between two steps, on all processes
+in the same ones, and does not look at what was there before training (model, compiled code, imported modules).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EVERY = 50
+"""Steps between two collections. A step's tensors are freed by their reference counts and never wait for one."""
+
+
+@contextmanager
+def collected_between_steps() -> Iterator[Callable[[int], None]]:
+    """Turn the automatic collector off for a block; yields what to call after each step, with the number of steps done.
+
+    After the block the collector is as it was.
+    """
+
+    def after_step(step: int) -> None:
+        if step % EVERY == 0:
+            gc.collect()
+
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield after_step
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
