@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from harness import gpu_facts
 from harness.config import launcher
 
 PACKAGES = (
@@ -89,6 +90,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "threads_per_process": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
         "cuda": torch.version.cuda,
+        "machine": gpu_facts.machine(device),
         "git": _git(),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,6 +98,8 @@ class Run:
     memory: MemoryPhases
     stop: Stop
     spikes: SpikeGuard | None = None
+    devices: Sequence[Mapping[str, Any]] = ()
+    """Facts of each process' device, by rank."""
     state: TrainState = field(default_factory=TrainState)
 
 

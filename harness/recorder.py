@@ -103,6 +103,7 @@ class RunRecorder:
             "environment.json",
             {
                 **devices.environment(run.engine.device, run.engine.world_size),
+                "processes": list(run.devices),
                 "engine": run.engine.name,
                 "corpus_sha256": corpus.sha256,
                 "tokenizer_sha256": corpus.tokenizer_sha256,

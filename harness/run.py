@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from harness import engines, model, schedule
+from harness import engines, gpu_facts, model, schedule
 from harness.checkpoint import resuming
 from harness.checkpoint.saving import Checkpoints
 from harness.checkpoint.store import Store
@@ -108,6 +108,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         device=engine.device,
         steps=config.steps,
     )
+    devices = gpu_facts.of_all_processes(engine.device, engine.world_size)
     stop = Stop(value_formats.duration_seconds("time_limit", config.time_limit))
     stop.install()
     return Run(
@@ -124,6 +125,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         clock=Clock(engine.device),
         memory=memory,
         stop=stop,
+        devices=devices,
         spikes=None if config.max_loss_rise is None else SpikeGuard(engine, config.max_loss_rise),
     )
 

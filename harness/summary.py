@@ -58,6 +58,11 @@ def warnings(run: Run, train_tokens: int) -> list[str]:
         lines.append(
             f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
         )
+    names = sorted({str(device["name"]) for device in run.devices})
+    if len(names) > 1:
+        lines.append(
+            f"processes train on different devices ({', '.join(names)}): the slowest sets the speed of all"
+        )
     if run.engine.device.type == "cuda":
         lines += gpu_warnings(config, device_name(run.engine.device), run.info.peak_flops)
     return lines

@@ -3,7 +3,8 @@
     runs/<group>/<name>/
         config.yaml          resolved configuration
         config.diff.yaml     what differs from the defaults
-        environment.json     versions, devices, git commit, corpus and tokenizer hashes
+        environment.json     versions, the device of each process, GPUs and topology of rank 0's machine, git commit,
+                             corpus and tokenizer hashes
         parameters.json      list of {name, shape, numel, rule, reason}: which parameter took which rule
         deepspeed.json       with engine=zero…: what DeepSpeed was initialized with
         metrics.jsonl        one JSON object a row (keys below), one row per `log_every` steps, first and last step;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,13 +37,11 @@ def _recorded(rank: int, words: list[str]) -> tuple[list[tuple[int, int]], list[
         reads.append(step())
         return read(model)
 
-    DistributedDataParallel._set_ddp_runtime_logging_sample_rate = set_rate
-    DistributedDataParallel._get_ddp_logging_data = get_data
-    try:
+    with (
+        patch.object(DistributedDataParallel, "_set_ddp_runtime_logging_sample_rate", set_rate),
+        patch.object(DistributedDataParallel, "_get_ddp_logging_data", get_data),
+    ):
         return rates, reads, trained(rank, words, watch).rows
-    finally:
-        DistributedDataParallel._set_ddp_runtime_logging_sample_rate = change
-        DistributedDataParallel._get_ddp_logging_data = read
 
 
 def test_ddp_samples_its_timers_in_steps_with_a_row(tmp_path: Path, two_ranks: RankPool) -> None:
