@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 TIMEOUT_S = 15.0
 """Longest wait for nvidia-smi, which may hang on a broken GPU."""
@@ -76,7 +77,7 @@ def of_all_processes(device: torch.device, world_size: int) -> list[dict[str, An
 def _nccl() -> str | None:
     # A build without NCCL has no such function, and older ones return a number.
     try:
-        version = torch.cuda.nccl.version()
+        version = nccl.version()
     except (AttributeError, RuntimeError):
         return None
     return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)

@@ -33,8 +33,8 @@ class TrackedOptimizer(Protocol):
         ...
 
     @property
-    def is_divided(self) -> bool:
-        """True where processes keep the state of different matrices, or of different parts of them."""
+    def figures_are_divided(self) -> bool:
+        """True where the processes have the ``moment_figures`` of different matrices."""
         ...
 
     @property
@@ -86,7 +86,7 @@ class ForeignOptimizer:
 
     observes_moments = False
     routes: Sequence[Route] = ()
-    is_divided = False
+    figures_are_divided = False
     fallbacks = 0
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

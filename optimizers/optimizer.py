@@ -26,13 +26,14 @@ from optimizers.layouts.replicated import ReplicatedLayout
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
 from optimizers.linalg.robust import without_autocast
 from optimizers.moment_figures import Figures
+from optimizers.moment_sample import Sample, choose
 from optimizers.named_state import check_state_dict, compact, kind_bytes, restore_exactly
 from optimizers.options import OptionError
 from optimizers.presets import resolve
 from optimizers.routing import Modules, Route
 from optimizers.rules.parts import adamw_kernels
 from optimizers.skipping import Candidate, Candidates, SkipTracker, StepMask
-from optimizers.step_stats import StepStats, first_moments, moment_spectra
+from optimizers.step_stats import StepStats, first_moments, moment_shapes, moment_spectra
 from optimizers.step_units import RuleGroup, StepUnits, adamw_settings, apply_config
 
 
@@ -359,13 +360,28 @@ class Optimizer(torch.optim.Optimizer):
             on: False takes it back.
             around: gives a context for each computation of figures inside the step, such as a meter of its memory.
         """
-        self.stats.observe_next(on, around)
+        self.stats.observe_next(on, around, self._moment_sample() if on else None)
+
+    def _moment_sample(self) -> Sample | None:
+        shapes = moment_shapes(self.units, self.preset_rule)
+        device = next((p.device.type for group in self.units.groups for p in group.parameters), "cpu")
+        # Where state is divided, each process looks at its own, or all of them take part in each matrix.
+        replicas = None if self.is_divided else next(iter(self.layout.communicators), None)
+        if replicas is None:
+            return choose(shapes, device)
+        return choose(shapes, device, replicas=replicas.size, replica=replicas.rank)
+
+    @property
+    def figures_are_divided(self) -> bool:
+        """True where the processes have the `moment_figures` of different matrices."""
+        return self.is_divided or self.stats.sample is not None
 
     def moment_figures(self) -> dict[str, Figures]:
         """Return figures of each matrix in the last observed step, as 0-dim fp64 tensors on the device.
 
         condition_number, effective_rank, stable_rank of what the rule orthogonalized or normalized; where it
-        applied a factor also orthogonality_error and polar_error. Empty if that step was retracted.
+        applied a factor also orthogonality_error and polar_error. Empty if that step was retracted. Of a large model
+        `optimizers.moment_sample` chooses the matrices, and replicas share them.
         """
         return self.stats.figures
 

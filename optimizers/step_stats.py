@@ -15,6 +15,7 @@ from optimizers.fused_projections import Block
 from optimizers.interfaces import Collectives, MatrixBatch, Update
 from optimizers.layouts.layout import StepUnit
 from optimizers.moment_figures import Figures, Observation, Share, moment_share, singular_values
+from optimizers.moment_sample import Sample
 from optimizers.rule import Rule
 from optimizers.step_units import StepUnits
 
@@ -26,6 +27,7 @@ class StepStats:
         orthogonalizations: matrices that were orthogonalized in the last step.
         fallbacks: 0-dim int64 on the device: factorizations that needed a fallback, since `clear`.
         observing: True while figures of this step's moments are computed.
+        sample: the matrices that observed steps look at; None: all of them, on every process.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,7 @@ class StepStats:
         self.observing = False
         self._is_to_observe = False
         self._around: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.sample: Sample | None = None
         self._begun: set[Any] = set()
         self.forget_step()
 
@@ -59,9 +62,11 @@ class StepStats:
         if self.observing:
             self._observation = Observation(self._around)
 
-    def observe_next(self, on: bool, around: Callable[[], AbstractContextManager[object]]) -> None:
+    def observe_next(
+        self, on: bool, around: Callable[[], AbstractContextManager[object]], sample: Sample | None
+    ) -> None:
         """Observe the moments of the next step, or not; each computation is enclosed by a context."""
-        self._is_to_observe, self._around = on, around
+        self._is_to_observe, self._around, self.sample = on, around, sample
 
     def record(self, rule: Rule, batch: MatrixBatch, update: Update, collectives: Collectives) -> None:
         """Record what an update carries besides its delta."""
@@ -84,11 +89,30 @@ class StepStats:
             if moment is None:
                 return
             share = moment_share(rule, batch.shape, batch.split, batch.options, collectives)
-            self._observation.add(batch.names, moment, update.factor, update.singular_values, share)
+            self._look(batch.names, moment, update.factor, update.singular_values, share)
 
     def observe(self, names: Sequence[str], moments: Tensor, share: Share | None) -> None:
         """Look at moments (b, m, n) that no rule returned."""
-        self._observation.add(names, moments, share=share)
+        self._look(names, moments, None, None, share)
+
+    def _look(
+        self,
+        names: Sequence[str],
+        moment: Tensor,
+        factor: Tensor | None,
+        known: Tensor | None,
+        share: Share | None,
+    ) -> None:
+        """Compute the figures of those matrices of a batch that are in the sample."""
+        chosen = [i for i, name in enumerate(names) if self.sample is None or name in self.sample.mine]
+        if not chosen:
+            return
+        if len(chosen) < len(names):
+            names = [names[i] for i in chosen]
+            moment = moment[chosen]
+            factor = None if factor is None else factor[chosen]
+            known = None if known is None else known[chosen]
+        self._observation.add(names, moment, factor, known, share)
 
     def forget_spectra(self, names: Sequence[str]) -> None:
         """Drop the spectra that the last step computed of these matrices, which skipped it."""
@@ -144,6 +168,24 @@ def first_moments(units: StepUnits, unit: StepUnit) -> list[tuple[list[str], Ten
         )
         for (shape, split, _), same in kinds.items()
     ]
+
+
+def moment_shapes(units: StepUnits, preset_rule: str) -> dict[str, tuple[int, int]]:
+    """Return name → (m, n) of the moment of every matrix on the rule, also of those that other processes step."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for group in units.groups:
+        if group.rule == "adamw" and preset_rule != "adamw":
+            continue
+        for block in (block for route in group.started_routes for block in route.blocks):
+            if group.rule == "adamw":
+                shapes[block.name] = block.shape
+                continue
+            rule = presets.load_rule(group.rule)
+            kind = rule.observed(block.shape, group.options)
+            if kind is not None:
+                m, n = rule.state(block.shape, group.options)[kind]
+                shapes[block.name] = m, n
+    return shapes
 
 
 def moment_spectra(units: StepUnits, stats: StepStats, preset_rule: str) -> dict[str, Tensor]:

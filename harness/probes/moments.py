@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from harness.tracked_optimizer import tracked
 
 BUDGET = 0.01
 """Share of the run's time that ``moments.every=auto`` may spend."""
+ALLOWANCE_S = 5.0
+"""Seconds up to which a probe of the 11th and the last step is made whatever its share is."""
 TRUSTED_AFTER = 10
 """Steps until the time per step is known well enough."""
 
@@ -27,8 +30,9 @@ TRUSTED_AFTER = 10
 class Moments:
     """Adds ``moments/…`` to the row and writes moments.parquet, a row per layer.
 
-    The first and the last step are always probed. With ``every=auto`` the cost of each probe, on the slowest
-    process, decides when the next one is affordable; all processes agree because they take the maximum.
+    The first step is always probed. With ``every=auto`` the cost of each probe, on the slowest process, decides when
+    the next one is affordable; all processes agree because they take the maximum. The last step is probed if that costs
+    at most `ALLOWANCE_S`, or a share of the run within the budget; with a number of steps it always is.
 
     Args:
         run: assembled.
@@ -42,23 +46,27 @@ class Moments:
         self._every = run.config.moments.every
         self._next = 0
         self._spent = 0.0
+        self._affords_last = True
         self._rows: list[dict[str, object]] = []
 
     def due(self, step: int) -> bool:
         if self._every is None or not self._optimizer.observes_moments:
             return False
-        return step == 0 or step + 1 == self._run.config.steps or step >= self._next
+        is_last = step + 1 == self._run.config.steps
+        return step == 0 or step >= self._next or (is_last and self._affords_last)
 
     def before_update(self, step: int) -> None:
         self._optimizer.observe_moments(around=lambda: self._run.memory.phase("probes"))
 
     def state(self) -> dict[str, Any]:
         """Return when the next probe is affordable, and what the last ones cost."""
-        return {"next": self._next, "spent": self._spent}
+        return {"next": self._next, "spent": self._spent, "affords_last": self._affords_last}
 
     def restore(self, state: dict[str, Any], steps: int) -> str | None:
         """Continue from that; rank 0 takes the rows of its file up to there, or returns why they cannot be read."""
         self._next, self._spent = state["next"], state["spent"]
+        # Checkpoints of versions that always probed the last step have no such entry.
+        self._affords_last = state.get("affords_last", True)
         path = None if self._folder is None else self._folder / "moments.parquet"
         if path is None or not path.exists():
             return None
@@ -84,11 +92,8 @@ class Moments:
         self._schedule(step, inside + time.perf_counter() - begin)
 
     def _collect(self, step: int, row: MetricRow) -> None:
-        layers = {
-            name: {key: float(value) for key, value in values.items()}
-            for name, values in self._optimizer.moment_figures().items()
-        }
-        if self._optimizer.is_divided:
+        layers = _on_host(self._optimizer.moment_figures())
+        if self._optimizer.figures_are_divided and dist.is_initialized():
             layers = _of_all_processes(layers)
         for figure in MOMENT_FIGURES:
             values = [v for layer in layers.values() if math.isfinite(v := layer.get(figure, math.nan))]
@@ -111,18 +116,37 @@ class Moments:
         if isinstance(self._every, int):
             self._next = step + 1 + (-step - 2) % self._every  # steps count from 1 for people: n·every done
             return
-        engine, state = self._run.engine, self._run.state
+        engine, elapsed = self._run.engine, self._run.state.wall_s
+        if step < TRUSTED_AFTER:
+            # The first row is not written yet.
+            elapsed += max(0.0, self._run.clock.peek()["total"] - cost)
         cost_s, elapsed = engine.max(
-            torch.tensor([cost, state.wall_s], dtype=torch.float64, device=engine.device)
+            torch.tensor([cost, elapsed], dtype=torch.float64, device=engine.device)
         ).tolist()
         self._spent += cost_s
+        step_s = max(elapsed, 1e-9) / (step + 1)
+        is_cheap = cost_s <= ALLOWANCE_S
+        self._affords_last = is_cheap or self._spent + cost_s <= BUDGET * step_s * self._run.config.steps
+        affordable = math.ceil((self._spent + 2 * cost_s) / (BUDGET * step_s))
         # The first step is dearer than the others (allocation, compilation): what a step takes is only trusted
-        # once a few have been timed. One more probe is set aside for the last step.
+        # once a few have been timed. One more probe is set aside for the last step. As a bound it is good enough to
+        # put off a probe that is expensive.
         if step < TRUSTED_AFTER:
-            self._next = TRUSTED_AFTER
+            self._next = TRUSTED_AFTER if is_cheap else max(TRUSTED_AFTER, affordable)
         else:
-            affordable = math.ceil((self._spent + 2 * cost_s) / (BUDGET * elapsed / (step + 1)))
             self._next = max(step + 1, affordable)
+
+
+def _on_host(figures: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, float]]:
+    """Return the figures as numbers, in one copy from the device."""
+    places = [(name, key) for name, values in figures.items() for key in values]
+    if not places:
+        return {}
+    numbers = torch.stack([figures[name][key].double() for name, key in places]).tolist()
+    layers: dict[str, dict[str, float]] = {name: {} for name in figures}
+    for (name, key), number in zip(places, numbers):
+        layers[name][key] = number
+    return layers
 
 
 def _of_all_processes(layers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 import optimizers
+from optimizers import moment_sample
 
 if TYPE_CHECKING:
     from tests.distributed.pool import RankPool
@@ -230,6 +232,25 @@ def observed(rank: int, preset: str, is_sharded: bool) -> tuple[dict[str, Any], 
         for name, found in optimizer.moment_figures().items()
     }
     return figures, {name: values.tolist() for name, values in optimizer.moment_spectra().items()}
+
+
+def sampled(rank: int, preset: str, is_sharded: bool) -> Any:
+    with patch.object(moment_sample, "WORK_ON_CPU", 0.0):
+        return observed(rank, preset, is_sharded)[0]
+
+
+@pytest.mark.parametrize("preset", ["sumo", "muon", "adamw"])
+def test_a_sample_of_sharded_moments_has_the_figures_of_the_whole_ones(
+    two_ranks: RankPool, preset: str
+) -> None:
+    everything, _ = observed(0, preset, False)
+    figures: dict[str, dict[str, float]] = {}
+    for found in two_ranks.run(sampled, preset, True):
+        figures.update(found)
+    assert len(figures) == 1
+    for name, columns in figures.items():
+        for key, value in columns.items():
+            assert value == pytest.approx(everything[name][key], rel=1e-3, abs=2e-5)
 
 
 @pytest.mark.parametrize("preset", ["sumo", "sumo_official", "galore", "muon", "adamw"])
