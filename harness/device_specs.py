@@ -132,6 +132,11 @@ DEVICES: tuple[DeviceSpec, ...] = (
     _spec("MI355X", 288, 8000, 2516.6, None, 157.3, 78.6, 1075),
 )
 
+PCIE_BANDWIDTH = 25e9
+"""byte/s of a device without links, in one direction: PCIe 4.0 × 16 has 31.5e9 before protocol."""
+NETWORK_BANDWIDTH = 50e9
+"""byte/s of each device between nodes, in one direction: one 400 Gbit/s adapter a device, as in HGX and DGX systems."""
+
 _OTHER_PRODUCTS = {"MIG", "GRID", "LAPTOP", "MOBILE", "SERVER", "TI", "SUPER", "D", "Q", "VF"}
 """Words that make a name another product, or a slice of one: an entry must have them, too."""
 _VGPU = re.compile(r"\d+[ABCQ]")

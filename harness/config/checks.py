@@ -9,7 +9,7 @@ Checks of the data are in `harness.data`, of the run folder in `harness.record`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.config import (
@@ -18,6 +18,7 @@ from harness.config import (
     launcher,
     model_checks,
     optimizer_checks,
+    optimizer_work,
     value_formats,
 )
 from harness.config.gpus import Gpu, have_bf16
@@ -63,6 +64,13 @@ def check(
     # Engines compare the launcher's precision with the one that is trained in.
     config = config.model_copy(update={"precision": values["precision"]})
     values["engine"] = engine_checks.check(config, environ, world_size)
+    values["engine"]["optimizer_work"] = optimizer_work.resolved(
+        config.engine.optimizer_work,
+        values["optimizer"] if values["engine"]["name"] in ("ddp", "zero0") else {},
+        (shapes.matrices or {}).values(),
+        _gpus(environ, devices),
+        world_size,
+    )
     values["micro_batch_size"] = _micro_batch(config, world_size)
     values["eval"]["tokens"] = evaluation_tokens = derived_defaults.evaluation_tokens(config)
     if evaluation_tokens < config.seq_len:
@@ -149,12 +157,17 @@ def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | No
     return launch.world_size
 
 
+def _gpus(environ: Mapping[str, str], devices: int | None) -> Sequence[Gpu]:
+    """Return the GPUs on each machine that the run will start on; of other machines only the number is known."""
+    return launcher.visible_gpus(environ) if devices is None else (Gpu(),) * devices
+
+
 def _precision(config: RunConfig, environ: Mapping[str, str], devices: int | None) -> Precision:
     """Return the precision to train in, ``auto`` resolved by the GPUs that the run will start on.
 
     GPUs of other machines, of which only the number is known, count as recent ones.
     """
-    found = launcher.visible_gpus(environ) if devices is None else (Gpu(),) * devices
+    found = _gpus(environ, devices)
     if config.tf32 and not found:
         reason = "is a number format of GPUs, and this run has none"
         raise InputError("tf32", "true", reason, fix="tf32=false")

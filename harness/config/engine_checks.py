@@ -22,6 +22,9 @@ _OWNERS: dict[str, tuple[str, ...]] = {
 }
 """Key of `EngineConfig` → engines that read it; keys that are not here belong to all."""
 
+_NEUTRAL = {"optimizer_work": "replicated"}
+"""Key → a value besides its default that says what engines do that do not read it."""
+
 _ELEMENTWISE = (
     "Adadelta",
     "Adagrad",
@@ -72,7 +75,7 @@ def check(config: RunConfig, environ: Mapping[str, str], world_size: int) -> dic
 def _check_keys(engine: EngineConfig, name: str) -> None:
     for key, owners in _OWNERS.items():
         value, default = getattr(engine, key), EngineConfig.model_fields[key].default
-        if name not in owners and value != default:
+        if name not in owners and value not in (default, _NEUTRAL.get(key, default)):
             reason = f"has no effect with engine={name}"
             fix = f"engine={owners[-1]}, or engine.{key}={format_value(default)}"
             raise InputError(

@@ -119,8 +119,9 @@ class EngineConfig(TypedKeys):
     """CPU threads per process; null: OMP_NUM_THREADS, else the cores divided by the processes on this machine."""
     bucket_mb: int = Field(default=25, ge=1)
     """DDP gradient bucket, MiB."""
-    optimizer_work: Literal["split", "replicated"] = "replicated"
-    """ddp, zero0: split: one process updates each matrix and holds its state; replicated: every process does."""
+    optimizer_work: Literal["auto", "split", "replicated"] = "auto"
+    """ddp, zero0: split: one process updates each matrix and holds its state; replicated: every process does. auto:
+    split on GPUs where whole matrices are orthogonalized (Muon) in more time than their updates need to be sent."""
     shard_axis: Literal["auto", 0, 1] = "auto"
     """fsdp2, hsdp: axis along which a matrix is sharded; auto: the axis with the least optimizer traffic."""
     replicas: int | None = Field(default=None, ge=1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from harness.config.schema import RunConfig
-from harness.device_specs import DeviceSpec, device_spec
+from harness.device_specs import NETWORK_BANDWIDTH, DeviceSpec, device_spec
 from harness.errors import InputError
 from harness.plan import activations, phases
 from harness.plan.simulated_rank import (
@@ -23,7 +23,7 @@ from harness.plan.simulated_rank import (
     simulate,
     with_layers,
 )
-from harness.plan.step_time import NAMED, NETWORK_BANDWIDTH, StepWork, step_time
+from harness.plan.step_time import NAMED, StepWork, step_time
 from harness.probes.flops import FlopCount
 
 MAX_DEPTH = 128

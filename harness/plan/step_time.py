@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config.schema import RunConfig
-from harness.device_specs import DeviceSpec, Format
+from harness.device_specs import NETWORK_BANDWIDTH, PCIE_BANDWIDTH, DeviceSpec, Format
 
 NAMED = ("A100", "H100", "H200", "B200", "RTX 4090", "MI300X")
 """Devices that are shown if none is asked for."""
 GPUS_PER_NODE = 8
-PCIE_BANDWIDTH = 25e9
-"""byte/s of a device without links, in one direction: PCIe 4.0 × 16 has 31.5e9 before protocol."""
-NETWORK_BANDWIDTH = 50e9
-"""byte/s of each device between nodes, in one direction: one 400 Gbit/s adapter a device, as in HGX and DGX systems."""
 
 
 @dataclass(frozen=True)
