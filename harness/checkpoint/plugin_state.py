@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.checkpoint.files import Saved
 from harness.checkpoint.store import DamagedCheckpoint
+from harness.devices import uses_cuda
 from optimizers.layouts.layout import Layout
 from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.named_state import FLAT, StatePiece, parameter_shape
@@ -188,7 +189,7 @@ def _built(tree: Mapping[str, Any], read: Any) -> Any:
     if kind == "tensor":
         return read(content)
     if kind == "number":
-        device = tree["device"] if torch.cuda.is_available() else "cpu"
+        device = tree["device"] if uses_cuda() else "cpu"
         return torch.tensor(content, dtype=getattr(torch, tree["dtype"]), device=device)
     if kind == "dict":
         return {key: _built(inner, read) for key, inner in content.items()}

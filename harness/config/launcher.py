@@ -22,7 +22,7 @@ from harness.errors import InputError
 
 _MULTI = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
-    "--mixed_precision no --dynamo_backend no -m harness.train world_size={n} …"
+    "--gpu_ids all --mixed_precision no --dynamo_backend no -m harness.train world_size={n} …"
 )
 _PROGRAMS = (
     "accelerate",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import harness
 from harness.devices import claim_gpu, uses_cuda
 from harness.errors import InputError
 
@@ -22,6 +25,13 @@ def claimed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(("flag", "expected"), [(None, True), ("true", False), ("1", False), ("false", True)])
 def test_the_environment_can_ask_for_the_cpu(flag: str | None, expected: bool, claimed: list[int]) -> None:
     assert uses_cuda({} if flag is None else {"ACCELERATE_USE_CPU": flag}) is expected
+
+
+def test_one_function_decides_where_training_runs() -> None:
+    """Others may ask torch what this machine has: the doctor, and the check of a job's nodes."""
+    package = Path(harness.__file__).parent
+    asking = {path.name for path in package.rglob("*.py") if "cuda.is_available(" in path.read_text()}
+    assert asking == {"devices.py", "doctor.py", "preflight.py"}
 
 
 def test_without_a_gpu_nothing_asks_for_it() -> None:
