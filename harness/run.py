@@ -17,6 +17,7 @@ from harness.data import Batches, Validation
 from harness.data.micro_batches import MicroBatchLoader, ValidationLoader
 from harness.loop import Callbacks, ModelInfo, Run, SpikeGuard, train
 from harness.memory_phases import MemoryPhases
+from harness.memory_snapshot import snapshot_when_out
 from harness.optimizer import build_optimizer, ownership, shard_axes
 from harness.preparation import Prepared
 from harness.probes.flops import FlopCount
@@ -44,6 +45,14 @@ def execute(prepared: Prepared) -> str:
         InputError: what only shows once the model exists; nothing was trained.
     """
     engine = engines.start(prepared.config)
+    with snapshot_when_out(prepared.folder, engine.rank, enabled=prepared.config.memory_snapshot):
+        state = _execute(prepared, engine)
+    # Not after an exception: the other processes are elsewhere then, and waiting for them would hide it.
+    engine.close()
+    return state
+
+
+def _execute(prepared: Prepared, engine: Engine) -> str:
     run = assemble(prepared, engine)
     heartbeat = Heartbeat(prepared.folder, engine.rank)
     if engine.rank == 0:
@@ -56,8 +65,6 @@ def execute(prepared: Prepared) -> str:
         state = train(run, Callbacks(probes, checkpoints=checkpoints, heartbeat=heartbeat))
     run.loader.close()
     heartbeat.stop()
-    # Not after an exception: the other processes are elsewhere then, and waiting for them would hide it.
-    engine.close()
     return state
 
 

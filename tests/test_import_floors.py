@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands", "console", "output"),
     ("config", "process"),
     ("files",),
-    ("errors", "redaction", "visible", "import_path", "device_specs", "gpu_facts"),
+    ("errors", "redaction", "visible", "import_path", "device_specs", "gpu_facts", "memory_snapshot"),
 )
 """Modules and packages of harness, from the highest floor to the lowest; an import leads to a lower floor."""
 

@@ -60,7 +60,9 @@ def check(
     launcher.check_environment(config, environ)
     world_size = _world_size(config, environ, devices, worker)
     values["world_size"] = world_size
-    values["precision"] = _precision(config, environ, devices)
+    gpus = _gpus(environ, devices)
+    _refuse_without_gpus(config, gpus)
+    values["precision"] = _precision(config, gpus)
     # Engines compare the launcher's precision with the one that is trained in.
     config = config.model_copy(update={"precision": values["precision"]})
     values["engine"] = engine_checks.check(config, environ, world_size)
@@ -68,7 +70,7 @@ def check(
         config.engine.optimizer_work,
         values["optimizer"] if values["engine"]["name"] in ("ddp", "zero0") else {},
         (shapes.matrices or {}).values(),
-        _gpus(environ, devices),
+        gpus,
         world_size,
     )
     values["micro_batch_size"] = _micro_batch(config, world_size)
@@ -158,19 +160,25 @@ def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | No
 
 
 def _gpus(environ: Mapping[str, str], devices: int | None) -> Sequence[Gpu]:
-    """Return the GPUs on each machine that the run will start on; of other machines only the number is known."""
+    """Return the GPUs on each machine that the run will start on; of other machines only the number is known.
+
+    Those of other machines count as recent ones.
+    """
     return launcher.visible_gpus(environ) if devices is None else (Gpu(),) * devices
 
 
-def _precision(config: RunConfig, environ: Mapping[str, str], devices: int | None) -> Precision:
-    """Return the precision to train in, ``auto`` resolved by the GPUs that the run will start on.
-
-    GPUs of other machines, of which only the number is known, count as recent ones.
-    """
-    found = _gpus(environ, devices)
+def _refuse_without_gpus(config: RunConfig, found: Sequence[Gpu]) -> None:
+    """Refuse keys that need a GPU where there is none."""
     if config.tf32 and not found:
         reason = "is a number format of GPUs, and this run has none"
         raise InputError("tf32", "true", reason, fix="tf32=false")
+    if config.memory_snapshot and not found:
+        reason = "is of the memory of GPUs, and this run has none"
+        raise InputError("memory_snapshot", "true", reason, fix="memory_snapshot=false")
+
+
+def _precision(config: RunConfig, found: Sequence[Gpu]) -> Precision:
+    """Return the precision to train in, ``auto`` resolved by the GPUs that the run will start on."""
     if config.precision != "auto":
         return config.precision
     return "bf16" if found and have_bf16(found) else "fp32"

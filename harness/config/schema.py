@@ -240,6 +240,9 @@ class RunConfig(TypedKeys):
     """Steps between rows of metrics.jsonl (the only regular host synchronization)."""
     profile: bool = False
     """Record a few steps of rank 0 with torch's profiler into the run folder's profile/."""
+    memory_snapshot: bool = False
+    """On GPUs: record allocations; a process that runs out of memory writes memory/rank<k>.pickle, for
+    pytorch.org/memory_viz."""
     peak_flops: float | None = Field(default=None, gt=0)
     """Dense peak of one device in FLOP/s, the reference of throughput/mfu; null: by the GPU's name."""
     runs_dir: str = "runs"

@@ -19,6 +19,7 @@
         checkpoints/         step_00001000/, latest (harness/checkpoint/store.py)
         checkpoints.attempt1/  checkpoints that later attempts did not resume from
         config.steps1000.yaml, summary.steps1000.json   of the run of so many steps that this one continues
+        memory/              with memory_snapshot, after CUDA memory ran out: rank<k>.pickle, torch's allocator
         heartbeat/           a file a process: the step it is in, the line it executes; a few seconds old
         crash/               stacks of the threads of a process that crashed in native code, a file a process
         flight_recorder/     on several GPUs: the last collectives of each process where NCCL timed out (torchfrtrace)

@@ -13,7 +13,7 @@ from harness.config import checks, derived_defaults, launcher, model_facts
 from harness.config import gpus as gpus_of_machine
 from harness.config.compose import load
 from harness.config.gpus import Gpu
-from harness.config.identity import identity
+from harness.config.identity import differing_keys, identity
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 
@@ -193,6 +193,12 @@ def test_the_identity_holds_the_resolved_precision_and_tf32_only_where_it_is_on(
     assert key() == key(precision="fp32") == key(precision="fp32", devices=1)
     assert key(devices=1) == key(precision="bf16") != key()
     assert key(precision="fp32", tf32=True, devices=1) not in (key(), key(devices=1))
+
+
+def test_a_memory_snapshot_needs_a_gpu_and_is_no_part_of_the_identity() -> None:
+    with pytest.raises(InputError, match=r"memory_snapshot: true is of the .* fix: memory_snapshot=false"):
+        run_check(make(memory_snapshot=True))
+    assert not differing_keys(make(), make(memory_snapshot=True))
 
 
 def test_tf32_needs_a_gpu() -> None:
