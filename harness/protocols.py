@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from harness.model.initial_weights import InitialWeights
     from optimizers.layouts.layout import Layout as ParameterLayout
 
     MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -50,13 +51,20 @@ class Engine(Protocol):
         """Return the group over which weights are replicated; None for one process, and where weights are cut."""
         ...
 
-    def shard(self, model: nn.Module, axes: Mapping[str, int], blocks: Sequence[nn.Module]) -> None:
-        """Cut the model (already on `device`) where the optimizer is to be built on shards; else do nothing.
+    def shard(
+        self,
+        model: nn.Module,
+        axes: Mapping[str, int],
+        blocks: Sequence[nn.Module],
+        weights: InitialWeights | None = None,
+    ) -> None:
+        """Cut the model where the optimizer is to be built on shards, and put this process' part on `device`.
 
         Args:
-            model: whole, the same on every process.
+            model: the same on every process; on the meta device, or whole on any other.
             axes: parameter name → axis to cut it along; 0 for names that are not in it.
             blocks: modules of the model whose weights are gathered together, such as its decoder layers.
+            weights: numbers of a model on the meta device; None: it has them.
         """
         ...
 

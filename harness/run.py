@@ -73,12 +73,12 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     config, corpus = prepared.config, prepared.corpus
     assert config.micro_batch_size is not None
     memory = MemoryPhases(engine.device)
-    network = model.build(
+    network, weights = model.build_deferred(
         config.model,
         seed=config.seed,
         precision=config.precision,
-        device=str(engine.device),
         trust_remote_code=config.trust_remote_code,
+        say=_to_stderr if engine.rank == 0 and engine.world_size > 1 else lambda line: None,
     )
     notes = model.specialize(
         network,
@@ -88,7 +88,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     )
     # From here on the processes draw different numbers (dropout): their rows are different, too.
     torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
-    # Counted before an engine cuts the model.
+    # Counted before an engine cuts the model, which has no memory yet.
     parameters = model.count_parameters(network)
     flops = FlopCount.of(
         network,
@@ -97,8 +97,8 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         device=engine.device,
         peak_flops=config.peak_flops,
     )
-    if engine.layout == "sharded":
-        engine.shard(network, shard_axes(config, network, engine.shards), model.decoder_layers(network))
+    axes = shard_axes(config, network, engine.shards) if engine.layout == "sharded" else {}
+    engine.shard(network, axes, model.decoder_layers(network), weights)
     # After sharding: an optimizer recognizes DTensors and plans its layout by them.
     optimizer = build_optimizer(config, network, engine)
     info = ModelInfo(parameters, ownership(optimizer, network), flops.per_token, flops.peak, tuple(notes))

@@ -26,7 +26,7 @@ class _Share(NamedTuple):
 
     batches: list[MicroBatch]
     loss_tokens: int
-    copied: torch.cuda.Event | None
+    copied: torch.Event | None
 
 
 class MicroBatchLoader:
@@ -105,7 +105,7 @@ class MicroBatchLoader:
 
     def _read(self, step: int) -> _Share:
         first = step * self._batch_size + self._rank * self._share
-        copied = None
+        copied: torch.Event | None = None
         # A thread has a current device of its own, which is the first one.
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             batches = [

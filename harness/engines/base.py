@@ -18,7 +18,9 @@ from torch.distributed import distributed_c10d
 
 from harness.config.schema import RunConfig
 from harness.devices import claim_gpu, cpu_cores, uses_cuda
+from harness.engines.materialize import fill_whole
 from harness.errors import InputError
+from harness.model.initial_weights import InitialWeights
 from harness.process.waiting import wait_until
 
 WATCHDOG_S = 60.0
@@ -74,8 +76,18 @@ class ProcessEngine:
             backend = "gloo" if self.device.type == "cpu" else "nccl"
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, **options)
 
-    def shard(self, model: nn.Module, axes: Mapping[str, int], blocks: Sequence[nn.Module]) -> None:
-        """Do nothing: the optimizer is built on whole parameters."""
+    def shard(
+        self,
+        model: nn.Module,
+        axes: Mapping[str, int],
+        blocks: Sequence[nn.Module],
+        weights: InitialWeights | None = None,
+    ) -> None:
+        """Put the whole model on the device: the optimizer is built on whole parameters."""
+        if weights is None:
+            model.to(self.device)
+        else:
+            fill_whole(model, weights, self.device)
 
     def measure_communication(self, on: bool) -> None:
         """Do nothing: gradient communication is not measured."""

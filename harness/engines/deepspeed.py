@@ -23,8 +23,10 @@ from harness.config.schema import RunConfig
 from harness.devices import tensor_bytes, uses_cuda
 from harness.engines.base import ProcessEngine
 from harness.engines.ddp import autocast
+from harness.engines.materialize import fill_buffers, fill_whole
 from harness.engines.skip_step import SkipStepEngine, set_nonfinite
 from harness.errors import InputError
+from harness.model.initial_weights import InitialWeights, Put
 from harness.protocols import WeightLayout
 from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.layouts.replicated import ReplicatedLayout
@@ -56,11 +58,19 @@ class _DeepSpeedEngine(ProcessEngine):
         if self._was_without_local_rank:
             del os.environ["LOCAL_RANK"]
 
-    def _start(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> nn.Module:
+    def _start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> nn.Module:
+        """Initialize DeepSpeed, right after ``prepare``."""
         self._linear = nn.functional.linear
         # DeepSpeed reads it throughout, also in a process that no launcher started.
         self._was_without_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", "0")
+        prepare()
         # DeepSpeed casts the whole module to bf16 or fp16, rotary frequencies included.
         with exact_buffers(model):
             self._engine = _initialize(model, optimizer, config)
@@ -136,23 +146,49 @@ class PartitionedEngine(_DeepSpeedEngine):
         self.model: nn.Module
         self._zero: Any
         self._layout: PartitionedLayout
+        self._weights: InitialWeights | None = None
 
     def process_group(self) -> dist.ProcessGroup | None:
         return None
 
+    def shard(
+        self,
+        model: nn.Module,
+        axes: Mapping[str, int],
+        blocks: Sequence[nn.Module],
+        weights: InitialWeights | None = None,
+    ) -> None:
+        """Put the whole model on the device in the dtype to compute in; stage 3 leaves it on the meta device."""
+        self._weights = weights
+        if weights is None:
+            model.to(self.device)
+        elif self._stage < 3:
+            fill_whole(model, weights, self.device, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._config.precision, torch.float32)
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        weights, self._weights = self._weights, None
         exact = {}
-        if self._config.precision != "fp32":
-            exact = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if self._config.precision != "fp32" and weights is None:
+            exact = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
         groups = [list(group["params"]) for group in optimizer.param_groups]
-        self.model = self._start(model, optimizer, self._config)
+
+        def partition() -> None:
+            if weights is not None and self._stage == 3:
+                _partition(model, weights, self._config, self.device, self._dtype)
+
+        self.model = self._start(model, optimizer, self._config, partition)
         self._zero = self._engine.optimizer
         # DeepSpeed raises the loss scale before it divides the gradients by it, so that they come out halved in
         # that step (0.19.8, measured). Ours comes after the step.
         self._update_loss_scale = self._zero._update_scale
         self._zero._update_scale = lambda overflow: None
         self._layout = bind(optimizer, self._engine, groups)
-        self._set_masters(exact)
+        if self._config.precision != "fp32":
+            self._set_masters(weights.deliver if weights is not None else _delivery(exact))
 
     def autocast(self) -> AbstractContextManager[object]:
         """Do nothing: the weights themselves have the dtype to compute in."""
@@ -231,13 +267,18 @@ class PartitionedEngine(_DeepSpeedEngine):
                 whole[name] = master.detach().float().cpu().clone()
         return whole
 
-    def _set_masters(self, exact: dict[str, torch.Tensor]) -> None:
+    def _set_masters(self, deliver: Callable[[Put], None]) -> None:
         """Undo the rounding that DeepSpeed's masters start with: it makes them from the bf16 or fp16 weights."""
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for name, p in self._engine.module.named_parameters():
-            if name in exact:
-                safe_set_full_fp32_param(p, exact.pop(name).float())
+        parameters = dict(self._engine.module.named_parameters())
+
+        def put(name: str, value: torch.Tensor) -> None:
+            if name in parameters:
+                safe_set_full_fp32_param(parameters[name], value.float())
+
+        # The numbers are made a second time: keeping them would be another whole fp32 model on every process.
+        deliver(put)
 
     def _gradients(self) -> Iterable[torch.Tensor]:
         """Yield the tensors that hold gradients right before a step."""
@@ -289,12 +330,50 @@ def bind(
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
     """Return DeepSpeed's engine around a model on its device, over the process group that is already there."""
     deepspeed = _library()
-    backend = "nccl" if uses_cuda() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_config.effective(config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     assert engine.world_size == config.world_size, "DeepSpeed sees another number of processes"
     return engine
+
+
+def _partition(
+    model: nn.Module, weights: InitialWeights, config: RunConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Fill a model on the meta device parameter by parameter, each cut into its ZeRO-3 slices before the next."""
+    deepspeed = _library()
+    deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False)
+    settings = deepspeed_config.effective(config)
+    fill_buffers(model, device)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def put(name: str, value: torch.Tensor) -> None:
+        if name in buffers:
+            buffers[name].copy_(value)
+            return
+        parameter = parameters[name]
+        memory = torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
+        # The same object, which the optimizer was built on.
+        torch.utils.swap_tensors(parameter, nn.Parameter(memory, requires_grad=parameter.requires_grad))
+        holder = nn.Module()
+        holder.register_parameter("weight", parameter)
+        deepspeed.zero.Init(module=holder, config_dict_or_path=settings)
+
+    weights.deliver(put)
+
+
+def _delivery(values: dict[str, torch.Tensor]) -> Callable[[Put], None]:
+    """Return a function that hands over tensors as `InitialWeights.deliver` does, and drops them."""
+
+    def deliver(put: Put) -> None:
+        for name in list(values):
+            put(name, values.pop(name))
+
+    return deliver
+
+
+def _backend() -> str:
+    return "nccl" if uses_cuda() else "gloo"
 
 
 def _library() -> Any:

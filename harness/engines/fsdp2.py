@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor, Shard
 from harness.config.engine_checks import reduces_every_micro_batch
 from harness.config.schema import RunConfig
 from harness.devices import tensor_bytes
+from harness.engines.materialize import fill_shards
 from harness.engines.skip_step import SkipStepEngine, root_sum_square
+from harness.model.initial_weights import InitialWeights
 from harness.protocols import WeightLayout
 from optimizers.layouts.sharded import ShardedLayout
 from optimizers.shard_axes import possible_axis
@@ -57,8 +59,16 @@ class ShardedEngine(SkipStepEngine):
     def process_group(self) -> dist.ProcessGroup | None:
         return None
 
-    def shard(self, model: nn.Module, axes: Mapping[str, int], blocks: Sequence[nn.Module]) -> None:
-        """Turn the parameters of ``model`` into DTensors, in place (a collective)."""
+    def shard(
+        self,
+        model: nn.Module,
+        axes: Mapping[str, int],
+        blocks: Sequence[nn.Module],
+        weights: InitialWeights | None = None,
+    ) -> None:
+        """Turn the parameters of ``model`` into DTensors, in place (a collective); then fill them."""
+        if weights is None:
+            model.to(self.device)
         # torch refuses uneven shards along axis 1: what does not divide is cut along axis 0.
         by_parameter = {
             id(p): possible_axis(axes.get(name, 0), p.shape, self.shards)
@@ -77,6 +87,8 @@ class ShardedEngine(SkipStepEngine):
             fully_shard(block, reshard_after_forward=self._reshard, **options)
         # The root's weights are the first ones that the backward pass needs again.
         fully_shard(model, reshard_after_forward=False, **options)
+        if weights is not None:
+            fill_shards(model, weights, self.device)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model

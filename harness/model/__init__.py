@@ -1,7 +1,15 @@
 """Causal language models from their `transformers` configuration, and the loss."""
 
-from harness.model.build import build, count_parameters, decoder_layers
+from harness.model.build import build, build_deferred, count_parameters, decoder_layers
 from harness.model.loss import CausalLMObjective, loss_sum
 from harness.model.specialization import specialize
 
-__all__ = ["CausalLMObjective", "build", "count_parameters", "decoder_layers", "loss_sum", "specialize"]
+__all__ = [
+    "CausalLMObjective",
+    "build",
+    "build_deferred",
+    "count_parameters",
+    "decoder_layers",
+    "loss_sum",
+    "specialize",
+]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -16,6 +18,8 @@ from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
+from harness.model import initial_weights
+from harness.model.initial_weights import InitialWeights, NotRecorded
 
 
 def build(
@@ -58,13 +62,71 @@ def build(
             model = _construct(hf_config, config, trust_remote_code)
         if is_gone:
             _refuse_lost_buffers(model, config)
-    cast_parameters(model, torch.bfloat16 if precision == "bf16_pure" else torch.float32)
+    _finish(model, config, precision)
     if precision == "bf16_pure" and device != "meta" and may_mix_dtypes(model):
         _check_bf16(model, config)
+    return model if device == "meta" else model.to(device)
+
+
+def _finish(model: Any, config: ModelConfig, precision: Precision) -> None:
+    cast_parameters(model, torch.bfloat16 if precision == "bf16_pure" else torch.float32)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    return model if device == "meta" else model.to(device)
+
+
+def build_deferred(
+    config: ModelConfig,
+    *,
+    seed: int,
+    precision: Precision,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[nn.Module, InitialWeights | None]:
+    """Return what `build` returns, on the meta device, and the same numbers one tensor at a time.
+
+    Where the numbers can only be made together, the model comes whole from `build`, and None: Python code that a folder
+    brings along, weight files with other names than the model's, constructors that fill what they hold, pure bf16 with
+    buffers that need a trial on numbers.
+
+    Args:
+        config: what to build.
+        seed: of the initialization.
+        precision: as for `build`.
+        trust_remote_code: run the Python code that a folder brings along.
+        say: takes a line that says why the model comes whole.
+
+    Raises:
+        InputError: see `build`.
+    """
+
+    def whole(in_precision: Precision) -> nn.Module:
+        return build(config, seed=seed, precision=in_precision, trust_remote_code=trust_remote_code)
+
+    files: list[Path] = []
+    try:
+        if config.path is not None:
+            if trust_remote_code and model_folder.read(config.path).has_own_code:
+                raise NotRecorded("the folder brings its own code")
+            files = [Path(file) for file in model_folder.weight_files(Path(config.path).expanduser())]
+        hf_config = configuration(config, trust_remote_code=trust_remote_code)
+        model, weights = initial_weights.record(
+            lambda: _construct(hf_config, config, trust_remote_code),
+            seed=seed,
+            files=files,
+            build_whole=lambda: whole("fp32"),
+        )
+        if files and not initial_weights.fits_files(model, files):
+            raise NotRecorded("the weight files have other names or shapes")
+        if precision == "bf16_pure" and may_mix_dtypes(model):
+            raise NotRecorded("its buffers may not work with pure bf16")
+    except (NotRecorded, InputError, OSError, SafetensorError) as error:
+        # If the input is wrong, `build` says so.
+        model = whole(precision)
+        say(f"every process initializes the whole model in host memory: {str(error).splitlines()[0]}")
+        return model, None
+    _finish(model, config, precision)
+    return model, weights
 
 
 def configuration(

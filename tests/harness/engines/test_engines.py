@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.profiler import profile
 
-from harness import engines
+from harness import engines, model
 from harness.config import deepspeed_config
 from harness.devices import tensor_bytes
 from harness.errors import InputError
@@ -105,6 +107,128 @@ def test_replicas_of_shards_train_what_one_process_trains(
     words = ["engine=hsdp", "engine.replicas=2", "world_size=4", *CUT]
     results = four_ranks.run(_ranked, small(corpus, tmp_path, *ADAMW, *words))
     check_equal(alone(*ADAMW, CUT[1], CUT[2]), results[0])
+
+
+def _initial(rank: int, words: list[str]) -> dict[str, torch.Tensor]:
+    """Return whole weights before the first step, and the buffers of rank 0."""
+    prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
+    run = assemble(prepared, engines.start(prepared.config))
+    run.stop.restore()
+    try:
+        weights = run.engine.full_weights()
+        return weights and {**weights, **{name: b.clone() for name, b in run.model.named_buffers()}}
+    finally:
+        run.engine.release()
+
+
+def _built_whole(words: list[str]) -> dict[str, torch.Tensor]:
+    words = [word for word in words if not word.startswith(("engine", "world_size"))]
+    config = prepare([*words, "world_size=1"], say=lambda text: None, worker=True, writes_folder=False).config
+    network = model.build(config.model, seed=config.seed, precision=config.precision)
+    return {name: t.detach().float() for name, t in (*network.named_parameters(), *network.named_buffers())}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [("ddp", "fp32"), ("fsdp2", "bf16_pure"), ("zero0", "bf16"), ("zero1", "bf16"), ("zero3", "bf16")],
+)
+def test_every_engine_starts_from_the_bits_of_one_process(
+    engine: str, precision: str, tied: bool, corpus: Path, tmp_path: Path, two_ranks: RankPool
+) -> None:
+    words = [f"+model.config.tie_word_embeddings={str(tied).lower()}", f"precision={precision}"]
+    words = small(corpus, tmp_path, *words, f"engine={engine}", "world_size=2")
+    whole, (first, second) = _built_whole(words), two_ranks.run(_initial, words)
+    assert second == {}
+    assert first.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(whole[name], first[name])] == []
+
+
+@pytest.mark.parametrize(
+    "words", [("engine=hsdp", "engine.replicas=2"), ("engine=fsdp2",), ("engine=zero3",)]
+)
+def test_four_processes_start_from_the_bits_of_one(
+    words: tuple[str, ...], corpus: Path, tmp_path: Path, four_ranks: RankPool
+) -> None:
+    # 46 rows over 4 processes: the last one holds fewer.
+    words = (*words, "model.config.intermediate_size=46", "world_size=4")
+    whole = _built_whole(small(corpus, tmp_path, *words))
+    first = four_ranks.run(_initial, small(corpus, tmp_path, *words))[0]
+    assert [name for name in whole if not torch.equal(whole[name], first[name])] == []
+
+
+def _peak_of_filling(rank: int, words: list[str], whole: bool) -> tuple[int, int, int]:
+    """Return the bytes of all weights, of the largest one, and the most that were held at once to fill the shards."""
+    prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
+    engine = engines.start(prepared.config)
+    config = prepared.config.model
+    held: Any = []
+
+    def fill() -> None:
+        if whole:
+            network, weights = model.build(config, seed=0), None
+        else:
+            network, weights = model.build_deferred(config, seed=0, precision="fp32")
+        engine.shard(network, {}, model.decoder_layers(network), weights)
+        held.append(network)
+
+    with profile(profile_memory=True) as profiled:
+        fill()
+    events: Any = profiled.profiler
+    memory = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    sums = itertools.accumulate(e.nbytes() for e in sorted(memory, key=lambda e: e.start_ns()))
+    sizes = [4 * parameter.numel() for parameter in held[0].parameters()]
+    engine.release()
+    return sum(sizes), max(sizes), max(sums)
+
+
+def test_no_process_holds_the_whole_model_while_it_is_filled(
+    corpus: Path, tmp_path: Path, four_ranks: RankPool
+) -> None:
+    sizes = [
+        "model.config.hidden_size=64",
+        "model.config.num_hidden_layers=12",
+        "model.config.vocab_size=512",
+    ]
+    words = small(corpus, tmp_path, *sizes, "engine=fsdp2", "world_size=4")
+    for total, largest, peak in four_ranks.run(_peak_of_filling, words, False):
+        assert peak < total / 4 + 1.5 * largest + 50_000
+    # Control: the way of a model that comes whole.
+    for total, _, peak in four_ranks.run(_peak_of_filling, words, True):
+        assert peak > total
+
+
+def _residual_dtypes(rank: int, words: list[str]) -> set[str]:
+    """Return the dtypes in which hidden states enter and leave the decoder layers."""
+    prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
+    run = assemble(prepared, engines.start(prepared.config))
+    run.stop.restore()
+    dtypes: set[str] = set()
+
+    def note(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        dtypes.update({str(inputs[0].dtype), str(hidden.dtype)})
+
+    for module in run.model.modules():
+        # `fully_shard` gives them another class, with a prefix.
+        if type(module).__name__.endswith("DecoderLayer"):
+            module.register_forward_hook(note)
+    try:
+        forward_backward(run, run.loader.micro_batches(0), weight=1.0)
+    finally:
+        run.engine.release()
+    return dtypes
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [("ddp", "float32"), ("zero0", "float32"), ("fsdp2", "bfloat16"), ("zero3", "bfloat16")],
+)
+def test_the_residual_stream_has_the_dtype_that_the_documentation_says(
+    engine: str, dtype: str, corpus: Path, tmp_path: Path, two_ranks: RankPool
+) -> None:
+    words = small(corpus, tmp_path, f"engine={engine}", "world_size=2", "precision=bf16")
+    assert two_ranks.run(_residual_dtypes, words) == [{f"torch.{dtype}"}] * 2
 
 
 def _accumulated(rank: int, words: list[str]) -> tuple[int, list[int]]:
