@@ -62,18 +62,28 @@ def full_precision(device_type: str) -> Iterator[None]:
     Args:
         device_type: `tensor.device.type` of the operands, whose autocast is disabled.
     """
-    # The per-operator setting, not `set_float32_matmul_precision`: a process that uses one of torch's two
-    # interfaces may be refused the other, and writing back what was read leaves both usable.
-    before = [backend.fp32_precision for backend in _BACKENDS]
+    # Torch keeps the setting twice: per operator, and as one process-wide level, which `allow_tf32` shows too. Where the
+    # two disagree, each read of the level raises, also inside cuBLAS calls. Setting the level sets both.
+    before, level = [backend.fp32_precision for backend in _BACKENDS], _matmul_level()
     with ExitStack() as stack:
         stack.enter_context(without_autocast(device_type))
         try:
-            for backend in _BACKENDS:
-                backend.fp32_precision = "ieee"
+            torch.set_float32_matmul_precision("highest")
             yield
         finally:
+            if level is not None:
+                torch.set_float32_matmul_precision(level)
+            # The level does not say what was set per operator.
             for backend, value in zip(_BACKENDS, before):
                 backend.fp32_precision = value
+
+
+def _matmul_level() -> str | None:
+    """Return the process-wide level; None where the process set operators apart from it, which makes reads raise."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:

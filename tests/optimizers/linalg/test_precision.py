@@ -66,6 +66,52 @@ def test_the_guard_switches_reduced_products_off_and_back(level: str) -> None:
     assert torch.backends.cuda.matmul.allow_tf32 is (level != "highest")
 
 
+def tf32_by_operator() -> None:
+    MATMULS[0].fp32_precision = "tf32"
+
+
+def tf32_by_switch() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+SETTINGS = {
+    "default": lambda: None,
+    "level high": lambda: torch.set_float32_matmul_precision("high"),
+    "level medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": tf32_by_switch,
+    "per operator": tf32_by_operator,
+}
+
+
+def legacy_flags() -> tuple[str, bool] | str:
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        return "refused"
+
+
+@pytest.mark.usefixtures("restore_precision")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_torchs_older_switches_can_be_read_inside_the_guard(name: str) -> None:
+    """Matrix products on CUDA, the profiler and inductor read them; a mix of old and new makes torch raise."""
+    SETTINGS[name]()
+    before = [backend.fp32_precision for backend in MATMULS], legacy_flags()
+    with full_precision("cpu"):
+        assert legacy_flags() == ("highest", False)
+        with full_precision("cpu"):
+            assert legacy_flags() == ("highest", False)
+        assert [backend.fp32_precision for backend in MATMULS] == ["ieee", "ieee"]
+    assert ([backend.fp32_precision for backend in MATMULS], legacy_flags()) == before
+
+
+@pytest.mark.usefixtures("restore_precision")
+def test_switching_operators_alone_would_make_reads_raise() -> None:
+    """Negative control."""
+    torch.set_float32_matmul_precision("high")
+    MATMULS[0].fp32_precision = "ieee"
+    assert legacy_flags() == "refused"
+
+
 @pytest.mark.usefixtures("restore_precision")
 def test_the_guard_restores_after_an_exception() -> None:
     torch.set_float32_matmul_precision("high")
