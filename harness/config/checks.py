@@ -65,6 +65,8 @@ def check(
     values["precision"] = _precision(config, gpus)
     # Engines compare the launcher's precision with the one that is trained in.
     config = config.model_copy(update={"precision": values["precision"]})
+    if _gpus(environ, devices):
+        values["optimizer"] = optimizer_checks.on_cuda(values["optimizer"])
     values["engine"] = engine_checks.check(config, environ, world_size)
     values["engine"]["optimizer_work"] = optimizer_work.resolved(
         config.engine.optimizer_work,

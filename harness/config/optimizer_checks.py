@@ -59,6 +59,18 @@ def resolved_section(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
     return section | {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
 
 
+def on_cuda(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved optimizer section with the exact method that CUDA takes for "auto" written out.
+
+    The method belongs to the identity of a run, which is read from its configuration on any machine. "auto" remains on
+    CPUs: it means the method of CPUs there.
+    """
+    resolved = dict(section)
+    if section["target"] is None and section.get("orthogonalizer") == "auto":
+        resolved["orthogonalizer"] = "dwh"
+    return resolved
+
+
 def default_rate(config: RunConfig) -> derived_defaults.LearningRate | None:
     """Return the default learning rate of the run's preset at its model size; None if there is none."""
     size, starts_from_weights = parameter_count(config.model), config.model.path is not None

@@ -62,7 +62,8 @@ class Cell:
         accumulation: micro-batches per process and step.
         clipping: "on": `MAX_NORM` bites in every step; "off".
         world_size: processes.
-        variant: "" or "split" (``engine.optimizer_work=split``).
+        variant: "", "split" (``engine.optimizer_work=split``), "dwh" (the exact factor of CUDA), or both. "gram": the
+            factor of CPUs, in the reference of a "dwh" cell.
         control: name of the defect that is put in (`harness.verify.controls`); "": none.
         is_peer: another implementation, shown next to ours and never counted.
     """
@@ -147,6 +148,8 @@ def cell_of(config: RunConfig) -> Cell:
     assert config.micro_batch_size is not None
     # Certificates tell accumulation from none, not how much of it.
     accumulates = config.batch_size > config.world_size * config.micro_batch_size
+    is_split = config.engine.optimizer_work == "split"
+    variants = (("split", is_split), ("dwh", _has_the_factor_of_cuda(config)))
     return Cell(
         rule=config.optimizer.target or config.optimizer.name,
         engine=config.engine.name,
@@ -154,7 +157,7 @@ def cell_of(config: RunConfig) -> Cell:
         accumulation=2 if accumulates else 1,
         clipping="off" if config.max_grad_norm is None else "on",
         world_size=config.world_size,
-        variant="split" if config.engine.optimizer_work == "split" else "",
+        variant=", ".join(word for word, applies in variants if applies),
     )
 
 
@@ -233,12 +236,20 @@ def _uncertifiable(config: RunConfig) -> str | None:
     if config.optimizer.target is not None:
         return "an optimizer by import path has no rule to replay"
     preset = presets.preset(config.optimizer.name)
+    has_own_cells = ("orthogonalizer",) if _has_the_factor_of_cuda(config) else ()
     changed = [
         key
         for key, value in config.optimizer.options.items()
-        if _is_other(preset.options.get(key), value, key)
+        if key not in has_own_cells and _is_other(preset.options.get(key), value, key)
     ]
     return f"options that differ from the preset's: {', '.join(changed)}" if changed else None
+
+
+def _has_the_factor_of_cuda(config: RunConfig) -> bool:
+    """Return True if a preset that leaves the exact method to the device runs with that of CUDA."""
+    if config.optimizer.target is not None or config.optimizer.options.get("orthogonalizer") != "dwh":
+        return False
+    return presets.preset(config.optimizer.name).options.get("orthogonalizer") == "auto"
 
 
 def _is_other(default: Any, value: Any, key: str) -> bool:
@@ -254,11 +265,11 @@ def _is_other(default: Any, value: Any, key: str) -> bool:
 
 
 def _pair(cell: Cell, certified: Mapping[str, Any]) -> list[str]:
-    """Return two cells that cover one: its rule on this engine, and its setting under a rule of `CROSSED`."""
-    plain = Cell(cell.rule, cell.engine, variant=cell.variant)
+    """Return cells that cover one: its rule on this engine, by variant, and its setting under a rule of `CROSSED`."""
+    plain = [_key(Cell(cell.rule, cell.engine, variant=variant)) for variant in cell.variant.split(", ")]
     others = [_key(Cell(rule, cell.engine, cell.dtype, cell.accumulation, cell.clipping)) for rule in CROSSED]
     setting = next((other for other in others if other in certified), None)
-    return [_key(plain), setting] if _key(plain) in certified and setting else []
+    return [*plain, setting] if setting and all(key in certified for key in plain) else []
 
 
 def _key(cell: Cell) -> str:

@@ -24,6 +24,9 @@ REFRESH_INTERVAL = 3
 REFERENCE_STEPS = 4
 MAX_NORM = 0.3
 """Bites in every step: the raw norms are 0.48 and more."""
+RAISED_CUT = 0.1
+"""Cut of the factor in "dwh" cells, relative to σ1, so that a part of each moment is dropped. A lower one would show
+the rounding of fp32 moments, eps32/cut over the gap between singular values, and not errors."""
 
 # Between the uneven sizes below and 2, 3 and 4 processes every layout shows its edges: short last shards (173
 # rows), a row broken between the two halves of ZeRO-1 (115.5 rows), matrices of which a rank holds nothing. No
@@ -96,7 +99,8 @@ def _unusual(cell: Cell) -> int:
 
 
 def _edges() -> list[Cell]:
-    """Return cells of three processes, over which nothing divides evenly, and of replicas that share the work."""
+    """Return cells of three processes, over which nothing divides evenly, of replicas that share the work, and of rules
+    that leave the exact factor to the device with that of CUDA, which is certified at a raised cut."""
     uneven = [
         Cell(rule, engine, world_size=3)
         for rule in ("sumo", "muon")
@@ -107,7 +111,13 @@ def _edges() -> list[Cell]:
         for rule in ("sumo", "galore", "muon")
         for engine in ("ddp", "zero0")
     ]
-    return [*uneven, *split]
+    on_cuda = [
+        Cell(rule, engine, variant="dwh", world_size=world)
+        for rule in rules()
+        if takes_any_exact_factor(rule)
+        for engine, world in ENGINES.items()
+    ]
+    return [*uneven, *split, *on_cuda]
 
 
 def controls() -> list[Cell]:
@@ -131,6 +141,10 @@ CONTROLS: Mapping[str, tuple[Cell, str]] = {
         "each rank sketches its rows with its own test matrix",
     ),
     "unsynchronized basis, replicas": (Cell("sumo", "ddp"), "each replica computes its own basis"),
+    "smooth cut": (
+        Cell("sumo", "fsdp2", variant="dwh"),
+        "the factor of CUDA keeps directions just below the cut",
+    ),
     "clipping forgotten": (Cell("muon", "ddp"), "gradients arrive unclipped"),
     "gradients halved": (Cell("sumo", "fsdp2", clipping="off"), "gradients are averaged once too often"),
 }
@@ -155,7 +169,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "accumulation": tuple(map(str, ACCUMULATIONS)),
     "clipping": CLIPPINGS,
     "world_size": ("1", "2", "3", "4"),
-    "variant": ("split",),
+    "variant": ("split", "dwh"),
 }
 
 
@@ -206,8 +220,19 @@ def select(words: Iterable[str], full: bool = False) -> list[Cell]:
 
 
 def reference_of(cell: Cell) -> Cell:
-    """Return the cell that the end-to-end error is measured against: one fp32 process; for a peer, with our Muon."""
-    return Cell(_rule(cell), "single", clipping=cell.clipping, world_size=1, is_peer=cell.is_peer)
+    """Return the cell that the end-to-end error is measured against: one fp32 process; for a peer, with our Muon.
+
+    For the exact factor of CUDA it has that of CPUs, at the same cut.
+    """
+    variant = "gram" if cell.variant == "dwh" else ""
+    return Cell(
+        _rule(cell), "single", clipping=cell.clipping, world_size=1, variant=variant, is_peer=cell.is_peer
+    )
+
+
+def raises_cut(cell: Cell) -> bool:
+    """Return True if a cell is run and replayed with `harness.verify.cut`."""
+    return cell.variant in ("dwh", "gram")
 
 
 def _rule(cell: Cell) -> str:
@@ -217,6 +242,11 @@ def _rule(cell: Cell) -> str:
 def orthogonalizes(rule: str) -> bool:
     """Return True if the rule applies an orthogonal factor."""
     return rule in presets.PRESETS and "orthogonalizer" in presets.PRESETS[rule].options
+
+
+def takes_any_exact_factor(rule: str) -> bool:
+    """Return True if the rule's exact factor is the one of the device."""
+    return rule in presets.PRESETS and presets.PRESETS[rule].options.get("orthogonalizer") == "auto"
 
 
 def is_rounded(rule: str) -> bool:
@@ -249,6 +279,8 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
         f"optimizer={rule}",
         f"optimizer.lr={_LR.get(rule, _OTHER_LR)}",
     ]
+    if cell.variant == "dwh":
+        words.append("optimizer.orthogonalizer=dwh")
     if cell.engine == "hsdp":
         words.append("engine.replicas=2")
     if cell.engine in ("ddp", "zero0"):

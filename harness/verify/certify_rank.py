@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from harness.record.certificates import Cell
 from harness.run import assemble
 from harness.schedule import Factor
 from harness.tracked_optimizer import tracked
-from harness.verify.cells import EXAMPLE_RULE, REFERENCE_STEPS, is_rounded, overrides
+from harness.verify.cells import EXAMPLE_RULE, REFERENCE_STEPS, is_rounded, overrides, raises_cut
 from harness.verify.controls import DEFECTS, Defect
+from harness.verify.cut import raised_cut
 from harness.verify.replay import Build, of_preset, relative_error, replayed, update_error
 from harness.verify.step_recorder import GradientSource, LayoutGradients, StepRecorder, replica_digests
 
@@ -49,10 +51,11 @@ def certify(cell: Cell, folder: Path, reference: Path | None) -> dict[str, Any]:
     """
     defect = DEFECTS[cell.control] if cell.control else Defect()
     words = overrides(cell, str(folder))
-    done = trained(words, defect)
-    measured = report(done)
-    if done.recorder.gradients:
-        measured |= figures(done, build_of(done.config), reference)
+    with raised_cut() if raises_cut(cell) else nullcontext():
+        done = trained(words, defect)
+        measured = report(done)
+        if done.recorder.gradients:
+            measured |= figures(done, build_of(done.config), reference)
     if cell.is_base and is_rounded(cell.rule):
         rounded = trained(overrides(cell, str(folder), "bfloat16"), Defect())
         if rounded.recorder.gradients:
@@ -62,7 +65,8 @@ def certify(cell: Cell, folder: Path, reference: Path | None) -> dict[str, Any]:
 
 def save_reference(cell: Cell, folder: Path, path: Path) -> None:
     """Train a `cells.reference_of` cell in this one process and write its weights and first gradients."""
-    done = trained(overrides(cell, str(folder)), Defect())
+    with raised_cut() if raises_cut(cell) else nullcontext():
+        done = trained(overrides(cell, str(folder)), Defect())
     torch.save(
         {
             "start": done.recorder.start,
@@ -102,9 +106,15 @@ def trained(
 
 
 def build_of(config: RunConfig) -> Build:
-    """Return a function that builds the optimizer of a configuration for unsharded matrices on one process."""
+    """Return a function that builds the optimizer of a configuration for unsharded matrices on one process.
+
+    The exact factor of CUDA is replayed by the one for fp64 moments, QR and SVD.
+    """
     optimizer = config.optimizer
-    return of_preset(optimizer.name, {"lr": optimizer.lr, **optimizer.options})
+    options = {"lr": optimizer.lr, **optimizer.options}
+    if options.get("orthogonalizer") == "dwh":
+        options["orthogonalizer"] = "qr_svd"
+    return of_preset(optimizer.name, options)
 
 
 def report(done: Trained) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from optimizers.layouts.batches import make_batch_states
 from optimizers.layouts.layout import Bucket, LocalBucket, Unsharded
 from optimizers.layouts.replicated import ReplicaCollectives
 from optimizers.layouts.sharded import ShardedLayout
+from optimizers.linalg import dwh
 from optimizers.linalg import subspace as sketches
 from optimizers.rule import Rule
 
@@ -144,6 +145,19 @@ def _halve_gradients(run: Run, recorder: StepRecorder) -> None:
     run.engine.backward = lambda loss: backward(loss / 2)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@contextmanager
+def _smooth_cut() -> Iterator[None]:
+    """Damp directions about the cut by σ²/(σ² + cut²) instead of dropping those below it."""
+
+    def smooth(scaled: Tensor, cut: float) -> tuple[Tensor, Tensor, Tensor]:
+        identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
+        weight = torch.linalg.solve(scaled + cut * cut * identity, scaled)
+        return weight, torch.ones_like(scaled[:, 0, 0]), torch.zeros_like(scaled[:, 0, 0], dtype=torch.bool)
+
+    with patch.object(dwh, "spectral_projector", smooth):
+        yield
+
+
 DEFECTS: Mapping[str, Defect] = {
     "shard-local Newton–Schulz": Defect(around=_shard_local),
     "clipping after orthogonalization": Defect(change=_clip_updates),
@@ -151,6 +165,7 @@ DEFECTS: Mapping[str, Defect] = {
     "no matrix routed": Defect(around=_nothing_routed),
     "unsynchronized basis, shards": Defect(around=_own_sketches),
     "unsynchronized basis, replicas": Defect(around=_own_bases),
+    "smooth cut": Defect(around=_smooth_cut),
     "clipping forgotten": Defect(change=_never_clip),
     "gradients halved": Defect(change=_halve_gradients),
 }

@@ -157,6 +157,7 @@ def markdown(certified: Certified) -> str:
         _table(*_worst(ours)),
         _ROUNDED,
         _table(*_rounded(ours)),
+        *_on_cuda(ours),
         "## Every setting of every engine",
         f"Under {', '.join(cells.CROSSED)}, in turn; the largest error where several rules share a setting.",
         _table(*_settings(ours)),
@@ -185,6 +186,12 @@ iterate in fp32 here (`optimizer.orthogonalizer_dtype`)."""
 
 _ROUNDED = "With bf16 iterations, the default on devices with bf16 units (not judged):"
 
+_ON_CUDA = f"""\
+Rules that leave the exact factor to the device take `gram` on CPUs and `dwh` on CUDA. These cells run `dwh`, which
+computes the same on a CPU without a host read, with the cut raised to {cells.RAISED_CUT:g} σ1: each moment has
+directions at either side of it. The replay takes QR and SVD in fp64 at the same cut, and the one process of the
+end-to-end error takes `gram`."""
+
 _PEERS = """\
 Errors of a peer are differences from optbench's Muon: end to end from one process in fp32, replay from fp64 on
 whole matrices. *Agrees* means that the differences are within those of half-precision iterations. torch's Muon
@@ -195,6 +202,12 @@ ZeRO-1 and 2 is orthogonalized on both."""
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([_row(head), _row(["---"] * len(head)), *map(_row, rows)])
+
+
+def _on_cuda(results: Sequence[Result]) -> list[str]:
+    """Return the section on the exact factor of CUDA; nothing where no such cell was run."""
+    known = [result for result in results if result.cell.variant == "dwh"]
+    return ["## The exact factor of CUDA", _ON_CUDA, _table(*_worst(known))] if known else []
 
 
 def _row(cells_: Sequence[str]) -> str:
@@ -237,7 +250,7 @@ def _settings(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def _traffic(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    kept = [r for r in results if r.cell.is_base or r.cell.variant or r.cell.world_size == 3]
+    kept = [r for r in results if r.cell.is_base or r.cell.variant == "split" or r.cell.world_size == 3]
     order = list(cells.ENGINES)
     kept.sort(key=lambda r: (r.cell.world_size == 3, r.cell.variant, order.index(r.cell.engine), r.cell.rule))
     names = list(dict.fromkeys(_engine(r.cell) for r in kept))

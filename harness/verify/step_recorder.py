@@ -141,10 +141,10 @@ class StepRecorder:
             return
         record = optimizer.stats.record
 
-        def watched_record(rule: Any, batch: Any, update: Any, *rest: Any) -> None:
+        def watched_record(rule: Any, batch: Any, update: Any, collectives: Any) -> None:
             if update.factor is not None:
                 self._counts.update(batch.names)
-            record(rule, batch, update, *rest)
+            record(rule, batch, update, collectives)
 
         optimizer.stats.record = watched_record
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from harness.config import checks, compose
 from harness.config.identity import comparison_key, differing_keys, identity
 from harness.config.schema import RunConfig
 
@@ -117,3 +118,31 @@ def test_starting_weights_count_by_content_not_by_path(tmp_path: Path) -> None:
     assert keys_of(make(model__path=str(tmp_path / "b"))) == first
     (tmp_path / "b" / "model.safetensors").write_bytes(b"Weights")
     assert keys_of(make(model__path=str(tmp_path / "b"))) != first
+
+
+def checked(tmp_path: Path, devices: int, *words: str) -> RunConfig:
+    overrides = [*words, "world_size=1", "precision=fp32", f"runs_dir={tmp_path}"]
+    return checks.check(compose.load(overrides), environ={}, devices=devices)
+
+
+def test_the_method_of_the_exact_factor_is_part_of_the_identity(tmp_path: Path) -> None:
+    on_cpu, on_cuda = (checked(tmp_path, devices, "optimizer=sumo") for devices in (0, 1))
+    # "auto", as ever: runs on CPUs keep their identity.
+    assert on_cpu.optimizer.options["orthogonalizer"] == "auto"
+    assert on_cuda.optimizer.options["orthogonalizer"] == "dwh"
+    assert differing_keys(on_cpu, on_cuda) == ["optimizer.orthogonalizer"]
+    assert keys_of(on_cpu)[0] != keys_of(on_cuda)[0]
+    # Optimizers of one comparison are run on one kind of device, and the table names this option where arms differ.
+    assert keys_of(on_cpu)[1] == keys_of(on_cuda)[1]
+    # What a folder recorded is read the same on any machine, and checking it again changes nothing.
+    assert checks.check(on_cuda, environ={}, devices=0) == on_cuda
+
+
+@pytest.mark.parametrize(
+    "words", [("optimizer=muon",), ("optimizer=adamw",), ("optimizer=sumo", "optimizer.orthogonalizer=gram")]
+)
+def test_only_a_method_that_is_left_to_the_device_is_written_out(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    on_cpu, on_cuda = (checked(tmp_path, devices, *words) for devices in (0, 1))
+    assert keys_of(on_cpu) == keys_of(on_cuda)

@@ -42,6 +42,30 @@ def test_an_exact_cell(tmp_path: Path) -> None:
     assert certificates.warning(found) is None
 
 
+def test_the_factor_of_cuda_has_cells_of_its_own(tmp_path: Path) -> None:
+    run = config(tmp_path, "optimizer=sumo", "optimizer.orthogonalizer=dwh", "engine=fsdp2", "world_size=2")
+    by_cpu, by_cuda = green(Cell("sumo", "fsdp2")), green(Cell("sumo", "fsdp2", variant="dwh"), 2e-6)
+    assert certificates.of_run(run, document(by_cpu))["passed"] is None
+    found = certificates.of_run(run, document(by_cpu, by_cuda))
+    assert (found["passed"], found["coverage"], found["replay_error"]) == (True, "exact", 2e-6)
+    # A preset that names another method has no such cell.
+    other = config(tmp_path, "optimizer=muon", "optimizer.orthogonalizer=dwh")
+    assert "orthogonalizer" in certificates.of_run(other, document(by_cuda))["reason"]
+
+
+def test_split_work_and_the_factor_of_cuda_need_both_cells(tmp_path: Path) -> None:
+    words = ("optimizer=sumo", "optimizer.orthogonalizer=dwh", "engine=ddp", "world_size=2")
+    run = config(tmp_path, *words, "engine.optimizer_work=split")
+    setting = green(Cell("sumo", "ddp"))
+    split, by_cuda = (
+        green(Cell("sumo", "ddp", variant="split")),
+        green(Cell("sumo", "ddp", variant="dwh"), 3e-6),
+    )
+    assert certificates.of_run(run, document(setting, split))["passed"] is None
+    found = certificates.of_run(run, document(setting, split, by_cuda))
+    assert (found["passed"], found["coverage"], found["replay_error"]) == (True, "pairwise", 3e-6)
+
+
 def test_a_pair_of_cells(tmp_path: Path) -> None:
     run = config(
         tmp_path,

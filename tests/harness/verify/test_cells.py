@@ -42,8 +42,24 @@ def test_uneven_worlds_and_split_work_are_among_them() -> None:
     found = cells.pairwise()
     assert {cell.engine for cell in found if cell.world_size == 3} == {"fsdp2", "zero1", "zero3"}
     assert {cell.engine for cell in found if cell.variant == "split"} == {"ddp", "zero0"}
+    assert {(cell.rule, cell.engine) for cell in found if cell.variant == "dwh"} == {
+        (rule, engine) for rule in ("sumo", "sumo_paper", "muon_svd") for engine in cells.ENGINES
+    }
     assert set(cells.every()) > set(found)
     assert len(set(found)) == len(found)
+
+
+def test_the_factor_of_cuda_is_measured_against_that_of_cpus() -> None:
+    cell = Cell("sumo", "fsdp2", variant="dwh")
+    assert "optimizer.orthogonalizer=dwh" in cells.overrides(cell, "runs")
+    reference = cells.reference_of(cell)
+    assert (reference.engine, reference.variant) == ("single", "gram")
+    assert not any(
+        word.startswith("optimizer.orthogonalizer=") for word in cells.overrides(reference, "runs")
+    )
+    assert cells.raises_cut(cell)
+    assert cells.raises_cut(reference)
+    assert not cells.raises_cut(Cell("sumo", "fsdp2"))
 
 
 def test_words_choose_what_they_name() -> None:
