@@ -62,8 +62,8 @@ def full_precision(device_type: str) -> Iterator[None]:
     Args:
         device_type: `tensor.device.type` of the operands, whose autocast is disabled.
     """
-    # Torch keeps the setting twice: per operator, and as one process-wide level, which `allow_tf32` shows too. Where the
-    # two disagree, each read of the level raises, also inside cuBLAS calls. Setting the level sets both.
+    # Torch keeps the setting twice: per operator, and as one process-wide level, which `allow_tf32` shows too. Where
+    # the two disagree, each read of the level raises, also inside cuBLAS calls. Setting the level sets both.
     before, level = [backend.fp32_precision for backend in _BACKENDS], _matmul_level()
     with ExitStack() as stack:
         stack.enter_context(without_autocast(device_type))
