@@ -12,9 +12,10 @@ STAGES = (
     Stage("presets", "Twenty steps of every preset", f"{_PLACE}.presets:run", 180),
     Stage("polar", "Polar factors", f"{_PLACE}.polar_methods:run", 75),
     Stage("attention", "Attention kernels", f"{_PLACE}.attention:run", 75),
-    Stage("memory", "Peak memory against the plan", f"{_PLACE}.memory:run", 75),
+    Stage("memory", "Memory and time against the plan", f"{_PLACE}.memory:run", 75),
     Stage("step_time", "Step times against peers", f"{_PLACE}.step_times:run", 75),
-    Stage("loss", "Chunked loss and compiled blocks", f"{_PLACE}.loss_and_compile:run", 90),
+    Stage("loss", "Loss in chunks and compiled graphs", f"{_PLACE}.loss_and_compile:run", 90),
+    Stage("launching", "What the launcher decides", f"{_PLACE}.launching:run", 90),
     Stage("processes", "Two processes", f"{_PLACE}.processes:run", 180),
     Stage("features", "Other claims", f"{_PLACE}.features:run", 90),
 )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu_check.record import Check, StageRecord
+from harness.process import gpu_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = ("optimizers", "harness", "benchmarks", "configs")
@@ -116,7 +117,7 @@ def run_stage(stage: Stage, session: Session, key: str, limit_s: float) -> Stage
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment(),
+            env=_environment(session.out),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -159,7 +160,7 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
-def _environment() -> dict[str, str]:
+def _environment(out: Path) -> dict[str, str]:
     # The folder of the project before others: the stages are part of it, not of an installed copy.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
@@ -168,6 +169,8 @@ def _environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "disabled",
         "PYTHONUNBUFFERED": "1",
+        # The allocator's settings of training processes.
+        **gpu_environment.of_process(os.environ, out),
     }
 
 

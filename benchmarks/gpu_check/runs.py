@@ -148,19 +148,24 @@ class StepLog:
         folder: for the trace.
         traced: number of the step in the middle of the three that are traced; 0 for no trace.
         watched: number of the step whose optimizer step runs in CUDA's sync debug mode.
+        splits_memory: keep the peaks before and inside of each optimizer step apart; the run's own are void then.
     """
 
     run: Run
     folder: Path
     traced: int = 0
     watched: int = 3
+    splits_memory: bool = False
     step_stamps: list[Stamp] = field(default_factory=list)
     optimizer_stamps: list[tuple[Stamp, Stamp]] = field(default_factory=list)
     debug_warnings: list[str] = field(default_factory=list)
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
+    part_peaks: list[tuple[int, int]] = field(default_factory=list)
+    """On CUDA, of each step: peak bytes of forward and backward pass, and of the optimizer's step."""
     problem: str = ""
     _begin: Stamp | None = None
+    _backward_peak: int = 0
 
     def __post_init__(self) -> None:
         self._device = self.run.engine.device
@@ -240,6 +245,7 @@ class StepLog:
         return [i for i in done if i not in left_out] or list(done)[-1:]
 
     def _before_update(self) -> None:
+        self._backward_peak = self._take_peak()
         if len(self.optimizer_stamps) == self.watched and self._device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         self._begin = Stamp(self._device)
@@ -250,6 +256,16 @@ class StepLog:
         if torch_mode:
             torch.cuda.set_sync_debug_mode("default")
         self.optimizer_stamps.append((self._begin, Stamp(self._device)))
+        if self.splits_memory:
+            self.part_peaks.append((self._backward_peak, self._take_peak()))
+
+    def _take_peak(self) -> int:
+        """Return the allocator's peak since the last call; 0 on a CPU, and where peaks are not kept apart."""
+        if not self.splits_memory or self._device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak
 
 
 def interleaved_ms(

@@ -1,4 +1,4 @@
-"""Stage 10: claims of single features that only a GPU can prove."""
+"""Stage 11: claims of single features that only a GPU can prove."""
 
 from __future__ import annotations
 

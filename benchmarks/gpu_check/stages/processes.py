@@ -1,4 +1,4 @@
-"""Stage 9: more processes than GPUs, and with two GPUs (or on CPUs): equal weights, and a rank that hangs."""
+"""Stage 10: more processes than GPUs, and with two GPUs (or on CPUs): equal weights, and a rank that hangs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from benchmarks.gpu_check.runs import overrides
 from harness import export, model
 from harness.checkpoint.store import CONFIG
 from harness.config import checks, compose
+from harness.process.gpu_environment import FLIGHT_RECORDER
 from harness.record import readers
 
 REFUSED = (
@@ -59,7 +60,7 @@ def _refusal(context: StageContext) -> None:
         return
     ended = _train(context, "world_size=2", "engine=ddp", "steps=2", CUDA_VISIBLE_DEVICES="0")
     message = (ended.stderr.strip().splitlines() or [""])[-1]
-    named = "GPU" in message and "world_size" in message
+    named = "one process needs one GPU" in message
     figures = {"exit_code": ended.returncode, "message": message[:300]}
     context.check("one GPU, two processes", REFUSED, ended.returncode == 2 and named, figures)
 
@@ -127,8 +128,14 @@ def _hang(context: StageContext) -> None:
             process.wait()
     status, _ = readers.status(folder)
     reason = str(status.attempts[-1].reason if status and status.attempts else "")
-    figures: dict[str, Any] = {"seconds": seconds, "exit_code": code, "reason": reason[:300]}
-    context.check("a rank that hangs", HANGS, code not in (0, None) and "1" in reason, figures)
+    figures: dict[str, Any] = {
+        "seconds": seconds,
+        "exit_code": code,
+        "reason": reason[:300],
+        "flight_records": len(list(folder.glob(f"{FLIGHT_RECORDER}/*"))),
+    }
+    is_explained = any(word in reason for word in ("engine.timeout_s", "abort", "rank 1"))
+    context.check("a rank that hangs", HANGS, code not in (0, None) and is_explained, figures)
 
 
 def _wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:

@@ -98,7 +98,16 @@ def test_memory_is_compared_with_the_plan(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["marked_tests", "presets", "attention", "step_times", "loss_and_compile", "features", "processes"],
+    [
+        "marked_tests",
+        "presets",
+        "attention",
+        "step_times",
+        "loss_and_compile",
+        "launching",
+        "features",
+        "processes",
+    ],
 )
 def test_the_other_stages_run_on_a_cpu(name: str, tmp_path: Path) -> None:
     module = import_module(f"benchmarks.gpu_check.stages.{name}")
