@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -30,6 +30,8 @@ HANGS = "A rank that hangs ends the other one within its time-out, and the recor
 TOLERANCE = 2e-3
 """Relative to the change of the weights; TF32 is off, but reductions of another order meet AdamW's first steps."""
 _HANG_LIMIT_S = 60.0
+_UNDER_WAY = 10
+"""Steps after which a rank is stopped."""
 
 
 def run(context: StageContext) -> None:
@@ -104,20 +106,27 @@ def _hang(context: StageContext) -> None:
     folder = context.folder / "runs" / "default" / "hangs"
     limit = 20
     keys = overrides(
-        context, *_keys("hangs", 2, "ddp"), "steps=100000", f"engine.timeout_s={limit}", "log_every=5"
+        context,
+        *_keys("hangs", 2, "ddp"),
+        "steps=100000",
+        "micro_batch_size=2",
+        f"engine.timeout_s={limit}",
+        "log_every=5",
     )
     command = [sys.executable, "-m", "harness.cli", "train", *keys]
     with (context.folder / "hangs.log").open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=_environ(context), stdout=output, stderr=output)
         try:
-            _wait_for_step(folder, 10, process)
+            _wait_for_step(folder, process, context.folder / "hangs.log")
             stopped = _rank(process.pid, 1)
             begin = time.monotonic()
             stopped.suspend()
             try:
                 code = process.wait(limit + _HANG_LIMIT_S)
             finally:
-                stopped.send_signal(signal.SIGKILL)
+                # The launcher may have ended it already.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    stopped.kill()
             seconds = time.monotonic() - begin
         finally:
             for child in (
@@ -138,14 +147,15 @@ def _hang(context: StageContext) -> None:
     context.check("a rank that hangs", HANGS, code not in (0, None) and is_explained, figures)
 
 
-def _wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_step(folder: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a run is under way."""
     until = time.monotonic() + _HANG_LIMIT_S
     while time.monotonic() < until and process.poll() is None:
         status, _ = readers.status(folder)
-        if status and status.step and status.step >= step:
+        if status and status.step and status.step >= _UNDER_WAY:
             return
         time.sleep(0.2)
-    raise TimeoutError(f"the run did not come to step {step}")
+    raise TimeoutError(f"the run did not come to step {_UNDER_WAY}: {log.read_text(errors='replace')[-300:]}")
 
 
 def _rank(launcher: int, rank: int) -> psutil.Process:

@@ -92,7 +92,7 @@ def test_memory_is_compared_with_the_plan(tmp_path: Path) -> None:
     checks = run(memory, tmp_path)
     assert raised(checks) == []
     assert checks["adamw: kinds"].status == "passed"
-    assert checks["adamw: peak"].status == "not run"
+    assert checks["adamw: phases"].status == "not run"
 
 
 @pytest.mark.slow
