@@ -149,7 +149,7 @@ def _hang(context: StageContext) -> None:
 
 def _wait_for_step(folder: Path, process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait until a run is under way."""
-    until = time.monotonic() + _HANG_LIMIT_S
+    until = time.monotonic() + 2 * _HANG_LIMIT_S
     while time.monotonic() < until and process.poll() is None:
         status, _ = readers.status(folder)
         if status and status.step and status.step >= _UNDER_WAY:
