@@ -119,8 +119,10 @@ def _own_sketches() -> Iterator[None]:
 
     drawn = sketches.test_matrix
 
-    def own(seed: int, name: str, refresh: int, shape: tuple[int, ...]) -> Tensor:
-        return drawn(seed + dist.get_rank(), name, refresh, shape)
+    def own(
+        seed: int, name: str, refresh: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        return drawn(seed + dist.get_rank(), name, refresh, shape, device)
 
     with patch.object(building_blocks, "test_matrix", own):
         yield

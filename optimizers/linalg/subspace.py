@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizers.linalg.counter_normals import counter_normals
+from optimizers.linalg.dwh import root_above_cut
 from optimizers.linalg.inverse_root import root_by_eigh
 from optimizers.linalg.requests import AllGather, AllReduce, Eigh, answer_alone, drive
 from optimizers.linalg.robust import (
@@ -23,6 +25,7 @@ from optimizers.linalg.robust import (
     finite_matrices,
     flattened,
     full_precision,
+    host_may_look,
     robust_eigh,
 )
 
@@ -54,21 +57,33 @@ def canonical_signs(basis: Tensor) -> Tensor:
     return torch.where(leader < 0, -basis, basis)
 
 
-def test_matrix(seed: int, name: str, refresh: int, shape: tuple[int, ...]) -> Tensor:
-    """Return a Gaussian sketch that depends on (seed, name, refresh) alone, not on a generator's state or
-    device.
+def test_matrix(
+    seed: int,
+    name: str,
+    refresh: int,
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",  # noqa: PT028
+) -> Tensor:
+    """Return a Gaussian sketch that depends on (seed, name, refresh) and the kind of device alone.
+
+    No rank, layout, GPU model or generator's state changes it. On a GPU it is made there: one CPU thread would take
+    seconds for the sketches of a 7B model, and the copies would wait.
 
     Args:
         seed: of the run.
         name: of the parameter.
         refresh: number of the refresh.
         shape: (columns of the stored weight, rank + oversampling).
+        device: where it is needed. A CPU draws from torch's generator, a GPU from `counter_normals`.
 
     Returns:
-        fp32 on the CPU; `randomized_basis` moves it.
+        fp32, on `device`.
     """
     digest = hashlib.sha256(f"{seed}/{name}/{refresh}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    key = int.from_bytes(digest[:8], "little")
+    if torch.device(device).type != "cpu":
+        return counter_normals(key, shape, device)
+    generator = torch.Generator("cpu").manual_seed(key >> 1)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
@@ -322,10 +337,14 @@ def orthonormal(block: Tensor, is_split: bool) -> Steps:
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     safe = torch.where(broken[:, None, None], identity, factor)
     transform = torch.linalg.solve_triangular(safe.mT, identity.expand_as(safe), upper=True)
-    # Meta tensors (traffic plans) have no numbers to look at.
-    again = broken.nonzero().squeeze(-1) if broken.device.type != "meta" else None
-    if again is not None and again.numel():
-        transform = transform.index_copy(0, again, root_by_eigh(gram[again], GRAM_RTOL)[0])
+    if host_may_look(gram):
+        again = broken.nonzero().squeeze(-1)
+        if again.numel():
+            transform = transform.index_copy(0, again, root_by_eigh(gram[again], GRAM_RTOL)[0])
+    elif gram.device.type != "meta":  # plans: this path makes no traffic
+        # For all, since the host cannot know which: a refresh takes a few of them, against thousands of steps' roots.
+        root = root_above_cut(gram, GRAM_RTOL).root
+        transform = torch.where(broken[:, None, None], root, transform)
     return block @ (inverse[:, :, None] * transform).to(block.dtype)
 
 

@@ -300,8 +300,8 @@ def _test_matrices(b: MatrixBatch, at: slice, rank: int) -> Tensor:
     options, tests = b.options, []
     for matrix, step in zip(b.matrices[at], b.steps[at]):
         number = refresh_number(step, options, matrix.offset)
-        tests.append(test_matrix(options["seed"], matrix.block.name, number, shape))
-    return torch.stack(tests).to(device, non_blocking=True)
+        tests.append(test_matrix(options["seed"], matrix.block.name, number, shape, device))
+    return torch.stack(tests)
 
 
 def limit_growth(b: MatrixBatch, target: str, matrices: Tensor) -> Steps[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizers.linalg import subspace
+from optimizers.linalg import robust, subspace
 from optimizers.linalg.requests import AllGather, AllReduce, Eigh, drive
 from optimizers.linalg.subspace import (
     basis_cut,
@@ -21,6 +21,7 @@ from optimizers.linalg.subspace import (
     svd_basis,
     test_matrix,
 )
+from tests.optimizers.linalg.host_reads import HostReads
 from tests.oracles.polar import with_spectrum
 
 SIDES = ["left", "right"]
@@ -236,6 +237,29 @@ def test_the_largest_component_may_live_on_another_rank() -> None:
         thread.join()
     assert torch.equal(torch.cat(results), expected)
     assert not torch.equal(torch.cat([canonical_signs(basis[:2]), canonical_signs(basis[2:])]), expected)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_device_makes_the_same_basis_without_asking_which_block_broke_down(
+    side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three gradients have rank 6 of 12: Cholesky breaks down, and the pseudo-inverse root takes over."""
+    low = np.r_[np.geomspace(1.0, 0.1, 6), np.zeros(24)]
+    stack = torch.from_numpy(np.stack([with_spectrum(low, 40, 30, seed)[0] for seed in (0, 1)])).float()
+    stack = torch.cat([stack, gradient(40, 30)[None]])
+    sketch = test_matrix(0, "w", 0, (30, 16))
+    with HostReads() as reads:
+        expected = randomized_basis(stack, 12, side, sketch, passes=2)
+    assert reads.count["nonzero"] > 0
+    monkeypatch.setattr(robust, "host_may_look", lambda stack: False)  # as on CUDA
+    monkeypatch.setattr(subspace, "host_may_look", lambda stack: False)
+    with HostReads() as reads:
+        basis = randomized_basis(stack, 12, side, sketch, passes=2)
+    # The eigenproblem of the rotation: torch's own status, and one number to see whether it worked.
+    assert dict(reads.count) == {"_linalg_eigh": 1, "_local_scalar_dense": 1}
+    assert not bool(basis[:2, :, 6:].any())
+    # Bases in fp32, of Grams whose cut is 1e-6.
+    torch.testing.assert_close(basis, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("side", SIDES)
