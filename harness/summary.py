@@ -58,14 +58,28 @@ def warnings(run: Run, train_tokens: int) -> list[str]:
         lines.append(
             f"learning rate {config.optimizer.lr:g} was not tuned at this size ({config.optimizer.lr_source})"
         )
-    names = sorted({str(device["name"]) for device in run.devices})
-    if len(names) > 1:
-        lines.append(
-            f"processes train on different devices ({', '.join(names)}): the slowest sets the speed of all"
-        )
+    lines += mixed_devices(run.devices)
     if run.engine.device.type == "cuda":
         lines += gpu_warnings(config, device_name(run.engine.device), run.info.peak_flops)
     return lines
+
+
+def mixed_devices(devices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line if the processes have devices of different kinds, which names the ranks of each kind.
+
+    Args:
+        devices: facts of each process' device, by rank (`harness.gpu_facts.of_process`).
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, device in enumerate(devices):
+        ranks.setdefault(f"{device['name']}, compute capability {device.get('capability')}", []).append(rank)
+    if len(ranks) < 2:
+        return []
+    found = "; ".join(f"{kind}: ranks {', '.join(map(str, on))}" for kind, on in ranks.items())
+    return [
+        f"the processes have different GPUs ({found}): all wait for the slowest, and replicas may drift apart because "
+        "each kind rounds in its own way; use equal GPUs, or engine=fsdp2"
+    ]
 
 
 def gpu_warnings(config: RunConfig, name: str, peak_flops: float | None) -> list[str]:

@@ -6,10 +6,9 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from harness.loop import Run
-from harness.protocols import Engine, MetricRow
+from harness.protocols import MetricRow
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element → the dtype in which its bits are summed."""
@@ -30,8 +29,6 @@ class ReplicaCheck:
         self._run = run
         self._has_warned = False
         self._replicas = run.engine.parameter_layout().replicas
-        if self._replicas is not None:
-            warn_of_mixed_devices(run.engine)
 
     def due(self, step: int) -> bool:
         config = self._run.config
@@ -83,24 +80,3 @@ def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.numel():
         return torch.zeros((), dtype=torch.int64, device=tensor.device)
     return tensor.detach().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
-
-
-def warn_of_mixed_devices(engine: Engine) -> None:
-    """Warn on rank 0 if the processes have GPUs of different kinds (a collective)."""
-    if engine.device.type != "cuda":
-        return
-    properties = torch.cuda.get_device_properties(engine.device)
-    own = f"{properties.name} (compute capability {properties.major}.{properties.minor})"
-    kinds: list[str] = [""] * engine.world_size
-    dist.all_gather_object(kinds, own)
-    if len(set(kinds)) > 1 and engine.rank == 0:
-        ranks = {
-            kind: [rank for rank, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)
-        }
-        found = "; ".join(f"{kind}: ranks {', '.join(map(str, on))}" for kind, on in ranks.items())
-        warnings.warn(
-            f"the processes have different GPUs ({found}): they may round the same step differently, so that replicas "
-            "drift apart, and all wait for the slowest. Use equal GPUs, or engine=fsdp2",
-            RuntimeWarning,
-            stacklevel=2,
-        )

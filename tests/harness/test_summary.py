@@ -72,3 +72,12 @@ def test_too_few_cores_for_a_gpu_are_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert line.startswith("1 CPU core(s) a process")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not summary.gpu_warnings(RunConfig(precision="bf16"), "H100", peak_flops=1e15)
+
+
+def test_mixed_gpus_are_named_with_their_ranks() -> None:
+    pcie = {"name": "H100 PCIe", "capability": "9.0"}
+    sxm = {**pcie, "name": "H100 SXM"}
+    assert summary.mixed_devices([pcie, pcie]) == []
+    assert summary.mixed_devices([{"name": "cpu"}] * 2) == []
+    (line,) = summary.mixed_devices([pcie, sxm, pcie])
+    assert "H100 PCIe, compute capability 9.0: ranks 0, 2; H100 SXM, compute capability 9.0: ranks 1)" in line

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -94,29 +93,3 @@ def test_bits_are_summed_exactly_in_any_order_and_dtype() -> None:
 def test_bad_intervals_are_refused(value: str) -> None:
     with pytest.raises(InputError, match="check_replicas_every"):
         compose.load([f"engine.check_replicas_every={value}"])
-
-
-@pytest.mark.parametrize("kinds", [["H100 PCIe", "H100 PCIe"], ["H100 PCIe", "H100 SXM"]])
-def test_mixed_gpus_are_named_at_the_start(kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda device: SimpleNamespace(name=kinds[0], major=9, minor=0),
-    )
-
-    def gather(result: list[str], own: str) -> None:
-        result[:] = [own.replace(kinds[0], kind) for kind in kinds]
-
-    monkeypatch.setattr(replicas.dist, "all_gather_object", gather)
-    engine: Any = SimpleNamespace(device=torch.device("cuda", 0), world_size=2, rank=0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        replicas.warn_of_mixed_devices(engine)
-    found = [str(w.message) for w in caught]
-    if kinds[0] == kinds[1]:
-        assert found == []
-    else:
-        assert (
-            "H100 PCIe (compute capability 9.0): ranks 0; H100 SXM (compute capability 9.0): ranks 1"
-            in found[0]
-        )
