@@ -170,9 +170,11 @@ def _gpus(environ: Mapping[str, str], devices: int | None) -> Sequence[Gpu]:
 
 
 def _refuse_without_gpus(config: RunConfig, found: Sequence[Gpu]) -> None:
-    """Refuse keys that need a GPU where there is none."""
-    if config.tf32 and not found:
-        reason = "is a number format of GPUs, and this run has none"
+    """Refuse keys that need a GPU, or one that multiplies TF32, where there is none."""
+    # bf16 and TF32 came with the same GPUs.
+    if config.tf32 and not (found and have_bf16(found)):
+        which = "an older one" if found else "none"
+        reason = f"is a number format of GPUs since compute capability 8.0 (A100), and this run has {which}"
         raise InputError("tf32", "true", reason, fix="tf32=false")
     if config.memory_snapshot and not found:
         reason = "is of the memory of GPUs, and this run has none"

@@ -119,9 +119,10 @@ def launch_command(
 
 def worker_argv(config: RunConfig, overrides: Sequence[str]) -> list[str]:
     """Return the arguments of each training process: the overrides, with what was chosen here for all of them."""
-    keys = {word.partition("=")[0] for word in overrides}
+    given = [word for word in overrides if word != "precision=auto"]
+    keys = {word.partition("=")[0] for word in given}
     chosen = {"world_size": config.world_size, "precision": config.precision}
-    return [*overrides, *(f"{key}={value}" for key, value in chosen.items() if key not in keys)]
+    return [*given, *(f"{key}={value}" for key, value in chosen.items() if key not in keys)]
 
 
 def cpu_environment() -> dict[str, str]:

@@ -97,7 +97,8 @@ def prepared(
     check_attempts(run.config, may_overwrite=True)
     kept = [word for word in words if word.lstrip("+").partition("=")[0] != "overwrite"]
     # Every attempt trains as was checked here, also where one lands on another kind of GPU.
-    if not any(word.partition("=")[0] == "precision" for word in words):
+    kept = [word for word in kept if word != "precision=auto"]
+    if not any(word.partition("=")[0] == "precision" for word in kept):
         kept.append(f"precision={run.config.precision}")
     # A configuration file may set it: once is enough, and the job must not repeat it at every attempt.
     if run.config.overwrite:

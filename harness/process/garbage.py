@@ -1,8 +1,8 @@
 """Collect cyclic garbage in the same steps on all processes. Torch-free.
 
-Python's collector runs whenever a process has allocated enough, and the larger the heap, the longer: some ten
-milliseconds in which one process is late and all others wait for it. Here it runs between two steps, on all processes
-in the same ones, and does not look at what was there before training (model, compiled code, imported modules).
+Python's collector runs whenever a process has allocated enough. A full collection looks at all objects: 0.2 s of CPU
+with torch, transformers and DeepSpeed loaded (measured), in which all other processes wait for this one. Here it runs
+between two steps, the same ones on all processes, and leaves out what was there before training (model, modules).
 """
 
 from __future__ import annotations

@@ -201,9 +201,14 @@ def test_a_memory_snapshot_needs_a_gpu_and_is_no_part_of_the_identity() -> None:
     assert not differing_keys(make(), make(memory_snapshot=True))
 
 
-def test_tf32_needs_a_gpu() -> None:
-    with pytest.raises(InputError, match=r"tf32: true is a number format of GPUs.* fix: tf32=false"):
+def test_tf32_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        InputError, match=r"tf32: true is a number format of GPUs.* has none; fix: tf32=false"
+    ):
         run_check(make(tf32=True))
+    monkeypatch.setattr(gpus_of_machine, "present", lambda: (OLD,))
+    with pytest.raises(InputError, match="has an older one"):
+        checks.check(make(tf32=True, world_size=1), {})
 
 
 def launched(world: int, rank: int = 0) -> dict[str, str]:

@@ -117,6 +117,14 @@ def test_a_launcher_on_gpus_keeps_torchs_way_to_end_after_a_timeout(
     assert gpu_environment.of_launcher({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}) == {}
 
 
+def test_processes_get_the_precision_that_was_resolved_for_all_of_them() -> None:
+    config = check(compose.load(["world_size=2"]), {}, 2)
+    assert launch.worker_argv(config, ["steps=3"]) == ["steps=3", "world_size=2", "precision=bf16"]
+    assert launch.worker_argv(config, ["precision=auto"]) == ["world_size=2", "precision=bf16"]
+    given = ["world_size=2", "precision=fp16"]
+    assert launch.worker_argv(config, given) == given
+
+
 def test_what_the_user_exports_for_the_allocator_stays(tmp_path: Path) -> None:
     ours = gpu_environment.of_process({}, tmp_path)
     assert ours["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
