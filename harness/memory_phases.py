@@ -56,9 +56,9 @@ class MemoryPhases:
             self.enter(before)
 
     def peaks(self) -> dict[Phase, int]:
-        """Return the bytes per phase so far; empty where phases cannot be told apart."""
+        """Return the bytes of each phase that has begun; empty where phases cannot be told apart."""
         self._note()
-        return {phase: self._peaks.get(phase, 0) for phase in PHASES} if self._is_resettable else {}
+        return dict(self._peaks) if self._is_resettable else {}
 
     def highest(self) -> int:
         """Return the high-water mark of all phases, bytes."""

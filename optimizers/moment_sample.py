@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -49,24 +50,32 @@ def choose(
     roles: dict[str, list[str]] = {}
     for name in sorted(shapes, key=_natural):
         roles.setdefault(_NUMBER.sub("*", name), []).append(name)
-    names: list[str] = []
-    for count in range(1, max(map(len, roles.values())) + 1):
-        more = [name for role in roles.values() for name in _spread(role, count)]
-        if names and sum(work[name] for name in more) > limit * replicas:
-            break
-        names = more
-    if sum(work[name] for name in names) > limit * replicas:
+    budget = limit * replicas
+
+    def spread(count: int) -> list[str]:
+        return [name for role in roles.values() for name in _spread(role, count)]
+
+    # The largest count that fits; one is tried in any case.
+    fits, exceeds = 1, max(map(len, roles.values())) + 1
+    while exceeds - fits > 1:
+        count = (fits + exceeds) // 2
+        if sum(work[name] for name in spread(count)) <= budget:
+            fits = count
+        else:
+            exceeds = count
+    names = spread(fits)
+    if sum(work[name] for name in names) > budget:
         # Not even one matrix of each role: the cheapest roles, one at least.
         names.sort(key=lambda name: (work[name], name))
-        while len(names) > 1 and sum(work[name] for name in names) > limit * replicas:
+        while len(names) > 1 and sum(work[name] for name in names) > budget:
             names.pop()
     # The dearest first, each to the replica with the least work so far.
-    load = [0.0] * replicas
+    load = [(0.0, rank) for rank in range(replicas)]
     mine = set()
     for name in sorted(names, key=lambda name: (-work[name], name)):
-        least = min(range(replicas), key=load.__getitem__)
-        load[least] += work[name]
-        if least == replica:
+        least, rank = load[0]
+        heapq.heapreplace(load, (least + work[name], rank))
+        if rank == replica:
             mine.add(name)
     return Sample(frozenset(names), frozenset(mine))
 

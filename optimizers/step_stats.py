@@ -182,9 +182,9 @@ def moment_shapes(units: StepUnits, preset_rule: str) -> dict[str, tuple[int, in
                 continue
             rule = presets.load_rule(group.rule)
             kind = rule.observed(block.shape, group.options)
-            if kind is not None:
-                m, n = rule.state(block.shape, group.options)[kind]
-                shapes[block.name] = m, n
+            # A rule without such a state may return what it orthogonalized with its update.
+            m, n = block.shape if kind is None else rule.state(block.shape, group.options)[kind][-2:]
+            shapes[block.name] = m, n
     return shapes
 
 

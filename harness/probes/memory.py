@@ -35,7 +35,8 @@ class MemoryMeter:
             **engine.memory_bytes(),
             "optimizer_state": sum(tracked(self._run.optimizer).state_bytes().values()),
             "peak": memory.highest(),
-            # All processes reduce the same keys: where one cannot tell its phases apart, the maximum is unknown.
+            # All processes reduce the same keys. A phase that has not begun, or that a process cannot tell apart, has
+            # no maximum.
             **{f"{phase}_peak": peaks.get(phase, math.inf) for phase in PHASES},
         }
         if engine.device.type == "cuda":

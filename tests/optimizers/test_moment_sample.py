@@ -112,3 +112,11 @@ def test_a_sample_has_the_figures_of_the_whole(preset: str, monkeypatch: pytest.
 @pytest.mark.parametrize("preset", ["muon", "adamw", "galore"])
 def test_figures_make_the_host_read_nothing(preset: str) -> None:
     assert _stepped(preset)[1].reads == _stepped(preset, observe=False)[1].reads
+
+
+def test_thousands_of_experts_on_a_thousand_replicas_are_dealt_out_at_once() -> None:
+    experts = {f"layers.{i}.experts.{k}.up.weight": (2048, 1024) for i in range(40) for k in range(128)}
+    sample = choose(experts, "cuda", replicas=1024, replica=7)
+    assert sample is not None
+    assert sample.names == set(experts)
+    assert len(sample.mine) == len(experts) // 1024
