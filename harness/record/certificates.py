@@ -257,6 +257,8 @@ def _is_other(default: Any, value: Any, key: str) -> bool:
     option = presets.OPTIONS.get(key)
     if key in _FREE or option is None:
         return False
+    if (key, default, value) == ("refresh_stagger", "auto", False):
+        return False  # what "auto" is for matrices as small as those of the cells
     if option.type in _NUMBERS:
         return (default is None) != (value is None)
     return (list(value) if isinstance(value, tuple) else value) != (
