@@ -91,7 +91,10 @@ class _Recorder(TorchDispatchMode):
             for tensor in _meta_tensors(result):
                 if tensor.untyped_storage()._cdata not in given:
                     self._temporary[tensor.untyped_storage()._cdata] = tensor
-        elif torch.Tag.nondeterministic_seeded in func.tags and (inputs or _meta_tensors(result)):
+        elif torch.Tag.nondeterministic_seeded in func.tags:
+            if not inputs and not _meta_tensors(result):
+                # They would come from the state in which the generator happens to be.
+                raise NotRecorded("a constructor draws numbers on a device of its own choice")
             self.script.append(_Draw(func, args, kwargs))
         return result
 
@@ -184,9 +187,9 @@ class InitialWeights:
             raise NotRecorded(f"{unfilled[0]} gets its numbers in a constructor")
 
     def deliver(self, put: Put) -> None:
-        """Hand over every parameter and buffer once, tied ones under their first name.
+        """Hand over every parameter and buffer, tied ones under their first name.
 
-        torch's CPU generator is left as it was.
+        torch's generators are left as they were.
         """
         for name, tensor in self._constants.items():
             put(name, tensor)
@@ -199,7 +202,9 @@ class InitialWeights:
         finally:
             generator.set_state(before)
         if not complete:
-            for name, tensor in _named_tensors(self._build_whole()):
+            with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+                whole = self._build_whole()
+            for name, tensor in _named_tensors(whole):
                 put(name, tensor)
         for file in self._files:
             # Mapped: a process reads the pages of its own shards.

@@ -164,6 +164,12 @@ class _FillsPart(_Odd):
             module.part[0] = 1.0
 
 
+class _DrawsOnTheCpu(_Odd):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("features", torch.randn(3, device="cpu"))
+
+
 def _llama() -> LlamaConfig:
     sizes: dict[str, Any] = dict(SIZES)
     return LlamaConfig(**sizes)
@@ -182,6 +188,7 @@ def _record(kind: type[Any]) -> InitialWeights:
     [
         (_FilledByConstructor, "scale gets its numbers in a constructor"),
         (_ReadsOutside, "tensors outside of it"),
+        (_DrawsOnTheCpu, "a constructor draws numbers"),
     ],
 )
 def test_what_cannot_be_repeated_is_found_out(kind: type[Any], reason: str) -> None:
@@ -192,7 +199,11 @@ def test_what_cannot_be_repeated_is_found_out(kind: type[Any], reason: str) -> N
 
 def test_numbers_that_a_call_leaves_unset_come_from_the_whole_model() -> None:
     tensors: dict[str, torch.Tensor] = {}
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
     _record(_FillsPart).deliver(tensors.__setitem__)
+    # Else all processes would draw the same dropout afterwards.
+    assert torch.equal(torch.get_rng_state(), before)
     assert tensors["extra.part"].tolist() == [1.0, 0.0]
     torch.manual_seed(SEED)
     check_equal(tensors, _whole(_FillsPart(_llama())))
