@@ -16,6 +16,7 @@ from harness.config import (
     derived_defaults,
     engine_checks,
     launcher,
+    memory_estimate,
     model_checks,
     optimizer_checks,
     optimizer_work,
@@ -34,6 +35,7 @@ def check(
     devices: int | None = None,
     *,
     worker: bool = False,
+    memory: int | None = None,
 ) -> RunConfig:
     """Check a run and fill in what depends on the machine and on other keys.
 
@@ -42,6 +44,7 @@ def check(
         environ: where a launcher's WORLD_SIZE and accelerate's settings are looked for.
         devices: GPUs on each machine that the run will start on; None: this command starts it on this machine.
         worker: this process is one of the run's own: without a launcher's WORLD_SIZE it is the only one.
+        memory: bytes of the smallest GPU; None: asked from the driver where the run starts on this machine.
 
     Returns:
         The configuration with world_size, precision, micro_batch_size, engine.name, learning rate (and its source)
@@ -65,9 +68,17 @@ def check(
     values["precision"] = _precision(config, gpus)
     # Engines compare the launcher's precision with the one that is trained in.
     config = config.model_copy(update={"precision": values["precision"]})
-    if _gpus(environ, devices):
+    if gpus:
         values["optimizer"] = optimizer_checks.on_cuda(values["optimizer"])
-    values["engine"] = engine_checks.check(config, environ, world_size)
+    micro_batch_size = _micro_batch(config, world_size)
+    engine = config.engine.name
+    if memory is None and devices is None:
+        # Only where the run starts: the memory of other machines is unknown.
+        memory = launcher.device_memory(environ)
+    if memory is not None:
+        choice = memory_estimate.choose(config, values["optimizer"], world_size, memory)
+        engine, micro_batch_size = choice.engine, choice.micro_batch_size
+    values["engine"] = engine_checks.check(config, environ, world_size, engine)
     values["engine"]["optimizer_work"] = optimizer_work.resolved(
         config.engine.optimizer_work,
         values["optimizer"] if values["engine"]["name"] in ("ddp", "zero0") else {},
@@ -75,7 +86,7 @@ def check(
         gpus,
         world_size,
     )
-    values["micro_batch_size"] = _micro_batch(config, world_size)
+    values["micro_batch_size"] = micro_batch_size
     values["eval"]["tokens"] = evaluation_tokens = derived_defaults.evaluation_tokens(config)
     if evaluation_tokens < config.seq_len:
         reason = f"is less than one sequence of seq_len = {config.seq_len} tokens"
@@ -91,6 +102,9 @@ def warnings(config: RunConfig) -> list[str]:
             f"data.tokenizer: {config.model.path} holds no tokenizer, or another one was asked for: one is trained on "
             f"the corpus, and its ids mean something else to the weights; give data.tokenizer=FOLDER"
         )
+    memory = launcher.device_memory(os.environ)
+    if memory is not None and (line := memory_estimate.warning(config, memory)) is not None:
+        found.append(line)
     if config.optimizer.target is not None or config.optimizer.lr_source in (None, "given"):
         return found
     default = optimizer_checks.default_rate(config)

@@ -41,13 +41,16 @@ _ELEMENTWISE = (
 """Optimizers of torch.optim that update every element by itself, so that a flat slice is as good as a matrix."""
 
 
-def check(config: RunConfig, environ: Mapping[str, str], world_size: int) -> dict[str, Any]:
+def check(
+    config: RunConfig, environ: Mapping[str, str], world_size: int, automatic: str = "auto"
+) -> dict[str, Any]:
     """Check the engine section and return it resolved: ``auto`` by name, with the DeepSpeed file of the launcher.
 
     Args:
         config: as composed.
         environ: where a launcher's settings are looked for.
         world_size: processes of the run.
+        automatic: what ``auto`` stands for by the memory of the GPUs; "auto": it is unknown.
 
     Raises:
         InputError: the engine cannot run as asked, or the launcher was asked for something else.
@@ -55,6 +58,8 @@ def check(config: RunConfig, environ: Mapping[str, str], world_size: int) -> dic
     engine = config.engine
     launcher.check_settings(config, environ)
     name = engine.name
+    if name == "auto":
+        name = automatic
     if name == "auto":
         name = "single" if world_size == 1 else "ddp"
     if name == "single" and world_size > 1:

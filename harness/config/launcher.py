@@ -108,6 +108,13 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> int:
     return len(visible_gpus(environ))
 
 
+def device_memory(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Return the bytes of the smallest of `visible_gpus`; None if there is none, or one does not tell."""
+    sizes = [gpu.memory_bytes for gpu in visible_gpus(environ)]
+    known = [size for size in sizes if size is not None]
+    return min(known) if known and len(known) == len(sizes) else None
+
+
 def check_gpus(processes: int, visible: int) -> None:
     """Refuse more processes on a machine than it has GPUs; without GPUs they share the CPU.
 

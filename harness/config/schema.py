@@ -114,7 +114,8 @@ class EngineConfig(TypedKeys):
     """How the processes share the work."""
 
     name: EngineName = "auto"
-    """auto: single for one process, ddp for several. fsdp2, hsdp: torch's fully_shard; zero0 … zero3: DeepSpeed."""
+    """auto: single for one process; for several ddp, or fsdp2 where ddp does not fit the GPUs' memory. fsdp2, hsdp:
+    torch's fully_shard; zero0 … zero3: DeepSpeed."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per process; null: OMP_NUM_THREADS, else the cores divided by the processes on this machine."""
     bucket_mb: int = Field(default=25, ge=1)
@@ -221,7 +222,8 @@ class RunConfig(TypedKeys):
     batch_size: int = Field(default=16, ge=1)
     """Sequences per optimizer step, over all processes."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Sequences per process and forward pass; null: batch_size / world_size."""
+    """Sequences per process and forward pass; null: batch_size / world_size, on GPUs as much of it as fits their
+    memory."""
     seq_len: int = Field(default=128, ge=2)
     """Tokens per sequence."""
     precision: Precision = "auto"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from harness import command_line
-from harness.config import checks, compose
-from harness.config.launcher import visible_devices
+from harness.config import checks, compose, memory_estimate
+from harness.config.launcher import device_memory, visible_devices
 from harness.config.schema import RunConfig
 from harness.device_specs import DEVICES, device_spec
 from harness.errors import InputError, closest
@@ -35,8 +35,9 @@ class _Request(NamedTuple):
     overrides: list[str]
     world_size: int | None
     device: str | None
-    device_memory: int | None
+    device_memory: int
     network: int
+    is_elsewhere: bool
     as_json: bool
 
 
@@ -47,8 +48,11 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input.
     """
     request = _parse(argv)
-    overrides = _with_world_size(request.overrides, request.world_size)
-    config = checks.check(compose.load(overrides), environ={}, devices=visible_devices())
+    config = compose.load(_with_world_size(request.overrides, request.world_size))
+    if request.is_elsewhere:
+        config = _on_such_gpus(config, request.device_memory)
+    else:
+        config = checks.check(config, {}, visible_devices(), memory=device_memory())
     say = _progress()
     say("starting torch")
     # Only now: `optbench plan --help` and bad input need no torch.
@@ -60,6 +64,18 @@ def main(argv: Sequence[str]) -> int:
     else:
         _show(config, estimates)
     return 0
+
+
+def _on_such_gpus(config: RunConfig, memory: int) -> RunConfig:
+    """Check a configuration as on GPUs of this memory, which decides engine, micro-batch and precision."""
+    processes = config.world_size or 1
+    try:
+        return checks.check(config, {}, processes, memory=memory)
+    except InputError as error:
+        if (error.key, error.value) != ("engine.name", "auto"):
+            raise
+        # No engine fits: the plan shows by how much.
+        return checks.check(config, {}, processes)
 
 
 def size(key: str, text: str) -> int:
@@ -85,13 +101,16 @@ def _parse(argv: Sequence[str]) -> _Request:
         allowed, fix = "1, 2, 3, …", "--world-size 8"
         raise InputError("--world-size", processes, "is not a number of processes", allowed=allowed, fix=fix)
     device = None if options.device is None else device_name(options.device)
-    memory = options.memory or (None if device else DEVICE_MEMORY)
+    memory = size("--memory", options.memory or DEVICE_MEMORY)
+    if device is not None and options.memory is None and (spec := device_spec(device)) is not None:
+        memory = int(spec.memory)
     return _Request(
         arguments.rest,
         int(processes) if processes else None,
         device,
-        None if memory is None else size("--memory", memory),
+        memory,
         size("--network", (options.network or NETWORK).removesuffix("/s")),
+        bool(device or options.memory),
         options.json,
     )
 
@@ -174,6 +193,8 @@ def _show(config: RunConfig, estimates: dict[str, Any]) -> None:
         console.print(
             f"Fits in {estimates['device_memory'] / 1e9:g} GB: {verdict} (--device NAME or --memory SIZE)"
         )
+        if not estimates["fits"] and (line := memory_estimate.warning(config, estimates["device_memory"])):
+            console.print(line)
     if estimates["step_time_s"]:
         _show_times(console, estimates["step_time_s"])
     simulated = estimates["ranks_looked_at"]

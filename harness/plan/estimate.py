@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from harness.config.memory_estimate import CONTEXT_BYTES, FRAGMENTATION, RESERVE, needed_bytes
 from harness.config.schema import RunConfig
 from harness.device_specs import NETWORK_BANDWIDTH, DeviceSpec, device_spec
 from harness.errors import InputError
@@ -42,7 +43,7 @@ def plan(
 
     Args:
         config: checked.
-        device_memory: bytes of one device, for `fits`; None: the named device's, else unknown.
+        device_memory: bytes of one device, for `fits`; None: unknown.
         say: where progress goes.
         device: name of the device (`harness.device_specs`); None: times of several.
         network: byte/s of each device between nodes.
@@ -85,9 +86,7 @@ def plan(
             per_rank["autocast_copies"] = kept.casts
     by_phase = phases.phases(config, per_rank, counted["build"], kept, counted["workspace"])
     peak_phase = max(by_phase, key=lambda name: by_phase[name]["total_bytes"])
-    needed = phases.needed_bytes(by_phase[peak_phase]["total_bytes"])
-    if device_memory is None and device in specs:
-        device_memory = int(specs[device].memory)
+    needed = needed_bytes(by_phase[peak_phase]["total_bytes"])
     traffic = counted["traffic_per_step"]
     return {
         "world_size": config.world_size,
@@ -100,9 +99,9 @@ def plan(
         "peak_phase": peak_phase,
         "needed_bytes": needed,
         "margin": {
-            "context_bytes": round(phases.CONTEXT_BYTES),
-            "fragmentation": phases.FRAGMENTATION,
-            "reserve": round(1 - phases.RESERVE, 4),
+            "context_bytes": round(CONTEXT_BYTES),
+            "fragmentation": FRAGMENTATION,
+            "reserve": round(1 - RESERVE, 4),
         },
         "traffic_per_step": traffic,
         "flops_per_step": counted["flops_per_step"],

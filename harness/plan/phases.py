@@ -12,21 +12,9 @@ from harness.config.schema import ZERO, RunConfig
 from harness.model import decoder_layers
 from harness.plan.activations import HALF, Activations
 
-CONTEXT_BYTES = 1.5e9
-"""Outside of torch's allocator, an assumption: CUDA context and kernels 0.5 GB, cuBLAS and cuSOLVER workspaces, NCCL's
-buffers up to 1 GB."""
-FRAGMENTATION = 0.05
-"""Share of the peak that the allocator reserves and cannot give to a tensor; an assumption."""
-RESERVE = 0.95
-"""Share of a device's memory that a run may plan with."""
 _SHARDED = ("fsdp2", "hsdp", "zero3")
 _DEEPSPEED_BUCKET = 500_000_000
 """Elements of DeepSpeed's reduction bucket by default (0.19.8, runtime/zero/config.py: reduce_bucket_size)."""
-
-
-def needed_bytes(peak: float) -> int:
-    """Return the device memory for a peak of tensors: with context, fragmentation and a reserve."""
-    return round((peak * (1 + FRAGMENTATION) + CONTEXT_BYTES) / RESERVE)
 
 
 def gathered_weights(config: RunConfig, network: nn.Module) -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from optimizers.options import OptionError, declared, option
 from optimizers.presets import OPTIONS, PRESETS, names, rank_limit_check, resolve
-from optimizers.rules.parts.building_blocks import default_rank
+from optimizers.rules.parts.subspace_shapes import default_rank
 
 
 def test_importing_them_does_not_import_torch() -> None:

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimizers.rules.parts.building_blocks import *  # noqa: F403
+    from optimizers.rules.parts.subspace_shapes import *  # noqa: F403
+
+_MODULES = ("subspace_shapes", "building_blocks")
+"""Where a name is looked for. The state of a rule is asked for without torch, which only the second needs."""
 
 
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("optimizers.rules.parts.building_blocks"), name)
-    globals()[name] = value
-    return value
+    for module in _MODULES:
+        value = getattr(import_module(f"{__name__}.{module}"), name, None)
+        if value is not None:
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

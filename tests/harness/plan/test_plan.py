@@ -231,3 +231,37 @@ def test_a_plug_in_is_refused() -> None:
         plan(configured("optimizer=torch.optim.SGD", "optimizer.lr=0.1"))
     with pytest.raises(InputError, match="only the optimizers of optbench"):
         plan(configured("optimizer.target=torch.optim.SGD", "optimizer.lr=0.1", "engine=fsdp2"))
+
+
+def test_the_plan_chooses_as_a_run_on_such_gpus_would(capsys: pytest.CaptureFixture[str]) -> None:
+    """The engine, the precision and, where nothing fits, advice instead of an error."""
+    words = ["plan", "model=llama_60m", "model.config.num_hidden_layers=2", "--world-size", "8"]
+    assert cli.main([*words, "--device", "h100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["engine"], found["device_memory"], found["fits"]) == ("ddp", 80 * 10**9, True)
+    assert list(found["step_time_s"]) == ["H100"]
+    # bf16, which the run would choose on such a GPU: weights in fp32 and autocast's copies.
+    assert found["per_rank"]["autocast_copies"] > 0
+    assert cli.main([*words, "--memory", "1GB"]) == 0
+    text = capsys.readouterr().out
+    assert "Fits in 1 GB: no" in text
+
+
+def test_times_are_a_bound_and_a_band_above_it() -> None:
+    words = ("precision=bf16", "engine=fsdp2", "optimizer=muon")
+    eight = plan(configured(*words, "world_size=8"), device="H100", network=10**9)["step_time_s"]["H100"]
+    assert (
+        0
+        < eight["forward_backward_at_peak"]
+        <= eight["total"]
+        < eight["expected_from"]
+        < eight["expected_to"]
+    )
+    # Eight GPUs are one node, in which the network has no part; sixteen are two.
+    same = plan(configured(*words, "world_size=8"), device="H100")["step_time_s"]["H100"]
+    assert same["communication"] == eight["communication"]
+    near, far = (
+        plan(configured(*words, "world_size=16", "batch_size=16"), device="H100", network=rate)["step_time_s"]
+        for rate in (5e10, 1e9)
+    )
+    assert far["H100"]["communication"] == pytest.approx(50 * near["H100"]["communication"])
