@@ -182,7 +182,19 @@ def _activations(config: RunConfig, shapes: ModelFacts, choice: Choice) -> float
     else:
         kept = per_layer * layers
     tokens = choice.micro_batch_size * config.seq_len
-    return tokens * (kept + (16 if is_half else 12) * (shapes.vocab_size or 0))
+    return tokens * kept + _loss(config, shapes, tokens, is_half)
+
+
+def _loss(config: RunConfig, shapes: ModelFacts, tokens: int, is_half: bool) -> float:
+    """Return the bytes of whole logits, or of a chunk with the gradients of the hidden states and of the head."""
+    vocabulary, hidden = shapes.vocab_size or 0, shapes.hidden_size or 0
+    whole = tokens * vocabulary * (16.0 if is_half else 12.0)
+    chunk = config.model.loss_chunk
+    if chunk is None:
+        return whole
+    # Automatic: 256 MiB of fp32 logits, at least 1,024 tokens (`harness.model.linear_loss`).
+    logits = max(2**28, 4096 * vocabulary) if chunk == "auto" else 4 * chunk * vocabulary
+    return min(whole, 2.0 * logits + 8.0 * tokens * hidden + 4.0 * vocabulary * hidden)
 
 
 def _asked(config: RunConfig, world_size: int) -> Choice:

@@ -15,8 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
 from harness.model import decoder_layers, loss_sum
+from harness.model.linear_loss import automatic_chunk, loss_bytes, whole_logits_suffice
 from harness.plan.simulated_rank import build_model, with_layers
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "bf16_pure": torch.bfloat16}
@@ -31,7 +33,8 @@ class Activations:
     Attributes:
         kept: activations of all layers, without checkpointing.
         recomputed: with checkpointing: the inputs of all layers, and all activations of one layer.
-        logits: logits, their softmax and their gradient.
+        logits: logits of the micro-batch, or of a chunk of it, their softmax and their gradient, and what a loss in
+            chunks keeps for the backward pass.
         casts: copies of fp32 weights in half precision, which autocast makes for the products.
         layer: all activations of one layer. What the forward or backward pass of a layer holds for a moment is of
             this size, too.
@@ -69,7 +72,22 @@ def count(config: RunConfig, layers: int) -> Activations:
 
     whole, single, base = at("body", layers), at("body", 1), at("body", 0)
     inputs, layer = at("inputs", layers), single - base
-    return Activations(whole, base + inputs + layer, at("logits", layers), at("casts", layers), layer)
+    logits = _loss_bytes(config, batch * config.seq_len)
+    if logits is None:
+        logits = at("logits", layers)
+    return Activations(whole, base + inputs + layer, logits, at("casts", layers), layer)
+
+
+def _loss_bytes(config: RunConfig, tokens: int) -> int | None:
+    """Return the bytes of the loss where it is computed in chunks; None: from whole logits."""
+    shapes = facts(config.model)
+    vocabulary, width, wanted = shapes.vocab_size, shapes.hidden_size, config.model.loss_chunk
+    if vocabulary is None or width is None or whole_logits_suffice(wanted, tokens, vocabulary):
+        return None
+    compute = HALF.get(config.precision, torch.float32)
+    chunk = automatic_chunk(vocabulary) if wanted == "auto" else int(wanted or tokens)
+    # The head's copy under autocast is counted with the other copies.
+    return loss_bytes(tokens, vocabulary, width, chunk, compute=compute, weights=compute)
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,9 @@ class _Saved:
             logits_bytes = sum(s.nbytes() for s, is_logits in storages.values() if is_logits)
             # The model's output is alive, and the gradient of the fp32 copy comes on top.
             logits_bytes += logits.untyped_storage().nbytes() + logits.numel() * 4
+            if logits.element_size() < 4:
+                # The gradient is rounded to the dtype of the logits.
+                logits_bytes += logits.untyped_storage().nbytes()
         body = sum(
             s.nbytes()
             for key, (s, is_logits) in storages.items()

@@ -112,16 +112,24 @@ def _parts(
         return max(products, moved / (spec.bandwidth * efficiency.bandwidth))
 
     assert config.world_size is not None
-    wire = (spec.link or PCIE_BANDWIDTH) if config.world_size <= GPUS_PER_NODE else network
-    wire *= efficiency.link
+    wire = spec.link or PCIE_BANDWIDTH
+    exchange = wire
+    if config.world_size > GPUS_PER_NODE:
+        # NCCL runs a ring per adapter: what a rank sends in a ring leaves its node by all adapters together.
+        wire = exchange = min(wire, GPUS_PER_NODE * network)
+        if efficiency.hidden < 1:
+            # In an all-to-all, most of it leaves by the rank's own adapter.
+            exchange = min(wire, network)
     ordinary = computed(work.optimizer_flops, work.optimizer_moved)
     refresh = computed(work.refresh_flops, work.refresh_moved)
     share = 1 / work.refresh_interval if work.refresh_interval else 0.0
-    engine = work.engine_sent / wire
+    engine = work.engine_sent / (wire * efficiency.link)
     # ZeRO-0 reduces after the backward pass, and DeepSpeed overlaps nothing at stages 1 and 2 by default.
     may_hide = config.engine.name not in ("zero0", "zero1", "zero2")
     exposed = max(0.0, engine - efficiency.hidden * model) if may_hide else engine
-    sent = (work.optimizer_sent + (work.refresh_sent - work.optimizer_sent) * share) / wire
+    sent = (work.optimizer_sent + (work.refresh_sent - work.optimizer_sent) * share) / (
+        exchange * efficiency.link
+    )
     optimizer = ordinary + (refresh - ordinary) * share
     exposed += max(0.0, sent - efficiency.hidden * optimizer)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from harness.config import checks, compose
 from harness.errors import InputError
 from harness.plan.command import main
 from harness.plan.estimate import plan
+from tests.harness.running import small, write_documents
 
 if TYPE_CHECKING:
     from tests.distributed.pool import RankPool
@@ -85,6 +87,59 @@ def test_the_plan_is_what_two_ranks_hold_and_send(two_ranks: RankPool, words: li
     assert traffic["optimizer"] == round(max(r["sent"][1] for r in results))
     refresh = traffic.get("optimizer/refresh", traffic["optimizer"])
     assert refresh == round(max(r["sent"][0] for r in results))
+
+
+def held(rank: int, words: list[str]) -> dict[str, int]:
+    """Runs on each rank: the bytes that the engine itself reports after one step of a real run."""
+    from harness import engines
+    from harness.loop import forward_backward
+    from harness.preparation import prepare
+    from harness.run import assemble
+
+    prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
+    engine = engines.start(prepared.config)
+    run = assemble(prepared, engine)
+    run.stop.restore()
+    forward_backward(run, run.loader.micro_batches(0), weight=1.0)
+    engine.step(prepared.config.max_grad_norm)
+    buffers = sum(b.numel() * b.element_size() for b in run.model.buffers())
+    optimizer: Any = run.optimizer
+    state = {f"optimizer/{kind}": size for kind, size in optimizer.state_bytes().items()}
+    found = {**engine.memory_bytes(), **state}
+    engine.release()
+    # Rotary frequencies are not planned.
+    return {**found, "weights": found["weights"] - buffers}
+
+
+ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("engine", "optimizer"),
+    [
+        pytest.param(
+            engine, optimizer, marks=() if engine == "fsdp2" and optimizer == "sumo" else pytest.mark.slow
+        )
+        for engine in ENGINES
+        for optimizer in ("sumo", "muon", "adamw")
+    ],
+)
+def test_the_plan_is_what_engines_report(
+    engine: str, optimizer: str, precision: str, tmp_path: Path, two_ranks: RankPool
+) -> None:
+    """Byte for byte, but for padding: ZeRO rounds every group up to whole elements of all ranks."""
+    asked = [f"engine={engine}", f"optimizer={optimizer}", f"precision={precision}", "world_size=2"]
+    if optimizer != "adamw":
+        asked.append("optimizer.lr=0.01")
+    words = small(write_documents(tmp_path), tmp_path, *asked, "micro_batch_size=2")
+    planned = plan(checks.check(compose.load(words), environ={}))["per_rank"]
+    real_bytes = two_ranks.run(held, words)
+    for kind in real_bytes[0]:
+        largest = max(found[kind] for found in real_bytes)
+        assert planned[kind] == pytest.approx(largest, rel=0, abs=64 if engine.startswith("zero") else 0), (
+            kind
+        )
 
 
 def test_a_cluster_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +252,24 @@ def test_what_fits_depends_on_checkpointing_and_memory() -> None:
     assert plan(configured(*words), needs)["fits"] is True
     assert whole["per_rank"]["activations"] == less["activations"]["without_checkpointing"]
     assert plan(configured(*words))["fits"] is None
+
+
+def test_a_loss_in_chunks_needs_a_fraction_of_whole_logits() -> None:
+    """What the operator says of itself, and 16 times the tokens in place of whole logits as the control."""
+    words = (
+        "model=llama_60m",
+        "precision=bf16",
+        "engine=fsdp2",
+        "batch_size=32",
+        "seq_len=1024",
+        "world_size=1",
+    )
+    chunks = plan(configured(*words))["activations"]["logits"]
+    whole = plan(configured(*words, "model.loss_chunk=null"))["activations"]["logits"]
+    logits = 32 * 1024 * 32000
+    assert whole == pytest.approx(12 * logits, rel=0.1)
+    # 2,048 tokens at a time in fp32 and bf16; hidden states and their gradient in bf16; the head's gradient in fp32.
+    assert chunks == 2048 * 32000 * 6 + 2 * 32 * 1024 * 512 * 2 + 32000 * 512 * 4
 
 
 def test_any_depth_is_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
