@@ -9,10 +9,10 @@ from benchmarks.gpu_check.record import StageContext
 from benchmarks.gpu_check.runs import StepLog, assembled, overrides
 from harness import devices
 from harness.config import checks, compose
+from harness.config.memory_estimate import FRAGMENTATION
 from harness.device_specs import device_spec
 from harness.memory_phases import device_bytes
 from harness.plan.estimate import plan
-from harness.plan.phases import FRAGMENTATION
 from harness.probes.memory import MemoryMeter
 
 KINDS = "The bytes of weights and of optimizer state are those of the plan."
