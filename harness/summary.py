@@ -82,6 +82,12 @@ def mixed_devices(devices: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+FP64_FACTORS = ("auto", "qr_svd", "gram", "dwh")
+"""Methods of `optimizer.orthogonalizer` whose products are in fp64."""
+SLOW_FP64 = 8
+"""fp64 at less than this share of the fp32 rate is worth a warning; data-center GPUs for training have 1 to 1/2."""
+
+
 def gpu_warnings(config: RunConfig, name: str, peak_flops: float | None) -> list[str]:
     """Return what makes a run on GPUs slower than it could be, or its speed unknown, a line each.
 
@@ -91,8 +97,8 @@ def gpu_warnings(config: RunConfig, name: str, peak_flops: float | None) -> list
         peak_flops: dense peak of one device, FLOP/s; None: unknown.
     """
     lines: list[str] = []
+    spec = device_spec(name)
     if config.precision == "fp32" and not config.tf32:
-        spec = device_spec(name)
         cost = ""
         if spec is not None and spec.bf16 is not None:
             cost = f" ({spec.fp32 / 1e12:g} of {spec.bf16 / 1e12:g} TFLOP/s on this GPU)"
@@ -103,6 +109,13 @@ def gpu_warnings(config: RunConfig, name: str, peak_flops: float | None) -> list
         including_emulation=False
     ):
         lines.append(f"precision={config.precision} is emulated on {name}: precision=fp16 or fp32 is faster")
+    method = config.optimizer.options.get("orthogonalizer")
+    # The method stays the same: a result must not depend on the speed of a device.
+    if spec is not None and method in FP64_FACTORS and spec.fp64 * SLOW_FP64 < spec.fp32:
+        lines.append(
+            f"optimizer.orthogonalizer={method} computes exact factors in fp64, which {name} multiplies at 1/"
+            f"{spec.fp32 / spec.fp64:.0f} of its fp32 rate: orthogonalizer=polar_express is approximate and needs none"
+        )
     if peak_flops is None:
         lines.append(
             f"no throughput/mfu: the {config.precision} peak of {name} is unknown (peak_flops=… FLOP/s gives it)"

@@ -44,6 +44,9 @@ def test_medians_skip_what_is_not_finite() -> None:
     assert summary.median([], "val/loss") is None
 
 
+SUMO = {"name": "sumo", "orthogonalizer": "dwh"}
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "part"),
     [
@@ -52,6 +55,14 @@ def test_medians_skip_what_is_not_finite() -> None:
         ({"precision": "bf16"}, "Tesla V100-SXM2-16GB", "precision=bf16 is emulated"),
         ({"precision": "fp32", "tf32": True}, "NVIDIA H100 80GB HBM3", None),
         ({"precision": "bf16"}, "NVIDIA H100 80GB HBM3", None),
+        (
+            {"precision": "bf16", "optimizer": SUMO},
+            "NVIDIA L4",
+            "orthogonalizer=dwh .* at 1/64 of its fp32 rate",
+        ),
+        ({"precision": "bf16", "optimizer": SUMO}, "NVIDIA A100-SXM4-80GB", None),
+        ({"precision": "bf16", "optimizer": SUMO}, "Some GPU", None),
+        ({"precision": "bf16", "optimizer": {"name": "adamw"}}, "NVIDIA L4", None),
     ],
 )
 def test_a_slow_choice_on_a_gpu_is_said(

@@ -83,7 +83,7 @@ SETTINGS = {
 }
 
 
-def legacy_flags() -> tuple[str, bool] | str:
+def legacy_flags() -> tuple[str, object] | str:
     try:
         return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:
