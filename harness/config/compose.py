@@ -15,8 +15,16 @@ from typing import Any
 
 import yaml
 
-from harness.config import derived_defaults, model_folder, model_keys, suggestions, yaml_files
+from harness.config import (
+    derived_defaults,
+    model_folder,
+    model_keys,
+    optimizer_checks,
+    suggestions,
+    yaml_files,
+)
 from harness.config.identity import comparison_key, differing_keys, identity
+from harness.config.model_facts import facts
 from harness.config.model_keys import config_fields
 from harness.config.overrides import Assignment, RunFile, leaves, parse, split_run_file
 from harness.config.schema import FILLED_IN, RunConfig, all_keys, run_keys
@@ -147,8 +155,11 @@ def difference(config: RunConfig) -> dict[str, Any]:
         options_now = {name: _jsonable(value) for name, value in preset.options.items() if name != "lr"}
         defaults |= {f"optimizer.{name}": value for name, value in options_now.items()}
     current = _all_leaves(config.model_dump(mode="json"))
-    # What precision=auto means depends on the machine: only what a CPU would not have is shown.
-    derived = {**defaults, "precision": "fp32", **_derived(config)}
+    # What these mean under auto depends on the machine: only what a CPU would not have is shown.
+    derived = {**defaults, "precision": "fp32", "engine.optimizer_work": "replicated", **_derived(config)}
+    if "optimizer.refresh_stagger" in defaults:
+        staggered = optimizer_checks.stagger(defaults["optimizer.refresh_stagger"], facts(config.model))
+        derived["optimizer.refresh_stagger"] = staggered
     different = {
         key: value
         for key, value in current.items()

@@ -33,7 +33,6 @@ def resolved_section(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
     """
     from optimizers.options import OptionError
     from optimizers.presets import rank_limit_check, resolve
-    from optimizers.refresh_schedule import resolved_stagger
 
     requested = config.optimizer
     section: dict[str, Any] = {"name": requested.name, "target": requested.target}
@@ -48,9 +47,7 @@ def resolved_section(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
             raise _option_error(error, requested.name) from None
         options.pop("lr", None)
         if "refresh_stagger" in options:
-            # Of a family whose matrices are not known, the hidden size is the short side of most of them.
-            sides = (shapes.matrices or {"": (shapes.hidden_size or 0,) * 2}).values()
-            options["refresh_stagger"] = resolved_stagger(options["refresh_stagger"], sides)
+            options["refresh_stagger"] = stagger(options["refresh_stagger"], shapes)
         # Runs of several seeds must differ in the optimizer's random choices too (sketches, rounding).
         if "seed" in options and "seed" not in requested.options:
             options["seed"] = config.seed
@@ -69,6 +66,15 @@ def on_cuda(section: Mapping[str, Any]) -> dict[str, Any]:
     if section["target"] is None and section.get("orthogonalizer") == "auto":
         resolved["orthogonalizer"] = "dwh"
     return resolved
+
+
+def stagger(value: bool | str, shapes: ModelFacts) -> bool | str:
+    """Return `optimizer.refresh_stagger` with "auto" replaced by False where the model has no large matrix."""
+    from optimizers.refresh_schedule import resolved_stagger
+
+    # Of a family whose matrices are not known, the hidden size is the short side of most of them.
+    hidden = shapes.hidden_size or 0
+    return resolved_stagger(value, (shapes.matrices or {"": (hidden, hidden)}).values())
 
 
 def default_rate(config: RunConfig) -> derived_defaults.LearningRate | None:
