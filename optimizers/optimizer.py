@@ -13,15 +13,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from optimizers import groups, skipping
-from optimizers.layouts.batches import ApplyConfig, BatchEntry
-from optimizers.layouts.layout import (
-    Bucket,
-    Layout,
-    StepUnit,
-    Unattached,
-    run_updates,
-)
+from optimizers.layouts.layout import Layout, StepUnit, Unattached
 from optimizers.layouts.partitioned import PartitionedLayout
+from optimizers.layouts.pipeline import step_buckets
 from optimizers.layouts.replicated import ReplicatedLayout
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
 from optimizers.linalg.robust import without_autocast
@@ -189,29 +183,8 @@ class Optimizer(torch.optim.Optimizer):
         self.stats.stepped(moved)
 
     def _step_matrices(self, unit: StepUnit, mask: StepMask) -> None:
-        rule, config = self.units.group_of(unit).rule, apply_config(self.units.group_of(unit).options)
-        buckets = self.units.buckets(unit)
-        if buckets:
-            buckets[0].begin()
-        for position, bucket in enumerate(buckets):
-            for number, entries in enumerate(bucket.batches(self.state, mask)):
-                if number == 0 and position + 1 < len(buckets):
-                    # The next bucket's gradients travel while this one computes.
-                    buckets[position + 1].begin()
-                with record_function(f"{rule}/rule"):
-                    self._step_batches(bucket, entries, config)
-            if position + 1 < len(buckets):
-                buckets[position + 1].begin()
-            bucket.end(config)
-
-    def _step_batches(self, bucket: Bucket, entries: list[BatchEntry], config: ApplyConfig) -> None:
-        # A function of its own, so that nothing of these batches is held while the next ones are computed.
-        entry_of = {id(entry.batch): entry for entry in entries}
-        for batch, update in run_updates(bucket.rule, [entry.batch for entry in entries], bucket.collectives):
-            self.stats.record(bucket.rule, batch, update, bucket.collectives)
-            with record_function(f"{batch.options['rule']}/apply"):
-                bucket.apply(batch, update.delta, config)
-            entry_of[id(batch)].finish()
+        group, buckets = self.units.group_of(unit), self.units.buckets(unit)
+        step_buckets(group.rule, buckets, self.state, mask, apply_config(group.options), self.stats.record)
 
     def _step_adamw(self, unit: StepUnit, active: list[Tensor], mask: StepMask) -> None:
         layout = self.layout

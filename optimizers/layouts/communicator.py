@@ -59,10 +59,16 @@ class Communicator:
 
     def gather(self, part: Tensor) -> Tensor:
         """Gather (n,) of each rank to (W, n)."""
+        return self.start_gather(part).wait()
+
+    def start_gather(self, part: Tensor) -> Pending:
+        """Start gathering (n,) of each rank to (W, n)."""
         result = part.new_empty(self.size, part.numel())
         self._count("all_gather", _ring(result, self.size))
-        dist.all_gather_single(result.view(-1), part.contiguous().view(-1), group=self.group)
-        return result
+        work = dist.all_gather_single(
+            result.view(-1), part.contiguous().view(-1), group=self.group, async_op=True
+        )
+        return Pending(result, work)
 
     def sum_scatter(self, parts: Tensor) -> Tensor:
         """Sum (W, n) over the ranks and return row `rank` of it, (n,)."""
@@ -115,11 +121,11 @@ class SimulatedCommunicator(Communicator):
         self._count("all_reduce", 2 * _ring(flat, self.size))
         return flat
 
-    def gather(self, part: Tensor) -> Tensor:
+    def start_gather(self, part: Tensor) -> Pending:
         """Count the bytes of an all-gather."""
         result = part.new_empty(self.size, part.numel())
         self._count("all_gather", _ring(result, self.size))
-        return result
+        return Pending(result, None)
 
     def sum_scatter(self, parts: Tensor) -> Tensor:
         """Count the bytes of a reduce-scatter."""

@@ -103,6 +103,60 @@ class Arriving:
         return result
 
 
+class Spread:
+    """The plan to send every matrix from its owner to all ranks.
+
+    Where all owners send equally much, it is one all-gather, which crosses a slow link between nodes once for each
+    matrix instead of once for each rank behind it; else an all-to-all of the same number of bytes.
+
+    Args:
+        owners: rank of each matrix' owner.
+        sizes: elements of each matrix.
+        communicator: the ranks.
+    """
+
+    def __init__(self, owners: Sequence[int], sizes: Sequence[int], communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._sizes = list(sizes)
+        ranks = range(communicator.size)
+        self._owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in ranks]
+        self._exchange: Exchange | None = None
+        if len({sum(sizes[i] for i in owned) for owned in self._owned}) > 1:
+            everywhere = [[(0, size)] * communicator.size for size in sizes]
+            self._exchange = Exchange(whole_at(owners, sizes, communicator.size), everywhere, communicator)
+
+    def start(self, matrices: Sequence[Tensor | None], like: Tensor) -> Arriving | Gathering:
+        """Start sending.
+
+        Args:
+            matrices: those that this rank owns, 1-D; None: zeros travel, or another rank owns it.
+            like: tensor of the dtype and device that travels.
+        """
+        if self._exchange is not None:
+            return self._exchange.forward(matrices, like)
+        own = [
+            like.new_zeros(self._sizes[i]) if part is None else part.to(like.dtype)
+            for i in self._owned[self._communicator.rank]
+            for part in [matrices[i]]
+        ]
+        return Gathering(self._communicator.start_gather(torch.cat(own)), self._owned, self._sizes)
+
+
+class Gathering:
+    """The handle of an all-gather of matrices that was started."""
+
+    def __init__(self, pending: Pending, owned: Sequence[Sequence[int]], sizes: Sequence[int]) -> None:
+        self._pending, self._owned, self._sizes = pending, owned, sizes
+
+    def wait(self) -> list[Tensor]:
+        """Return all matrices, 1-D."""
+        rows = self._pending.wait()
+        result: dict[int, Tensor] = {}
+        for row, owned in zip(rows, self._owned):
+            result.update(zip(owned, row.split([self._sizes[i] for i in owned])))
+        return [result[i] for i in range(len(self._sizes))]
+
+
 def _direction(sources: Distribution, targets: Distribution, me: int, size: int) -> _Direction:
     # By rank, then by matrix: the order in which an all-to-all lays the elements out.
     out: list[tuple[int, _Move]] = []

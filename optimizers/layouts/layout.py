@@ -62,7 +62,7 @@ class StepUnit(NamedTuple):
 class Bucket(Protocol):
     """Batches that take a step together, and the way of their updates to the weights.
 
-    All processes step the same buckets in the same order, whatever they hold of them: `begin` and `end` are
+    All processes step the same buckets in the same order, whatever they hold of them: `begin`, `send` and `end` are
     collectives, and so are the answers to the rule's requests.
 
     Attributes:
@@ -89,8 +89,12 @@ class Bucket(Protocol):
         """Apply the update of a batch to the weights, now or at the `end`."""
         ...
 
+    def send(self) -> None:
+        """Start moving the updates that `apply` kept to their weights, without waiting."""
+        ...
+
     def end(self, config: ApplyConfig) -> None:
-        """Finish the step: exchange and apply what `apply` kept."""
+        """Finish the step: apply the updates that arrive. The next bucket was computed in the meantime."""
         ...
 
 
@@ -138,6 +142,9 @@ class LocalBucket:
     def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """Apply it at once."""
         apply_update(batch, delta, config)
+
+    def send(self) -> None:
+        """Do nothing: the weights are here."""
 
     def end(self, config: ApplyConfig) -> None:
         """Do nothing: each update is applied."""

@@ -22,7 +22,7 @@ from optimizers.layouts.batches import (
     matrices_per_batch,
 )
 from optimizers.layouts.communicator import Communicator
-from optimizers.layouts.exchange import Arriving, Distribution, Exchange, whole_at
+from optimizers.layouts.exchange import Arriving, Distribution, Exchange, Gathering, Spread, whole_at
 from optimizers.layouts.layout import Unsharded
 from optimizers.rule import Rule
 from optimizers.skipping import StepMask
@@ -34,7 +34,8 @@ class _DividedBucket:
     Args:
         matrices: all matrices of the bucket, in the same order on all ranks, as this process holds them.
         owned: those that this process computes.
-        exchange: from where the weights are to the owners; updates take it backward.
+        start_sending: starts to send the updates (1-D; None: not computed here) to their weights, in the dtype of a
+            tensor.
         rule: what is computed.
         options: of the group.
     """
@@ -43,7 +44,7 @@ class _DividedBucket:
         self,
         matrices: Sequence[MatrixRef],
         owned: Sequence[MatrixRef],
-        exchange: Exchange,
+        start_sending: Callable[[list[Tensor | None], Tensor], Arriving | Gathering],
         rule: Rule,
         options: Mapping[str, Any],
     ) -> None:
@@ -51,12 +52,13 @@ class _DividedBucket:
         self.collectives: Collectives = Unsharded()
         self._matrices = list(matrices)
         self._places = {id(matrix): i for i, matrix in enumerate(matrices)}
-        self._exchange = exchange
+        self._start_sending = start_sending
         self.batch_states = make_batch_states(owned, options, lambda m: rule.state(m.block.shape, options))
         here = [m for m in matrices if 0 not in m.view.shape]
         self.receivers = make_batch_states(here, options, lambda m: compensation(m, options))
         self._receiving: list[BatchEntry] = []
         self._updates: list[Tensor | None] = [None] * len(self._matrices)
+        self._returning: Arriving | Gathering | None = None
 
     def batches(self, state: OptimizerState, mask: StepMask) -> Iterable[list[BatchEntry]]:
         """Yield the matrices that this process owns, one batch at a time."""
@@ -67,20 +69,19 @@ class _DividedBucket:
             for entry in batch_entries(batch_state, state, mask):
                 yield [entry]
 
-    def _send_back(self) -> list[Tensor]:
-        """Send the updates back; return what arrives here of each, 1-D."""
+    def send(self) -> None:
+        """Start sending the updates to their weights."""
         first = self._matrices[0].parameter
         like = torch.empty(0, dtype=compute_dtype(first), device=first.device)
-        arrived = self._exchange.backward(self._updates, like).wait()
+        self._returning = self._start_sending(self._updates, like)
         self._updates = [None] * len(self._matrices)
-        return arrived
 
     def _apply_received(
-        self,
-        arrived: Sequence[Tensor],
-        delta: Callable[[list[Tensor], MatrixBatch], Tensor | LowRank],
-        config: ApplyConfig,
+        self, delta: Callable[[list[Tensor], MatrixBatch], Tensor | LowRank], config: ApplyConfig
     ) -> None:
+        if self._returning is None:
+            return
+        arrived, self._returning = self._returning.wait(), None
         for entry in self._receiving:
             parts = [arrived[self._places[id(m)]] for m in entry.batch.matrices]
             apply_update(entry.batch, delta(parts, entry.batch), config)
@@ -116,7 +117,8 @@ class OwnerBucket(_DividedBucket):
         self._gathered: dict[int, Tensor] = {}
         owned_positions = [i for i, owner in enumerate(owners) if owner == communicator.rank]
         owned = [_gathered(matrices[i], i, self._gathered) for i in owned_positions]
-        super().__init__(matrices, owned, exchange, rule, options)
+        super().__init__(matrices, owned, exchange.backward, rule, options)
+        self._exchange = exchange
         self._places.update({id(matrix): i for matrix, i in zip(owned, owned_positions)})
         self._owned = owned  # keeps their ids
         self._arriving: Arriving | None = None
@@ -142,14 +144,16 @@ class OwnerBucket(_DividedBucket):
             place = self._places[id(matrix)]
             self._updates[place] = _flat(part, self._matrices[place].view.split)
 
+    def send(self) -> None:
+        """Start sending the updates back, and drop the gradients."""
+        if self._arriving is not None:
+            self._arriving = None
+            super().send()
+            self._gathered.clear()
+
     def end(self, config: ApplyConfig) -> None:
-        """Send the updates back and apply what arrives."""
-        if self._arriving is None:
-            return
-        self._arriving = None
-        arrived = self._send_back()
-        self._gathered.clear()
-        self._apply_received(arrived, _in_shape, config)
+        """Apply the updates that arrive."""
+        self._apply_received(_in_shape, config)
 
 
 class WorkSplitBucket(_DividedBucket):
@@ -175,10 +179,9 @@ class WorkSplitBucket(_DividedBucket):
     ) -> None:
         self._factors = rule.low_rank_form(matrices[0].block.shape, options)
         sizes = [self._payload(m.block.shape) for m in matrices]
-        everywhere = [[(0, size)] * communicator.size for size in sizes]
-        exchange = Exchange(everywhere, whole_at(owners, sizes, communicator.size), communicator)
         owned = [m for m, owner in zip(matrices, owners) if owner == communicator.rank]
-        super().__init__(matrices, owned, exchange, rule, options)
+        spread = Spread(owners, sizes, communicator)
+        super().__init__(matrices, owned, spread.start, rule, options)
 
     def _payload(self, shape: tuple[int, int]) -> int:
         return sum(shape) * self._factors[0] if self._factors else shape[0] * shape[1]
@@ -195,10 +198,14 @@ class WorkSplitBucket(_DividedBucket):
         for matrix, part in zip(batch.matrices, parts):
             self._updates[self._places[id(matrix)]] = part
 
-    def end(self, config: ApplyConfig) -> None:
-        """Send the updates to all and apply them."""
+    def send(self) -> None:
+        """Start sending the updates to all, if there are gradients."""
         if self._receiving:
-            self._apply_received(self._send_back(), self._delta, config)
+            super().send()
+
+    def end(self, config: ApplyConfig) -> None:
+        """Apply the updates that arrive."""
+        self._apply_received(self._delta, config)
 
     def _delta(self, parts: list[Tensor], batch: MatrixBatch) -> Tensor | LowRank:
         flat, (m, n) = torch.stack(parts), batch.shape

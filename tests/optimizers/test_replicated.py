@@ -175,7 +175,10 @@ def test_split_work_divides_the_state_and_sends_factors(two_ranks: RankPool) -> 
     results = two_ranks.run(split, "sumo", LOW)
     numbers = sum(4 * (m + n) for m, n in [(16, 12), (12, 16), (16, 12), (16, 16)])
     assert sum(r["state"]["moment"] + r["state"]["basis"] for r in results) == 4 * numbers
-    assert sum(r["sent"]["all_to_all"] for r in results) == 7 * 4 * numbers
+    assert sum(sum(r["sent"].values()) for r in results) == 7 * 4 * numbers
+    # The two matrices of one shape have an owner each, all others are alone.
+    pair = 2 * 4 * (16 + 12)
+    assert [r["sent"]["all_gather"] for r in results] == [7 * 4 * pair / 2] * 2
     whole = two_ranks.run(split, "muon", {})
     elements = sum(m * n for m, n in [(16, 12), (12, 16), (16, 12), (16, 16)])
-    assert sum(r["sent"]["all_to_all"] for r in whole) == 7 * 4 * elements
+    assert sum(sum(r["sent"].values()) for r in whole) == 7 * 4 * elements
