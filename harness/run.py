@@ -97,14 +97,13 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         device=engine.device,
         peak_flops=config.peak_flops,
     )
+    if config.model.compile:
+        model.compile_layers(network)
     axes = shard_axes(config, network, engine.shards) if engine.layout == "sharded" else {}
     engine.shard(network, axes, model.decoder_layers(network), weights)
     # After sharding: an optimizer recognizes DTensors and plans its layout by them.
     optimizer = build_optimizer(config, network, engine)
     info = ModelInfo(parameters, ownership(optimizer, network), flops.per_token, flops.peak, tuple(notes))
-    if config.model.compile:
-        # In place, so that names of parameters stay as they are.
-        network.compile()
     engine.prepare(network, optimizer)
     loader = MicroBatchLoader(
         Batches(corpus, seq_len=config.seq_len, seed=config.seed, mode=config.data.mode),

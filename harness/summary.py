@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from harness.config import checks
+from harness.config import checks, model_checks
 from harness.config.schema import RunConfig
 from harness.device_specs import device_spec
 from harness.devices import cpu_cores, device_name
@@ -116,6 +116,8 @@ def gpu_warnings(config: RunConfig, name: str, peak_flops: float | None) -> list
             f"optimizer.orthogonalizer={method} computes exact factors in fp64, which {name} multiplies at 1/"
             f"{spec.fp32 / spec.fp64:.0f} of its fp32 rate: orthogonalizer=polar_express is approximate and needs none"
         )
+    if line := model_checks.alignment_warning(config):
+        lines.append(line)
     if peak_flops is None:
         lines.append(
             f"no throughput/mfu: the {config.precision} peak of {name} is unknown (peak_flops=… FLOP/s gives it)"

@@ -190,6 +190,13 @@ VALUES: dict[str, dict[str, str]] = {
             "eager": "math naive vanilla false",
         }
     ),
+    "model.activation_checkpointing": _by_name(
+        {
+            "full": "all layer every_layer on yes 1",
+            "selective": "op operator sac select partial",
+            "none": "off no 0 null disabled",
+        }
+    ),
     "data.mode": _by_name(
         {
             "packed": "pack packing concat true",

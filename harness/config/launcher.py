@@ -290,7 +290,7 @@ def _check_launchers_fsdp(config: RunConfig, environ: Mapping[str, str]) -> None
         "FSDP_RESHARD_AFTER_FORWARD": ("engine.reshard_after_forward", config.engine.reshard_after_forward),
         "FSDP_ACTIVATION_CHECKPOINTING": (
             "model.activation_checkpointing",
-            config.model.activation_checkpointing,
+            config.model.activation_checkpointing != "none",
         ),
     }
     for variable, (key, ours) in switches.items():

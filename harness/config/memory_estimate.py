@@ -42,7 +42,7 @@ class Choice(NamedTuple):
         if self.micro_batch_size != asked.micro_batch_size:
             parts.append(f"micro_batch_size={self.micro_batch_size}")
         if self.activation_checkpointing and not asked.activation_checkpointing:
-            parts.append("model.activation_checkpointing=true")
+            parts.append("model.activation_checkpointing=full")
         return " ".join(parts)
 
 
@@ -66,11 +66,11 @@ def choose(config: RunConfig, options: Mapping[str, Any], world_size: int, memor
     micro_batches = _micro_batches(config, world_size)
     for engine in engines:
         for micro in micro_batches:
-            choice = Choice(engine, micro, config.model.activation_checkpointing)
+            choice = Choice(engine, micro, config.model.activation_checkpointing == "full")
             if needed_by(config, options, world_size, choice) <= memory:
                 return choice
     if config.engine.name != "auto":
-        return Choice(engines[0], micro_batches[-1], config.model.activation_checkpointing)
+        return Choice(engines[0], micro_batches[-1], config.model.activation_checkpointing == "full")
     raise _too_large(config, options, world_size, memory, asked)
 
 
@@ -83,7 +83,7 @@ def warning(config: RunConfig, memory: int) -> str | None:
     """
     assert config.world_size is not None
     assert config.micro_batch_size is not None
-    asked = Choice(config.engine.name, config.micro_batch_size, config.model.activation_checkpointing)
+    asked = Choice(config.engine.name, config.micro_batch_size, config.model.activation_checkpointing == "full")
     needed = needed_by(config, config.optimizer.options, config.world_size, asked)
     if needed <= memory:
         return None
@@ -200,7 +200,7 @@ def _loss(config: RunConfig, shapes: ModelFacts, tokens: int, is_half: bool) -> 
 def _asked(config: RunConfig, world_size: int) -> Choice:
     engine = _automatic_engines(world_size)[0] if config.engine.name == "auto" else config.engine.name
     micro = config.micro_batch_size or config.batch_size // world_size
-    return Choice(engine, micro, config.model.activation_checkpointing)
+    return Choice(engine, micro, config.model.activation_checkpointing == "full")
 
 
 def _automatic_engines(world_size: int) -> tuple[str, ...]:

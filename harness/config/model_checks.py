@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.config import model_folder, model_keys
-from harness.config.model_facts import LLAMA_LIKE, ModelFacts, full_config
+from harness.config.model_facts import LLAMA_LIKE, ModelFacts, facts, full_config
 from harness.config.schema import RunConfig
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
@@ -143,3 +143,27 @@ def _check_own_loss(
                 "acts only inside the model's own loss, and the loss here is cross-entropy of next tokens"
             )
             raise InputError(key, format_value(value), reason, fix=f"remove {key}")
+
+
+def alignment_warning(config: RunConfig) -> str | None:
+    """Return what makes 16-bit matrix products slow on GPUs: sizes that are no multiples of 8; None: nothing.
+
+    cuBLAS and CUTLASS need rows of 16-byte multiples for their fastest tensor-core kernels (NVIDIA, Matrix
+    Multiplication Background User's Guide).
+    """
+    if config.precision == "fp32":
+        return None
+    shapes = facts(config.model)
+    sizes = [
+        shapes.hidden_size,
+        shapes.vocab_size,
+        *(n for shape in (shapes.matrices or {}).values() for n in shape),
+    ]
+    odd = sorted({size for size in sizes if size and size % 8})
+    if not odd:
+        return None
+    advice = "; to compare speed: model=llama_1b_5464" if config.model.name == "llama_1b" else ""
+    return (
+        f"sizes of {config.model.name} that are no multiples of 8 ({', '.join(map(str, odd))}) make "
+        f"{config.precision} products slow on GPUs{advice}"
+    )

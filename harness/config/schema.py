@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from harness.config.typed_keys import FREE, Key, TypedKeys, keys_of
 
@@ -24,6 +24,8 @@ SHARDED = ("fsdp2", "hsdp")
 
 FILLED_IN = ("optimizer.lr_source", "optimizer.lr_tuned")
 """Keys that the checks fill in and no user gives."""
+
+_CHECKPOINTING: Mapping[Any, str] = {True: "full", False: "none"}
 
 Every = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 """Steps between two events, the harness's choice, or never."""
@@ -47,9 +49,12 @@ class ModelConfig(TypedKeys):
     """Tokens whose logits exist at a time, in training and evaluation; auto: whole logits up to 64 MiB in fp32, else
     chunks of up to 256 MiB; null: whole logits."""
     compile: bool = False
-    """torch.compile the model (first step 15 s or more on a CPU)."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    """torch.compile each decoder layer (first step 15 s or more on a CPU)."""
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "full"], BeforeValidator(lambda given: _CHECKPOINTING.get(given, given))
+    ] = "none"
+    """Recompute activations of decoder layers in the backward pass: full (or true): all of them; selective: all but
+    the outputs of attention and of every second matrix product; none (or false)."""
 
 
 class DataConfig(TypedKeys):

@@ -1,6 +1,7 @@
 """Causal language models from their `transformers` configuration, and the loss."""
 
 from harness.model.build import build, build_deferred, count_parameters, decoder_layers
+from harness.model.compilation import compile_layers
 from harness.model.loss import CausalLMObjective, loss_sum
 from harness.model.specialization import specialize
 
@@ -8,6 +9,7 @@ __all__ = [
     "CausalLMObjective",
     "build",
     "build_deferred",
+    "compile_layers",
     "count_parameters",
     "decoder_layers",
     "loss_sum",

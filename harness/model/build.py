@@ -18,7 +18,7 @@ from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
-from harness.model import initial_weights
+from harness.model import checkpointing, initial_weights
 from harness.model.initial_weights import InitialWeights, NotRecorded
 
 
@@ -70,8 +70,7 @@ def build(
 
 def _finish(model: Any, config: ModelConfig, precision: Precision) -> None:
     cast_parameters(model, torch.bfloat16 if precision == "bf16_pure" else torch.float32)
-    if config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointing.enable(model, config.activation_checkpointing)
     model.train()
 
 

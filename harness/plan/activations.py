@@ -102,7 +102,7 @@ class _Saved:
         """Run one forward pass with its loss on fake CPU tensors and add up what autograd keeps."""
         half = HALF.get(config.precision)
         casts = config.precision in ("bf16", "fp16") and config.engine.name in CASTING
-        small = with_layers(config.model, depth).model_copy(update={"activation_checkpointing": False})
+        small = with_layers(config.model, depth).model_copy(update={"activation_checkpointing": "none"})
         module = build_model(small, "fp32")
         with FakeTensorMode(allow_non_fake_inputs=True):
             module = module.to_empty(device="cpu")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from harness import command_line
-from harness.config import checks, compose, memory_estimate
+from harness.config import checks, compose, memory_estimate, model_checks
 from harness.config.launcher import device_memory, visible_devices
 from harness.config.schema import RunConfig
 from harness.device_specs import DEVICES, device_spec
@@ -203,6 +203,8 @@ def _show(config: RunConfig, estimates: dict[str, Any]) -> None:
     if len(estimates["depths_looked_at"]) > 1:
         depths = " and ".join(map(str, estimates["depths_looked_at"]))
         console.print(f"Counted at {depths} layers and extrapolated: every layer adds the same.")
+    if line := model_checks.alignment_warning(config):
+        console.print(f"Warning: {line}.")
     console.print("Not counted: workspaces inside of kernels. Nothing here was measured on a GPU.")
 
 

@@ -80,7 +80,8 @@ def plan(
     kept = _activations(config, layers)
     per_rank: dict[str, int] = counted["per_rank"]
     if kept is not None:
-        used = kept.recomputed if config.model.activation_checkpointing else kept.kept
+        # Selective checkpointing keeps less than none does; its bytes are not counted apart.
+        used = kept.recomputed if config.model.activation_checkpointing == "full" else kept.kept
         per_rank |= {"activations": used, "logits": kept.logits}
         if kept.casts:
             per_rank["autocast_copies"] = kept.casts
@@ -207,8 +208,8 @@ def _step_times(
         start = f"{step}/flops/"
         return {kind.removeprefix(start): count for kind, count in work.items() if kind.startswith(start)}
 
-    # A recomputed forward pass is a third of forward and backward.
-    recomputed = 4 / 3 if config.model.activation_checkpointing else 1.0
+    # A recomputed forward pass is a third of forward and backward; selectively, half of its products are kept.
+    recomputed = {"none": 1.0, "selective": 7 / 6, "full": 4 / 3}[config.model.activation_checkpointing]
     interval = config.optimizer.options.get("refresh_interval")
     step = StepWork(
         model_flops=flops * recomputed,

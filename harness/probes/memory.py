@@ -84,8 +84,10 @@ def remedies(config: RunConfig, kinds: dict[str, int]) -> list[str]:
     activations = []
     if micro > 1:
         activations.append(f"micro_batch_size={micro // 2}")
-    if not config.model.activation_checkpointing:
-        activations.append("model.activation_checkpointing=true")
+    if config.model.loss_chunk is None:
+        activations.append("model.loss_chunk=auto")
+    if config.model.activation_checkpointing != "full":
+        activations.append("model.activation_checkpointing=full")
     if config.precision == "fp32":
         activations.append("precision=bf16")
     state = []

@@ -35,7 +35,7 @@ def completed(line: str) -> list[str]:
     [
         ("optbench tr", ["train"]),
         ("optbench comp", ["compare", "completion"]),
-        ("optbench train model=llama_1", ["llama_130m", "llama_1b"]),
+        ("optbench train model=llama_1", ["llama_130m", "llama_1b", "llama_1b_5464"]),
         ("optbench train optimizer=sumo steps=3 engine=hs", ["hsdp"]),
         ("optbench train checkpoint.keep_b", ["checkpoint.keep_best=true", "checkpoint.keep_best=false"]),
         ("optbench train time_l", ["time_limit="]),

@@ -64,14 +64,20 @@ def test_a_run_without_profile_has_none(corpus: Path, tmp_path: Path) -> None:
 def test_memory_that_runs_out_is_explained_by_kind_with_what_would_help(corpus: Path, tmp_path: Path) -> None:
     """The kernel refuses: logits of 64 × 256 × 200,000 numbers, 13 GB, in an address space of 8."""
     words = small(
-        corpus, tmp_path, "batch_size=64", "seq_len=256", "model.config.vocab_size=200000", "name=run"
+        corpus,
+        tmp_path,
+        *("batch_size=64", "seq_len=256", "model.config.vocab_size=200000", "name=run"),
+        "model.loss_chunk=null",
     )
     codes = trained(words, 1, tmp_path / "said.txt", limits={"RLIMIT_AS": 8 * 2**30})
     assert codes == [1]
     reason = status(tmp_path / "default" / "run")["attempts"][-1]["reason"]
     assert reason.startswith("out of memory: weights "), (tmp_path / "said.txt").read_text()[-2000:]
     assert "optimizer state" in reason
-    assert "try micro_batch_size=32, model.activation_checkpointing=true, precision=bf16" in reason
+    assert (
+        "try micro_batch_size=32, model.loss_chunk=auto, model.activation_checkpointing=full, precision=bf16"
+        in reason
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from harness.config.compose import load
+from harness.config.model_checks import alignment_warning
 from harness.config.model_facts import facts, full_config
 from harness.config.model_keys import config_fields
 from harness.config.schema import ModelConfig
@@ -16,6 +17,7 @@ SIZES = {
     "llama_130m": 134.11,
     "llama_350m": 367.97,
     "llama_1b": 1339.08,
+    "llama_1b_5464": 1339.53,
     "llama_7b": 6738.42,
 }
 
@@ -89,3 +91,22 @@ def test_aliases_are_one_value() -> None:
 def test_unknown_types_say_nothing() -> None:
     assert config_fields("no_such_model") is None
     assert facts(ModelConfig(model_type="no_such_model", config={"hidden_size": 64})).parameters is None
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (
+            ["model=llama_1b", "precision=bf16"],
+            "no multiples of 8 (5461) make bf16 products slow on GPUs; to compare",
+        ),
+        (["model=llama_1b_5464", "precision=bf16"], None),
+        (["model=llama_1b", "precision=fp32"], None),
+        (["model=llama_60m", "precision=bf16"], None),
+        (["model=llama_60m", "precision=fp16", "model.config.vocab_size=32001"], "(32001) make fp16"),
+    ],
+)
+def test_sizes_that_are_slow_on_gpus_are_said(words: list[str], part: str | None) -> None:
+    line = alignment_warning(load(words))
+    assert (line is None) == (part is None)
+    assert part is None or part in str(line)

@@ -66,18 +66,6 @@ def test_sdpa_is_used() -> None:
     assert network.config._attn_implementation == "sdpa"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
-    ids = torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(0))
-    gradients = []
-    for checkpointing in (False, True):
-        config = _preset("llama_tiny").model_copy(update={"activation_checkpointing": checkpointing})
-        network = model.build(config, seed=0)
-        model.loss_sum(network(input_ids=ids).logits, ids).backward()
-        gradients.append([p.grad for p in network.parameters()])
-        assert network.is_activation_checkpointing == checkpointing  # pyright: ignore[reportAttributeAccessIssue]
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
 def test_starts_from_a_local_folder(tmp_path: Path) -> None:
     network = model.build(_preset("llama_tiny"), seed=7)
     network.save_pretrained(tmp_path / "saved")  # pyright: ignore[reportCallIssue]
