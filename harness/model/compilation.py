@@ -12,7 +12,7 @@ def compile_layers(model: nn.Module) -> None:
 
     Layers are alike, so one graph serves all of them. Sharding hooks stay outside of it: no graph breaks, and
     `fully_shard` gathers a layer's weights before its graph starts. Embedding, head and loss stay eager: they are
-    a few large products. Names of modules and parameters stay. Called before the engine takes the model over.
+    a few large products. ZeRO-3 gathers weights in hooks of every module inside a layer, which cut its graph. Names of modules and parameters stay. Called before the engine takes the model over.
 
     Args:
         model: a `transformers` model.
