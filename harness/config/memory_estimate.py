@@ -83,7 +83,9 @@ def warning(config: RunConfig, memory: int) -> str | None:
     """
     assert config.world_size is not None
     assert config.micro_batch_size is not None
-    asked = Choice(config.engine.name, config.micro_batch_size, config.model.activation_checkpointing == "full")
+    asked = Choice(
+        config.engine.name, config.micro_batch_size, config.model.activation_checkpointing == "full"
+    )
     needed = needed_by(config, config.optimizer.options, config.world_size, asked)
     if needed <= memory:
         return None
