@@ -17,5 +17,5 @@ STAGES = (
     Stage("loss", "Loss in chunks and compiled graphs", f"{_PLACE}.loss_and_compile:run", 90),
     Stage("launching", "What the launcher decides", f"{_PLACE}.launching:run", 90),
     Stage("processes", "Two processes", f"{_PLACE}.processes:run", 180),
-    Stage("features", "Other claims", f"{_PLACE}.features:run", 90),
+    Stage("features", "Other claims", f"{_PLACE}.features:run", 150),
 )

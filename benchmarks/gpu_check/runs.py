@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from benchmarks.gpu_check.record import StageContext
@@ -95,6 +97,7 @@ def assembled(context: StageContext, *keys: str) -> Iterator[Run]:
 
     The run's own stop signals are not installed.
     """
+    had_group = dist.is_initialized()
     prepared = prepare(overrides(context, *keys), say=lambda line: None, worker=True, writes_folder=False)
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
@@ -103,6 +106,9 @@ def assembled(context: StageContext, *keys: str) -> Iterator[Run]:
     finally:
         run.loader.close()
         run.engine.release()
+        if dist.is_initialized() and not had_group:
+            # Sharded engines make a group of one process.
+            dist.destroy_process_group()
         del run, prepared
         gc.collect()
         if context.is_cuda:
@@ -224,6 +230,10 @@ class StepLog:
     def trace(self) -> Trace:
         """Return the trace of the three steps."""
         return Trace.load(self._path)
+
+    def all_step_ms(self) -> list[float]:
+        """Return the milliseconds of every step."""
+        return [begin.ms_until(end) for begin, end in pairwise(self.step_stamps)]
 
     def step_ms(self, *, without: set[int] = frozenset()) -> float:  # type: ignore[assignment]
         """Return the median milliseconds of the steps after the first three, without the traced ones and `without`."""

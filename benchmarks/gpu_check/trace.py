@@ -66,7 +66,16 @@ class Trace:
         }
         self._ranges = [_interval(e) for e in complete if e["cat"] == "user_annotation"]
         self._operators = [_interval(e) for e in complete if e["cat"] == "cpu_op"]
-        self._kernels = [event["name"] for event in complete if event["cat"] == "kernel"]
+        kernels = [event for event in complete if event["cat"] == "kernel"]
+        self._kernels = [event["name"] for event in kernels]
+        self.kernel_streams = {event.get("args", {}).get("stream") for event in kernels}
+        """Streams on which kernels ran."""
+        self.upload_streams = {
+            event.get("args", {}).get("stream")
+            for event in complete
+            if event["cat"] == "gpu_memcpy" and event["name"].startswith("Memcpy HtoD (Pinned")
+        }
+        """Streams on which data came from pinned memory."""
         self._calls: list[tuple[Interval, str]] = []
         for event in complete:
             if event["cat"] in ("cuda_runtime", "cuda_driver"):
@@ -124,6 +133,10 @@ class Trace:
         operators = [entry.name for entry in self._operators if is_inside(entry)]
         reads = sum(name in SCALAR_READS for name in operators)
         return Counts(waits, allocations, staged, reads, len(operators))
+
+    def launches(self) -> int:
+        """Return how many kernels ran on the device; on a CPU, how many operators."""
+        return len(self._kernels) or len(self._operators)
 
     def kernels(self) -> list[str]:
         """Return the kernels that ran on the device, each once, in the order of the trace."""

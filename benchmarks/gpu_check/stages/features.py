@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import optimizers
 from benchmarks.gpu_check.record import StageContext
-from benchmarks.gpu_check.runs import StepLog, assembled, interleaved_ms
-from benchmarks.gpu_check.trace import Counts
+from benchmarks.gpu_check.runs import StepLog, assembled, interleaved_ms, synchronize
+from benchmarks.gpu_check.trace import Counts, Trace
 from benchmarks.step_time import gradients, llama_60m
 
 _STEPS, _TRACED = 14, 6
@@ -19,6 +21,9 @@ _PARTS = ("data", "forward_backward", "optimizer/")
 
 ONE_WAIT = "In a step without a row the host waits at most once: for the flags of the step before."
 DATA = "Getting the samples of a step does not wait for the device and copies nothing from pageable memory."
+STREAM = "Samples are copied on a stream on which no kernel runs."
+KERNELS = "Kernels of a half-precision AdamW step do not grow with the number of parameters."
+STAGGER = "With refresh_stagger=auto, the longest step of llama_1b under SUMO takes at most 3 times the median step."
 ONE_SHARD = "fsdp2 on one process takes at most 1.3 times the step of engine=single: nothing is sent."
 PURE = "A step of bf16_pure AdamW takes at most 3 times torch's fused AdamW on the same bf16 weights."
 
@@ -31,6 +36,11 @@ def run(context: StageContext) -> None:
         _one_shard(context)
     with context.attempt("bf16_pure AdamW", PURE):
         _pure_adamw(context)
+    for rounding in ("nearest", "stochastic", "kahan"):
+        with context.attempt(f"AdamW kernels, {rounding}", KERNELS):
+            _adamw_kernels(context, rounding)
+    with context.attempt("staggered refresh", STAGGER):
+        _staggered_refresh(context)
 
 
 def _whole_step(context: StageContext) -> None:
@@ -51,6 +61,9 @@ def _whole_step(context: StageContext) -> None:
     data = parts["data"]
     is_free = not data.waits and not data.staged_copies
     context.check_on_cuda("samples of a step", DATA, is_free, {"copies": data.staged_copies})
+    apart = bool(trace.upload_streams) and not trace.upload_streams & trace.kernel_streams
+    streams = {"upload": str(sorted(trace.upload_streams)), "kernels": str(sorted(trace.kernel_streams))}
+    context.check_on_cuda("stream of the samples", STREAM, apart, streams)
 
 
 def _row(counts: Counts, is_cuda: bool) -> list[Any]:
@@ -100,3 +113,50 @@ def _pure_adamw(context: StageContext) -> None:
     ratio = times["ours"] / times["torch"]
     figures = {"ours_ms": times["ours"], "torch_ms": times["torch"], "ratio": ratio}
     context.check_on_cuda("bf16_pure AdamW", PURE, ratio <= 3.0, figures)
+
+
+def _adamw_kernels(context: StageContext, rounding: str) -> None:
+    """Count the kernels of a step of few and of many parameters."""
+    launches = {count: adamw_launches(context, rounding, count) for count in (10, 100)}
+    figures = {f"kernels_{count}": number for count, number in launches.items()}
+    context.check_on_cuda(f"AdamW kernels, {rounding}", KERNELS, launches[100] <= 1.2 * launches[10], figures)
+
+
+def adamw_launches(context: StageContext, rounding: str, count: int) -> int:
+    """Return the kernels (on a CPU: operators) of the second step of `count` bf16 parameters."""
+    weights = [
+        nn.Parameter(torch.ones(64, 64, device=context.device, dtype=torch.bfloat16)) for _ in range(count)
+    ]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 1e-3)
+    optimizer = optimizers.AdamW([(f"w{i}", w) for i, w in enumerate(weights)], rounding=rounding)
+    optimizer.found_inf = torch.zeros((), device=context.device)
+    optimizer.step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.is_cuda else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        optimizer.step()
+        synchronize(context.device)
+    path = context.folder / "adamw.json"
+    profiler.export_chrome_trace(str(path))
+    return Trace.load(path).launches()
+
+
+def _staggered_refresh(context: StageContext) -> None:
+    """Compare the longest step with the median, with refreshes in one step and spread."""
+    steps, interval = (_QUICK_STEPS, 4) if context.quick else (22, 10)
+    size = [] if context.quick else ["model=llama_1b", "batch_size=4", "micro_batch_size=4"]
+    rows = []
+    ratios = {}
+    for stagger in ("auto", "false"):
+        keys = [*size, "optimizer=sumo", *_rank(context), f"optimizer.refresh_interval={interval}"]
+        keys += [f"optimizer.refresh_stagger={stagger}", f"steps={steps}"]
+        with assembled(context, *keys) as run_:
+            log = StepLog(run_, context.folder)
+            log.train()
+            times = log.all_step_ms()[3:]
+        ratios[stagger] = max(times) / statistics.median(times)
+        rows.append([stagger, statistics.median(times), max(times), ratios[stagger]])
+    context.table(
+        "Refreshes of SUMO, spread or not", ["refresh_stagger", "median ms", "longest ms", "ratio"], rows
+    )
+    context.check_on_cuda("staggered refresh", STAGGER, ratios["auto"] <= 3.0, ratios)

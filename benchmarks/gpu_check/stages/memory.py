@@ -29,23 +29,22 @@ _OPTIMIZERS = ("adamw", "muon", "sumo", "galore")
 
 
 def run(context: StageContext) -> None:
-    """Compare four optimizers, and AdamW with activation checkpointing."""
+    """Compare four optimizers, fsdp2 on one process, and activation checkpointing."""
     rows: list[list[Any]] = []
-    arms = [(name, False) for name in _OPTIMIZERS] + [("adamw", True)]
-    for optimizer, is_checkpointed in (("adamw", False), ("sumo", False)) if context.quick else arms:
-        label = f"{optimizer}{', checkpointing' if is_checkpointed else ''}"
+    arms = {name: [f"optimizer={name}"] for name in _OPTIMIZERS}
+    arms["sumo, fsdp2"] = ["optimizer=sumo", "engine=fsdp2"]
+    arms["adamw, checkpointing"] = ["optimizer=adamw", "model.activation_checkpointing=true"]
+    for label, own in list(arms.items())[: 1 if context.quick else None]:
         with context.attempt(f"{label}: plan", KINDS):
-            _compare(context, label, _keys(context, optimizer, is_checkpointed), rows)
+            _compare(context, label, _keys(context, own), rows)
     context.table("Plan and measurement, MiB", ["run", "what", "plan", "measured", "ratio"], rows)
 
 
-def _keys(context: StageContext, optimizer: str, is_checkpointed: bool) -> list[str]:
+def _keys(context: StageContext, own: list[str]) -> list[str]:
     steps, refresh = (_QUICK_STEPS, _QUICK_REFRESH) if context.quick else (_STEPS, _REFRESH)
-    keys = [f"optimizer={optimizer}", f"steps={steps}", "engine=single"]
-    if optimizer in ("sumo", "galore"):
+    keys = [f"steps={steps}", *own]
+    if own[0].partition("=")[2] in ("sumo", "galore"):
         keys += [f"optimizer.rank={8 if context.quick else 128}", f"optimizer.refresh_interval={refresh}"]
-    if is_checkpointed:
-        keys.append("model.activation_checkpointing=true")
     return keys
 
 

@@ -32,7 +32,8 @@ EVENTS = [
     event("cuda_runtime", "cudaDeviceSynchronize", 70),
     event("cuda_runtime", "hipFree", 20),
     event("cuda_driver", "cuMemCreate", 21),
-    event("kernel", "void pytorch_flash::flash_fwd_kernel<T>", 30),
+    event("kernel", "void pytorch_flash::flash_fwd_kernel<T>", 30, stream=7),
+    event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 31, stream=13),
     event("cpu_op", "aten::_local_scalar_dense", 40),
     event("cpu_op", "aten::mm", 41),
 ]
@@ -49,6 +50,8 @@ def test_calls_are_counted_by_range_and_thread() -> None:
     anybody = trace.count([trace.steps()[7]], any_thread=True)
     assert anybody.waits["cudaEventSynchronize"] == anybody.waits["cudaDeviceSynchronize"] == 1
     assert trace.kernels() == ["void pytorch_flash::flash_fwd_kernel<T>"]
+    assert trace.launches() == 1
+    assert (trace.kernel_streams, trace.upload_streams) == ({7}, {13})
     assert trace.ranges("optimizer/", trace.steps()[7]._replace(begin=60)) == []
 
 
