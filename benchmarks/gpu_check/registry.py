@@ -16,6 +16,6 @@ STAGES = (
     Stage("step_time", "Step times against peers", f"{_PLACE}.step_times:run", 75),
     Stage("loss", "Loss in chunks and compiled graphs", f"{_PLACE}.loss_and_compile:run", 90),
     Stage("launching", "What the launcher decides", f"{_PLACE}.launching:run", 90),
-    Stage("processes", "Two processes", f"{_PLACE}.processes:run", 180),
+    Stage("processes", "Two processes", f"{_PLACE}.processes:run", 240),
     Stage("features", "Other claims", f"{_PLACE}.features:run", 150),
 )

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from benchmarks.gpu_check.record import Check, StageRecord
@@ -64,9 +65,9 @@ class Session:
     budget_s: float = 720.0
     say: Callable[[str], None] = print
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Return what a record must have in common with this session to be kept."""
+        """What a record must have in common with this session to be kept: as it is at the start."""
         return f"{sources_sha256()[:16]} {self.device_name} {'quick' if self.quick else 'full'}"
 
     def path(self, stage: Stage) -> Path:
