@@ -121,7 +121,7 @@ def test_the_estimate_is_near_the_plan_and_not_below(words: tuple[str, ...]) -> 
     config = checks.check(compose.load(["wandb.mode=disabled", *keys]), environ={}, devices=0)
     assert config.micro_batch_size is not None
     asked = memory_estimate.Choice(
-        config.engine.name, config.micro_batch_size, config.model.activation_checkpointing
+        config.engine.name, config.micro_batch_size, config.model.activation_checkpointing == "full"
     )
     planned = plan(config)["needed_bytes"] * memory_estimate.RESERVE - memory_estimate.CONTEXT_BYTES
     needed = memory_estimate.needed_by(config, config.optimizer.options, 4, asked)
