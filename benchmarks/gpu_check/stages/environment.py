@@ -17,6 +17,10 @@ _SIZES = {"bf16": (torch.bfloat16, 8192), "fp32": (torch.float32, 4096), "fp64":
 _LEAST, _MOST = 0.2, 1.05
 """Share of the data sheet's peak that a plain product reaches on a healthy GPU by a wide margin, and cannot exceed."""
 
+_LARGEST = 1.08
+"""Largest memory that a driver reports over the data sheet's, which is in decimal GB."""
+
+MEMORY = "The device's memory is at least that of the data sheet, and at most 8 % more."
 PEAK = "The data sheet's peak rates are this device's: a plain product reaches 20 to 105 % of them."
 
 
@@ -26,6 +30,13 @@ def run(context: StageContext) -> None:
     context.check("machine", "Device, driver and versions are known.", bool(facts["device"]), facts)
     name = devices.device_name(context.device)
     spec = device_spec(name) if context.is_cuda else None
+    if spec is not None:
+        total = torch.cuda.get_device_properties(context.device).total_memory
+        share = total / spec.memory
+        context.check("memory", MEMORY, 1 <= share <= _LARGEST, {"ratio": share})
+    else:
+        reason = f"no data sheet is known for {name}" if context.is_cuda else "needs CUDA"
+        context.not_run("memory", MEMORY, reason)
     rows: list[list[Any]] = []
     for label, (dtype, side) in _SIZES.items():
         rate = product_rate(context, dtype, 128 if context.quick else side)

@@ -14,6 +14,8 @@ from benchmarks.gpu_check.record import StageContext
 from benchmarks.gpu_check.runs import StepLog, assembled, interleaved_ms, synchronize
 from benchmarks.gpu_check.trace import Counts, Trace
 from benchmarks.step_time import gradients, llama_60m
+from optimizers.linalg.counter_normals import counter_normals
+from optimizers.moment_figures import figures_of
 
 _STEPS, _TRACED = 14, 6
 _QUICK_STEPS, _QUICK_TRACED = 6, 3
@@ -23,6 +25,8 @@ ONE_WAIT = "In a step without a row the host waits at most once: for the flags o
 DATA = "Getting the samples of a step does not wait for the device and copies nothing from pageable memory."
 STREAM = "Samples are copied on a stream on which no kernel runs."
 KERNELS = "Kernels of a half-precision AdamW step do not grow with the number of parameters."
+SKETCH = "The sketch of a 7B layer (11008 × 1032) is made on the device in at most 5 ms."
+PROBE = "The figures of one 4096 × 4096 moment take at most 3 s, as the budget of the probes assumes."
 STAGGER = "With refresh_stagger=auto, the longest step of llama_1b under SUMO takes at most 3 times the median step."
 ONE_SHARD = "fsdp2 on one process takes at most 1.3 times the step of engine=single: nothing is sent."
 PURE = "A step of bf16_pure AdamW takes at most 3 times torch's fused AdamW on the same bf16 weights."
@@ -39,6 +43,14 @@ def run(context: StageContext) -> None:
     for rounding in ("nearest", "stochastic", "kahan"):
         with context.attempt(f"AdamW kernels, {rounding}", KERNELS):
             _adamw_kernels(context, rounding)
+    with context.attempt("sketch of a refresh", SKETCH):
+        _sketch(context)
+    with context.attempt("figures of a moment", PROBE):
+        side = 64 if context.quick else 4096
+        moment = torch.randn(1, side, side, device=context.device)
+        call = {"probe": lambda: figures_of(["w"], moment, moment)}
+        seconds = 1e-3 * interleaved_ms(call, context.device, 1)["probe"]
+        context.check_on_cuda("figures of a moment", PROBE, seconds <= 3.0, {"seconds": seconds})
     with context.attempt("staggered refresh", STAGGER):
         _staggered_refresh(context)
 
@@ -113,6 +125,13 @@ def _pure_adamw(context: StageContext) -> None:
     ratio = times["ours"] / times["torch"]
     figures = {"ours_ms": times["ours"], "torch_ms": times["torch"], "ratio": ratio}
     context.check_on_cuda("bf16_pure AdamW", PURE, ratio <= 3.0, figures)
+
+
+def _sketch(context: StageContext) -> None:
+    shape = (64, 16) if context.quick else (11008, 1032)
+    calls = {"sketch": lambda: counter_normals(1, shape, context.device)}
+    ms = interleaved_ms(calls, context.device, 3 if context.quick else 9)["sketch"]
+    context.check_on_cuda("sketch of a refresh", SKETCH, ms <= 5.0, {"ms": ms})
 
 
 def _adamw_kernels(context: StageContext, rounding: str) -> None:

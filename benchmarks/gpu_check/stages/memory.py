@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.gpu_check.record import StageContext
@@ -18,6 +18,9 @@ from harness.probes.memory import MemoryMeter
 KINDS = "The bytes of weights and of optimizer state are those of the plan."
 PHASES = "The peak of each phase is at most the plan's and its allowance for fragmentation, and not below 0.7 of it."
 DEVICE = "The device memory in use at the end, with context and cached blocks, is at most what the plan says is needed."
+ALLOCATOR = (
+    "Rows of a run have the allocator's reserved peak and the device memory in use, which includes it."
+)
 TIME = "A step takes at least the plan's lower bound and at most 1.5 times the upper end of its band."
 MIB = 2**20
 _STEPS, _QUICK_STEPS = 12, 6
@@ -33,7 +36,8 @@ def run(context: StageContext) -> None:
     rows: list[list[Any]] = []
     arms = {name: [f"optimizer={name}"] for name in _OPTIMIZERS}
     arms["sumo, fsdp2"] = ["optimizer=sumo", "engine=fsdp2"]
-    arms["adamw, checkpointing"] = ["optimizer=adamw", "model.activation_checkpointing=true"]
+    for mode in ("selective", "full"):
+        arms[f"adamw, {mode} checkpointing"] = ["optimizer=adamw", f"model.activation_checkpointing={mode}"]
     for label, own in list(arms.items())[: 1 if context.quick else None]:
         with context.attempt(f"{label}: plan", KINDS):
             _compare(context, label, _keys(context, own), rows)
@@ -81,7 +85,19 @@ def _compare(context: StageContext, label: str, keys: list[str], rows: list[list
     context.check_on_cuda(f"{label}: phases", PHASES, within, ratios)
     needed = add("device", planned["needed_bytes"], in_use)
     context.check_on_cuda(f"{label}: device", DEVICE, needed is not None and needed <= 1, {"ratio": needed})
+    context.check_on_cuda(f"{label}: allocator", ALLOCATOR, *_allocator(held))
     _step_time(context, label, planned["step_time_s"].get(known) if known else None, log)
+
+
+def _allocator(held: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Return whether the figures of a row are in the order of what they include, and these figures."""
+    reserved, device = held.get("memory/reserved_peak_bytes"), held.get("memory/device_bytes")
+    figures = {"reserved_mib": _mib(reserved), "device_mib": _mib(device)}
+    return bool(reserved and device and held["memory/weights_bytes"] < reserved <= device), figures
+
+
+def _mib(size: Any) -> float | None:
+    return None if size is None else size / MIB
 
 
 def _phase_peaks(
