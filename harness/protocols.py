@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from harness.model.initial_weights import InitialWeights
     from optimizers.layouts.layout import Layout as ParameterLayout
 
     MicroBatch = tuple[torch.Tensor, torch.Tensor]
     """Input ids and labels, ``(micro_batch_size, seq_len)`` int64."""
+
+Put = Callable[[str, "torch.Tensor"], None]
+"""Take the name of a parameter or buffer and its whole value on the CPU, which is gone after the call."""
 
 MetricRow = dict[str, float | int | None]
 """One row of metrics.jsonl: metric key → value."""
@@ -24,6 +26,14 @@ MOMENT_FIGURES = ("condition_number", "effective_rank", "stable_rank", "orthogon
 
 WeightLayout = Literal["replicated", "sharded", "partitioned"]
 """How weights are held when the optimizer steps: whole on every process, as DTensors, or as DeepSpeed's flat slices."""
+
+
+class WeightSource(Protocol):
+    """The numbers of a model on the meta device; `harness.model.InitialWeights` has them."""
+
+    def deliver(self, put: Put) -> None:
+        """Hand over every parameter and buffer once, tied ones under their first name."""
+        ...
 
 
 class Engine(Protocol):
@@ -56,7 +66,7 @@ class Engine(Protocol):
         model: nn.Module,
         axes: Mapping[str, int],
         blocks: Sequence[nn.Module],
-        weights: InitialWeights | None = None,
+        weights: WeightSource | None = None,
     ) -> None:
         """Cut the model where the optimizer is to be built on shards, and put this process' part on `device`.
 

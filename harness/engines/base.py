@@ -20,8 +20,8 @@ from harness.config.schema import RunConfig
 from harness.devices import claim_gpu, cpu_cores, uses_cuda
 from harness.engines.materialize import fill_whole
 from harness.errors import InputError
-from harness.model.initial_weights import InitialWeights
 from harness.process.waiting import wait_until
+from harness.protocols import WeightSource
 
 WATCHDOG_S = 60.0
 """How long after ``engine.timeout_s`` NCCL's watchdog aborts a process, s: the wait of `reduce_flags` ends before, with
@@ -81,7 +81,7 @@ class ProcessEngine:
         model: nn.Module,
         axes: Mapping[str, int],
         blocks: Sequence[nn.Module],
-        weights: InitialWeights | None = None,
+        weights: WeightSource | None = None,
     ) -> None:
         """Put the whole model on the device: the optimizer is built on whole parameters."""
         if weights is None:

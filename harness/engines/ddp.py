@@ -83,7 +83,9 @@ class ReplicatedEngine(SkipStepEngine):
         if not self._is_measuring:
             return None
         # DDP itself reads its timers at the next forward pass; at a row the host waits anyway.
-        self.model.logger.set_runtime_stats_and_log()
+        logger = self.model.logger
+        assert logger is not None, "DDP makes it in its constructor"
+        logger.set_runtime_stats_and_log()
         data = self.model._get_ddp_logging_data()
         total, hidden = data.get("backward_comm_time"), data.get("backward_compute_comm_overlap_time")
         return None if not total else max(0.0, (int(total) - int(hidden or 0)) * 1e-9)

@@ -26,8 +26,7 @@ from harness.engines.ddp import autocast
 from harness.engines.materialize import fill_buffers, fill_whole
 from harness.engines.skip_step import SkipStepEngine, set_nonfinite
 from harness.errors import InputError
-from harness.model.initial_weights import InitialWeights, Put
-from harness.protocols import WeightLayout
+from harness.protocols import Put, WeightLayout, WeightSource
 from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.layouts.replicated import ReplicatedLayout
 
@@ -146,7 +145,7 @@ class PartitionedEngine(_DeepSpeedEngine):
         self.model: nn.Module
         self._zero: Any
         self._layout: PartitionedLayout
-        self._weights: InitialWeights | None = None
+        self._weights: WeightSource | None = None
 
     def process_group(self) -> dist.ProcessGroup | None:
         return None
@@ -156,7 +155,7 @@ class PartitionedEngine(_DeepSpeedEngine):
         model: nn.Module,
         axes: Mapping[str, int],
         blocks: Sequence[nn.Module],
-        weights: InitialWeights | None = None,
+        weights: WeightSource | None = None,
     ) -> None:
         """Put the whole model on the device in the dtype to compute in; stage 3 leaves it on the meta device."""
         self._weights = weights
@@ -338,7 +337,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
 
 
 def _partition(
-    model: nn.Module, weights: InitialWeights, config: RunConfig, device: torch.device, dtype: torch.dtype
+    model: nn.Module, weights: WeightSource, config: RunConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Fill a model on the meta device parameter by parameter, each cut into its ZeRO-3 slices before the next."""
     deepspeed = _library()
@@ -363,7 +362,7 @@ def _partition(
 
 
 def _delivery(values: dict[str, torch.Tensor]) -> Callable[[Put], None]:
-    """Return a function that hands over tensors as `InitialWeights.deliver` does, and drops them."""
+    """Return a function that hands over tensors as `WeightSource.deliver` does, and drops them."""
 
     def deliver(put: Put) -> None:
         for name in list(values):

@@ -18,8 +18,7 @@ from harness.config.schema import RunConfig
 from harness.devices import tensor_bytes
 from harness.engines.materialize import fill_shards
 from harness.engines.skip_step import SkipStepEngine, root_sum_square
-from harness.model.initial_weights import InitialWeights
-from harness.protocols import WeightLayout
+from harness.protocols import WeightLayout, WeightSource
 from optimizers.layouts.sharded import ShardedLayout
 from optimizers.shard_axes import possible_axis
 
@@ -64,7 +63,7 @@ class ShardedEngine(SkipStepEngine):
         model: nn.Module,
         axes: Mapping[str, int],
         blocks: Sequence[nn.Module],
-        weights: InitialWeights | None = None,
+        weights: WeightSource | None = None,
     ) -> None:
         """Turn the parameters of ``model`` into DTensors, in place (a collective); then fill them."""
         if weights is None:

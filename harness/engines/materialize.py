@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from harness.model.initial_weights import InitialWeights
+from harness.protocols import WeightSource
 
 
 def fill_whole(
-    model: nn.Module, weights: InitialWeights, device: torch.device, dtype: torch.dtype | None = None
+    model: nn.Module, weights: WeightSource, device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
     """Give every parameter and buffer of a model memory on a device, and its initial numbers.
 
@@ -33,7 +33,7 @@ def fill_whole(
     fill(model, weights)
 
 
-def fill_shards(model: nn.Module, weights: InitialWeights, device: torch.device) -> None:
+def fill_shards(model: nn.Module, weights: WeightSource, device: torch.device) -> None:
     """Give the DTensors of a model memory for this process' shards, and their part of the initial numbers.
 
     Args:
@@ -46,7 +46,7 @@ def fill_shards(model: nn.Module, weights: InitialWeights, device: torch.device)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, weights: InitialWeights) -> None:
+def fill(model: nn.Module, weights: WeightSource) -> None:
     """Copy this process' part of the initial numbers into parameters and buffers that have memory."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
 

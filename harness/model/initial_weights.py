@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedModel, initialization
 
-Put = Callable[[str, Tensor], None]
-"""Takes the name of a parameter or buffer and its whole value on the CPU, which is gone after the call."""
+from harness.protocols import Put
 
 
 class NotRecorded(Exception):
