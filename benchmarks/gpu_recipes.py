@@ -18,7 +18,7 @@ RECIPES = {
     "1B, one node": "model=llama_1b",
     "1B, two nodes": "model=llama_1b world_size=16",
     "7B, one node": "model=llama_7b",
-    "7B, one node, larger micro-batch": "model=llama_7b micro_batch_size=8 model.activation_checkpointing=true",
+    "7B, one node, larger micro-batch": "model=llama_7b micro_batch_size=8 model.activation_checkpointing=full",
     "7B, two nodes": "model=llama_7b engine=hsdp engine.replicas=2 micro_batch_size=2 world_size=16",
     "7B, one node, sumo": "model=llama_7b optimizer=sumo",
     "7B, one node, muon": "model=llama_7b optimizer=muon",

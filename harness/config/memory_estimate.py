@@ -123,8 +123,11 @@ def _peaks(config: RunConfig, options: Mapping[str, Any], world_size: int, choic
         # Gathered: two layers and what is outside of them; whole gradients of one of these, and its fp32 copy.
         buffers = (tables + 2 * layer) * width + max(tables, tables / 2 + layer) * (width + 4)
         workspace = 2.5 * basis + 4 * layer
+        if choice.engine == "zero3":
+            # Shards to compute with, masters, and parameters that are small enough to stay whole.
+            weights = total * (width + 4) / shards + 2e5 * width * layers
     elif choice.engine in PARTITIONED:
-        weights = total * width + (total * 4 / shards if width == 2 or shards > 1 else 0)
+        weights = total * width + total * 4 / shards
         gradients = total * width if choice.engine == "zero1" else total * 4 / shards
         buffers = 5e8 * width + (4 * min(5e8, total) if width == 2 else 0)
     else:
@@ -132,11 +135,10 @@ def _peaks(config: RunConfig, options: Mapping[str, Any], world_size: int, choic
         if config.precision in ("bf16", "fp16"):
             buffers += 2 * (total - tables / 2)  # autocast's copies
     held = weights + gradients + state_here
-    yield (
-        total * stored
-        + (held if shards > 1 else state_here + gradients)
-        + (total * 4 if choice.engine in PARTITIONED and width == 2 else 0)
-    )
+    # Random weights are made in place, parameter by parameter; those of a folder are whole at first.
+    is_whole_first = shards > 1 and config.model.path is not None
+    made = total * stored if is_whole_first else max(tables / 2, layer) * 4
+    yield weights + state_here + made + (0 if shards > 1 else gradients)
     yield held + buffers + _activations(config, shapes, choice)
     yield held + workspace
 

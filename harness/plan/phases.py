@@ -54,19 +54,20 @@ def communication_buffers(config: RunConfig, network: nn.Module) -> int:
 def build_bytes(config: RunConfig, network: nn.Module, held: dict[str, int]) -> dict[str, int]:
     """Return the bytes on the device at the end of the start, by kind.
 
-    The sharded engines cut a model that is whole on the device at first; DeepSpeed's stages 1 to 3 keep the exact fp32
-    weights of a half-precision run until the masters are set.
+    Random weights are made parameter by parameter where they belong, so that one fp32 parameter exists besides the
+    shards. A model whose weights come from a folder, or draws outside of the meta device, is whole on every device at
+    first.
     """
     width = 2 if config.precision == "bf16_pure" else 4
-    total = sum(p.numel() for p in network.parameters())
-    state = {kind: size for kind, size in held.items() if kind.startswith("optimizer/")}
-    found = {"weights": total * width, **state}
+    largest = max((p.numel() for p in network.parameters()), default=0)
+    found = {kind: size for kind, size in held.items() if kind == "weights" or kind.startswith("optimizer/")}
     if config.engine.name == "ddp":
         found["gradients"] = held["gradients"]
-    elif config.engine.name in _SHARDED or config.engine.name in ZERO[1:]:
-        found["shards"] = held["weights"]
-        if config.engine.name in ZERO[1:] and config.precision in HALF:
-            found["exact_weights"] = total * 4
+    is_divided = config.engine.name in _SHARDED or config.engine.name in ZERO[1:]
+    if is_divided and config.model.path is not None:
+        found["whole_weights"] = sum(p.numel() for p in network.parameters()) * width
+    else:
+        found["parameter_in_the_making"] = largest * 4
     return found
 
 

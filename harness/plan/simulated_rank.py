@@ -10,6 +10,7 @@ from torch import nn
 
 import optimizers
 from harness import model
+from harness.config import deepspeed_config
 from harness.config.engine_checks import reduces_every_micro_batch
 from harness.config.model_facts import facts, full_config
 from harness.config.model_keys import config_fields
@@ -163,10 +164,24 @@ def held_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, int]:
     if name in ZERO_STAGES:
         half = config.precision in ("bf16", "fp16")
         copies = whole if name != "zero3" else local
-        held["weights"] = copies * (2 if half else 4) + (local * 4 if half or name != "zero3" else 0)
-        held["gradients"] = (whole if name == "zero1" else local) * (2 if half else 4)
+        held["weights"] = copies * (2 if half else 4) + local * 4
+        # Stages 2 and 3 add bf16 micro-batches up in fp32 (`deepspeed_config.effective`).
+        gradient_width = 2 if half and (name == "zero1" or config.precision == "fp16") else 4
+        held["gradients"] = (whole if name == "zero1" else local) * gradient_width
+        if name == "zero3":
+            held["weights"] += _persistent_elements(config, planned) * (2 if half else 4)
     held.update({f"optimizer/{kind}": size for kind, size in optimizer.state_bytes().items()})
     return held
+
+
+def _persistent_elements(config: RunConfig, planned: PlannedRank) -> int:
+    """Return the elements of small parameters, which stay whole under ZeRO-3 after their first use."""
+    # 100,000 by default (DeepSpeed 0.19.8, runtime/zero/config.py).
+    given = deepspeed_config.effective(config)["zero_optimization"].get(
+        "stage3_param_persistence_threshold", 1e5
+    )
+    threshold = 1e5 if given == "auto" else float(given)
+    return sum(p.numel() for p in planned.network.parameters() if p.numel() <= threshold)
 
 
 @dataclass(frozen=True)

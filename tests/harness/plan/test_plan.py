@@ -137,6 +137,9 @@ def test_the_plan_is_what_engines_report(
     real_bytes = two_ranks.run(held, words)
     for kind in real_bytes[0]:
         largest = max(found[kind] for found in real_bytes)
+        if engine == "zero1" and kind == "gradients":
+            # At the step DeepSpeed has reduced them to the shard; the plan has the whole ones of the backward pass.
+            largest *= 2
         assert planned[kind] == pytest.approx(largest, rel=0, abs=64 if engine.startswith("zero") else 0), (
             kind
         )
