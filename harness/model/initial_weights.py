@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedModel, initialization
 
+from harness.devices import uses_cuda
 from harness.protocols import Put
 
 
@@ -201,7 +202,7 @@ class InitialWeights:
         finally:
             generator.set_state(before)
         if not complete:
-            with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            with torch.random.fork_rng([torch.cuda.current_device()] if uses_cuda() else []):
                 whole = self._build_whole()
             for name, tensor in _named_tensors(whole):
                 put(name, tensor)

@@ -72,9 +72,9 @@ def test_control_python_itself_takes_the_files(folder: Path) -> None:
     assert set(_executed(folder).split()) == {"profile", "json", "harness"}
 
 
-def test_workers_start_safely_from_any_folder(folder: Path) -> None:
+def test_workers_start_safely_from_any_folder(folder: Path, tmp_path: Path) -> None:
     """What `launch.start` and the shared processes are started with, without the cost of a run."""
-    words, extra = launch.launch_command(compose.load(["world_size=1"]), [])
+    words, extra = launch.launch_command(compose.load(["world_size=1"]), [], tmp_path)
     code = "import harness.train, profile, numbers, json, sys; print(harness.__file__); print(sys.path[-1])"
     done = _python(folder, "-P", "-c", code, **launch.environment(), **extra)
     assert done.returncode == 0, done.stderr
