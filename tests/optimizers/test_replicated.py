@@ -110,6 +110,7 @@ def slow_makers(rank: int, seconds: float, timeout: float) -> tuple[int, list[by
         made.append(number)
         return torch.full((2, 3), float(number), dtype=torch.float32 if number % 2 else torch.float64)
 
+    assert isinstance(group, dist.ProcessGroup)
     requests = [BroadcastBasis(lambda i=i: make(i), make_like(i), work=1.0 + i) for i in range(6)]
     bases = ReplicaCollectives(Communicator(group)).broadcast_bases(requests)
     dist.destroy_process_group(group)

@@ -546,7 +546,7 @@ def test_averaged_weights_are_copies_of_their_own() -> None:
 def test_an_adamw_group_that_is_added_later_takes_the_options_of_adamw(preset: str) -> None:
     """The matrix rule's momentum is no β₁ of the group; control: the group that was there from the start."""
     matrix, early, late = (nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (5,), (5,)))
-    options = {"rank": 2} if "rank" in optimizers.resolve(preset) else {}
+    options: dict[str, Any] = {"rank": 2} if "rank" in optimizers.resolve(preset) else {}
     optimizer = optimizers.build(preset, [("m", matrix), ("early", early)], **options)
     optimizer.add_param_group({"params": [("late", late)]})
     for _ in range(3):
