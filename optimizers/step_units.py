@@ -80,12 +80,13 @@ class StepUnits:
     def attach(self, layout: Layout) -> None:
         """Step the parameters as another layout distributes them, and allocate the state."""
         self.layout = layout
-        self._matrices = {}
         self.rebuild()
 
     def rebuild(self) -> None:
-        """Build buckets anew after state tensors were replaced, and allocate what is missing."""
+        """Build buckets anew after state or options were replaced, and allocate what is missing."""
         self._buckets = {}
+        # Their refresh offsets follow from options, which a state dict may have replaced.
+        self._matrices = {}
         for index in range(len(self.groups)):
             self.allocate(index)
 

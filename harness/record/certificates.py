@@ -27,6 +27,8 @@ _SOURCES = (
     "harness/optimizer.py",
     "harness/tracked_optimizer.py",
     "harness/data/micro_batches.py",
+    "harness/model/attention.py",
+    "harness/model/linear_loss.py",
     "harness/model/loss.py",
 )
 """Files and folders that a certificate covers."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import optimizers
 from harness.config import checks, compose
@@ -70,6 +72,33 @@ def test_small_matrices_and_false_refresh_together(
     stagger: bool | None, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert refreshed(stagger, monkeypatch, side) == [[0, 16]] * 16
+
+
+@pytest.mark.parametrize("built_with", [True, False])
+def test_a_loaded_state_brings_its_schedule(built_with: bool) -> None:
+    def start(stagger: bool) -> tuple[nn.Module, optimizers.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(8)))
+        options = {"rank": 4, "refresh_interval": 8, "refresh_stagger": stagger}
+        return model, optimizers.build("sumo", model.named_parameters(), modules=model, lr=1e-3, **options)
+
+    def train(model: nn.Module, optimizer: optimizers.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            inputs = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+            model(inputs).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer = start(False)
+    train(model, optimizer, range(3))
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(3, 12))
+    other, loaded = start(built_with)
+    other.load_state_dict(weights)
+    loaded.load_state_dict(state)
+    train(other, loaded, range(3, 12))
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_bad_value_is_refused_with_what_is_allowed() -> None:
