@@ -339,7 +339,7 @@ class Optimizer(torch.optim.Optimizer):
         shapes = moment_shapes(self.units, self.preset_rule)
         device = next((p.device.type for group in self.units.groups for p in group.parameters), "cpu")
         # Where state is divided, each process looks at its own, or all of them take part in each matrix.
-        replicas = None if self.is_divided else next(iter(self.layout.communicators), None)
+        replicas = None if self.is_divided else self.layout.replicas
         if replicas is None:
             return choose(shapes, device)
         return choose(shapes, device, replicas=replicas.size, replica=replicas.rank)

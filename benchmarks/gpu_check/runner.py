@@ -19,7 +19,7 @@ from benchmarks.gpu_check.record import Check, StageRecord
 from harness.process import gpu_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ("optimizers", "harness", "benchmarks", "configs")
+_SOURCES = ("optimizers", "harness", "analysis", "benchmarks", "configs", "tests")
 _GRACE_S = 3.0
 """For a stage that is aborted to write its last words."""
 _TAIL = 400

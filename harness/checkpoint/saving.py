@@ -218,7 +218,8 @@ class Checkpoints:
                 # Of any kind: a thread's exception would be lost, and the others must hear of it.
                 write.problem = first_line(error)
 
-        # Not a daemon: the interpreter waits for it, so that a process that ends leaves no half file.
+        # Not a daemon: a process that ends by itself waits for it. One that ends by an exception does not
+        # (`process.leaving`): what was written then keeps its partial name, and the next start discards it.
         write.thread = threading.Thread(target=work, name="checkpoint")
         write.thread.start()
         self._last_step = run.state.step

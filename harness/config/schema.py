@@ -25,7 +25,10 @@ SHARDED = ("fsdp2", "hsdp")
 FILLED_IN = ("optimizer.lr_source", "optimizer.lr_tuned")
 """Keys that the checks fill in and no user gives."""
 
-_CHECKPOINTING: Mapping[Any, str] = {True: "full", False: "none"}
+
+def _checkpointing(given: object) -> object:
+    return {True: "full", False: "none"}[given] if isinstance(given, bool) else given
+
 
 Every = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 """Steps between two events, the harness's choice, or never."""
@@ -51,7 +54,7 @@ class ModelConfig(TypedKeys):
     compile: bool = False
     """torch.compile each decoder layer (first step 15 s or more on a CPU)."""
     activation_checkpointing: Annotated[
-        Literal["none", "selective", "full"], BeforeValidator(lambda given: _CHECKPOINTING.get(given, given))
+        Literal["none", "selective", "full"], BeforeValidator(_checkpointing)
     ] = "none"
     """Recompute activations of decoder layers in the backward pass: full (or true): all of them; selective: all but
     the outputs of attention and of every second matrix product; none (or false)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,8 @@ class ProcessEngine:
         needs_group: a process group exists also where there is one process.
 
     Raises:
-        InputError: the launcher started another number of processes than ``world_size``, or more than there are GPUs.
+        InputError: the launcher started another number of processes than ``world_size``, or more than there are GPUs;
+            or processes chose differently what follows from the GPUs that they see.
     """
 
     name: str
@@ -72,6 +74,8 @@ class ProcessEngine:
                 f"disagrees with the launcher, which started {self.world_size}",
                 fix=f"world_size={self.world_size}, or start {config.world_size} processes",
             )
+        if self.world_size > 1:
+            _require_same_choices(config, self.world_size)
         if needs_group and not dist.is_initialized():
             backend = "gloo" if self.device.type == "cpu" else "nccl"
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, **options)
@@ -123,8 +127,10 @@ class ProcessEngine:
         host.copy_(flags, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        what = "the collectives of a step, which another process has not joined"
-        return lambda: (wait_until(done.query, self._timeout_s, what), host.tolist())[1]
+        # One process has no collective to wait for, and its device may be any number of seconds behind.
+        limit = self._timeout_s if work else math.inf
+        what = "a step's collectives: another process has not joined them, or its device is still computing"
+        return lambda: (wait_until(done.query, limit, what), host.tolist())[1]
 
     def sync_from_masters(self) -> None:
         """Do nothing: the weights have no separate masters."""
@@ -156,6 +162,30 @@ def without_accelerate_plugins() -> Iterator[None]:
         yield
     finally:
         os.environ.update(saved)
+
+
+def _require_same_choices(config: RunConfig, world_size: int) -> None:
+    """Refuse processes that chose differently: each chose by the GPUs of its own machine (a collective).
+
+    They would wait for each other in different collectives.
+    """
+    mine = {
+        "engine.name": config.engine.name,
+        "micro_batch_size": config.micro_batch_size,
+        "engine.optimizer_work": config.engine.optimizer_work,
+        "precision": config.precision,
+        "optimizer.orthogonalizer": config.optimizer.options.get("orthogonalizer"),
+    }
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, mine)
+    for key, value in everyone[0].items():
+        ranks = [rank for rank, other in enumerate(everyone) if other[key] != value]
+        if ranks:
+            other = everyone[ranks[0]][key]
+            reason = (
+                f"was chosen on rank 0, and {other} on rank {ranks[0]}: the GPUs of their machines differ"
+            )
+            raise InputError(key, value, reason, fix=f"{key}={other}, or {key}={value}, for all of them")
 
 
 def _threads_per_process() -> int:

@@ -117,6 +117,9 @@ def _completed(
     """Return the outcome that status.json tells, after adding what rank 0 could not write."""
     attempt, step = status.attempts[-1], status.step or 0
     is_requeued = False
+    if may_edit:
+        with suppress(OSError):
+            _keep_stacks(folder, missing)
     if status.state == "running" and (folder / run_folder.DONE).exists():
         # Killed between writing DONE and status.json.
         _end(status, "finished", "all steps done")
@@ -138,8 +141,6 @@ def _completed(
     else:
         may_edit = False
     if may_edit:
-        with suppress(OSError):
-            _keep_stacks(folder, missing)
         # A full or read-only disk changes nothing about how the run ended.
         with suppress(OSError):
             atomic.write_json(folder / readers.STATUS, status.facts())

@@ -345,8 +345,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--results", required=True)
     parser.add_argument("--disk", required=True)
     parser.add_argument("--gpus", type=int, required=True)
-    for name in ("seconds", "min-gb-per-s", "min-share", "min-free-gb", "max-skew-s", "timeout-s"):
+    for name in ("seconds", "min-gb-per-s", "min-free-gb", "max-skew-s", "timeout-s"):
         parser.add_argument(f"--{name}", type=float, required=True)
+    # Not in the scripts of earlier versions, which may still wait in a queue.
+    parser.add_argument("--min-share", type=float, default=0.5)
     return parser.parse_args(argv)
 
 

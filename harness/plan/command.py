@@ -50,9 +50,9 @@ def main(argv: Sequence[str]) -> int:
     request = _parse(argv)
     config = compose.load(_with_world_size(request.overrides, request.world_size))
     if request.is_elsewhere:
-        config = _on_such_gpus(config, request.device_memory)
+        config = _on_gpus(config, config.world_size or 1, request.device_memory)
     else:
-        config = checks.check(config, {}, visible_devices(), memory=device_memory())
+        config = _on_gpus(config, visible_devices(), device_memory())
     say = _progress()
     say("starting torch")
     # Only now: `optbench plan --help` and bad input need no torch.
@@ -66,16 +66,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _on_such_gpus(config: RunConfig, memory: int) -> RunConfig:
+def _on_gpus(config: RunConfig, devices: int, memory: int | None) -> RunConfig:
     """Check a configuration as on GPUs of this memory, which decides engine, micro-batch and precision."""
-    processes = config.world_size or 1
     try:
-        return checks.check(config, {}, processes, memory=memory)
+        return checks.check(config, {}, devices, memory=memory)
     except InputError as error:
         if (error.key, error.value) != ("engine.name", "auto"):
             raise
         # No engine fits: the plan shows by how much.
-        return checks.check(config, {}, processes)
+        return checks.check(config, {}, devices)
 
 
 def size(key: str, text: str) -> int:

@@ -23,6 +23,10 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
         code = main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if error.code is not None and not isinstance(error.code, int):
+            # As the interpreter would.
+            with suppress(Exception):
+                print(error.code, file=sys.stderr)
     except BaseException:
         with suppress(Exception):
             traceback.print_exc()

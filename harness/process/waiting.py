@@ -21,7 +21,7 @@ def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None
 
     Args:
         is_done: such as ``event.query`` of a CUDA event.
-        timeout_s: longest wait, s.
+        timeout_s: longest wait, s; infinite: none.
         what: is waited for, as the end of a sentence.
 
     Raises:

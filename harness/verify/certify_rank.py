@@ -99,6 +99,7 @@ def trained(
             state = train(run, Callbacks([recorder]))
             digests = replica_digests(run, recorder.end)
         finally:
+            run.loader.close()
             run.engine.release()
     routes = tracked(run.optimizer).routes
     matrices = sum(len(route.blocks) for route in routes if route.rule != "adamw")

@@ -51,6 +51,40 @@ def test_the_gpu_is_taken_before_the_group_and_bound_to_it(order: list[str]) -> 
     assert not State.made_with["cpu"]
 
 
+@pytest.mark.parametrize(
+    ("words", "other", "said"),
+    [
+        (["engine=ddp"], ["engine=fsdp2"], "engine.name: ddp was chosen on rank 0, and fsdp2 on rank 1"),
+        (
+            ["micro_batch_size=4"],
+            ["micro_batch_size=2"],
+            "micro_batch_size: 4 was chosen on rank 0, and 2 on rank 1",
+        ),
+        ([], [], None),
+    ],
+)
+def test_processes_that_chose_differently_are_refused(
+    words: list[str], other: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks whose machines differ, asked one after the other: the gather is stood in for."""
+    told: list[Any] = []
+
+    def gather(everyone: list[Any], mine: Any) -> None:
+        told.append(mine)
+        everyone[:] = [*told, *told][:2]
+
+    monkeypatch.setattr(base.dist, "all_gather_object", gather)
+    first, second = (
+        checks.check(compose.load(["world_size=2", "batch_size=8", *keys]), {}, 0) for keys in (words, other)
+    )
+    base._require_same_choices(first, 2)
+    if said is None:
+        base._require_same_choices(second, 2)
+        return
+    with pytest.raises(InputError, match=said):
+        base._require_same_choices(second, 2)
+
+
 def test_the_cpu_is_taken_where_the_environment_asks_for_it(
     order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

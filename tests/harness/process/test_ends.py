@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from harness.engines.base import ProcessEngine
 from harness.process import exit_markers
@@ -55,24 +56,37 @@ def test_what_is_done_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_flags_of_a_step_name_the_process_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags on a GPU whose event is never done; then on one whose event is."""
-    finished = False
+    answers = iter([False] * 10_000)
 
     class Event:
         def record(self) -> None: ...
 
         def query(self) -> bool:
-            return finished
+            return next(answers)
 
     host = SimpleNamespace(copy_=lambda flags, non_blocking: None, tolist=lambda: [0.0])
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: host)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     flags: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(1,), dtype=torch.float32)
-    engine: Any = SimpleNamespace(world_size=1, _timeout_s=0.05)
+    monkeypatch.setattr(dist, "all_reduce", lambda *words, **options: SimpleNamespace(wait=lambda: None))
+    engine: Any = SimpleNamespace(world_size=2, _timeout_s=0.05)
     pending = ProcessEngine.reduce_flags(engine, flags)
-    with pytest.raises(WaitedTooLong, match="which another process has not joined"):
+    with pytest.raises(WaitedTooLong, match="another process has not joined them, or its device is still"):
         pending()
-    finished = True
+    answers = iter([True])
     assert pending() == [0.0]
+    # One process waits for its device alone, however far that is behind.
+    answers = iter([False] * 100 + [True])
+    alone: Any = SimpleNamespace(world_size=1, _timeout_s=0.0)
+    assert ProcessEngine.reduce_flags(alone, flags)() == [0.0]
+
+
+def test_words_of_an_exit_are_said() -> None:
+    code = "import sys; from harness.process.leaving import leave_after; leave_after(lambda: sys.exit('no such file'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "no such file\n")
 
 
 def test_an_exception_ends_the_process_though_a_thread_hangs() -> None:
