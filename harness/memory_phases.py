@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 
+from harness.process import resident_memory
+
 Phase = Literal["build", "training", "evaluation", "probes"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-RSS_RESET = Path("/proc/self/clear_refs")
-"""Where Linux lets a process reset the peak of its resident memory, by writing 5 (proc(5))."""
-STATUS = Path("/proc/self/status")
-"""Where Linux says that peak (VmHWM, in kiB)."""
 
 
 class MemoryPhases:
@@ -84,7 +79,7 @@ class MemoryPhases:
             torch.cuda.reset_peak_memory_stats(self._device)
         elif self._is_resettable:
             try:
-                RSS_RESET.write_text("5")
+                resident_memory.reset_peak()
             except OSError:
                 self._is_resettable = False
 
@@ -93,12 +88,7 @@ def peak_bytes(device: torch.device) -> int:
     """Return the high-water mark of this process in bytes since it was last reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration):
-        # Not ru_maxrss: it begins with the peak of the process that started this one, and no reset lowers that.
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resident_memory.peak_bytes()
 
 
 def device_bytes(device: torch.device) -> int:

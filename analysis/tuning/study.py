@@ -277,7 +277,9 @@ def _centre(study: Study, arm: ArmSpec) -> dict[str, float]:
 def _rates(study: Study, arm: ArmSpec, values: Values) -> tuple[float, float | None]:
     """Return learning rate and ``aux_lr`` of the arm with these options set, after defaults."""
     config = compose.load([*study.plan.shared, *with_values(arm, values).overrides])
-    optimizer = checks.check(config, devices=0).optimizer  # of whichever machine: only the rates are read
+    # Of whichever machine, because only the rates are read; without what only GPUs have.
+    config = config.model_copy(update={"tf32": False, "memory_snapshot": False})
+    optimizer = checks.check(config, devices=0).optimizer
     assert optimizer.lr is not None
     return optimizer.lr, optimizer.options.get("aux_lr")
 

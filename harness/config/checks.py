@@ -32,7 +32,7 @@ from harness.visible import visible
 def check(
     config: RunConfig,
     environ: Mapping[str, str] = os.environ,
-    devices: int | None = None,
+    devices: int | Sequence[Gpu] | None = None,
     *,
     worker: bool = False,
     memory: int | None = None,
@@ -42,7 +42,8 @@ def check(
     Args:
         config: as composed; checking a checked configuration changes nothing.
         environ: where a launcher's WORLD_SIZE and accelerate's settings are looked for.
-        devices: GPUs on each machine that the run will start on; None: this command starts it on this machine.
+        devices: GPUs on each machine that the run will start on, or their number; None: this command starts it on this
+            machine.
         worker: this process is one of the run's own: without a launcher's WORLD_SIZE it is the only one.
         memory: bytes of the smallest GPU; None: asked from the driver where the run starts on this machine.
 
@@ -61,9 +62,9 @@ def check(
     values["optimizer"] = optimizer_checks.resolved_section(config, shapes)
     _check_schedule(config)
     launcher.check_environment(config, environ)
-    world_size = _world_size(config, environ, devices, worker)
-    values["world_size"] = world_size
     gpus = _gpus(environ, devices)
+    world_size = _world_size(config, environ, None if devices is None else len(gpus), worker)
+    values["world_size"] = world_size
     _refuse_without_gpus(config, gpus)
     values["precision"] = _precision(config, gpus)
     # Engines compare the launcher's precision with the one that is trained in.
@@ -175,12 +176,11 @@ def _world_size(config: RunConfig, environ: Mapping[str, str], devices: int | No
     return launch.world_size
 
 
-def _gpus(environ: Mapping[str, str], devices: int | None) -> Sequence[Gpu]:
-    """Return the GPUs on each machine that the run will start on; of other machines only the number is known.
-
-    Those of other machines count as recent ones.
-    """
-    return launcher.visible_gpus(environ) if devices is None else (Gpu(),) * devices
+def _gpus(environ: Mapping[str, str], devices: int | Sequence[Gpu] | None) -> Sequence[Gpu]:
+    """Return the GPUs on each machine of the run; where only their number is known they count as recent ones."""
+    if devices is None:
+        return launcher.visible_gpus(environ)
+    return (Gpu(),) * devices if isinstance(devices, int) else devices
 
 
 def _refuse_without_gpus(config: RunConfig, found: Sequence[Gpu]) -> None:

@@ -86,7 +86,8 @@ def cpu_is_requested(environ: Mapping[str, str] = os.environ) -> bool:
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> Sequence[Gpu]:
     """Return the NVIDIA GPUs that this process may use, by the driver, CUDA_VISIBLE_DEVICES and ACCELERATE_USE_CPU.
 
-    Numbers in CUDA_VISIBLE_DEVICES choose by the driver's order, which is that of the slots.
+    Numbers in CUDA_VISIBLE_DEVICES choose by the driver's order, which is that of the slots. Of a MIG slice neither
+    memory nor name is known: the driver's are those of the whole GPU.
     """
     if cpu_is_requested(environ):
         return ()
@@ -100,7 +101,10 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> Sequence[Gpu]:
     chosen = names[: min(valid, len(present))]
     if all(name.isdecimal() and int(name) < len(present) for name in chosen):
         return [present[int(name)] for name in chosen]
-    return present[: len(chosen)]
+    return [
+        gpu._replace(name="", memory_bytes=None) if name.startswith("MIG-") else gpu
+        for name, gpu in zip(chosen, present, strict=False)
+    ]
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> int:

@@ -11,7 +11,6 @@ the same weights as in a fresh process. After anything but an ordinary end the p
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -30,15 +29,13 @@ from harness.config.schema import RunConfig
 from harness.jobs import launch, outcome
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
-from harness.process import exit_markers
+from harness.process import exit_markers, resident_memory
 from optimizers import presets
 
 ENGINES = ("single", "ddp", "fsdp2", "hsdp")
 """DeepSpeed keeps its process groups in module globals: its runs get processes of their own."""
 MOST_FLOPS = 1e14
 """Most FLOPs of a run that shares processes, about half an hour on two CPU cores; longer runs hardly notice a start."""
-PEAK_RESET = Path("/proc/self/clear_refs")
-"""Where Linux lets a process reset the peak of its resident memory."""
 GRACE_S = 10.0
 """Time, s, in which the other processes must end by themselves once one has died; then they get SIGTERM."""
 KILL_S = 30.0
@@ -70,7 +67,7 @@ def is_shareable(config: RunConfig) -> bool:
         and config.time_limit is None
         and training_flops <= MOST_FLOPS
         and not visible_devices()
-        and os.access(PEAK_RESET, os.W_OK)
+        and resident_memory.can_reset()
         and hasattr(ctypes.CDLL(None), "malloc_trim")
     )
 

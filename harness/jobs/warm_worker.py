@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from harness import worker
-from harness.jobs.warm import PEAK_RESET
-from harness.process import parent
+from harness.process import parent, resident_memory
 from harness.process.heartbeat import BEAT_S
+from harness.process.leaving import leave_after
 from harness.process.stop import SIGNALS, outlive_the_terminal
 
 
@@ -106,7 +106,7 @@ class ProcessState:
     def reset_peak(self) -> None:
         """Reset the peak of the resident memory, so that a run's figure is its own."""
         self._release_memory()
-        PEAK_RESET.write_text("5")
+        resident_memory.reset_peak()
 
     @staticmethod
     def _release_memory() -> None:
@@ -139,8 +139,4 @@ class ProcessState:
 
 if __name__ == "__main__":
     outlive_the_terminal()
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # As in `harness.train`: the destructors of torch's native threads may abort at the interpreter's own end.
-    os._exit(code)
+    leave_after(lambda: main(sys.argv[1:]))

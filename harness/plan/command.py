@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from harness import command_line
 from harness.config import checks, compose, memory_estimate, model_checks
-from harness.config.launcher import device_memory, visible_devices
+from harness.config.gpus import Gpu
+from harness.config.launcher import device_memory, visible_gpus
 from harness.config.schema import RunConfig
 from harness.device_specs import DEVICES, device_spec
 from harness.errors import InputError, closest
@@ -50,9 +51,10 @@ def main(argv: Sequence[str]) -> int:
     request = _parse(argv)
     config = compose.load(_with_world_size(request.overrides, request.world_size))
     if request.is_elsewhere:
-        config = _on_gpus(config, config.world_size or 1, request.device_memory)
+        gpu = _gpu(request.device, request.device_memory)
+        config = _on_gpus(config, (gpu,) * (config.world_size or 1), request.device_memory)
     else:
-        config = _on_gpus(config, visible_devices(), device_memory())
+        config = _on_gpus(config, visible_gpus(), device_memory())
     say = _progress()
     say("starting torch")
     # Only now: `optbench plan --help` and bad input need no torch.
@@ -66,15 +68,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _on_gpus(config: RunConfig, devices: int, memory: int | None) -> RunConfig:
-    """Check a configuration as on GPUs of this memory, which decides engine, micro-batch and precision."""
+def _gpu(device: str | None, memory: int) -> Gpu:
+    """Return what the driver of a device would say; without a name it is a recent one."""
+    spec = None if device is None else device_spec(device)
+    if spec is None:
+        return Gpu(memory_bytes=memory)
+    return Gpu(spec.name, (8, 0) if spec.bf16 else (7, 0), memory)
+
+
+def _on_gpus(config: RunConfig, gpus: Sequence[Gpu], memory: int | None) -> RunConfig:
+    """Check a configuration as on these GPUs, which decide engine, micro-batch, precision and division of work."""
     try:
-        return checks.check(config, {}, devices, memory=memory)
+        return checks.check(config, {}, gpus, memory=memory)
     except InputError as error:
         if (error.key, error.value) != ("engine.name", "auto"):
             raise
         # No engine fits: the plan shows by how much.
-        return checks.check(config, {}, devices)
+        return checks.check(config, {}, gpus)
 
 
 def size(key: str, text: str) -> int:

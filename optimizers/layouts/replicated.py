@@ -123,7 +123,7 @@ class ReplicatedLayout:
 
     @property
     def replicas(self) -> Communicator | None:
-        """Return all processes."""
+        """Return all processes: each of them holds every matrix."""
         return self._ranks
 
     def interval(self, parameter: Tensor) -> tuple[int | None, int]:

@@ -29,7 +29,7 @@ _EPS64 = torch.finfo(torch.float64).eps
 
 
 class DwhRoot(NamedTuple):
-    """What `root_above_cut` returns."""
+    """The inverse root of a batch of Gram matrices above a cut, with its proof."""
 
     root: Tensor  # (b, r, r) symmetric; directions at or below the cut contribute nothing
     rank: Tensor  # (b,) int64: directions above the cut

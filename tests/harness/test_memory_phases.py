@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from harness import memory_phases
 from harness.memory_phases import MemoryPhases, device_bytes
 from harness.preparation import prepare
+from harness.process import resident_memory
 from harness.run import execute
 from tests.harness.running import small, write_documents
 
@@ -113,10 +116,26 @@ def test_a_cpu_tells_phases_apart_by_its_resident_set() -> None:
     assert (memory.reserved(), device_bytes(torch.device("cpu"))) == (0, 0)
 
 
+@pytest.mark.skipif(not resident_memory.STATUS.exists(), reason="only Linux tells a process its own peak")
+def test_the_memory_of_the_parent_is_not_charged() -> None:
+    """As of a run that a notebook starts, which holds a data set."""
+    child = (
+        "import torch; from harness.memory_phases import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    )
+    parent = (
+        "import subprocess, sys; held = b'1' * 2**30; "
+        "print(subprocess.run([sys.executable, '-c', sys.argv[1]], capture_output=True, text=True).stdout)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent, child], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert 2**20 < int(done.stdout) < 2**30
+
+
 def test_a_kernel_that_refuses_a_reset_leaves_the_whole_peak_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_phases, "RSS_RESET", tmp_path / "no such folder" / "clear_refs")
+    monkeypatch.setattr(resident_memory, "RESET", tmp_path / "no such folder" / "clear_refs")
     memory = MemoryPhases(torch.device("cpu"))
     memory.enter("training")
     assert memory.peaks() == {}

@@ -56,6 +56,13 @@ def test_slices_of_a_gpu_are_not_gpus(answer: Answer) -> None:
     assert gpus.present() == (Gpu(),)
 
 
+def test_the_memory_of_a_slice_is_unknown(answer: Answer) -> None:
+    answer(table=TABLE, listing="never asked")
+    assert launcher.device_memory({"CUDA_VISIBLE_DEVICES": "0"}) == 81559 << 20
+    assert launcher.visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-6a1d"}) == [Gpu("", (9, 0), None)]
+    assert launcher.device_memory({"CUDA_VISIBLE_DEVICES": "MIG-6a1d"}) is None
+
+
 def test_without_a_usable_program_device_nodes_count(answer: Answer) -> None:
     answer(table=None, listing=None)
     assert len(gpus.present()) == 3

@@ -18,6 +18,7 @@ from harness.config import compose
 from harness.errors import InputError
 from harness.jobs import outcome, train_command
 from harness.record import folder as run_folder
+from harness.record import readers
 from harness.record.folder import REQUEUE, RunFolder
 from tests.harness.running import small, write_documents
 
@@ -194,3 +195,11 @@ def test_an_abort_of_nccls_watchdog_is_named_with_what_it_left(live: RunFolder) 
     assert "the last collectives of 1 process(es) in flight_recorder/ (torchfrtrace" in ended.reason
     assert json.loads((live.path / "status.json").read_text())["attempts"][-1]["reason"] == ended.reason
     assert (live.path / "crash" / "rank_1.txt").read_text() == stacks
+
+
+def test_stacks_are_kept_where_rank_0_has_said_who_was_silent(live: RunFolder) -> None:
+    live.end("failed", step=3, reason=f"rank 1 {readers.SILENT}")
+    live.close()
+    ended = outcome.finalize(live.path, 1, {1: "the stacks"}, None, time.time() - 60)
+    assert ended.reason == f"rank 1 {readers.SILENT}"
+    assert (live.path / "crash" / "rank_1.txt").read_text() == "the stacks"

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.jobs import preflight
 from harness.jobs.preflight import Limits, NodeFacts, judge, rounds
 
 LIMITS = Limits(gpus=8, min_free_gb=10, max_skew_s=2, min_gb_per_s=1, min_share=0.5)
@@ -49,6 +50,31 @@ def test_the_slow_node_is_the_one_without_a_fast_pair() -> None:
 def test_slow_together_and_fast_in_pairs_is_nobodys_fault_alone() -> None:
     fast = {"pairs_gb_per_s": {"other": 4.0}, "gb_per_s": [0.5]}
     assert set(judge([_facts(node, **fast) for node in NODES], NODES, LIMITS)) == set(NODES)
+
+
+def test_nodes_judge_as_they_agreed_when_they_measured() -> None:
+    """One fast value of one node is no measure: a GPU counts where it was slowest, and nobody measured pairs."""
+    facts = [_facts("n1", gb_per_s=[41.0, 20.4]), _facts("n2", gb_per_s=[40.0, 20.3])]
+    assert judge(facts, ["n1", "n2"], LIMITS) == {}
+    # Negative control: one that is below half of 40, and was slow with the only other node.
+    facts = [one._replace(gb_per_s=[40.0, 19.0], slow=1, pairs_gb_per_s={"other": 19.0}) for one in facts]
+    assert set(judge(facts, ["n1", "n2"], LIMITS)) == {"n1", "n2"}
+
+
+def test_a_script_of_an_earlier_version_still_runs() -> None:
+    known = [
+        "--seconds",
+        "1",
+        "--min-gb-per-s",
+        "0.1",
+        "--min-free-gb",
+        "1",
+        "--max-skew-s",
+        "2",
+        "--timeout-s",
+        "9",
+    ]
+    assert preflight._options(["--results", "r", "--disk", "/tmp", "--gpus", "8", *known]).min_share == 0.5
 
 
 def test_a_broken_rail_is_found_by_its_share_of_the_best() -> None:

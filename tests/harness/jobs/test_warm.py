@@ -22,6 +22,7 @@ from harness.config import checks, compose
 from harness.jobs import launch, warm, warm_worker
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import prepare
+from harness.process import resident_memory
 from harness.protocols import MetricRow
 from harness.record import readers
 from tests.harness.running import small, write_documents
@@ -30,9 +31,7 @@ SUMO = ("optimizer=sumo", "optimizer.rank=8", "seed=1")
 OTHER = ("optimizer=adamw", "seed=2", "batch_size=32", "seq_len=64", "precision=fp32", "max_loss_rise=5")
 ENDLESS = ("steps=100000", "eval.every=null", "schedule=constant", "moments.every=null", "log_every=1")
 
-pytestmark = pytest.mark.skipif(
-    not os.access(warm.PEAK_RESET, os.W_OK), reason="runs share processes on Linux"
-)
+pytestmark = pytest.mark.skipif(not resident_memory.can_reset(), reason="runs share processes on Linux")
 
 
 @pytest.fixture

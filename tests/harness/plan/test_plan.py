@@ -10,7 +10,10 @@ import pytest
 
 from harness import cli
 from harness.config import checks, compose
+from harness.config.gpus import Gpu
+from harness.config.schema import RunConfig
 from harness.errors import InputError
+from harness.plan import command, estimate
 from harness.plan.command import main
 from harness.plan.estimate import plan
 from tests.harness.running import small, write_documents
@@ -291,6 +294,39 @@ def test_any_depth_is_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deep["fits"] is False
     with pytest.raises(InputError, match="at most 1,024"):
         configured("model.config.num_hidden_layers=100000000", "world_size=1")
+
+
+def test_a_named_device_decides_as_its_driver_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "model=llama_350m",
+        "optimizer=muon",
+        "batch_size=64",
+        "seq_len=1024",
+        "world_size=8",
+        "engine=ddp",
+    ]
+    loaded = compose.load(words)
+    here = checks.check(loaded, {}, [Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 << 30)] * 8, memory=24 << 30)
+    checked: list[RunConfig] = []
+    monkeypatch.setattr(command, "json_document", lambda **facts: "")
+    monkeypatch.setattr(estimate, "plan", lambda config, *rest, **options: checked.append(config) or {})
+    for device in ("4090", "v100", "h100"):
+        assert command.main([*words, "--device", device, "--json"]) == 0
+    rtx, volta, hopper = checked
+    assert rtx.engine.optimizer_work == here.engine.optimizer_work
+    assert (rtx.precision, volta.precision, hopper.precision) == ("bf16", "fp32", "bf16")
+
+
+def test_a_run_that_fits_nowhere_is_planned_on_the_gpus_of_this_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = 10 << 30
+    monkeypatch.setattr(command, "visible_gpus", lambda: [Gpu("NVIDIA H100 80GB HBM3", (9, 0), memory)])
+    monkeypatch.setattr(command, "device_memory", lambda: memory)
+    assert cli.main(["plan", "model=llama_1b", "optimizer=adamw", "world_size=1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total_bytes"] > memory
 
 
 def test_progress_and_verdict_for_people(capsys: pytest.CaptureFixture[str]) -> None:
