@@ -76,13 +76,13 @@ def test_small_matrices_and_false_refresh_together(
 
 @pytest.mark.parametrize("built_with", [True, False])
 def test_a_loaded_state_brings_its_schedule(built_with: bool) -> None:
-    def start(stagger: bool) -> tuple[nn.Module, optimizers.Optimizer]:
+    def start(stagger: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(8)))
         options = {"rank": 4, "refresh_interval": 8, "refresh_stagger": stagger}
         return model, optimizers.build("sumo", model.named_parameters(), modules=model, lr=1e-3, **options)
 
-    def train(model: nn.Module, optimizer: optimizers.Optimizer, steps: range) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             optimizer.zero_grad()
             inputs = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
