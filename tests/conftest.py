@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,21 +22,43 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("WANDB_API_KEY", None)
 
 
+ROOT = Path(__file__).parents[1]
 POOLS = {"two_ranks", "four_ranks", "pools"}
 """Fixtures of warm rank processes, which cost seconds of every core when they start."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test process whole files; what shares rank pools, or the SLURM cluster, goes to one process.
+@cache
+def group_of(path: str) -> str:
+    """Return what must run in one test process: a file, all files that use rank pools, or the SLURM cluster.
 
-    The longest group comes first: at the end it would keep one process busy, alone.
+    Args:
+        path: of a test file, relative to the project.
     """
-    in_pools = {item.path for item in items if POOLS.intersection(getattr(item, "fixturenames", ()))}
-    for item in items:
-        is_slurm = item.path.parent.name == "slurm"
-        group = "slurm" if is_slurm else "pools" if item.path in in_pools else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (item.path.parent.name != "slurm", item.path not in in_pools))
+    if path.startswith("tests/slurm/"):
+        return "slurm"
+    words = re.findall(r"\w+", (ROOT / path).read_text(encoding="utf-8"))
+    return "pools" if POOLS.intersection(words) else path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest groups first: at the end they would keep one test process busy, alone."""
+    rank = {"slurm": 0, "pools": 1}
+    items.sort(key=lambda item: rank.get(group_of(item.nodeid.partition("::")[0]), 2))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each test process whole groups.
+
+    Not `--dist loadgroup`: it writes the group into a private attribute that pytest 9 no longer reads.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return GroupScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
