@@ -126,11 +126,37 @@ class ScaledOrthogonalOptions(OrthogonalOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamOptions(CommonOptions):
+class BetaOptions(CommonOptions):
+    """What rules with two decay rates take."""
+
+    betas: tuple[float, float] = option(
+        (0.9, 0.95),
+        "decay rates of the first and second moment (Lion: the moment's weight in the direction, and its decay)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsOptions(CommonOptions):
+    """What rules that divide by the root of a second moment take."""
+
+    eps: float = option(1e-8, "added to the root of the second moment", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamOptions(EpsOptions, BetaOptions):
     """What rules with Adam's two moments take."""
 
-    betas: tuple[float, float] = option((0.9, 0.95), "decay rates of the first and second moment")
-    eps: float = option(1e-8, "added to the root of the second moment", minimum=0)
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizedOrthogonalOptions(OrthogonalOptions, EpsOptions):
+    """What rules take that divide the orthogonal factor by the root of its own second moment."""
+
+    beta2: float = option(
+        0.95, "decay of the second moment of the orthogonal factor", minimum=0, maximum=0.9999999
+    )
+    factor_rms: float = option(
+        0.2, "root mean square of its elements to which the normalized factor is scaled", minimum=0
+    )
 
 
 class PeakRate(NamedTuple):
@@ -154,6 +180,9 @@ class PeakRate(NamedTuple):
 
 # Sources of rates that several presets share.
 TUNED_TINY = "tuned at 1.8M, 150 steps of 2,048 tokens (docs/benchmarks.md)"
+AS_ADAMW = (
+    "AdamW's value: elements of the update have AdamW's root mean square, 0.2 (arXiv 2502.16982, §2.2); "
+)
 CONDA_BASELINE = "baseline of Conda's C4 scripts (github.com/jie040109/Conda), GaLore protocol"
 
 

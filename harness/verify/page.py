@@ -152,7 +152,11 @@ def markdown(certified: Certified) -> str:
             if controls
             else ".**"
         ),
-        _INTRODUCTION.format(steps=cells.STEPS, bound=_short(verdict.REPLAY_BOUND, 0)),
+        _INTRODUCTION.format(
+            steps=cells.STEPS,
+            bound=_short(verdict.REPLAY_BOUND, 0),
+            others=", ".join(f"`{rule}` {_short(b, 0)}" for rule, b in sorted(verdict.REPLAY_BOUNDS.items())),
+        ),
         "## Replay error, the worst cell of each rule and engine",
         _table(*_worst(ours)),
         _ROUNDED,
@@ -178,7 +182,8 @@ _INTRODUCTION = """\
 Each cell trains a LLaMA of 3 layers on the King James Bible for {steps} steps through the harness's own engine and
 loop. A recorder stores the gradients that the optimizer receives. *Replay* runs the rule on whole matrices in fp64,
 in one process, on these gradients. The replay error is the largest ‖ΔW − ΔW_ref‖_F / ‖ΔW_ref‖_F over the
-parameters. A cell is green up to {bound}, which is fp32 rounding, if it also meets these conditions: the first
+parameters. A cell is green up to {bound}, which is fp32 rounding (rules that amplify it: {others}), if it also meets
+these conditions: the first
 gradients are those of one fp32 process and have the norm that clipping leaves; every matrix takes the rule and is
 orthogonalized once per step; replicas are bit-equal; in fp32, the weights after four steps are those of one
 process. Ranks are processes on one CPU machine, over gloo; nothing here was run on GPUs. Polynomial orthogonalizers

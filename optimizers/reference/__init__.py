@@ -4,9 +4,12 @@ Nothing here is batched, sharded or fast, and nothing here is imported by the ru
 written independently and tests hold them against each other. numpy only.
 """
 
+from optimizers.reference.adamuon import AdaMuon
 from optimizers.reference.adamw import AdamW
 from optimizers.reference.galore import GaLore
+from optimizers.reference.lion import Lion
 from optimizers.reference.muon import Muon
+from optimizers.reference.normuon import NorMuon
 from optimizers.reference.sumo import Sumo
 
-__all__ = ["AdamW", "GaLore", "Muon", "Sumo"]
+__all__ = ["AdaMuon", "AdamW", "GaLore", "Lion", "Muon", "NorMuon", "Sumo"]

@@ -28,6 +28,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "galore_muon": {**LOW, "orthogonalizer_dtype": "float32"},
     "muon": {"orthogonalizer_dtype": "float32"},
     "muon_svd": {},
+    "normuon": {"orthogonalizer_dtype": "float32"},
+    "adamuon": {"orthogonalizer_dtype": "float32"},
+    "lion": {},
     "adamw": {},
 }
 
@@ -128,7 +131,7 @@ def test_uneven_and_empty_shards(four_ranks: RankPool, preset: str) -> None:
         assert worst(result["weights"], expected, UNEVEN) < TOLERANCE
 
 
-@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "adamw"])
+@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "lion", "adamw"])
 def test_replicas_of_shards(four_ranks: RankPool, preset: str) -> None:
     """HSDP: two replicas of two shards."""
     results = four_ranks.run(sharded, preset, EVEN, 0, 2, {})

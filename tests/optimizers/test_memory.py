@@ -61,6 +61,9 @@ def test_the_state_follows_its_formula(preset: str) -> None:
         "muon": lambda m, n: m * n,
         "galore": lambda m, n: r * min(m, n) + 2 * r * max(m, n),
         "adamw": lambda m, n: 2 * m * n,
+        "lion": lambda m, n: m * n,
+        "normuon": lambda m, n: m * n + max(m, n),
+        "adamuon": lambda m, n: 2 * m * n,
     }
     family = "sumo" if preset == "galore_muon" else preset.split("_")[0]
     numbers = sum(per_matrix[family](m, n) for m, n in shapes)

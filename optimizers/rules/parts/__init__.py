@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimizers.rules.parts.building_blocks import *  # noqa: F403
+    from optimizers.rules.parts.normalized_factors import *  # noqa: F403
     from optimizers.rules.parts.subspace_shapes import *  # noqa: F403
 
-_MODULES = ("subspace_shapes", "building_blocks")
-"""Where a name is looked for. The state of a rule is asked for without torch, which only the second needs."""
+_MODULES = ("subspace_shapes", "building_blocks", "normalized_factors")
+"""Where a name is looked for. The state of a rule is asked for without torch, which only the others need."""
 
 
 def __getattr__(name: str) -> Any:
