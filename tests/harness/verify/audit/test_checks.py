@@ -1,0 +1,196 @@
+"""Each check passes a correct optimizer and fails one with the defect that it looks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import optimizers
+from harness.verify.audit import checks
+from harness.verify.audit.document import Check
+from harness.verify.audit.subject import Named, NotRunnable, Subject
+from harness.verify.audit.targets import Target
+from tests.harness.verify.audit import defective
+
+DEFECTS: list[tuple[str, type[defective.Momentum], str]] = [
+    ("repeatable", defective.Draws, "differ"),
+    ("state bytes", defective.Grows, "history grew"),
+    ("state bytes", defective.Overclaims, "state_bytes() says"),
+    ("resume", defective.Forgets, "self.moments"),
+    ("resume weights only", defective.Pickles, "weights_only"),
+    ("lr schedule", defective.CopiesRate, "keep no copy"),
+    ("lr schedule", defective.ReadsLastGroup, "of another group"),
+    ("tensor lr", defective.NeedsFloat, "lr must be a float"),
+    ("tensor lr", defective.WritesRate, "writes into"),
+    ("weight decay", defective.IgnoresDecay, "ignored"),
+    ("weight decay", defective.Inflates, "wrong sign"),
+    ("weight decay", defective.CoupledUnderFlag, "weight_decouple=True"),
+    ("frozen parameter", defective.DecaysFrozen, "no gradient and moves"),
+    ("late unfrozen", defective.SkipsLate, "does not move"),
+    ("added group", defective.SkipsLate, "does not move"),
+    ("zero gradients", defective.DividesByZero, "not finite"),
+    ("nonfinite gradients", defective.SpreadsNan, "reaches"),
+    ("sparse gradients", defective.DropsSparse, "ignored"),
+    ("no gradients", defective.CountsAlways, "the step counts"),
+    ("keeps gradients", defective.OverwritesGradient, "overwrites"),
+    ("closure", defective.LosesLoss, "returns None"),
+    ("closure", defective.NoGradClosure, "without gradients"),
+    ("silence", defective.Prints, "prints"),
+    ("vectors and scalars", defective.NeedsRows, "scalar ()"),
+    ("higher ranks", defective.Unpacks, "experts (3, 4, 6)"),
+    ("empty parameters", defective.BreaksOnEmpty, "no_rows (0, 6)"),
+    ("transposed parameters", defective.ReadsMemoryOrder, "contiguous"),
+    ("tied weights", defective.SilentTwice, "without a warning"),
+    ("parameter order", defective.DependsOnPlace, "order of parameters"),
+    ("bf16 parameters", defective.Vanishes, "master weights"),
+    ("foreach", defective.ForeachDiffers, "foreach=True"),
+    ("fused", defective.FusedDiffers, "fused=True"),
+    ("host syncs", defective.ReadsHost, "12 per step"),
+    ("torch.compile", defective.DiffersCompiled, "eager"),
+]
+
+FACTS = {"keeps gradients", "bf16 parameters", "host syncs"}
+"""Checks that tell a fact, and never that something is wrong: no contract of torch forbids it."""
+
+
+def build_of(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[Named], Any]:
+    """Return the function that checks call."""
+    return lambda named: kind([p for _, p in named], **options)
+
+
+def test_every_check_has_a_defect() -> None:
+    assert {name for name, *_ in DEFECTS} == set(checks.CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"), DEFECTS, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_defect_is_found(name: str, kind: type[defective.Momentum], words: str) -> None:
+    (found,) = checks.checks_of(build_of(kind), [name])
+    assert found.name == name
+    assert found.passed is (None if name in FACTS else False), found.detail
+    assert words in found.detail
+
+
+def failed(found: list[Check]) -> list[str]:
+    """Return the failed checks, with their details."""
+    return [f"{check.name}: {check.detail}" for check in found if check.passed is False]
+
+
+def test_correct_optimizer_fails_nothing() -> None:
+    found = checks.checks_of(build_of(defective.Momentum))
+    assert not failed(found)
+    assert {check.name for check in found if check.passed is None} == {
+        # It has no such options, refuses sparse gradients, and lets a NaN into the state of its own parameter.
+        "foreach",
+        "fused",
+        "sparse gradients",
+        "nonfinite gradients",
+    }
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.Muon])
+def test_torch_fails_nothing(kind: type[torch.optim.Optimizer]) -> None:
+    names = [name for name in checks.CHECKS if name != "torch.compile"]
+    found = checks.checks_of(build_of(kind, lr=3e-3), names)
+    assert not failed(found)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["sumo", *(pytest.param(name, marks=pytest.mark.slow) for name in optimizers.names() if name != "sumo")],
+)
+def test_presets_fail_nothing(preset: str) -> None:
+    names = [name for name in checks.CHECKS if name != "torch.compile"]
+    found = checks.checks_of(lambda named: optimizers.build(preset, named, lr=2e-3), names)
+    assert not failed(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (torch.optim.AdamW, {}, "decoupled: 0.0001 of the weights per step, lr · weight_decay"),
+        (torch.optim.Adam, {}, "coupled: the decay enters the update rule"),
+        (torch.optim.SGD, {"momentum": 0.7}, "coupled: the decay enters the update rule"),
+        # Without momentum, both kinds are one rule.
+        (torch.optim.SGD, {}, "decoupled: 0.0001 of the weights per step, lr · weight_decay"),
+    ],
+)
+def test_weight_decay_is_classified(kind: Any, options: dict[str, Any], words: str) -> None:
+    (found,) = checks.checks_of(build_of(kind, lr=1e-3, **options), ["weight decay"])
+    assert (found.passed, found.detail) == (True, words)
+
+
+def test_state_is_measured_per_element() -> None:
+    """Adam's two moments and a counter per parameter, by arithmetic."""
+    (found,) = checks.checks_of(build_of(torch.optim.Adam), ["state bytes"])
+    elements = 24 * 8 + 8 * 8 + 16 * 8 + 8 * 16 + 8 + 12
+    counters = 6 * 4 / elements
+    assert found.detail == (
+        f"{8 + counters:.2f} bytes per parameter element (exp_avg 4.00, exp_avg_sq 4.00, step {counters:.2f})"
+    )
+
+
+def test_time_limit_is_no_failure() -> None:
+    class Sleeps(defective.Momentum):
+        def update(self, p: Any, gradient: Any, group: Any) -> None:
+            if group["weight_decay"]:
+                while True:
+                    pass
+            super().update(p, gradient, group)
+
+    (found,) = checks.checks_of(build_of(Sleeps), ["weight decay"], limit_s=0.2)
+    assert (found.passed, found.detail) == (None, "did not end within 0.2 s")
+
+
+def test_unexpected_exception_fails_the_check() -> None:
+    class Breaks(defective.Momentum):
+        def state_dict(self) -> Any:
+            raise OverflowError("no state today")
+
+    (found,) = checks.checks_of(build_of(Breaks), ["resume"])
+    assert (found.passed, found.detail) == (False, "OverflowError: no state today")
+
+
+def test_optimizer_that_cannot_step_is_no_finding() -> None:
+    class Refuses(defective.Momentum):
+        def step(self, closure: Any = None) -> Any:
+            raise RuntimeError("needs a second loss")
+
+    found = checks.checks_of(build_of(Refuses))
+    assert all(check.passed is None and "needs a second loss" in check.detail for check in found)
+    with pytest.raises(NotRunnable, match="needs a second loss"):
+        Subject(build_of(Refuses))
+
+
+def test_target_is_built_from_its_form() -> None:
+    target = Target("pytorch_optimizer.Muon", {"lr": 0.01}, form="groups")
+    (found,) = checks.run_checks(target, ["state bytes"])
+    assert found.passed is True
+
+
+def test_target_that_takes_the_model() -> None:
+    target = Target("tests.harness.verify.audit.defective.of_model", form="model")
+    (found,) = checks.run_checks(target, ["parameter order"])
+    assert found.passed is True, found.detail
+
+
+@pytest.mark.parametrize(("lag", "words"), [(1, "one step late"), (0, "0.1 as far")])
+def test_late_rate_is_told(lag: int, words: str) -> None:
+    class Lags(defective.Momentum):
+        def update(self, p: Any, gradient: Any, group: Any) -> None:
+            rates = self.state[p].setdefault("rates", [])
+            rates.append(group["lr"])
+            moment = self.state[p].setdefault("moment", torch.zeros_like(p)).add_(gradient)
+            p.sub_(rates[-1 - lag if len(rates) > lag else -1] * self.direction(moment))
+
+    (found,) = checks.checks_of(build_of(Lags), ["lr schedule"])
+    assert found.passed is True
+    assert found.detail.endswith(words)
+
+
+def test_matrices_alone_are_tried() -> None:
+    assert all(len(shape) == 2 for shape in Subject(build_of(torch.optim.Muon)).shapes.values())
