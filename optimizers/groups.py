@@ -21,8 +21,7 @@ _AUX = {
     "aux_betas": "betas",
     "aux_eps": "eps",
     "aux_scheduled": "scheduled",
-    "rounding": "rounding",
-    "seed": "seed",
+    **{key: key for key in ("rounding", "seed", "weight_decay_form", "average_decay", "state_dtype")},
 }
 # Group keys that are not options.
 _PLAIN_KEYS = {"params", "param_names", "rule", "scheduled", "initial_lr"}

@@ -59,6 +59,10 @@ class LocalView(Protocol):
         """Return the gradient's elements that this process holds, in any shape; None where there is none."""
         ...
 
+    def held(self, parameter: Tensor, block: Block) -> Tensor:
+        """Return a view of all weights of the matrix that this process holds, in any shape, broken rows included."""
+        ...
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Return the matrix' interval of a tensor laid out as the parameter is here; None where it breaks rows."""
         ...
@@ -107,6 +111,11 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
+def parameter_shape(parameter: Tensor) -> torch.Size:
+    """Return the whole shape, also where ZeRO-3 has emptied the parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 @dataclass
 class MatrixBatch:
     """b matrices of one shape, as a rule sees them in one step.
@@ -129,6 +138,7 @@ class MatrixBatch:
         start: where the interval begins.
         shard_bounds: (start, length) of the intervals of all ranks, where the matrices are split.
         skipped: positions of which this step must leave no trace, as the host knows them.
+        radii: (b,) fp64 Frobenius norms that the updates are given (`weight_norm=hyperball`); None: another size.
         keep_gradient: keep the stacked copy of the gradients between reads; False where many batches are alive.
     """
 
@@ -146,6 +156,7 @@ class MatrixBatch:
     start: int = 0
     shard_bounds: ShardBounds | None = None
     skipped: frozenset[int] = frozenset()
+    radii: Tensor | None = None
     keep_gradient: bool = True
     _gradient: Tensor | None = None
 

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from optimizers import presets
+from optimizers import presets, weight_average, weight_norms
 from optimizers.interfaces import MatrixRef
+from optimizers.interfaces import parameter_shape as parameter_shape
 from optimizers.layouts.batches import BatchState
 from optimizers.layouts.layout import Layout
 from optimizers.layouts.owner_buckets import WorkSplitBucket
 from optimizers.rule import Rule
 from optimizers.step_units import StepUnits
 
+_ELEMENTWISE = {"moment", "second_moment", "compensation", weight_average.KIND}
+"""State of AdamW that has the shape of its parameter."""
 FLAT = -1
 """As `StatePiece.dim`: the interval counts elements of the flattened tensor."""
 
@@ -91,7 +94,8 @@ def pieces(optimizer: StatefulOptimizer) -> Iterator[StatePiece]:
     is_first = layout.is_first_replica
     for unit in units.all():
         group = units.group_of(unit)
-        if group.rule != "adamw":
+        is_adamw = group.rule == "adamw"
+        if not is_adamw:
             rule = presets.load_rule(group.rule)
             for bucket in units.buckets(unit):
                 for batch_state in (*bucket.batch_states, *bucket.receivers):
@@ -99,18 +103,21 @@ def pieces(optimizer: StatefulOptimizer) -> Iterator[StatePiece]:
                     yield from _of_batch_state(
                         batch_state, rule, is_first or isinstance(bucket, WorkSplitBucket)
                     )
-            continue
         for parameter in units.parameters(unit):
             name, shape = units.name_of(parameter), tuple(parameter_shape(parameter))
             dim, start = layout.interval(parameter)
             for kind, tensor in optimizer.state[parameter].items():
-                if isinstance(tensor, Tensor):
+                # The rest of a matrix rule's state is that of its batches.
+                if isinstance(tensor, Tensor) and (
+                    kind in _ELEMENTWISE if is_adamw else kind == weight_average.KIND
+                ):
                     yield StatePiece(name, kind, shape, dim, start, tensor, is_first or dim == FLAT)
-
-
-def parameter_shape(parameter: Tensor) -> torch.Size:
-    """Return the whole shape, also where ZeRO-3 has emptied the parameter."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+        if group.options.get("weight_norm", "free") != "free":
+            for matrix in units.matrices(unit):
+                norm = optimizer.state[matrix.parameter][matrix.key(weight_norms.KIND)]
+                yield StatePiece(
+                    matrix.block.name, weight_norms.KIND, (), None, 0, norm, layout.is_writer(unit)
+                )
 
 
 def _of_batch_state(batch_state: BatchState, rule: Rule, is_first: bool) -> Iterator[StatePiece]:
@@ -191,7 +198,7 @@ def load(
 
 # Options that shape the state or what it means; others may differ and are taken from the state dict, as torch
 # does.
-_STRUCTURAL = ("rule", "rank", "side")
+_STRUCTURAL = ("rule", "rank", "side", "state_dtype", "split_heads")
 
 
 def check_state_dict(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from optimizers import groups, skipping
+from optimizers import groups, skipping, weight_average
 from optimizers.layouts.layout import Layout, StepUnit, Unattached
 from optimizers.layouts.partitioned import PartitionedLayout
 from optimizers.layouts.pipeline import step_buckets
@@ -26,7 +26,7 @@ from optimizers.options import OptionError
 from optimizers.presets import resolve
 from optimizers.routing import Modules, Route
 from optimizers.rules.parts import adamw_kernels
-from optimizers.skipping import Candidate, Candidates, SkipTracker, StepMask
+from optimizers.skipping import Candidates, SkipTracker, StepMask
 from optimizers.step_stats import StepStats, first_moments, moment_shapes, moment_spectra
 from optimizers.step_units import RuleGroup, StepUnits, adamw_settings, apply_config
 
@@ -171,13 +171,18 @@ class Optimizer(torch.optim.Optimizer):
         if not active:
             return
         with record_function(f"optimizer/{rule}"), without_autocast(active[0].device.type):
-            candidates = self._candidates(unit, active)
+            candidates = self.units.skip_candidates(unit, active)
             mask = self._mask(unit, candidates)
             moved = [p for p in active if not mask.units.issuperset(key for key, _, _ in candidates[p])]
+            parts = self.units.parts(unit)
+            for hook in self.units.hooks:
+                hook.before(parts, mask)
             if rule != "adamw":
                 self._step_matrices(unit, mask)
             elif moved:
                 self._step_adamw(unit, moved, mask)
+            for hook in self.units.hooks:
+                hook.after(parts, moved, mask)
         for parameter in moved:
             self.state[parameter]["step"] += 1
         self.stats.stepped(moved)
@@ -195,23 +200,13 @@ class Optimizer(torch.optim.Optimizer):
             adamw_settings(self.units.group_of(unit).options),
             [self.units.name_of(p) for p in active],
             mask.everything,
+            self.units.stored_parts(unit, active),
         )
         if self.stats.observing and self.preset_rule == "adamw":
             for observed in first_moments(self.units, unit):
                 self.stats.observe(*observed)
 
     # Gradients that are missing, sparse or not finite.
-
-    def _candidates(self, unit: StepUnit, active: list[Tensor]) -> Candidates:
-        """Return what may skip the step as one: each matrix, or under AdamW each parameter."""
-        if self.units.group_of(unit).rule == "adamw":
-            name_of, gradient = self.units.name_of, self.layout.gradient
-            return {p: [((id(p), ""), name_of(p), gradient(p))] for p in active}
-        candidates: dict[Tensor, list[Candidate]] = {}
-        for m in self.units.matrices(unit):
-            elements = m.view.elements(m.parameter, m.block)
-            candidates.setdefault(m.parameter, []).append((m.unit, m.block.name, elements))
-        return candidates
 
     def _mask(self, unit: StepUnit, candidates: Candidates) -> StepMask:
         return self._skips.mask(
@@ -398,9 +393,16 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.units.groups:
             for parameter in filter(self.units.has_started, group.parameters):
                 for kind, size in kind_bytes(self.state[parameter]).items():
-                    name = "aux" if has_aux and group.rule == "adamw" else kind
+                    is_aux = has_aux and group.rule == "adamw" and kind != weight_average.KIND
+                    name = "aux" if is_aux else kind
                     total[name] = total.get(name, 0) + size
         return total
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the averages in the place of the weights inside the context (`average_decay`)."""
+        with torch.no_grad(), weight_average.averages_in_place(map(self.units.parts, self.units.all())):
+            yield
 
     def steps_by_name(self) -> dict[str, int]:
         """Return parameter name → steps it has taken."""

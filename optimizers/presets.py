@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from optimizers.options import Option, OptionError, closest, declared
-from optimizers.rule_options import CommonOptions, MatrixOptions, Preset
+from optimizers.rule_options import CommonOptions, MatrixOptions, Preset, check_common
 
 if TYPE_CHECKING:
     from optimizers.rule import Rule
@@ -145,6 +145,7 @@ def resolve(name: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> d
                 key, value, f"is not an option of {name}", sorted(values), closest(key, list(values))
             )
         values[key] = known[key].check(value)
+    check_common(base.rule, values)
     if base.rule in _CHECKS:
         _CHECKS[base.rule](values)
     return values

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from optimizers.options import option
+from optimizers.options import OptionError, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,29 @@ class CommonOptions:
         "(with a compensation of the weight's size in the state)",
     )
     seed: int = option(0, "seed of the randomized basis and of stochastic rounding", minimum=0)
+    weight_decay_form: Literal["decoupled", "cautious"] = option(
+        "decoupled",
+        "decoupled: of every weight; cautious: only where update and weight do not have opposite signs "
+        "(arXiv 2510.12402)",
+    )
+    weight_norm: Literal["free", "fixed", "hyperball"] = option(
+        "free",
+        "Frobenius norm R of each hidden matrix: free; fixed: after each step the weight is scaled back to the R it "
+        "started with; hyperball: the update is given the norm R, too, so that lr is a relative step "
+        "(arXiv 2606.16899)",
+    )
+    average_decay: float | None = option(
+        None,
+        "β of the average of weights that evaluation uses, too: A ← βA + (1 − β)W after each step, corrected for its "
+        "start; null: none is kept",
+        minimum=0,
+        maximum=0.9999999,
+    )
+    state_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "how moments are stored: float32 (float64 for float64 weights), or bfloat16, rounded stochastically; bases "
+        "stay float32",
+    )
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -50,6 +73,15 @@ class MatrixOptions(CommonOptions):
     alpha: float = option(
         1.0, "factor on the whole matrix update (not on the weight decay)", minimum=0
     )  # fmt: skip
+    update_rms: float | None = option(
+        None,
+        "root mean square that the update of each matrix is scaled to, before lr (AdamW's is about 0.2); it takes the "
+        "place of update_scale and alpha; null: the update as the rule gives it",
+        minimum=1e-6,
+    )
+    split_heads: bool = option(
+        False, "each head of Q, K and V is a matrix of its own for the rule, also in fused projections"
+    )
     aux_lr: float | None = option(
         None, "learning rate of AdamW on what takes no matrix rule; null: the same as lr", minimum=0
     )
@@ -58,6 +90,53 @@ class MatrixOptions(CommonOptions):
     aux_eps: float = option(1e-8, "eps of that AdamW", minimum=0)
     aux_eps_form: Literal["corrected", "raw"] = option("corrected", "as eps_form, of that AdamW")
     aux_weight_decay: float = option(0.0, "weight decay of that AdamW", minimum=0)
+
+
+NEUTRAL: Mapping[str, Any] = MappingProxyType(
+    {
+        "weight_decay_form": "decoupled",
+        "weight_norm": "free",
+        "average_decay": None,
+        "state_dtype": "float32",
+        "update_rms": None,
+        "split_heads": False,
+    }
+)
+"""Options that came later, and the values under which a run is what it was before: they are no part of its identity."""
+
+
+def check_common(rule: str, values: Mapping[str, Any]) -> None:
+    """Refuse values of the common options that exclude each other, or that mean nothing under this rule.
+
+    Args:
+        rule: of the preset.
+        values: all of its options.
+
+    Raises:
+        OptionError: naming one of the options.
+    """
+    norm = values["weight_norm"]
+    if norm != "free" and values["weight_decay"] != 0:
+        raise OptionError(
+            "weight_norm",
+            norm,
+            f"undoes weight_decay={values['weight_decay']:g}: both set the norm of the weights",
+            ("free", f"{norm} with weight_decay=0"),
+        )
+    if norm == "hyperball" and rule == "adamw":
+        raise OptionError(
+            "weight_norm",
+            norm,
+            "scales whole updates, which adamw computes element by element",
+            ("free", "fixed", "hyperball with a matrix rule, e.g. muon"),
+        )
+    if norm == "hyperball" and values["update_rms"] is not None:
+        raise OptionError(
+            "update_rms",
+            values["update_rms"],
+            "and weight_norm=hyperball both set the size of the update",
+            ("null", f"{values['update_rms']:g} with weight_norm=fixed"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimizers import presets
-from optimizers.interfaces import MatrixRef
-from optimizers.layouts.batches import ApplyConfig
+from optimizers.hooks import StepHook, UnitParts
+from optimizers.interfaces import MatrixRef, parameter_shape
+from optimizers.layouts.apply import ApplyConfig
 from optimizers.layouts.layout import (
     Bucket,
     Layout,
@@ -22,6 +24,10 @@ from optimizers.refresh_schedule import refresh_offsets
 from optimizers.rounding import Rounding
 from optimizers.routing import Route
 from optimizers.rules.parts import adamw_kernels
+from optimizers.skipping import Candidate, Candidates
+from optimizers.stored_moments import TensorPart
+from optimizers.weight_average import WeightAverage
+from optimizers.weight_norms import WeightNorms
 
 
 @dataclass
@@ -62,10 +68,12 @@ class StepUnits:
     Attributes:
         state: the optimizer's, parameter → key → value; the optimizer sets it whenever torch replaces it.
         groups: one for each param group, in order.
+        hooks: what acts on weights around their rule, in this order.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.hooks: list[StepHook] = [WeightNorms(), WeightAverage()]
         self.state: Mapping[Tensor, dict[str, Any]] = {}
         self.groups: list[RuleGroup] = []
         self._names: dict[int, str] = {}
@@ -120,6 +128,24 @@ class StepUnits:
         group = self.group_of(unit)
         return [group.parameters[position] for position in unit.positions]
 
+    def stored_parts(self, unit: StepUnit, parameters: Sequence[Tensor]) -> list[TensorPart] | None:
+        """Return which elements of AdamW's moments are here, which bf16 ones are rounded by; None for others."""
+        if self.group_of(unit).options.get("state_dtype") != "bfloat16":
+            return None
+        parts = []
+        for parameter in parameters:
+            dim, start = self.layout.interval(parameter)
+            local = tuple(self.layout.weight(parameter).shape)
+            parts.append(TensorPart(tuple(parameter_shape(parameter)), dim, start, local))
+        return parts
+
+    def parts(self, unit: StepUnit) -> UnitParts:
+        """Return what hooks act on."""
+        options = self.group_of(unit).options
+        return UnitParts(
+            unit, options, self.layout, self.state, self.parameters(unit), partial(self.matrices, unit)
+        )
+
     def routed(self, unit: StepUnit) -> list[tuple[Tensor, Route]]:
         """Return (parameter, route) for the parameters of a unit."""
         group = self.group_of(unit)
@@ -140,6 +166,16 @@ class StepUnits:
         if matrices is None:
             matrices = self._matrices[unit.key] = self._new_matrices(unit)
         return matrices
+
+    def skip_candidates(self, unit: StepUnit, active: list[Tensor]) -> Candidates:
+        """Return what may skip the step as one: each matrix, or under AdamW each parameter."""
+        if self.group_of(unit).rule == "adamw":
+            return {p: [((id(p), ""), self.name_of(p), self.layout.gradient(p))] for p in active}
+        candidates: dict[Tensor, list[Candidate]] = {}
+        for m in self.matrices(unit):
+            elements = m.view.elements(m.parameter, m.block)
+            candidates.setdefault(m.parameter, []).append((m.unit, m.block.name, elements))
+        return candidates
 
     def start(self, parameters: Iterable[Tensor]) -> None:
         """Allocate state for frozen parameters, which are stepped from now on (a collective, as ``step`` is).
@@ -179,11 +215,13 @@ class StepUnits:
             for parameter in self.parameters(unit):
                 self.state[parameter].setdefault("step", 0)
                 if group.rule == "adamw":
-                    self._allocate_adamw(parameter, group.options["rounding"])
+                    self._allocate_adamw(parameter, group.options)
             if group.rule != "adamw":
                 for bucket in self.buckets(unit):
                     for batch_state in (*bucket.batch_states, *bucket.receivers):
                         batch_state.bind(self.state)
+            for hook in self.hooks:
+                hook.allocate(self.parts(unit))
 
     def state_was_replaced(self) -> None:
         """Check the state tensors anew after they were written from outside (a collective if they are split)."""
@@ -193,9 +231,10 @@ class StepUnits:
                     for batch_state in bucket.batch_states:
                         batch_state.watch(all_of=True)
 
-    def _allocate_adamw(self, parameter: Tensor, rounding: str) -> None:
+    def _allocate_adamw(self, parameter: Tensor, options: Mapping[str, Any]) -> None:
         weight, state = self.layout.weight(parameter), self.state[parameter]
-        for kind, dtype in adamw_kernels.state_kinds(rounding, weight).items():
+        kinds = adamw_kernels.state_kinds(options["rounding"], weight, options.get("state_dtype", "float32"))
+        for kind, dtype in kinds.items():
             if kind not in state:
                 state[kind] = torch.zeros_like(
                     weight, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
@@ -255,7 +294,7 @@ class StepUnits:
 def apply_config(options: Mapping[str, Any]) -> ApplyConfig:
     """Return what the updates of a matrix group are applied with in this step."""
     decays_after = options.get("decay_order") == "after"
-    return ApplyConfig(_lr(options), _decay(options), decays_after, _rounding(options))
+    return ApplyConfig(_lr(options), _decay(options), decays_after, _rounding(options), _is_cautious(options))
 
 
 def adamw_settings(options: Mapping[str, Any]) -> adamw_kernels.AdamWSettings:
@@ -271,6 +310,7 @@ def adamw_settings(options: Mapping[str, Any]) -> adamw_kernels.AdamWSettings:
         options["eps"],
         options["eps_form"],
         _rounding(options),
+        _is_cautious(options),
     )
 
 
@@ -284,6 +324,10 @@ def _decay(options: Mapping[str, Any]) -> float:
     lr = options["lr"]
     keeps_lr = not options["scheduled"]
     return 0.0 if keeps_lr and isinstance(lr, float) and lr == 0.0 else options["weight_decay"]
+
+
+def _is_cautious(options: Mapping[str, Any]) -> bool:
+    return options.get("weight_decay_form") == "cautious"
 
 
 def _rounding(options: Mapping[str, Any]) -> Rounding:

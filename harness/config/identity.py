@@ -16,6 +16,7 @@ from harness.config.model_facts import router_coefficient
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.files.cache import Fingerprints, cache_root
+from optimizers.rule_options import NEUTRAL
 
 _DIGITS = 16
 
@@ -57,7 +58,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         "model": {"model_type": model["model_type"], "config": model["config"], "path": _weights(config)},
         # Where the text came from is in the corpus hash; what is done with it is not.
         "data": {"mode": data["mode"], "validation_tokens": data["validation_tokens"]},
-        "optimizer": {k: v for k, v in optimizer.items() if k not in ("lr_source", "lr_tuned")},
+        "optimizer": _optimizer(optimizer),
         "schedule": schedule,
         # The loss is read on these tokens: another number of them is another result.
         "eval": {"tokens": values["eval"]["tokens"]},
@@ -71,6 +72,15 @@ def _facts(config: RunConfig) -> dict[str, Any]:
     if values["max_loss_rise"] is not None:
         facts["max_loss_rise"] = values["max_loss_rise"]
     return {**facts, **{name: values[name] for name in scalars}}
+
+
+def _optimizer(section: dict[str, Any]) -> dict[str, Any]:
+    """Return what the optimizer is, without options that came later and change nothing."""
+    return {
+        key: value
+        for key, value in section.items()
+        if key not in ("lr_source", "lr_tuned") and not (key in NEUTRAL and value == NEUTRAL[key])
+    }
 
 
 def _weights(config: RunConfig) -> str | None:

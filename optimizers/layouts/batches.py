@@ -1,17 +1,17 @@
-"""Batches of same-shape matrices on this process: where their state lives, and how updates are applied."""
+"""Batches of same-shape matrices on this process: where their state lives, and in which dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optimizers.interfaces import LowRank, MatrixBatch, MatrixRef, compute_dtype, gradient_of
-from optimizers.rounding import Rounding, compensated, rounded
+from optimizers.interfaces import MatrixBatch, MatrixRef, compute_dtype
 from optimizers.skipping import StepMask
+from optimizers.stored_moments import TensorPart, WideState, round_into, stored_dtype
 
 # Bytes of gradient that one batch holds at most: the transient memory of a step is a small multiple of this.
 # On CPUs larger blocks leave the cache and come fresh from the kernel each time; GPUs want few launches.
@@ -19,7 +19,6 @@ BATCH_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
 
 OptimizerState = Mapping[Tensor, dict[str, Any]]
 Shapes = dict[str, tuple[int, ...]]
-_T = TypeVar("_T")
 
 
 class BatchState:
@@ -32,6 +31,7 @@ class BatchState:
         matrices: matrices of one shape, of which this process holds equal parts.
         options: of their group.
         shapes: kind → shape of one matrix' state here.
+        splits: kind → dimension of which this process holds an interval, where there is one.
         agree: (b,) booleans "not zero here" → "not zero on any process that holds a part", a collective;
             None: this process holds all of what is looked at.
     """
@@ -42,6 +42,7 @@ class BatchState:
         options: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
         agree: Callable[[Tensor], Tensor] | None = None,
+        splits: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.matrices = list(matrices)
         self.options = options
@@ -53,6 +54,11 @@ class BatchState:
         self.dtype = compute_dtype(first.parameter)
         self.device = first.parameter.device
         self.weight_dtype = first.parameter.dtype
+        self._splits = splits
+        # A rule may be tried without the options that all rules take (`optimizers.rule_checks`).
+        name = options.get("state_dtype", "float32")
+        self._dtypes = {kind: stored_dtype(kind, name, self.dtype) for kind in self.shapes}
+        self._narrow = frozenset(kind for kind, dtype in self._dtypes.items() if dtype != self.dtype)
         self._stacked: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}
         self._flags = [False] * len(self.matrices)
@@ -75,7 +81,7 @@ class BatchState:
                 state[m.parameter].get(m.key(kind)) is view for m, view in zip(self.matrices, views)
             ):
                 continue
-            dtype = self.weight_dtype if kind == "compensation" else self.dtype
+            dtype = self.weight_dtype if kind == "compensation" else self._dtypes[kind]
             stacked = torch.zeros((len(self.matrices), *shape), dtype=dtype, device=self.device)
             for slot, matrix in zip(stacked, self.matrices):
                 existing = state[matrix.parameter].get(matrix.key(kind))
@@ -119,11 +125,17 @@ class BatchState:
             state=self.state_of(active),
             masked=mask.tensor(units, self.device),
             skipped=skipped,
+            radii=self._radii(matrices, state),
             dtype=self.dtype,
             split=self.split,
             start=self.start,
             shard_bounds=self.matrices[0].view.shard_bounds,
         )
+
+    def _radii(self, matrices: Sequence[MatrixRef], state: Mapping[Tensor, dict[str, Any]]) -> Tensor | None:
+        if self.options.get("weight_norm") != "hyperball":
+            return None
+        return torch.stack([state[m.parameter][m.key("weight_norm")] for m in matrices])
 
     def _scheduled(self, index: int, step: int) -> bool:
         return step == 0 or (step + self.matrices[index].offset) % self.options["refresh_interval"] == 0
@@ -165,17 +177,35 @@ class BatchState:
         return self._flags
 
     def state_of(self, active: Sequence[int]) -> dict[str, Tensor]:
-        """Return kind → stacked state of the active matrices: the tensors themselves if all are, else copies."""
-        if len(active) == len(self.matrices):
-            return self._stacked
-        return {kind: torch.stack([views[i] for i in active]) for kind, views in self._views.items()}
+        """Return kind → stacked state of the active matrices: the tensors themselves if all are, else copies.
 
-    def write_back(self, active: Sequence[int], state: Mapping[str, Tensor]) -> None:
-        """Write back the copies of `state_of`."""
+        Moments that are stored in another dtype are copied to the batch's when they are first read.
+        """
         if len(active) == len(self.matrices):
-            return
-        for kind, stacked in state.items():
-            torch._foreach_copy_([self._views[kind][i] for i in active], list(stacked.unbind(0)))  # pyright: ignore[reportPrivateImportUsage]
+            state = self._stacked
+        else:
+            state = {kind: torch.stack([views[i] for i in active]) for kind, views in self._views.items()}
+        return WideState(state, self._narrow, self.dtype) if self._narrow else state
+
+    def write_back(self, active: Sequence[int], batch: MatrixBatch) -> None:
+        """Write back the copies of `state_of`; moments that are stored in another dtype are rounded."""
+        is_all = len(active) == len(self.matrices)
+        for kind, stacked in batch.state.items():
+            if kind in self._narrow:
+                targets = [self._views[kind][i] for i in active]
+                self._round(kind, stacked, self._stacked[kind] if is_all else targets, batch)
+            elif not is_all:
+                torch._foreach_copy_([self._views[kind][i] for i in active], list(stacked.unbind(0)))  # pyright: ignore[reportPrivateImportUsage]
+
+    def _round(self, kind: str, value: Tensor, target: Tensor | list[Tensor], batch: MatrixBatch) -> None:
+        dim = self._splits.get(kind)
+        local = self.shapes[kind]
+        whole = list(local)
+        if dim is not None:
+            assert self.split is not None
+            whole[dim] = self.matrices[0].block.shape[self.split]
+        part = TensorPart(tuple(whole), dim, self.start if dim is not None else 0, local)
+        round_into(target, value, part, batch.names, batch.steps, kind, self.options["seed"])
 
 
 def _count(steps: list[int], device: torch.device) -> Tensor:
@@ -200,7 +230,7 @@ class BatchEntry(NamedTuple):
 
     def finish(self) -> None:
         """Write the changed state back, ask which bases the next step renews, and drop the gradients."""
-        self.home.write_back(self.active, self.batch.state)
+        self.home.write_back(self.active, self.batch)
         self.home.watch(all_of=bool(self.batch.due))
         self.batch.release()
 
@@ -219,6 +249,7 @@ def make_batch_states(
     options: Mapping[str, Any],
     shapes: Callable[[MatrixRef], Shapes],
     agree: Callable[[Tensor], Tensor] | None = None,
+    splits: Callable[[MatrixRef], Mapping[str, int]] = lambda matrix: {},
 ) -> list[BatchState]:
     """Group matrices that are alike and alike held here, at most `BATCH_BYTES` of gradients in each group.
 
@@ -227,6 +258,7 @@ def make_batch_states(
         options: of their group.
         shapes: kind → shape of the state of one matrix.
         agree: see `BatchState`.
+        splits: of the state of one matrix, see `BatchState`.
     """
     kinds: dict[tuple[Any, ...], list[MatrixRef]] = {}
     for matrix in matrices:
@@ -237,7 +269,8 @@ def make_batch_states(
     for same in kinds.values():
         size = matrices_per_batch(same[0], same[0].view.shape)
         batch_states += [
-            BatchState(same[i : i + size], options, shapes(same[0]), agree) for i in range(0, len(same), size)
+            BatchState(same[i : i + size], options, shapes(same[0]), agree, splits(same[0]))
+            for i in range(0, len(same), size)
         ]
     return batch_states
 
@@ -254,158 +287,3 @@ def compensation(matrix: MatrixRef, options: Mapping[str, Any]) -> Shapes:
     if options["rounding"] != "kahan" or matrix.parameter.dtype == compute_dtype(matrix.parameter):
         return {}
     return {"compensation": matrix.view.shape}
-
-
-@dataclass(frozen=True)
-class ApplyConfig:
-    """How an update Δ reaches the weights: W ← (1 - lr·wd)·W - lr·Δ.
-
-    Attributes:
-        lr: learning rate of this step; a 0-dim tensor is taken too.
-        weight_decay: decoupled.
-        decay_last: the decay multiplies the weight after the step instead of before.
-        rounding: how half-precision weights take the fp32 result.
-    """
-
-    lr: float | Tensor
-    weight_decay: float
-    decay_last: bool
-    rounding: Rounding
-
-
-def apply_update(batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
-    """Update the weights of a batch (this process' part of them); Δ may be overwritten.
-
-    Args:
-        batch: whose weights.
-        delta: (b, m, n) in the batch's dtype, or its factors.
-        config: learning rate, decay, rounding.
-    """
-    lr, weight_decay, decay_last = config.lr, config.weight_decay, config.decay_last
-    weights = [m.weight() for m in batch.matrices]
-    if isinstance(delta, LowRank):
-        if _in_place(batch, weights):
-            _apply_factors(batch, weights, delta, config)
-            return
-        delta = delta.dense(batch)
-    mask = batch.masked
-    if mask is not None and mask.ndim:
-        mask = mask[:, None, None]
-    if mask is not None:
-        # Not a product: a masked step usually holds NaN, and NaN·0 is NaN.
-        delta = torch.where(mask, 0.0, delta)
-    decay: float | Tensor = 1.0 - lr * weight_decay
-    if mask is not None and weight_decay:
-        decay = torch.where(mask, torch.ones((), dtype=batch.dtype, device=delta.device), decay)
-    if weights[0].dtype != batch.dtype:
-        apply_to_half(batch, weights, delta, lr, decay if weight_decay else None, decay_last, config.rounding)
-        return
-    deltas = [m.block.like_view(d) for m, d in zip(batch.matrices, delta.unbind(0))]
-    descend(stepped(batch, weights), stepped(batch, deltas), config, decay)
-
-
-def stepped(batch: MatrixBatch, values: Sequence[_T]) -> list[_T]:
-    """Return the values (one for each matrix) of the matrices that take the step, as far as the host knows."""
-    return [value for position, value in enumerate(values) if position not in batch.skipped]
-
-
-def descend(
-    weights: list[Tensor], deltas: list[Tensor], config: ApplyConfig, decay: float | Tensor | None = None
-) -> None:
-    """Apply W ← decay·W - lr·Δ for tensors of any shape, of one dtype; Δ may be overwritten.
-
-    Args:
-        weights: to be changed.
-        deltas: of their shapes.
-        config: learning rate and order.
-        decay: factor on the weights, or one for each along its first axis; None: what `config` says.
-    """
-    if not weights:
-        return
-    lr = config.lr
-    if decay is None:
-        decay = 1.0 - lr * config.weight_decay
-    if config.weight_decay and not config.decay_last:
-        _decay(weights, decay)
-    if isinstance(lr, Tensor):
-        torch._foreach_mul_(deltas, lr)  # pyright: ignore[reportPrivateImportUsage]
-        lr = 1.0
-    torch._foreach_add_(weights, deltas, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
-    if config.weight_decay and config.decay_last:
-        _decay(weights, decay)
-
-
-def _decay(weights: list[Tensor], decay: float | Tensor) -> None:
-    if isinstance(decay, Tensor) and decay.ndim:
-        for weight, factor in zip(weights, decay.reshape(-1).unbind(0)):
-            weight.mul_(factor)
-        return
-    torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _in_place(batch: MatrixBatch, weights: Sequence[Tensor]) -> bool:
-    """Return True if factors are multiplied straight into the weights.
-
-    On a CPU that saves two passes over memory; on a GPU it would cost a launch per matrix.
-    """
-    return (
-        batch.masked is None
-        and weights[0].device.type == "cpu"
-        and weights[0].dtype == batch.dtype
-        and weights[0].ndim == 2
-    )
-
-
-def _apply_factors(batch: MatrixBatch, weights: list[Tensor], delta: LowRank, config: ApplyConfig) -> None:
-    lr = float(config.lr)
-    decay = 1.0 - lr * config.weight_decay
-    weights = stepped(batch, weights)
-    if not weights:
-        return
-    if decay != 1.0 and not config.decay_last:
-        torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
-    if delta.keep:
-        gradients = [gradient_of(m).to(batch.dtype) for m in stepped(batch, batch.matrices)]
-        torch._foreach_add_(weights, gradients, alpha=-lr * delta.keep)  # pyright: ignore[reportPrivateImportUsage]
-    lefts, rights = stepped(batch, delta.left.unbind(0)), stepped(batch, delta.right.unbind(0))
-    for weight, left, right in zip(weights, lefts, rights):
-        weight.addmm_(left, right, alpha=-lr)
-    if decay != 1.0 and config.decay_last:
-        torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def apply_to_half(
-    batch: MatrixBatch,
-    weights: Sequence[Tensor],
-    delta: Tensor,
-    lr: float | Tensor,
-    decay: float | Tensor | None,
-    decay_last: bool,
-    rounding: Rounding,
-) -> None:
-    """Update half-precision weights in fp32, from one fp32 copy of the batch, and round once."""
-    blocks = [matrix.block for matrix in batch.matrices]
-    shape = delta.shape[1:]
-    old = torch.stack([weight.reshape(shape) for weight in weights])
-    wide = old.to(delta.dtype)
-    start = wide if decay is None or decay_last else wide * decay
-    new = start - lr * delta
-    if decay is not None and decay_last:
-        new = new * decay
-    if rounding.mode == "kahan":
-        result, compensation = compensated(old, new - wide, batch.state["compensation"])
-        batch.commit("compensation", compensation)
-    else:
-        # Shards of one matrix must not all round by the same bits.
-        name = f"{batch.names[0]}@{batch.start}" if batch.start else batch.names[0]
-        result = rounded(new, old.dtype, rounding, name, batch.steps[0])
-    if batch.masked is not None:
-        mask = batch.masked if batch.masked.ndim == 0 else batch.masked[:, None, None]
-        result = torch.where(mask, old, result)
-    pairs = [
-        (weight, block.like_view(part))
-        for i, (weight, block, part) in enumerate(zip(weights, blocks, result.unbind(0)))
-        if i not in batch.skipped
-    ]
-    if pairs:
-        torch._foreach_copy_([w for w, _ in pairs], [part for _, part in pairs])  # pyright: ignore[reportPrivateImportUsage]

@@ -28,21 +28,15 @@ from optimizers.interfaces import (
     Steps,
     Update,
 )
-from optimizers.layouts.batches import (
-    ApplyConfig,
-    BatchEntry,
-    BatchState,
-    OptimizerState,
-    apply_update,
-    batch_entries,
-    compensation,
-)
+from optimizers.layouts.apply import ApplyConfig, apply_update
+from optimizers.layouts.batches import BatchEntry, BatchState, OptimizerState, batch_entries, compensation
 from optimizers.layouts.communicator import Communicator
 from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.polar import Polar
 from optimizers.linalg.requests import answer_alone, drive
 from optimizers.rule import Rule
 from optimizers.skipping import StepMask
+from optimizers.update_size import resized, sets_size
 
 
 class StepUnit(NamedTuple):
@@ -217,6 +211,17 @@ class Layout(Protocol):
         """
         ...
 
+    def sum_parts(self, unit: StepUnit, values: Tensor) -> Tensor:
+        """Sum (k,) numbers over the processes that hold parts of a unit's parameters, each element by one of them.
+
+        A collective where there are several.
+        """
+        ...
+
+    def is_writer(self, unit: StepUnit) -> bool:
+        """Return True on one of the processes that hold parts or copies of a unit's parameters."""
+        ...
+
     def weight(self, parameter: Tensor) -> Tensor:
         """Return a view of the parameter's elements here, for element-wise updates."""
         ...
@@ -270,6 +275,14 @@ class Unattached:
         """Return the flags themselves."""
         return flags
 
+    def sum_parts(self, unit: StepUnit, values: Tensor) -> Tensor:
+        """Return the numbers themselves."""
+        return values
+
+    def is_writer(self, unit: StepUnit) -> bool:
+        """Return False."""
+        return False
+
     def weight(self, parameter: Tensor) -> Tensor:
         """Return the whole parameter."""
         return parameter
@@ -311,6 +324,15 @@ def local_shapes(
     return shapes if in_fp32 else {**shapes, **compensation(matrix, options)}
 
 
+def state_splits(matrix: MatrixRef, rule: Rule, options: Mapping[str, Any]) -> dict[str, int]:
+    """Return kind → dimension of which this process holds an interval, of the states that have one."""
+    split = matrix.view.split
+    if split is None:
+        return {}
+    axes = rule.axes(matrix.block.shape, options)
+    return {kind: along.index(split) for kind, along in axes.items() if split in along}
+
+
 def whole_groups(groups: Sequence[Mapping[str, Any]]) -> list[StepUnit]:
     """Return each parameter group as one unit."""
     return [StepUnit(i, i, list(range(len(group["params"])))) for i, group in enumerate(groups)]
@@ -344,7 +366,9 @@ def run_updates(
 def _steps(rule: Rule, batch: MatrixBatch) -> Steps[Update]:
     # A plain function does its work when it is called, so it is called when its turn has come.
     update = rule.update(batch)
-    return (yield from update) if isinstance(update, Generator) else update
+    if isinstance(update, Generator):
+        update = yield from update
+    return (yield from resized(batch, update)) if sets_size(batch.options) else update
 
 
 _KINDS = (AllReduce, SolveRoot, BroadcastBasis, GatherPolar)

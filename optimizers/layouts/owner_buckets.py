@@ -11,11 +11,10 @@ from torch import Tensor
 
 from optimizers.fused_projections import Block
 from optimizers.interfaces import Collectives, LowRank, MatrixBatch, MatrixRef, ShardBounds, compute_dtype
+from optimizers.layouts.apply import ApplyConfig, apply_update
 from optimizers.layouts.batches import (
-    ApplyConfig,
     BatchEntry,
     OptimizerState,
-    apply_update,
     batch_entries,
     compensation,
     make_batch_states,
@@ -26,6 +25,7 @@ from optimizers.layouts.exchange import Arriving, Distribution, Exchange, Gather
 from optimizers.layouts.layout import Unsharded
 from optimizers.rule import Rule
 from optimizers.skipping import StepMask
+from optimizers.update_size import keeps_factors
 
 
 class _DividedBucket:
@@ -85,7 +85,7 @@ class _DividedBucket:
         for entry in self._receiving:
             parts = [arrived[self._places[id(m)]] for m in entry.batch.matrices]
             apply_update(entry.batch, delta(parts, entry.batch), config)
-            entry.home.write_back(entry.active, entry.batch.state)
+            entry.home.write_back(entry.active, entry.batch)
             entry.batch.release()
         self._receiving = []
 
@@ -177,7 +177,8 @@ class WorkSplitBucket(_DividedBucket):
         rule: Rule,
         options: Mapping[str, Any],
     ) -> None:
-        self._factors = rule.low_rank_form(matrices[0].block.shape, options)
+        factors = rule.low_rank_form(matrices[0].block.shape, options)
+        self._factors = factors if factors is not None and keeps_factors(factors[1], options) else None
         sizes = [self._payload(m.block.shape) for m in matrices]
         owned = [m for m, owner in zip(matrices, owners) if owner == communicator.rank]
         spread = Spread(owners, sizes, communicator)
@@ -243,6 +244,10 @@ class GatheredView:
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
         """Return the gradient that arrived."""
         return self.gradient(parameter, block)
+
+    def held(self, parameter: Tensor, block: Block) -> Tensor:
+        """Refuse: the weights are on other processes."""
+        return self.weight(parameter, block)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Return None: the parameter is not here."""

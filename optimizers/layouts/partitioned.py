@@ -16,15 +16,8 @@ from torch import Tensor
 
 from optimizers.fused_projections import Block
 from optimizers.interfaces import Collectives, LocalView, LowRank, MatrixBatch, MatrixRef, ShardBounds
-from optimizers.layouts.batches import (
-    ApplyConfig,
-    BatchEntry,
-    BatchState,
-    OptimizerState,
-    descend,
-    make_batch_states,
-    stepped,
-)
+from optimizers.layouts.apply import ApplyConfig, descend, stepped
+from optimizers.layouts.batches import BatchEntry, BatchState, OptimizerState, make_batch_states
 from optimizers.layouts.communicator import Communicator
 from optimizers.layouts.exchange import Arriving, Exchange, Interval
 from optimizers.layouts.layout import (
@@ -33,6 +26,7 @@ from optimizers.layouts.layout import (
     StepUnit,
     Unsharded,
     local_shapes,
+    state_splits,
 )
 from optimizers.layouts.owner_buckets import OwnerBucket, bucket_positions
 from optimizers.layouts.sharded import ShardCollectives
@@ -183,6 +177,16 @@ class PartitionedLayout:
         communicator = self._per_flat[unit.key]
         return communicator.any(flags) if communicator.size > 1 else flags
 
+    def sum_parts(self, unit: StepUnit, values: Tensor) -> Tensor:
+        """Sum over the ranks of the flat tensor."""
+        assert isinstance(unit.key, int)
+        return self._per_flat[unit.key].sum(values)
+
+    def is_writer(self, unit: StepUnit) -> bool:
+        """Return True on the first rank of the flat tensor."""
+        assert isinstance(unit.key, int)
+        return self._per_flat[unit.key].rank == 0
+
     def weight(self, parameter: Tensor) -> Tensor:
         """Return this rank's elements of it, 1-D."""
         return self.part_of(parameter, self.flat_of(parameter).detach())
@@ -274,6 +278,10 @@ class FlatSliceView:
         gradient = self.flat.tensor.grad
         return None if gradient is None else self.within(gradient, self.piece)
 
+    def held(self, parameter: Tensor, block: Block) -> Tensor:
+        """Return this rank's piece, 1-D."""
+        return self.within(self.flat.tensor.detach(), self.piece)
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Return the matrix where its whole parameter is here, else None."""
         is_here = self.split is None and self.shape == block.shape and block.is_whole
@@ -299,7 +307,11 @@ class RowBucket:
     ) -> None:
         shards = ShardCollectives(communicator)
         batch_states = make_batch_states(
-            matrices, options, lambda m: local_shapes(m, rule, options, in_fp32=True), agree=shards.agree
+            matrices,
+            options,
+            lambda m: local_shapes(m, rule, options, in_fp32=True),
+            agree=shards.agree,
+            splits=lambda m: state_splits(m, rule, options),
         )
         self._bucket = LocalBucket(rule, batch_states, shards, together=True)
         self.rule = rule
@@ -400,6 +412,10 @@ class FlatPieceView:
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
         """Return the same as `gradient`."""
         return self.gradient(parameter, block)
+
+    def held(self, parameter: Tensor, block: Block) -> Tensor:
+        """Return the same as `weight`."""
+        return self.weight(parameter, block)
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Return None: it has no rows."""

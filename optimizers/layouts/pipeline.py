@@ -8,7 +8,8 @@ from typing import Any
 from torch.profiler import record_function
 
 from optimizers.interfaces import Collectives, MatrixBatch, Update
-from optimizers.layouts.batches import ApplyConfig, BatchEntry, OptimizerState
+from optimizers.layouts.apply import ApplyConfig
+from optimizers.layouts.batches import BatchEntry, OptimizerState
 from optimizers.layouts.layout import Bucket, run_updates
 from optimizers.rule import Rule
 from optimizers.skipping import StepMask

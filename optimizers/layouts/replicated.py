@@ -50,6 +50,10 @@ class FullView:
         """Return the block as a view, which may be interleaved."""
         return None if parameter.grad is None else block.view(parameter.grad)
 
+    def held(self, parameter: Tensor, block: Block) -> Tensor:
+        """Return the block of the parameter."""
+        return block.view(parameter)
+
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Return the block of it."""
         return block.matrix(local)
@@ -167,6 +171,14 @@ class ReplicatedLayout:
     def agree(self, unit: StepUnit, flags: Tensor) -> Tensor:
         """Return the flags: all replicas have equal gradients."""
         return flags
+
+    def sum_parts(self, unit: StepUnit, values: Tensor) -> Tensor:
+        """Return the numbers: every process holds everything."""
+        return values
+
+    def is_writer(self, unit: StepUnit) -> bool:
+        """Return True in the first replica."""
+        return self.is_first_replica
 
     def weight(self, parameter: Tensor) -> Tensor:
         """Return the whole parameter."""

@@ -7,7 +7,7 @@ gradients. A rule without one gets whole matrices at owners and back, in one all
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from optimizers.interfaces import (
     GatherPolar,
     LocalView,
     MatrixRef,
-    ShardBounds,
     SolveRoot,
 )
 from optimizers.layouts.batches import make_batch_states
@@ -32,11 +31,13 @@ from optimizers.layouts.layout import (
     LocalBucket,
     StepUnit,
     local_shapes,
+    state_splits,
     traffic,
     whole_groups,
 )
 from optimizers.layouts.owner_buckets import OwnerBucket, bucket_positions
 from optimizers.layouts.replicated import work_of
+from optimizers.layouts.shard_views import chunk, local, shard_view_of
 from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.polar import Polar
 from optimizers.linalg.requests import AllGather, AllReduce, Eigh, drive
@@ -259,56 +260,6 @@ def _unpacked_root(rows: Tensor, r: int, has_values: bool) -> InverseRoot:
     )
 
 
-@dataclass(frozen=True)
-class ShardView:
-    """`LocalView` of a matrix inside a parameter that is cut along `split`.
-
-    Attributes:
-        cut: (axis, first, length) that select the matrix within what this process has of the parameter.
-        expert: index among the experts that this process has; -1: it has others. None: a 2-D parameter.
-        shard_bounds: the intervals of all ranks. Ranks must batch the same matrices, so it decides what is alike.
-    """
-
-    shape: tuple[int, int]
-    split: int | None
-    start: int
-    cut: tuple[int, int, int] | None = None
-    shard_bounds: ShardBounds | None = None
-    expert: int | None = None
-
-    def gradient(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """Return this process' rows or columns of the gradient."""
-        if parameter.grad is None:
-            return None
-        here = self._here(local(parameter.grad), block)
-        return here if here.ndim == 2 else here.reshape(self.shape)
-
-    def weight(self, parameter: Tensor, block: Block) -> Tensor:
-        """Return a view of the local shard."""
-        return self._here(local(parameter.detach()), block)
-
-    def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
-        """Return the same as `gradient`."""
-        return self.gradient(parameter, block)
-
-    def part(self, local: Tensor, block: Block) -> Tensor | None:
-        """Return its rows or columns."""
-        here = self._here(local, block)
-        return here if here.ndim == 2 else here.reshape(self.shape)
-
-    def _here(self, shard: Tensor, block: Block) -> Tensor:
-        if self.expert is not None:
-            if self.expert < 0:
-                return block.like_view(shard.new_empty(self.shape))
-            return replace(block, expert=self.expert).view(shard)
-        return (shard if self.cut is None else shard.narrow(*self.cut)).view(self.shape)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, or a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class ShardedLayout:
     """DTensors on one mesh, each `Shard(0)` or `Shard(1)` on one of its dimensions and replicated on the others.
 
@@ -379,7 +330,11 @@ class ShardedLayout:
         buckets: list[Bucket] = []
         if in_rows:
             batch_states = make_batch_states(
-                in_rows, options, lambda m: local_shapes(m, rule, options), agree=self._shards.agree
+                in_rows,
+                options,
+                lambda m: local_shapes(m, rule, options),
+                agree=self._shards.agree,
+                splits=lambda m: state_splits(m, rule, options),
             )
             buckets.append(LocalBucket(rule, batch_states, self._shards, together=True))
         return buckets + self._owner_buckets(
@@ -433,6 +388,14 @@ class ShardedLayout:
         """Reduce flags by an element-wise or over the ranks of a replica."""
         return self._shards.agree(flags)
 
+    def sum_parts(self, unit: StepUnit, values: Tensor) -> Tensor:
+        """Sum over the ranks of a replica."""
+        return self._ranks.sum(values)
+
+    def is_writer(self, unit: StepUnit) -> bool:
+        """Return True on the first rank of the first replica."""
+        return self.is_first_replica and self._ranks.rank == 0
+
     def weight(self, parameter: Tensor) -> Tensor:
         """Return the local shard."""
         return local(parameter.detach())
@@ -451,48 +414,6 @@ def _shard_dim(name: str, parameter: DTensor) -> int:
             "parameter along dimension 0 or 1 of one mesh dimension (tensor parallel layouts do not)"
         )
     return dims[0]
-
-
-def chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Return the interval of a rank: torch's `Shard` cuts pieces of ceil(size/W), the last may be short or empty."""
-    step = -(-size // ranks)
-    return min(rank * step, size), min((rank + 1) * step, size)
-
-
-def shard_view_of(block: Block, axis: int, interval: tuple[int, int]) -> ShardView:
-    """Return the view of a matrix in a process' interval of its parameter.
-
-    Args:
-        axis: along which the parameter is cut.
-        interval: of that axis, here.
-
-    Raises:
-        TypeError: the matrix is interleaved with others, so that no interval of it lies here.
-    """
-    lo, hi = interval
-    if block.expert is not None:
-        if axis != 0:
-            raise TypeError(f"{block.name}: experts sharded along dimension {axis} are not supported")
-        inside = lo <= block.expert < hi
-        rows = block.shape[0] if inside else 0
-        return ShardView((rows, block.shape[1]), 0, 0, expert=block.expert - lo if inside else -1)
-    if block.dim == -1:
-        return _along(block, axis, lo, hi - lo, None)
-    if block.outer != 1:
-        raise TypeError(
-            f"{block.name}: a fused projection that is interleaved head by head cannot be stepped in shards"
-        )
-    if axis != block.dim:
-        return _along(block, axis, lo, hi - lo, (block.dim, block.start, block.length))
-    first, end = max(lo, block.start), min(hi, block.start + block.length)
-    length = max(0, end - first)
-    cut = (axis, first - lo if length else 0, length)
-    return _along(block, axis, first - block.start if length else 0, length, cut)
-
-
-def _along(block: Block, axis: int, start: int, length: int, cut: tuple[int, int, int] | None) -> ShardView:
-    shape = (length, block.shape[1]) if axis == 0 else (block.shape[0], length)
-    return ShardView(shape, axis, start, cut)
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:

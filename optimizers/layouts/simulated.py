@@ -13,7 +13,8 @@ from optimizers.interfaces import LocalView, ShardBounds
 from optimizers.layouts.communicator import Communicator, SimulatedCommunicator
 from optimizers.layouts.partitioned import Flat, PartitionedLayout, Slot
 from optimizers.layouts.replicated import ReplicaCollectives, ReplicatedLayout
-from optimizers.layouts.sharded import ShardCollectives, ShardedLayout, ShardView, chunk
+from optimizers.layouts.shard_views import ShardView, chunk
+from optimizers.layouts.sharded import ShardCollectives, ShardedLayout
 
 
 class SimulatedShards(ShardedLayout):
@@ -83,6 +84,10 @@ class EmptyView:
     def elements(self, parameter: Tensor, block: Block) -> Tensor | None:
         """Return a view of this shape."""
         return self.gradient(parameter, block)
+
+    def held(self, parameter: Tensor, block: Block) -> Tensor:
+        """Return a view of this shape."""
+        return self._of(parameter.detach())
 
     def part(self, local: Tensor, block: Block) -> Tensor | None:
         """Return a view of this shape."""

@@ -23,8 +23,19 @@ _GAMMA, _FIRST, _SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 
 
 def counter_words(key: int, count: int, device: torch.device | str) -> Tensor:
     """Return the first `count` words (count,) int64 that SplitMix64 gives from the state `key`."""
+    numbers = torch.arange(count, dtype=torch.int64, device=device)
+    return mixed_words(_signed(key), numbers)
+
+
+def mixed_words(keys: Tensor | int, numbers: Tensor) -> Tensor:
+    """Return the words that SplitMix64 gives from the states `keys`, those with these numbers (from 0).
+
+    Args:
+        keys: signed 64 bits, one or of a shape that broadcasts with `numbers`.
+        numbers: int64.
+    """
     # int64 products and sums wrap around, as the algorithm wants; shifts must bring in zeros instead of the sign.
-    words = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GAMMA + _signed(key)
+    words = (numbers + 1) * _GAMMA + keys
     words = (words ^ _shifted(words, 30)) * _FIRST
     words = (words ^ _shifted(words, 27)) * _SECOND
     return words ^ _shifted(words, 31)

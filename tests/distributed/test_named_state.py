@@ -21,7 +21,14 @@ OPTIONS: dict[str, Any] = {"rank": 5, "refresh_interval": 3}
 
 
 def run(
-    rank: int, preset: str, kind: str, first: int, last: int, weights: list[torch.Tensor], saved: Any
+    rank: int,
+    preset: str,
+    kind: str,
+    first: int,
+    last: int,
+    weights: list[torch.Tensor],
+    saved: Any,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Steps `first` to `last` in a layout, from weights and a state by name; what they are then, in parts."""
     import torch.distributed as dist
@@ -31,7 +38,7 @@ def run(
     from optimizers.layouts.communicator import Communicator
     from optimizers.layouts.partitioned import Flat, PartitionedLayout
 
-    options = {**PRESETS[preset], **(OPTIONS if "rank" in PRESETS[preset] else {})}
+    options = {**PRESETS[preset], **(OPTIONS if "rank" in PRESETS[preset] else {}), **(extra or {})}
     world = dist.get_world_size() if dist.is_initialized() else 1
     mesh = init_device_mesh("cpu", (world,)) if kind == "fsdp2" else None
 

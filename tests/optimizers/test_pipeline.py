@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from optimizers.layouts.batches import ApplyConfig
+from optimizers.layouts.apply import ApplyConfig
 from optimizers.layouts.pipeline import step_buckets
 from optimizers.rounding import Rounding
 from optimizers.skipping import StepMask

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optimizers.interfaces import compute_dtype
 from optimizers.rounding import Rounding, compensated, stochastic_bf16
+from optimizers.stored_moments import TensorPart, random_bits, rounding_key, stored_dtype
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
@@ -20,11 +21,13 @@ FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 # GPU 2²⁵ are 1.3 GB, and few kernels.
 CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 
+_MOMENTS = ("moment", "second_moment")
 
-def state_kinds(rounding: str, parameter: Tensor) -> dict[str, torch.dtype]:
+
+def state_kinds(rounding: str, parameter: Tensor, state_dtype: str = "float32") -> dict[str, torch.dtype]:
     """Return kind → dtype of the state tensors, which have the parameter's shape."""
     wide = compute_dtype(parameter)
-    kinds = {"moment": wide, "second_moment": wide}
+    kinds = {kind: stored_dtype(kind, state_dtype, wide) for kind in _MOMENTS}
     if rounding == "kahan" and parameter.dtype != wide:
         kinds["compensation"] = parameter.dtype
     return kinds
@@ -40,6 +43,7 @@ class AdamWSettings:
     eps: float
     eps_form: str
     rounding: Rounding
+    cautious: bool = False
 
     def eps_at(self, step: int) -> float:
         """Return ε for torch's form √v̂ + ε at the step-th step (from 1); raw: √v + ε is √v̂ + ε/√(1 - β₂ᵗ)."""
@@ -53,6 +57,7 @@ def step(
     settings: AdamWSettings,
     names: Sequence[str],
     found_inf: Tensor | None,
+    parts: Sequence[TensorPart] | None = None,
 ) -> None:
     """Step parameters that have gradients, in groups of equal device, dtype and step number.
 
@@ -62,6 +67,7 @@ def step(
         states: each with "moment", "second_moment" (and "compensation"), and "step" as it was before.
         names: of the parameters; the seed of stochastic rounding.
         found_inf: 1-element float tensor; above 0: nothing changes. None: not masked.
+        parts: which elements of the whole parameters these are; needed for moments in bf16 only.
     """
     groups: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     for i, (parameter, state) in enumerate(zip(parameters, states)):
@@ -71,10 +77,15 @@ def step(
         grads = [gradients[i] for i in positions]
         group_states = [states[i] for i in positions]
         mask = None if found_inf is None else (found_inf > 0).to(device=device, dtype=torch.float32)
-        if dtype in (torch.float32, torch.float64) and device.type in FUSED_DEVICES:
+        is_plain = group_states[0]["moment"].dtype == dtype and not (
+            settings.cautious and settings.weight_decay
+        )
+        if is_plain and dtype in (torch.float32, torch.float64) and device.type in FUSED_DEVICES:
             _fused(weights, grads, group_states, settings, before + 1, mask)
         else:
-            _in_fp32(weights, grads, group_states, settings, before + 1, mask, [names[i] for i in positions])
+            chosen = [names[i] for i in positions]
+            places = None if parts is None else [parts[i] for i in positions]
+            _in_chunks(weights, grads, group_states, settings, before + 1, mask, chosen, places)
 
 
 def _fused(
@@ -106,7 +117,7 @@ def _fused(
     )
 
 
-def _in_fp32(
+def _in_chunks(
     weights: list[Tensor],
     gradients: list[Tensor],
     states: list[Mapping[str, Any]],
@@ -114,8 +125,11 @@ def _in_fp32(
     now: int,
     mask: Tensor | None,
     names: list[str],
+    parts: list[TensorPart] | None,
 ) -> None:
-    """Step half-precision weights: fp32 moments and an fp32 update, which is rounded once.
+    """Step with an update in fp32 (fp64 for fp64 weights) that is formed, and rounded once to the weight's dtype.
+
+    For what the fused kernel cannot do: half-precision weights, decay that depends on the update, bf16 moments.
 
     Chunks of flattened parameters take the step as one tensor each, so that the number of operators does not grow with
     the number of parameters, nor the temporary memory with their size.
@@ -129,15 +143,20 @@ def _in_fp32(
     bias1, bias2 = 1.0 - s.betas[0] ** now, math.sqrt(1.0 - s.betas[1] ** now)
     masked = None if mask is None else mask.reshape(()) > 0
     random_bits = s.rounding.streams(device, names, now) if s.rounding.needs_bits(dtype) else None
+    compute = compute_dtype(weights[0])
     limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
     for chunk in _chunks(stored, limit):
-        weight, moment, second = _joined(weights, chunk), _joined(moments, chunk), _joined(seconds, chunk)
-        gradient = _joined(gradients, chunk).to(moment.dtype)
+        weight = _joined(weights, chunk)
+        moment, second = _joined(moments, chunk).to(compute), _joined(seconds, chunk).to(compute)
+        gradient = _joined(gradients, chunk).to(compute)
         first = torch.lerp(moment, gradient, 1.0 - s.betas[0])
         squares = torch.addcmul(s.betas[1] * second, gradient, gradient, value=1.0 - s.betas[1])
         direction = first / bias1 / (squares.sqrt() / bias2 + s.eps_at(now))
-        wide = weight.to(moment.dtype)
-        change = -s.lr * (direction + s.weight_decay * wide)
+        wide = weight.to(compute)
+        decay = s.weight_decay * wide
+        if s.cautious and s.weight_decay:
+            decay = torch.where(torch.sign(wide) * torch.sign(direction) >= 0, decay, 0.0)
+        change = -s.lr * (direction + decay)
         if lost is not None:
             before = _joined(lost, chunk)
             result, after = compensated(weight, change, before)
@@ -148,8 +167,25 @@ def _in_fp32(
         else:
             result = (wide + change).to(dtype)
         _commit(weights, chunk, weight, result, masked)
+        if parts is not None and moments[0].dtype != compute:
+            places = [(names[piece.tensor], parts[piece.tensor], piece) for piece in chunk]
+            first = _rounded(first, places, "moment", now, s.rounding.seed)
+            squares = _rounded(squares, places, "second_moment", now, s.rounding.seed)
+            moment, second = moment.to(first.dtype), second.to(first.dtype)
         _commit(moments, chunk, moment, first, masked)
         _commit(seconds, chunk, second, squares, masked)
+
+
+def _rounded(
+    value: Tensor, places: Sequence[tuple[str, TensorPart, _Piece]], kind: str, now: int, seed: int
+) -> Tensor:
+    """Return the new numbers of a chunk of moments in bf16, rounded as `optimizers.stored_moments` says."""
+    bits = []
+    for name, part, piece in places:
+        key = rounding_key(seed, name, now - 1, kind)
+        numbers = part.numbers(piece.start, piece.end, value.device)
+        bits.append(random_bits([key], numbers, piece.end - piece.start, value.device)[0])
+    return stochastic_bf16(value.float(), torch.cat(bits).view(value.shape))
 
 
 class _Piece(NamedTuple):
