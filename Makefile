@@ -86,7 +86,7 @@ bench: setup ## measure the ratios of docs/benchmarks.md
 faults: setup ## test kills, damage, signals, full disks and hanging ranks, including the long tests (about 20 minutes)
 	$(BIN)/python -m pytest tests/faults
 
-certify: setup ## certify every optimizer on every engine; write docs/certificates.md and the shipped table (8 minutes)
+certify: setup ## certify every optimizer on every engine; write docs/certificates.md and the shipped table (15 minutes)
 	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates
 	cp runs/certificates/certificates.md docs/certificates.md
 	cp runs/certificates/certificates.json harness/record/certificates.json

@@ -210,15 +210,19 @@ COMMANDS: dict[str, Command] = {
     "certify": Command(
         "harness.verify.command:main",
         "check that an engine computes what an optimizer's rule defines",
-        "[rule=…] [engine=…] [dtype=…] [accumulation=…] [clipping=…] [world_size=…]",
+        "[rule=…] [engine=…] [dtype=…] [accumulation=…] [clipping=…] [world_size=…] [variant=…] [option=…]",
         (
-            ("", "every rule on every engine, every setting of each engine: a few minutes"),
+            (
+                "",
+                "every rule in every layout, every setting of each engine, every option: a quarter of an hour",
+            ),
             ("rule=sumo,muon engine=fsdp2,zero3", "some of them"),
             ("rule=galore dtype=bf16", "every combination of the given values"),
+            ("option=refresh_stagger", "the cells that have an option which no preset has"),
             ("--include-controls", "also deliberate defects, which must fail"),
         ),
         (
-            Option(("--full",), "every combination (under an hour on 2 cores)"),
+            Option(("--full",), "every combination (hours on 2 cores)"),
             Option(
                 ("--include-controls",), "also eight defects of other implementations, which must be detected"
             ),

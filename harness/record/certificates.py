@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.config.schema import RunConfig
 from optimizers import presets
+from optimizers.refresh_schedule import STAGGERED_SIDE
 
 SHIPPED = Path(__file__).with_name("certificates.json")
 """Written by `make certify`."""
@@ -45,11 +46,21 @@ ENGINES: Mapping[str, int] = {
 }
 """Engine → processes of its cells."""
 
+LAYOUTS: Mapping[str, str] = {
+    "single": "replicated",
+    "ddp": "replicated",
+    "zero0": "replicated",
+    "fsdp2": "sharded",
+    "hsdp": "sharded, replicated",
+    **{f"zero{stage}": f"partitioned {stage}" for stage in (1, 2, 3)},
+}
+"""Engine → class of its layout: a rule that is certified on one engine of a class is certified on the others."""
+
 CROSSED = ("sumo", "muon", "adamw")
-"""Rules that between them meet every (engine, dtype, accumulation, clipping)."""
+"""Rules that are certified on every engine in the plainest setting."""
 
 _NUMBERS = ("float", "int", "betas")
-_FREE = ("rank", "aux_lr", "orthogonalizer_dtype", "rounding", "seed")
+UNCERTIFIED_OPTIONS = ("rank", "aux_lr", "orthogonalizer_dtype", "rounding", "seed")
 """Options that may differ from the preset's whatever they are: sizes, and what a certificate fixes itself."""
 
 
@@ -64,8 +75,9 @@ class Cell:
         accumulation: micro-batches per process and step.
         clipping: "on": `MAX_NORM` bites in every step; "off".
         world_size: processes.
-        variant: "", "split" (``engine.optimizer_work=split``), "dwh" (the exact factor of CUDA), or both. "gram": the
-            factor of CPUs, in the reference of a "dwh" cell.
+        variant: "", "split" (``engine.optimizer_work=split``), "dwh" (the exact factor of CUDA), "columns" (sharded
+            along axis 1), or several, separated by ", ". "gram": the factor of CPUs, in the reference of a "dwh" cell.
+        options: optimizer options that differ from the preset's, ``key=value`` separated by spaces, in order.
         control: name of the defect that is put in (`harness.verify.controls`); "": none.
         is_peer: another implementation, shown next to ours and never counted.
     """
@@ -77,13 +89,14 @@ class Cell:
     clipping: str = "on"
     world_size: int = 2
     variant: str = ""
+    options: str = ""
     control: str = ""
     is_peer: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.rule} × {self.engine} × {self.dtype} × accumulation {self.accumulation}"]
         words.append(f"clipping {self.clipping}")
-        extras = [self.variant, self.control, f"{self.world_size} ranks"]
+        extras = [self.variant, self.options, self.control, f"{self.world_size} ranks"]
         return " × ".join(words) + f" ({', '.join(word for word in extras if word)})"
 
     @property
@@ -105,23 +118,22 @@ def of_run(config: RunConfig, document: Mapping[str, Any] | None = None) -> dict
 
     Returns:
         "passed" (None: the cell has none, and "reason" says why), "cell", "replay_error", "coverage" ("exact";
-        "pairwise": of the rule on this engine and of this setting under another rule) and "current" (false: the
-        sources have changed since).
+        "pairwise": by the cells under "by", of the rule in this class of layouts, of this setting of the engine, and of
+        each variant and option) and "current" (false: the sources have changed since).
     """
     document = _shipped() if document is None else document
     cell = cell_of(config)
     uncertified: dict[str, Any] = {"cell": _key(cell), "passed": None}
-    reason = _uncertifiable(config)
-    if reason is not None:
-        return {**uncertified, "reason": reason}
+    if config.optimizer.target is not None:
+        return {**uncertified, "reason": "an optimizer by import path has no rule to replay"}
     certified = {
-        _of(entry): entry
+        _key(known): entry
         for entry in document.get("cells", [])
-        if not entry["is_control"] and not entry["is_peer"] and entry["world_size"] != 3
+        if not entry["is_control"] and not entry["is_peer"] and (known := _of(entry)).world_size != 3
     }
-    parts = [_key(cell)] if _key(cell) in certified else _pair(cell, certified)
-    if not parts:
-        return {**uncertified, "reason": "uncertified cell"}
+    parts, missing = ([_key(cell)], []) if _key(cell) in certified else _cover(cell, certified)
+    if missing:
+        return {**uncertified, "reason": "uncertified: " + ", ".join(missing)}
     entries = [certified[part] for part in parts]
     return {
         "cell": _key(cell),
@@ -151,7 +163,11 @@ def cell_of(config: RunConfig) -> Cell:
     # Certificates tell accumulation from none, not how much of it.
     accumulates = config.batch_size > config.world_size * config.micro_batch_size
     is_split = config.engine.optimizer_work == "split"
-    variants = (("split", is_split), ("dwh", _has_the_factor_of_cuda(config)))
+    variants = (
+        ("split", is_split),
+        ("dwh", _has_the_factor_of_cuda(config)),
+        ("columns", config.engine.shard_axis == 1),
+    )
     return Cell(
         rule=config.optimizer.target or config.optimizer.name,
         engine=config.engine.name,
@@ -160,7 +176,15 @@ def cell_of(config: RunConfig) -> Cell:
         clipping="off" if config.max_grad_norm is None else "on",
         world_size=config.world_size,
         variant=", ".join(word for word, applies in variants if applies),
+        options=" ".join(_changed_options(config)),
     )
+
+
+def option_word(key: str, value: Any) -> str:
+    """Return an option as ``key=value``, as the command line takes it."""
+    if isinstance(value, bool) or value is None:
+        return f"{key}={json.dumps(value)}"
+    return f"{key}={value}"
 
 
 def sources_sha256() -> str:
@@ -234,17 +258,27 @@ def _shipped() -> Mapping[str, Any]:
     return json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.exists() else {}
 
 
-def _uncertifiable(config: RunConfig) -> str | None:
+def _changed_options(config: RunConfig) -> list[str]:
+    """Return the options of a run that differ from its preset's in more than a number, and a refresh that is spread."""
     if config.optimizer.target is not None:
-        return "an optimizer by import path has no rule to replay"
+        return []
     preset = presets.preset(config.optimizer.name)
     has_own_cells = ("orthogonalizer",) if _has_the_factor_of_cuda(config) else ()
-    changed = [
-        key
-        for key, value in config.optimizer.options.items()
+    options = config.optimizer.options
+    words = [
+        option_word(key, value)
+        for key, value in options.items()
         if key not in has_own_cells and _is_other(preset.options.get(key), value, key)
     ]
-    return f"options that differ from the preset's: {', '.join(changed)}" if changed else None
+    # "auto" is no other path for matrices as small as those of the cells.
+    if options.get("refresh_stagger") == "auto" and _has_large_matrices(config):
+        words.append(option_word("refresh_stagger", True))
+    return sorted(set(words))
+
+
+def _has_large_matrices(config: RunConfig) -> bool:
+    width = config.model.config.get("hidden_size")
+    return isinstance(width, int) and width >= STAGGERED_SIDE
 
 
 def _has_the_factor_of_cuda(config: RunConfig) -> bool:
@@ -257,7 +291,7 @@ def _has_the_factor_of_cuda(config: RunConfig) -> bool:
 def _is_other(default: Any, value: Any, key: str) -> bool:
     """Return True if an option takes another path through the code than the preset's, not only another number."""
     option = presets.OPTIONS.get(key)
-    if key in _FREE or option is None:
+    if key in UNCERTIFIED_OPTIONS or option is None:
         return False
     if (key, default, value) == ("refresh_stagger", "auto", False):
         return False  # what "auto" is for matrices as small as those of the cells
@@ -268,12 +302,67 @@ def _is_other(default: Any, value: Any, key: str) -> bool:
     )
 
 
-def _pair(cell: Cell, certified: Mapping[str, Any]) -> list[str]:
-    """Return cells that cover one: its rule on this engine, by variant, and its setting under a rule of `CROSSED`."""
-    plain = [_key(Cell(cell.rule, cell.engine, variant=variant)) for variant in cell.variant.split(", ")]
-    others = [_key(Cell(rule, cell.engine, cell.dtype, cell.accumulation, cell.clipping)) for rule in CROSSED]
-    setting = next((other for other in others if other in certified), None)
-    return [*plain, setting] if setting and all(key in certified for key in plain) else []
+def _cover(cell: Cell, certified: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the keys of cells that cover one together, and what none covers.
+
+    Needed are: its rule in its class of layouts; its setting of the engine, under any rule; each of its variants on the
+    engine; each of its options in the class of layouts, also where a preset has that value.
+    """
+    known = {key: _of(entry) for key, entry in certified.items()}
+    setting = (cell.engine, cell.dtype, cell.accumulation, cell.clipping)
+    needed: list[tuple[str, Callable[[Cell], bool]]] = [
+        (
+            f"{cell.rule} × {LAYOUTS[cell.engine]}",
+            lambda c: c.rule == cell.rule and not c.options and c.variant in ("", "columns"),
+        ),
+        (" × ".join(map(str, setting)), lambda c: (c.engine, c.dtype, c.accumulation, c.clipping) == setting),
+    ]
+    for variant in filter(None, cell.variant.split(", ")):
+        needed.append(
+            (f"{variant} × {cell.engine}", lambda c, v=variant: (c.engine, c.variant) == (cell.engine, v))
+        )
+    for word in cell.options.split():
+        needed.append((f"{word} × {LAYOUTS[cell.engine]}", lambda c, w=word: _has_option(c, w)))
+    parts, missing = [], []
+    for what, covers in needed:
+        found = [
+            key
+            for key, other in known.items()
+            if LAYOUTS.get(other.engine) == LAYOUTS[cell.engine] and covers(other)
+        ]
+        # The nearest one: of this rule, engine and setting where there is one.
+        near = max(found, key=lambda key: _likeness(known[key], cell), default=None)
+        (parts.append(near) if near else missing.append(what))
+    return list(dict.fromkeys(parts)), missing
+
+
+def _has_option(cell: Cell, word: str) -> bool:
+    """Return True if a cell ran with an option, its own or its preset's; of a number it counts that there is one."""
+    key, _, value = word.partition("=")
+    option = presets.OPTIONS.get(key)
+    own = {name: text for name, _, text in (part.partition("=") for part in cell.options.split())}
+    if key in own:
+        found: str | None = own[key]
+    else:
+        preset = presets.PRESETS.get(cell.rule)
+        found = (
+            option_word(key, preset.options[key]).partition("=")[2]
+            if preset and key in preset.options
+            else None
+        )
+    if option is not None and option.type in _NUMBERS:
+        return found is not None and (found == "null") == (value == "null")
+    return found == value
+
+
+def _likeness(known: Cell, cell: Cell) -> tuple[bool, ...]:
+    return (
+        known.engine == cell.engine,
+        known.rule == cell.rule,
+        not known.variant and not known.options,
+        (known.dtype, known.accumulation, known.clipping) == (cell.dtype, cell.accumulation, cell.clipping),
+        known.rule in CROSSED,
+    )
 
 
 def _key(cell: Cell) -> str:
@@ -284,9 +373,9 @@ def _key(cell: Cell) -> str:
         f"accumulation {cell.accumulation}",
         f"clipping {cell.clipping}",
     ]
-    return " × ".join(words + ([cell.variant] if cell.variant else []))
+    return " × ".join([*words, *filter(None, (cell.variant, cell.options))])
 
 
-def _of(entry: Mapping[str, Any]) -> str:
-    keys = ("rule", "engine", "dtype", "accumulation", "clipping")
-    return _key(Cell(**{key: entry[key] for key in keys}, variant=entry["variant"]))
+def _of(entry: Mapping[str, Any]) -> Cell:
+    keys = ("rule", "engine", "dtype", "accumulation", "clipping", "world_size", "variant")
+    return Cell(**{key: entry[key] for key in keys}, options=entry.get("options", ""))

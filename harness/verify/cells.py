@@ -1,24 +1,19 @@
-"""The cells (rule × engine × dtype × accumulation × clipping), and the run that certifies each.
+"""The run that certifies a cell, and the cells of defects and of other implementations.
 
-Nothing here imports torch.
+`harness.verify.grid` chooses the cells of optbench's rules. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-from harness.errors import InputError, closest
-from harness.record.certificates import CROSSED, ENGINES, Cell
+from harness.record.certificates import Cell
 from optimizers import presets
 
 EXAMPLE_RULE = "unit_momentum"
 """The plug-in rule that is certified like the built-in rules: `harness.verify.example_rule`, by its entry point."""
 
-DTYPES = ("fp32", "bf16")
-ACCUMULATIONS = (1, 2)
-CLIPPINGS = ("off", "on")
 STEPS = 6
 REFRESH_INTERVAL = 3
 REFERENCE_STEPS = 4
@@ -55,7 +50,8 @@ _RUN = (
     "wandb.mode=disabled",
 )
 # Updates about as large as the weights (standard deviation 0.1; norms start at 1), so that the grid of fp32
-# weights costs a replay no more than the arithmetic does.
+# weights costs a replay no more than the arithmetic does. 0.05 suits a rule whose elements move by 0.1 to 1 of `lr`;
+# one with smaller updates gets its rate here (its replay error is above the bound otherwise).
 _LR = {"adamw": 0.05, "galore": 0.1, "muon": 0.1, "muon_svd": 0.1, "muon_polar_express": 0.1}
 _OTHER_LR, _AUX_LR = 0.05, 0.05
 
@@ -66,58 +62,6 @@ _POLYNOMIAL = ("newton_schulz", "cubic", "polar_express")
 def rules() -> list[str]:
     """Return every rule that can be certified: the presets, installed plug-in rules, and the example rule."""
     return [*presets.names(), *([EXAMPLE_RULE] if EXAMPLE_RULE not in presets.names() else [])]
-
-
-def pairwise() -> list[Cell]:
-    """Return every (rule, engine), and every (engine, dtype, accumulation, clipping) under a rule of `CROSSED`.
-
-    Each of `CROSSED` takes half of the eight settings of an engine: those in which an even (sumo) or odd (muon,
-    adamw) number of them are unusual, so that under each of them every pair of values meets.
-    """
-    selected = [Cell(rule, engine, world_size=world) for rule in rules() for engine, world in ENGINES.items()]
-    for rule in CROSSED:
-        parity = 0 if rule == "sumo" else 1
-        selected += [cell for cell in _settings(rule) if _unusual(cell) % 2 == parity]
-    return sorted(set(selected) | set(_edges()))
-
-
-def every() -> list[Cell]:
-    """Return all combinations of rule, engine, dtype, accumulation and clipping."""
-    return sorted({cell for rule in rules() for cell in _settings(rule)} | set(_edges()))
-
-
-def _settings(rule: str) -> list[Cell]:
-    combinations = itertools.product(ENGINES.items(), DTYPES, ACCUMULATIONS, CLIPPINGS)
-    return [
-        Cell(rule, engine, dtype, accumulation, clipping, world)
-        for (engine, world), dtype, accumulation, clipping in combinations
-    ]
-
-
-def _unusual(cell: Cell) -> int:
-    return (cell.dtype != "fp32") + (cell.accumulation != 1) + (cell.clipping != "off")
-
-
-def _edges() -> list[Cell]:
-    """Return cells of three processes, over which nothing divides evenly, of replicas that share the work, and of rules
-    that leave the exact factor to the device with that of CUDA, which is certified at a raised cut."""
-    uneven = [
-        Cell(rule, engine, world_size=3)
-        for rule in ("sumo", "muon")
-        for engine in ("fsdp2", "zero1", "zero3")
-    ]
-    split = [
-        Cell(rule, engine, variant="split")
-        for rule in ("sumo", "galore", "muon")
-        for engine in ("ddp", "zero0")
-    ]
-    on_cuda = [
-        Cell(rule, engine, variant="dwh", world_size=world)
-        for rule in rules()
-        if takes_any_exact_factor(rule)
-        for engine, world in ENGINES.items()
-    ]
-    return [*uneven, *split, *on_cuda]
 
 
 def controls() -> list[Cell]:
@@ -163,62 +107,6 @@ def peers() -> list[Cell]:
     return [replace(cell, is_peer=True) for cell in selected]
 
 
-_CHOICES: Mapping[str, Sequence[str]] = {
-    "engine": tuple(ENGINES),
-    "dtype": DTYPES,
-    "accumulation": tuple(map(str, ACCUMULATIONS)),
-    "clipping": CLIPPINGS,
-    "world_size": ("1", "2", "3", "4"),
-    "variant": ("split", "dwh"),
-}
-
-
-def select(words: Iterable[str], full: bool = False) -> list[Cell]:
-    """Return the cells that ``key=value,value`` arguments select.
-
-    What is named is taken whole: with dtype, accumulation or clipping named, out of `every` cell, else out of the
-    `pairwise` ones.
-
-    Args:
-        words: of the command line; none: all.
-        full: out of `every` cell in any case.
-
-    Raises:
-        InputError: a key or value that there is not, or nothing is left.
-    """
-    values_by_key: dict[str, list[str]] = {}
-    choices = {"rule": rules(), **_CHOICES}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in choices:
-            guess = closest(key, choices)
-            fix = (
-                f"optbench certify {guess}={value or choices[guess][0]}"
-                if guess
-                else "optbench certify rule=sumo"
-            )
-            raise InputError(
-                "certify", word, "chooses no cells", allowed=[f"{k}=…" for k in choices], fix=fix
-            )
-        for one in value.split(","):
-            if one not in choices[key]:
-                guess = closest(one, choices[key]) or choices[key][0]
-                raise InputError(f"certify {key}", one, allowed=choices[key], fix=f"{key}={guess}")
-        values_by_key[key] = value.split(",")
-    finer = full or any(key in values_by_key for key in ("dtype", "accumulation", "clipping"))
-    selected = [
-        cell
-        for cell in (every() if finer else pairwise())
-        if all(str(getattr(cell, key)) in values for key, values in values_by_key.items())
-    ]
-    if not selected:
-        selection = " ".join(words)
-        raise InputError(
-            "certify", selection, "leaves no cell", allowed="combinations that exist", fix="drop one of them"
-        )
-    return selected
-
-
 def reference_of(cell: Cell) -> Cell:
     """Return the cell that the end-to-end error is measured against: one fp32 process; for a peer, with our Muon.
 
@@ -226,7 +114,13 @@ def reference_of(cell: Cell) -> Cell:
     """
     variant = "gram" if cell.variant == "dwh" else ""
     return Cell(
-        _rule(cell), "single", clipping=cell.clipping, world_size=1, variant=variant, is_peer=cell.is_peer
+        _rule(cell),
+        "single",
+        clipping=cell.clipping,
+        world_size=1,
+        variant=variant,
+        options=cell.options,
+        is_peer=cell.is_peer,
     )
 
 
@@ -283,6 +177,8 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
         words.append("optimizer.orthogonalizer=dwh")
     if cell.engine == "hsdp":
         words.append("engine.replicas=2")
+    if cell.variant == "columns":
+        words.append("engine.shard_axis=1")
     if cell.engine in ("ddp", "zero0"):
         words.append(f"engine.optimizer_work={'split' if cell.variant == 'split' else 'replicated'}")
     for option, value in (
@@ -292,4 +188,4 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
     ):
         if option in options:
             words.append(f"optimizer.{option}={value}")
-    return words
+    return [*words, *(f"optimizer.{word}" for word in cell.options.split())]

@@ -16,7 +16,7 @@ from harness.errors import ExitCode
 from harness.files import atomic
 from harness.output import json_document
 from harness.record.certificates import Cell
-from harness.verify import cells, page
+from harness.verify import cells, grid, page
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, certify
 from harness.verify.verdict import Result
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _selected(arguments: Arguments) -> list[Cell]:
-    selected = cells.select(arguments.rest, full=arguments.options.full)
+    selected = grid.select(arguments.rest, full=arguments.options.full)
     if arguments.options.include_controls:
         selected += cells.controls()
     if arguments.options.include_peers:

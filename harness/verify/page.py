@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.record.certificates import Cell
+from harness.record.certificates import ENGINES, Cell
 from harness.verify import cells, verdict
+from harness.verify.grid import PLACES
 from harness.verify.session import Certified
 from harness.verify.verdict import Result
 from harness.visible import markdown_row
@@ -42,9 +43,11 @@ def _word(result: Result) -> tuple[str, str]:
 
 def show(certified: Certified, console: Console) -> None:
     """Print the tables of a session."""
-    ours = [result for result in certified.results if not result.cell.control and not result.cell.is_peer]
+    ours = _ours(certified)
     if ours:
         console.print(_rich(*_worst(ours), "replay error, the worst cell of each rule and engine"))
+    if any(result.cell.options for result in ours):
+        console.print(_rich(*_options(ours), "replay error, the worst cell of each option value and layout"))
     for title, head, rows in _lists(certified):
         console.print(_rich(head, rows, title))
     good = sum(result.passed for result in ours)
@@ -53,6 +56,10 @@ def show(certified: Certified, console: Console) -> None:
     if controls:
         words.append(f"{sum(not result.passed for result in controls)} of {len(controls)} controls red")
     console.print(", ".join(words) + f"; {certified.seconds:.0f} s")
+
+
+def _ours(certified: Certified) -> list[Result]:
+    return [result for result in certified.results if not result.cell.control and not result.cell.is_peer]
 
 
 def _lists(certified: Certified) -> Iterable[tuple[str, list[str], list[list[str]]]]:
@@ -96,18 +103,36 @@ def _lists(certified: Certified) -> Iterable[tuple[str, list[str], list[list[str
 
 
 def _worst(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Return the table rules × engines with the largest replay error of the cells of each pair."""
-    engines = [engine for engine in cells.ENGINES if any(r.cell.engine == engine for r in results)]
+    """Return the table rules × engines with the largest replay error of each pair, at the presets' options."""
+    results = [result for result in results if not result.cell.options]
+    engines = [engine for engine in ENGINES if any(r.cell.engine == engine for r in results)]
     rows = []
     for rule in dict.fromkeys(result.cell.rule for result in results):
         row = [rule]
         for engine in engines:
-            same = [r for r in results if r.cell.rule == rule and r.cell.engine == engine]
-            known = [r.figures["replay_error"] for r in same if r.figures.get("replay_error") is not None]
-            mark = "" if all(r.passed for r in same) else " RED"
-            row.append(f"{_short(max(known))}{mark}" if known else mark.strip() or MISSING)
+            row.append(_largest([r for r in results if r.cell.rule == rule and r.cell.engine == engine]))
         rows.append(row)
     return ["rule", *engines], rows
+
+
+def _options(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the table option values × places with the largest replay error of the cells of each pair."""
+    places = [
+        p for p in PLACES if any((r.cell.engine, r.cell.variant) == p and r.cell.options for r in results)
+    ]
+    rows = []
+    for word in sorted({word for result in results for word in result.cell.options.split()}):
+        having = [r for r in results if word in r.cell.options.split()]
+        row = [_largest([r for r in having if (r.cell.engine, r.cell.variant) == place]) for place in places]
+        rows.append([word, ", ".join(dict.fromkeys(r.cell.rule for r in having)), *row])
+    return ["option", "under", *(" ".join(filter(None, place)) for place in places)], rows
+
+
+def _largest(results: Sequence[Result]) -> str:
+    """Return the largest replay error of some cells, marked if one is red."""
+    known = [r.figures["replay_error"] for r in results if r.figures.get("replay_error") is not None]
+    mark = "" if all(r.passed for r in results) else " RED"
+    return f"{_short(max(known))}{mark}" if known else mark.strip() or MISSING
 
 
 def _place(cell: Cell) -> str:
@@ -140,7 +165,7 @@ def _rich(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Tab
 
 def markdown(certified: Certified) -> str:
     """Return the text of docs/certificates.md."""
-    ours = [result for result in certified.results if not result.cell.control and not result.cell.is_peer]
+    ours = _ours(certified)
     good = sum(result.passed for result in ours)
     controls = [result for result in certified.results if result.cell.control]
     parts = [
@@ -162,8 +187,9 @@ def markdown(certified: Certified) -> str:
         _ROUNDED,
         _table(*_rounded(ours)),
         *_on_cuda(ours),
+        *_with_options(ours),
         "## Every setting of every engine",
-        f"Under {', '.join(cells.CROSSED)}, in turn; the largest error where several rules share a setting.",
+        "The largest error where several rules share a setting.",
         _table(*_settings(ours)),
         "## What the optimizer does in a step",
         "On the worst rank: bytes sent for the optimizer (ring convention, without the reduction of gradients; mean "
@@ -197,6 +223,10 @@ computes the same on a CPU without a host read, with the cut raised to {cells.RA
 directions at either side of it. The replay takes QR and SVD in fp64 at the same cut, and the one process of the
 end-to-end error takes `gram`."""
 
+_OPTIONS = """\
+Values that no preset has, each in every class of layouts under a rule that takes it. A cell may have several of them.
+"columns" is fsdp2 with matrices sharded along axis 1."""
+
 _PEERS = """\
 Errors of a peer are differences from optbench's Muon: end to end from one process in fp32, replay from fp64 on
 whole matrices. *Agrees* means that the differences are within those of half-precision iterations. torch's Muon
@@ -215,6 +245,13 @@ def _on_cuda(results: Sequence[Result]) -> list[str]:
     return ["## The exact factor of CUDA", _ON_CUDA, _table(*_worst(known))] if known else []
 
 
+def _with_options(results: Sequence[Result]) -> list[str]:
+    """Return the section on options that differ from the preset's; nothing where no such cell was run."""
+    if not any(result.cell.options for result in results):
+        return []
+    return ["## Options", _OPTIONS, _table(*_options(results))]
+
+
 def _row(cells_: Sequence[str]) -> str:
     return markdown_row(cells_)
 
@@ -225,20 +262,18 @@ def _short(value: float, digits: int = 1) -> str:
 
 def _rounded(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     known = [r for r in results if r.figures.get("replay_error_bf16_orthogonalizer") is not None]
-    engines = [engine for engine in cells.ENGINES if any(r.cell.engine == engine for r in known)]
+    engines = [engine for engine in ENGINES if any(r.cell.engine == engine for r in known)]
     rules = dict.fromkeys(r.cell.rule for r in known)
     found = {(r.cell.rule, r.cell.engine): _figure(r, "replay_error_bf16_orthogonalizer") for r in known}
     return ["rule", *engines], [[rule, *(found.get((rule, e), MISSING) for e in engines)] for rule in rules]
 
 
 def _settings(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    kept = [
-        r for r in results if r.cell.rule in cells.CROSSED and not r.cell.variant and r.cell.world_size != 3
-    ]
+    kept = [r for r in results if not r.cell.variant and not r.cell.options and r.cell.world_size != 3]
     settings = sorted({(r.cell.dtype, r.cell.accumulation, r.cell.clipping) for r in kept}, reverse=True)
     head = ["engine", *(f"{d}, accumulation {a}, clipping {c}" for d, a, c in settings)]
     rows = []
-    for engine in cells.ENGINES:
+    for engine in ENGINES:
         row = [engine]
         for setting in settings:
             same = [
@@ -246,21 +281,18 @@ def _settings(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
                 for r in kept
                 if r.cell.engine == engine and (r.cell.dtype, r.cell.accumulation, r.cell.clipping) == setting
             ]
-            errors = [r.figures["replay_error"] for r in same if r.figures.get("replay_error") is not None]
-            row.append(
-                _short(max(errors)) + ("" if all(r.passed for r in same) else " RED") if errors else MISSING
-            )
+            row.append(_largest(same))
         rows.append(row)
     return head, rows
 
 
 def _traffic(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    kept = [r for r in results if r.cell.is_base or r.cell.variant == "split" or r.cell.world_size == 3]
-    order = list(cells.ENGINES)
+    kept = [r for r in results if r.cell.variant in ("", "split") and not r.cell.options]
+    order = list(ENGINES)
     kept.sort(key=lambda r: (r.cell.world_size == 3, r.cell.variant, order.index(r.cell.engine), r.cell.rule))
     names = list(dict.fromkeys(_engine(r.cell) for r in kept))
     rows = []
-    for rule in dict.fromkeys(r.cell.rule for r in kept):
+    for rule in sorted({r.cell.rule for r in kept}):
         by_engine = {_engine(r.cell): r for r in kept if r.cell.rule == rule}
         row = [rule]
         for name in names:

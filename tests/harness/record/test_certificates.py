@@ -12,7 +12,7 @@ from harness.config import checks, compose
 from harness.config.schema import RunConfig
 from harness.record import certificates
 from harness.record.certificates import Cell
-from harness.verify import cells
+from harness.verify import cells, grid
 from harness.verify.verdict import Result
 from tests.harness.running import small, write_documents
 
@@ -84,6 +84,42 @@ def test_a_pair_of_cells(tmp_path: Path) -> None:
     failed = certificates.of_run(run, document(plain, Result(other.cell, False, ("why",))))
     assert failed["passed"] is False
     assert "failed" in str(certificates.warning(failed))
+
+
+def test_a_rule_is_covered_on_the_engines_of_a_class_of_layouts(tmp_path: Path) -> None:
+    run = config(tmp_path, "optimizer=galore", "engine=zero0", "world_size=2")
+    setting = green(Cell("muon", "zero0"))
+    assert (
+        certificates.of_run(run, document(setting, green(Cell("galore", "ddp"), 2e-6)))["replay_error"]
+        == 2e-6
+    )
+    found = certificates.of_run(run, document(setting, green(Cell("galore", "fsdp2"))))
+    assert found["reason"] == "uncertified: galore × replicated"
+
+
+def test_an_option_needs_a_cell_that_has_it_in_this_class_of_layouts(tmp_path: Path) -> None:
+    run = config(tmp_path, "optimizer=sumo", "engine=fsdp2", "world_size=2", "optimizer.update_scale=none")
+    plain = green(Cell("sumo", "fsdp2"))
+    elsewhere = green(Cell("muon", "ddp", options="update_scale=none"))
+    assert certificates.of_run(run, document(plain, elsewhere))["reason"] == (
+        "uncertified: update_scale=none × sharded"
+    )
+    having = green(Cell("muon", "fsdp2", options="orthogonalizer=cubic update_scale=none"), 3e-6)
+    found = certificates.of_run(run, document(plain, having))
+    assert (found["passed"], found["coverage"], found["replay_error"]) == (True, "pairwise", 3e-6)
+    # Also a preset that has the value covers it.
+    long = config(tmp_path, "optimizer=sumo", "engine=fsdp2", "world_size=2", "optimizer.side=long")
+    assert certificates.of_run(long, document(plain, green(Cell("galore", "fsdp2"))))["passed"]
+
+
+def test_large_matrices_need_a_cell_whose_refreshes_are_spread(tmp_path: Path) -> None:
+    plain = green(Cell("sumo", "single", world_size=1))
+    small_model = config(tmp_path, "optimizer=sumo", "world_size=1")
+    assert certificates.of_run(small_model, document(plain))["coverage"] == "exact"
+    large = config(tmp_path, "optimizer=sumo", "world_size=1", "model=llama_1b")
+    assert "refresh_stagger=true" in certificates.of_run(large, document(plain))["reason"]
+    staggered = green(Cell("galore", "ddp", options="refresh_stagger=true"))
+    assert certificates.of_run(large, document(plain, staggered))["passed"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +209,8 @@ def test_a_change_of_the_code_changes_its_hash(old: str, new: str) -> None:
 def test_what_is_shipped_is_green_and_complete() -> None:
     shipped = json.loads(certificates.SHIPPED.read_text())
     ours = [entry for entry in shipped["cells"] if not entry["is_control"] and not entry["is_peer"]]
-    assert {(e["rule"], e["engine"]) for e in ours} >= {(c.rule, c.engine) for c in cells.pairwise()}
+    shown = {(e["rule"], e["engine"], e["variant"], e.get("options", "")) for e in ours}
+    assert shown >= {(c.rule, c.engine, c.variant, c.options) for c in grid.pairwise()}
     assert all(entry["passed"] for entry in ours)
     controls = [entry for entry in shipped["cells"] if entry["is_control"]]
     assert {entry["control"] for entry in controls} == set(cells.CONTROLS)
@@ -191,13 +228,13 @@ def test_a_run_records_its_certificate_and_says_when_it_has_none(tmp_path: Path)
     from harness.run import execute
 
     words = small(
-        write_documents(tmp_path), tmp_path, "optimizer=sumo", "optimizer.rank=8", "optimizer.side=long"
+        write_documents(tmp_path), tmp_path, "optimizer=sumo", "optimizer.rank=8", "precision=bf16_pure"
     )
     prepared = prepare(words, say=lambda text: None, worker=True)
     assert execute(prepared) == "finished"
     recorded = json.loads((prepared.folder / "environment.json").read_text())["certificate"]
     assert recorded["passed"] is None
-    assert recorded["reason"] == "options that differ from the preset's: side"
+    assert recorded["reason"] == "uncertified: single × bf16_pure × 1 × on"
     said = json.loads((prepared.folder / "summary.json").read_text())["warnings"]
     assert certificates.warning(recorded) in said
     assert f"warning: {certificates.warning(recorded)}" in (prepared.folder / "log.txt").read_text()
