@@ -94,7 +94,7 @@ def prepare(
     if forced and "aux_lr" in base:
         own_names = {name: key for key, name in _AUX.items()}
         overrides = {own_names.get(key, key): value for key, value in overrides.items()}
-    options = resolve(preset_name, {**base, **overrides})
+    options = resolve(preset_name, overrides, base)
     for name, parameter in pairs:
         if not parameter.is_floating_point() or parameter.is_sparse:
             raise TypeError(f"{name}: only dense real floating-point parameters can be optimized")

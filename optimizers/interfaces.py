@@ -140,6 +140,7 @@ class MatrixBatch:
         skipped: positions of which this step must leave no trace, as the host knows them.
         radii: (b,) fp64 Frobenius norms that the updates are given (`weight_norm=hyperball`); None: another size.
         keep_gradient: keep the stacked copy of the gradients between reads; False where many batches are alive.
+        fresh: positions in `due` that have no basis to go on from: of the first step, or asked for by the device.
     """
 
     matrices: Sequence[MatrixRef]
@@ -158,7 +159,9 @@ class MatrixBatch:
     skipped: frozenset[int] = frozenset()
     radii: Tensor | None = None
     keep_gradient: bool = True
+    fresh: frozenset[int] = frozenset()
     _gradient: Tensor | None = None
+    _feedback: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -176,6 +179,8 @@ class MatrixBatch:
             gradient[position].zero_()
         if self.masked is not None and self.masked.ndim:
             gradient = torch.where(self.masked[:, None, None], 0.0, gradient)
+        if self._feedback is not None:
+            gradient += self.state[self._feedback]
         if self.keep_gradient:
             self._gradient = gradient
         return gradient
@@ -186,7 +191,8 @@ class MatrixBatch:
         Args:
             basis: Q, (b, m, r) with `left`, else (b, n, r).
         """
-        if self._gradient is not None or self.masked is not None or basis.device.type != "cpu":
+        is_plain = self._gradient is None and self._feedback is None and self.masked is None
+        if not is_plain or basis.device.type != "cpu":
             return basis.mT @ self.gradient if left else self.gradient @ basis
         # On a CPU matrix by matrix, which saves the copy of the gradients.
         gradients = [gradient_of(m).to(self.dtype) for m in self.matrices]
@@ -198,6 +204,14 @@ class MatrixBatch:
         for position in self.skipped:
             out[position].zero_()
         return out
+
+    def feed_back(self, kind: str) -> None:
+        """Add a state to the gradients from here on: what earlier steps left out."""
+        self._feedback, self._gradient = kind, None
+
+    def steps_before(self, at: slice) -> Tensor:
+        """Return t of the matrices `at` as a tensor, like `count`."""
+        return (self.count if self.count.ndim == 0 else self.count[at]) - 1.0
 
     def commit(self, kind: str, value: Tensor, at: slice | None = None) -> None:
         """Replace a state (of the matrices `at`), unless the step is masked."""

@@ -21,6 +21,7 @@ from optimizers.layouts.batches import BatchState
 from optimizers.layouts.layout import Layout
 from optimizers.layouts.owner_buckets import WorkSplitBucket
 from optimizers.rule import Rule
+from optimizers.rule_options import NEUTRAL
 from optimizers.step_units import StepUnits
 
 _ELEMENTWISE = {"moment", "second_moment", "compensation", weight_average.KIND}
@@ -198,7 +199,7 @@ def load(
 
 # Options that shape the state or what it means; others may differ and are taken from the state dict, as torch
 # does.
-_STRUCTURAL = ("rule", "rank", "side", "state_dtype", "split_heads")
+_STRUCTURAL = ("rule", "rank", "side", "inner", "state_dtype", "split_heads")
 
 
 def check_state_dict(
@@ -242,7 +243,8 @@ def _check_group(i: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
     if counts[0] != counts[1]:
         raise ValueError(f"group {i} has {counts[0]} parameters, this optimizer's has {counts[1]}")
     for key in _STRUCTURAL:
-        if theirs.get(key) != ours.get(key):
+        # A group that was written before an option existed had what it is by default.
+        if theirs.get(key, NEUTRAL.get(key, ours.get(key))) != ours.get(key):
             raise ValueError(
                 f"group {i} was written with {key}={theirs.get(key)}, this optimizer has {ours.get(key)}"
             )

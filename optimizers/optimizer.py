@@ -440,7 +440,12 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._refuse_partitions("load_state_dict")
         check_state_dict(self, state_dict, self.units.start)
+        own = [group.options for group in self.units.groups]
         super().load_state_dict(state_dict)
+        for group, options in zip(self.units.groups, own):
+            # Options that did not exist when it was written.
+            for key in options.keys() - group.options.keys():
+                group.options[key] = options[key]
         restore_exactly(self, state_dict)
         self._skips.forget_pending()
         self.stats.forget_step()

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from optimizers.options import Option, OptionError, closest, declared
-from optimizers.rule_options import CommonOptions, MatrixOptions, Preset, check_common
+from optimizers.rule_options import NEUTRAL, CommonOptions, MatrixOptions, Preset, check_common
 
 if TYPE_CHECKING:
     from optimizers.rule import Rule
@@ -30,8 +30,8 @@ OPTIONS: dict[str, Option] = {}
 
 _MODULES: dict[str, Any] = {}
 """Rule → its module in `optimizers.rules`."""
-_CHECKS: dict[str, Any] = {}
-"""Rule → `CommonOptions.check` of its options."""
+_CLASSES: dict[str, type[CommonOptions]] = {}
+"""Rule → the dataclass of its options."""
 _PLUGIN_RULES: dict[Any, Rule] = {}
 """Entry point → its rule, once it is checked."""
 
@@ -49,7 +49,7 @@ def _collect() -> None:
         for value in vars(module).values():
             is_own = isinstance(value, type) and value.__module__ == module.__name__
             if is_own and issubclass(value, CommonOptions):
-                _CHECKS[info.name] = value.check
+                _CLASSES[info.name] = value
                 for name, option in declared(value).items():
                     if OPTIONS.setdefault(name, option) != option:
                         raise TypeError(f"{value.__name__}.{name}: has another meaning than in other rules")
@@ -123,32 +123,64 @@ def options_of(name: str) -> Mapping[str, Option]:
     return {**OPTIONS, **own_options(name, plugin_rule(name), OPTIONS)}
 
 
-def resolve(name: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def resolve(
+    name: str, overrides: Mapping[str, Any] = MappingProxyType({}), start: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the full option values of a preset with some of them replaced.
 
     Args:
         name: a preset of `names()`.
         overrides: option → value; numbers, booleans, words and pairs as YAML or Python give them.
+        start: values that were resolved before, which take the place of the preset's.
 
     Returns:
-        Every option of the preset's rule with its value.
+        Every option that the preset's rule has with these values.
 
     Raises:
-        OptionError: unknown name, an option that this rule does not have, a wrong type or value, or values
-            that exclude each other.
+        OptionError: unknown name, an option that this rule does not have (with these values), a wrong type or value,
+            or values that exclude each other.
     """
     base = preset(name)
-    values, known = dict(base.options), options_of(name)
+    kind = _CLASSES.get(base.rule)
+    values, known = {**base.options, **(start or {})}, options_of(name)
+    # With its defaults where another value of some other option, e.g. inner=adam, gives an option its meaning.
+    everything = {**(kind.defaults() if kind else {}), **values}
     for key, value in overrides.items():
-        if key not in values:
+        if key not in everything:
             raise OptionError(
                 key, value, f"is not an option of {name}", sorted(values), closest(key, list(values))
             )
-        values[key] = known[key].check(value)
+        everything[key] = known[key].check(value)
+    if kind is None:
+        check_common(base.rule, everything)
+        return everything
+    everything = kind.settled(everything, overrides)
+    kept = kind.active(everything)
+    for key in overrides:
+        if key not in kept:
+            raise OptionError(
+                key,
+                overrides[key],
+                f"is not an option of {name} as it is set",
+                sorted(kept),
+                closest(key, kept),
+            )
+    values = {key: value for key, value in everything.items() if key in kept}
     check_common(base.rule, values)
-    if base.rule in _CHECKS:
-        _CHECKS[base.rule](values)
+    kind.check(values)
     return values
+
+
+def identifying_options(name: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that make a run with this preset another run: not those that came later and change nothing.
+
+    Args:
+        name: of the preset, or of an optimizer that has none.
+        options: resolved.
+    """
+    neutral = {key: (value,) for key, value in NEUTRAL.items()}
+    later = {**neutral, **(PRESETS[name].later if name in PRESETS else {})}
+    return {key: value for key, value in options.items() if key not in later or value not in later[key]}
 
 
 def rank_limit_check(options: Mapping[str, Any], shapes: Iterable[tuple[str, tuple[int, int]]]) -> None:

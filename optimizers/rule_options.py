@@ -6,8 +6,8 @@ families below: each field states an option's type, default, meaning and bounds 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -55,7 +55,32 @@ class CommonOptions:
     @property
     def values(self) -> Mapping[str, Any]:
         """Option → value, read-only."""
-        return MappingProxyType({field.name: getattr(self, field.name) for field in fields(self)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = self.active(values)
+        return MappingProxyType({name: value for name, value in values.items() if name in kept})
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return every option, also those without a meaning at these values, with its default."""
+        return {field.name: field.default for field in fields(cls)}
+
+    @staticmethod
+    def settled(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+        """Return the values with those that follow from others; a rule with such options overrides this.
+
+        Args:
+            values: of all options.
+            given: options that the user set.
+        """
+        return values
+
+    @staticmethod
+    def active(values: Mapping[str, Any]) -> Collection[str]:
+        """Return the options that mean something with these values; a rule with conditional options overrides this.
+
+        The others are left out of its option values, and refused where somebody sets them.
+        """
+        return values.keys()
 
     @staticmethod
     def check(values: Mapping[str, Any]) -> None:
@@ -158,14 +183,38 @@ class LowRankOptions(MatrixOptions):
         "spread the refreshes over the interval (the first one stays at t = 0): true: evenly; auto: those of matrices "
         "with a short side of 2048 or more, in 8 steps; false: all matrices in one step",
     )
+    refresh_threshold: float | None = option(
+        None,
+        "ς: a step with ‖Ĝ‖_F ≤ ς takes a new subspace too (decided on the device); null: off",
+        minimum=0,
+    )
     side: Literal["short", "long"] = option(
         "short",
         "side of the matrix that the moment keeps: short (Algorithm 1 of SUMO), long (GaLore std)",
     )
-    basis: Literal["svd", "randomized"] = option(
-        "randomized", "how the subspace is found: exact truncated SVD, or a randomized range finder"
+    basis: Literal["svd", "randomized", "random", "gaussian", "dct", "tracked", "power"] = option(
+        "randomized",
+        "how the subspace is found: svd (exact leading singular vectors); randomized (range finder); random "
+        "(orthonormal, of normal numbers); gaussian (normal numbers of variance 1/r, for gradient_scaling); dct (the "
+        "columns of the DCT-II matrix that hold most of the gradient); tracked (svd first, then one geodesic step on "
+        "the Grassmannian); power (svd first, then one block power iteration)",
     )
-    transport: bool = option(True, "carry the moment into a new subspace by R = Q_newᵀ Q_old")
+    transport: Literal[False, True, "projection_aware"] = option(
+        True,
+        "carry the moment into a new subspace by R = Q_newᵀ Q_old; projection_aware: carry both of Adam's moments as "
+        "the statistics that they estimate",
+    )
+    track_step: float = option(
+        10.0,
+        "η, step along the geodesic of basis=tracked; the angle is η·σ, with σ of the size of the squared gradient",
+        minimum=0,
+    )
+    subspace_momentum: float = option(
+        0.908,
+        "ρ, weight of the moment in what basis=power iterates on: ρ·Q M̂ + (1 − ρ)G",
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +325,8 @@ class Preset:
         doc: one line.
         source: paper and, where it differs, code.
         rates: default peak learning rates by model size; empty: the user has to give one.
+        later: options that this preset got after runs of it existed, each with the values under which such a run is
+            what it was: there they are no part of a run's identity.
     """
 
     name: str
@@ -284,3 +335,4 @@ class Preset:
     doc: str
     source: str
     rates: tuple[PeakRate, ...] = ()
+    later: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

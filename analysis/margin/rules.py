@@ -252,6 +252,8 @@ def has_fast_rule(spec: OptimizerSpec, shape: tuple[int, int], *, train_output: 
     exact = options.get("orthogonalizer", "auto") in (*EXACT_FACTORS, "newton_schulz")
     if spec.kind == "muon":
         return exact
+    if spec.kind not in ("sumo", "galore") or not _is_as_published(options, spec.kind):
+        return False
     # A sketch that spans the short side finds the exact subspace.
     rank = options["rank"] or max(1, min(shape) // 4)
     spans = options["basis"] == "svd" or rank + OVERSAMPLING >= min(shape)
@@ -261,6 +263,14 @@ def has_fast_rule(spec: OptimizerSpec, shape: tuple[int, int], *, train_output: 
     unlimited = options.get("norm_growth_limit") is None
     carries = spec.kind == "sumo" or not options["transport"]
     return exact and spans and plain and carries and unlimited
+
+
+def _is_as_published(options: Mapping[str, Any], kind: str) -> bool:
+    """Return True for SUMO or GaLore itself, not for another composition of the low-rank family under its name."""
+    inner, residuals = {"sumo": ("orthogonalize", ("sgd", "drop")), "galore": ("adam", ("drop",))}[kind]
+    is_known = options["basis"] in ("svd", "randomized") and options["residual"] in residuals
+    plain = options["gradient_scaling"] == "none" and not options["error_feedback"]
+    return options["inner"] == inner and is_known and plain
 
 
 def fast_rule(spec: OptimizerSpec, shape: tuple[int, int]) -> BatchedRule:

@@ -16,7 +16,7 @@ from harness.config.model_facts import router_coefficient
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.files.cache import Fingerprints, cache_root
-from optimizers.rule_options import NEUTRAL
+from optimizers.presets import identifying_options
 
 _DIGITS = 16
 
@@ -76,11 +76,8 @@ def _facts(config: RunConfig) -> dict[str, Any]:
 
 def _optimizer(section: dict[str, Any]) -> dict[str, Any]:
     """Return what the optimizer is, without options that came later and change nothing."""
-    return {
-        key: value
-        for key, value in section.items()
-        if key not in ("lr_source", "lr_tuned") and not (key in NEUTRAL and value == NEUTRAL[key])
-    }
+    chosen = {key: value for key, value in section.items() if key not in ("lr_source", "lr_tuned")}
+    return identifying_options(None if section["target"] else section["name"], chosen)
 
 
 def _weights(config: RunConfig) -> str | None:

@@ -115,7 +115,7 @@ def _nothing_routed() -> Iterator[None]:
 @contextmanager
 def _own_sketches() -> Iterator[None]:
     """Draw different test matrices on every rank."""
-    from optimizers.rules.parts import building_blocks
+    from optimizers.rules.parts import subspaces
 
     drawn = sketches.test_matrix
 
@@ -124,7 +124,7 @@ def _own_sketches() -> Iterator[None]:
     ) -> Tensor:
         return drawn(seed + dist.get_rank(), name, refresh, shape, device)
 
-    with patch.object(building_blocks, "test_matrix", own):
+    with patch.object(subspaces, "test_matrix", own):
         yield
 
 

@@ -62,7 +62,7 @@ class BatchState:
         self._stacked: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}
         self._flags = [False] * len(self.matrices)
-        self._owed: set[int] = set()
+        self._owed: dict[int, bool] = {}
         self._posted: tuple[Tensor, torch.Event | None] | None = None
 
     def fits(self) -> bool:
@@ -110,9 +110,11 @@ class BatchState:
             for position, (i, t) in enumerate(zip(active, steps))
             if "refresh_interval" in self.options and (flags[i] or i in self._owed or self._scheduled(i, t))
         ]
+        has_none = [flags[i] or t == 0 or self._owed.get(i, False) for i, t in zip(active, steps)]
         # A matrix that skips the step in which its subspace was due gets it in the next one.
-        self._owed -= set(active)
-        self._owed |= {active[position] for position in due if position in skipped}
+        for i in active:
+            self._owed.pop(i, None)
+        self._owed |= {active[position]: has_none[position] for position in due if position in skipped}
         due = [position for position in due if position not in skipped]
         return MatrixBatch(
             matrices=matrices,
@@ -130,6 +132,7 @@ class BatchState:
             split=self.split,
             start=self.start,
             shard_bounds=self.matrices[0].view.shard_bounds,
+            fresh=frozenset(position for position in due if has_none[position]),
         )
 
     def _radii(self, matrices: Sequence[MatrixRef], state: Mapping[Tensor, dict[str, Any]]) -> Tensor | None:
@@ -153,7 +156,10 @@ class BatchState:
             all_of or threshold is not None or any(self._flags)
         ):
             return
-        present = (self._stacked["basis"][..., 0] != 0).any(-1)
+        if "columns" in self._stacked:
+            present = (self._stacked["columns"] >= 0).any(-1)
+        else:
+            present = (self._stacked["basis"][..., 0] != 0).any(-1)
         flags = ~(present if self._agree is None else self._agree(present))
         if threshold is not None:
             flags = flags | (self._stacked["projected_norm"] <= threshold)

@@ -146,28 +146,28 @@ def broken(rank: int, preset: str, how: str) -> list[torch.Tensor]:
     """Runs on each rank with one sum over ranks left out."""
     from optimizers.layouts.layout import Unsharded
     from optimizers.layouts.sharded import ShardCollectives
-    from optimizers.rules.parts import building_blocks
+    from optimizers.rules.parts import inner_rules
 
-    original, prefers_gather = getattr(ShardCollectives, how), building_blocks.prefers_gather
+    original, prefers_gather = getattr(ShardCollectives, how), inner_rules.prefers_gather
     setattr(ShardCollectives, how, getattr(Unsharded, how))
-    building_blocks.prefers_gather = lambda length, rank, ranks: False
+    inner_rules.prefers_gather = lambda length, rank, ranks: False
     try:
         return sharded(rank, preset, EVEN, 0, 1, {})["weights"]
     finally:
         setattr(ShardCollectives, how, original)
-        building_blocks.prefers_gather = prefers_gather
+        inner_rules.prefers_gather = prefers_gather
 
 
 def by_scheme(rank: int, preset: str, gathers: bool) -> dict[str, Any]:
     """Runs on each rank with the factor's scheme given: rows to owners, or Grams."""
-    from optimizers.rules.parts import building_blocks
+    from optimizers.rules.parts import inner_rules
 
-    original = building_blocks.prefers_gather
-    building_blocks.prefers_gather = lambda length, rank, ranks: gathers
+    original = inner_rules.prefers_gather
+    inner_rules.prefers_gather = lambda length, rank, ranks: gathers
     try:
         return sharded(rank, preset, UNEVEN, 0, 1, {"rank": 3})
     finally:
-        building_blocks.prefers_gather = original
+        inner_rules.prefers_gather = original
 
 
 @pytest.mark.parametrize("preset", ["sumo", "sumo_official", "sumo_ns5"])

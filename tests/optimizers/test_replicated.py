@@ -38,11 +38,11 @@ def replica(rank: int, preset: str, disturb: bool) -> tuple[str, list[bytes], di
     may."""
     import torch.distributed as dist
 
-    from optimizers.rules.parts import building_blocks
+    from optimizers.rules.parts import subspaces
 
     calls: dict[str, int] = {"broadcast": 0, "all_reduce": 0, "all_gather": 0}
     originals = {name: getattr(dist, name) for name in calls}
-    makers = building_blocks.svd_basis, building_blocks.randomized_basis
+    makers = subspaces.svd_basis, subspaces.randomized_basis
 
     def counting(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -55,8 +55,8 @@ def replica(rank: int, preset: str, disturb: bool) -> tuple[str, list[bytes], di
         for name in calls:
             setattr(dist, name, counting(name))
         if disturb and rank == 1:
-            building_blocks.svd_basis = lambda *a, **k: -makers[0](*a, **k)  # type: ignore[assignment]
-            building_blocks.randomized_basis = lambda *a, **k: -makers[1](*a, **k)  # type: ignore[assignment]
+            subspaces.svd_basis = lambda *a, **k: -makers[0](*a, **k)  # type: ignore[assignment]
+            subspaces.randomized_basis = lambda *a, **k: -makers[1](*a, **k)  # type: ignore[assignment]
         options = {"rank": 4, "refresh_interval": 3} if preset in ("sumo", "galore", "sumo_official") else {}
         named, optimizer = build(preset, process_group=dist.group.WORLD, **options)
         weights = train(named, optimizer)
@@ -71,7 +71,7 @@ def replica(rank: int, preset: str, disturb: bool) -> tuple[str, list[bytes], di
     finally:
         for name, function in originals.items():
             setattr(dist, name, function)
-        building_blocks.svd_basis, building_blocks.randomized_basis = makers
+        subspaces.svd_basis, subspaces.randomized_basis = makers
 
 
 @pytest.mark.parametrize("preset", ["sumo", "sumo_official", "galore", "muon", "adamw"])

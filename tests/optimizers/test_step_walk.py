@@ -16,7 +16,7 @@ def test_the_walk_finds_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["files"] == len(entered) > 0
     assert document["functions"] == sum(len(names) for names in entered.values())
     assert next(iter(entered)) == "optimizers/optimizer.py"
-    assert "Sumo.update" in entered["optimizers/rules/sumo.py"]
+    assert "LowRankRule.update" in entered["optimizers/rules/low_rank.py"]
 
 
 def test_functions_outside_the_project_do_not_count() -> None:

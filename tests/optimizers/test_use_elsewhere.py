@@ -198,18 +198,18 @@ def on_a_rank(rank: int, heading: str, old: str = "", new: str = "") -> list[tor
     other singular vectors. Returns the weights, whole."""
     from torch.distributed.tensor import DTensor
 
-    from optimizers.rules.parts import building_blocks
+    from optimizers.rules.parts import subspaces
 
     text = blocks()[heading][0]
     assert old in text
     net = model()
     halves = [ids.chunk(2)[rank] for ids in batches()]
-    originals = disturbed(building_blocks) if rank == 1 else {}
+    originals = disturbed(subspaces) if rank == 1 else {}
     try:
         exec(text.replace(old, new), {"model": net, "batches": halves})
     finally:
         for name, original in originals.items():
-            setattr(building_blocks, name, original)
+            setattr(subspaces, name, original)
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in net.parameters()]
     return [p.detach() for p in whole]
 

@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimizers.rules.parts.building_blocks import *  # noqa: F403
+    from optimizers.rules.parts.inner_rules import *  # noqa: F403
     from optimizers.rules.parts.normalized_factors import *  # noqa: F403
+    from optimizers.rules.parts.norms import *  # noqa: F403
+    from optimizers.rules.parts.residuals import *  # noqa: F403
     from optimizers.rules.parts.subspace_shapes import *  # noqa: F403
+    from optimizers.rules.parts.subspaces import *  # noqa: F403
 
-_MODULES = ("subspace_shapes", "building_blocks", "normalized_factors")
-"""Where a name is looked for. The state of a rule is asked for without torch, which only the others need."""
+_MODULES = (
+    "subspace_shapes",
+    "building_blocks",
+    "normalized_factors",
+    "subspaces",
+    "norms",
+    "inner_rules",
+    "residuals",
+)
+"""Where a name is looked for. The state of a rule is asked for without torch, which all but the first need."""
 
 
 def __getattr__(name: str) -> Any:
