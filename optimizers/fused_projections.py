@@ -1,4 +1,4 @@
-"""Fused projections (QKV, gate-up, stacked experts): which rows or columns of a weight are a matrix of their own.
+"""Fused projections (QKV, gate-up, stacked experts) and heads: which part of a weight is a matrix of its own.
 
 The table says how each kind is laid out; sizes come from the attention module or the model's configuration.
 Where they are missing or do not add up the weight stays whole, and its route says so.
@@ -137,12 +137,21 @@ FUSED: dict[str, tuple[str, Callable[[int, Heads | None], Cut | None]]] = {
 }
 
 
+HEADS: dict[str, str] = {
+    **dict.fromkeys(("q_proj", "query", "q_lin", "wq", "q"), "q"),
+    **dict.fromkeys(("k_proj", "key", "k_lin", "wk", "k"), "k"),
+    **dict.fromkeys(("v_proj", "value", "v_lin", "wv", "v"), "v"),
+}
+"""Last component of the name of a module that projects to heads → what it gives."""
+
+
 def split(
     name: str,
     shape: tuple[int, ...],
     module: nn.Module | None = None,
     parent: nn.Module | None = None,
     config: object | None = None,
+    by_head: bool = False,
 ) -> tuple[tuple[Block, ...], str]:
     """Return the matrices of a parameter, and how they were found ("" for an ordinary matrix).
 
@@ -152,7 +161,10 @@ def split(
         module: owner of the parameter; its type tells if it is stored transposed.
         parent: the attention or MLP module, whose sizes are asked first.
         config: configuration of the model, asked second.
+        by_head: each head of Q, K and V is a matrix, where the sizes of heads are known.
     """
+    if by_head and len(shape) == 2:
+        return _heads_of(name, shape, module, parent, config)
     kind = type(module).__name__ if module is not None else ""
     parts = name.split(".")
     leaf = parts[-1] if parts[-1] in FUSED or len(parts) == 1 else parts[-2]
@@ -172,6 +184,68 @@ def split(
     if blocks is None:
         return (whole,), f"looks fused ({what}) but its sizes are not known: kept whole"
     return blocks, f"split into {what}"
+
+
+def _heads_of(
+    name: str,
+    shape: tuple[int, ...],
+    module: nn.Module | None,
+    parent: nn.Module | None,
+    config: object | None,
+) -> tuple[tuple[Block, ...], str]:
+    """Return the matrices of a parameter with Q, K and V cut into heads."""
+    blocks, how = split(name, shape, module, parent, config)
+    components = name.split(".")
+    leaf = components[-1] if len(components) == 1 else components[-2]
+    kinds = [HEADS.get(leaf) if block.is_whole else block.part for block in blocks]
+    if not any(kind in _QKV for kind in kinds):
+        return blocks, how
+    heads = _heads(parent, config) or _heads(module, config)
+    if heads is None:
+        return blocks, _and(how, "the sizes of heads are not known: not split into heads")
+    counts = {"q": heads.query, "k": heads.key_value, "v": heads.key_value}
+    size = shape[1 if blocks[0].transposed else 0]
+    matrices: list[Block] = []
+    for block, kind in zip(blocks, kinds):
+        if kind not in counts:
+            matrices.append(block)
+            continue
+        axis = 1 if block.transposed else 0
+        if block.shape[axis] != counts[kind] * heads.dim:
+            rows = f"{block.shape[axis]} rows are not {counts[kind]} heads of {heads.dim}"
+            return blocks, _and(how, f"{rows}: not split into heads")
+        matrices += _cut_into_heads(block, axis, size, heads.dim)
+    return tuple(matrices), _and(how, "split into heads")
+
+
+def _and(how: str, more: str) -> str:
+    return f"{how}, {more}" if how else more
+
+
+def _cut_into_heads(block: Block, axis: int, size: int, dim: int) -> list[Block]:
+    """Return the heads of a block in their order along `axis`, which has `size` rows (or columns) in all."""
+    length = block.length if block.dim != -1 else block.shape[axis]
+    # Of an interleaved projection, each head is an interval all the same.
+    starts = [
+        group * (size // block.outer) + block.start + within
+        for group in range(block.outer)
+        for within in range(0, length, dim)
+    ]
+    rows, columns = block.shape
+    return [
+        replace(
+            block,
+            name=f"{block.name.removesuffix(f'[{block.part}]')}[{part}]",
+            shape=(rows, dim) if axis == 1 else (dim, columns),
+            part=part,
+            dim=axis,
+            outer=1,
+            start=start,
+            length=dim,
+        )
+        for number, start in enumerate(starts)
+        for part in [f"{block.part}.h{number}" if block.part else f"h{number}"]
+    ]
 
 
 def _parts(whole: Block, cut: Cut | None) -> tuple[Block, ...] | None:

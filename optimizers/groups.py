@@ -99,7 +99,8 @@ def prepare(
         if not parameter.is_floating_point() or parameter.is_sparse:
             raise TypeError(f"{name}: only dense real floating-point parameters can be optimized")
     rule = "adamw" if forced else rule_name(preset_name)
-    routes = route(pairs, rule, modules, plain=not is_named and modules is None)
+    by_head = bool(options.get("split_heads"))
+    routes = route(pairs, rule, modules, plain=not is_named and modules is None, by_head=by_head)
     by_name = dict(pairs)
     if rule != "adamw":
         trained = [r for r in routes if r.rule == rule and by_name[r.name].requires_grad]
@@ -153,13 +154,22 @@ def adamw_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def require_matrices(preset_name: str, routes: Iterable[Route]) -> None:
-    """Refuse an optimizer whose matrix rule has nothing to do.
+def require_matrices(preset_name: str, routes: Iterable[Route], options: Mapping[str, Any]) -> None:
+    """Refuse an optimizer whose matrix rule has nothing to do, or that finds no heads to split.
 
     Raises:
-        OptionError: the preset has a matrix rule and no parameter takes it.
+        OptionError: the preset has a matrix rule and no parameter takes it, or `split_heads` changes nothing.
     """
     routes = list(routes)
+    if options.get("split_heads") and not any(
+        "split into heads" in r.reason for r in routes if len(r.blocks) > 1
+    ):
+        raise OptionError(
+            "split_heads",
+            "true",
+            "finds no projection to Q, K or V whose heads are known",
+            ("false", "true for a model of transformers, with modules=model"),
+        )
     if rule_name(preset_name) == "adamw" or any(r.rule != "adamw" for r in routes):
         return
     reasons = ", ".join(sorted({r.reason for r in routes}))

@@ -106,7 +106,7 @@ class Optimizer(torch.optim.Optimizer):
         cycled = next((key for key in ("momentum", "betas") if key in self.options), None)
         if cycled is not None:
             self.defaults[cycled] = self.options[cycled]
-        groups.require_matrices(self.preset, self.routes)
+        groups.require_matrices(self.preset, self.routes, self.options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters: their routes decide their rule, and options in the dict override the optimizer's.

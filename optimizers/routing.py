@@ -84,7 +84,11 @@ class ModuleIndex:
 
 
 def route(
-    named: Sequence[tuple[str, Tensor]], rule: str, modules: Modules | None = None, plain: bool = False
+    named: Sequence[tuple[str, Tensor]],
+    rule: str,
+    modules: Modules | None = None,
+    plain: bool = False,
+    by_head: bool = False,
 ) -> list[Route]:
     """Decide the rule of each parameter, and the matrices inside it.
 
@@ -93,6 +97,7 @@ def route(
         rule: the matrix rule. "adamw": everything takes AdamW, hidden matrices are still marked by blocks.
         modules: a model, or its (name, module) pairs: then module types decide.
         plain: the parameters came without names: every 2-D one is a hidden matrix.
+        by_head: each head of Q, K and V is a matrix.
 
     Raises:
         OptionError: a parameter is given twice, or under a name that is taken.
@@ -105,10 +110,12 @@ def route(
         names.add(name)
         seen.add(id(parameter))
     index = ModuleIndex(modules) if modules is not None else None
-    return [_route_one(name, parameter, rule, index, plain) for name, parameter in named]
+    return [_route_one(name, parameter, rule, index, plain, by_head) for name, parameter in named]
 
 
-def _route_one(name: str, parameter: Tensor, rule: str, index: ModuleIndex | None, plain: bool) -> Route:
+def _route_one(
+    name: str, parameter: Tensor, rule: str, index: ModuleIndex | None, plain: bool, by_head: bool
+) -> Route:
     shape = tuple(parameter.shape)
     owners = index.owners.get(id(parameter), []) if index is not None else []
     if plain:
@@ -119,7 +126,7 @@ def _route_one(name: str, parameter: Tensor, rule: str, index: ModuleIndex | Non
         reason = _not_hidden_by_name(name, len(shape))
     if reason is not None or 0 in shape:
         return Route(name, shape, parameter.numel(), "adamw", reason or "empty")
-    blocks, how = split(name, shape, *_facts(owners, index))
+    blocks, how = split(name, shape, *_facts(owners, index), by_head=by_head)
     kind = type(owners[0].module).__name__ if owners else "2-D" if plain else "2-D, by name"
     reason = f"hidden matrix ({kind})" + (f": {how}" if how else "")
     return Route(name, shape, parameter.numel(), rule, reason, blocks)

@@ -130,6 +130,11 @@ NEUTRAL: Mapping[str, Any] = MappingProxyType(
 """Options that came later, and the values under which a run is what it was before: they are no part of its identity."""
 
 
+def stores_in_half(kind: str, options: Mapping[str, Any]) -> bool:
+    """Return True if a state is stored in bf16: kinds whose names end in "moment", with `state_dtype` so."""
+    return options.get("state_dtype") == "bfloat16" and kind.endswith("moment")
+
+
 def check_common(rule: str, values: Mapping[str, Any]) -> None:
     """Refuse values of the common options that exclude each other, or that mean nothing under this rule.
 

@@ -45,7 +45,7 @@ def preferred_axes(
     if rule_id == "adamw":
         return axes
     rule, group_options = presets.load_rule(rule_id), matrix_options(options)
-    for routed in route(pairs, rule_id, modules):
+    for routed in route(pairs, rule_id, modules, by_head=bool(options.get("split_heads"))):
         if routed.rule == "adamw" or len(routed.shape) != 2 or not possible_axis(1, routed.shape, ranks):
             continue
         rows, columns = (

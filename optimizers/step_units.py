@@ -233,7 +233,7 @@ class StepUnits:
 
     def _allocate_adamw(self, parameter: Tensor, options: Mapping[str, Any]) -> None:
         weight, state = self.layout.weight(parameter), self.state[parameter]
-        kinds = adamw_kernels.state_kinds(options["rounding"], weight, options.get("state_dtype", "float32"))
+        kinds = adamw_kernels.state_kinds(options["rounding"], weight, options)
         for kind, dtype in kinds.items():
             if kind not in state:
                 state[kind] = torch.zeros_like(

@@ -10,28 +10,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optimizers.linalg.counter_normals import mixed_words
 from optimizers.rounding import stochastic_bf16
+from optimizers.rule_options import stores_in_half
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PER_WORD = 4
 """16-bit numbers in a 64-bit word."""
 
 
-def stored_dtype(kind: str, state_dtype: str, wide: torch.dtype) -> torch.dtype:
+def stored_dtype(kind: str, options: Mapping[str, Any], wide: torch.dtype) -> torch.dtype:
     """Return how a state is stored: kinds whose names end in "moment" as `state_dtype` says, all others in `wide`.
 
     Args:
         kind: of the state, e.g. "second_moment".
-        state_dtype: option of that name.
+        options: of its group.
         wide: dtype of the arithmetic.
     """
-    return torch.bfloat16 if state_dtype == "bfloat16" and kind.endswith("moment") else wide
+    return torch.bfloat16 if stores_in_half(kind, options) else wide
 
 
 class TensorPart(NamedTuple):

@@ -83,7 +83,7 @@ def check(
     values["engine"]["optimizer_work"] = optimizer_work.resolved(
         config.engine.optimizer_work,
         values["optimizer"] if values["engine"]["name"] in ("ddp", "zero0") else {},
-        (shapes.matrices or {}).values(),
+        (shapes.for_rule(values["optimizer"]).matrices or {}).values(),
         gpus,
         world_size,
     )

@@ -148,22 +148,28 @@ def _state(
 ) -> tuple[float, float]:
     """Return the bytes of the optimizer's state without bases, and of the bases of its subspaces."""
     from optimizers.presets import load_rule, preset
+    from optimizers.rule_options import stores_in_half
 
+    def width(kind: str) -> float:
+        return 2.0 if stores_in_half(kind, options) else 4.0
+
+    adamw = 2 * width("moment")
+    average = 0.0 if options.get("average_decay") is None else 4.0 * total
     if config.optimizer.target is not None or config.optimizer.name == "adamw" or shapes.matrices is None:
-        return 8.0 * total, 0.0
+        return adamw * total + average, 0.0
     rule = load_rule(preset(config.optimizer.name).rule)
     layers = shapes.layers or 1
-    numbers = {"basis": 0, "other": 0}
+    sizes = {"basis": 0.0, "other": 0.0}
     covered = 0
-    for rows, columns in shapes.matrices.values():
+    for rows, columns in (shapes.for_rule(options).matrices or {}).values():
         covered += rows * columns
         for kind, size in rule.state((rows, columns), options).items():
             count = 1
             for side in size:
                 count *= side
-            numbers["basis" if kind == "basis" else "other"] += count
+            sizes["basis" if kind == "basis" else "other"] += count * width(kind)
     rest = max(0, total - covered * layers)
-    return 4.0 * layers * numbers["other"] + 8.0 * rest, 4.0 * layers * numbers["basis"]
+    return layers * sizes["other"] + adamw * rest + average, layers * sizes["basis"]
 
 
 def _activations(config: RunConfig, shapes: ModelFacts, choice: Choice) -> float:

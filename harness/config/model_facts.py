@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from harness.config import model_folder
@@ -27,6 +28,7 @@ class ModelFacts(NamedTuple):
         matrices: hidden matrices, name → (rows, columns) as the weight is stored, of the first layer
             (all layers are alike).
         parameters: number of parameters: exact, or what the weight files of `model.path` hold.
+        head_dim: rows of a head in the projections to Q, K and V.
     """
 
     hidden_size: int | None
@@ -36,6 +38,23 @@ class ModelFacts(NamedTuple):
     max_positions: int | None
     matrices: dict[str, tuple[int, int]] | None
     parameters: int | None
+    head_dim: int | None = None
+
+    def for_rule(self, options: Mapping[str, Any]) -> ModelFacts:
+        """Return the facts with the matrices that a rule sees: with `split_heads` each head of Q, K and V."""
+        if not options.get("split_heads") or self.matrices is None or self.head_dim is None:
+            return self
+        matrices: dict[str, tuple[int, int]] = {}
+        for name, (rows, columns) in self.matrices.items():
+            leaf, is_fused = name.split(" ")[0].split(".")[-2], "c_attn" in name
+            if leaf not in ("q_proj", "k_proj", "v_proj") and not is_fused:
+                matrices[name] = rows, columns
+                continue
+            # GPT-2 stores the output along the columns.
+            length = columns if is_fused else rows
+            shape = (rows, self.head_dim) if is_fused else (self.head_dim, columns)
+            matrices |= {f"{name}[h{head}]": shape for head in range(length // self.head_dim)}
+        return self._replace(matrices=matrices)
 
 
 def facts(model: ModelConfig) -> ModelFacts:
@@ -63,7 +82,9 @@ def facts(model: ModelConfig) -> ModelFacts:
             matrices, parameters = _gpt2(text, hidden, layers, vocab, positions or 1024)
     if parameters is None and model.path is not None:
         parameters = model_folder.read(model.path).parameters()
-    return ModelFacts(hidden, layers, heads, vocab, positions, matrices, parameters)
+    stated = text.get("head_dim")
+    head_dim = stated if isinstance(stated, int) else hidden // heads if hidden and heads else None
+    return ModelFacts(hidden, layers, heads, vocab, positions, matrices, parameters, head_dim)
 
 
 def parameter_count(model: ModelConfig) -> int:

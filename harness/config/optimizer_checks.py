@@ -42,6 +42,7 @@ def resolved_section(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
     else:
         try:
             options = resolve(requested.name, requested.options)
+            shapes = shapes.for_rule(options)
             rank_limit_check(options, (shapes.matrices or {}).items())
         except OptionError as error:
             raise _option_error(error, requested.name) from None

@@ -55,9 +55,7 @@ class BatchState:
         self.device = first.parameter.device
         self.weight_dtype = first.parameter.dtype
         self._splits = splits
-        # A rule may be tried without the options that all rules take (`optimizers.rule_checks`).
-        name = options.get("state_dtype", "float32")
-        self._dtypes = {kind: stored_dtype(kind, name, self.dtype) for kind in self.shapes}
+        self._dtypes = {kind: stored_dtype(kind, options, self.dtype) for kind in self.shapes}
         self._narrow = frozenset(kind for kind, dtype in self._dtypes.items() if dtype != self.dtype)
         self._stacked: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}

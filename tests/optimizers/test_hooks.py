@@ -100,7 +100,7 @@ def test_cautious_decay(preset: str) -> None:
         decays_after = preset == "sumo_official" and name in MATRICES
         return (after if decays_after else cautious)(name, *rest)
 
-    aux = {"aux_lr": LR} if preset != "adamw" else {}
+    aux: dict[str, Any] = {"aux_lr": LR} if preset != "adamw" else {}
     wanted = expected(preset, move, **aux)
     found = trajectory(preset, weight_decay_form="cautious", **more, **aux)
     assert worst(found, wanted) < TOLERANCE
@@ -115,7 +115,7 @@ def test_updates_get_the_root_mean_square_that_is_asked_for(preset: str) -> None
             update = update * 0.2 / math.sqrt(float(np.mean(update**2)))
         return weight - LR * update
 
-    aux = {"aux_lr": LR}
+    aux: dict[str, Any] = {"aux_lr": LR}
     wanted = expected(preset, move, **aux)
     assert worst(trajectory(preset, update_rms=0.2, **aux), wanted) < TOLERANCE
     # The rule's own scale has no say.
@@ -143,7 +143,7 @@ def test_norms_of_weights(preset: str, form: str) -> None:
             update = radius * normed(update)
         return radius * normed(weight - LR * update)
 
-    aux = {"aux_lr": LR} if preset != "adamw" else {}
+    aux: dict[str, Any] = {"aux_lr": LR} if preset != "adamw" else {}
     wanted = expected(preset, move, **aux)
     found = trajectory(preset, weight_norm=form, **aux)
     assert worst(found, wanted) < TOLERANCE
@@ -168,7 +168,7 @@ def test_the_average_is_corrected_for_its_start(preset: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for p in params.values():
         p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    given = {"rank": 4} if "rank" in resolve(preset) else {}
+    given: dict[str, Any] = {"rank": 4} if "rank" in resolve(preset) else {}
     optimizer: Any = optimizers.build(preset, params.items(), lr=LR, average_decay=beta, **given)
     path: Trajectory = []
     for step in range(STEPS):

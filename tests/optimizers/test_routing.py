@@ -185,3 +185,99 @@ def test_a_rank_above_a_side_names_the_matrix() -> None:
     net = model("llama", **LLAMA)
     with pytest.raises(OptionError, match=r"k_proj.weight \(16×32\)"):
         optimizers.build("sumo", net.named_parameters(), modules=net, rank=17)
+
+
+def heads_of(kind: str, config: dict[str, Any], **more: Any) -> tuple[nn.Module, dict[str, Route]]:
+    net = model(kind, **config)
+    optimizer: Any = optimizers.build("muon", net.named_parameters(), modules=net, split_heads=True, **more)
+    return net, {r.name: r for r in optimizer.routes}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "name", "parts"),
+    [
+        ("llama", LLAMA, "model.layers.0.self_attn.q_proj.weight", ["h0", "h1", "h2", "h3"]),
+        ("llama", LLAMA, "model.layers.0.self_attn.k_proj.weight", ["h0", "h1"]),
+        (
+            "phi3",
+            LLAMA,
+            "model.layers.0.self_attn.qkv_proj.weight",
+            [*(f"q.h{i}" for i in range(4)), "k.h0", "k.h1", "v.h0", "v.h1"],
+        ),
+        ("gpt2", GPT, "transformer.h.0.attn.c_attn.weight", [f"{k}.h{i}" for k in "qkv" for i in range(4)]),
+        (
+            "gpt_neox",
+            NEOX,
+            "gpt_neox.layers.0.attention.query_key_value.weight",
+            [f"{k}.h{i}" for k in "qkv" for i in range(4)],
+        ),
+    ],
+)
+def test_heads_are_matrices_of_their_own(
+    kind: str, config: dict[str, Any], name: str, parts: list[str]
+) -> None:
+    """Each element of Q, K and V is in one head, and heads are what the attention layer reads."""
+    net, found = heads_of(kind, config)
+    blocks = found[name].blocks
+    assert [b.part for b in blocks] == parts
+    assert [b.name for b in blocks] == [f"{name}[{part}]" for part in parts]
+    assert found[name].reason.endswith("split into heads")
+    weight = torch.arange(dict(net.named_parameters())[name].numel()).view(found[name].shape)
+    seen = torch.cat([b.matrix(weight).reshape(-1) for b in blocks])
+    assert torch.equal(seen.sort().values, weight.reshape(-1))
+    # 32 hidden, 4 heads: 8 rows each. Conv1D stores them as columns.
+    assert {b.shape for b in blocks} == {(32, 8) if kind == "gpt2" else (8, 32)}
+    if kind == "gpt_neox":
+        # Stored head by head: its query, its key, its value.
+        rows = {b.part: int(b.matrix(weight)[0, 0]) // 32 for b in blocks}
+        assert [rows[f"{k}.h{i}"] for i in range(2) for k in "qkv"] == [0, 8, 16, 24, 32, 40]
+    others = [r for n, r in found.items() if r.rule == "muon" and "mlp" in n]
+    assert others
+    assert all("heads" not in r.reason for r in others)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "gpt2", "gpt_neox"])
+def test_a_step_by_head_equals_that_of_separate_weights(kind: str) -> None:
+    configs = {"phi3": LLAMA, "gpt2": GPT, "gpt_neox": NEOX}
+    net = model(kind, **configs[kind]).double()
+    optimizer: Any = optimizers.build(
+        "muon", net.named_parameters(), modules=net, split_heads=True, lr=0.1, orthogonalizer_dtype="float32"
+    )
+    route_of = next(r for r in optimizer.routes if len(r.blocks) > 2 and "heads" in r.reason)
+    fused = dict(net.named_parameters())[route_of.name]
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(fused.shape, generator=generator, dtype=torch.float64)
+    alone = []
+    for block in route_of.blocks:
+        part = nn.Parameter(block.matrix(fused.detach()).clone())
+        # Conv1D's fans decide the scale, so that what is stored (in, out) is stepped as (out, in).
+        weight = nn.Parameter(part.detach().mT.clone()) if block.transposed else part
+        gradient_part = block.matrix(gradient).clone()
+        weight.grad = gradient_part.mT.clone() if block.transposed else gradient_part
+        optimizers.build("muon", [("w", weight)], lr=0.1, orthogonalizer_dtype="float32").step()
+        alone.append(weight.detach().mT if block.transposed else weight.detach())
+    fused.grad = gradient
+    optimizer.step()
+    for block, expected in zip(route_of.blocks, alone):
+        torch.testing.assert_close(block.matrix(fused.detach()), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_heads_of_unknown_sizes_stay_whole_and_say_so() -> None:
+    net: Any = model("llama", **LLAMA)
+    net.config.head_dim = 5
+    for layer in net.model.layers:
+        layer.self_attn.head_dim = 5
+    with pytest.raises(
+        OptionError, match="split_heads: true finds no projection to Q, K or V whose heads are known"
+    ):
+        optimizers.build("muon", net.named_parameters(), modules=net, split_heads=True)
+    with pytest.raises(OptionError, match="with modules=model"):
+        optimizers.build("muon", [("a", nn.Parameter(torch.ones(4, 6)))], split_heads=True)
+
+
+def test_a_rank_above_a_head_names_the_head() -> None:
+    net = model("llama", **LLAMA)
+    with pytest.raises(
+        OptionError, match=r"rank: 12 is larger than a side of .*q_proj\.weight\[h0\] \(8×32\)"
+    ):
+        optimizers.build("sumo", net.named_parameters(), modules=net, split_heads=True, rank=12)

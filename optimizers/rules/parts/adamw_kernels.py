@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,12 @@ CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 _MOMENTS = ("moment", "second_moment")
 
 
-def state_kinds(rounding: str, parameter: Tensor, state_dtype: str = "float32") -> dict[str, torch.dtype]:
+def state_kinds(
+    rounding: str, parameter: Tensor, options: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, torch.dtype]:
     """Return kind → dtype of the state tensors, which have the parameter's shape."""
     wide = compute_dtype(parameter)
-    kinds = {kind: stored_dtype(kind, state_dtype, wide) for kind in _MOMENTS}
+    kinds = {kind: stored_dtype(kind, options, wide) for kind in _MOMENTS}
     if rounding == "kahan" and parameter.dtype != wide:
         kinds["compensation"] = parameter.dtype
     return kinds
