@@ -6,6 +6,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from harness.record import certificates
 from harness.record.folder import RunFolder
 from harness.record.log import Log, ProgressSink
 from harness.record.readers import stalled_ranks
+from harness.record.mirror import Mirror
 from harness.record.wandb import WandbSink
 
 Training = Callable[[Sequence[Sink], StepProfile | None], str]
@@ -159,7 +161,7 @@ class RunRecorder:
         finally:
             profile.stop()
 
-    def _mirror(self) -> WandbSink:
+    def _mirror(self) -> Mirror:
         """Start the W&B run, which gets the rows that the folder holds from before."""
         folder, prepared = self.folder, self._prepared
         if folder.wandb_run_id is None:
@@ -171,9 +173,11 @@ class RunRecorder:
             "unigram_entropy": prepared.corpus.unigram_entropy,
             "certificate": self._certificate,
         }
-        mirror = WandbSink(self._run.config, folder.path, folder.wandb_run_id, facts, self.log.say)
+        open_sink = partial(
+            WandbSink, self._run.config, folder.path, folder.wandb_run_id, facts, self.log.say
+        )
         # W&B may lack rows that a killed attempt had not sent yet.
-        mirror.catch_up(self.rows)
+        mirror = Mirror(open_sink, self.rows)
         folder.set_state("running", step=self._run.state.step)
         return mirror
 

@@ -23,7 +23,7 @@ from analysis.runs import reading
 from harness.config import compose
 from harness.errors import ExitCode, InputError
 from harness.files import atomic
-from harness.jobs import launch, warm
+from harness.jobs import launch
 from harness.preparation import Prepared, prepare
 from harness.record import folder as run_folder
 from harness.record.readers import Summary
@@ -35,7 +35,7 @@ _MOST_KEPT = 64 * 1024
 
 
 class Trainer:
-    """Context of all sessions of a command: small runs share warm processes, whose output is captured.
+    """Context of all sessions of a command: the output of the runs' processes is captured.
 
     Attributes:
         as_json: standard output is reserved for one JSON document.
@@ -53,7 +53,6 @@ class Trainer:
         if self.verbosity is not Verbosity.VERBOSE:
             # Each run writes its own log.txt; this output is needed only of a process that dies.
             self._captured = self.output = self._stack.enter_context(tempfile.TemporaryFile(buffering=0))
-        self._stack.enter_context(warm.sharing(self.output))
         return self
 
     def __exit__(

@@ -13,11 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import psutil
 
@@ -25,22 +24,18 @@ from harness import import_path
 from harness.config.launcher import visible_devices
 from harness.config.schema import RunConfig
 from harness.errors import InputError
-from harness.jobs import outcome
+from harness.jobs import forks, outcome
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
 from harness.process import exit_markers, gpu_environment, parent
 from harness.process.stop import REPEAT_S, handled_signals, outlive_the_terminal
 
-SHARED: ContextVar[Callable[[Prepared], RunOutcome | None] | None] = ContextVar("shared", default=None)
-"""Trains a run in processes that several runs share, or returns None if it needs processes of its own."""
-
-
 ACCELERATE_CONFIG = '{distributed_type: MULTI_GPU, gpu_ids: all, mixed_precision: "no"}'
 """Configuration file of `accelerate launch`: what the user's own would answer where no flag does."""
 
 
-def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
-    """Train a prepared run in processes of its own, or in those that it shares with others (`harness.jobs.warm`).
+def start(prepared: Prepared, *, output: IO[Any] | None = None) -> RunOutcome:
+    """Train a prepared run in processes of its own: on CPUs forks (`harness.jobs.forks`), else started programs.
 
     Args:
         prepared: the run.
@@ -49,9 +44,8 @@ def start(prepared: Prepared, *, output: IO[str] | None = None) -> RunOutcome:
     Raises:
         InputError: bad input that only the run's own processes can find.
     """
-    shared = SHARED.get()
-    if shared is not None and (shared_outcome := shared(prepared)) is not None:
-        return shared_outcome
+    if (forked := forks.train(prepared, output=output)) is not None:
+        return forked
     with tempfile.TemporaryDirectory() as scratch:
         command, extra = launch_command(prepared.config, prepared.overrides, Path(scratch))
         error = Path(scratch) / "error.json"

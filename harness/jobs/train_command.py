@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from harness import command_line
-from harness.config.schema import RunConfig
-from harness.jobs import launch
-from harness.output import json_document
-from harness.preparation import prepare
-from harness.record import readers
-from harness.worker import closing_lines
+from harness.jobs import forks
+
+if TYPE_CHECKING:
+    from harness.config.schema import RunConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +25,14 @@ def main(argv: Sequence[str]) -> int:
     # An unknown option stays among the overrides: what it was meant to be is found there.
     arguments = command_line.parse("train", argv, keeps_unknown=True)
     overrides, as_json = arguments.rest, arguments.options.json
+    # Before our own imports: what takes longest should begin first.
+    forks.warm_up()
+    from harness.jobs import launch
+    from harness.output import json_document
+    from harness.preparation import prepare
+    from harness.record import readers
+    from harness.worker import closing_lines
+
     prepared = prepare(overrides, say=lambda text: print(text, file=sys.stderr, flush=True))
     outcome = launch.start(prepared, output=sys.stderr if as_json else None)
     resume = resume_command(overrides, prepared.config)

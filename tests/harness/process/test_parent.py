@@ -18,14 +18,9 @@ from harness.process import parent
 from tests.harness.running import small, write_documents
 
 OPTBENCH = [sys.executable, "-m", "harness.cli", "train"]
-SHARED = """
-import sys
-from harness.jobs import launch, warm
-from harness.preparation import prepare
-with warm.sharing():
-    launch.start(prepare(sys.argv[1:], say=print))
-"""
-"""How compare and sweep train small runs (`harness.jobs.warm`)."""
+STARTED = "import sys; from harness.jobs import forks; forks.is_possible = lambda: False; "
+STARTED += "from harness import cli; sys.exit(cli.main(['train', *sys.argv[1:]]))"
+"""`optbench train` as on GPUs: it starts programs instead of forking itself."""
 LAUNCHER = [
     sys.executable,
     "-m",
@@ -121,21 +116,24 @@ def _wait(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     ("command", "world_size"),
     [
-        ([sys.executable, "-c", SHARED], 1),
-        pytest.param(OPTBENCH, 1, marks=pytest.mark.slow),
+        (OPTBENCH, 1),
         pytest.param(OPTBENCH, 2, marks=pytest.mark.slow),
+        pytest.param([sys.executable, "-c", STARTED], 1, marks=pytest.mark.slow),
+        pytest.param([sys.executable, "-c", STARTED], 2, marks=pytest.mark.slow),
         pytest.param(LAUNCHER, 2, marks=pytest.mark.slow),
     ],
-    ids=["shared", "one", "two", "launcher"],
+    ids=["one", "two", "started-one", "started-two", "launcher"],
 )
 def test_killing_optbench_ends_its_processes_with_a_checkpoint(
     command: list[str], world_size: int, corpus: Path, tmp_path: Path
 ) -> None:
-    """With two, torch's elastic agent is between, which does not notice."""
+    """With two that are started, torch's elastic agent is between, which does not notice."""
     run = tmp_path / "default" / "run"
     words = small(corpus, tmp_path, *ENDLESS, f"world_size={world_size}")
     process, below = _started(words, run, command, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-    assert all("-P" in one.cmdline() for one in below if "harness.jobs.warm_worker" in one.cmdline())
+    servers = [one for one in below if "harness.jobs.fork_server" in one.cmdline()]
+    assert len(servers) == (world_size + 1 if command is OPTBENCH else 0)
+    assert all("-P" in one.cmdline() for one in servers)
     process.kill()
     process.communicate()
     psutil.wait_procs(below, timeout=LIMIT_S)
