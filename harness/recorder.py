@@ -23,8 +23,8 @@ from harness.protocols import CheckpointManager, MetricRow, Sink
 from harness.record import certificates
 from harness.record.folder import RunFolder
 from harness.record.log import Log, ProgressSink
-from harness.record.readers import stalled_ranks
 from harness.record.mirror import Mirror
+from harness.record.readers import stalled_ranks
 from harness.record.wandb import WandbSink
 
 Training = Callable[[Sequence[Sink], StepProfile | None], str]

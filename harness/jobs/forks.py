@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ class _Server:
     def __init__(self) -> None:
         self._owner, self._imported_under = os.getpid(), _import_environment()
         ours, theirs = Pipe()
-        self._pipe: Connection[Any, Any] = ours
+        self._pipe: Any = ours
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "harness.jobs.fork_server", str(theirs.fileno())],
             # The engine sets the threads of a run. Libraries that start theirs while they are loaded must not.
