@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from harness.verify.audit.document import Check
@@ -24,6 +26,8 @@ from harness.verify.audit.subject import (
 
 STEPS = 3
 DECAY = 0.1
+FIT = 0.02
+"""Relative remainder up to which a measured decay is a multiple of the weights."""
 FACTOR = 0.1
 """What the schedule multiplies the learning rate by in the step that is measured."""
 LATE = "late.weight"
@@ -162,21 +166,26 @@ def add_group(run: SubjectRun, named: Named) -> None:
 
 
 def _first_update(name: str, subject: Subject, run: SubjectRun, late: str) -> Check:
-    before = run.weights()
-    run.step()
-    late_move = moved(run, late, before)
+    """Step on until the late parameter moves; some rules only start their averages in the first step."""
+    before, begin = run.weights(), run.t
+    fresh = subject.over([(key, torch.nn.Parameter(w.clone())) for key, w in before.items()])
+    fresh.t = run.t
+    while run.t < begin + STEPS and not moved(run, late, before):
+        run.step()
+        fresh.step()
+    late_move, usual = moved(run, late, before), moved(fresh, late)
     if not finite(run.weights()):
         return Check(name, False, f"weights are not finite after the first gradient of {late}")
     if not late_move:
         return Check(
             name, False, f"{late} does not move: create state when a parameter has its first gradient"
         )
-    fresh = subject.over([(key, torch.nn.Parameter(w.clone())) for key, w in before.items()])
-    fresh.t = run.t - 1
-    fresh.step()
-    usual = moved(fresh, late)
-    ratio = f"its first update is {late_move / usual:.2f} of a new optimizer's" if usual else "it moves"
-    return Check(name, True, ratio)
+    when = "" if run.t == begin + 1 else f" comes in step {run.t - begin} and"
+    return Check(
+        name,
+        True,
+        f"its first update{when} is {late_move / usual:.2f} of a new optimizer's" if usual else "it moves",
+    )
 
 
 def tensor_lr(subject: Subject) -> Check:
@@ -207,65 +216,100 @@ def tensor_lr(subject: Subject) -> Check:
 def weight_decay(subject: Subject) -> Check:
     """Classify weight decay as decoupled, coupled or ignored, from the weights alone.
 
-    With fixed gradients, decoupled decay adds c·W to each step and changes nothing else, so the difference to a run
-    without decay grows by the same multiple of the current weights in each step.
+    Gradients are fixed, so decoupled decay adds c·W to a step and changes nothing else: the difference to a run without
+    decay grows by a multiple of the weights, and no longer once the decay is 0 again. Coupled decay stays in the state.
     """
     name = "weight decay"
-    probe = subject.start()
-    if not set_option(probe, "weight_decay", 0.0):
-        return Check(name, None, "the groups have no weight_decay")
     plain, decayed = subject.start(), subject.start()
-    set_option(plain, "weight_decay", 0.0)
+    if not set_option(plain, "weight_decay", 0.0):
+        return Check(name, None, "the groups have no weight_decay")
     set_option(decayed, "weight_decay", DECAY)
+    rates = [group["lr"] for group in decayed.optimizer.param_groups if group.get("lr")]
     matrix = max(subject.shapes, key=lambda key: len(subject.shapes[key]))
     factors, rest = [], 0.0
-    lr = next((group["lr"] for group in decayed.optimizer.param_groups if group.get("lr")), None)
     for _ in range(STEPS):
-        w = decayed.weights()[matrix].double()
-        gap = w - plain.weights()[matrix].double()
+        before, gap = decayed.weights()[matrix].double(), _gap(decayed, plain, matrix)
         plain.step()
         decayed.step()
-        grown = decayed.weights()[matrix].double() - plain.weights()[matrix].double() - gap
-        if float(grown.norm()) <= 16 * torch.finfo(torch.float32).eps * float(w.norm()):
+        grown = _gap(decayed, plain, matrix) - gap
+        if float(grown.norm()) <= 16 * torch.finfo(torch.float32).eps * float(before.norm()):
             factors.append(0.0)
             continue
-        factor = float((grown * w).sum() / w.square().sum())
-        rest = max(rest, float((grown - factor * w).norm() / grown.norm()))
+        # Applied before the update, or after it.
+        fits = [_multiple(grown, w) for w in (before, decayed.weights()[matrix].double())]
+        factor, remainder = min(fits, key=lambda fit: fit[1])
         factors.append(factor)
+        rest = max(rest, remainder)
     if not finite(decayed.weights()):
         return Check(name, False, f"weights are not finite with weight_decay={DECAY}")
     if not any(factors):
         return Check(
             name, False, f"ignored: weight_decay={DECAY} in the group changes nothing: read it in every step"
         )
-    spread = max(factors) - min(factors)
-    is_decoupled = rest < 0.02 and spread < 0.02 * max(map(abs, factors))
-    if not is_decoupled:
-        return Check(name, *_against_flag(decayed, False, "coupled: the decay enters the update rule"))
-    if factors[0] > 0:
-        return Check(name, False, f"wrong sign: the decay adds {factors[0]:.1e} of the weights per step")
-    return Check(name, *_against_flag(decayed, True, f"decoupled: {_convention(-factors[0], lr)}"))
+    gap = _gap(decayed, plain, matrix)
+    set_option(decayed, "weight_decay", 0.0)
+    for _ in range(STEPS):
+        plain.step()
+        decayed.step()
+    kept = float((_gap(decayed, plain, matrix) - gap).norm() / gap.norm()) if float(gap.norm()) else 0.0
+    if rest > FIT or kept > FIT:
+        return _coupled(subject, plain, matrix)
+    if max(factors) > 0:
+        return Check(name, False, f"wrong sign: the decay adds {max(factors):.1e} of the weights per step")
+    return Check(name, True, f"decoupled: {_convention([-factor for factor in factors], rates)}")
 
 
-def _convention(factor: float, lr: object) -> str:
+def _gap(run: SubjectRun, other: SubjectRun, name: str) -> Tensor:
+    return run.weights()[name].double() - other.weights()[name].double()
+
+
+def _multiple(grown: Tensor, w: Tensor) -> tuple[float, float]:
+    """Return c of the best fit ``grown = c·w``, and the relative remainder."""
+    factor = float((grown * w).sum() / w.square().sum())
+    return factor, float((grown - factor * w).norm() / grown.norm())
+
+
+def _coupled(subject: Subject, plain: SubjectRun, matrix: str) -> Check:
+    """Return the result for decay that changes the update itself, compared with the option that denies it."""
+    words = "coupled: the decay changes the update itself"
+    flags = {
+        key: group[key]
+        for group in plain.optimizer.param_groups
+        for key in _DECOUPLING_FLAGS
+        if isinstance(group.get(key), bool)
+    }
+    denies = [key for key, value in flags.items() if value]
+    if not denies:
+        return Check("weight decay", True, words)
+    # An update that depends on the weights, as a trust ratio, changes with any decay.
+    larger = subject.start()
+    set_option(larger, "weight_decay", 0.0)
+    with torch.no_grad():
+        for _, p in larger.named:
+            p.mul_(1.01)
+    larger.start = larger.weights()
+    while larger.t < plain.t:
+        larger.step()
+    reference = plain.weights()[matrix].double() - plain.start[matrix].double()
+    change = larger.weights()[matrix].double() - larger.start[matrix].double()
+    if float((change - reference).norm()) > 1e-3 * float(reference.norm()):
+        return Check("weight decay", None, "changes the update, which depends on the weights anyway")
+    return Check("weight decay", False, f"{words}, but {denies[0]}=True")
+
+
+def _convention(factors: list[float], rates: list[Any]) -> str:
+    if max(factors) > (1 + FIT) * min(factors):
+        return f"{min(factors):.2g} to {max(factors):.2g} of the weights per step"
+    factor = factors[0]
     words = f"{factor:.3g} of the weights per step"
-    if not isinstance(lr, float | int):
+    if len(set(map(float, rates))) != 1:
         return words
-    if abs(factor / (lr * DECAY) - 1) < 0.02:
+    (lr,) = set(map(float, rates))
+    if abs(factor / (lr * DECAY) - 1) < FIT:
         return f"{words}, lr · weight_decay"
-    if abs(factor / DECAY - 1) < 0.02:
+    if abs(factor / DECAY - 1) < FIT:
         return f"{words}, weight_decay without lr: it does not follow the schedule of the rate"
     return f"{words}, {factor / (lr * DECAY):.3g} times lr · weight_decay"
 
 
 _DECOUPLING_FLAGS = ("weight_decouple", "decoupled_weight_decay", "decoupled_decay")
-
-
-def _against_flag(run: SubjectRun, is_decoupled: bool, words: str) -> tuple[bool, str]:
-    """Compare the measured kind with the option that claims it, where there is one."""
-    group = run.optimizer.param_groups[0]
-    flag = next((key for key in _DECOUPLING_FLAGS if isinstance(group.get(key), bool)), None)
-    # Without momentum, coupled and decoupled decay are the same rule.
-    if flag is None or group[flag] == is_decoupled or is_decoupled:
-        return True, words
-    return False, f"{words}, but {flag}={group[flag]}"

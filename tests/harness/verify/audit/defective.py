@@ -153,6 +153,31 @@ class CoupledUnderFlag(Momentum):
         super().update(p, gradient + group["weight_decay"] * p, {**group, "weight_decay": 0.0})
 
 
+class DecaysAfter(Momentum):
+    """Correct: decays after the update."""
+
+    def update(self, p: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        super().update(p, gradient, {**group, "weight_decay": 0.0})
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+class DecaysWithoutRate(Momentum):
+    """Correct: decays by a part of the weights that the rate does not change."""
+
+    def update(self, p: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        super().update(p, gradient, {**group, "weight_decay": group["weight_decay"] / group["lr"]})
+
+
+class TrustRatio(Momentum):
+    """Correct: scales decoupled updates by the norm of the weights."""
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        super().__init__(params, weight_decouple=True, **options)
+
+    def update(self, p: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        super().update(p, gradient, {**group, "lr": group["lr"] * p.norm()})
+
+
 class DecaysFrozen(Momentum):
     """Decays parameters that have no gradient."""
 

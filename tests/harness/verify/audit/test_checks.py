@@ -113,8 +113,8 @@ def test_presets_fail_nothing(preset: str) -> None:
     ("kind", "options", "words"),
     [
         (torch.optim.AdamW, {}, "decoupled: 0.0001 of the weights per step, lr · weight_decay"),
-        (torch.optim.Adam, {}, "coupled: the decay enters the update rule"),
-        (torch.optim.SGD, {"momentum": 0.7}, "coupled: the decay enters the update rule"),
+        (torch.optim.Adam, {}, "coupled: the decay changes the update itself"),
+        (torch.optim.SGD, {"momentum": 0.7}, "coupled: the decay changes the update itself"),
         # Without momentum, both kinds are one rule.
         (torch.optim.SGD, {}, "decoupled: 0.0001 of the weights per step, lr · weight_decay"),
     ],
@@ -122,6 +122,20 @@ def test_presets_fail_nothing(preset: str) -> None:
 def test_weight_decay_is_classified(kind: Any, options: dict[str, Any], words: str) -> None:
     (found,) = checks.checks_of(build_of(kind, lr=1e-3, **options), ["weight decay"])
     assert (found.passed, found.detail) == (True, words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (defective.DecaysAfter, "decoupled: 0.002 of the weights per step, lr · weight_decay"),
+        (defective.DecaysWithoutRate, "weight_decay without lr: it does not follow the schedule of the rate"),
+        (defective.TrustRatio, "changes the update, which depends on the weights anyway"),
+    ],
+)
+def test_weight_decay_of_other_forms(kind: type[defective.Momentum], words: str) -> None:
+    (found,) = checks.checks_of(build_of(kind), ["weight decay"])
+    assert found.passed is not False
+    assert found.detail.endswith(words)
 
 
 def test_state_is_measured_per_element() -> None:
