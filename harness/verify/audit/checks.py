@@ -73,12 +73,12 @@ def run_checks(target: Target, only: Sequence[str] | None = None) -> list[Check]
     """
 
     def build(named: Named) -> torch.optim.Optimizer:
-        return target.build(named, _holder(named) if target.form == "model" else None)
+        return target.build(named, holder(named) if target.form == "model" else None)
 
     return checks_of(build, tuple(CHECKS) if only is None else only)
 
 
-def _holder(named: Named) -> nn.Module:
+def holder(named: Named) -> nn.Module:
     """Return a module whose parameters have these names."""
     root = nn.Module()
     for name, p in named:

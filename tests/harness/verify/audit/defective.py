@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -384,3 +385,11 @@ class DiffersCompiled(Momentum):
 def of_model(model: nn.Module) -> Momentum:
     """Return the correct optimizer over the parameters of a model."""
     return Momentum(model.parameters())
+
+
+class TakesShards(Momentum):
+    """Divides by the norm of this rank's shard."""
+
+    def update(self, p: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        p.sub_(group["lr"] * gradient / float(local.norm() + 1e-8))
