@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,17 @@ def names(packages: Iterable[str] = PACKAGES) -> tuple[list[str], dict[str, str]
     return found, missing
 
 
-def checks(target: str) -> dict[str, Any]:
-    """Return the report of one target's checks, in the form of `optbench audit --json`, without cells."""
-    return _contained(_checks, target)
+def checks(target: str, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the report of one target's checks, in the form of `optbench audit --json`, without cells.
 
-
-def _contained(work: Callable[[str], dict[str, Any]], target: str) -> dict[str, Any]:
+    Args:
+        target: import path or preset.
+        only: names of checks; None: all.
+    """
     # A fork: the packages are imported once, and their imports take longer than the checks.
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(work, target, theirs), daemon=True)
+    process = context.Process(target=_child, args=(target, only, theirs), daemon=True)
     process.start()
     theirs.close()
     report: dict[str, Any] | None = None
@@ -57,15 +58,15 @@ def _contained(work: Callable[[str], dict[str, Any]], target: str) -> dict[str, 
     return report
 
 
-def _child(work: Callable[[str], dict[str, Any]], target: str, pipe: Any) -> None:
+def _child(target: str, only: Sequence[str] | None, pipe: Any) -> None:
     # What libraries print must not reach the terminal.
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    pipe.send(work(target))
+    pipe.send(_checks(target, only))
 
 
-def _checks(name: str) -> dict[str, Any]:
+def _checks(name: str, only: Sequence[str] | None) -> dict[str, Any]:
     import torch
     from torch import nn
 
@@ -89,7 +90,7 @@ def _checks(name: str) -> dict[str, Any]:
     except TargetError as error:
         return {**report, "error": error.reason}
     notes = [note for note in [targets.FORMS[target.form]] if note]
-    return {**report, "notes": notes, "checks": [check.as_dict() for check in run_checks(target)]}
+    return {**report, "notes": notes, "checks": [check.as_dict() for check in run_checks(target, only)]}
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -60,7 +61,7 @@ def resume_across(target: Target, folder: str) -> Check | None:
             return _on_first(Check(NAME, None, f"does not run on FSDP2 shards: {describe(error)}"))
         try:
             state = get_optimizer_state_dict(sharded.model, sharded.optimizer)
-            dcp.save({"optimizer": state}, checkpoint_id=folder)
+            save({"optimizer": state}, checkpoint_id=folder)
         except Exception as error:
             return _on_first(
                 Check(NAME, False, f"torch's distributed checkpoint refuses it: {describe(error)}")
@@ -107,7 +108,7 @@ def _resumed(target: Target, folder: str, whole: dict[str, torch.Tensor]) -> Che
     model = holder(named)
     try:
         state = get_optimizer_state_dict(model, run.optimizer)
-        dcp.load({"optimizer": state}, checkpoint_id=Path(folder), no_dist=True)
+        load({"optimizer": state}, checkpoint_id=Path(folder), no_dist=True)
         set_optimizer_state_dict(model, run.optimizer, state)
     except Exception as failure:
         return Check(NAME, False, f"cannot be loaded in one process: {describe(failure)}")
