@@ -84,12 +84,14 @@ def measure(preset: str, shapes: Shapes, rank: int, device: torch.device) -> dic
         state per number of the weights.
     """
     grads = gradients(shapes)
-    has_subspace = "refresh_interval" in optimizers.resolve(preset)
+    known = optimizers.resolve(preset)
+    refreshes = "refresh_interval" in known
     peaks: dict[str, int | None] = {"ordinary": None, "refresh": None}
     state = 0
     for kind, interval in (("ordinary", NEVER), ("refresh", 1)):
-        options = {"rank": rank, "refresh_interval": interval} if has_subspace else {}
-        if kind == "refresh" and not has_subspace:
+        settings = {"rank": rank, "refresh_interval": interval}
+        options = {key: value for key, value in settings.items() if key in known}
+        if kind == "refresh" and not refreshes:
             continue
         optimizer = _built(preset, shapes, grads, device, **options)
         for _ in range(2):  # what a first step leaves behind for good is not of the steps after it

@@ -253,13 +253,17 @@ class MatrixBatch:
         self._gradient = None
 
     def due_slices(self) -> Iterator[slice]:
-        """Yield the positions in `due` as contiguous slices: slicing needs no index tensor on the device."""
-        start = 0
-        for position, index in enumerate(self.due):
-            last = position + 1 == len(self.due)
-            if last or self.due[position + 1] != index + 1:
-                yield slice(self.due[start], index + 1)
-                start = position + 1
+        """Yield the positions in `due` as contiguous slices."""
+        return contiguous(self.due)
+
+
+def contiguous(positions: Sequence[int]) -> Iterator[slice]:
+    """Yield ascending positions as contiguous slices: slicing needs no index tensor on the device."""
+    start = 0
+    for place, position in enumerate(positions):
+        if place + 1 == len(positions) or positions[place + 1] != position + 1:
+            yield slice(positions[start], position + 1)
+            start = place + 1
 
 
 def gradient_of(matrix: MatrixRef) -> Tensor:

@@ -170,15 +170,9 @@ def check_common(rule: str, values: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankOptions(MatrixOptions):
-    """What rules in a subspace of the gradient take: the subspace and its renewal."""
+class RefreshOptions(MatrixOptions):
+    """What rules take that renew a basis every some steps."""
 
-    decay_order: Literal["before", "after"] = option(
-        "before", "weight decay acts on the weight before or after the step"
-    )
-    rank: int | None = option(
-        None, "r, dimension of the subspace; null: a quarter of each matrix's short side", minimum=1
-    )
     refresh_interval: int = option(200, "K, steps between new subspaces", minimum=1)
     refresh_offset: int = option(
         0, "refresh when (t + offset) mod K = 0, t = 0, 1, …, and at t = 0", minimum=0
@@ -187,6 +181,18 @@ class LowRankOptions(MatrixOptions):
         "auto",
         "spread the refreshes over the interval (the first one stays at t = 0): true: evenly; auto: those of matrices "
         "with a short side of 2048 or more, in 8 steps; false: all matrices in one step",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions(RefreshOptions):
+    """What rules in a subspace of the gradient take: the subspace and its renewal."""
+
+    decay_order: Literal["before", "after"] = option(
+        "before", "weight decay acts on the weight before or after the step"
+    )
+    rank: int | None = option(
+        None, "r, dimension of the subspace; null: a quarter of each matrix's short side", minimum=1
     )
     refresh_threshold: float | None = option(
         None,

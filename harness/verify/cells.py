@@ -185,6 +185,7 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
         ("aux_lr", _AUX_LR),
         ("refresh_interval", REFRESH_INTERVAL),
         ("orthogonalizer_dtype", orthogonalizer_dtype),
+        ("gram_dtype", "float64"),
     ):
         if option in options:
             words.append(f"optimizer.{option}={value}")

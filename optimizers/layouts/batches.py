@@ -157,7 +157,10 @@ class BatchState:
         if "columns" in self._stacked:
             present = (self._stacked["columns"] >= 0).any(-1)
         else:
-            present = (self._stacked["basis"][..., 0] != 0).any(-1)
+            bases = [stacked for kind, stacked in self._stacked.items() if kind.endswith("basis")]
+            if not bases:
+                return
+            present = (bases[0][..., 0] != 0).any(-1)
         flags = ~(present if self._agree is None else self._agree(present))
         if threshold is not None:
             flags = flags | (self._stacked["projected_norm"] <= threshold)

@@ -101,6 +101,7 @@ class OwnerBucket(_DividedBucket):
         communicator: the ranks.
         rule: what is computed.
         options: of the group.
+        replicas: collectives over the owners of the same matrices in other replicas; None: there are none.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class OwnerBucket(_DividedBucket):
         communicator: Communicator,
         rule: Rule,
         options: Mapping[str, Any],
+        replicas: Collectives | None = None,
     ) -> None:
         sizes = [m.block.shape[0] * m.block.shape[1] for m in matrices]
         exchange = Exchange(sources, whole_at(owners, sizes, communicator.size), communicator)
@@ -118,6 +120,8 @@ class OwnerBucket(_DividedBucket):
         owned_positions = [i for i, owner in enumerate(owners) if owner == communicator.rank]
         owned = [_gathered(matrices[i], i, self._gathered) for i in owned_positions]
         super().__init__(matrices, owned, exchange.backward, rule, options)
+        if replicas is not None:
+            self.collectives = replicas
         self._exchange = exchange
         self._places.update({id(matrix): i for matrix, i in zip(owned, owned_positions)})
         self._owned = owned  # keeps their ids

@@ -36,7 +36,7 @@ from optimizers.layouts.layout import (
     whole_groups,
 )
 from optimizers.layouts.owner_buckets import OwnerBucket, bucket_positions
-from optimizers.layouts.replicated import work_of
+from optimizers.layouts.replicated import ReplicaCollectives, work_of
 from optimizers.layouts.shard_views import chunk, local, shard_view_of
 from optimizers.linalg.inverse_root import InverseRoot
 from optimizers.linalg.polar import Polar
@@ -354,6 +354,8 @@ class ShardedLayout:
                 self._ranks,
                 rule,
                 options,
+                # Bases are made in one replica and sent to the owners in the others.
+                None if self.replicas is None else ReplicaCollectives(self.replicas),
             )
             for positions in bucket_positions(matrices, owners)
         ]

@@ -10,6 +10,7 @@ from optimizers.reference.galore import GaLore
 from optimizers.reference.lion import Lion
 from optimizers.reference.muon import Muon
 from optimizers.reference.normuon import NorMuon
+from optimizers.reference.soap import Soap
 from optimizers.reference.sumo import Sumo
 
-__all__ = ["AdaMuon", "AdamW", "GaLore", "Lion", "Muon", "NorMuon", "Sumo"]
+__all__ = ["AdaMuon", "AdamW", "GaLore", "Lion", "Muon", "NorMuon", "Soap", "Sumo"]

@@ -46,3 +46,16 @@ def leading_vectors(matrix: Matrix, rank: int, left: bool) -> Matrix:
     basis = (u if left else vt.T)[:, :rank]
     largest = np.abs(basis).argmax(axis=0)
     return basis * np.sign(basis[largest, np.arange(rank)])
+
+
+def eigenvectors(gram: Matrix, shape: tuple[int, int]) -> Matrix:
+    """Return the (k, k) eigenvectors of a Gram of an (m, n) matrix, by descending eigenvalue.
+
+    Those at the level of fp32 rounding of the matrix are replaced by unit vectors, made orthonormal to the others.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    known = values > (max(shape) * np.finfo(np.float32).eps) ** 2 * values[0]
+    kept = vectors * known
+    rest = np.eye(len(gram)) - kept @ kept.T
+    return np.linalg.qr(np.where(known, kept, rest))[0]

@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "normuon": {"orthogonalizer_dtype": "float32"},
     "adamuon": {"orthogonalizer_dtype": "float32"},
     "lion": {},
+    "soap": {"refresh_interval": 3, "gram_dtype": "float64"},
     "adamw": {},
 }
 
@@ -131,7 +132,7 @@ def test_uneven_and_empty_shards(four_ranks: RankPool, preset: str) -> None:
         assert worst(result["weights"], expected, UNEVEN) < TOLERANCE
 
 
-@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "lion", "adamw"])
+@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "lion", "soap", "adamw"])
 def test_replicas_of_shards(four_ranks: RankPool, preset: str) -> None:
     """HSDP: two replicas of two shards."""
     results = four_ranks.run(sharded, preset, EVEN, 0, 2, {})

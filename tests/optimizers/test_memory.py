@@ -64,6 +64,7 @@ def test_the_state_follows_its_formula(preset: str) -> None:
         "lion": lambda m, n: m * n,
         "normuon": lambda m, n: m * n + max(m, n),
         "adamuon": lambda m, n: 2 * m * n,
+        "soap": lambda m, n: 2 * m * n + 2 * m * m + 2 * n * n,
     }
     family = "sumo" if preset == "galore_muon" else preset.split("_")[0]
     numbers = sum(per_matrix[family](m, n) for m, n in shapes)

@@ -48,8 +48,10 @@ def _keys(context: StageContext, preset: str) -> list[str]:
     steps, refresh, rank = _QUICK if context.quick else _FULL
     keys = [f"optimizer={preset}", f"steps={steps}"]
     options = optimizers.resolve(preset)
+    if "rank" in options:
+        keys.append(f"optimizer.rank={rank}")
     if "refresh_interval" in options:
-        keys += [f"optimizer.rank={rank}", f"optimizer.refresh_interval={refresh}"]
+        keys.append(f"optimizer.refresh_interval={refresh}")
     if "refresh_stagger" in options:
         # All in one step, so that ordinary steps and refresh steps can be told apart.
         keys.append("optimizer.refresh_stagger=false")

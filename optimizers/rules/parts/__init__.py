@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimizers.rules.parts.building_blocks import *  # noqa: F403
+    from optimizers.rules.parts.eigenbases import *  # noqa: F403
     from optimizers.rules.parts.inner_rules import *  # noqa: F403
     from optimizers.rules.parts.normalized_factors import *  # noqa: F403
     from optimizers.rules.parts.norms import *  # noqa: F403
@@ -22,6 +23,7 @@ _MODULES = (
     "norms",
     "inner_rules",
     "residuals",
+    "eigenbases",
 )
 """Where a name is looked for. The state of a rule is asked for without torch, which all but the first need."""
 
