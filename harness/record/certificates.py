@@ -60,7 +60,7 @@ CROSSED = ("sumo", "muon", "adamw")
 """Rules that are certified on every engine in the plainest setting."""
 
 _NUMBERS = ("float", "int", "betas")
-UNCERTIFIED_OPTIONS = ("rank", "aux_lr", "orthogonalizer_dtype", "rounding", "seed")
+UNCERTIFIED_OPTIONS = ("rank", "aux_lr", "orthogonalizer_dtype", "gram_dtype", "max_side", "rounding", "seed")
 """Options that may differ from the preset's whatever they are: sizes, and what a certificate fixes itself."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optimizers.reference.matrices import Matrix, eigenvectors
 
@@ -68,6 +69,6 @@ class Soap:
         self.t += 1
         return self.weight
 
-    def _order(self, gram: Matrix, basis: Matrix) -> Matrix:
+    def _order(self, gram: Matrix, basis: Matrix) -> NDArray[np.intp]:
         estimates = np.diag(basis.T @ gram @ basis)
         return np.argsort(-estimates, kind="stable") if self.sorts else np.arange(len(estimates))
