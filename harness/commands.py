@@ -274,6 +274,19 @@ COMMANDS: dict[str, Command] = {
         (
             ("runs/default/mine model", "the newest checkpoint of a run, with its tokenizer"),
             ("runs/default/mine/checkpoints/step_00001000 model", "this checkpoint"),
+            (
+                "runs/default/mine model --weights raw",
+                "of a run with optimizer.average_decay: not the average",
+            ),
+        ),
+        (
+            Option(
+                ("--weights",),
+                "which weights of a run with optimizer.average_decay: their average, as val/loss (the default), or raw",
+                "average|raw",
+                "optbench export runs/default/mine model --weights raw",
+                choices=("average", "raw"),
+            ),
         ),
     ),
     "clean": Command(

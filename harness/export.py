@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> int:
     if target.exists() or target.is_symlink():
         raise InputError("export", target, "exists already", fix="another folder")
     source = find(Path(arguments.rest[0]))
-    has_tokenizer = write(source.folder, target)
+    weights = choice(source.folder, arguments.options.weights)
+    has_tokenizer = write(source.folder, target, weights)
     warnings = source.warnings
     if not has_tokenizer:
         warnings.append("without the tokenizer: its corpus is not in the cache (data.cache_dir)")
@@ -82,11 +83,13 @@ def main(argv: Sequence[str]) -> int:
             "last_step": source.last_step,
             "steps_planned": source.steps_planned,
             "is_last": source.step >= source.last_step,
+            "weights": weights,
         }
         where = {"checkpoint": str(source.folder), "folder": str(target), "has_tokenizer": has_tokenizer}
         print(json_document(**where, **facts, warnings=warnings))
     else:
-        print(f"step {source.step} of {source.steps_planned}, from {source.folder}")
+        kind = "the average of the weights at " if weights == "average" else ""
+        print(f"{kind}step {source.step} of {source.steps_planned}, from {source.folder}")
         print(target)
     sys.stdout.flush()
     for warning in warnings:
@@ -94,12 +97,33 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def write(source: Path, target: Path) -> bool:
+def choice(source: Path, wanted: str | None) -> str:
+    """Return which weights of a checkpoint are exported: "average" or "raw".
+
+    Args:
+        source: a checkpoint.
+        wanted: as given; None: what val/loss is of, the average where the run keeps one.
+
+    Raises:
+        InputError: the average is wanted of a run that keeps none.
+    """
+    from harness.checkpoint.store import CONFIG
+
+    options = compose.load_file(source / CONFIG).optimizer.options
+    has_average = options.get("average_decay") is not None
+    if wanted == "average" and not has_average:
+        reason = "is not in this checkpoint: the run was trained without optimizer.average_decay"
+        raise InputError("--weights", "average", reason, allowed="raw", fix="--weights raw")
+    return wanted or ("average" if has_average else "raw")
+
+
+def write(source: Path, target: Path, weights: str = "raw") -> bool:
     """Write a checkpoint as a model folder, whole or not at all; returns whether the tokenizer is in it.
 
     Args:
         source: a checkpoint that `store.verify` accepted.
         target: does not exist.
+        weights: "raw" or "average".
 
     Raises:
         InputError: the checkpoint lacks a weight, or the disk refuses.
@@ -109,7 +133,7 @@ def write(source: Path, target: Path) -> bool:
     config = compose.load_file(source / CONFIG)
     try:
         # Before anything is written: a damaged checkpoint leaves no folder.
-        model: Any = load(source, config)
+        model: Any = load(source, config, weights)
     except DamagedCheckpoint as error:
         raise InputError("export", source, f"is damaged: {error}") from error
     try:
@@ -168,8 +192,13 @@ def _progress(run: Path) -> tuple[int, int]:
     return max([done, *Store(run).steps()]), planned
 
 
-def load(folder: Path, config: RunConfig) -> nn.Module:
+def load(folder: Path, config: RunConfig, weights: str = "raw") -> nn.Module:
     """Return the model of a checkpoint, fp32 on the CPU, in evaluation mode.
+
+    Args:
+        folder: of the checkpoint.
+        config: of its run.
+        weights: "raw" or "average".
 
     Raises:
         DamagedCheckpoint: a weight is missing, or has another shape.
@@ -180,14 +209,16 @@ def load(folder: Path, config: RunConfig) -> nn.Module:
     from harness.checkpoint.files import Saved
     from harness.model.build import build
     from optimizers.named_state import StatePiece
+    from optimizers.weight_average import KIND as AVERAGE
 
+    kind = AVERAGE if weights == "average" else WEIGHT
     model = build(config.model, seed=config.seed, trust_remote_code=config.trust_remote_code, weights=False)
     saved = Saved(folder)
     with torch.no_grad():
         for name, p in model.named_parameters():
             # Frozen weights come from the starting point; checkpoints hold trained ones.
             if p.requires_grad:
-                p.copy_(saved.read(StatePiece(name, WEIGHT, tuple(p.shape), None, 0, p, True)))
+                p.copy_(saved.read(StatePiece(name, kind, tuple(p.shape), None, 0, p, True)))
     saved.close()
     model.eval()
     return model

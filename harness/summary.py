@@ -168,6 +168,7 @@ def build(
         # An interrupted run has no final loss: that of its last row is of fewer steps.
         "val/loss": finite(last.get("val/loss")) if ended else None,
         "val/perplexity": finite(last.get("val/perplexity")) if ended else None,
+        "val/raw_loss": finite(last.get("val/raw_loss")) if ended else None,
         "train/loss": finite(last.get("train/loss")),
         "best_val_loss": min(losses, default=None),
         "skipped_steps": totals.skipped,

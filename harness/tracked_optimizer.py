@@ -64,6 +64,15 @@ class TrackedOptimizer(Protocol):
         """Return the seconds that ``moment_figures`` cost the last observed step."""
         ...
 
+    @property
+    def keeps_average(self) -> bool:
+        """True if ``averaged_weights`` has an average of the weights to put in their place."""
+        ...
+
+    def averaged_weights(self) -> AbstractContextManager[object]:
+        """Put the averages in the place of the weights inside the context."""
+        ...
+
     def state_bytes(self) -> dict[str, int]:
         """Return kind → bytes of this process' state tensors."""
         ...
@@ -85,6 +94,7 @@ class ForeignOptimizer:
     """
 
     observes_moments = False
+    keeps_average = False
     routes: Sequence[Route] = ()
     figures_are_divided = False
     fallbacks = 0
@@ -119,6 +129,10 @@ class ForeignOptimizer:
     def observation_seconds(self) -> float:
         """Return 0: nothing was observed."""
         return 0.0
+
+    def averaged_weights(self) -> AbstractContextManager[object]:
+        """Do nothing: there is no average."""
+        return nullcontext()
 
     def state_bytes(self) -> dict[str, int]:
         """Return state key → bytes of this process' tensors under it."""

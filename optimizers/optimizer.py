@@ -20,14 +20,13 @@ from optimizers.layouts.replicated import ReplicatedLayout
 from optimizers.layouts.sharded import ShardedLayout, is_sharded
 from optimizers.linalg.robust import without_autocast
 from optimizers.moment_figures import Figures
-from optimizers.moment_sample import Sample, choose
 from optimizers.named_state import check_state_dict, compact, kind_bytes, restore_exactly
 from optimizers.options import OptionError
 from optimizers.presets import resolve
 from optimizers.routing import Modules, Route
 from optimizers.rules.parts import adamw_kernels
 from optimizers.skipping import Candidates, SkipTracker, StepMask
-from optimizers.step_stats import StepStats, first_moments, moment_shapes, moment_spectra
+from optimizers.step_stats import StepStats, first_moments, moment_sample, moment_spectra
 from optimizers.step_units import RuleGroup, StepUnits, adamw_settings, apply_config
 
 
@@ -328,16 +327,7 @@ class Optimizer(torch.optim.Optimizer):
             on: False takes it back.
             around: gives a context for each computation of figures inside the step, such as a meter of its memory.
         """
-        self.stats.observe_next(on, around, self._moment_sample() if on else None)
-
-    def _moment_sample(self) -> Sample | None:
-        shapes = moment_shapes(self.units, self.preset_rule)
-        device = next((p.device.type for group in self.units.groups for p in group.parameters), "cpu")
-        # Where state is divided, each process looks at its own, or all of them take part in each matrix.
-        replicas = None if self.is_divided else self.layout.replicas
-        if replicas is None:
-            return choose(shapes, device)
-        return choose(shapes, device, replicas=replicas.size, replica=replicas.rank)
+        self.stats.observe_next(on, around, moment_sample(self.units, self.preset_rule) if on else None)
 
     @property
     def figures_are_divided(self) -> bool:
@@ -397,6 +387,11 @@ class Optimizer(torch.optim.Optimizer):
                     name = "aux" if is_aux else kind
                     total[name] = total.get(name, 0) + size
         return total
+
+    @property
+    def keeps_average(self) -> bool:
+        """Return True if `averaged_weights` has averages to put in the place of the weights."""
+        return any(group.options.get("average_decay") is not None for group in self.units.groups)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from optimizers.fused_projections import Block
 from optimizers.interfaces import Collectives, MatrixBatch, Update
 from optimizers.layouts.layout import StepUnit
 from optimizers.moment_figures import Figures, Observation, Share, moment_share, singular_values
-from optimizers.moment_sample import Sample
+from optimizers.moment_sample import Sample, choose
 from optimizers.rule import Rule
 from optimizers.step_units import StepUnits
 
@@ -168,6 +168,17 @@ def first_moments(units: StepUnits, unit: StepUnit) -> list[tuple[list[str], Ten
         )
         for (shape, split, _), same in kinds.items()
     ]
+
+
+def moment_sample(units: StepUnits, preset_rule: str) -> Sample | None:
+    """Return the matrices that an observed step looks at; None: all of them, on every process."""
+    shapes, layout = moment_shapes(units, preset_rule), units.layout
+    device = next((p.device.type for group in units.groups for p in group.parameters), "cpu")
+    # Where state is divided, each process looks at its own, or all of them take part in each matrix.
+    replicas = None if layout.is_divided else layout.replicas
+    if replicas is None:
+        return choose(shapes, device)
+    return choose(shapes, device, replicas=replicas.size, replica=replicas.rank)
 
 
 def moment_shapes(units: StepUnits, preset_rule: str) -> dict[str, tuple[int, int]]:

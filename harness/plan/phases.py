@@ -98,6 +98,9 @@ def phases(
         # Without gradients a layer's temporaries are given back before the next layer.
         evaluation |= {"activations": kept.layer, "logits": per_rank["logits"]}
     stepping = {**state, "gradients": _reduced_gradients(config, per_rank)}
+    if config.precision == "bf16_pure" and "optimizer/average" in per_rank:
+        # Half-precision weights are kept while averages are in their place.
+        evaluation["kept_weights"] = per_rank["weights"]
     by_phase = {
         "build": build,
         "forward_backward": per_rank,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from harness.config import derived_defaults
 from harness.loop import Run
 from harness.protocols import Engine, MetricRow, Objective
+from harness.tracked_optimizer import tracked
 
 if TYPE_CHECKING:
     from harness.protocols import MicroBatch
@@ -29,6 +32,9 @@ class ValidationRows(Protocol):
 
 class Evaluation:
     """Adds ``val/loss`` every ``eval.every`` steps and at the end.
+
+    Where the optimizer keeps an average of the weights, it is that of the average, and ``val/raw_loss`` that of the
+    weights themselves.
 
     Args:
         run: assembled.
@@ -53,21 +59,28 @@ class Evaluation:
 
     def measure(self, step: int, row: MetricRow) -> None:
         run = self._run
-        micro = run.config.micro_batch_size or 1
         with run.clock.part("probes"), run.memory.phase("evaluation"):
-            loss = evaluate(
-                run.engine,
-                run.model,
-                run.objective,
-                self._validation,
-                rows=self._rows,
-                micro_batch_size=micro,
-            )
+            loss = self._loss()
+            if tracked(run.optimizer).keeps_average:
+                row["val/raw_loss"] = loss
+                with averaged_weights(run):
+                    loss = self._loss()
         row["val/loss"] = loss
         row["val/perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self.best is None or loss < self.best:
             self.best = loss
         self.last = (step + 1, loss if math.isfinite(loss) else None)
+
+    def _loss(self) -> float:
+        run = self._run
+        return evaluate(
+            run.engine,
+            run.model,
+            run.objective,
+            self._validation,
+            rows=self._rows,
+            micro_batch_size=run.config.micro_batch_size or 1,
+        )
 
     def state(self) -> dict[str, Any]:
         """Return the best loss so far."""
@@ -76,6 +89,15 @@ class Evaluation:
     def restore(self, state: dict[str, Any], steps: int) -> None:
         """Continue from the best loss of an earlier process."""
         self.best = state["best"]
+
+
+@contextmanager
+def averaged_weights(run: Run) -> Iterator[None]:
+    """Put the optimizer's averages in the place of the weights inside the context (a collective)."""
+    with tracked(run.optimizer).averaged_weights():
+        run.engine.sync_from_masters()
+        yield
+    run.engine.sync_from_masters()
 
 
 @torch.no_grad()

@@ -128,6 +128,7 @@ class Summary(Record):
     world_size: Count | None = None
     val_loss: Number = Field(None, alias="val/loss")
     val_perplexity: Number = Field(None, alias="val/perplexity")
+    val_raw_loss: Number = Field(None, alias="val/raw_loss")
     train_loss: Number = Field(None, alias="train/loss")
     best_val_loss: Number = None
     skipped_steps: Count | None = None

@@ -76,6 +76,11 @@ METRICS: dict[str, Metric] = {
     ),
     "val/loss": Metric("nats/token", "token-weighted mean over the fixed validation tokens"),
     "val/perplexity": Metric("", "exp(val/loss)"),
+    "val/raw_loss": Metric(
+        "nats/token",
+        "the same of the weights themselves, where optimizer.average_decay makes val/loss that of their average; "
+        "absent elsewhere",
+    ),
     "lr": Metric("", "learning rate of the matrix rule in this step"),
     "grad_norm": Metric("", "global gradient norm before clipping"),
     "skipped_steps": Metric("steps", "steps skipped because of non-finite gradients, so far"),
@@ -127,6 +132,7 @@ SUMMARY_KEYS: dict[str, str] = {
     "world_size": "processes",
     "val/loss": "at the last step, or null",
     "val/perplexity": "at the last step, or null",
+    "val/raw_loss": "with optimizer.average_decay: of the weights themselves at the last step; else null",
     "train/loss": "last row",
     "best_val_loss": "lowest val/loss",
     "skipped_steps": "int",

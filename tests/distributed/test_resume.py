@@ -256,6 +256,38 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     assert_identical(whole, [first, second])
 
 
+_HALF = ["optimizer.state_dtype=bfloat16", "optimizer.average_decay=0.8"]
+AROUND = [
+    ("single", "adamw", [*_HALF, "optimizer.weight_norm=fixed", "optimizer.weight_decay=0"]),
+    ("ddp, split work", "muon", [*_HALF, "optimizer.split_heads=true", "optimizer.weight_norm=hyperball"]),
+    ("fsdp2", "sumo", [*_HALF, "optimizer.weight_norm=hyperball"]),
+    ("zero1", "galore", [*_HALF, "optimizer.weight_norm=fixed", "optimizer.update_rms=0.2"]),
+    ("zero3", "adamw", [*_HALF, "optimizer.weight_norm=fixed", "optimizer.weight_decay=0"]),
+]
+
+
+@pytest.mark.parametrize(("engine", "rule", "options"), AROUND)
+def test_options_around_a_rule_go_on(
+    engine: str,
+    rule: str,
+    options: list[str],
+    corpus: Path,
+    tmp_path: Path,
+    pools: dict[int, RankPool],
+) -> None:
+    """Norms, averages and bf16 moments are part of the state, in their own dtypes."""
+    words = words_of(corpus, tmp_path, engine, RULES[rule], *options)
+    whole = run_on(pools, engine, words, tmp_path / "whole", None)
+    first = run_on(pools, engine, words, tmp_path / "cut", STOP_AFTER)
+    second = run_on(pools, engine, words, tmp_path / "cut", None)
+    assert second[0]["first"] == STOP_AFTER
+    assert_identical(whole, [first, second])
+    dtypes = {piece.kind: piece.tensor.dtype for piece in second[0]["pieces"]}
+    assert dtypes["moment"] == torch.bfloat16
+    assert (dtypes["average"], dtypes["weight_norm"]) == (torch.float32, torch.float64)
+    assert all("val/raw_loss" in row for row in second[0]["rows"])
+
+
 def test_a_plug_in_with_lists_of_matrices_goes_on(
     corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
 ) -> None:
