@@ -44,11 +44,13 @@ def lr_schedule(subject: Subject) -> Check:
     rates = [group.get("lr") for group in groups]
     if any(rate is None or float(rate) == 0 for rate in rates):
         return Check(name, None, f"the groups' lr is {rates[0]}: there is no rate to schedule")
-    slow = {id(p) for p in groups[-1]["params"]}
+    # A group of this project's presets can say that schedules leave it alone.
+    last = max((i for i, group in enumerate(groups) if group.get("scheduled", True)), default=len(groups) - 1)
+    slow = {id(p) for p in groups[last]["params"]}
     names = [key for key, p in scheduled.named if id(p) in slow]
     others = [key for key, p in scheduled.named if id(p) not in slow]
     schedulers = [
-        LambdaLR(run.optimizer, [_constant] * (len(groups) - 1) + [_drop(factor)])
+        LambdaLR(run.optimizer, [_drop(factor) if i == last else _constant for i in range(len(groups))])
         for run, factor in ((plain, 1.0), (scheduled, FACTOR))
     ]
     late = 0
@@ -158,11 +160,12 @@ def added_group(subject: Subject) -> Check:
 
 
 def add_group(run: SubjectRun, named: Named) -> None:
-    """Call `add_param_group`, with names where the optimizer's groups have names, as torch demands."""
-    if "param_names" in run.optimizer.param_groups[0]:
-        run.optimizer.add_param_group({"params": list(named)})
-    else:
-        run.optimizer.add_param_group({"params": [p for _, p in named]})
+    """Call `add_param_group`, with names and the route to a rule where the optimizer's groups have them."""
+    first = run.optimizer.param_groups[0]
+    group: dict[str, Any] = {"params": list(named) if "param_names" in first else [p for _, p in named]}
+    if "use_muon" in first:
+        group["use_muon"] = all(p.ndim >= 2 for _, p in named)
+    run.optimizer.add_param_group(group)
 
 
 def _first_update(name: str, subject: Subject, run: SubjectRun, late: str) -> Check:
@@ -219,11 +222,26 @@ def weight_decay(subject: Subject) -> Check:
     Gradients are fixed, so decoupled decay adds c·W to a step and changes nothing else: the difference to a run without
     decay grows by a multiple of the weights, and no longer once the decay is 0 again. Coupled decay stays in the state.
     """
+    found = _measured_decay(subject, DECAY)
+    # A tiny rate leaves less of it than weights resolve.
+    return (
+        found
+        or _measured_decay(subject, 1000 * DECAY)
+        or Check(
+            "weight decay",
+            False,
+            f"ignored: weight_decay={1000 * DECAY:g} in the group changes nothing: read it in every step",
+        )
+    )
+
+
+def _measured_decay(subject: Subject, decay: float) -> Check | None:
+    """Return None if the decay changes nothing."""
     name = "weight decay"
     plain, decayed = subject.start(), subject.start()
     if not set_option(plain, "weight_decay", 0.0):
         return Check(name, None, "the groups have no weight_decay")
-    set_option(decayed, "weight_decay", DECAY)
+    set_option(decayed, "weight_decay", decay)
     rates = [group["lr"] for group in decayed.optimizer.param_groups if group.get("lr")]
     matrix = max(subject.shapes, key=lambda key: len(subject.shapes[key]))
     factors, rest = [], 0.0
@@ -241,11 +259,9 @@ def weight_decay(subject: Subject) -> Check:
         factors.append(factor)
         rest = max(rest, remainder)
     if not finite(decayed.weights()):
-        return Check(name, False, f"weights are not finite with weight_decay={DECAY}")
+        return Check(name, False, f"weights are not finite with weight_decay={decay:g}")
     if not any(factors):
-        return Check(
-            name, False, f"ignored: weight_decay={DECAY} in the group changes nothing: read it in every step"
-        )
+        return None
     gap = _gap(decayed, plain, matrix)
     set_option(decayed, "weight_decay", 0.0)
     for _ in range(STEPS):
@@ -256,7 +272,7 @@ def weight_decay(subject: Subject) -> Check:
         return _coupled(subject, plain, matrix)
     if max(factors) > 0:
         return Check(name, False, f"wrong sign: the decay adds {max(factors):.1e} of the weights per step")
-    return Check(name, True, f"decoupled: {_convention([-factor for factor in factors], rates)}")
+    return Check(name, True, f"decoupled: {_convention([-factor for factor in factors], rates, decay)}")
 
 
 def _gap(run: SubjectRun, other: SubjectRun, name: str) -> Tensor:
@@ -297,19 +313,19 @@ def _coupled(subject: Subject, plain: SubjectRun, matrix: str) -> Check:
     return Check("weight decay", False, f"{words}, but {denies[0]}=True")
 
 
-def _convention(factors: list[float], rates: list[Any]) -> str:
+def _convention(factors: list[float], rates: list[Any], decay: float) -> str:
+    """Say in words which multiple of the weights is taken off per step."""
     if max(factors) > (1 + FIT) * min(factors):
-        return f"{min(factors):.2g} to {max(factors):.2g} of the weights per step"
-    factor = factors[0]
-    words = f"{factor:.3g} of the weights per step"
-    if len(set(map(float, rates))) != 1:
-        return words
-    (lr,) = set(map(float, rates))
-    if abs(factor / (lr * DECAY) - 1) < FIT:
-        return f"{words}, lr · weight_decay"
-    if abs(factor / DECAY - 1) < FIT:
-        return f"{words}, weight_decay without lr: it does not follow the schedule of the rate"
-    return f"{words}, {factor / (lr * DECAY):.3g} times lr · weight_decay"
+        return f"{min(factors) / decay:.2g} to {max(factors) / decay:.2g} times weight_decay"
+    factor = factors[0] / decay
+    rate = float(rates[0]) if len({float(rate) for rate in rates}) == 1 else None
+    if rate is not None and abs(factor / rate - 1) < FIT:
+        return "lr · weight_decay of the weights per step"
+    if abs(factor - 1) < FIT:
+        return "weight_decay of the weights per step, which does not follow the schedule of the rate"
+    return f"{factor:.3g} · weight_decay of the weights per step" + (
+        f" at lr {rate:g}" if rate is not None else ""
+    )
 
 
 _DECOUPLING_FLAGS = ("weight_decouple", "decoupled_weight_decay", "decoupled_decay")

@@ -112,23 +112,25 @@ def test_presets_fail_nothing(preset: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        (torch.optim.AdamW, {}, "decoupled: 0.0001 of the weights per step, lr · weight_decay"),
+        (torch.optim.AdamW, {}, "decoupled: lr · weight_decay of the weights per step"),
         (torch.optim.Adam, {}, "coupled: the decay changes the update itself"),
         (torch.optim.SGD, {"momentum": 0.7}, "coupled: the decay changes the update itself"),
+        # Less than weights resolve, at the usual decay.
+        (torch.optim.AdamW, {"lr": 1e-7}, "decoupled: lr · weight_decay of the weights per step"),
         # Without momentum, both kinds are one rule.
-        (torch.optim.SGD, {}, "decoupled: 0.0001 of the weights per step, lr · weight_decay"),
+        (torch.optim.SGD, {}, "decoupled: lr · weight_decay of the weights per step"),
     ],
 )
 def test_weight_decay_is_classified(kind: Any, options: dict[str, Any], words: str) -> None:
-    (found,) = checks.checks_of(build_of(kind, lr=1e-3, **options), ["weight decay"])
+    (found,) = checks.checks_of(build_of(kind, **{"lr": 1e-3, **options}), ["weight decay"])
     assert (found.passed, found.detail) == (True, words)
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (defective.DecaysAfter, "decoupled: 0.002 of the weights per step, lr · weight_decay"),
-        (defective.DecaysWithoutRate, "weight_decay without lr: it does not follow the schedule of the rate"),
+        (defective.DecaysAfter, "decoupled: lr · weight_decay of the weights per step"),
+        (defective.DecaysWithoutRate, "which does not follow the schedule of the rate"),
         (defective.TrustRatio, "changes the update, which depends on the weights anyway"),
     ],
 )
