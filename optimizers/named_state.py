@@ -244,7 +244,8 @@ def _check_group(i: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
         raise ValueError(f"group {i} has {counts[0]} parameters, this optimizer's has {counts[1]}")
     for key in _STRUCTURAL:
         # A group that was written before an option existed had what it is by default.
-        if theirs.get(key, NEUTRAL.get(key, ours.get(key))) != ours.get(key):
+        default = NEUTRAL.get(key, ours.get(key))
+        if theirs.get(key, default) != ours.get(key, default):
             raise ValueError(
                 f"group {i} was written with {key}={theirs.get(key)}, this optimizer has {ours.get(key)}"
             )

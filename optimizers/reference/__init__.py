@@ -8,9 +8,25 @@ from optimizers.reference.adamuon import AdaMuon
 from optimizers.reference.adamw import AdamW
 from optimizers.reference.galore import GaLore
 from optimizers.reference.lion import Lion
+from optimizers.reference.low_rank import Apollo, DctSubspace, Fira, Gum, LDAdam, SubTrack
 from optimizers.reference.muon import Muon
 from optimizers.reference.normuon import NorMuon
 from optimizers.reference.soap import Soap
 from optimizers.reference.sumo import Sumo
 
-__all__ = ["AdaMuon", "AdamW", "GaLore", "Lion", "Muon", "NorMuon", "Soap", "Sumo"]
+__all__ = [
+    "AdaMuon",
+    "AdamW",
+    "Apollo",
+    "DctSubspace",
+    "Fira",
+    "GaLore",
+    "Gum",
+    "LDAdam",
+    "Lion",
+    "Muon",
+    "NorMuon",
+    "Soap",
+    "SubTrack",
+    "Sumo",
+]

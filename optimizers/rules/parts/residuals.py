@@ -121,12 +121,16 @@ def sampled_full_rank(b: MatrixBatch, q: Tensor, projected: Tensor) -> Update:
     moment = momentum(b, entering, overwrites=True)
     delta, fallbacks = torch.zeros_like(moment), torch.zeros((), dtype=torch.int64, device=moment.device)
     factor = torch.zeros_like(moment)
-    groups = (True, moment), (False, moment[inside])
-    for wanted, moments in groups:
+    for wanted, moments in ((True, moment), (False, moment[inside])):
         positions = [i for i, is_out in enumerate(out) if is_out == wanted]
         if not positions:
             continue
-        o = orthogonalize(torch.stack([moments[i] for i in positions]), options)
+        chosen = torch.stack([moments[i] for i in positions])
+        if wanted:
+            # R has no part in the subspace but rounding, of the size of G: a factor would make directions of it.
+            bases = torch.stack([q[i] for i in positions])
+            chosen -= _lifted(bases, bases.mT @ chosen if left else chosen @ bases, left)
+        o = orthogonalize(chosen, options)
         fallbacks = fallbacks if o.fallbacks is None else fallbacks + o.fallbacks
         size = options["alpha"] * scale(
             options["update_scale"], b.shape, b.fans, min(b.shape) if wanted else rank
@@ -141,4 +145,4 @@ def sampled_full_rank(b: MatrixBatch, q: Tensor, projected: Tensor) -> Update:
 
 
 def _lifted(q: Tensor, moved: Tensor, left: bool) -> Tensor:
-    return q @ moved if left else moved @ q.mT
+    return q @ moved if left else moved @ q.mT  # of one matrix or of several

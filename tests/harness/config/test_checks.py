@@ -55,7 +55,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"optimizer__name": "sumo", "optimizer__side": "lon"}, ["did you mean long?", "short, long"]),
     ({"optimizer__name": "sumo", "optimizer__rank": "abc"}, ["optimizer.rank: abc", "a whole number"]),
-    ({"optimizer__name": "sumo", "optimizer__transport": 5}, ["optimizer.transport: 5", "true, false"]),
+    ({"optimizer__name": "sumo", "optimizer__transport": 5}, ["optimizer.transport: 5", "false, true"]),
     ({"optimizer__name": "sumoo"}, ["optimizer.name: sumoo", "did you mean sumo?", "fix: optimizer=sumo"]),
     ({"optimizer__target": "nonsense"}, ["optimizer.target: nonsense", "package.Class"]),
     ({"optimizer__target": "no_such_package.X"}, ["no_such_package, which is not installed"]),
