@@ -60,8 +60,11 @@ CROSSED = ("sumo", "muon", "adamw")
 """Rules that are certified on every engine in the plainest setting."""
 
 _NUMBERS = ("float", "int", "betas")
-UNCERTIFIED_OPTIONS = ("rank", "aux_lr", "orthogonalizer_dtype", "gram_dtype", "max_side", "rounding", "seed")
-"""Options that may differ from the preset's whatever they are: sizes, and what a certificate fixes itself."""
+UNCERTIFIED_OPTIONS = (
+    *("rank", "max_side", "aux_lr", "orthogonalizer_dtype", "gram_dtype", "rounding", "seed"),
+    "average_decay",
+)
+"""Options that may differ from the preset's: sizes, what a certificate fixes itself, and what changes no weight."""
 
 
 @dataclass(frozen=True, order=True)

@@ -52,8 +52,20 @@ _RUN = (
 # Updates about as large as the weights (standard deviation 0.1; norms start at 1), so that the grid of fp32
 # weights costs a replay no more than the arithmetic does. 0.05 suits a rule whose elements move by 0.1 to 1 of `lr`;
 # one with smaller updates gets its rate here (its replay error is above the bound otherwise).
-_LR = {"adamw": 0.05, "galore": 0.1, "muon": 0.1, "muon_svd": 0.1, "muon_polar_express": 0.1}
+_LR = {
+    "adamw": 0.05,
+    "galore": 0.1,
+    "fira": 0.1,
+    "apollo": 0.1,
+    "apollo_mini": 0.01,
+    "subtrack": 0.1,
+    "muon": 0.1,
+    "muon_svd": 0.1,
+    "muon_polar_express": 0.1,
+}
 _OTHER_LR, _AUX_LR = 0.05, 0.05
+_FULL_RANK_PROBABILITY = 0.5
+"""So that both kinds of period of GUM occur in a few steps."""
 
 _BATCH = 24
 _POLYNOMIAL = ("newton_schulz", "cubic", "polar_express")
@@ -186,7 +198,9 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
         ("refresh_interval", REFRESH_INTERVAL),
         ("orthogonalizer_dtype", orthogonalizer_dtype),
         ("gram_dtype", "float64"),
+        ("full_rank_probability", _FULL_RANK_PROBABILITY),
     ):
-        if option in options:
+        # Presets that renew their subspace in every step do it here, too.
+        if option in options and (option != "refresh_interval" or options[option] > 1):
             words.append(f"optimizer.{option}={value}")
     return [*words, *(f"optimizer.{word}" for word in cell.options.split())]

@@ -46,12 +46,22 @@ _PATTERN: tuple[tuple[str, int, str] | None, ...] = (
     _PLAIN,
 )
 
-_SWITCHED_ON: Mapping[str, str] = {"norm_growth_limit": "1.01", "refresh_threshold": "0.5"}
+_SWITCHED_ON: Mapping[str, str] = {
+    "norm_growth_limit": "1.01",
+    "refresh_threshold": "0.5",
+    "update_rms": "0.2",
+}
 """Number that is off (null) in every preset → the value with which it is certified. Sizes that are null for another
 reason (`rank`, `aux_lr`) are in `certificates.UNCERTIFIED_OPTIONS`."""
 
-_REQUIRED: Mapping[str, str] = {"norm_growth_target": "norm_growth_limit=1.01"}
+_REQUIRED: Mapping[str, str] = {
+    "norm_growth_target": "norm_growth_limit=1.01",
+    "weight_decay_form": "weight_decay=0.5",
+}
 """Option that does nothing without another one → that one."""
+
+_ALONE = ("state_dtype=bfloat16",)
+"""Option values that share no cell, because they have a bound of their own (`harness.verify.verdict`)."""
 
 _RULES_PER_OPTION = 3
 _WORDS_PER_CELL = 3
@@ -214,6 +224,8 @@ def _option_cells() -> Iterator[Cell]:
 
 def _is_compatible(rule: str, words: Sequence[str], other: str) -> bool:
     """Return True if a rule takes one more option value besides others, and none of their options comes twice."""
+    if not set(_ALONE).isdisjoint((*words, other)):
+        return False
     keys = [word.partition("=")[0] for word in " ".join((*words, other)).split()]
     return len(keys) == len(set(keys)) and _accepts(rule, other) and _accepts(rule, " ".join((*words, other)))
 

@@ -80,6 +80,13 @@ def test_a_bf16_run_is_not_held_to_fp32_gradients() -> None:
     assert not judge(Cell("muon", "ddp", "bf16"), [{**rounded, "replay_error": 1e-5}]).passed
 
 
+def test_bf16_states_have_a_bound_of_their_own() -> None:
+    cell = Cell("muon", "fsdp2", options="state_dtype=bfloat16")
+    assert judge(cell, [report(replay_error=1e-4)]).passed
+    assert not judge(cell, [report(replay_error=2e-3)]).passed
+    assert not judge(Cell("muon", "fsdp2"), [report(replay_error=1e-4)]).passed
+
+
 def test_a_matrix_counts_once_however_many_ranks_share_it() -> None:
     rows = report(orthogonalized=[dict.fromkeys(NAMES, 1)] * 2)
     assert (
