@@ -321,3 +321,22 @@ def test_norms_of_half_precision_weights_are_refused() -> None:
     weight = torch.nn.Parameter(torch.ones(8, 6, dtype=torch.bfloat16))
     with pytest.raises(OptionError, match="needs fp32 weights, and w is bfloat16"):
         optimizers.build("muon", [("w", weight)], lr=0.1, weight_norm="fixed")
+
+
+def test_a_state_dict_with_moments_of_another_dtype_is_refused() -> None:
+    def made(dtype: str) -> Any:
+        named = [
+            ("w", torch.nn.Parameter(torch.ones(8, 6))),
+            ("norm.weight", torch.nn.Parameter(torch.ones(6))),
+        ]
+        return optimizers.build("sumo", named, lr=0.1, rank=2, state_dtype=dtype)
+
+    made("bfloat16").load_state_dict(made("bfloat16").state_dict())
+    with pytest.raises(ValueError, match="written with state_dtype=bfloat16, this optimizer has float32"):
+        made("float32").load_state_dict(made("bfloat16").state_dict())
+    # One that was written before the option existed has what is the default now.
+    older = made("float32").state_dict()
+    for group in older["param_groups"]:
+        del group["state_dtype"]
+        group.pop("split_heads", None)
+    made("float32").load_state_dict(older)
