@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.config.launcher import visible_devices
 from harness.errors import InputError
 from harness.preparation import Prepared, prepare
-from harness.process import exit_markers, gpu_environment, parent
+from harness.process import exit_markers, garbage, gpu_environment, parent
 from harness.record import readers
 
 EXIT_CODES = {"finished": 0, "interrupted": 0, "diverged": 3, "failed": 3}
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepared = prepare(overrides, say=say, worker=True, writes_folder=is_first)
             if visible_devices():
                 os.environ.update(gpu_environment.of_process(os.environ, prepared.folder))
-            from harness.run import execute  # imports torch
-
+            with garbage.kept_while_importing():
+                from harness.run import execute  # imports torch
             state = execute(prepared)
     except InputError as error:
         if not is_first:

@@ -41,9 +41,15 @@ def group_of(path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest groups first: at the end they would keep one test process busy, alone."""
-    rank = {"slurm": 0, "pools": 1}
-    items.sort(key=lambda item: rank.get(group_of(item.nodeid.partition("::")[0]), 2))
+    """Put the longest groups first: at the end they would keep one test process busy, alone.
+
+    After the cluster, which mostly waits, and the pools come files that start programs.
+    """
+    groups = [group_of(item.nodeid.partition("::")[0]) for item in items]
+    starting = {group for group, item in zip(groups, items) if item.get_closest_marker("launch")}
+    rank = {"slurm": 0, "pools": 1, **dict.fromkeys(starting - {"slurm", "pools"}, 2)}
+    order = sorted(range(len(items)), key=lambda place: rank.get(groups[place], 3))
+    items[:] = [items[place] for place in order]
 
 
 @pytest.hookimpl(optionalhook=True)

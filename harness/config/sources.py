@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from copy import deepcopy
 from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -131,7 +132,26 @@ def compose_one(group: str, option: str) -> dict[str, Any]:
 def _merged(
     name: str, selections: dict[str, str], *, choose: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Merge a file with Hydra; return its values and the option that every group has in the end."""
+    """Merge a file with Hydra; return its values and the option that every group has in the end.
+
+    Hydra takes some 60 ms, so what it made of shipped files alone is kept until one of them changes.
+    """
+    root = package_root()
+    if search_path() != [root]:
+        return _merge(name, selections, choose)
+    state = tuple((str(path), path.stat().st_mtime_ns) for path in sorted(root.rglob("*.yaml")))
+    return deepcopy(_merged_shipped(name, tuple(selections.items()), choose, state))
+
+
+@lru_cache(maxsize=128)
+def _merged_shipped(
+    name: str, selections: tuple[tuple[str, str], ...], choose: bool, state: Hashable
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    del state
+    return _merge(name, dict(selections), choose)
+
+
+def _merge(name: str, selections: dict[str, str], choose: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra

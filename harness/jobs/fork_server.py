@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle
 from typing import Any, NamedTuple, NoReturn
 
+from harness.process import garbage
 from harness.process.leaving import leave_after
 from harness.process.stop import SIGNALS, outlive_the_terminal
 
@@ -52,8 +53,9 @@ def main(argv: Sequence[str]) -> int:
     pipe = Connection(int(argv[0]))
     # SLURM signals every process of a step; this one ends with its pipe. A fork gets the handlers back.
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-    for name in PRELOADED:
-        import_module(name)
+    with garbage.kept_while_importing():
+        for name in PRELOADED:
+            import_module(name)
     home, later = os.getcwd(), list(LATER)
     while True:
         while later and not pipe.poll(0):

@@ -16,6 +16,23 @@ EVERY = 50
 
 
 @contextmanager
+def kept_while_importing() -> Iterator[None]:
+    """Turn the collector off for a block of imports, and leave what they made out of later collections.
+
+    It would look at all objects again and again while they become more: an eighth of the time of importing torch and
+    transformers.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
 def collected_between_steps() -> Iterator[Callable[[int], None]]:
     """Turn the automatic collector off for a block; yields what to call after each step, with the number of steps done.
 

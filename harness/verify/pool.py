@@ -1,6 +1,6 @@
 """A pool of rank processes: a gloo group on this machine's CPUs that runs one function after the other.
 
-Starting a process takes seconds (it imports torch, transformers and DeepSpeed), a certificate cell takes one or two.
+Ranks are forks of one process that has imported torch and transformers; starting programs would take seconds each.
 The tests use the same pool. Nothing here imports torch before a rank has started.
 """
 
@@ -13,14 +13,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from importlib import import_module
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+PRELOADED = ("harness.run", "transformers.models.llama.modeling_llama")
+"""Imported once for all ranks."""
 START_S = 180
 TIMEOUT_S = 180
 """Time limit of one function, s. The first cell of an engine imports its libraries."""
@@ -62,12 +65,12 @@ class RankPool:
         self._starts += 1
         # A new group must not find the keys of an earlier one.
         store = self._folder / f"store{self._starts}"
-        context = multiprocessing.get_context("spawn")
+        context = _preloaded()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, self.world_size, self._folder, store, self._start, theirs),
+                args=(rank, self.world_size, self._folder, store, self._start, theirs, dict(os.environ)),
                 daemon=True,
             )
             process.start()
@@ -189,14 +192,40 @@ class RankPool:
         self._pipes, self._processes = [], []
 
 
+def _preloaded() -> Any:
+    """Return a way to start processes as forks of one that has imported torch and transformers, once for all ranks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    kept = os.environ.get("OMP_NUM_THREADS")
+    # Libraries start their threads when they are loaded, and a fork has none of them.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if kept is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = kept
+    return context
+
+
 def _log_path(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.log"
 
 
 def _serve(
-    rank: int, world_size: int, folder: Path, store: Path, start: str | None, pipe: Connection
+    rank: int,
+    world_size: int,
+    folder: Path,
+    store: Path,
+    start: str | None,
+    pipe: Connection,
+    environment: Mapping[str, str],
 ) -> None:
     """Run the functions that come through ``pipe`` until it is closed."""
+    # That of the server may be older.
+    os.environ.clear()
+    os.environ.update(environment)
     log = _log_path(folder, rank).open("w")
     # What libraries print must not reach a terminal or a JSON document; the log keeps the last output of a dead rank.
     os.dup2(log.fileno(), 1)

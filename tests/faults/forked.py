@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.verify.pool import PRELOADED
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.faults.preloaded"])
+# One server per process: that of the rank pools, too.
+_CONTEXT.set_forkserver_preload(list(PRELOADED))
 
 
 class Training:
