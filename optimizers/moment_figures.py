@@ -36,6 +36,15 @@ class Share(NamedTuple):
     dim: int
     total: Callable[[Sequence[Tensor]], list[Tensor]]
 
+    def of_shape(self, part: Tensor) -> Share:
+        """Return how a part of another moment is split, whose split dimension is as long as this one's.
+
+        A rule may orthogonalize a submatrix of its moment, with all of the split dimension.
+        """
+        m, n = self.shape
+        shape = (m, part.shape[-1]) if self.dim == -2 else (part.shape[-2], n)
+        return self._replace(shape=shape)
+
     def gram(self, part: Tensor) -> Tensor:
         """Return the complete (b, u, u) fp64 Gram over the split dimension; u is the length of the other one."""
         wide = part.detach().double()

@@ -229,10 +229,16 @@ class LowRankOptions(RefreshOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrthogonalOptions(MatrixOptions):
-    """What rules that orthogonalize a momentum take."""
+class DecayOptions(MatrixOptions):
+    """What rules with a moment take whose decay is μ."""
 
     momentum: float = option(0.95, "μ, decay of the moment", minimum=0, maximum=0.9999999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumOptions(DecayOptions):
+    """What rules with a momentum take."""
+
     momentum_form: Literal["sum", "ema"] = option(
         "sum", "sum: M ← μM + G; ema: M ← μM + (1 − μ)G (the same direction, another length)"
     )
@@ -240,6 +246,12 @@ class OrthogonalOptions(MatrixOptions):
         False,
         "look ahead once more along the moment; stored: the look-ahead replaces the moment in the state",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarOptions(MatrixOptions):
+    """What rules take that compute an orthogonal factor."""
+
     orthogonalizer: Literal[
         "auto", "svd", "qr_svd", "gram", "dwh", "newton_schulz", "cubic", "polar_express"
     ] = option("auto", "method of the polar factor; auto is exact")
@@ -254,14 +266,24 @@ class OrthogonalOptions(MatrixOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledOrthogonalOptions(OrthogonalOptions):
+class ScaleOptions(MatrixOptions):
     """What rules take that multiply the orthogonal factor by a number."""
 
-    update_scale: Literal["none", "rms_max", "rows_cols", "rms_rank"] = option(
+    update_scale: Literal["none", "rms_max", "rows_cols", "rms_rank", "fan_ratio"] = option(
         "rms_max",
         "factor on the orthogonal part: none; rms_max 0.2·√max(m, n); rows_cols √max(1, m/n); "
-        "rms_rank 0.2·√(mn/r)",
+        "rms_rank 0.2·√(mn/r); fan_ratio √(out/in)",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrthogonalOptions(PolarOptions, MomentumOptions):
+    """What rules that orthogonalize a momentum take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledOrthogonalOptions(ScaleOptions, OrthogonalOptions):
+    """What rules take that orthogonalize a momentum, and multiply its factor by a number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,8 @@ class StepStats:
             if moment is None:
                 return
             share = moment_share(rule, batch.shape, batch.split, batch.options, collectives)
+            if share is not None and update.moment is not None:
+                share = share.of_shape(moment)
             self._look(batch.names, moment, update.factor, update.singular_values, share)
 
     def observe(self, names: Sequence[str], moments: Tensor, share: Share | None) -> None:

@@ -6,6 +6,7 @@ written independently and tests hold them against each other. numpy only.
 
 from optimizers.reference.adamuon import AdaMuon
 from optimizers.reference.adamw import AdamW
+from optimizers.reference.dion2 import Dion2
 from optimizers.reference.galore import GaLore
 from optimizers.reference.lion import Lion
 from optimizers.reference.low_rank import Apollo, DctSubspace, Fira, Gum, LDAdam, SubTrack
@@ -19,6 +20,7 @@ __all__ = [
     "AdamW",
     "Apollo",
     "DctSubspace",
+    "Dion2",
     "Fira",
     "GaLore",
     "Gum",

@@ -38,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "normuon": {"orthogonalizer_dtype": "float32"},
     "adamuon": {"orthogonalizer_dtype": "float32"},
     "lion": {},
+    "dion2": {"orthogonalizer_dtype": "float32"},
     "soap": {"refresh_interval": 3, "gram_dtype": "float64"},
     "adamw": {},
 }
@@ -139,7 +140,7 @@ def test_uneven_and_empty_shards(four_ranks: RankPool, preset: str) -> None:
         assert worst(result["weights"], expected, UNEVEN) < TOLERANCE
 
 
-@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "lion", "soap", "adamw"])
+@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "lion", "soap", "dion2", "adamw"])
 def test_replicas_of_shards(four_ranks: RankPool, preset: str) -> None:
     """HSDP: two replicas of two shards."""
     results = four_ranks.run(sharded, preset, EVEN, 0, 2, {})
@@ -205,6 +206,19 @@ def test_collectives_do_not_grow_with_the_matrices(two_ranks: RankPool) -> None:
         assert few == many
 
 
+def test_only_the_chosen_submatrix_travels(two_ranks: RankPool) -> None:
+    """A quarter of Muon's traffic and the norms, where the axis that is not chosen from is split; else all of it."""
+    wide = [(16, 64)] * 4
+    sent = {
+        (preset, axis): sum(two_ranks.run(sharded, preset, wide, axis, 1, {})[0]["sent"].values())
+        for preset in ("muon", "dion2")
+        for axis in (0, 1)
+    }
+    norms = 4 * 16 * 8.0 * STEPS  # 2B(W - 1)/W of fp64 norms of 16 rows, four matrices
+    assert sent["dion2", 0] == sent["muon", 0] == sent["muon", 1]
+    assert sent["dion2", 1] == pytest.approx(sent["muon", 1] / 4 + norms, rel=0.01)
+
+
 def test_state_is_divided(two_ranks: RankPool) -> None:
     """Muon's moments lie at their owners; SUMO's moment or basis lies with the rows."""
     from math import prod
@@ -264,7 +278,7 @@ def test_a_sample_of_sharded_moments_has_the_figures_of_the_whole_ones(
             assert value == pytest.approx(everything[name][key], rel=1e-3, abs=2e-5)
 
 
-@pytest.mark.parametrize("preset", ["sumo", "sumo_official", "galore", "muon", "adamw"])
+@pytest.mark.parametrize("preset", ["sumo", "sumo_official", "galore", "muon", "dion2", "adamw"])
 def test_figures_and_spectra_are_those_of_the_whole_moments(two_ranks: RankPool, preset: str) -> None:
     """Whoever owns a matrix knows them; all owners together know all."""
     expected_figures, expected_spectra = observed(0, preset, False)

@@ -1,4 +1,4 @@
-"""NorMuon, AdaMuon and Lion against their fp64 twins and pytorch_optimizer."""
+"""NorMuon, AdaMuon, SOAP, Dion2 and Lion against their fp64 twins and pytorch_optimizer."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ RULES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "normuon": (reference.NorMuon, {"decay": 0.1}, FP64),
     "adamuon": (reference.AdaMuon, {"decay": 0.1}, FP64),
     "soap": (reference.Soap, {"decay": 1e-4, "interval": 3}, {"refresh_interval": 3}),
+    "dion2": (reference.Dion2, {"decay": 0.1}, {"orthogonalizer": "svd", "weight_decay": 0.1}),
 }
 """Preset → its twin, the twin's settings, and options of the preset."""
 
@@ -61,6 +62,9 @@ def test_thirty_steps_agree_with_the_fp64_twin(preset: str, shape: tuple[int, in
         ("adamuon", {"signs": False}),
         ("adamuon", {"beta2": 0.9}),
         ("adamuon", {"decay": 0.0}),
+        ("dion2", {"fraction": 0.5}),
+        ("dion2", {"decays_all": True}),
+        ("dion2", {"chooses_all": True}),
         ("soap", {"interval": 4}),
         ("soap", {"sorts": False}),
         ("soap", {"left": False}),
@@ -75,11 +79,12 @@ def test_options_move_the_rule_as_they_move_its_twin() -> None:
     assert (
         distance("normuon", (24, 16), {"nesterov": True, "beta2": 0.9}, nesterov=True, beta2=0.9) < TOLERANCE
     )
+    assert distance("dion2", (24, 16), {"fraction": 0.6}, fraction=0.6) < TOLERANCE
     assert distance("adamuon", (24, 16), {"signs": False}, stabilizer="none") < TOLERANCE
     assert distance("lion", (24, 16), {"betas": (0.95, 0.98)}, betas=(0.95, 0.98)) < TOLERANCE
 
 
-@pytest.mark.parametrize("preset", ["normuon", "adamuon"])
+@pytest.mark.parametrize("preset", ["normuon", "adamuon", "dion2"])
 def test_control_halves_of_a_matrix_take_another_step(preset: str) -> None:
     """What sharding without communication would do: the factor, and the norms of its rows, of what a rank holds."""
     gradient = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
@@ -129,6 +134,31 @@ def test_updates_have_the_stated_root_mean_square(preset: str) -> None:
     other.grad = torch.zeros(5, 7)
     still.step()
     assert torch.equal(other.detach(), torch.ones(5, 7))
+
+
+def test_a_step_of_dion2_moves_the_chosen_slices_only() -> None:
+    moved = {}
+    for select, shape in (
+        ("short", (24, 16)),
+        ("short", (16, 24)),
+        ("rows", (24, 16)),
+        ("columns", (16, 24)),
+    ):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = optimizers.build("dion2", [("w", weight)], lr=1.0, select=select, **FP64)
+        weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        optimizer.step()
+        is_moved = weight.detach() != 0
+        axis = int(bool(is_moved.any(1).all()))
+        largest = weight.grad.abs().sum(1 - axis).topk(shape[axis] // 4).indices.sort().values
+        assert torch.equal(is_moved.any(1 - axis).nonzero().flatten(), largest)
+        moved[select, shape] = axis
+    assert list(moved.values()) == [1, 0, 0, 1]
+    # A fraction that floats cannot hold: 0.1 of 30 rows is three of them.
+    from optimizers.rules.dion2 import selection
+
+    assert selection((30, 40), {"fraction": 0.1, "select": "short"}) == (0, 3)
+    assert selection((3, 40), {"fraction": 0.1, "select": "short"}) == (0, 1)
 
 
 def test_the_state_is_what_the_papers_need() -> None:

@@ -70,6 +70,7 @@ def test_the_state_follows_its_formula(preset: str) -> None:
         "lion": lambda m, n: m * n,
         "normuon": lambda m, n: m * n + max(m, n),
         "adamuon": lambda m, n: 2 * m * n,
+        "dion2": lambda m, n: m * n,
         "soap": lambda m, n: 2 * m * n + 2 * m * m + 2 * n * n,
     }
     family = "sumo" if preset == "galore_muon" else preset.split("_")[0]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from optimizers.rules.parts.normalized_factors import *  # noqa: F403
     from optimizers.rules.parts.norms import *  # noqa: F403
     from optimizers.rules.parts.residuals import *  # noqa: F403
+    from optimizers.rules.parts.slices import *  # noqa: F403
     from optimizers.rules.parts.subspace_shapes import *  # noqa: F403
     from optimizers.rules.parts.subspaces import *  # noqa: F403
 
@@ -24,6 +25,7 @@ _MODULES = (
     "inner_rules",
     "residuals",
     "eigenbases",
+    "slices",
 )
 """Where a name is looked for. The state of a rule is asked for without torch, which all but the first need."""
 

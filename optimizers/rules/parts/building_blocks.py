@@ -86,7 +86,7 @@ def scale(name: str, shape: tuple[int, int], fans: tuple[int, int], rank: int) -
 
     Args:
         name: "none"; "rms_max" 0.2·√max(m, n) (Moonlight); "rows_cols" √max(1, out/in) (Jordan); "rms_rank"
-            0.2·√(mn/r), for which the update's RMS is 0.2 whatever the rank.
+            0.2·√(mn/r), for which the update's RMS is 0.2 whatever the rank; "fan_ratio" √(out/in) (Dion).
         fans: (out, in), which differ from (m, n) where the weight is stored transposed.
     """
     m, n = shape
@@ -96,4 +96,6 @@ def scale(name: str, shape: tuple[int, int], fans: tuple[int, int], rank: int) -
         return math.sqrt(max(1.0, fans[0] / fans[1]))
     if name == "rms_rank":
         return 0.2 * math.sqrt(m * n / rank)
+    if name == "fan_ratio":
+        return math.sqrt(fans[0] / fans[1])
     return 1.0
