@@ -85,14 +85,13 @@ def _distance(row: PeakRate, parameters: int) -> float:
     return max(0.0, math.log(row.smallest / size), math.log(size / row.largest))
 
 
-MOST_TOKENS = 32768
-"""Of an evaluation with ``eval.tokens=auto``; fewer only where the last evaluation alone would exceed `MOST_SHARE`."""
+MOST_TOKENS, LEAST_TOKENS = 32768, 8192
+"""Of an evaluation with ``eval.tokens=auto``; fewer only where a single one would exceed `SHARE`."""
 MOST_EVALUATIONS = 10
-SHARE = 0.1
-"""Of the training compute, that evaluations with ``eval.every=auto`` take."""
 FEW_EVALUATIONS = 4
-"""A curve through fewer points shows little: a short run gets these if they fit in `MOST_SHARE`."""
-MOST_SHARE = 0.25
+"""A curve through fewer points shows little: a short run reads fewer tokens, down to `LEAST_TOKENS`, to have these."""
+SHARE = 0.1
+"""Of the training compute, that evaluations take by default."""
 FORWARD_SHARE = 1 / 3
 """Compute of a forward pass over that of a forward and backward pass."""
 
@@ -104,22 +103,21 @@ def evaluation_tokens(config: RunConfig) -> int:
 
 def default_evaluation_tokens(config: RunConfig) -> int:
     """Return the tokens of an evaluation that the run's length allows: whole rows, at least one."""
-    affordable = int(MOST_SHARE * _train_tokens(config) / FORWARD_SHARE)
-    return max(config.seq_len, min(MOST_TOKENS, affordable - affordable % config.seq_len))
+    once = int(SHARE * _train_tokens(config) / FORWARD_SHARE)
+    tokens = min(MOST_TOKENS, once, max(LEAST_TOKENS, once // FEW_EVALUATIONS))
+    return max(config.seq_len, tokens - tokens % config.seq_len)
 
 
 def evaluation_interval(config: RunConfig) -> int | None:
     """Return the steps between evaluations, None for the last step alone.
 
-    ``auto`` spreads up to ten evaluations evenly over the run, as many as take `SHARE` of the training compute, or
-    up to `FEW_EVALUATIONS` of them within `MOST_SHARE`.
+    ``auto`` spreads up to ten evaluations evenly over the run, as many as take `SHARE` of the training compute.
     """
     if config.eval.every != "auto":
         return config.eval.every
     one = FORWARD_SHARE * evaluation_tokens(config) / _train_tokens(config)
     # The small term keeps a share that is met exactly from being lost to rounding.
-    usual, short = (int(share / one + 1e-9) for share in (SHARE, MOST_SHARE))
-    count = max(1, min(MOST_EVALUATIONS, max(usual, min(FEW_EVALUATIONS, short))))
+    count = max(1, min(MOST_EVALUATIONS, int(SHARE / one + 1e-9)))
     return -(-config.steps // count)
 
 

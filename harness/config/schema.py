@@ -170,7 +170,7 @@ class EvalConfig(TypedKeys):
     training compute; null: at the end only (always evaluated)."""
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Tokens per evaluation, always the first ones of the validation split; auto: 32768, fewer in a run so short that
-    the last evaluation alone would take a quarter of the training compute."""
+    four evaluations would take more than a tenth of the training compute."""
 
 
 class MomentsConfig(TypedKeys):
