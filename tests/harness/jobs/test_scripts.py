@@ -47,6 +47,16 @@ def test_a_job_sets_what_its_processes_read(kind: Kind, variable: str) -> None:
     assert re.search(rf"^export .*\b{variable}=", _render(kind), re.MULTILINE)
 
 
+@pytest.mark.parametrize("kind", ["train", "sweep"])
+def test_compiled_kernels_outlive_a_job(kind: Kind) -> None:
+    text = _render(kind)
+    assert "caches=${OPTBENCH_CACHE:-$HOME/.cache/optbench}/compiled" in text
+    # A user's own folder is kept.
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        assert f"export {name}=${{{name}:-$caches/" in text
+    assert not re.search(r"rm -r.*caches", text)
+
+
 def test_words_reach_the_run_unchanged() -> None:
     text = _render(words=HOSTILE)
     block = text[text.index("words=(") : text.index("\nfolder=")]
