@@ -237,6 +237,62 @@ COMMANDS: dict[str, Command] = {
             ),
         ),
     ),
+    "audit": Command(
+        "harness.verify.audit.command:main",
+        "check any torch optimizer on every engine, and what it promises",
+        "TARGET … | --all PACKAGE",
+        (
+            ("pytorch_optimizer.SOAP", "a class by its import path"),
+            ("'torch.optim.AdamW(lr=1e-3, betas=(0.9, 0.95))'", "with arguments of its constructor"),
+            ("mine.make --out runs/audit", "a class or a factory in ./mine.py, and files of the results"),
+            ("--all pytorch_optimizer --json", "every optimizer of a package"),
+        ),
+        (
+            Option(
+                ("--all",),
+                "audit every optimizer that a package defines: pytorch_optimizer, torch.optim, …",
+                "PACKAGE",
+                "optbench audit --all pytorch_optimizer",
+                is_repeatable=True,
+            ),
+            Option(
+                ("--kwargs",),
+                "arguments of the constructor, for every target: 'lr=0.1, betas=(0.9, 0.99)'",
+                "ARGUMENTS",
+                "--kwargs 'lr=0.1'",
+            ),
+            Option(
+                ("--engine",),
+                "these engines only: single, ddp, fsdp2, hsdp, zero0, zero1, zero2, zero3",
+                "NAME,…",
+                "--engine fsdp2,zero3",
+                is_repeatable=True,
+            ),
+            Option(
+                ("--ci",),
+                "for a pull request: at most 3 minutes, and a table in the job summary of GitHub Actions",
+            ),
+            Option(
+                ("--time-limit", "--time_limit"),
+                "of one engine, and of the import with the first steps, in seconds (60; with --ci 20)",
+                "SECONDS",
+                "--time-limit 120",
+            ),
+            Option(
+                ("--out",),
+                "write audit.json, a page and a badge there",
+                "DIR",
+                "--out runs/audit",
+            ),
+        ),
+        (
+            (
+                "TARGET",
+                "package.Class of a torch.optim.Optimizer, a factory, or a preset; NAME(lr=…) passes arguments",
+            ),
+        ),
+        values="optimizers.presets:names",
+    ),
     "margin": Command(
         "analysis.margin.command:main",
         "measure how slowly training reaches its robustness margin",

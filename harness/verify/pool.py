@@ -47,13 +47,24 @@ class RankPool:
         world_size: number of processes.
         folder: scratch folder of the processes: their group's store, their logs, their current folder.
         start: "module:function", called with (rank, folder) in each process before anything else.
+        preload: modules that are imported once for all ranks; ignored where this process has started ranks before.
+        grace_s: time that the other ranks get once one has failed, s.
 
     Raises:
         RankLost: a process did not start.
     """
 
-    def __init__(self, world_size: int, folder: Path, start: str | None = None) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        folder: Path,
+        start: str | None = None,
+        *,
+        preload: Sequence[str] = PRELOADED,
+        grace_s: float | None = None,
+    ) -> None:
         self.world_size = world_size
+        self._preload, self._grace_s = preload, grace_s
         self._folder, self._start = folder, start
         self._starts = 0
         self._pipes: list[Any] = []
@@ -65,7 +76,7 @@ class RankPool:
         self._starts += 1
         # A new group must not find the keys of an earlier one.
         store = self._folder / f"store{self._starts}"
-        context = _preloaded()
+        context = _preloaded(self._preload)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -126,7 +137,8 @@ class RankPool:
                     results[rank] = value
                 else:
                     failed[rank] = f"rank {rank} of {self.world_size}, {what}:\n{value}"
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    grace_s = GRACE_S if self._grace_s is None else self._grace_s
+                    deadline = min(deadline, time.monotonic() + grace_s)
         if failed:
             raise RanksFailed(next(iter(failed.values())))
         return [results[rank] for rank in range(self.world_size)]
@@ -192,10 +204,10 @@ class RankPool:
         self._pipes, self._processes = [], []
 
 
-def _preloaded() -> Any:
-    """Return a way to start processes as forks of one that has imported torch and transformers, once for all ranks."""
+def _preloaded(modules: Sequence[str]) -> Any:
+    """Return a way to start processes as forks of one that has imported modules, once for all ranks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(list(modules))
     kept = os.environ.get("OMP_NUM_THREADS")
     # Libraries start their threads when they are loaded, and a fork has none of them.
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -111,7 +111,7 @@ class TargetReport:
         version: of its package, "pytorch_optimizer 4.1.0"; empty: unknown.
         notes: how the optimizer was used, where that is not plain (`Target.form`).
         error: why it cannot be audited; then there are neither cells nor checks.
-        seconds: processor time that the audit of this target took, s; None: not measured.
+        seconds: that the audit of this target took, s; None: not measured.
     """
 
     target: str

@@ -101,7 +101,23 @@ class Target:
             import optimizers
 
             return optimizers.build(self.name, named, modules=model, **self.arguments)
-        return self.load()(_passed(self.form, named, model), **self.arguments)
+        first = model if self.form == "model" else self.parameters(named)
+        return self.load()(first, **self.arguments)
+
+    def parameters(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[Any]:
+        """Return the trainable parameters in the form that the constructor takes: a list, pairs, or groups."""
+        trainable = [(name, p) for name, p in named if p.requires_grad]
+        if self.form == "named":
+            return list(trainable)
+        if self.form != "groups":
+            return [p for _, p in trainable]
+        matrices = [p for _, p in trainable if p.ndim >= 2]
+        others = [p for _, p in trainable if p.ndim < 2]
+        return [
+            {"params": group, "use_muon": is_muon}
+            for group, is_muon in ((matrices, True), (others, False))
+            if group
+        ]
 
     def freezes(self, parameter: torch.Tensor) -> bool:
         """Return True if the model must freeze a parameter because the optimizer does not take it."""
@@ -261,35 +277,21 @@ def _check_kind(loaded: Any) -> None:
         raise TargetError(f"is not a torch.optim.Optimizer but an object of {type(loaded).__name__}")
 
 
-def _passed(form: str, named: Sequence[tuple[str, nn.Parameter]], model: nn.Module | None) -> Any:
-    parameters = [p for _, p in named if p.requires_grad]
-    if form == "model":
-        return model
-    if form == "named":
-        return [(name, p) for name, p in named if p.requires_grad]
-    if form == "groups":
-        matrices = [p for p in parameters if p.ndim >= 2]
-        others = [p for p in parameters if p.ndim < 2]
-        return [
-            {"params": group, "use_muon": is_muon}
-            for group, is_muon in ((matrices, True), (others, False))
-            if group
-        ]
-    return parameters
-
-
-def probe(target: Target, model: Callable[[], nn.Module]) -> Target:
+def probe(
+    target: Target, model: Callable[[], nn.Module], loss: Callable[[nn.Module], torch.Tensor]
+) -> Target:
     """Build a target and take two steps in this process; return it with the form that worked.
 
     Args:
         target: as parsed.
-        model: returns a new model of which every parameter gets a gradient when its output is differentiated.
+        model: returns a new model.
+        loss: of a model; each of its parameters gets a gradient.
 
     Raises:
         TargetError: it is no optimizer, or needs what is not given: arguments, a closure, graphs of gradients.
     """
     if target.is_preset:
-        _try(target, model())
+        _try(target, model(), loss)
         return target
     loaded = target.load()
     _check_arguments(target, loaded)
@@ -297,7 +299,7 @@ def probe(target: Target, model: Callable[[], nn.Module]) -> Target:
     for form in _forms(loaded):
         tried = replace(target, form=form)
         try:
-            _try(tried, model())
+            _try(tried, model(), loss)
         except TargetError as error:
             failures.append(error)
         else:
@@ -348,7 +350,7 @@ def _check_arguments(target: Target, loaded: Callable[..., Any]) -> None:
         )
 
 
-def _try(target: Target, model: nn.Module) -> None:
+def _try(target: Target, model: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> None:
     """Take two steps.
 
     Raises:
@@ -369,7 +371,7 @@ def _try(target: Target, model: nn.Module) -> None:
     try:
         for _ in range(2):
             optimizer.zero_grad()
-            model().backward()
+            loss(model).backward()
             optimizer.step()
     except (Exception, SystemExit) as error:
         raise _step_error(optimizer, error) from None

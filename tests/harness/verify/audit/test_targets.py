@@ -83,7 +83,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def probed(word: str, kwargs: str | None = None) -> Target:
     (target,) = targets.parse([word], kwargs)
-    return targets.probe(target, _Model)
+    return targets.probe(target, _Model, lambda model: model())
 
 
 def test_arguments_are_typed_behind_the_target_or_for_all_of_them() -> None:

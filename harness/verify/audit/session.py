@@ -1,0 +1,238 @@
+"""Audit targets in pools of rank processes, one target after the other. Torch-free.
+
+The code of a target runs in these processes only: what crashes, hangs or prints there ends or fills one of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.errors import InputError
+from harness.verify.audit.cells import EngineCell
+from harness.verify.audit.document import CellReport, Check, TargetReport
+from harness.verify.audit.targets import FORMS, Target, TargetError, version
+from harness.verify.pool import RankLost, RankPool, RanksFailed
+
+PRELOAD = ("harness.verify.audit.quiet", "harness.verify.audit.preload")
+"""What the rank processes inherit."""
+PACKAGES = "OPTBENCH_AUDIT_PACKAGES"
+RANKS = "harness.verify.audit.ranks"
+CELL_S = 60.0
+"""Time limit of a cell, and of the import of a target with its first steps, s."""
+GRACE_S = 3.0
+"""Time that the other ranks get once one has failed, s."""
+CHECKS = "harness.verify.audit.checks"
+
+Say = Callable[[TargetReport, int, int], None]
+"""Receives each report with the number of reports so far and of targets in all."""
+
+
+class Ranks(Protocol):
+    """What `cell_report` needs of a `RankPool`."""
+
+    def run(self, target: str, *args: Any, what: str, timeout_s: float) -> list[Any]:
+        """Call a function on every rank."""
+        ...
+
+    def close(self, kill: bool = False) -> None:
+        """End the processes."""
+        ...
+
+
+class Session:
+    """The pools of an audit: one process that knows the reference, and groups of two and four ranks.
+
+    Args:
+        folder: scratch folder.
+        cell_s: time limit of a cell, s.
+        deadline: `time.monotonic` after which cells are no longer run; None: none.
+    """
+
+    def __init__(self, folder: Path, cell_s: float = CELL_S, deadline: float | None = None) -> None:
+        self._folder, self._cell_s, self._deadline = folder, cell_s, deadline
+        self._pools: dict[int, RankPool] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def pool(self, world_size: int) -> RankPool:
+        """Return the pool of this many ranks, started when it is first needed."""
+        if world_size not in self._pools:
+            folder = self._folder / f"ranks{world_size}"
+            pool = RankPool(world_size, folder, f"{RANKS}:start", preload=PRELOAD, grace_s=GRACE_S)
+            self._pools[world_size] = self._stack.enter_context(closing(pool))
+        return self._pools[world_size]
+
+    def members(self, package: str) -> list[Target]:
+        """Return the optimizers of a package.
+
+        Raises:
+            InputError: it cannot be imported, or has none.
+        """
+        found = self._alone("members", package, what=f"importing {package}")
+        if isinstance(found, TargetError):
+            raise InputError("--all", package, found.reason, fix=found.fix or None)
+        return [Target(name) for name in found]
+
+    def probe(self, target: Target) -> Target:
+        """Return a target with the form in which it takes parameters.
+
+        Raises:
+            TargetError: it cannot be audited.
+        """
+        found = self._alone("probe", target, what=f"the first steps of {target.label}")
+        if isinstance(found, TargetError):
+            raise found
+        return found
+
+    def _alone(self, function: str, argument: object, what: str) -> Any:
+        try:
+            return self.pool(1).run(f"{RANKS}:{function}", argument, what=what, timeout_s=self._cell_s)[0]
+        except RankLost as error:
+            return TargetError(f"{_lost(error)} on import or in its first steps")
+        except RanksFailed as error:
+            return TargetError(f"fails: {str(error).strip().splitlines()[-1]}")
+
+    def audit(self, target: Target, cells: Sequence[EngineCell], *, has_checks: bool = True) -> TargetReport:
+        """Audit one target on the cells.
+
+        Args:
+            target: as `probe` returned it.
+            cells: to run.
+            has_checks: also run the checks of one process.
+        """
+        began = time.monotonic()
+        one = self.pool(1)
+        one.run("harness.verify.audit.judge:forget")
+        try:
+            measured = one.run(f"{RANKS}:measure_class", target, what=target.label, timeout_s=self._cell_s)[0]
+        except (RankLost, RanksFailed) as error:
+            reason = f"its class cannot be measured: {_reason(error)}"
+            return TargetReport(target.label, error=reason, version=version(target.name))
+        reports = tuple(self._cell(cell, target, measured) for cell in cells)
+        checks = self._checks(target) if has_checks else ()
+        return TargetReport(
+            target.label,
+            measured.name,
+            measured.explanation,
+            reports,
+            checks,
+            version(target.name),
+            tuple(filter(None, [FORMS[target.form]])),
+            seconds=time.monotonic() - began,
+        )
+
+    def _cell(self, cell: EngineCell, target: Target, measured: Any) -> CellReport:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return _failed(cell, None, "not run: the time limit was reached", is_refusal=False)
+
+        def judge(*arguments: object) -> CellReport:
+            one = self.pool(1)
+            what = f"the reference for {cell.label}"
+            return one.run(f"{RANKS}:judge_cell", *arguments, what=what, timeout_s=self._cell_s)[0]
+
+        path = self._folder / "trajectory.pt"
+        return cell_report(self.pool(cell.world_size), cell, target, measured, path, judge, self._cell_s)
+
+    def _checks(self, target: Target) -> tuple[Check, ...]:
+        if importlib.util.find_spec(CHECKS) is None:
+            return ()
+        try:
+            found = self.pool(1).run(
+                f"{CHECKS}:run_checks", target, what=f"checks of {target.label}", timeout_s=self._cell_s
+            )
+            return tuple(found[0])
+        except (RankLost, RanksFailed) as error:
+            return (Check("checks", False, _reason(error)),)
+
+
+def preload(names: Sequence[str]) -> None:
+    """Let every rank process start with the packages of targets imported; call it before the first process starts.
+
+    Args:
+        names: import paths. Only installed packages are imported early: a module of the user's may crash or hang.
+    """
+    installed = metadata.packages_distributions()
+    packages = dict.fromkeys(name.partition(".")[0] for name in names)
+    os.environ[PACKAGES] = ",".join(package for package in packages if package in installed)
+
+
+def cell_report(
+    pool: Ranks,
+    cell: EngineCell,
+    target: Target,
+    measured: Any,
+    path: Path,
+    judge: Callable[..., CellReport],
+    limit_s: float = CELL_S,
+) -> CellReport:
+    """Run a cell on a pool of its ranks and return the verdict.
+
+    Args:
+        pool: has as many ranks as the cell.
+        cell: which.
+        target: the optimizer.
+        measured: its `classify.Class`.
+        path: file for the trajectory.
+        judge: `ranks.judge_cell`, or a call of it in another process.
+        limit_s: time limit, s.
+    """
+    what = f"{target.label} on {cell.label}"
+    try:
+        equal = pool.run(
+            f"{RANKS}:run_cell", cell, target, measured.steps, path, what=what, timeout_s=limit_s
+        )
+        return judge(cell, target, measured.steps, path, measured, all(equal))
+    except RankLost as error:
+        return _failed(cell, None, _lost(error), is_refusal=False)
+    except RanksFailed as error:
+        if not _is_failure(error):
+            # What was left behind may break the next cell.
+            pool.close(kill=True)
+            return _failed(cell, None, _reason(error), is_refusal=False)
+        failure = json.loads(str(error).strip().splitlines()[-1].partition(": ")[2])
+        return _failed(cell, failure["step"], failure["message"], is_refusal=failure["is_refusal"])
+
+
+def _failed(cell: EngineCell, step: int | None, message: str, *, is_refusal: bool) -> CellReport:
+    """Return the report of a cell that did not run to its end; step 0: it could not be set up."""
+    return CellReport(
+        cell.engine,
+        cell.world_size,
+        "refused" if is_refusal else "crashes",
+        first_step=step or None,
+        reason=f"before the first step: {message}" if step == 0 else message,
+        variant=cell.variant,
+    )
+
+
+def _is_failure(error: RanksFailed) -> bool:
+    return ".CellFailed: {" in str(error).strip().splitlines()[-1]
+
+
+def _lost(error: RankLost) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0].partition(" in ")[0]
+    if "no answer" in first:
+        return f"gives no answer ({first})"
+    # What C++ says before it aborts.
+    what = next((line.partition("what():")[2].strip() for line in reversed(lines) if "what():" in line), "")
+    return f"ends the process ({first}{': ' if what else ''}{what[:150]})"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RankLost):
+        return _lost(error)
+    return str(error).strip().splitlines()[-1][:300]

@@ -1,0 +1,100 @@
+"""`optbench audit`: exit codes, the document, and targets that crash, print, or never return."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import cli
+from harness.verify.audit import table
+from harness.verify.audit.document import CellReport, Check, TargetReport
+
+ROOT = Path(__file__).parents[4]
+RULES = Path(__file__).with_name("rules.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no target is nothing to audit"),
+        (["NoSuchPreset"], "is neither a preset nor an import path"),
+        (["torch.optim.AdamW", "--engine", "fsdp3"], "did you mean fsdp2?"),
+        (["torch.optim.AdamW", "--kwargs", "lr"], "cannot be read"),
+        (["torch.optim.AdamW", "--time-limit", "never"], "seconds above 0"),
+        (["torch.optim.AdamW", "--out", "/proc/nothing"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_found_before_a_process_starts(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["audit", *arguments, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1]
+    assert message in json.loads(captured.out)["error"]["message"]
+
+
+def test_the_command_imports_no_torch() -> None:
+    code = "import sys, harness.verify.audit.command; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_tables_show_the_worst_verdict_of_an_engine() -> None:
+    cells = (
+        CellReport("fsdp2", 2, "safe"),
+        CellReport("fsdp2", 2, "wrong", 0.9, 1, "q|k.weight", "slices", variant="uneven"),
+    )
+    report = TargetReport("a.B", "matrix", cells=cells, checks=(Check("resume", False, "differs"),))
+    text = table.markdown([report])
+    assert "| a.B | matrix |  |  | wrong (uneven) |" in text
+    assert "- a.B on fsdp2 uneven: wrong, slices" in text
+    assert "- a.B, resume: differs" in text
+    assert str(table.line(report, 1, 2)).startswith("[1/2] a.B: matrix; 1 wrong, 1 safe")
+
+
+def audit(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Run the command in a folder of the user's that holds rules.py."""
+    (folder / "rules.py").write_text(RULES.read_text())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "audit", *arguments, "--json"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_what_prints_hangs_or_dies_ends_its_own_cell_only(tmp_path: Path) -> None:
+    code, document, _ = audit(
+        tmp_path,
+        *("rules.Printing", "rules.Hanging", "rules.Dying", "torch.optim.SGD"),
+        *("--engine", "single,ddp", "--time-limit", "20", "--out", "found"),
+    )
+    assert code == 1
+    assert document["schema_version"] == 1
+    assert document == json.loads((tmp_path / "found" / "audit.json").read_text())
+    printing, hanging, dying, sgd = document["targets"]
+    assert {cell["verdict"] for cell in (*printing["cells"], *sgd["cells"])} == {"safe"}
+    for target, reason in ((hanging, "gives no answer"), (dying, "exit code 9")):
+        verdicts = {cell["engine"]: cell for cell in target["cells"]}
+        assert verdicts["single"]["verdict"] == "safe"
+        assert verdicts["ddp"]["verdict"] == "crashes"
+        assert reason in verdicts["ddp"]["reason"]
+
+
+@pytest.mark.slow
+def test_a_target_that_dies_on_import_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text("import os; os._exit(5)")
+    code, document, err = audit(tmp_path, "dies.Thing", "--engine", "single")
+    assert code == 2
+    assert "ends the process (rank 0 of 1 died (exit code 5)" in document["error"]["message"]
+    assert err.strip().splitlines()[-1] == document["error"]["message"]

@@ -1,0 +1,132 @@
+"""The reference, its noise floor, and what a verdict says about a trajectory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from harness.verify.audit import judge as judging
+from harness.verify.audit import oracle
+from harness.verify.audit.cells import STEPS, EngineCell
+from harness.verify.audit.classify import Class
+from harness.verify.audit.document import CellReport
+from harness.verify.audit.given_model import given
+from harness.verify.audit.judge import Trajectory, judge
+from harness.verify.audit.targets import Target
+
+RULES = "tests.harness.verify.audit.rules"
+ADAMW = Target("torch.optim.AdamW", {"weight_decay": 0.0})
+DATA = given("even")
+ELEMENTWISE = Class("elementwise", "")
+
+
+def trajectory(target: Target = ADAMW) -> Trajectory:
+    """What one fp32 process computes: it differs from the reference by rounding alone."""
+    made = oracle.train(target, DATA.start, DATA.gradients, torch.float32)
+    return Trajectory([dict(row) for row in DATA.gradients], made)
+
+
+def judged(run: Trajectory, cell: EngineCell | None = None, target: Target = ADAMW) -> CellReport:
+    return judge(cell or EngineCell("zero1"), target, DATA, run, ELEMENTWISE)
+
+
+def test_the_reference_of_adam_is_its_formula_in_fp64() -> None:
+    reference = oracle.reference(ADAMW, DATA.start, DATA.gradients)
+    assert reference.dtype == torch.float64
+    name = "block.up.weight"
+    weight, first, second = DATA.start[name].double(), 0.0, 0.0
+    for step, row in enumerate(DATA.gradients, 1):
+        gradient = row[name].double()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        weight = weight - 1e-3 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        assert torch.allclose(reference.steps[step - 1][name], weight, rtol=1e-13, atol=1e-15)
+
+
+def test_the_noise_floor_is_rounding_and_no_more() -> None:
+    floors = oracle.reference(ADAMW, DATA.start, DATA.gradients).floors[-1]
+    # A weight of 0.05 is rounded by 2e-9, its change is 6e-3.
+    assert all(1e-8 < floor < 2e-5 for floor in floors.values())
+    low = oracle.reference(Target("torch.optim.Muon", form="matrices"), DATA.start, DATA.gradients)
+    # Its products are rounded to bf16.
+    assert all(1e-3 < floor < 0.1 for floor in low.floors[-1].values())
+
+
+def test_rules_that_cannot_run_in_fp64_or_draw_are_replayed_in_fp32() -> None:
+    drawing = oracle.reference(Target(f"{RULES}.Drawing"), DATA.start, DATA.gradients)
+    assert drawing.dtype == torch.float32
+    assert "random numbers" in drawing.note
+    low = oracle.reference(ADAMW, DATA.start, DATA.gradients, torch.bfloat16)
+    assert low.dtype == torch.bfloat16
+
+
+def test_rounding_is_safe() -> None:
+    report = judged(trajectory())
+    assert (report.verdict, report.first_step, report.parameter, report.reason) == ("safe", None, None, "")
+    assert report.replay_error is not None
+    assert report.noise_floor is not None
+    assert 0 < report.replay_error <= report.noise_floor
+
+
+@pytest.mark.parametrize("step", [1, 3, STEPS])
+def test_the_first_step_and_the_parameter_that_differ_are_named(step: int) -> None:
+    run = copy.deepcopy(trajectory())
+    for weights in run.made[step - 1 :]:
+        weight = weights["block.down.weight"]
+        # One element in a thousand of the update is off by as much as it is.
+        weight.view(-1)[5] += 1e-3
+    report = judged(run)
+    assert (report.verdict, report.first_step, report.parameter) == ("wrong", step, "block.down.weight")
+    assert "does not explain" in report.reason
+
+
+def test_a_learning_rate_that_is_off_by_a_thousandth_is_wrong() -> None:
+    other = Target("torch.optim.AdamW", {"lr": 1.001e-3, "weight_decay": 0.0})
+    assert judged(trajectory(other)).verdict == "wrong"
+
+
+def test_gradients_that_are_not_the_mean_are_wrong_whatever_the_optimizer_makes_of_them() -> None:
+    run = copy.deepcopy(trajectory())
+    for row in run.received:
+        for gradient in row.values():
+            gradient.mul_(0.5)
+    # AdamW does not see the scale, so the weights are right.
+    report = judged(run)
+    assert (report.verdict, report.first_step) == ("wrong", 1)
+    assert "does not get the mean gradient" in report.reason
+    assert "does not get the clipped mean" in judged(trajectory(), EngineCell("ddp", is_clipped=True)).reason
+    missing = Trajectory(
+        [{k: v for k, v in row.items() if k != "head.bias"} for row in run.received], run.made
+    )
+    assert judged(missing).verdict == "wrong"
+
+
+def test_unequal_replicas_are_wrong() -> None:
+    run = trajectory()
+    report = judged(Trajectory(run.received, run.made, replicas_equal=False), EngineCell("ddp"))
+    assert report.verdict == "wrong"
+    assert "copies" in report.reason
+
+
+def test_what_cannot_be_seen_is_said() -> None:
+    target = Target("torch.optim.SGD", {"lr": 1e-9})
+    report = judged(trajectory(target), target=target)
+    assert report.verdict == "safe"
+    assert report.replay_error == 0 or "nothing is shown" in report.reason
+
+
+def test_a_reference_is_computed_once_for_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Target] = []
+    reference = oracle.reference
+
+    def counted(target: Target, *args: object) -> oracle.Reference:
+        calls.append(target)
+        return reference(target, *args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(judging, "reference", counted)
+    judging.forget()
+    judged(trajectory())
+    judged(trajectory(), EngineCell("ddp"))
+    assert len(calls) == 1
+    judging.forget()
