@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from harness import command_line
 from harness.console import for_tables
 from harness.errors import ExitCode, InputError
 from harness.files import atomic
 from harness.output import json_document
-from harness.verify.audit import cells, session, table, targets
+from harness.verify.audit import cells, pages, session, table, targets
 from harness.verify.audit.document import TargetReport
 from harness.verify.audit.session import Session
 from harness.verify.audit.targets import Target, TargetError
 from harness.verify.pool import RankLost
 
-PAGES = "harness.verify.audit.pages"
 CI_S = 180.0
 """Time limit of ``--ci``, s."""
 CI_CELL_S = 20.0
@@ -110,9 +106,6 @@ def _write(out: Path | None, document: str, reports: Sequence[TargetReport]) -> 
     out.mkdir(parents=True, exist_ok=True)
     file = out / "audit.json"
     atomic.write_text(file, document + "\n")
-    if importlib.util.find_spec(PAGES) is None:
-        return [file]
-    pages: Any = import_module(PAGES)
     return [file, *pages.write(reports, out)]
 
 

@@ -54,8 +54,6 @@ def start(rank: int, folder: Path) -> None:
     gc.freeze()
     # ZeRO-3 formats every parameter for a log that nobody reads.
     torch.set_printoptions(threshold=4, edgeitems=1)
-    # torch.compile would cost more than a whole audit and computes the same.
-    torch.compiler.set_stance("force_eager")
 
 
 def members(package: str) -> list[str] | TargetError:
@@ -74,14 +72,16 @@ def probe(target: Target) -> Target | TargetError:
         return model(data.gradients[0])
 
     try:
-        return targets.probe(target, lambda: GivenModel(data.start), loss)
+        with torch.compiler.set_stance("force_eager"):
+            return targets.probe(target, lambda: GivenModel(data.start), loss)
     except TargetError as error:
         return error
 
 
 def measure_class(target: Target) -> Class:
     """Return the class of a target's update."""
-    return classify(target, _given("even", False, LATE_STEPS))
+    with torch.compiler.set_stance("force_eager"):
+        return classify(target, _given("even", False, LATE_STEPS))
 
 
 def run_cell(cell: EngineCell, target: Target, steps: int, path: Path) -> bool:
@@ -96,7 +96,8 @@ def run_cell(cell: EngineCell, target: Target, steps: int, path: Path) -> bool:
     data = given_of(cell, steps)
     step = 0
     try:
-        with running(cell, target, data) as run:
+        # torch.compile would cost more than a whole audit and computes the same.
+        with torch.compiler.set_stance("force_eager"), running(cell, target, data) as run:
             for step in range(1, steps + 1):
                 run.train_step(step - 1)
             received, made = run.whole(run.received), run.whole(run.made)
@@ -115,7 +116,8 @@ def judge_cell(
     """Judge the trajectory that `run_cell` wrote."""
     loaded = torch.load(path)
     trajectory = Trajectory(loaded["received"], loaded["made"], replicas_equal)
-    return judge(cell, target, given_of(cell, steps), trajectory, measured)
+    with torch.compiler.set_stance("force_eager"):
+        return judge(cell, target, given_of(cell, steps), trajectory, measured)
 
 
 def failure(error: BaseException, step: int, changed: bool) -> Failure:

@@ -5,9 +5,9 @@ The code of a target runs in these processes only: what crashes, hangs or prints
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -30,6 +30,7 @@ CELL_S = 60.0
 GRACE_S = 3.0
 """Time that the other ranks get once one has failed, s."""
 CHECKS = "harness.verify.audit.checks"
+RESUME = "harness.verify.audit.checks_ranks:resume_across"
 
 Say = Callable[[TargetReport, int, int], None]
 """Receives each report with the number of reports so far and of targets in all."""
@@ -147,15 +148,24 @@ class Session:
         return cell_report(self.pool(cell.world_size), cell, target, measured, path, judge, self._cell_s)
 
     def _checks(self, target: Target) -> tuple[Check, ...]:
-        if importlib.util.find_spec(CHECKS) is None:
-            return ()
-        try:
-            found = self.pool(1).run(
-                f"{CHECKS}:run_checks", target, what=f"checks of {target.label}", timeout_s=self._cell_s
-            )
-            return tuple(found[0])
-        except (RankLost, RanksFailed) as error:
-            return (Check("checks", False, _reason(error)),)
+        """Return the checks of one process, and of a checkpoint that is resumed at another world size."""
+        found: list[Check] = []
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return (Check("checks", False, "not run: the time limit was reached"),)
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            for pool, name, arguments in (
+                (self.pool(1), f"{CHECKS}:run_checks", (target,)),
+                (self.pool(2), RESUME, (target, folder)),
+            ):
+                try:
+                    answers = pool.run(
+                        name, *arguments, what=f"checks of {target.label}", timeout_s=self._cell_s
+                    )
+                except (RankLost, RanksFailed) as error:
+                    found.append(Check(name.rpartition(":")[2].replace("_", " "), False, _reason(error)))
+                    continue
+                found += answers[0] if isinstance(answers[0], list) else [answers[0]]
+        return tuple(found)
 
 
 def preload(names: Sequence[str]) -> None:
