@@ -58,12 +58,12 @@ class Entry:
             self._take_checks(report["checks"])
 
     def _take_cells(self, cells: list[dict[str, Any]]) -> None:
-        self.cells, self.reasons = {}, {}
         for cell in cells:
             label = f"{cell['engine']} {cell.get('variant', '')}".strip()
             self.cells[label] = cell["verdict"]
             if cell["verdict"] != "safe":
-                self.reasons.setdefault(f"{cell['verdict']}: {cell['reason']}", []).append(label)
+                reason = f"{cell['verdict']}: {cell['reason']}"
+                self.reasons.setdefault(reason, []).append(label)
 
     def _take_checks(self, checks: list[dict[str, Any]]) -> None:
         self.passed = sum(check["passed"] is True for check in checks)

@@ -1,102 +1,72 @@
-"""Measure the optimizers of the catalogue, each in a process that can be ended."""
+"""Measure the optimizers of the catalogue in the processes of `optbench audit`, which can be ended."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from harness.verify.audit import targets
+from benchmarks.audit_catalogue.entries import Entry
+from harness.errors import InputError
+from harness.verify.audit import cells, session
+from harness.verify.audit.session import Session
 from harness.verify.audit.targets import Target, TargetError
 from optimizers import presets
 
 PACKAGES = ("torch.optim", "pytorch_optimizer", "galore_torch", "apollo_torch", "heavyball")
-"""Packages whose optimizers are listed; one that cannot be imported is named on the page with the reason."""
-LIMIT_S = 180
-"""Time of one optimizer's checks, s, after which its process is ended."""
+"""Packages whose optimizers are listed."""
+ENGINES = ("single", "ddp", "fsdp2", "fsdp2 uneven", "fsdp2 columns", "zero1", "zero2", "zero3")
+"""Labels of the cells of the short run: one of each way in which an optimizer gets its parameters."""
+CELL_S = 60.0
+"""Time limit of one cell, and of the checks of one optimizer, s."""
+
+Say = Callable[[Entry, int, int], None]
 
 
-def names(packages: Iterable[str] = PACKAGES) -> tuple[list[str], dict[str, str]]:
-    """Return the targets of all packages and our presets, and package → why it is missing; imports the packages."""
-    found, missing = list(presets.names()), {}
-    for package in packages:
-        try:
-            found += targets.members(package)
-        except TargetError as error:
-            missing[package] = error.reason
-    return found, missing
-
-
-def checks(target: str, only: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return the report of one target's checks, in the form of `optbench audit --json`, without cells.
+def measure(
+    known: dict[str, Entry],
+    save: Callable[[], None],
+    say: Say,
+    *,
+    packages: Sequence[str] = PACKAGES,
+    labels: Sequence[str] = ENGINES,
+    has_checks: bool = True,
+) -> dict[str, str]:
+    """Measure what the entries lack.
 
     Args:
-        target: import path or preset.
-        only: names of checks; None: all.
+        known: target → entry; new and changed ones are put in.
+        save: called after each optimizer.
+        say: called with each changed entry, its number and the number of all.
+        packages: whose optimizers are measured, after this project's presets.
+        labels: of the cells to run.
+        has_checks: also run the checks of one process.
+
+    Returns:
+        Package → why it cannot be measured.
     """
-    # A fork: the packages are imported once, and their imports take longer than the checks.
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(target, only, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    report: dict[str, Any] | None = None
-    try:
-        if ours.poll(LIMIT_S):
-            report = ours.recv()
-    except EOFError:
-        pass
-    process.kill()
-    process.join()
-    if report is None:
-        reason = f"its process ended by itself (exit code {process.exitcode})"
-        if process.exitcode == -9:
-            reason = f"its checks did not end within {LIMIT_S} s"
-        report = {"error": reason}
-    return report
-
-
-def _child(target: str, only: Sequence[str] | None, pipe: Any) -> None:
-    # What libraries print must not reach the terminal.
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
-    pipe.send(_checks(target, only))
-
-
-def _checks(name: str, only: Sequence[str] | None) -> dict[str, Any]:
-    import torch
-    from torch import nn
-
-    from harness.verify.audit.checks import run_checks
-
-    class Small(nn.Module):
-        """A model whose output has a gradient in every parameter."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.norm = nn.Linear(8, 6), nn.LayerNorm(6)
-
-        def forward(self) -> torch.Tensor:
-            """Return a loss."""
-            return self.norm(self.inner(torch.linspace(-1, 1, 32).view(4, 8))).square()[:, ::2].sum()
-
-    torch.set_num_threads(1)
-    report: dict[str, Any] = {"version": targets.version(name)}
-    try:
-        target = targets.probe(Target(name, ARGUMENTS.get(name, {})), Small)
-    except TargetError as error:
-        return {**report, "error": error.reason}
-    notes = [note for note in [targets.FORMS[target.form]] if note]
-    return {**report, "notes": notes, "checks": [check.as_dict() for check in run_checks(target, only)]}
-
-
-ARGUMENTS: dict[str, dict[str, Any]] = {}
-"""Arguments of constructors that have no defaults for them."""
-
-
-def store() -> Path:
-    """Return the path of the catalogue's file."""
-    return Path(__file__).with_name("catalogue.json")
+    missing: dict[str, str] = {}
+    session.preload(packages)
+    selected = [cell for cell in cells.CELLS if cell.label in labels]
+    with tempfile.TemporaryDirectory(prefix="optbench-catalogue-") as scratch:
+        with Session(Path(scratch), CELL_S) as running:
+            members = [Target(name) for name in presets.names()]
+            for package in packages:
+                try:
+                    members += running.members(package)
+                except InputError as error:
+                    missing[package] = str(error.reason)
+            for number, target in enumerate(members, 1):
+                entry = known.setdefault(target.name, Entry(target.name))
+                lacking = [cell for cell in selected if cell.label not in entry.cells]
+                lacks_checks = has_checks and entry.passed is None
+                if entry.error or not (lacking or lacks_checks):
+                    continue
+                try:
+                    report = running.audit(running.probe(target), lacking, has_checks=lacks_checks)
+                    entry.take(report.as_dict())
+                except TargetError as error:
+                    entry.error = error.reason
+                save()
+                say(entry, number, len(members))
+    return missing

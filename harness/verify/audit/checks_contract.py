@@ -13,7 +13,6 @@ from torch import Tensor
 
 from harness.verify.audit.document import Check
 from harness.verify.audit.subject import (
-    ROUNDING,
     Subject,
     describe,
     difference,
@@ -21,7 +20,6 @@ from harness.verify.audit.subject import (
     seed,
 )
 
-STEPS = 3
 LOSS = 2.5
 
 
@@ -42,7 +40,7 @@ def closure(subject: Subject) -> Check:
     # torch's stub wants a float of the closure; losses are tensors.
     step: Callable[..., Any] = run.optimizer.step
     returned = None
-    for _ in range(STEPS):
+    for _ in range(subject.steps):
         calls = 0
         run.give({})
         seed(run.t)
@@ -58,8 +56,8 @@ def closure(subject: Subject) -> Check:
     if not is_recording:
         return Check(name, False, "the closure runs without gradients: call it under torch.enable_grad()")
     if not subject.uses_closure:
-        error, parameter = difference(run, subject.after(STEPS))
-        if error > ROUNDING:
+        error, parameter = difference(run, subject.after(subject.steps))
+        if error > subject.rounding:
             return Check(
                 name, False, f"ΔW of {parameter} differs by {error:.1e} from a step without a closure"
             )
@@ -71,7 +69,7 @@ def silence(subject: Subject) -> Check:
     printed = io.StringIO()
     with warnings.catch_warnings(record=True) as heard, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always")
-        subject.after(STEPS)
+        subject.after(subject.steps)
     text = " ".join(printed.getvalue().split())
     if text:
         return Check("silence", False, f"prints on standard output: {text[:120]!r}: use warnings or logging")

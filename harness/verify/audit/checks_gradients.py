@@ -9,7 +9,6 @@ from torch import Tensor
 
 from harness.verify.audit.document import Check
 from harness.verify.audit.subject import (
-    ROUNDING,
     Subject,
     SubjectRun,
     describe,
@@ -20,8 +19,6 @@ from harness.verify.audit.subject import (
     set_option,
     tensors,
 )
-
-STEPS = 3
 
 
 def zero_gradients(subject: Subject) -> Check:
@@ -123,7 +120,7 @@ def sparse_gradients(subject: Subject) -> Check:
     kept = ~zero_rows
     expected = reference.weights()[hit] - reference.start[hit]
     error = float((change - expected)[kept].norm() / expected[kept].norm())
-    if error > ROUNDING * 10:
+    if error > 10 * subject.rounding:
         return Check(
             name, False, f"rows with a gradient move {error:.1e} differently from a dense gradient: refuse it"
         )
@@ -139,10 +136,10 @@ def no_gradients(subject: Subject) -> Check:
     if any(moved(run, key, before) for key, _ in run.named):
         return Check(name, False, "weights move in a step without gradients")
     run.t -= 1
-    for _ in range(STEPS - 1):
+    for _ in range(subject.steps - 1):
         run.step()
-    error, parameter = difference(run, subject.after(STEPS))
-    if error > ROUNDING:
+    error, parameter = difference(run, subject.after(subject.steps))
+    if error > subject.rounding:
         return Check(
             name,
             False,

@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from harness.verify.audit.document import Check
 from harness.verify.audit.subject import (
-    ROUNDING,
     Named,
     Subject,
     SubjectRun,
@@ -24,7 +23,6 @@ from harness.verify.audit.subject import (
     set_option,
 )
 
-STEPS = 3
 DECAY = 0.1
 FIT = 0.02
 """Relative remainder up to which a measured decay is a multiple of the weights."""
@@ -49,18 +47,21 @@ def lr_schedule(subject: Subject) -> Check:
     slow = {id(p) for p in groups[last]["params"]}
     names = [key for key, p in scheduled.named if id(p) in slow]
     others = [key for key, p in scheduled.named if id(p) not in slow]
+    begin = subject.steps - 1
     schedulers = [
-        LambdaLR(run.optimizer, [_drop(factor) if i == last else _constant for i in range(len(groups))])
+        LambdaLR(
+            run.optimizer, [_drop(factor, begin) if i == last else _constant for i in range(len(groups))]
+        )
         for run, factor in ((plain, 1.0), (scheduled, FACTOR))
     ]
     late = 0
-    for step in range(STEPS + 1):
+    for step in range(begin + 2):
         since, since_scheduled = plain.weights(), scheduled.weights()
         plain.step()
         scheduled.step()
         for scheduler in schedulers:
             scheduler.step()
-        if step < STEPS - 1:
+        if step < begin:
             continue
         full = sum(moved(plain, key, since) ** 2 for key in names) ** 0.5
         less = sum(moved(scheduled, key, since_scheduled) ** 2 for key in names) ** 0.5
@@ -78,7 +79,7 @@ def lr_schedule(subject: Subject) -> Check:
         )
     words = f"with {FACTOR} of the rate the scheduled group moves {less / full if full else 0:.3g} as far"
     leak, parameter_name = difference(scheduled, plain, others)
-    if leak > ROUNDING:
+    if leak > subject.rounding:
         return Check(
             name,
             False,
@@ -93,8 +94,8 @@ def _constant(_step: int) -> float:
     return 1.0
 
 
-def _drop(factor: float) -> Callable[[int], float]:
-    return lambda step: factor if step >= STEPS - 1 else 1.0
+def _drop(factor: float, begin: int) -> Callable[[int], float]:
+    return lambda step: factor if step >= begin else 1.0
 
 
 def _two_groups(subject: Subject) -> SubjectRun:
@@ -118,7 +119,7 @@ def frozen_parameter(subject: Subject) -> Check:
     set_option(run, "weight_decay", DECAY)
     still, *others = [name for name, _ in run.named]
     dict(run.named)[still].requires_grad_(False)
-    for step in range(STEPS):
+    for step in range(subject.steps):
         run.step({name: gradient_of(step, name, tuple(p.shape)) for name, p in run.named if name != still})
     if moved(run, still):
         return Check(
@@ -139,7 +140,7 @@ def late_unfrozen(subject: Subject) -> Check:
     run = subject.start()
     late = run.named[0][0]
     dict(run.named)[late].requires_grad_(False)
-    for step in range(STEPS):
+    for step in range(subject.steps):
         run.step({name: gradient_of(step, name, tuple(p.shape)) for name, p in run.named if name != late})
     dict(run.named)[late].requires_grad_(True)
     return _first_update("late unfrozen", subject, run, late)
@@ -147,7 +148,7 @@ def late_unfrozen(subject: Subject) -> Check:
 
 def added_group(subject: Subject) -> Check:
     """Add a parameter with `add_param_group` after some steps; it must move."""
-    run = subject.after(STEPS)
+    run = subject.after(subject.steps)
     known = run.named[0][0]
     new = parameter(LATE, subject.shapes[known])
     try:
@@ -173,7 +174,7 @@ def _first_update(name: str, subject: Subject, run: SubjectRun, late: str) -> Ch
     before, begin = run.weights(), run.t
     fresh = subject.over([(key, torch.nn.Parameter(w.clone())) for key, w in before.items()])
     fresh.t = run.t
-    while run.t < begin + STEPS and not moved(run, late, before):
+    while run.t < begin + subject.steps and not moved(run, late, before):
         run.step()
         fresh.step()
     late_move, usual = moved(run, late, before), moved(fresh, late)
@@ -199,17 +200,17 @@ def tensor_lr(subject: Subject) -> Check:
             if isinstance(group.get("lr"), float | int):
                 group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64)
 
-    reference = subject.after(STEPS)
+    reference = subject.after(subject.steps)
     if not any(isinstance(group.get("lr"), float | int) for group in reference.optimizer.param_groups):
         return Check("tensor lr", None, "the groups have no float lr")
     run = subject.start()
     replace(run)
     kept = [group["lr"].clone() for group in run.optimizer.param_groups if torch.is_tensor(group.get("lr"))]
-    for _ in range(STEPS):
+    for _ in range(subject.steps):
         run.step()
     now = [group["lr"] for group in run.optimizer.param_groups if torch.is_tensor(group.get("lr"))]
     error, name = difference(run, reference)
-    if error > ROUNDING:
+    if error > subject.rounding:
         return Check("tensor lr", False, f"ΔW of {name} differs by {error:.1e} from that of a float lr")
     if len(now) == len(kept) and any(not torch.equal(a, b) for a, b in zip(now, kept, strict=True)):
         return Check("tensor lr", False, "the step writes into the tensor lr: use it read-only")
@@ -245,7 +246,7 @@ def _measured_decay(subject: Subject, decay: float) -> Check | None:
     rates = [group["lr"] for group in decayed.optimizer.param_groups if group.get("lr")]
     matrix = max(subject.shapes, key=lambda key: len(subject.shapes[key]))
     factors, rest = [], 0.0
-    for _ in range(STEPS):
+    for _ in range(subject.steps):
         before, gap = decayed.weights()[matrix].double(), _gap(decayed, plain, matrix)
         plain.step()
         decayed.step()
@@ -264,7 +265,7 @@ def _measured_decay(subject: Subject, decay: float) -> Check | None:
         return None
     gap = _gap(decayed, plain, matrix)
     set_option(decayed, "weight_decay", 0.0)
-    for _ in range(STEPS):
+    for _ in range(subject.steps):
         plain.step()
         decayed.step()
     kept = float((_gap(decayed, plain, matrix) - gap).norm() / gap.norm()) if float(gap.norm()) else 0.0

@@ -10,7 +10,6 @@ from torch import nn
 
 from harness.verify.audit.document import Check
 from harness.verify.audit.subject import (
-    ROUNDING,
     Subject,
     SubjectRun,
     describe,
@@ -22,7 +21,6 @@ from harness.verify.audit.subject import (
     parameter,
 )
 
-STEPS = 3
 BF16_STEPS, BF16_STD = 20, 0.02
 """Weights of the size that language models start with."""
 
@@ -55,7 +53,7 @@ def _steps_on(name: str, subject: Subject, shapes: Mapping[str, tuple[int, ...]]
             refused.append(f"{words} is refused ({describe(error)})")
             continue
         try:
-            for _ in range(STEPS):
+            for _ in range(subject.steps):
                 run.step()
         except NotImplementedError as error:
             refused.append(f"{words} is refused ({describe(error)})")
@@ -76,7 +74,7 @@ def _steps_on(name: str, subject: Subject, shapes: Mapping[str, tuple[int, ...]]
 
 def transposed_parameters(subject: Subject) -> Check:
     """Step on matrices stored by column: the weights must be those of contiguous ones."""
-    reference = subject.after(STEPS)
+    reference = subject.after(subject.steps)
     plain = subject.start()
     views = [
         (name, nn.Parameter(p.detach().t().contiguous().t()) if p.dim() == 2 else p)
@@ -84,7 +82,7 @@ def transposed_parameters(subject: Subject) -> Check:
     ]
     run = subject.over(views)
     try:
-        for _ in range(STEPS):
+        for _ in range(subject.steps):
             run.give(gradients_of(run.t, run.named))
             for _, p in run.named:
                 if p.grad is not None and p.dim() == 2:
@@ -96,7 +94,7 @@ def transposed_parameters(subject: Subject) -> Check:
         )
     error, name = difference(run, reference)
     # Another order of the sums in products and norms: rounding that a polynomial iteration amplifies.
-    if error > 100 * ROUNDING:
+    if error > 10 * subject.rounding:
         return Check("transposed parameters", False, f"ΔW of {name} differs by {error:.1e} from contiguous")
     return Check("transposed parameters", True, f"equal to contiguous ones (difference {error:.1e})")
 
@@ -133,13 +131,13 @@ def tied_weights(subject: Subject) -> Check:
             run = subject.over(list(twice.named_parameters(remove_duplicate=False)))
         except Exception as error:
             return Check(name, True, f"refused: {describe(error)}")
-    for _ in range(STEPS):
+    for _ in range(subject.steps):
         for model, under_test in ((once, reference), (twice, run)):
             model.zero_grad()
             model.loss().backward()
             under_test.take()
     error, _ = difference(run, reference)
-    if error <= ROUNDING:
+    if error <= subject.rounding:
         return Check(name, True, "a weight that is named twice is stepped once")
     if any("duplicate" in str(item.message) for item in heard):
         return Check(name, True, f"warns of duplicate parameters (ΔW would differ by {error:.1e})")
@@ -181,9 +179,9 @@ def bf16_parameters(subject: Subject) -> Check:
 
 def parameter_order(subject: Subject) -> Check:
     """Name the parameters in reverse order: the weights must be the same."""
-    run = subject.after(STEPS, order=lambda names: names[::-1])
-    error, name = difference(run, subject.after(STEPS))
-    if error > ROUNDING:
+    run = subject.after(subject.steps, order=lambda names: names[::-1])
+    error, name = difference(run, subject.after(subject.steps))
+    if error > subject.rounding:
         return Check(
             "parameter order",
             False,
@@ -194,7 +192,7 @@ def parameter_order(subject: Subject) -> Check:
 
 def repeatable(subject: Subject) -> Check:
     """Run twice with the same seeds: the weights must be bit-equal."""
-    first, second = subject.after(STEPS), subject.after(STEPS)
+    first, second = subject.after(subject.steps), subject.after(subject.steps)
     error, name = _bit_difference(first, second)
     if error:
         return Check("repeatable", False, f"two runs of one seed differ by {error:.1e} in {name}")

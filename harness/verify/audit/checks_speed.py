@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.verify.audit.document import Check
 from harness.verify.audit.subject import (
-    ROUNDING,
     Subject,
     SubjectRun,
     describe,
@@ -24,7 +23,6 @@ from harness.verify.audit.subject import (
     set_option,
 )
 
-STEPS = 3
 COMPILED = 1e-3
 """Bound on the relative difference of compiled updates: decompositions round otherwise, and iterations amplify it."""
 
@@ -48,13 +46,13 @@ def _option_parity(key: str, subject: Subject) -> Check:
         # torch refuses both at once; the default None of the other one chooses by device.
         set_option(run, "fused" if key == "foreach" else "foreach", False)
         try:
-            for _ in range(STEPS):
+            for _ in range(subject.steps):
                 run.step()
         except (RuntimeError, NotImplementedError) as error:
             return Check(key, None, f"{key}={value} is refused: {describe(error)}")
         runs.append(run)
     error, name = difference(runs[1], runs[0])
-    if error > ROUNDING:
+    if error > subject.rounding:
         return Check(key, False, f"ΔW of {name} differs by {error:.1e} between {key}=True and {key}=False")
     return Check(key, True, f"{key}=True and {key}=False agree (difference {error:.1e})")
 
@@ -64,7 +62,7 @@ def compiled(subject: Subject) -> Check:
 
     No kernels are generated: that takes minutes, and is not the optimizer's doing.
     """
-    reference = subject.after(STEPS)
+    reference = subject.after(subject.steps)
     run = subject.start()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -72,7 +70,7 @@ def compiled(subject: Subject) -> Check:
     if run.uses_closure:
         return Check("torch.compile", None, "the step needs a closure")
     try:
-        for _ in range(STEPS):
+        for _ in range(subject.steps):
             run.give(gradients_of(run.t, run.named))
             seed(run.t)
             run.t += 1
@@ -159,7 +157,7 @@ def host_syncs(subject: Subject) -> Check:
     Scalars that an optimizer keeps on the CPU, as torch's step counters, are read without waiting.
     """
     name = "host syncs"
-    reads = DeviceReads()
+    reads, steps = DeviceReads(), subject.steps
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             named = [
@@ -167,7 +165,7 @@ def host_syncs(subject: Subject) -> Check:
                 for key, shape in subject.shapes.items()
             ]
             run = subject.over(named)
-            for _ in range(STEPS):
+            for _ in range(steps):
                 for _, p in named:
                     p.grad = torch.empty_like(p)
                 reads.count.clear()

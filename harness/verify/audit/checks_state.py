@@ -12,7 +12,6 @@ import torch
 
 from harness.verify.audit.document import Check
 from harness.verify.audit.subject import (
-    ROUNDING,
     Subject,
     SubjectRun,
     describe,
@@ -20,8 +19,8 @@ from harness.verify.audit.subject import (
     tensors,
 )
 
-SHORT, LONG = 3, 9
-"""Steps before the state is measured for the first time, and for the second."""
+MORE = 6
+"""Steps between two measurements of the state."""
 _GLOBAL = re.compile(r"GLOBAL (\S+) was not")
 
 
@@ -30,9 +29,9 @@ def state_bytes(subject: Subject) -> Check:
 
     An optimizer that has `state_bytes()`, as those of `optimizers`, is compared with it.
     """
-    run = subject.after(SHORT)
+    run = subject.after(subject.steps)
     early = bytes_by_kind(run)
-    for _ in range(LONG - SHORT):
+    for _ in range(MORE):
         run.step()
     late = bytes_by_kind(run)
     elements = sum(p.numel() for _, p in run.named)
@@ -43,7 +42,7 @@ def state_bytes(subject: Subject) -> Check:
         return Check(
             "state bytes",
             False,
-            f"{words}; {', '.join(sorted(grown))} grew from step {SHORT} to step {LONG}: bound the history",
+            f"{words}; {', '.join(sorted(grown))} grew from step {subject.steps} to step {run.t}: bound the history",
         )
     claim = getattr(run.optimizer, "state_bytes", None)
     if callable(claim):
@@ -69,26 +68,27 @@ def bytes_by_kind(run: SubjectRun) -> dict[str, int]:
 
 def resume(subject: Subject) -> Check:
     """Compare an interrupted run, resumed from `state_dict` in a new optimizer, with one that went on."""
-    reference, interrupted = subject.after(2 * SHORT), subject.after(SHORT)
+    reference, interrupted = subject.after(2 * subject.steps), subject.after(subject.steps)
     resumed = _resumed(subject, interrupted, copy.deepcopy(interrupted.optimizer.state_dict()))
     error, name = difference(resumed, reference)
     if error == 0:
         return Check("resume", True, "the resumed run takes the same steps")
-    if error <= ROUNDING:
+    if error <= subject.rounding:
         return Check("resume", True, f"the resumed run differs by {error:.1e}, which is rounding")
     unsaved = _unsaved(interrupted)
     hint = f"; {unsaved} is not in state_dict()" if unsaved else ""
     return Check(
         "resume",
         False,
-        f"ΔW of {name} differs by {error:.1e} after {SHORT} steps{hint}: keep all state in self.state or the groups",
+        f"ΔW of {name} differs by {error:.1e} after {subject.steps} steps{hint}: "
+        "keep all state in self.state or the groups",
     )
 
 
 def resume_weights_only(subject: Subject) -> Check:
     """Save `state_dict` with `torch.save`, load it with ``weights_only=True``, and compare the next steps."""
     name = "resume weights only"
-    reference, interrupted = subject.after(2 * SHORT), subject.after(SHORT)
+    reference, interrupted = subject.after(2 * subject.steps), subject.after(subject.steps)
     file = io.BytesIO()
     try:
         torch.save(interrupted.optimizer.state_dict(), file)
@@ -99,20 +99,20 @@ def resume_weights_only(subject: Subject) -> Check:
         what = f"torch.load(weights_only=True) refuses {unknown[1]}" if unknown else describe(error)
         return Check(name, False, f"{what}: keep tensors, numbers, texts and plain containers in the state")
     error, parameter = difference(_resumed(subject, interrupted, loaded), reference)
-    if error <= ROUNDING:
+    if error <= subject.rounding:
         return Check(name, True, f"torch.load(weights_only=True) restores it; difference {error:.1e}")
     return Check(name, False, f"ΔW of {parameter} differs by {error:.1e} after torch.save and torch.load")
 
 
 def _resumed(subject: Subject, interrupted: SubjectRun, state: Any) -> SubjectRun:
-    """Return a run over copies of the weights, with a new optimizer that loaded ``state``, ``SHORT`` steps later."""
+    """Return a run over copies of the weights, with a new optimizer that loaded ``state``, some steps later."""
     copies = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in interrupted.named]
     run = subject.over(copies)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.optimizer.load_state_dict(state)
     run.t, run.start = interrupted.t, interrupted.start
-    for _ in range(SHORT):
+    for _ in range(subject.steps):
         run.step()
     return run
 

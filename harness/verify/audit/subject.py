@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ MATRICES: dict[str, tuple[int, ...]] = {
 SHAPES: dict[str, tuple[int, ...]] = {**MATRICES, "norm.weight": (8,), "head.bias": (12,)}
 """Parameters of a small language model: tall, square and wide matrices, and vectors."""
 WEIGHT_STD, GRADIENT_STD = 0.1, 0.02
+STEPS, MOST_IDLE = 3, 20
+"""Steps of a run once all parameters move, and steps within which they should."""
 ROUNDING = 1e-5
 """Relative difference of updates that fp32 arithmetic in another order may leave."""
 
@@ -121,6 +124,28 @@ class Subject:
                     return shapes, uses_closure
                 first = first or NotRunnable("the first step leaves weights that are not finite")
         raise NotRunnable(f"no step was possible: {describe(first)}") from first
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps of a run that show what an optimizer does: `STEPS` after the last parameter has begun to move.
+
+        Some rules only gather gradients in their first steps.
+        """
+        run = self.start()
+        for idle in range(MOST_IDLE):
+            run.step()
+            if all(moved(run, name) for name, _ in run.named):
+                return STEPS + idle
+        return STEPS
+
+    @cached_property
+    def rounding(self) -> float:
+        """Relative difference that rounding may leave: 10 times what one ulp in the gradients does, or `ROUNDING`."""
+        plain, nudged = self.after(self.steps), self.start()
+        for step in range(self.steps):
+            gradients = gradients_of(step, nudged.named)
+            nudged.step({name: g * (1 + torch.finfo(g.dtype).eps) for name, g in gradients.items()})
+        return max(ROUNDING, 10 * difference(nudged, plain)[0])
 
     def start(
         self,

@@ -208,5 +208,35 @@ def test_late_rate_is_told(lag: int, words: str) -> None:
     assert found.detail.endswith(words)
 
 
+def test_late_starter_is_watched_longer() -> None:
+    """Nothing moves in the first 5 steps, and the history of gradients is as long as it gets."""
+
+    class Waits(defective.Momentum):
+        def update(self, p: Any, gradient: Any, group: Any) -> None:
+            self.state[p].setdefault("moment", torch.zeros_like(p))
+            history = self.state[p].setdefault("history", [])
+            history.append(gradient.clone())
+            if len(history) > 5:
+                super().update(p, history.pop(0), group)
+
+    found = checks.checks_of(build_of(Waits))
+    assert not failed(found)
+    assert Subject(build_of(Waits)).steps == 3 + 5
+
+
+def test_rounding_that_iterations_amplify_is_no_finding() -> None:
+    """One ulp in the gradient becomes 1e-4 of the update here, whatever the order of the parameters."""
+
+    class Amplifies(defective.DependsOnPlace):
+        def update(self, p: Any, gradient: Any, group: Any) -> None:
+            place = next(i for i, other in enumerate(group["params"]) if other is p)
+            rough = (gradient * 1e9).sin() * 1e-4 * (1 + 1e-3 * place)
+            defective.Momentum.update(self, p, gradient * (1 + rough), group)
+
+    (found,) = checks.checks_of(build_of(Amplifies), ["parameter order"])
+    assert found.passed is True, found.detail
+    assert Subject(build_of(Amplifies)).rounding > 1e-5 == Subject(build_of(defective.Momentum)).rounding
+
+
 def test_matrices_alone_are_tried() -> None:
     assert all(len(shape) == 2 for shape in Subject(build_of(torch.optim.Muon)).shapes.values())

@@ -1,0 +1,139 @@
+"""Write docs/audit.md from the catalogue's entries. Torch-free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.audit_catalogue.entries import Entry
+from harness.verify.audit.pages import legend, table_text
+from harness.verify.audit.tables import MISSING, Table
+from optimizers import presets
+
+HEAD = Path(__file__).with_name("head.md")
+"""The hand-written part of the page."""
+_ORDER = ("wrong", "crashes", "refused", "safe")
+_HOME = "optbench"
+
+
+def text(entries: Sequence[Entry], missing: Mapping[str, str]) -> str:
+    """Return the page.
+
+    Args:
+        entries: measured, in any order.
+        missing: package → why it was not measured.
+    """
+    audited = [entry for entry in entries if not entry.error and entry.update_class]
+    parts = [HEAD.read_text().rstrip(), "## The catalogue", _headline(audited), _classes(audited)]
+    for package in dict.fromkeys(map(package_of, audited)):
+        own = [entry for entry in audited if package_of(entry) == package]
+        title = next((entry.version for entry in own if entry.version), package)
+        parts += [f"### {title}", table_text(_engines(own))]
+    parts += ["## Checks in one process", _CHECKS, table_text(_failed(audited))]
+    facts = Table("", ["optimizer", "state", "weight decay", "host syncs"], [_facts(entry) for entry in audited])
+    parts += ["## State, weight decay, host syncs", _FACTS, table_text(facts)]
+    refused = [[entry.target, entry.error] for entry in entries if entry.error]
+    refused += [[f"{package} (package)", reason] for package, reason in missing.items()]
+    if refused:
+        parts += ["## Not audited", table_text(Table("", ["optimizer", "reason"], refused))]
+    return "\n\n".join([*parts, "## Terms", legend()]) + "\n"
+
+
+_CHECKS = """\
+What failed, and for whom. A check fails where training would be wrong or would stop; `optbench audit` prints the
+figures of each. *no gradients* fails where a step in which no parameter has a gradient still counts, so that bias
+corrections and warm-ups of later steps differ. Minimal reproductions of defects are in
+[Defects that the audit found](audit_findings.md)."""
+
+_FACTS = """\
+Nothing here is a defect. *State*: bytes per parameter element on six small parameters in fp32. *Host syncs*: what makes
+the host wait for a GPU in one step over these parameters, counted on fake CUDA tensors."""
+
+
+def package_of(entry: Entry) -> str:
+    """Return the package of a target; our presets have none in their names."""
+    if entry.target in presets.names():
+        return _HOME
+    return entry.target.rpartition(".")[0]
+
+
+def name_of(entry: Entry) -> str:
+    """Return a target without its package."""
+    return entry.target.rpartition(".")[2]
+
+
+def _headline(entries: Sequence[Entry]) -> str:
+    everywhere = sum(all(verdict == "safe" for verdict in entry.cells.values()) for entry in entries)
+    labels = sorted({label for entry in entries for label in entry.cells})
+    flat = sum(any(verdict == "wrong" for verdict in entry.cells.values()) for entry in entries)
+    clean = sum(not entry.failed for entry in entries if entry.passed is not None)
+    return (
+        f"{len(entries)} optimizers on {', '.join(labels)}: **{everywhere} are safe on all of them, {flat} train "
+        f"something else on at least one, without an error.** {clean} pass all checks in one process."
+    )
+
+
+def _classes(entries: Sequence[Entry]) -> str:
+    counted = Counter(entry.update_class or MISSING for entry in entries)
+    rows = []
+    for name, count in counted.most_common():
+        own = [entry for entry in entries if entry.update_class == name]
+        row = [name, str(count)]
+        for engine in ("ddp", "fsdp2", "zero1", "zero3"):
+            having = [entry for entry in own if any(_is_of(label, engine) for label in entry.cells)]
+            safe = sum(verdict(entry, engine) == "safe" for entry in having)
+            row.append(f"{safe} of {len(having)}")
+        rows.append(row)
+    head = ["class", "optimizers", "safe on ddp", "safe on fsdp2", "safe on zero1", "safe on zero3"]
+    return table_text(Table("", head, rows))
+
+
+def _is_of(label: str, engine: str) -> bool:
+    return label == engine or label.startswith(f"{engine} ")
+
+
+def verdict(entry: Entry, engine: str) -> str:
+    """Return the worst verdict on an engine, with the variants that have it unless all do."""
+    cells = {label: found for label, found in entry.cells.items() if _is_of(label, engine)}
+    if not cells:
+        return MISSING
+    worst = min(cells.values(), key=_ORDER.index)
+    having = [label.partition(" ")[2] or "plain" for label, found in cells.items() if found == worst]
+    return worst if len(having) == len(cells) else f"{worst} ({', '.join(having)})"
+
+
+def _engines(entries: Sequence[Entry]) -> Table:
+    engines = list(dict.fromkeys(label.partition(" ")[0] for entry in entries for label in entry.cells))
+    rows = [
+        [
+            name_of(entry),
+            entry.update_class or MISSING,
+            *(verdict(entry, engine) for engine in engines),
+            ", ".join(entry.failed) or (MISSING if entry.passed is not None else "not measured"),
+        ]
+        for entry in entries
+    ]
+    return Table("", ["optimizer", "class", *engines, "failed checks"], rows)
+
+
+def _failed(entries: Sequence[Entry]) -> Table:
+    by_check: dict[str, list[str]] = {}
+    for entry in entries:
+        for check in entry.failed:
+            by_check.setdefault(check, []).append(entry.target)
+    rows = [[check, str(len(names)), ", ".join(names)] for check, names in sorted(by_check.items())]
+    return Table("", ["check", "optimizers", "which"], rows)
+
+
+def _facts(entry: Entry) -> list[str]:
+    state = entry.facts.get("state bytes", MISSING).replace(" bytes per parameter element", "")
+    decay = entry.facts.get("weight decay", MISSING).partition(":")[0]
+    syncs = entry.facts.get("host syncs", "none" if entry.passed is not None else MISSING)
+    if "per step" in syncs:
+        syncs = syncs.partition(" per step")[0]
+    elif syncs != "none":
+        syncs = "not counted"
+    return [entry.target, state, "none" if "have no weight_decay" in entry.facts.get("weight decay", "") else decay, syncs]
+
+
