@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 GPU_CHECK ?=
+AUDIT ?=
 
-.PHONY: help setup quickstart check product-lint unit test test-full test-gpu gpu-check docs docs-check lint format bench certify faults study reconstruct lock sbom vulnerabilities clean
+.PHONY: help setup quickstart check product-lint unit test test-full test-gpu gpu-check docs docs-check lint format bench certify audit faults study reconstruct lock sbom vulnerabilities clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -90,6 +91,9 @@ certify: setup ## certify every optimizer on every engine; write docs/certificat
 	$(BIN)/optbench certify --include-controls --include-peers --out runs/certificates
 	cp runs/certificates/certificates.md docs/certificates.md
 	cp runs/certificates/certificates.json harness/record/certificates.json
+
+audit: setup ## audit every optimizer of torch, pytorch_optimizer and others on every engine; write docs/audit.md (goes on where it ended)
+	$(BIN)/python -m benchmarks.audit_catalogue $(AUDIT)
 
 study: setup ## tune the quickstart's four optimizers with equal budgets, then compare on fresh seeds (32 to 40 runs)
 	$(BIN)/optbench sweep study=quickstart group=study

@@ -19,7 +19,7 @@ from benchmarks.audit_catalogue import entries, page
 from benchmarks.audit_catalogue.entries import Entry
 
 STORE = Path(__file__).with_name("catalogue.json")
-PAGE = Path(__file__).parents[2] / "docs" / "audit_catalogue.md"
+PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
 
 
 def main() -> int:
@@ -49,9 +49,13 @@ def main() -> int:
             labels=labels,
             has_checks=not arguments.no_checks,
         )
+        for package in arguments.package or measure.PACKAGES:
+            known.pop(package, None)
         for package, reason in missing.items():
             print(f"{package} {reason}", file=sys.stderr)
-    PAGE.write_text(page.text(list(known.values())))
+            known.setdefault(package, Entry(package)).error = reason
+        entries.write(arguments.store, known)
+    PAGE.write_text(page.text(list(known.values())), encoding="utf-8")
     print(PAGE)
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.audit_catalogue.entries import Entry
@@ -17,24 +17,29 @@ _ORDER = ("wrong", "crashes", "refused", "safe")
 _HOME = "optbench"
 
 
-def text(entries: Sequence[Entry], missing: Mapping[str, str]) -> str:
+def text(entries: Sequence[Entry]) -> str:
     """Return the page.
 
     Args:
-        entries: measured, in any order.
-        missing: package → why it was not measured.
+        entries: measured, in the order of the page; a package that cannot be imported is one with an error.
     """
     audited = [entry for entry in entries if not entry.error and entry.update_class]
-    parts = [HEAD.read_text().rstrip(), "## The catalogue", _headline(audited), _classes(audited)]
+    parts = [
+        HEAD.read_text(encoding="utf-8").rstrip(),
+        "## The catalogue",
+        _headline(audited),
+        _classes(audited),
+    ]
     for package in dict.fromkeys(map(package_of, audited)):
         own = [entry for entry in audited if package_of(entry) == package]
         title = next((entry.version for entry in own if entry.version), package)
         parts += [f"### {title}", table_text(_engines(own))]
     parts += ["## Checks in one process", _CHECKS, table_text(_failed(audited))]
-    facts = Table("", ["optimizer", "state", "weight decay", "host syncs"], [_facts(entry) for entry in audited])
+    facts = Table(
+        "", ["optimizer", "state", "weight decay", "host syncs"], [_facts(entry) for entry in audited]
+    )
     parts += ["## State, weight decay, host syncs", _FACTS, table_text(facts)]
     refused = [[entry.target, entry.error] for entry in entries if entry.error]
-    refused += [[f"{package} (package)", reason] for package, reason in missing.items()]
     if refused:
         parts += ["## Not audited", table_text(Table("", ["optimizer", "reason"], refused))]
     return "\n\n".join([*parts, "## Terms", legend()]) + "\n"
@@ -127,13 +132,13 @@ def _failed(entries: Sequence[Entry]) -> Table:
 
 
 def _facts(entry: Entry) -> list[str]:
+    """Return the row of one optimizer: what its checks measured, in short."""
     state = entry.facts.get("state bytes", MISSING).replace(" bytes per parameter element", "")
-    decay = entry.facts.get("weight decay", MISSING).partition(":")[0]
+    decay = entry.facts.get("weight decay", MISSING)
+    decay = "none" if "have no weight_decay" in decay else decay.partition(":")[0]
     syncs = entry.facts.get("host syncs", "none" if entry.passed is not None else MISSING)
     if "per step" in syncs:
         syncs = syncs.partition(" per step")[0]
-    elif syncs != "none":
+    elif syncs not in ("none", MISSING):
         syncs = "not counted"
-    return [entry.target, state, "none" if "have no weight_decay" in entry.facts.get("weight decay", "") else decay, syncs]
-
-
+    return [entry.target, state, decay, syncs]

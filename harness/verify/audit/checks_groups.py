@@ -18,6 +18,7 @@ from harness.verify.audit.subject import (
     difference,
     finite,
     gradient_of,
+    gradients_of,
     moved,
     parameter,
     set_option,
@@ -127,7 +128,8 @@ def frozen_parameter(subject: Subject) -> Check:
             False,
             f"{still} has no gradient and moves by {moved(run, still):.1e}: skip parameters whose grad is None",
         )
-    stuck = [name for name in others if not moved(run, name)]
+    usual = subject.after(subject.steps)
+    stuck = [name for name in others if not moved(run, name) and moved(usual, name)]
     if stuck or not finite(run.weights()):
         return Check(
             "frozen parameter", False, f"{', '.join(stuck) or 'a weight'} does not move as it should"
@@ -263,6 +265,7 @@ def _measured_decay(subject: Subject, decay: float) -> Check | None:
         return Check(name, False, f"weights are not finite with weight_decay={decay:g}")
     if not any(factors):
         return None
+    coupled = _coupled(subject, decayed, decay)
     gap = _gap(decayed, plain, matrix)
     set_option(decayed, "weight_decay", 0.0)
     for _ in range(subject.steps):
@@ -270,7 +273,7 @@ def _measured_decay(subject: Subject, decay: float) -> Check | None:
         decayed.step()
     kept = float((_gap(decayed, plain, matrix) - gap).norm() / gap.norm()) if float(gap.norm()) else 0.0
     if rest > FIT or kept > FIT:
-        return _coupled(subject, plain, matrix)
+        return coupled
     if max(factors) > 0:
         return Check(name, False, f"wrong sign: the decay adds {max(factors):.1e} of the weights per step")
     return Check(name, True, f"decoupled: {_convention([-factor for factor in factors], rates, decay)}")
@@ -286,32 +289,24 @@ def _multiple(grown: Tensor, w: Tensor) -> tuple[float, float]:
     return factor, float((grown - factor * w).norm() / grown.norm())
 
 
-def _coupled(subject: Subject, plain: SubjectRun, matrix: str) -> Check:
-    """Return the result for decay that changes the update itself, compared with the option that denies it."""
-    words = "coupled: the decay changes the update itself"
-    flags = {
-        key: group[key]
-        for group in plain.optimizer.param_groups
+def _coupled(subject: Subject, decayed: SubjectRun, decay: float) -> Check:
+    """Compare with a run whose gradients got decay · W before the step, which is what coupled decay means."""
+    name = "weight decay"
+    oracle = subject.start()
+    set_option(oracle, "weight_decay", 0.0)
+    for step in range(subject.steps):
+        gradients = gradients_of(step, oracle.named)
+        weights = oracle.weights()
+        oracle.step({key: gradient + decay * weights[key] for key, gradient in gradients.items()})
+    if difference(decayed, oracle)[0] > max(subject.rounding, FIT):
+        return Check(name, None, "in the rule's own way: neither decoupled, nor decay · W in the gradient")
+    words = "coupled: as decay · W in the gradient"
+    denies = [
+        key
         for key in _DECOUPLING_FLAGS
-        if isinstance(group.get(key), bool)
-    }
-    denies = [key for key, value in flags.items() if value]
-    if not denies:
-        return Check("weight decay", True, words)
-    # An update that depends on the weights, as a trust ratio, changes with any decay.
-    larger = subject.start()
-    set_option(larger, "weight_decay", 0.0)
-    with torch.no_grad():
-        for _, p in larger.named:
-            p.mul_(1.01)
-    larger.start = larger.weights()
-    while larger.t < plain.t:
-        larger.step()
-    reference = plain.weights()[matrix].double() - plain.start[matrix].double()
-    change = larger.weights()[matrix].double() - larger.start[matrix].double()
-    if float((change - reference).norm()) > 1e-3 * float(reference.norm()):
-        return Check("weight decay", None, "changes the update, which depends on the weights anyway")
-    return Check("weight decay", False, f"{words}, but {denies[0]}=True")
+        if any(group.get(key) is True for group in decayed.optimizer.param_groups)
+    ]
+    return Check(name, not denies, f"{words}, but {denies[0]}=True" if denies else words)
 
 
 def _convention(factors: list[float], rates: list[Any], decay: float) -> str:

@@ -50,7 +50,9 @@ class SubjectRun:
         optimizer: built over ``named``.
         uses_closure: True if a step needs a closure.
         t: steps taken.
+        seed_shift: added to the seed of each step.
         start: copies of the initial weights.
+        seed_shift: added to the seed of each step.
     """
 
     named: Named
@@ -58,6 +60,7 @@ class SubjectRun:
     uses_closure: bool = False
     t: int = 0
     start: dict[str, Tensor] = field(default_factory=dict)
+    seed_shift: int = 0
 
     def __post_init__(self) -> None:
         self.start = self.weights()
@@ -74,7 +77,7 @@ class SubjectRun:
 
     def take(self) -> Any:
         """Step with the gradients that are set and return what the optimizer returns."""
-        seed(self.t)
+        seed(self.t + self.seed_shift)
         self.t += 1
         # torch's stub wants a float of the closure; losses are tensors.
         step: Callable[..., Any] = self.optimizer.step
@@ -137,6 +140,16 @@ class Subject:
             if all(moved(run, name) for name, _ in run.named):
                 return STEPS + idle
         return STEPS
+
+    @cached_property
+    def draws(self) -> bool:
+        """True if the steps draw random numbers."""
+
+        def shift(run: SubjectRun) -> None:
+            run.seed_shift = 1000
+
+        plain, other = self.after(self.steps), self.after(self.steps, shift)
+        return difference(other, plain)[0] > 0
 
     @cached_property
     def rounding(self) -> float:

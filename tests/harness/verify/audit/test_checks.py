@@ -113,8 +113,8 @@ def test_presets_fail_nothing(preset: str) -> None:
     ("kind", "options", "words"),
     [
         (torch.optim.AdamW, {}, "decoupled: lr · weight_decay of the weights per step"),
-        (torch.optim.Adam, {}, "coupled: the decay changes the update itself"),
-        (torch.optim.SGD, {"momentum": 0.7}, "coupled: the decay changes the update itself"),
+        (torch.optim.Adam, {}, "coupled: as decay · W in the gradient"),
+        (torch.optim.SGD, {"momentum": 0.7}, "coupled: as decay · W in the gradient"),
         # Less than weights resolve, at the usual decay.
         (torch.optim.AdamW, {"lr": 1e-7}, "decoupled: lr · weight_decay of the weights per step"),
         # Without momentum, both kinds are one rule.
@@ -131,7 +131,7 @@ def test_weight_decay_is_classified(kind: Any, options: dict[str, Any], words: s
     [
         (defective.DecaysAfter, "decoupled: lr · weight_decay of the weights per step"),
         (defective.DecaysWithoutRate, "which does not follow the schedule of the rate"),
-        (defective.TrustRatio, "changes the update, which depends on the weights anyway"),
+        (defective.TrustRatio, "in the rule's own way: neither decoupled, nor decay · W in the gradient"),
     ],
 )
 def test_weight_decay_of_other_forms(kind: type[defective.Momentum], words: str) -> None:
@@ -222,6 +222,26 @@ def test_late_starter_is_watched_longer() -> None:
     found = checks.checks_of(build_of(Waits))
     assert not failed(found)
     assert Subject(build_of(Waits)).steps == 3 + 5
+
+
+def test_drawn_numbers_are_no_dependence_on_order() -> None:
+    class Noisy(defective.Momentum):
+        def direction(self, moment: Any) -> Any:
+            return super().direction(moment) * (1 + 0.1 * torch.rand_like(moment))
+
+    (found,) = checks.checks_of(build_of(Noisy), ["parameter order"])
+    assert (found.passed, found.detail) == (None, "it draws random numbers, in the order of parameters")
+    assert not Subject(build_of(defective.Momentum)).draws
+
+
+def test_parameters_that_a_rule_leaves_alone_are_not_stuck() -> None:
+    class TrainsEmbedding(defective.Momentum):
+        def update(self, p: Any, gradient: Any, group: Any) -> None:
+            if p.shape[0] == 24:
+                super().update(p, gradient, group)
+
+    found = checks.checks_of(build_of(TrainsEmbedding), ["vectors and scalars", "higher ranks"])
+    assert not failed(found)
 
 
 def test_rounding_that_iterations_amplify_is_no_finding() -> None:
