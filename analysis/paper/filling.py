@@ -156,7 +156,9 @@ def _make_slot(name: str, table: PaperTable, row: str, column: str) -> _RunSlot:
         return _RunSlot(name, table, row, column, None)
     try:
         # How many processes there are changes no result; one process holds everything.
-        config = checks.check(compose.load([*words, "world_size=1"]), environ={}, devices=0)
+        composed = compose.load([*words, "world_size=1"])
+        # A row in TF32 is of a run on a GPU; all others are of runs on any machine.
+        config = checks.check(composed, environ={}, devices=1 if composed.tf32 else 0)
     except InputError as error:
         reason = f"{error.reason} (row {row}, column {column} of {tables.path_of(name)})"
         raise InputError(

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
 from harness.model import decoder_layers, loss_sum
+from harness.model.checkpointing import ATTENTION, PRODUCTS
 from harness.model.linear_loss import automatic_chunk, loss_bytes, whole_logits_suffice
 from harness.plan.simulated_rank import build_model, with_layers
 
@@ -33,6 +34,7 @@ class Activations:
     Attributes:
         kept: activations of all layers, without checkpointing.
         recomputed: with checkpointing: the inputs of all layers, and all activations of one layer.
+        selective: with selective checkpointing: also the outputs that it keeps of the other layers.
         logits: logits of the micro-batch, or of a chunk of it, their softmax and their gradient, and what a loss in
             chunks keeps for the backward pass.
         casts: copies of fp32 weights in half precision, which autocast makes for the products.
@@ -42,6 +44,7 @@ class Activations:
 
     kept: int
     recomputed: int
+    selective: int
     logits: int
     casts: int
     layer: int
@@ -72,10 +75,12 @@ def count(config: RunConfig, layers: int) -> Activations:
 
     whole, single, base = at("body", layers), at("body", 1), at("body", 0)
     inputs, layer = at("inputs", layers), single - base
+    selected = at("selected", layers) - at("selected", 1)
     logits = _loss_bytes(config, batch * config.seq_len)
     if logits is None:
         logits = at("logits", layers)
-    return Activations(whole, base + inputs + layer, logits, at("casts", layers), layer)
+    recomputed = base + inputs + layer
+    return Activations(whole, recomputed, recomputed + selected, logits, at("casts", layers), layer)
 
 
 def _loss_bytes(config: RunConfig, tokens: int) -> int | None:
@@ -94,6 +99,7 @@ def _loss_bytes(config: RunConfig, tokens: int) -> int | None:
 class _Saved:
     body: int
     inputs: int
+    selected: int
     logits: int
     casts: int
 
@@ -123,13 +129,21 @@ class _Saved:
                 return tensor
 
             inputs: list[int] = []
+            seen = _Operators(own)
+
+            def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                inputs.append(_bytes(args, kwargs))
+                seen.products = 0
+
+            def leave(*_: Any) -> None:
+                seen.products = None
+
             for layer in decoder_layers(module):
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs: inputs.append(_bytes(args, kwargs)), with_kwargs=True
-                )
+                layer.register_forward_pre_hook(enter, with_kwargs=True)
+                layer.register_forward_hook(leave)
             autocast = torch.autocast("cpu", dtype=half) if casts and half else nullcontext()
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                with _Casts(own) as made, autocast:
+                with seen, autocast:
                     logits: Any = module(input_ids=ids).logits
                 loss = loss_sum(logits, ids)
             del loss
@@ -140,33 +154,43 @@ class _Saved:
                 # The gradient is rounded to the dtype of the logits.
                 logits_bytes += logits.untyped_storage().nbytes()
         body = sum(
-            s.nbytes()
-            for key, (s, is_logits) in storages.items()
-            if not is_logits and key not in made.storages
+            s.nbytes() for key, (s, is_logits) in storages.items() if not is_logits and key not in seen.casts
         )
-        casts_bytes = sum(storage.nbytes() for storage in made.storages.values())
-        return cls(body, sum(inputs), logits_bytes, casts_bytes)
+        casts_bytes = sum(storage.nbytes() for storage in seen.casts.values())
+        return cls(body, sum(inputs), seen.selected, logits_bytes, casts_bytes)
 
 
-class _Casts(TorchDispatchMode):
-    """Note the copies in another dtype that are made of parameters.
+class _Operators(TorchDispatchMode):
+    """Note the copies in another dtype that are made of parameters, and what selective checkpointing keeps.
 
     Args:
         own: addresses of the parameters' storages.
+
+    Attributes:
+        casts: address → storage of each copy.
+        products: matrix products so far in the layer that runs; None: outside of layers.
+        selected: bytes of the outputs that selective checkpointing keeps in all layers.
     """
 
     def __init__(self, own: set[int]) -> None:
         super().__init__()
         self._own = own
         # Held, so that the address of one is not given to another storage.
-        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.casts: dict[int, torch.UntypedStorage] = {}
+        self.products: int | None = None
+        self.selected = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and note its output if it casts a parameter."""
+        """Run an operator and note its output if it casts a parameter or is kept."""
         result = func(*args, **(kwargs or {}))
+        if self.products is not None and func in PRODUCTS:
+            self.products += 1
+        if self.products is not None and (func in ATTENTION or (func in PRODUCTS and self.products % 2 == 1)):
+            outputs = result if isinstance(result, tuple) else (result,)
+            self.selected += sum(t.numel() * t.element_size() for t in outputs if isinstance(t, torch.Tensor))
         if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._own:
             storage = result.untyped_storage()
-            self.storages[storage._cdata] = storage
+            self.casts[storage._cdata] = storage
         return result
 
 

@@ -80,8 +80,8 @@ def plan(
     kept = _activations(config, layers)
     per_rank: dict[str, int] = counted["per_rank"]
     if kept is not None:
-        # Selective checkpointing keeps less than none does; its bytes are not counted apart.
-        used = kept.recomputed if config.model.activation_checkpointing == "full" else kept.kept
+        by_mode = {"none": kept.kept, "selective": kept.selective, "full": kept.recomputed}
+        used = by_mode[config.model.activation_checkpointing]
         per_rank |= {"activations": used, "logits": kept.logits}
         if kept.casts:
             per_rank["autocast_copies"] = kept.casts

@@ -14,17 +14,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import export
 from harness.checkpoint import store
+from harness.checkpoint.files import Saved
 from harness.checkpoint.store import Store
 from harness.cli import main
+from harness.errors import InputError
 from tests.faults.forked import trained
 from tests.harness.running import small, write_documents
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Path:
-    """Two processes that each hold half of the weights."""
+    """Two processes that each hold half of the weights, and of their average."""
     folder = tmp_path_factory.mktemp("export")
     words = ["world_size=2", "engine=fsdp2", "optimizer=muon", "checkpoint.every=2", "name=run"]
+    words.append("optimizer.average_decay=0.5")
     where = f"data.cache_dir={session_cache}"
     corpus = write_documents(folder)
     assert trained(small(corpus, folder, *words, where), 2, folder / "said.txt") == [0, 0]
@@ -55,6 +58,24 @@ def test_transformers_loads_it_and_training_goes_on_from_it(
     assert begun == pytest.approx(ended, rel=1e-5)
 
 
+def test_either_kind_of_weights(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = Saved(Store(run).folder(4))
+    for wanted, said, kind in (("average", "the average", "average"), ("raw", "step 4 of 4", "weight")):
+        assert main(["export", str(run), str(tmp_path / wanted), "--weights", wanted]) == 0
+        assert capsys.readouterr().out.startswith(said)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / wanted, local_files_only=True)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, saved.whole(name, kind)), name
+    saved.close()
+    copy = tmp_path / "copy"
+    shutil.copytree(Store(run).folder(4), copy)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("average_decay: 0.5", "average_decay: null"))
+    assert export.choice(copy, None) == "raw"
+    with pytest.raises(InputError, match=r"trained without optimizer.average_decay.*--weights raw"):
+        export.choice(copy, "average")
+
+
 def test_a_damaged_newest_one_is_passed_over(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,11 +99,11 @@ def test_which_step_it_is_and_that_it_is_not_the_last(
 ) -> None:
     assert main(["export", str(run), str(tmp_path / "last")]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].startswith("step 4 of 4, from ")
+    assert out.splitlines()[0].startswith("the average of the weights at step 4 of 4, from ")
     assert "not the last" not in err
     assert main(["export", str(Store(run).folder(2)), str(tmp_path / "first")]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].startswith("step 2 of 4, from ")
+    assert out.splitlines()[0].startswith("the average of the weights at step 2 of 4, from ")
     assert "warning: step 2 is not the last step of the run: it has done 4" in err
     # A run that was killed after its last checkpoint, and one that was stopped with one.
     for step, planned, line in [(9, 20, "step 4 is not the last step"), (4, 20, "has not finished")]:
@@ -92,7 +113,7 @@ def test_which_step_it_is_and_that_it_is_not_the_last(
         (copy / "status.json").write_text(json.dumps(status))
         assert main(["export", str(copy), str(tmp_path / f"model{step}")]) == 0
         out, err = capsys.readouterr()
-        assert out.startswith("step 4 of 20")
+        assert out.startswith("the average of the weights at step 4 of 20")
         assert line in err
 
 

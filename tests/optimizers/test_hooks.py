@@ -17,7 +17,7 @@ import torch
 
 import optimizers
 from optimizers import OptionError
-from optimizers.presets import resolve
+from optimizers.presets import names, resolve
 from tests.optimizers.test_masked_steps import assert_same, give_gradients, options, run
 
 LR, STEPS = 0.05, 6
@@ -340,3 +340,35 @@ def test_a_state_dict_with_moments_of_another_dtype_is_refused() -> None:
         del group["state_dtype"]
         group.pop("split_heads", None)
     made("float32").load_state_dict(older)
+
+
+@pytest.mark.parametrize("preset", [name for name in names() if name != "adamw"])
+def test_every_preset_takes_them(preset: str) -> None:
+    """Sizes, norms and dtypes as asked for, whatever the rule."""
+    given: dict[str, Any] = {
+        k: v for k, v in {"rank": 4, "refresh_interval": 2}.items() if k in resolve(preset)}
+    none: dict[str, Any] = {"weight_decay": 0.0}
+    # SOAP's first step fills its state and moves nothing: an update of zeros stays one.
+    first = 1 if preset == "soap" else 0
+    found = trajectory(preset, 3, update_rms=0.3, **given, **none)[first:]
+    for before, after in pairwise(found):
+        for name in MATRICES:
+            step = (after[name] - before[name]) / LR
+            assert float(np.sqrt(np.mean(step**2))) == pytest.approx(0.3, rel=1e-9)
+    found = trajectory(preset, 3, weight_norm="hyperball", **given, **none)[first:]
+    for name in MATRICES:
+        radius = np.linalg.norm(found[0][name])
+        for before, after in pairwise(found):
+            assert np.linalg.norm(after[name]) == pytest.approx(radius, rel=1e-12)
+            # The step before the projection is LR·R long: what is left of it is a chord of about that length.
+            assert np.linalg.norm(after[name] - before[name]) == pytest.approx(LR * radius, rel=0.05)
+    weight = torch.nn.Parameter(torch.randn(16, 12, generator=torch.Generator().manual_seed(0)))
+    optimizer: Any = optimizers.build(preset, [("w", weight)], lr=LR, state_dtype="bfloat16", **given)
+    for step in range(3):
+        give_gradients({"w": weight}, step)
+        optimizer.step()
+    kinds = {kind: value.dtype for kind, value in optimizer.state[weight].items() if torch.is_tensor(value)}
+    assert kinds
+    assert all((dtype == torch.bfloat16) is kind.endswith("moment") for kind, dtype in kinds.items())
+    assert torch.bfloat16 in kinds.values()
+    assert bool(weight.isfinite().all())

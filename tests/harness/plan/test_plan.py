@@ -13,7 +13,7 @@ from harness.config import checks, compose
 from harness.config.gpus import Gpu
 from harness.config.schema import RunConfig
 from harness.errors import InputError
-from harness.plan import command, estimate
+from harness.plan import activations, command, estimate
 from harness.plan.command import main
 from harness.plan.estimate import plan
 from tests.harness.running import small, write_documents
@@ -247,6 +247,45 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
     assert found["without_checkpointing"] == pytest.approx(body, rel=0.06)
     assert found["logits"] == logits
     assert found["with_checkpointing"] < body / 2
+
+
+def test_selective_checkpointing_keeps_attention_and_every_second_product() -> None:
+    """A further layer keeps of each token its input, query, value, attention with its log-sum-exp, gate and down."""
+    words = ["batch_size=3", "seq_len=32", "world_size=1", "model.activation_checkpointing=selective"]
+    config = configured(*words)
+    sizes = config.model.config
+    hidden, inner, heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]
+    keys = hidden // heads * sizes.get("num_key_value_heads", heads)
+    layers = sizes["num_hidden_layers"]
+    kept = [activations.count(config, depth).selective for depth in (layers, layers + 1)]
+    per_token = hidden + hidden + keys + hidden + heads + inner + hidden
+    assert kept[1] - kept[0] == 4 * 3 * 32 * per_token
+    found = plan(config)
+    assert found["per_rank"]["activations"] == kept[0]
+    assert (
+        found["activations"]["with_checkpointing"] < kept[0] < found["activations"]["without_checkpointing"]
+    )
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp2", "zero1", "zero3"])
+def test_state_of_options_around_a_rule(engine: str) -> None:
+    """Moments in bf16 are half as large, and an average as large as the weights in fp32."""
+    where = [f"engine={engine}", f"world_size={1 if engine == 'single' else 2}", "optimizer=sumo"]
+    usual = plan(configured(*where))["per_rank"]
+    options = [
+        "optimizer.state_dtype=bfloat16",
+        "optimizer.average_decay=0.99",
+        "optimizer.weight_norm=fixed",
+    ]
+    found = plan(configured(*where, *options))["per_rank"]
+    for kind in ("optimizer/moment", "optimizer/aux"):
+        assert found[kind] * 2 == usual[kind]
+    assert found["optimizer/basis"] == usual["optimizer/basis"]
+
+    assert found["optimizer/average"] > 0
+    if engine in ("single", "fsdp2"):
+        assert found["optimizer/average"] == usual["weights"]
+    assert found["optimizer/weight_norm"] % 8 == 0
 
 
 def test_what_fits_depends_on_checkpointing_and_memory() -> None:
