@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
@@ -186,8 +187,9 @@ class _Operators(TorchDispatchMode):
         if self.products is not None and func in PRODUCTS:
             self.products += 1
         if self.products is not None and (func in ATTENTION or (func in PRODUCTS and self.products % 2 == 1)):
-            outputs = result if isinstance(result, tuple) else (result,)
-            self.selected += sum(t.numel() * t.element_size() for t in outputs if isinstance(t, torch.Tensor))
+            self.selected += sum(
+                t.numel() * t.element_size() for t in tree_leaves(result) if torch.is_tensor(t)
+            )
         if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._own:
             storage = result.untyped_storage()
             self.casts[storage._cdata] = storage

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import devices, engines
+from harness import devices, engines, model
 from harness.config.schema import RunConfig
 from harness.loop import Callbacks, Run, train
 from harness.preparation import prepare
@@ -115,6 +115,9 @@ def build_of(config: RunConfig) -> Build:
     options = {"lr": optimizer.lr, **optimizer.options}
     if options.get("orthogonalizer") == "dwh":
         options["orthogonalizer"] = "qr_svd"
+    if options.get("split_heads"):
+        # The sizes of heads are facts of the model, whose weights are not looked at.
+        options["modules"] = model.build(config.model, seed=0, device="meta")
     return of_preset(optimizer.name, options)
 
 

@@ -346,7 +346,8 @@ def test_a_state_dict_with_moments_of_another_dtype_is_refused() -> None:
 def test_every_preset_takes_them(preset: str) -> None:
     """Sizes, norms and dtypes as asked for, whatever the rule."""
     given: dict[str, Any] = {
-        k: v for k, v in {"rank": 4, "refresh_interval": 2}.items() if k in resolve(preset)}
+        k: v for k, v in {"rank": 4, "refresh_interval": 2}.items() if k in resolve(preset)
+    }
     none: dict[str, Any] = {"weight_decay": 0.0}
     # SOAP's first step fills its state and moves nothing: an update of zeros stays one.
     first = 1 if preset == "soap" else 0
