@@ -268,6 +268,7 @@ COMMANDS: dict[str, Command] = {
                 "--engine fsdp2,zero3",
                 is_repeatable=True,
             ),
+            Option(("--include-controls",), "also 14 deliberate defects, which must be detected"),
             Option(
                 ("--ci",),
                 "for a pull request: at most 3 minutes, and a table in the job summary of GitHub Actions",

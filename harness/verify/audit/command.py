@@ -15,6 +15,7 @@ from harness.errors import ExitCode, InputError
 from harness.files import atomic
 from harness.output import json_document
 from harness.verify.audit import cells, pages, session, table, targets
+from harness.verify.audit.controls import CONTROLS
 from harness.verify.audit.document import TargetReport
 from harness.verify.audit.session import Session
 from harness.verify.audit.targets import Target, TargetError
@@ -26,7 +27,7 @@ CI_CELL_S = 20.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Audit targets; 0 if nothing is wrong, 1 if not, 3 if the processes do not start.
+    """Audit targets; 0 if nothing is wrong and every control was detected, 1 if not, 3 if the processes do not start.
 
     Raises:
         InputError: a target that cannot be audited, an unknown engine, a folder that cannot be written.
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
                     report = running.audit(target, selected)
                     reports.append(report)
                     console.print(table.line(report, number, len(ready)), soft_wrap=True)
+                if options.include_controls:
+                    reports += running.controls(CONTROLS)
         except RankLost as error:
             message = str(error).splitlines()[0]
             if options.json:

@@ -81,6 +81,8 @@ def judge(
 
 def explain(cell: EngineCell, measured: Class) -> str:
     """Return why an engine changes what an optimizer of this class computes."""
+    if measured.name == "nondeterministic" and not measured.draws:
+        return "two equal runs in one process differ, too"
     if cell.is_flat:
         passes = "the optimizer gets 1-D slices that end inside of matrices"
         needs = {

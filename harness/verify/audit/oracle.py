@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.verify.audit.given_model import GivenModel
@@ -33,6 +33,7 @@ LOW_SAFETY = 4
 accumulate in fp32 and are rounded once, so that the order of a sum hardly matters, but each of about 15 products may be
 rounded in parts: √15 roundings in place of one."""
 WATCHED_STEPS = 2
+"""Steps whose operations are watched for low precision."""
 TWINS = 2
 """Runs whose gradients are moved by one ulp, at random up or down."""
 PRECISION_DEPENDS = 1e-2
@@ -66,12 +67,7 @@ def train(
     Raises:
         Exception: whatever the optimizer raises.
     """
-    model = GivenModel(start, dtype)
-    named = dict(model.named_parameters())
-    for parameter in named.values():
-        parameter.requires_grad_(not target.freezes(parameter))
-    # The order of registration may group names; the engines' is the same.
-    optimizer = target.build(list(named.items()), model)
+    named, optimizer = _built(target, start, dtype)
     steps = []
     for step, received in enumerate(gradients):
         for name, parameter in named.items():
@@ -80,6 +76,15 @@ def train(
         optimizer.step()
         steps.append({name: p.detach().clone() for name, p in named.items() if p.requires_grad})
     return steps
+
+
+def _built(target: Target, start: Whole, dtype: torch.dtype) -> tuple[dict[str, nn.Parameter], Any]:
+    """Return the named parameters of a new model, and a new optimizer over the trainable ones."""
+    model = GivenModel(start, dtype)
+    named = dict(model.named_parameters())
+    for parameter in named.values():
+        parameter.requires_grad_(not target.freezes(parameter))
+    return named, target.build(list(named.items()), model)
 
 
 @dataclass(frozen=True)
@@ -170,11 +175,7 @@ class Observed:
 
 def observe(target: Target, start: Whole, gradients: Sequence[Whole]) -> Observed:
     """Return what the steps of an optimizer do in fp32."""
-    model = GivenModel(start)
-    named = dict(model.named_parameters())
-    for parameter in named.values():
-        parameter.requires_grad_(not target.freezes(parameter))
-    optimizer = target.build(list(named.items()), model)
+    named, optimizer = _built(target, start, torch.float32)
     draws, watch = False, _LowestPrecision()
     for step, received in enumerate(gradients):
         for name, parameter in named.items():

@@ -25,6 +25,8 @@ _LATE = (
 """What engines import when they start."""
 
 torch.set_num_threads(1)
+# Before inductor is imported: its pool of compilers would outlive the ranks.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 deepspeed._library()
 for name in (*_LATE, *filter(None, os.environ.get(PACKAGES, "").split(","))):
     # A rank that needs it names the error.

@@ -23,6 +23,7 @@ from harness.verify.audit.document import CellReport
 from harness.verify.audit.engines import AuditedRun, NotSupported, running
 from harness.verify.audit.given_model import Given, GivenModel, given
 from harness.verify.audit.judge import Trajectory, judge
+from harness.verify.audit.loop_defects import CHANGES
 from harness.verify.audit.targets import Target, TargetError
 
 HARNESS = Path(__file__).parents[2]
@@ -84,8 +85,17 @@ def measure_class(target: Target) -> Class:
         return classify(target, _given("even", False, LATE_STEPS))
 
 
-def run_cell(cell: EngineCell, target: Target, steps: int, path: Path) -> bool:
+def run_cell(
+    cell: EngineCell, target: Target, steps: int, path: Path, loop_defect: str | None = None
+) -> bool:
     """Run a cell on this rank (a collective); rank 0 writes its trajectory for `judge_cell`.
+
+    Args:
+        cell: which.
+        target: the optimizer.
+        steps: number of them.
+        path: of the trajectory.
+        loop_defect: key of `loop_defects.CHANGES`, put in on purpose.
 
     Returns:
         True if the ranks' replicas of the weights are equal.
@@ -98,6 +108,8 @@ def run_cell(cell: EngineCell, target: Target, steps: int, path: Path) -> bool:
     try:
         # torch.compile would cost more than a whole audit and computes the same.
         with torch.compiler.set_stance("force_eager"), running(cell, target, data) as run:
+            if loop_defect:
+                CHANGES[loop_defect](run)
             for step in range(1, steps + 1):
                 run.train_step(step - 1)
             received, made = run.whole(run.received), run.whole(run.made)

@@ -11,12 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from harness.errors import InputError
 from harness.verify.audit.cells import EngineCell
+from harness.verify.audit.controls import Control
 from harness.verify.audit.document import CellReport, Check, TargetReport
 from harness.verify.audit.targets import FORMS, Target, TargetError, version
 from harness.verify.pool import RankLost, RankPool, RanksFailed
@@ -135,7 +137,20 @@ class Session:
             seconds=time.monotonic() - began,
         )
 
-    def _cell(self, cell: EngineCell, target: Target, measured: Any) -> CellReport:
+    def controls(self, selected: Sequence[Control]) -> list[TargetReport]:
+        """Return one report per control: each must be wrong."""
+        reports = []
+        for control in selected:
+            self.pool(1).run("harness.verify.audit.judge:forget")
+            measured = self.pool(1).run(f"{RANKS}:measure_class", control.target)[0]
+            cell = self._cell(control.cell, control.target, measured, control.loop_defect)
+            cells = (replace(cell, control=control.name),)
+            reports.append(TargetReport(f"control: {control.name}", measured.name, cells=cells))
+        return reports
+
+    def _cell(
+        self, cell: EngineCell, target: Target, measured: Any, loop_defect: str | None = None
+    ) -> CellReport:
         if self._deadline is not None and time.monotonic() > self._deadline:
             return _failed(cell, None, "not run: the time limit was reached", is_refusal=False)
 
@@ -145,7 +160,9 @@ class Session:
             return one.run(f"{RANKS}:judge_cell", *arguments, what=what, timeout_s=self._cell_s)[0]
 
         path = self._folder / "trajectory.pt"
-        return cell_report(self.pool(cell.world_size), cell, target, measured, path, judge, self._cell_s)
+        return cell_report(
+            self.pool(cell.world_size), cell, target, measured, path, judge, self._cell_s, loop_defect
+        )
 
     def _checks(self, target: Target) -> tuple[Check, ...]:
         """Return the checks of one process, and of a checkpoint that is resumed at another world size."""
@@ -187,6 +204,7 @@ def cell_report(
     path: Path,
     judge: Callable[..., CellReport],
     limit_s: float = CELL_S,
+    loop_defect: str | None = None,
 ) -> CellReport:
     """Run a cell on a pool of its ranks and return the verdict.
 
@@ -198,11 +216,19 @@ def cell_report(
         path: file for the trajectory.
         judge: `ranks.judge_cell`, or a call of it in another process.
         limit_s: time limit, s.
+        loop_defect: put in on purpose.
     """
     what = f"{target.label} on {cell.label}"
     try:
         equal = pool.run(
-            f"{RANKS}:run_cell", cell, target, measured.steps, path, what=what, timeout_s=limit_s
+            f"{RANKS}:run_cell",
+            cell,
+            target,
+            measured.steps,
+            path,
+            loop_defect,
+            what=what,
+            timeout_s=limit_s,
         )
         return judge(cell, target, measured.steps, path, measured, all(equal))
     except RankLost as error:

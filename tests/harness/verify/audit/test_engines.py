@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from harness.verify import pool as pools
 from harness.verify.audit import ranks
 from harness.verify.audit.cells import CELLS, LATE_STEPS, EngineCell
 from harness.verify.audit.document import CellReport
@@ -15,6 +13,7 @@ from harness.verify.audit.given_model import GivenModel, given
 from harness.verify.audit.session import cell_report
 from harness.verify.audit.targets import Target, parse, probe
 from tests.distributed.pool import RankPool
+from tests.harness.verify.audit.ranked import Ranks
 
 RULES = "tests.harness.verify.audit.rules"
 
@@ -33,20 +32,7 @@ def audited(pool: RankPool, word: str, label: str, folder: Path) -> CellReport:
     target = probed(word)
     measured = ranks.measure_class(target)
     path = folder / "trajectory.pt"
-    return cell_report(_Ranks(pool), cell_of(label), target, measured, path, ranks.judge_cell)
-
-
-class _Ranks:
-    """The pool of the tests with the calls of its base class, which name functions by their modules."""
-
-    def __init__(self, pool: RankPool) -> None:
-        self._pool = pool
-
-    def run(self, target: str, *args: Any, what: str = "", timeout_s: float = 60.0) -> list[Any]:
-        return pools.RankPool.run(self._pool, target, *args, what=what, timeout_s=timeout_s)
-
-    def close(self, kill: bool = False) -> None:
-        self._pool.close(kill=kill)
+    return cell_report(Ranks(pool), cell_of(label), target, measured, path, ranks.judge_cell)
 
 
 ENGINES = [
