@@ -161,6 +161,7 @@ _ROWS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def _show_optimizer(name: str) -> dict[str, Any]:
+    from optimizers.composition import composition, difference
     from optimizers.presets import options_of, preset
 
     chosen, meanings = preset(name), options_of(name)
@@ -189,6 +190,8 @@ def _show_optimizer(name: str) -> dict[str, Any]:
         "about": chosen.doc,
         "source": chosen.source,
         "rule": chosen.rule,
+        "composition": composition(name),
+        "nearest": difference(name),
         "learning_rates": rates,
         "options": options,
     }

@@ -68,7 +68,7 @@ class Option:
     def allowed(self) -> tuple[str, ...]:
         """Return the accepted values, as text for an error message."""
         if self.choices:
-            words = tuple(_word(choice) for choice in self.choices)
+            words = tuple(option_word(choice) for choice in self.choices)
         elif self.type == "bool":
             words = ("true", "false")
         elif self.type == "betas":
@@ -108,8 +108,19 @@ class Option:
         )
 
 
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def option_word(value: Any) -> str:
+    """Return a value as people write it in a configuration."""
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(option_word, value))})"
+    return (
+        f"{value:.6g}"
+        if isinstance(value, float)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:

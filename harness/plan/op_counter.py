@@ -49,8 +49,12 @@ class OpCounter(TorchDispatchMode):
         packet = getattr(func, "_overloadpacket", None)
         if str(packet) == "optbench.odd_polynomials":
             self._newton_schulz(*args[:3])
-        if packet in flop_registry:
-            self.flops[outputs[0].dtype] += flop_registry[packet](*args, **kwargs, out_val=result)
+        if str(packet) == "optbench.svd_basis":
+            self._svd_basis(*args[:3])
+        # torch counts products into new tensors only.
+        counted = _IN_PLACE.get(str(packet), packet)
+        if counted in flop_registry:
+            self.flops[outputs[0].dtype] += flop_registry[counted](*args, **kwargs, out_val=result)
         elif str(packet) in _DECOMPOSITIONS and inputs:
             self.flops[inputs[0].dtype] += _DECOMPOSITIONS[str(packet)] * _cubes(inputs[0])
         return result
@@ -65,6 +69,15 @@ class OpCounter(TorchDispatchMode):
         self.peak = max(self.peak, self.live + operands)
         self.moved += 2 * iterations * operands
 
+    def _svd_basis(self, matrix: torch.Tensor, rank: int, left: bool) -> None:
+        """Count the Gram, the eigenvectors and the product to the long side inside of our operator, all fp64."""
+        m, n = matrix.shape[-2:]
+        short, long = sorted((m, n))
+        batch = matrix.numel() // max(1, m * n)
+        product = 2.0 * m * n * rank if left == (m >= n) else 0.0
+        work = 2.0 * short * short * long + _DECOMPOSITIONS["aten._linalg_eigh"] * short**3 + product
+        self.flops[torch.float64] += batch * work
+
     def _watch(self, storage: torch.UntypedStorage, known: set[int]) -> None:
         key = storage._cdata
         if key in known or (key in self._alive and self._alive[key].alive):
@@ -78,6 +91,7 @@ class OpCounter(TorchDispatchMode):
         self._alive.pop(key, None)
 
 
+_IN_PLACE = {"aten.baddbmm_": torch.ops.aten.baddbmm, "aten.addmm_": torch.ops.aten.addmm}
 _DECOMPOSITIONS = {
     "aten._linalg_eigh": 9.0,
     "aten.linalg_cholesky_ex": 1 / 3,

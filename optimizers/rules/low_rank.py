@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimizers.options import OptionError, option
+from optimizers.options import OptionError, option, option_word
 from optimizers.rule import Axes, Rule
 from optimizers.rule_options import AdamOptions, LowRankOptions, Preset, ScaledOrthogonalOptions
 from optimizers.rules import parts
@@ -177,11 +177,7 @@ class ComposedOptions(ScaledOrthogonalOptions, AdamOptions, LowRankOptions):
         """
         for is_wrong, key, reason, nearest in _meaningless(values):
             if is_wrong:
-                raise OptionError(key, _word(values[key]), reason, nearest)
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+                raise OptionError(key, option_word(values[key]), reason, nearest)
 
 
 def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, ...]]]:
@@ -231,7 +227,7 @@ def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, 
             basis == "gaussian" and transport is not False,
             "transport",
             "needs orthonormal bases, and basis=gaussian is a new matrix of random numbers each time",
-            ("false", f"{_word(transport)} with basis=random"),
+            ("false", f"{option_word(transport)} with basis=random"),
         ),
         (
             basis == "power" and inner != "adam",
