@@ -34,6 +34,42 @@ def pytorch_optimizer_muon(weights: list[nn.Parameter]) -> Any:
     return import_module("pytorch_optimizer").Muon(groups, lr=1e-3)
 
 
+def pytorch_optimizer_fira(weights: list[nn.Parameter], rank: int, interval: int) -> Any:
+    """Build pytorch_optimizer's Fira, at the scale at which it subtracts Q R from the gradient."""
+    group = {
+        "params": weights,
+        "rank": rank,
+        "update_proj_gap": interval,
+        "scale": 1.0,
+        "projection_type": "std",
+    }
+    return import_module("pytorch_optimizer").Fira([group], lr=1e-2)
+
+
+def has_apollo_torch() -> bool:
+    """Return True where apollo-torch is installed (pip install --no-deps apollo-torch; not for commercial use)."""
+    return find_spec("apollo_torch") is not None
+
+
+def apollo_torch(weights: list[nn.Parameter], rank: int, interval: int, scale_type: str) -> Any:
+    """Build apollo-torch's AdamW, without the package's `__init__`, which needs bitsandbytes."""
+    if "apollo_torch" not in sys.modules:
+        spec = find_spec("apollo_torch")
+        if spec is None:
+            raise ModuleNotFoundError("apollo-torch is not installed")
+        sys.modules["apollo_torch"] = module_from_spec(spec)
+    group = {
+        "params": weights,
+        "rank": rank,
+        "proj": "random",
+        "scale_type": scale_type,
+        "scale": 1.0,
+        "update_proj_gap": interval,
+        "proj_type": "std",
+    }
+    return import_module("apollo_torch.apollo").AdamW([group], lr=1e-2, no_deprecation_warning=True)
+
+
 class PublicSumoLoop:
     """What the public SUMO code does per step, matrix by matrix: GaLore `std` projection, stored Nesterov
     momentum, `torch.linalg.svd` of the moment, limiter, residual, alpha, and decay after the step. Written

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 import optimizers
-from benchmarks.peers import PublicSumoLoop, galore_torch, keller_muon, pytorch_optimizer_muon
+from benchmarks.peers import (
+    PublicSumoLoop,
+    apollo_torch,
+    galore_torch,
+    has_apollo_torch,
+    keller_muon,
+    pytorch_optimizer_fira,
+    pytorch_optimizer_muon,
+)
 
 Shapes = list[tuple[int, int]]
 NEVER = 10**9
@@ -88,6 +96,25 @@ def contestants(rank: int) -> list[Contestant]:
             refreshes=True,
         ),
         Contestant("ours: sumo, refresh step", ours("sumo", **every), "sumo", refreshes=True),
+        Contestant("pytorch_optimizer Fira", lambda w: pytorch_optimizer_fira(w, rank, NEVER), "fira"),
+        Contestant("ours: fira", ours("fira", **low), "fira"),
+        Contestant("ours: subtrack", ours("subtrack", **low), "fira"),
+        Contestant("ours: subtrack, refresh step", ours("subtrack", **every), "fira", refreshes=True),
+        *_apollo(rank),
+        Contestant("ours: apollo", ours("apollo", **low), "apollo"),
+        Contestant("ours: apollo_mini", ours("apollo_mini", refresh_interval=NEVER), "apollo"),
+        Contestant("ours: ldadam", ours("ldadam", rank=rank), "moving"),
+        Contestant("ours: dct_subspace", ours("dct_subspace", rank=rank), "moving"),
+        Contestant("ours: gum", ours("gum", **low), "muon"),
+    ]
+
+
+def _apollo(rank: int) -> list[Contestant]:
+    if not has_apollo_torch():
+        return []
+    return [
+        Contestant("apollo-torch", lambda w: apollo_torch(w, rank, NEVER, "channel"), "apollo"),
+        Contestant("apollo-torch, mini", lambda w: apollo_torch(w, 1, NEVER, "tensor"), "apollo"),
     ]
 
 
@@ -100,6 +127,9 @@ TARGETS = [
     ("ours: galore randomized, refresh step", "galore-torch, refresh step", 0.1),
     ("ours: sumo, refresh step", "galore-torch, refresh step", 0.1),
     ("ours: adamw", "torch AdamW (fused)", 1.1),
+    ("ours: fira", "pytorch_optimizer Fira", 1.0),
+    ("ours: apollo", "apollo-torch", 1.0),
+    ("ours: apollo_mini", "apollo-torch, mini", 1.0),
 ]
 
 
@@ -180,7 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--only", default="", help="families, by comma: adamw, sumo, muon, galore")
+    parser.add_argument(
+        "--only", default="", help="families, by comma: adamw, sumo, muon, galore, fira, apollo, moving"
+    )
     parser.add_argument(
         "--no-refresh", action="store_true", help="leave the refresh steps out (they are slow)"
     )

@@ -100,7 +100,7 @@ def difference(name: str) -> str:
 
 
 def _of_the_rule(options: Mapping[str, Any]) -> dict[str, Any]:
-    idle = set(_NOT_THE_RULE)
+    idle: set[str] = set(_NOT_THE_RULE)
     if options.get("norm_growth_limit") is None:
         idle.add("norm_growth_target")
     if options.get("residual") == "drop":

@@ -191,8 +191,7 @@ class MatrixBatch:
         Args:
             basis: Q, (b, m, r) with `left`, else (b, n, r).
         """
-        is_plain = self._gradient is None and self._feedback is None and self.masked is None
-        if not is_plain or basis.device.type != "cpu":
+        if self._gradient is not None or not self._reads_one_by_one:
             return basis.mT @ self.gradient if left else self.gradient @ basis
         # On a CPU matrix by matrix, which saves the copy of the gradients.
         gradients = [gradient_of(m).to(self.dtype) for m in self.matrices]
@@ -204,6 +203,23 @@ class MatrixBatch:
         for position in self.skipped:
             out[position].zero_()
         return out
+
+    def squares(self, dim: int | tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Return sums in `dtype` of squared gradients along -2, -1 or both: (b, 1, n), (b, m, 1) or (b, 1, 1)."""
+        if self._gradient is not None or not self._reads_one_by_one:
+            return self.gradient.square().sum(dim, keepdim=True, dtype=dtype)
+        sums = [
+            gradient_of(m).to(self.dtype).square().sum(dim, keepdim=True, dtype=dtype) for m in self.matrices
+        ]
+        for position in self.skipped:
+            sums[position].zero_()
+        return torch.stack(sums)
+
+    @property
+    def _reads_one_by_one(self) -> bool:
+        """Return True where gradients are read matrix by matrix, which saves the copy of them on a CPU."""
+        is_plain = self._feedback is None and self.masked is None
+        return is_plain and self.matrices[0].parameter.device.type == "cpu"
 
     def feed_back(self, kind: str) -> None:
         """Add a state to the gradients from here on: what earlier steps left out."""
@@ -280,15 +296,17 @@ class LowRank:
     Attributes:
         left: (b, m, r).
         right: (b, r, n).
-        keep: factor on the gradient.
+        keep: factor on the gradient: a number, or (b, 1, n), (b, m, 1) or (b, 1, 1) for each column, row or matrix.
     """
 
     left: Tensor
     right: Tensor
-    keep: float = 0.0
+    keep: float | Tensor = 0.0
 
     def dense(self, batch: MatrixBatch) -> Tensor:
         """Return (b, m, n), written over the batch's gradient where that is part of it."""
+        if isinstance(self.keep, Tensor):
+            return batch.gradient.mul_(self.keep).baddbmm_(self.left, self.right)
         if self.keep == 0.0:
             return torch.bmm(self.left, self.right)
         return batch.gradient.baddbmm_(self.left, self.right, beta=self.keep)

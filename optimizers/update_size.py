@@ -32,6 +32,9 @@ def resized(b: MatrixBatch, update: Update) -> Steps[Update]:
     An update of zeros stays one. Factors without a part of the gradient stay factors; others are formed, one batch
     after the other.
     """
+    if isinstance(update.delta, LowRank) and isinstance(update.delta.keep, Tensor):
+        yield InTurn()
+        update = update._replace(delta=update.delta.dense(b))
     square = yield AllReduce(_square(b, update.delta), b.split is not None)
     if b.radii is None:
         m, n = b.shape
@@ -58,6 +61,7 @@ def _square(b: MatrixBatch, delta: Tensor | LowRank) -> Tensor:
         return torch.linalg.vector_norm(delta, dim=(-2, -1), dtype=torch.float64).square()
     left, right = delta.left.double(), delta.right.double()
     square = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
+    assert not isinstance(delta.keep, Tensor)  # see `resized`
     if delta.keep:
         gradient = b.gradient
         norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), dtype=torch.float64)

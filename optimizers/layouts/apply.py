@@ -155,12 +155,18 @@ def _apply_factors(batch: MatrixBatch, weights: list[Tensor], delta: LowRank, co
         return
     if decay != 1.0 and not config.decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
-    if delta.keep:
+    keep = delta.keep
+    if isinstance(keep, Tensor):
+        matrices = stepped(batch, batch.matrices)
+        for weight, matrix, factor in zip(weights, matrices, stepped(batch, keep.unbind(0))):
+            weight.addcmul_(gradient_of(matrix).to(batch.dtype), factor, value=-lr)
+    elif keep:
         gradients = [gradient_of(m).to(batch.dtype) for m in stepped(batch, batch.matrices)]
-        torch._foreach_add_(weights, gradients, alpha=-lr * delta.keep)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(weights, gradients, alpha=-lr * keep)  # pyright: ignore[reportPrivateImportUsage]
     lefts, rights = stepped(batch, delta.left.unbind(0)), stepped(batch, delta.right.unbind(0))
     for weight, left, right in zip(weights, lefts, rights):
-        weight.addmm_(left, right, alpha=-lr)
+        if left.shape[-1]:  # else there is nothing but the gradient
+            weight.addmm_(left, right, alpha=-lr)
     if decay != 1.0 and config.decay_last:
         torch._foreach_mul_(weights, decay)  # pyright: ignore[reportPrivateImportUsage]
 

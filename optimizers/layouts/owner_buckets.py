@@ -196,6 +196,8 @@ class WorkSplitBucket(_DividedBucket):
 
     def apply(self, batch: MatrixBatch, delta: Tensor | LowRank, config: ApplyConfig) -> None:
         """Keep the update until the `end`."""
+        if isinstance(delta, LowRank) and self._factors is None:
+            delta = delta.dense(batch)
         if isinstance(delta, LowRank):
             parts = [torch.cat([a.reshape(-1), b.reshape(-1)]) for a, b in zip(delta.left, delta.right)]
         else:

@@ -96,9 +96,10 @@ def refresh(b: MatrixBatch) -> Steps[None]:
             for at in due
         ]
     if b.options["transport"]:
-        overlaps = yield [
-            AllReduce(_whole(b, new).mT @ _whole(b, old[at]), is_contracted(b)) for at, new in zip(due, bases)
-        ]
+        if kind == "columns":
+            overlaps = [_same_columns(new, old[at]) for at, new in zip(due, bases)]
+        else:
+            overlaps = yield [AllReduce(new.mT @ old[at], is_contracted(b)) for at, new in zip(due, bases)]
         for at, overlap in zip(due, overlaps):
             _transport(b, overlap, at)
     for at, new in zip(due, bases):
@@ -107,8 +108,13 @@ def refresh(b: MatrixBatch) -> Steps[None]:
             b.commit("moment", torch.zeros_like(b.state["moment"][at]), at)
 
 
-def _whole(b: MatrixBatch, new: Tensor) -> Tensor:
-    return _columns_as_basis(b, new) if new.ndim == 2 else new
+def _same_columns(new: Tensor, old: Tensor) -> Tensor:
+    """Return the overlap (b', r, r) of two choices of DCT columns, of exact ones and zeros.
+
+    A column that is new starts with moments of zero; Adam would divide the rounding of a product in one moment by that
+    in the other.
+    """
+    return ((new[:, :, None] == old[:, None, :]) & (new >= 0)[:, :, None]).to(new.dtype)
 
 
 def _due_runs(b: MatrixBatch) -> Iterator[slice]:
