@@ -20,6 +20,7 @@ from harness.protocols import (
     BatchLoader,
     CheckpointManager,
     Engine,
+    LogitCollector,
     MetricRow,
     NoCheckpoints,
     Objective,
@@ -98,6 +99,8 @@ class Run:
     memory: MemoryPhases
     stop: Stop
     spikes: SpikeGuard | None = None
+    attention_logits: LogitCollector | None = None
+    """Of the step's forward passes, where the optimizer clips by them."""
     devices: Sequence[Mapping[str, Any]] = ()
     """Facts of each process' device, by rank."""
     state: TrainState = field(default_factory=TrainState)
@@ -186,6 +189,8 @@ def train_step(run: Run, callbacks: Callbacks, step: int, due: Sequence[Probe]) 
     with clock.part("forward_backward"):
         # Not right after the update: a row in between counts the gradients' bytes.
         run.optimizer.zero_grad(set_to_none=True)
+        if run.attention_logits is not None:
+            run.attention_logits.begin()
         loss, aux_loss = forward_backward(run, micro_batches, weight=engine.world_size / tokens)
     with clock.part("optimizer"):
         drain_pending(run)
@@ -197,6 +202,8 @@ def train_step(run: Run, callbacks: Callbacks, step: int, due: Sequence[Probe]) 
         set_lr(run.optimizer, run.lr_factor(step))
         if run.spikes is not None:
             run.spikes.check(loss, tokens)
+        if run.attention_logits is not None:
+            run.attention_logits.give(run.optimizer)
         state.grad_norm, nonfinite = engine.step(config.max_grad_norm)
         # One small reduction for all that the processes must agree on.
         flags = (run.stop.requested, checkpoints.is_wanted, checkpoints.is_writing)

@@ -246,6 +246,18 @@ class BatchLoader(Protocol):
         ...
 
 
+class LogitCollector(Protocol):
+    """What collects the largest attention logits of a step's forward passes for an optimizer that clips by them."""
+
+    def begin(self) -> None:
+        """Forget those of the last step."""
+        ...
+
+    def give(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give them to the optimizer before its step (a collective)."""
+        ...
+
+
 class Probe(Protocol):
     """A measurement at some steps. It runs on every process, so it may issue collectives."""
 

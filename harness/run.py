@@ -18,6 +18,7 @@ from harness.data.micro_batches import MicroBatchLoader, ValidationLoader
 from harness.loop import Callbacks, ModelInfo, Run, SpikeGuard, train
 from harness.memory_phases import MemoryPhases
 from harness.memory_snapshot import snapshot_when_out
+from harness.model.attention_logits import AttentionLogits
 from harness.optimizer import build_optimizer, ownership, shard_axes
 from harness.preparation import Prepared
 from harness.probes.flops import FlopCount
@@ -85,6 +86,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         config.model,
         seq_len=config.seq_len,
         tokens=config.micro_batch_size * config.seq_len,
+        clip_threshold=config.optimizer.options.get("qk_clip_threshold"),
     )
     # From here on the processes draw different numbers (dropout): their rows are different, too.
     torch.manual_seed(config.seed * 1_000_003 + engine.rank + 1)
@@ -132,6 +134,11 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         memory=memory,
         stop=stop,
         devices=devices,
+        attention_logits=(
+            None
+            if config.optimizer.options.get("qk_clip_threshold") is None
+            else AttentionLogits(network, engine.device)
+        ),
         spikes=None if config.max_loss_rise is None else SpikeGuard(engine, config.max_loss_rise),
     )
 

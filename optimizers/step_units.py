@@ -20,6 +20,7 @@ from optimizers.layouts.layout import (
     StepUnit,
 )
 from optimizers.presets import rank_limit_check
+from optimizers.qk_clip import HeadLogits, QueryKeyClip
 from optimizers.refresh_schedule import refresh_offsets
 from optimizers.rounding import Rounding
 from optimizers.routing import Route
@@ -68,12 +69,14 @@ class StepUnits:
     Attributes:
         state: the optimizer's, parameter → key → value; the optimizer sets it whenever torch replaces it.
         groups: one for each param group, in order.
+        qk_clip: the hook that takes the attention logits of a step.
         hooks: what acts on weights around their rule, in this order.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.hooks: list[StepHook] = [WeightNorms(), WeightAverage()]
+        self.qk_clip = QueryKeyClip()
+        self.hooks: list[StepHook] = [self.qk_clip, WeightNorms(), WeightAverage()]
         self.state: Mapping[Tensor, dict[str, Any]] = {}
         self.groups: list[RuleGroup] = []
         self._names: dict[int, str] = {}
@@ -101,6 +104,31 @@ class StepUnits:
     def name_of(self, parameter: Tensor) -> str:
         """Return the name that a parameter was given with."""
         return self._names[id(parameter)]
+
+    def clip_attention(self, logits: Mapping[str, HeadLogits]) -> None:
+        """Set the largest attention logits of the batch whose gradients the next steps take (`qk_clip_threshold`).
+
+        They hold until they are replaced. Without them, or without the option, nothing is clipped.
+
+        Args:
+            logits: name of a query or key projection's weight → its heads' logits, equal on all processes.
+
+        Raises:
+            ValueError: no parameter of that name takes a matrix rule, or heads do not divide its rows.
+        """
+        known = {
+            route.name: parameter
+            for group in self.groups
+            if group.rule != "adamw"
+            for parameter, route in zip(group.parameters, group.routes)
+        }
+        for name, heads in logits.items():
+            if name not in known:
+                raise ValueError(f"{name}: no parameter of that name takes the matrix rule")
+            rows = parameter_shape(known[name])[0]
+            if rows % len(heads.largest):
+                raise ValueError(f"{name}: {len(heads.largest)} heads do not divide its {rows} rows")
+        self.qk_clip.logits = {id(known[name]): heads for name, heads in logits.items()}
 
     def has_started(self, parameter: Tensor) -> bool:
         """Return False for a parameter that was frozen at construction and has had no gradient since."""

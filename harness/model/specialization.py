@@ -10,12 +10,16 @@ import torch
 from torch import nn
 
 from harness.config.schema import ModelConfig
+from harness.errors import InputError
+from harness.model import attention_logits
 from harness.model.attention import CAUSAL, WATCHED, AttentionWatch
 from harness.model.inspection import ForwardFacts, inspect
 from harness.model.linear_loss import install, whole_logits_suffice
 
 
-def specialize(network: Any, config: ModelConfig, *, seq_len: int, tokens: int) -> list[str]:
+def specialize(
+    network: Any, config: ModelConfig, *, seq_len: int, tokens: int, clip_threshold: float | None = None
+) -> list[str]:
     """Change how a model computes, not what: attention and loss as far as its code allows it.
 
     Names of modules and parameters stay. Called before an engine takes the model over.
@@ -25,18 +29,34 @@ def specialize(network: Any, config: ModelConfig, *, seq_len: int, tokens: int) 
         config: that it was built from.
         seq_len: tokens of a row.
         tokens: of a micro-batch on one process.
+        clip_threshold: `qk_clip_threshold` of the optimizer, for which attention has to tell its largest logits.
 
     Returns:
         What could not be changed and why, one line each.
+
+    Raises:
+        InputError: `clip_threshold` with a model whose logits are not told, or on which QK-clip would not act.
     """
     vocabulary = int(network.config.get_text_config().vocab_size)
     wants_attention = config.attention == "sdpa" and network.config._attn_implementation == "sdpa"
     wants_loss = not whole_logits_suffice(config.loss_chunk, tokens, vocabulary)
-    if not wants_attention and not wants_loss:
+    if not wants_attention and not wants_loss and clip_threshold is None:
         return []
     facts = _facts(_Class(network), seq_len)
     notes: list[str] = []
-    if wants_attention and facts.attention_problem is None:
+    if clip_threshold is not None:
+        reason = facts.attention_problem if wants_attention else f"attention={config.attention}"
+        reason = reason or attention_logits.problem(network)
+        if reason is not None:
+            raise InputError(
+                "optimizer.qk_clip_threshold",
+                clip_threshold,
+                f"needs plain causal attention (model.attention=sdpa), and {config.model_type} has {reason}",
+                allowed="null, or a model such as model=llama_60m",
+                fix="optimizer.qk_clip_threshold=null",
+            )
+        network.set_attn_implementation(attention_logits.CLIPPED)
+    elif wants_attention and facts.attention_problem is None:
         network.set_attn_implementation(CAUSAL)
     elif wants_attention:
         notes.append(
