@@ -294,6 +294,32 @@ COMMANDS: dict[str, Command] = {
         ),
         values="optimizers.presets:names",
     ),
+    "diverge": Command(
+        "harness.verify.diverge.command:main",
+        "tell rounding from a defect where two runs of one experiment differ",
+        "RUN_A RUN_B",
+        (
+            (
+                "runs/mine/single runs/mine/fsdp2",
+                "run A is replayed with eight twins that differ by rounding",
+            ),
+            ("runs/mine/single other_trainer.csv --steps 50", "against the losses of another trainer"),
+            ("runs/mine/single runs/mine/fsdp2 --replay", "replay run B too, to name step and parameter"),
+        ),
+        (
+            Option(("--twins",), "twins of run A that make the envelope (8)", "N", "--twins 8"),
+            Option(("--steps",), "first steps that are compared (20)", "N", "--steps 20"),
+            Option(
+                ("--replay",), "replay the first steps of run B on its engine instead of reading its record"
+            ),
+            Option(("--minutes",), "refuse to start twins that would take longer (30)", "M", "--minutes 30"),
+            Option(("--force",), "compare runs of different experiments, which differ by more than rounding"),
+        ),
+        (
+            ("RUN_A", "a run folder, whose first steps are replayed on this machine's CPUs"),
+            ("RUN_B", "a run folder, or a .csv or .jsonl table with columns step and train/loss"),
+        ),
+    ),
     "margin": Command(
         "analysis.margin.command:main",
         "measure how slowly training reaches its robustness margin",

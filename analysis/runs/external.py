@@ -7,11 +7,9 @@ row, also in one without a step. An unreadable line costs a note with its number
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,10 @@ import pandas as pd
 from analysis import formatting
 from analysis.runs.reading import Columns
 from analysis.runs.run import LoadedRun
-from harness.files import bounded
-from harness.files.bounded import MIB, JsonDecoder, UnreadableFile, UnreadableValue
+from harness.files.bounded import UnreadableFile
 from harness.record.schema import METRICS, STATES
+from harness.record.tables import LOSSES, parse_value, read_rows
 
-DELIMITERS = ",;\t"
-LIMIT = 512 * MIB
-"""Largest table that is read, in bytes."""
-ALIASES = {"val_loss": "val/loss", "train_loss": "train/loss", "seconds": "wall_s"}
-"""Other spellings of metric keys."""
 TEXTS = ("comparison_key", "state", "reason", "lr_source", "precision", "device", "engine", "command")
 NAMES = ("model", "data")
 """Facts that are the name of a configuration."""
@@ -41,7 +34,6 @@ NESTED = ("state_bytes", "memory_bytes", "time_s")
 """Facts by kind: ``state_bytes.moment``; an object in JSONL."""
 OPTION = "optimizer."
 """Prefix of an optimizer option (``optimizer.rank``); runs that differ in one belong to different arms."""
-LOSSES = ("val/loss", "train/loss")
 REPORT_TABLES = ("comparison.csv",)
 """Tables that a report itself writes."""
 
@@ -73,7 +65,6 @@ def read(path: Path, root: Path, remarks: list[str]) -> list[LoadedRun]:
     except (FileNotFoundError, UnreadableFile) as error:
         remarks.append(f"{where} is not read: {error}")
         return []
-    lines = [(line, {ALIASES.get(key, key): value for key, value in row.items()}) for line, row in lines]
     keys = dict.fromkeys(key for _, row in lines for key in row)
     if "step" not in keys or not any(loss in keys for loss in LOSSES):
         detail = f" ({complaints[0]})" if complaints else ""
@@ -259,80 +250,7 @@ def _state_without_loss(run: LoadedRun, rows: Mapping[float, Mapping[str, float]
     )
 
 
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "+inf": math.inf, "-inf": -math.inf, "infinity": math.inf}
-_NOT_FINITE |= {"-infinity": -math.inf, "null": math.nan, "none": math.nan, "na": math.nan}
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def read_rows(path: Path, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield number (from 1) and cells of each readable line; add a complaint for each of the others.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UnreadableFile: not a regular file, too large, or it cannot be opened.
-    """
-    text = bounded.read_text(path, LIMIT, complaints)
-    yield from (_csv if path.suffix.lower() == ".csv" else _jsonl)(text, complaints)
-
-
-def _csv(text: str, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    head = text.split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text), delimiter=max(DELIMITERS, key=head.count))
-    try:
-        names = [name.strip() for name in next(reader, [])]
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(names):
-                complaints.append(f"line {reader.line_num}: {len(cells)} cells, the header has {len(names)}")
-                continue
-            yield reader.line_num, dict(zip(names, (cell.strip() for cell in cells), strict=True))
-    except csv.Error as error:
-        complaints.append(f"line {reader.line_num}: {error}")
-
-
-def _jsonl(text: str, complaints: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines, decoder = text.split("\n"), JsonDecoder()
-    for index, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = decoder.decode(line)
-        except UnreadableValue:
-            torn = " (cut off: the file ends within it)" if index == len(lines) else ""
-            complaints.append(f"line {index}: not JSON{torn}")
-            continue
-        if not isinstance(row, dict):
-            complaints.append(f"line {index}: not an object")
-            continue
-        yield index, _flat(row)
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{part}": entry for part, entry in value.items()}
-        else:
-            flat[key] = value
-    return flat
-
-
-def parse_value(cell: Any) -> Any:
-    """Return a cell as a number if it is one (``nan`` and ``inf`` included), else unchanged."""
-    if not isinstance(cell, str):
-        return cell
-    word = cell.strip().lower()
-    if word in _NOT_FINITE:
-        return _NOT_FINITE[word]
-    try:
-        return int(word)
-    except ValueError:
-        pass
-    try:
-        return float(word)
-    except ValueError:
-        return cell
 
 
 def parse_flag(cell: Any) -> bool | None:

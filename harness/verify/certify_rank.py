@@ -24,6 +24,7 @@ from harness.verify.controls import DEFECTS, Defect
 from harness.verify.cut import raised_cut
 from harness.verify.replay import Build, of_preset, relative_error, replayed, update_error
 from harness.verify.step_recorder import GradientSource, LayoutGradients, StepRecorder, replica_digests
+from harness.verify.twins import Twin, make_twin
 
 
 @dataclass
@@ -75,6 +76,28 @@ def save_reference(cell: Cell, folder: Path, path: Path) -> None:
         },
         path,
     )
+
+
+def noise_floor(cell: Cell, folder: Path, reference: Path | None) -> float:
+    """Return the end-to-end error between two twins of one process that start one ulp apart.
+
+    Args:
+        cell: of one process.
+        folder: scratch folder.
+        reference: file of `save_reference` for this very cell; None: train it here.
+    """
+    words = overrides(cell, str(folder))
+    if reference is None:
+        done = trained(words, Defect()).recorder
+        known = {"start": done.start, "end": done.weights[REFERENCE_STEPS]}
+    else:
+        known = torch.load(reference)
+
+    def move(run: Run, recorder: StepRecorder) -> None:
+        make_twin(run, Twin(seed=0, moves_weights=True))
+
+    twin = trained(words, Defect(change=move)).recorder
+    return update_error(known["start"], twin.weights[REFERENCE_STEPS], known["end"])[0]
 
 
 def trained(

@@ -24,7 +24,8 @@ def line(result: Result, number: int, total: int) -> Text:
     text = Text(f"[{number}/{total}] {result.cell}: ")
     text.append(*_word(result))
     text.append(
-        f"  replay {_figure(result, 'replay_error')}, end to end {_figure(result, 'end_to_end_error')}"
+        f"  replay {_figure(result, 'replay_error')}, end to end {_figure(result, 'end_to_end_error')} "
+        f"(one ulp {_figure(result, 'noise_floor')})"
     )
     if result.reasons:
         text.append(f"  {result.reasons[0]}", style="dim")
@@ -48,6 +49,10 @@ def show(certified: Certified, console: Console) -> None:
         console.print(_rich(*_worst(ours), "replay error, the worst cell of each rule and engine"))
     if any(result.cell.options for result in ours):
         console.print(_rich(*_options(ours), "replay error, the worst cell of each option value and layout"))
+    if ours:
+        console.print(
+            _rich(*_end_to_end(ours), f"end to end (bound {verdict.END_TO_END_BOUND:g}), and of one ulp")
+        )
     for title, head, rows in _lists(certified):
         console.print(_rich(head, rows, title))
     good = sum(result.passed for result in ours)
@@ -135,6 +140,19 @@ def _largest(results: Sequence[Result]) -> str:
     return f"{_short(max(known))}{mark}" if known else mark.strip() or MISSING
 
 
+def _end_to_end(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the table rule × (noise floor, largest end-to-end error of its fp32 cells, and where that is)."""
+    rows = []
+    for rule in dict.fromkeys(result.cell.rule for result in results):
+        own = [r for r in results if r.cell.rule == rule and r.cell.dtype == "fp32" and not r.cell.options]
+        known = [r for r in own if r.figures.get("end_to_end_error") is not None]
+        if known:
+            worst = max(known, key=lambda r: r.figures["end_to_end_error"])
+            floor, error = _figure(worst, "noise_floor"), _figure(worst, "end_to_end_error")
+            rows.append([rule, floor, error, _place(worst.cell)])
+    return ["rule", "noise floor", "end-to-end error", "in"], rows
+
+
 def _place(cell: Cell) -> str:
     words = [cell.rule] if not cell.is_peer else []
     words += [cell.engine, cell.dtype]
@@ -186,6 +204,9 @@ def markdown(certified: Certified) -> str:
         _table(*_worst(ours)),
         _ROUNDED,
         _table(*_rounded(ours)),
+        "## End-to-end error and noise floor",
+        _NOISE.format(bound=_short(verdict.END_TO_END_BOUND, 0)),
+        _table(*_end_to_end(ours)),
         *_on_cuda(ours),
         *_with_options(ours),
         "## Every setting of every engine",
@@ -216,6 +237,10 @@ process. Ranks are processes on one CPU machine, over gloo; nothing here was run
 iterate in fp32 here (`optimizer.orthogonalizer_dtype`)."""
 
 _ROUNDED = "With bf16 iterations, the default on devices with bf16 units (not judged):"
+
+_NOISE = """\
+The largest difference from one process after four steps, in fp32 (bound {bound}), next to the same figure between two
+runs of one process of which one starts with each weight moved by one ulp: what the rule makes of rounding by itself."""
 
 _ON_CUDA = f"""\
 Rules that leave the exact factor to the device take `gram` on CPUs and `dwh` on CUDA. These cells run `dwh`, which

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.record.certificates import Cell, sources_sha256
+from harness.record.certificates import CROSSED, Cell, sources_sha256
 from harness.verify import cells, verdict
 from harness.verify.pool import RankLost, RankPool, RanksFailed
 from harness.verify.verdict import Result
@@ -55,6 +55,7 @@ def certify(selected: Sequence[Cell], folder: Path, say: Say) -> Certified:
     began, sources = time.monotonic(), sources_sha256()
     results: dict[Cell, Result] = {}
     references: dict[Cell, Path] = {}
+    floors: dict[tuple[str, str], float] = {}
     machine: dict[str, Any] = {}
     # References are made by one process; all other cells need them.
     for world_size in sorted({1, *(cell.world_size for cell in selected)}):
@@ -63,8 +64,11 @@ def certify(selected: Sequence[Cell], folder: Path, say: Say) -> Certified:
             if world_size == 1:
                 machine = pool.run("harness.verify.certify_rank:machine")[0]
                 references = _save_references(pool, selected, folder)
+                floors = _noise_floors(pool, selected, folder, references)
             for cell in (cell for cell in selected if cell.world_size == world_size):
-                results[cell] = _certify(pool, cell, folder, references)
+                result = _certify(pool, cell, folder, references)
+                floor = floors.get((cells.reference_of(cell).rule, cell.dtype))
+                results[cell] = replace(result, figures={**result.figures, "noise_floor": floor})
                 say(results[cell], len(results), len(selected))
     # Ranks import modules when they need them: results under two versions certify neither.
     unchanged = sources if sources == sources_sha256() else None
@@ -82,6 +86,28 @@ def _save_references(pool: RankPool, selected: Sequence[Cell], folder: Path) -> 
         except RanksFailed as error:
             raise RankLost(str(error)) from None
     return references
+
+
+def _noise_floors(
+    pool: RankPool, selected: Sequence[Cell], folder: Path, references: Mapping[Cell, Path]
+) -> dict[tuple[str, str], float]:
+    """Return (rule, dtype) → end-to-end error between twins that start one ulp apart.
+
+    In bf16, where the end-to-end error is not judged and a run takes seconds, of the rules of `CROSSED` alone.
+    """
+    pairs = {(cells.reference_of(cell).rule, cell.dtype) for cell in selected}
+    floors = {}
+    for rule, dtype in sorted(pairs):
+        if dtype != "fp32" and rule not in CROSSED:
+            continue
+        cell = Cell(rule, "single", dtype, world_size=1)
+        what = f"twins of one process, {cell}"
+        try:
+            args = (cell, folder, references.get(cell))
+            floors[rule, dtype] = pool.run("harness.verify.certify_rank:noise_floor", *args, what=what)[0]
+        except RanksFailed as error:
+            raise RankLost(str(error)) from None
+    return floors
 
 
 def _certify(pool: RankPool, cell: Cell, folder: Path, references: Mapping[Cell, Path]) -> Result:

@@ -83,6 +83,7 @@ FIGURES = (
     "replay_error_bf16_orthogonalizer",
     "replay_error_own_code",
     "end_to_end_error",
+    "noise_floor",
     "delivery_error",
     "matrices",
     "orthogonalizations_per_step",

@@ -12,6 +12,7 @@ from analysis.report import report_page
 from analysis.runs import external
 from analysis.runs.loading import load
 from analysis.runs.run import LoadedRun
+from harness.record import tables
 from harness.record.schema import METRICS, SUMMARY_KEYS
 from tests.analysis import synthetic
 
@@ -256,11 +257,11 @@ def test_a_byte_order_mark_is_no_letter(tmp_path: Path) -> None:
 def test_the_facts_are_those_of_a_summary() -> None:
     facts = {*external.TEXTS, *external.NUMBERS, *external.FLAGS, *external.NESTED}
     assert facts <= set(SUMMARY_KEYS)
-    assert set(external.ALIASES.values()) <= set(METRICS)
+    assert set(tables.ALIASES.values()) <= set(METRICS)
 
 
 def test_the_documentation_names_every_key() -> None:
     text = (Path(__file__).parents[3] / "docs" / "report.md").read_text()
     section = text[text.index("## Runs of other trainers") :]
-    keys = [*external.TEXTS, *external.NAMES, *external.NUMBERS, *external.FLAGS, *external.ALIASES]
+    keys = [*external.TEXTS, *external.NAMES, *external.NUMBERS, *external.FLAGS, *tables.ALIASES]
     assert [key for key in (*keys, *external.NESTED) if f"`{key}" not in section] == []

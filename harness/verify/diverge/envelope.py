@@ -1,0 +1,180 @@
+"""The envelope of a run's twins, and whether another run is inside it: scores, p-value, first step, parameter.
+
+A twin differs from the run by rounding alone. Of each twin and of the run under test we take, at each step, figures of
+how far it is from the run (`figures`). A figure is compared with those of the twins by its prediction interval under
+a normal distribution (x - mean)/(sd √(1 + 1/n)) ~ Student's t with n - 1 degrees of freedom, and expressed as the
+standard normal quantile of the same probability. The score of a run is the largest of these over steps and figures.
+The null distribution of the score comes from the twins: each is scored against the others, and the score under test
+is placed in that sample by the same prediction interval.
+
+Assumptions: the run under test is exchangeable with the twins if it is right, and both log-distances and scores are
+close to normal. No independence of steps or figures is assumed, because scores are compared with scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from harness.verify.diverge.trajectory import Trajectory
+
+ALPHA = 0.05
+"""A run with a p-value below it is outside."""
+FEWEST_TWINS = 4
+"""Twins below which a spread cannot be told from them."""
+
+_FLOOR = 2.0**-24
+"""Differences below half an ulp of fp32, relative, count as half an ulp: a logarithm needs one."""
+_LEAST_SPREAD = 0.05
+"""Least standard deviation of a log-distance: twins may agree by chance, and sketches are off by 9 %."""
+_ULP = 2.0**-23
+"""Least standard deviation of a loss or gradient norm, relative: both are fp32 numbers."""
+_LARGEST = 37.0
+"""Largest score; beyond it probabilities underflow."""
+
+Figures = Mapping[tuple[str, int], float]
+"""(figure, steps done) → value. "loss" and "gradient norm" are signed differences over their size; "weights" is the log
+of the largest relative difference of a parameter's change."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run is inside the envelope.
+
+    Attributes:
+        inside: p_value ≥ ALPHA.
+        p_value: of a run that differs by rounding alone, to be at least as far away.
+        score, limit: of the run, and the score with p-value ALPHA.
+        first_step: first step with a figure above the limit; None inside.
+        figure: which.
+        parameter: at that step, or at the first later one with weights, the parameter that is furthest outside; None
+            inside, and where no weights are known.
+        excess: how many times further apart than in the twins (geometric mean) that parameter, or that figure, is.
+    """
+
+    inside: bool
+    p_value: float
+    score: float
+    limit: float
+    first_step: int | None = None
+    figure: str | None = None
+    parameter: str | None = None
+    excess: float | None = None
+
+
+def figures(run: Trajectory, other: Trajectory) -> Figures:
+    """Return how far another run is from a run, at the steps that both have."""
+    found: dict[tuple[str, int], float] = {}
+    for name, mine, theirs in (
+        ("loss", run.losses, other.losses),
+        ("gradient norm", run.gradient_norms, other.gradient_norms),
+    ):
+        for step in sorted(mine.keys() & theirs.keys()):
+            size = max(abs(mine[step]), 1e-30)
+            difference = (theirs[step] - mine[step]) / size
+            # Infinite where only one of them is: the run under test has diverged.
+            found[name, step] = difference if math.isfinite(difference) else math.inf
+    for step in sorted(run.sketches.keys() & other.sketches.keys() - {0}):
+        found["weights", step] = math.log(max(_FLOOR, *run.difference(other, step).values()))
+    return found
+
+
+def judge(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory) -> Verdict:
+    """Return whether another run differs from a run by more than its twins do.
+
+    Args:
+        run: undisturbed.
+        twins: of it, at least `FEWEST_TWINS`.
+        other: under test; steps and figures that it lacks are left out.
+
+    Raises:
+        ValueError: the runs have no step in common.
+    """
+    run, twins = run.with_rows_of(other), [twin.with_rows_of(other) for twin in twins]
+    tested = figures(run, other)
+    if not tested:
+        raise ValueError("no step in common")
+    null = [figures(run, twin) for twin in twins]
+    keys = list(tested)
+    is_log = np.array([name == "weights" for name, _ in keys])
+    sample = np.array([[values[key] for key in keys] for values in null])
+    z = _z_values(np.array([tested[key] for key in keys]), sample, is_log)
+    score = float(z.max())
+    scores = np.array(
+        [_z_values(row, np.delete(sample, i, axis=0), is_log).max() for i, row in enumerate(sample)]
+    )
+    degrees, spread = len(scores) - 1, max(scores.std(ddof=1), 0.1) * math.sqrt(1 + 1 / len(scores))
+    p_value = float(stats.t.sf((score - scores.mean()) / spread, degrees))
+    limit = float(scores.mean() + stats.t.isf(ALPHA, degrees) * spread)
+    if p_value >= ALPHA:
+        return Verdict(True, p_value, score, limit)
+    # The first step with a figure outside; of several figures, the one that is furthest outside.
+    first, _, figure = min((step, -value, name) for (name, step), value in zip(keys, z) if value > limit)
+    parameter, excess = _parameter(run, twins, other, first)
+    if parameter is None:
+        excess = _excess(tested[figure, first], [values[figure, first] for values in null], figure)
+    return Verdict(False, p_value, score, limit, first, figure, parameter, excess)
+
+
+def _z_values(tested: np.ndarray, sample: np.ndarray, is_log: np.ndarray) -> np.ndarray:
+    """Return each figure's standard normal quantile: of being larger for log-distances, of either sign for the others.
+
+    Args:
+        tested: (figures,).
+        sample: (twins, figures).
+        is_log: (figures,), which of them are log-distances.
+    """
+    count = len(sample)
+    spread = np.maximum(sample.std(axis=0, ddof=1), np.where(is_log, _LEAST_SPREAD, _ULP))
+    with np.errstate(invalid="ignore"):
+        t = (tested - sample.mean(axis=0)) / (spread * math.sqrt(1 + 1 / count))
+    t = np.where(np.isfinite(t), t, np.inf)
+    p = stats.t.sf(np.where(is_log, t, np.abs(t)), count - 1) * np.where(is_log, 1, 2)
+    return np.minimum(stats.norm.isf(np.maximum(p, 1e-300)), _LARGEST)
+
+
+def _parameter(
+    run: Trajectory, twins: Sequence[Trajectory], other: Trajectory, first: int
+) -> tuple[str | None, float | None]:
+    """Return the parameter that exceeds the twins most, at the first step from ``first`` on with weights."""
+    steps = [step for step in sorted(run.sketches.keys() & other.sketches.keys()) if step >= max(first, 1)]
+    if not steps:
+        return None, None
+    step = steps[0]
+    usual = [run.difference(twin, step) for twin in twins]
+    ratios = {
+        name: value / math.exp(float(np.mean([math.log(max(_FLOOR, known[name])) for known in usual])))
+        for name, value in run.difference(other, step).items()
+    }
+    name = max(ratios, key=ratios.__getitem__)
+    return name, ratios[name]
+
+
+def _excess(value: float, usual: Sequence[float], figure: str) -> float | None:
+    if figure == "weights":
+        return math.exp(value - float(np.mean(usual)))
+    size = max(float(np.sqrt(np.mean(np.square(usual)))), _FLOOR)
+    return abs(value) / size if math.isfinite(value) else None
+
+
+def amplification(run: Trajectory, twins: Sequence[Trajectory]) -> dict[int, float]:
+    """Return steps done → how many times one ulp has grown: the median over twins that moved each weight by one ulp.
+
+    The figure is ‖W - W_twin‖/‖W‖ over all parameters, divided by its value before the first step.
+    """
+    growth: dict[int, float] = {}
+    for step in sorted(run.sketches):
+        ratios = [_distance(run, twin, step) / _distance(run, twin, 0) for twin in twins]
+        growth[step] = float(np.median(ratios))
+    return growth
+
+
+def _distance(run: Trajectory, twin: Trajectory, step: int) -> float:
+    """Return ‖W - W_twin‖ over all parameters, relative to ‖W‖."""
+    mine, theirs = run.sketches[step], twin.sketches[step]
+    apart = math.sqrt(sum(float(np.square(mine[name] - theirs[name]).sum()) for name in mine))
+    return apart / math.sqrt(sum(float(np.square(weight).sum()) for weight in mine.values()))

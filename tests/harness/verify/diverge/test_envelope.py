@@ -1,0 +1,125 @@
+"""The envelope: rounding stays inside as often as it should, and what is wrong leaves, with its step and parameter."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from harness.verify.diverge.envelope import amplification, judge
+from harness.verify.diverge.trajectory import Trajectory, sketch
+from tests.harness.verify.diverge.problems import train
+
+TWINS = 8
+
+
+@cache
+def run(rule: str) -> Trajectory:
+    return train(rule)
+
+
+@cache
+def reordered(rule: str, seed: int) -> Trajectory:
+    return train(rule, seed)
+
+
+def twins(rule: str, count: int = TWINS) -> list[Trajectory]:
+    return [reordered(rule, seed) for seed in range(1, count + 1)]
+
+
+def inside(rule: str, pairs: int, runs: int) -> float:
+    """Share of pairs inside: a reordered run, and eight others as twins, drawn out of so many runs."""
+    draw = np.random.default_rng(0)
+    count = 0
+    for _ in range(pairs):
+        tested, *others = (reordered(rule, int(seed) + 1) for seed in draw.permutation(runs)[: TWINS + 1])
+        count += judge(run(rule), others, tested).inside
+    return count / pairs
+
+
+def test_reordered_sums_stay_inside() -> None:
+    assert inside("adamw", 40, 24) >= 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["sumo", "muon", "adamw"])
+def test_reordered_sums_stay_inside_in_95_percent_of_200_pairs(rule: str) -> None:
+    """Every pair with new twins out of 200 runs; one standard error is 1.5 %."""
+    assert abs(inside(rule, 200, 200) - 0.95) <= 0.02
+
+
+def half(step: int, named: dict[str, nn.Parameter]) -> None:
+    """Halve the gradient of one parameter from the fourth step on."""
+    if step >= 3:
+        grad = named["second"].grad
+        assert grad is not None
+        grad.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong", "step", "parameters"),
+    [
+        ("muon", {"is_fused": True}, 1, {"first.upper", "first.lower"}),
+        ("sumo", {"aux_lr": 0.03}, 1, {"bias"}),
+        ("adamw", {"change": half}, 4, {"second"}),
+        ("sumo", {"momentum": 0.9}, 2, {"first.upper", "first.lower", "second"}),
+    ],
+    ids=["whole QKV", "aux lr overwritten", "gradient halved from step 4 on", "momentum"],
+)
+def test_a_defect_leaves_at_its_step_and_parameter(
+    rule: str, wrong: dict[str, object], step: int, parameters: set[str]
+) -> None:
+    verdict = judge(run(rule), twins(rule), train(rule, 77, **wrong))  # pyright: ignore[reportArgumentType]
+    assert not verdict.inside
+    assert verdict.p_value < 1e-3
+    assert verdict.first_step == step
+    assert verdict.parameter in parameters
+    assert verdict.excess is not None
+    assert verdict.excess > 100
+
+
+def test_losses_alone_show_a_defect_without_naming_a_parameter() -> None:
+    wrong = train("adamw", 77, change=half)
+    rows = {step: wrong.losses[step] for step in (1, 4, 8, 12)}
+    # A row is the mean since the row before it.
+    before = 0
+    for step in rows:
+        rows[step] = float(np.mean([wrong.losses[s] for s in range(before + 1, step + 1)]))
+        before = step
+    verdict = judge(run("adamw"), twins("adamw"), Trajectory(losses=rows))
+    assert (verdict.inside, verdict.first_step, verdict.figure, verdict.parameter) == (False, 8, "loss", None)
+    right = reordered("adamw", 50)
+    kept = {1: right.losses[1], 2: right.losses[2]}
+    assert judge(run("adamw"), twins("adamw"), Trajectory(losses=kept)).inside
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_outside(loss: float) -> None:
+    losses = {**reordered("adamw", 60).losses, 5: loss}
+    verdict = judge(run("adamw"), twins("adamw"), Trajectory(losses=losses))
+    assert (verdict.inside, verdict.first_step, verdict.excess) == (False, 5, None)
+
+
+def test_no_step_in_common() -> None:
+    with pytest.raises(ValueError, match="no step in common"):
+        judge(run("adamw"), twins("adamw"), Trajectory(losses={400: 1.0}))
+
+
+def test_an_ulp_starts_at_one_and_its_growth_is_that_of_the_weights() -> None:
+    moved = [train("adamw", seed, moves_weights=True) for seed in (1, 2)]
+    growth = amplification(run("adamw"), moved)
+    assert growth[0] == 1.0
+    assert list(growth) == list(range(13))
+    assert 0.1 < growth[12] < 1e4
+
+
+def test_a_sketch_has_the_norm_of_differences_of_one_ulp() -> None:
+    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    moved = torch.nextafter(weight, torch.full_like(weight, math.inf))
+    expected = float((moved.double() - weight.double()).norm())
+    found = float(np.linalg.norm(sketch("w", moved) - sketch("w", weight)))
+    assert found == pytest.approx(expected, rel=4 * math.sqrt(0.5 / 256))
