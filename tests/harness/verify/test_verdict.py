@@ -87,6 +87,12 @@ def test_bf16_states_have_a_bound_of_their_own() -> None:
     assert not judge(Cell("muon", "fsdp2"), [report(replay_error=1e-4)]).passed
 
 
+def test_cautious_decay_may_decide_otherwise_in_single_elements() -> None:
+    cell = Cell("muon", "fsdp2", options="weight_decay=0.5 weight_decay_form=cautious")
+    assert judge(cell, [report(replay_error=3e-4)]).passed
+    assert not judge(cell, [report(replay_error=1e-2)]).passed
+
+
 def test_a_matrix_counts_once_however_many_ranks_share_it() -> None:
     rows = report(orthogonalized=[dict.fromkeys(NAMES, 1)] * 2)
     assert (
