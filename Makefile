@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` install what they need. `make help` lists all targets.
+# `make quickstart` and `make test` install what they need: the first no tools of development. `make help` lists all targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,6 +15,11 @@ LOCKS := requirements-torch.txt requirements.lock requirements-dev.lock requirem
 
 $(VENV)/.installed: $(LOCKS) pyproject.toml .ci/install.py
 	$(PYTHON) .ci/install.py $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	@touch $(VENV)/.runtime $@
+
+# What training and reports need: without tools, tests and oracles.
+$(VENV)/.runtime: $(LOCKS) pyproject.toml .ci/install.py
+	$(PYTHON) .ci/install.py $(VENV) --runtime $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	@touch $@
 
 # Tools of releases and of the documentation have their own environments: their dependencies must not decide ours.
@@ -32,7 +37,7 @@ $(DOCS)/.installed: requirements-docs.lock
 
 setup: $(VENV)/.installed ## create the virtual environment .venv from the lock files (pip checks every hash)
 
-quickstart: setup ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each; write runs/quickstart/report.html
+quickstart: $(VENV)/.runtime ## train SUMO, GaLore, Muon and AdamW on real text with 2 processes each; write runs/quickstart/report.html
 	$(BIN)/optbench compare adamw muon galore sumo preset=quickstart seeds=1 group=quickstart
 
 check: setup ## run ruff, basedpyright on the product and the tests that start no processes, side by side (90 seconds on 2 cores)

@@ -15,12 +15,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = ROOT / "requirements-torch.txt"
-LOCKS = [ROOT / f"requirements{part}.lock" for part in ("", "-dev", "-oracles")]
+RUNTIME, DEV, ORACLES = (ROOT / f"requirements{part}.lock" for part in ("", "-dev", "-oracles"))
+BUILD = ("editables", "hatchling", "pathspec", "pluggy", "trove-classifiers")
+"""The packages of the development lock that install this project itself."""
 
 
 def main() -> int:
@@ -28,6 +32,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("venv", type=Path)
     parser.add_argument("--torch-index", help="package index to take torch from")
+    parser.add_argument(
+        "--runtime", action="store_true", help="only what training and reports need, no tools or tests"
+    )
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):
         print(
@@ -43,6 +50,8 @@ def main() -> int:
         "--disable-pip-version-check",
         "install",
         "--no-deps",
+        # pip would compile with one core; see below.
+        "--no-compile",
     ]
     torch = re.search(r"^torch==\S+", TORCH.read_text(), re.MULTILINE)
     assert torch is not None, "requirements-torch.txt pins no torch"
@@ -58,10 +67,29 @@ def main() -> int:
     subprocess.run([*pip, "--quiet", *index, torch.group()], check=True)
     # A package whose hash is not in its lock file stops the installation here. torch cannot be among them: the
     # machine decides which build of it is taken, and pip exempts no single package.
-    locks = [word for lock in LOCKS for word in ("-r", str(lock))]
-    subprocess.run([*pip, "--quiet", "--require-hashes", *locks], check=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        locks = [RUNTIME, DEV, ORACLES]
+        if arguments.runtime:
+            locks = [RUNTIME, Path(scratch) / "build.lock"]
+            locks[1].write_text(entries(DEV.read_text(), BUILD))
+        words = [word for lock in locks for word in ("-r", str(lock))]
+        subprocess.run([*pip, "--quiet", "--require-hashes", *words], check=True)
     subprocess.run([*pip, "--quiet", "--no-build-isolation", "-e", str(ROOT)], check=True)
+    # Bytecode of everything, on all cores: else the first start of each program would write it. Some packages hold
+    # files for other Pythons, which do not compile and are never imported.
+    folders = [*map(str, arguments.venv.glob("lib/python*/site-packages"))]
+    folders += [str(ROOT / name) for name in ("optimizers", "harness", "analysis")]
+    compiling = [pip[0], "-m", "compileall", "-qq", "-j", "0", *folders]
+    subprocess.run(compiling, check=False)
     return 0
+
+
+def entries(lock: str, names: Sequence[str]) -> str:
+    """Return the entries of some packages, with their hashes, from the text of a lock file."""
+    found = re.findall(r"^[\w.-]+==[^\n]*(?:\n[ \t]+[^\n]*)*\n?", lock, re.MULTILINE)
+    kept = [entry for entry in found if entry.partition("==")[0] in names]
+    assert len(kept) == len(names), f"not all of {', '.join(names)} are locked"
+    return "".join(kept)
 
 
 def has_gpu() -> bool:

@@ -108,6 +108,34 @@ def test_the_installer_makes_pip_check_the_hashes(monkeypatch: pytest.MonkeyPatc
     (locked,) = [command for command in commands if str(LOCKS["runtime"]) in command]
     assert "--require-hashes" in locked
     assert {str(lock) for lock in LOCKS.values()} <= set(locked)
+    # pip compiles nothing, then all cores compile everything.
+    assert all("--no-compile" in command for command in commands if "install" in command)
+    assert commands[-1][1:6] == ["-m", "compileall", "-qq", "-j", "0"]
+
+
+def test_the_installer_of_the_runtime_leaves_the_tools_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install = _script("install")
+    read: dict[str, str] = {}
+
+    def run(command: list[str], **_: object) -> None:
+        read.update({word: Path(word).read_text() for word in command if word.endswith(".lock")})
+
+    monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(install.venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(install, "has_gpu", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path), "--runtime"])
+    assert install.main() == 0
+    runtime, build = read
+    assert runtime == str(LOCKS["runtime"])
+    assert {line.partition("==")[0] for line in read[build].splitlines() if "==" in line} == set(
+        install.BUILD
+    )
+    # Each with its hashes, so that pip checks these, too.
+    assert all("--hash=sha256:" in entry for entry in read[build].split("\n\n")[0].split("==")[1:])
+    with pytest.raises(AssertionError, match="not all of"):
+        install.entries(read[build], ["ruff"])
 
 
 def _script(name: str) -> ModuleType:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -338,6 +340,21 @@ MOVES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """For a rule: the whole run in one process, and the same up to the stop."""
+
+    @cache
+    def trained(rule: str) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("alone")
+        words = words_of(corpus, folder, "single", RULES[rule])
+        return [
+            attempt(0, words, folder / name, stop) for name, stop in (("whole", None), ("start", STOP_AFTER))
+        ]
+
+    return trained
+
+
 @pytest.mark.parametrize(
     ("before", "after", "rule"),
     [
@@ -350,7 +367,13 @@ MOVES = [
     ],
 )
 def test_a_run_goes_on_elsewhere(
-    before: str, after: str, rule: str, corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+    before: str,
+    after: str,
+    rule: str,
+    corpus: Path,
+    tmp_path: Path,
+    pools: dict[int, RankPool],
+    alone: Callable[[str], list[dict[str, Any]]],
 ) -> None:
     """Another engine, number of processes and accumulation: the same samples, the same update to rounding."""
     end = STOP_AFTER + 3
@@ -358,18 +381,16 @@ def test_a_run_goes_on_elsewhere(
     words = words_of(corpus, tmp_path, before, RULES[rule])
     run_on(pools, before, words, tmp_path / "moved", STOP_AFTER)
     halves = ["micro_batch_size=2"] if ENGINES[after][0] < 4 else []
-    alone = words_of(corpus, tmp_path, "single", RULES[rule])
-    gone_on = run_on(pools, "single", alone, tmp_path / "moved", None)
+    gone_on = attempt(0, words_of(corpus, tmp_path, "single", RULES[rule]), tmp_path / "moved", None)
     moved = run_on(
         pools, after, words_of(corpus, tmp_path, after, RULES[rule], *halves), tmp_path / "moved", None
     )
     assert moved[0]["first"] == STOP_AFTER
-    whole = run_on(pools, "single", alone, tmp_path / "whole", None)
-    start = run_on(pools, "single", alone, tmp_path / "start", STOP_AFTER)[0]["weights"]
-    assert relative_change(gone_on[0]["weights"], moved[0]["weights"], start) < TOLERANCE
-    assert relative_change(whole[0]["weights"], moved[0]["weights"], start) < GROWN
-    assert math.isclose(moved[0]["rows"][-1]["val/loss"], whole[0]["rows"][-1]["val/loss"], rel_tol=1e-5)
-    assert moved[0]["rows"][-1]["tokens"] == whole[0]["rows"][-1]["tokens"]
+    whole, start = alone(rule)
+    assert relative_change(gone_on["weights"], moved[0]["weights"], start["weights"]) < TOLERANCE
+    assert relative_change(whole["weights"], moved[0]["weights"], start["weights"]) < GROWN
+    assert math.isclose(moved[0]["rows"][-1]["val/loss"], whole["rows"][-1]["val/loss"], rel_tol=1e-5)
+    assert moved[0]["rows"][-1]["tokens"] == whole["rows"][-1]["tokens"]
 
 
 @pytest.mark.parametrize("change", ["no optimizer state", "data from the beginning"])

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def _words(corpus: Path, folder: Path, mode: str) -> list[str]:
         f"wandb.mode={mode}",
         "optimizer=sumo",
         "optimizer.rank=8",
-        "steps=200",
+        "steps=400",
         "log_every=20",
         "eval.every=40",
         "checkpoint.every=60",
@@ -62,12 +63,15 @@ def _environment(folder: Path, server: Server) -> dict[str, str]:
     }
 
 
-def _killed(words: list[str], folder: Path, environment: dict[str, str]) -> Path:
-    """Start the run and kill it after its first checkpoint; returns its folder."""
+def _killed(
+    words: list[str], folder: Path, environment: dict[str, str], is_open: Callable[[Path], bool]
+) -> Path:
+    """Start the run and kill it once W&B is open and there is a checkpoint; returns its folder."""
     run = folder / "runs" / "killed" / "one"
     training = Training(words, 1, folder / "said.txt", environment=environment)
     until = time.monotonic() + 60
-    while not (run / "checkpoints" / "step_00000060").exists() and time.monotonic() < until:
+    saved = run / "checkpoints" / "step_00000060"
+    while not (saved.exists() and is_open(run)) and time.monotonic() < until:
         time.sleep(0.005)
     training.kill(signal.SIGKILL)
     training.wait()
@@ -103,7 +107,7 @@ def _assert_mirrors(stored: StoredRun, run: Path) -> None:
 
 def test_a_killed_run_goes_on_in_the_same_wandb_run(server: Server, corpus: Path, tmp_path: Path) -> None:
     words, environment = _words(corpus, tmp_path, "online"), _environment(tmp_path, server)
-    run = _killed(words, tmp_path, environment)
+    run = _killed(words, tmp_path, environment, lambda run: bool(server.runs))
     (before,) = server.runs.values()
     sent, logged = len(before.rows), len(_rows(run))
     assert sent < logged, "nothing was lost at the kill: this test shows nothing"
@@ -123,7 +127,7 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run(server: Server, corpus: Path
 def test_offline_attempts_are_synced_as_one_run(server: Server, corpus: Path, tmp_path: Path) -> None:
     """W&B's file of the killed attempt is torn: `wandb sync` of both would stop there."""
     words, environment = _words(corpus, tmp_path, "offline"), _environment(tmp_path, server)
-    run = _killed(words, tmp_path, environment)
+    run = _killed(words, tmp_path, environment, lambda run: bool(list(run.glob("wandb/*/run-*.wandb"))))
     assert trained(words, 1, tmp_path / "said.txt", environment=environment) == [0]
     assert server.received == []
     # The torn files of the first attempt are gone: the second one's hold their rows, too.
