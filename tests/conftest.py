@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {"slurm": 0, "pools": 1, **dict.fromkeys(starting - {"slurm", "pools"}, 2)}
     order = sorted(range(len(items)), key=lambda place: rank.get(groups[place], 3))
     items[:] = [items[place] for place in order]
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of garbage collections: a run that trains in a test process begins with one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -125,7 +125,6 @@ def _become_rank(
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     name_process(f"optbench-rank{rank}")
-    gc.unfreeze()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=stream.isatty())  # pyright: ignore[reportAttributeAccessIssue]
     outlive_the_terminal()

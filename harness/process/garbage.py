@@ -2,7 +2,8 @@
 
 Python's collector runs whenever a process has allocated enough. A full collection looks at all objects: 0.2 s of CPU
 with torch, transformers and DeepSpeed loaded (measured), in which all other processes wait for this one. Here it runs
-between two steps, the same ones on all processes, and leaves out what was there before training (model, modules).
+between two steps, the same ones on all processes, and leaves out what was imported, or else what was there before
+training.
 """
 
 from __future__ import annotations
@@ -45,11 +46,15 @@ def collected_between_steps() -> Iterator[Callable[[int], None]]:
 
     was_enabled = gc.isenabled()
     gc.collect()
-    gc.freeze()
+    # Where imports are left out already (`kept_while_importing`), what is left is quickly looked at.
+    freezes = gc.get_freeze_count() == 0
+    if freezes:
+        gc.freeze()
     gc.disable()
     try:
         yield after_step
     finally:
-        gc.unfreeze()
+        if freezes:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()

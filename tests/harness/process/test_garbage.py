@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from harness.process.garbage import EVERY, collected_between_steps
+from harness.process.garbage import EVERY, collected_between_steps, kept_while_importing
 
 
 class Node:
@@ -17,7 +17,16 @@ class Node:
         self.itself = self
 
 
-def test_cycles_wait_for_the_steps_of_all_processes() -> None:
+@pytest.mark.parametrize("has_imported", [False, True])
+def test_cycles_wait_for_the_steps_of_all_processes(has_imported: bool) -> None:
+    """Those from before the steps are looked at, or left out and looked at again afterwards."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    if has_imported:
+        with kept_while_importing():
+            kept = [Node() for _ in range(100)]
+        assert gc.get_freeze_count() >= len(kept)
+    before = gc.get_freeze_count()
     assert gc.isenabled()
     with collected_between_steps() as collect:
         assert not gc.isenabled()
@@ -28,7 +37,9 @@ def test_cycles_wait_for_the_steps_of_all_processes() -> None:
         collect(EVERY)
         assert cycle() is None
     assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == before
+    if frozen:
+        gc.freeze()
 
 
 def test_the_collector_is_as_before_also_after_an_exception_and_where_it_was_off() -> None:
