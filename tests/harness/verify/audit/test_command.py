@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from harness import cli
-from harness.verify.audit import table
+from harness.verify.audit import cells, command, table
 from harness.verify.audit.document import CellReport, Check, TargetReport
+from harness.verify.audit.session import Session
+from harness.verify.audit.targets import Target
 
 ROOT = Path(__file__).parents[4]
 RULES = Path(__file__).with_name("rules.py")
@@ -45,16 +47,33 @@ def test_the_command_imports_no_torch() -> None:
 
 
 def test_tables_show_the_worst_verdict_of_an_engine() -> None:
-    cells = (
+    found = (
         CellReport("fsdp2", 2, "safe"),
         CellReport("fsdp2", 2, "wrong", 0.9, 1, "q|k.weight", "slices", variant="uneven"),
     )
-    report = TargetReport("a.B", "matrix", cells=cells, checks=(Check("resume", False, "differs"),))
+    report = TargetReport("a.B", "matrix", cells=found, checks=(Check("resume", False, "differs"),))
     text = table.markdown([report])
     assert "| a.B | matrix |  |  | wrong (uneven) |" in text
     assert "- a.B on fsdp2 uneven: wrong, slices" in text
     assert "- a.B, resume: differs" in text
     assert str(table.line(report, 1, 2)).startswith("[1/2] a.B: matrix; 1 wrong, 1 safe")
+
+
+def test_ci_appends_a_table_to_the_job_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    command._summarize([TargetReport("a.B", "matrix", cells=(CellReport("ddp", 2, "safe"),))])
+    assert summary.read_text().startswith("before\n| optimizer | class |")
+    assert "| a.B | matrix |  | safe |" in summary.read_text()
+
+
+def test_after_the_deadline_no_cell_runs_and_none_passes(tmp_path: Path) -> None:
+    with Session(tmp_path, deadline=0.0) as session:
+        report = session._cell(cells.CELLS[1], Target("torch.optim.SGD"), None)
+        checks = session._checks(Target("torch.optim.SGD"))
+    assert (report.verdict, report.reason) == ("crashes", "not run: the time limit was reached")
+    assert [check.passed for check in checks] == [False]
 
 
 def audit(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
