@@ -118,7 +118,8 @@ def _places(rule: str, number: int) -> Iterator[Cell]:
 
 def _missing_settings(selected: Iterable[Cell]) -> Iterator[Cell]:
     """Yield the settings of each engine that no cell has, under the rules of `CROSSED` in turn."""
-    met = {(cell.engine, cell.dtype, cell.accumulation, cell.clipping) for cell in selected}
+    # Another cut of the matrices (a variant) is another way through the engine.
+    met = {(c.engine, c.dtype, c.accumulation, c.clipping) for c in selected if not c.variant}
     turn = itertools.cycle(CROSSED)
     for engine in ENGINES:
         for setting in _settings():
