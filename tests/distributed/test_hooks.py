@@ -26,7 +26,7 @@ HOOKS: dict[str, dict[str, Any]] = {
 # may be off by 2⁻⁸: 2e-5 of a moment, amplified by a polar factor. Measured: 4e-6 at most; other bits: 2e-3.
 BOUNDS = {"bf16": 2e-4}
 CASES = [
-    (preset, kind, hook)
+    pytest.param(preset, kind, hook, marks=[] if kind in ("fsdp2", "zero1") else pytest.mark.slow)
     for preset, hooks in {
         "sumo": ("cautious", "rms", "hyperball", "bf16"),
         "galore": ("rms", "bf16"),

@@ -268,7 +268,10 @@ AROUND = [
 ]
 
 
-@pytest.mark.parametrize(("engine", "rule", "options"), AROUND)
+@pytest.mark.parametrize(
+    ("engine", "rule", "options"),
+    [pytest.param(*cell, marks=[] if cell[0] in ("fsdp2", "zero1") else pytest.mark.slow) for cell in AROUND],
+)
 def test_options_around_a_rule_go_on(
     engine: str,
     rule: str,

@@ -74,14 +74,9 @@ def test_the_loss_is_that_of_the_averaged_weights(corpus: Path, tmp_path: Path) 
     assert abs(last["val/raw_loss"] - last["val/loss"]) > 1e-3
 
 
-CELLS = [
-    ("ddp", "fp32"),
-    ("fsdp2", "fp32"),
-    ("fsdp2", "bf16_pure"),
-    ("zero1", "bf16"),
-    ("zero3", "bf16"),
-    ("zero3", "fp32"),
-]
+QUICK = [("fsdp2", "fp32"), ("zero1", "bf16")]
+OTHERS = [("ddp", "fp32"), ("fsdp2", "bf16_pure"), ("zero3", "bf16"), ("zero3", "fp32")]
+CELLS = [*QUICK, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in OTHERS)]
 
 
 @pytest.mark.parametrize(("engine", "precision"), CELLS)
