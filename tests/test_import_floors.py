@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("optimizers", "harness", "analysis")
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("cli", "train"),
+    ("audit", "cli", "train"),
     ("clean", "completion", "doctor", "export", "listing"),
     ("jobs", "plan", "verify"),
     ("worker",),
