@@ -28,6 +28,16 @@ SCALES: dict[str, tuple[str, Callable[[int, int], float]]] = {
 """Documented factors on the orthogonalized update of an m×n matrix by name: (formula and who uses it, function)."""
 
 
+_PLAIN: Mapping[str, Any] = {
+    "weight_decay_form": "decoupled",
+    "weight_norm": "free",
+    "state_dtype": "float32",
+    "update_rms": None,
+    "split_heads": False,
+}
+"""Options of presets, with the values for which Muon is the textbook's."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """What the group of a parameter announces.
@@ -161,7 +171,9 @@ def _of_preset(name: str, who: str, values: Mapping[str, Any]) -> Claim:
 
     options = {**presets.preset(name).options}
     options.update({key: value for key, value in values.items() if key in options})
-    closed = presets.preset(name).rule == "muon" and options["nesterov"] != "stored"
+    # The closed form has no place for the options around a rule, which a replay has.
+    plain = all(options.get(key, value) == value for key, value in _PLAIN.items())
+    closed = presets.preset(name).rule == "muon" and options["nesterov"] != "stored" and plain
     beta1, beta2 = options.get("betas", (0.9, 0.999))
     orthogonalizer = options.get("orthogonalizer")
     if orthogonalizer not in ("newton_schulz", "polar_express", "cubic", None):

@@ -26,7 +26,6 @@ DEFECTS: Mapping[str, str] = {
     "shard-local Newton–Schulz": "each shard is orthogonalized on its own",
     "clipping after orthogonalization": "the update was clipped instead of the gradient",
     "micro-batch momentum": "momentum and Newton–Schulz advance with every micro-batch",
-    "unsynchronized basis, shards": "ranks project their shards on different subspaces",
     "unsynchronized basis, replicas": "replicas hold different weights",
     "smooth cut": "singular directions near the cut are damped instead of kept or dropped",
     "clipping forgotten": "the gradient norm exceeds the clipping bound when the optimizer receives it",

@@ -167,7 +167,7 @@ def _expected(p: Parameter) -> str:
     if claim.kind == "matrix":
         scale = f", {claim.scale}" if claim.scale else ""
         return f"{claim.preset or 'Muon'}{scale}"
-    return claim.preset or ("AdamW" if claim.kind == "adamw" else claim.kind)
+    return claim.preset or {"adamw": "AdamW", "sgd": "SGD", "lion": "Lion"}.get(claim.kind, "not stated")
 
 
 def _found(p: Parameter) -> str:

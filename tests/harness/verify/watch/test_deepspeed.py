@@ -78,7 +78,9 @@ def trained(
     return report.is_right, [f.name for f in report.defects], details, {**scales, "text": str(report)}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_the_built_in_muon_without_clipping(two_ranks: RankPool, stage: int) -> None:
     right, defects, details, facts = two_ranks.run(trained, stage, 0.0, "built-in")[0]
     assert defects == [], facts["text"]
@@ -91,7 +93,9 @@ def test_the_built_in_muon_with_the_default_clipping_clips_the_update(two_ranks:
     assert defects == ["clipping after orthogonalization"], facts["text"]
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [(2, "muon"), (3, "flat torch")])
+@pytest.mark.parametrize(
+    ("stage", "optimizer"), [(2, "muon"), pytest.param(3, "flat torch", marks=pytest.mark.slow)]
+)
 def test_client_optimizers(two_ranks: RankPool, stage: int, optimizer: str) -> None:
     right, defects, _, facts = two_ranks.run(trained, stage, 0.5, optimizer)[0]
     assert defects == [], facts["text"]

@@ -96,7 +96,12 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", HEALTHY)
+QUICK = {"torch", "muon-optimizer", "Moonlight", "pytorch_optimizer", "sumo", "galore", "muon_svd", "adamw"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HEALTHY]
+)
 def test_a_healthy_optimizer_is_right(name: str) -> None:
     model = net()
     report = watched(model, HEALTHY[name](model), loop={"max_norm": 0.5})
