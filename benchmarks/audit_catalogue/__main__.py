@@ -19,7 +19,6 @@ from benchmarks.audit_catalogue import entries, page
 from benchmarks.audit_catalogue.entries import Entry
 
 STORE = Path(__file__).with_name("catalogue.json")
-PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
 
 
 def main() -> int:
@@ -55,8 +54,8 @@ def main() -> int:
             print(f"{package} {reason}", file=sys.stderr)
             known.setdefault(package, Entry(package)).error = reason
         entries.write(arguments.store, known)
-    PAGE.write_text(page.text(list(known.values())), encoding="utf-8")
-    print(PAGE)
+    page.PAGE.write_text(page.text(list(known.values())), encoding="utf-8")
+    print(page.PAGE)
     return 0
 
 

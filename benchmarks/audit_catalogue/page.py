@@ -11,6 +11,7 @@ from harness.verify.audit.pages import legend, table_text
 from harness.verify.audit.tables import MISSING, Table
 from optimizers import presets
 
+PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
 HEAD = Path(__file__).with_name("head.md")
 """The hand-written part of the page."""
 _ORDER = ("wrong", "crashes", "refused", "safe")
@@ -23,7 +24,7 @@ def text(entries: Sequence[Entry]) -> str:
     Args:
         entries: measured, in the order of the page; a package that cannot be imported is one with an error.
     """
-    audited = [entry for entry in entries if not entry.error and entry.update_class]
+    audited = [entry for entry in entries if not entry.error and (entry.cells or entry.passed is not None)]
     parts = [
         HEAD.read_text(encoding="utf-8").rstrip(),
         "## The catalogue",
@@ -69,22 +70,24 @@ def name_of(entry: Entry) -> str:
 
 
 def _headline(entries: Sequence[Entry]) -> str:
+    entries = [entry for entry in entries if entry.cells]
     everywhere = sum(all(verdict == "safe" for verdict in entry.cells.values()) for entry in entries)
     labels = sorted({label for entry in entries for label in entry.cells})
     flat = sum(any(verdict == "wrong" for verdict in entry.cells.values()) for entry in entries)
-    clean = sum(not entry.failed for entry in entries if entry.passed is not None)
+    checked = [entry for entry in entries if entry.passed is not None]
+    clean = sum(not entry.failed for entry in checked)
     return (
         f"{len(entries)} optimizers on {', '.join(labels)}: **{everywhere} are safe on all of them, {flat} train "
-        f"something else on at least one, without an error.** {clean} pass all checks in one process."
+        f"something else on at least one, without an error.** {clean} of {len(checked)} fail no check in one process."
     )
 
 
 def _classes(entries: Sequence[Entry]) -> str:
-    counted = Counter(entry.update_class or MISSING for entry in entries)
+    counted = Counter(entry.update_class for entry in entries if entry.update_class)
     rows = []
     for name, count in counted.most_common():
         own = [entry for entry in entries if entry.update_class == name]
-        row = [name, str(count)]
+        row = [str(name), str(count)]
         for engine in ("ddp", "fsdp2", "zero1", "zero3"):
             having = [entry for entry in own if any(_is_of(label, engine) for label in entry.cells)]
             safe = sum(verdict(entry, engine) == "safe" for entry in having)

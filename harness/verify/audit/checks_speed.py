@@ -23,6 +23,8 @@ from harness.verify.audit.subject import (
     set_option,
 )
 
+HALF = 1e-2
+"""Relative difference up to which iterations in bf16 (8 bits) explain that batched products differ."""
 COMPILED = 1e-3
 """Bound on the relative difference of compiled updates: decompositions round otherwise, and iterations amplify it."""
 
@@ -52,8 +54,11 @@ def _option_parity(key: str, subject: Subject) -> Check:
             return Check(key, None, f"{key}={value} is refused: {describe(error)}")
         runs.append(run)
     error, name = difference(runs[1], runs[0])
-    if error > subject.rounding:
+    if error > max(HALF, subject.rounding):
         return Check(key, False, f"ΔW of {name} differs by {error:.1e} between {key}=True and {key}=False")
+    if error > subject.rounding:
+        words = f"{key}=True and {key}=False differ by {error:.1e}, as half-precision iterations do"
+        return Check(key, None, words)
     return Check(key, True, f"{key}=True and {key}=False agree (difference {error:.1e})")
 
 
