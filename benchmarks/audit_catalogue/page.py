@@ -35,7 +35,12 @@ def text(entries: Sequence[Entry]) -> str:
         own = [entry for entry in audited if package_of(entry) == package]
         title = next((entry.version for entry in own if entry.version), package)
         parts += [f"### {title}", table_text(_engines(own))]
-    parts += ["## Checks in one process", _CHECKS, table_text(_failed(audited))]
+    failed = _failed(audited)
+    parts += [
+        "## Checks in one process",
+        _CHECKS,
+        *([table_text(failed)] if failed.rows else ["None failed."]),
+    ]
     facts = Table(
         "", ["optimizer", "state", "weight decay", "host syncs"], [_facts(entry) for entry in audited]
     )

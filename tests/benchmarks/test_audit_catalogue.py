@@ -87,7 +87,7 @@ def test_page_shows_every_entry() -> None:
     entry.take(report())
     text = page.text([entry, other])
     for words in (
-        "wrong (uneven)",
+        "| wrong |",
         "### pkg 1.2",
         "added group",
         "needs a closure",
