@@ -245,6 +245,9 @@ def test_combinations_without_a_meaning_are_refused(
         ("ldadam", {"refresh_interval": 3}),
         ("gum", {"basis": "dct"}),
         ("gum", {"refresh_stagger": True}),
+        ("apollo", {"update_rms": 0.2}),
+        ("fira", {"update_rms": 0.2, "weight_decay": 0.1, "decay_order": "after"}),
+        ("fira", {"state_dtype": "bfloat16"}),
     ],
 )
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
