@@ -79,6 +79,7 @@ format: setup ## format the code with ruff
 	$(BIN)/ruff format .
 
 bench: setup ## measure the ratios of docs/benchmarks.md
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.harness_overhead optimizer=adamw
 	$(BIN)/python -m benchmarks.harness_overhead optimizer=sumo
 	$(BIN)/python -m benchmarks.step_time
