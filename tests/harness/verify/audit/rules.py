@@ -117,6 +117,16 @@ class RankDependent(Rule):
                 p.sub_(group["lr"] * p.grad * torch.rand(p.shape, generator=generator))
 
 
+class Counting(Rule):
+    """Keep a counter in the state that belongs to no parameter, as MADGRAD and SPAM do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        state: Any = self.state
+        state["count"] = state.get("count", 0) + 1
+        super().step()
+
+
 class Refusing(Rule):
     """Refuse flat slices."""
 
