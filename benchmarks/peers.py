@@ -34,6 +34,14 @@ def pytorch_optimizer_muon(weights: list[nn.Parameter]) -> Any:
     return import_module("pytorch_optimizer").Muon(groups, lr=1e-3)
 
 
+def pytorch_optimizer_rule(name: str, weights: list[nn.Parameter], **options: Any) -> Any:
+    """Build another optimizer of pytorch_optimizer: NorMuon, AdaMuon, Lion or SOAP."""
+    group: dict[str, Any] = {"params": weights}
+    if name.endswith("Muon"):
+        group["use_muon"] = True
+    return getattr(import_module("pytorch_optimizer"), name)([group], lr=1e-3, **options)
+
+
 def pytorch_optimizer_fira(weights: list[nn.Parameter], rank: int, interval: int) -> Any:
     """Build pytorch_optimizer's Fira, at the scale at which it subtracts Q R from the gradient."""
     group = {

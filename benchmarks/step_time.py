@@ -31,6 +31,7 @@ from benchmarks.peers import (
     keller_muon,
     pytorch_optimizer_fira,
     pytorch_optimizer_muon,
+    pytorch_optimizer_rule,
 )
 
 Shapes = list[tuple[int, int]]
@@ -106,6 +107,34 @@ def contestants(rank: int) -> list[Contestant]:
         Contestant("ours: ldadam", ours("ldadam", rank=rank), "moving"),
         Contestant("ours: dct_subspace", ours("dct_subspace", rank=rank), "moving"),
         Contestant("ours: gum", ours("gum", **low), "muon"),
+        *_full_rank(ours),
+    ]
+
+
+def _full_rank(ours: Callable[..., Callable[[list[nn.Parameter]], Any]]) -> list[Contestant]:
+    """Return the full-rank rules next to Muon, and pytorch_optimizer's."""
+
+    def theirs(name: str, **options: Any) -> Callable[[list[nn.Parameter]], Any]:
+        return lambda weights: pytorch_optimizer_rule(name, weights, **options)
+
+    return [
+        Contestant("pytorch_optimizer NorMuon", theirs("NorMuon"), "normuon"),
+        Contestant("ours: normuon", ours("normuon"), "normuon"),
+        Contestant("pytorch_optimizer AdaMuon", theirs("AdaMuon"), "adamuon"),
+        Contestant("ours: adamuon", ours("adamuon"), "adamuon"),
+        Contestant("pytorch_optimizer Lion", theirs("Lion"), "lion"),
+        Contestant("ours: lion", ours("lion"), "lion"),
+        Contestant("pytorch_optimizer SOAP", theirs("SOAP", precondition_frequency=NEVER), "soap"),
+        Contestant("ours: soap", ours("soap", refresh_interval=NEVER), "soap"),
+        Contestant(
+            "pytorch_optimizer SOAP, refresh step",
+            theirs("SOAP", precondition_frequency=1),
+            "soap",
+            refreshes=True,
+        ),
+        Contestant("ours: soap, refresh step", ours("soap", refresh_interval=1), "soap", refreshes=True),
+        Contestant("ours: dion2", ours("dion2"), "dion2"),
+        Contestant("ours: muon_polar_express", ours("muon_polar_express"), "dion2"),
     ]
 
 
@@ -128,6 +157,12 @@ TARGETS = [
     ("ours: sumo, refresh step", "galore-torch, refresh step", 0.1),
     ("ours: adamw", "torch AdamW (fused)", 1.1),
     ("ours: fira", "pytorch_optimizer Fira", 1.0),
+    ("ours: normuon", "pytorch_optimizer NorMuon", 1.0),
+    ("ours: adamuon", "pytorch_optimizer AdaMuon", 1.0),
+    ("ours: lion", "pytorch_optimizer Lion", 1.0),
+    ("ours: soap", "pytorch_optimizer SOAP", 1.0),
+    ("ours: soap, refresh step", "pytorch_optimizer SOAP, refresh step", 1.0),
+    ("ours: dion2", "ours: muon_polar_express", 0.5),
     ("ours: apollo", "apollo-torch", 1.0),
     ("ours: apollo_mini", "apollo-torch, mini", 1.0),
 ]
@@ -211,7 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument(
-        "--only", default="", help="families, by comma: adamw, sumo, muon, galore, fira, apollo, moving"
+        "--only",
+        default="",
+        help="families, by comma: adamw, sumo, muon, galore, fira, apollo, moving, "
+        "normuon, adamuon, lion, soap, dion2",
     )
     parser.add_argument(
         "--no-refresh", action="store_true", help="leave the refresh steps out (they are slow)"
