@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def train(
     steps: int = STEPS,
     change: Change | None = None,
     is_fused: bool = False,
-    **options: float,
+    **options: Any,
 ) -> Trajectory:
     """Train on a fixed stream of samples.
 
