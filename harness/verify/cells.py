@@ -203,4 +203,7 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
         # Presets that renew their subspace in every step do it here, too.
         if option in options and (option != "refresh_interval" or options[option] > 1):
             words.append(f"optimizer.{option}={value}")
+    if options.get("basis") == "dct":
+        # Moments of columns that were chosen anew start at 0, in every step: near ε, M/√V shows the rounding of fp32.
+        words.append("optimizer.eps=1e-5")
     return [*words, *(f"optimizer.{word}" for word in cell.options.split())]
