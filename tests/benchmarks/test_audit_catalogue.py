@@ -104,7 +104,7 @@ def test_committed_page_is_that_of_the_file() -> None:
 
 def test_workflow_of_the_page_is_accepted() -> None:
     """A workflow is YAML in which every step does one thing, and its command is one of optbench."""
-    (source,) = re.findall(r"```yml\n(.*?)```", page.HEAD.read_text(), re.DOTALL)
+    (source,) = re.findall(r"```text\n(.*?)```", page.HEAD.read_text(), re.DOTALL)
     workflow = yaml.safe_load(source)
     (job,) = workflow["jobs"].values()
     assert all(("uses" in step) != ("run" in step) for step in job["steps"])
