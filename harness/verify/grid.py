@@ -64,8 +64,8 @@ _ALONE = ("state_dtype=bfloat16",)
 """Option values that share no cell, because they have a bound of their own (`harness.verify.verdict`)."""
 
 _RULES_PER_OPTION = 3
-_WORDS_PER_CELL = 3
-"""Option values that share a cell, so that options cost a third of the time. A red cell names all of them."""
+_WORDS_PER_CELL = 4
+"""Option values that share a cell, so that options cost a fraction of the time. A red cell names all of them."""
 
 
 def pairwise() -> list[Cell]:
