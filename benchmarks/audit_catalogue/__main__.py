@@ -5,7 +5,7 @@
 An interrupted run goes on where it ended. Packages that are not installed are named on the page; install them without
 their dependencies, in a folder of their own:
 
-    pip install --no-deps --target peers apollo-torch heavyball bitsandbytes
+    pip install --no-deps --target peers pytorch_optimizer galore-torch apollo-torch heavyball bitsandbytes
     PYTHONPATH=peers python -m benchmarks.audit_catalogue
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from benchmarks.audit_catalogue import entries, page
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="only the engines of the page's table")
     parser.add_argument("--package", action="append", help="measure these packages only")
     parser.add_argument("--no-checks", action="store_true", help="only the engines")
+    parser.add_argument("--time-limit", type=float, help="of one cell, s; default: 60")
     parser.add_argument("--only-page", action="store_true", help="measure nothing")
     parser.add_argument("--store", type=Path, default=STORE, help="the catalogue's file")
     arguments = parser.parse_args()
@@ -37,7 +39,11 @@ def main() -> int:
 
         def say(entry: Entry, number: int, total: int) -> None:
             words = entry.error or f"{len(entry.cells)} cells, {len(entry.failed)} failed checks"
-            print(f"[{number}/{total}] {entry.target}: {words}", file=sys.stderr, flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} [{number}/{total}] {entry.target}: {words}",
+                file=sys.stderr,
+                flush=True,
+            )
 
         labels = measure.ENGINES if arguments.short else [cell.label for cell in CELLS]
         missing = measure.measure(
@@ -47,12 +53,14 @@ def main() -> int:
             packages=arguments.package or measure.PACKAGES,
             labels=labels,
             has_checks=not arguments.no_checks,
+            cell_s=arguments.time_limit or measure.CELL_S,
         )
         for package in arguments.package or measure.PACKAGES:
             known.pop(package, None)
         for package, reason in missing.items():
             print(f"{package} {reason}", file=sys.stderr)
-            known.setdefault(package, Entry(package)).error = reason
+            if not any(page.package_of(entry) == package for entry in known.values()):
+                known[package] = Entry(package, error=reason)
         entries.write(arguments.store, known)
     page.PAGE.write_text(page.text(list(known.values())), encoding="utf-8")
     print(page.PAGE)

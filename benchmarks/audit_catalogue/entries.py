@@ -14,13 +14,21 @@ FACTS = ("state bytes", "weight decay", "host syncs", "keeps gradients", "bf16 p
 """Checks whose measurement is of interest although nothing is wrong."""
 
 
+UNAVAILABLE: Mapping[str, str] = {
+    "dion": "it is not in the package index",
+    "emerging-optimizers 0.3.0": "it needs Python 3.12 or newer; torch and DeepSpeed are audited on 3.11",
+}
+"""Package that the catalogue should hold → why it does not."""
+
+
 @dataclass
 class Entry:
-    """What is known about one optimizer.
+    """What is known about one optimizer; nothing yet: neither an error, nor cells, nor checks.
 
     Attributes:
         target: import path or preset.
         version: package and version.
+        core: digest of the sources that measured it, `measure.core`.
         error: why it cannot be audited; empty: it can.
         update_class: of the update; None: not measured yet.
         notes: how its parameters are passed, where that is not plain.
@@ -33,6 +41,7 @@ class Entry:
 
     target: str
     version: str = ""
+    core: str = ""
     error: str = ""
     update_class: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -41,6 +50,11 @@ class Entry:
     passed: int | None = None
     failed: dict[str, str] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_measured(self) -> bool:
+        """Return True if it was audited, or cannot be."""
+        return bool(self.error or self.cells) or self.passed is not None
 
     def take(self, report: Mapping[str, Any]) -> None:
         """Take over what a report of `optbench audit --json` says; what it lacks stays as it is.

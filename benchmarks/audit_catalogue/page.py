@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.audit_catalogue.entries import Entry
+from benchmarks.audit_catalogue.entries import UNAVAILABLE, Entry
 from harness.verify.audit.pages import legend, table_text
 from harness.verify.audit.tables import MISSING, Table
 from optimizers import presets
@@ -29,6 +29,7 @@ def text(entries: Sequence[Entry]) -> str:
         HEAD.read_text(encoding="utf-8").rstrip(),
         "## The catalogue",
         _headline(audited),
+        _origin(entries),
         _classes(audited),
     ]
     for package in dict.fromkeys(map(package_of, audited)):
@@ -46,8 +47,8 @@ def text(entries: Sequence[Entry]) -> str:
     )
     parts += ["## State, weight decay, host syncs", _FACTS, table_text(facts)]
     refused = [[entry.target, entry.error] for entry in entries if entry.error]
-    if refused:
-        parts += ["## Not audited", table_text(Table("", ["optimizer", "reason"], refused))]
+    refused += [[name, f"cannot be installed: {reason}"] for name, reason in UNAVAILABLE.items()]
+    parts += ["## Not audited", table_text(Table("", ["optimizer or package", "reason"], refused))]
     return "\n\n".join([*parts, "## Terms", legend()]) + "\n"
 
 
@@ -85,6 +86,33 @@ def _headline(entries: Sequence[Entry]) -> str:
         f"{len(entries)} optimizers on {', '.join(labels)}: **{everywhere} are safe on all of them, {flat} train "
         f"something else on at least one, without an error.** {clean} of {len(checked)} fail no check in one process."
     )
+
+
+def _origin(entries: Sequence[Entry]) -> str:
+    """Return which version of the audit measured the rows, and what was not measured."""
+    cores: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.is_measured:
+            cores.setdefault(entry.core, []).append(entry.target)
+    by_size = sorted(cores.items(), key=lambda item: -len(item[1]))
+    sentences = []
+    if len(cores) == 1:
+        sentences.append(f"{_version(by_size[0][0]).capitalize()} measured every row.")
+    elif cores:
+        (main, _), *others = by_size
+        sentences.append(f"{_version(main).capitalize()} measured every row, except:")
+        sentences += [f"{_version(core)} measured {', '.join(names)}." for core, names in others]
+    waiting = Counter(package_of(entry) for entry in entries if not entry.is_measured)
+    if waiting:
+        counts = ", ".join(f"{count} of {package}" for package, count in waiting.items())
+        sentences.append(
+            f"**{waiting.total()} optimizers are not measured yet** and are in no table: {counts}."
+        )
+    return " ".join(sentences)
+
+
+def _version(core: str) -> str:
+    return f"the audit whose sources have the digest `{core}`" if core else "an older version of the audit"
 
 
 def _classes(entries: Sequence[Entry]) -> str:

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.audit_catalogue import entries, page
+from benchmarks.audit_catalogue import entries, measure, page
 from benchmarks.audit_catalogue.entries import Entry
 from harness import command_line
+from harness.errors import InputError
+from harness.verify.audit.cells import EngineCell
+from harness.verify.audit.document import CellReport, Check, TargetReport
+from harness.verify.audit.targets import Target, TargetError
 
 ROOT = Path(__file__).parents[2]
 STORE = ROOT / "benchmarks" / "audit_catalogue" / "catalogue.json"
@@ -25,7 +29,8 @@ PROGRAMS = re.findall(
 
 @pytest.mark.parametrize(("title", "program", "output"), PROGRAMS, ids=[title for title, *_ in PROGRAMS])
 def test_program_of_a_finding_prints_what_the_page_says(title: str, program: str, output: str) -> None:
-    pytest.importorskip("pytorch_optimizer")
+    for package in re.findall(r"^import (\w+)", program, re.MULTILINE):
+        pytest.importorskip(package, exc_type=ImportError)
     assert len(program.strip().splitlines()) <= 17, title
     printed = io.StringIO()
     try:
@@ -37,7 +42,7 @@ def test_program_of_a_finding_prints_what_the_page_says(title: str, program: str
 
 
 def test_every_finding_has_a_program() -> None:
-    assert len(PROGRAMS) == FINDINGS.count("\n## ") >= 8
+    assert len(PROGRAMS) == FINDINGS.count("\n## ") >= 7
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -95,6 +100,97 @@ def test_page_shows_every_entry() -> None:
         "| 6 |",
     ):
         assert words in text, words
+
+
+def test_page_says_what_measured_its_rows_and_what_is_missing() -> None:
+    rows = [
+        Entry(f"pkg.{name}", core=core) for name, core in zip("ABC", ("1111", "1111", "2222"), strict=True)
+    ]
+    for entry in rows:
+        entry.take(report())
+    same = page.text(rows[:2])
+    assert "the audit whose sources have the digest `1111` measured every row." in same.lower()
+    assert "not measured yet" not in same
+    mixed = page.text([*rows, Entry("pkg.D"), Entry("other.E")])
+    assert (
+        "digest `1111` measured every row, except: the audit whose sources have the digest `2222` measured pkg.C."
+        in (mixed)
+    )
+    assert "**2 optimizers are not measured yet** and are in no table: 1 of pkg, 1 of other." in mixed
+    assert "pkg.D" not in mixed
+    for package in ("dion", "emerging-optimizers"):
+        assert f"| {package}" in mixed
+
+
+class Recorded:
+    """Stands for the processes of an audit: everything passes at once."""
+
+    def __init__(self, *_: object) -> None:
+        self.asked: list[tuple[str, int, bool]] = RECORDED
+
+    def __enter__(self) -> Recorded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
+
+    def members(self, package: str) -> list[Target]:
+        """Return two optimizers, or fail as for a package that is not installed."""
+        if package != "pkg":
+            raise InputError("--all", package, "cannot be imported")
+        return [Target("pkg.A"), Target("pkg.B")]
+
+    def probe(self, target: Target) -> Target:
+        """Refuse one of them."""
+        if target.name == "pkg.B":
+            raise TargetError("needs a closure")
+        return target
+
+    def audit(self, target: Target, lacking: list[EngineCell], *, has_checks: bool) -> TargetReport:
+        """Return a report of what is asked."""
+        self.asked.append((target.name, len(lacking), has_checks))
+        found = tuple(CellReport(cell.engine, 2, "safe", variant=cell.variant) for cell in lacking)
+        checks = (Check("resume", True),) if has_checks else ()
+        return TargetReport(target.name, "matrix", cells=found, checks=checks)
+
+
+RECORDED: list[tuple[str, int, bool]] = []
+
+
+def test_only_what_an_entry_lacks_or_an_older_audit_measured_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "Session", Recorded)
+    monkeypatch.setattr(measure, "core", lambda: "new")
+    RECORDED.clear()
+    known = {"pkg.A": Entry("pkg.A", core="old", cells={"ddp": "wrong"}, passed=3)}
+    labels = ["single", "ddp"]
+
+    def run(**options: Any) -> dict[str, str]:
+        return measure.measure(known, lambda: None, lambda *_: None, packages=["pkg", "gone"], **options)
+
+    assert run(labels=labels[:1]) == {"gone": "cannot be imported"}
+    assert known["pkg.A"].cells == {"single": "safe"}
+    assert (known["pkg.A"].core, known["pkg.A"].passed) == ("new", 1)
+    assert known["pkg.B"].error == "needs a closure"
+    run(labels=labels)
+    run(labels=labels)
+    assert RECORDED == [("pkg.A", 1, True), ("pkg.A", 1, False)]
+
+
+def test_digest_of_the_audit_changes_with_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path(measure.cells.__file__).parent
+    for file in home.glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = measure.core()
+    monkeypatch.setattr(measure.cells, "__file__", str(tmp_path / "cells.py"))
+    assert measure.core() == before
+    (tmp_path / "pages.py").write_text("# shows results only")
+    assert measure.core() == before
+    (tmp_path / "checks_state.py").write_text("# another check")
+    assert measure.core() != before
 
 
 def test_committed_page_is_that_of_the_file() -> None:

@@ -27,6 +27,9 @@ CLASSES: Mapping[str, str] = {
 }
 """Class of an update → its meaning. The first one that holds is reported, from the bottom to the top."""
 
+CONTROL = "control: "
+"""Begins the targets of controls."""
+
 
 @dataclass(frozen=True)
 class CellReport:
@@ -111,6 +114,7 @@ class TargetReport:
         version: of its package, "pytorch_optimizer 4.1.0"; empty: unknown.
         notes: how the optimizer was used, where that is not plain (`Target.form`).
         error: why it cannot be audited; then there are neither cells nor checks.
+        not_run: labels of cells, and "checks", for which there was no time.
         seconds: that the audit of this target took, s; None: not measured.
     """
 
@@ -122,13 +126,19 @@ class TargetReport:
     version: str = ""
     notes: tuple[str, ...] = ()
     error: str = ""
+    not_run: tuple[str, ...] = ()
     seconds: float | None = field(default=None, compare=False)
 
     @property
     def passed(self) -> bool:
-        """Return True if no cell is wrong or crashes, no check failed, and every control was detected."""
+        """Return True if everything ran, no cell is wrong or crashes, no check failed, every control was detected."""
+        return not (self.error or self.not_run or self.failed)
+
+    @property
+    def failed(self) -> bool:
+        """Return True if a cell is wrong or crashes, a check failed, or a control was not detected."""
         cells = all(is_good(cell) for cell in self.cells)
-        return not self.error and cells and all(check.passed is not False for check in self.checks)
+        return not cells or any(check.passed is False for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the target's entry in the JSON document."""
@@ -140,14 +150,15 @@ class TargetReport:
             "notes": list(self.notes),
             "error": self.error or None,
             "passed": self.passed,
+            "not_run": list(self.not_run),
             "cells": [cell.as_dict() for cell in self.cells],
             "checks": [check.as_dict() for check in self.checks],
         }
 
 
 def is_good(cell: CellReport) -> bool:
-    """Return True for a cell that is safe or refused; for a control, for one that is neither."""
-    return (cell.verdict in ("safe", "refused")) != bool(cell.control)
+    """Return True for a cell that is safe or refused; for a control, for one that is wrong."""
+    return cell.verdict == "wrong" if cell.control else cell.verdict in ("safe", "refused")
 
 
 def _finite(value: float | None) -> float | None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from harness.errors import InputError
 from harness.verify.audit.cells import EngineCell
 from harness.verify.audit.controls import Control
-from harness.verify.audit.document import CellReport, Check, TargetReport
+from harness.verify.audit.document import CONTROL, CellReport, Check, TargetReport
 from harness.verify.audit.targets import FORMS, Target, TargetError, version
 from harness.verify.pool import RankLost, RankPool, RanksFailed
 
@@ -32,6 +32,7 @@ CELL_S = 60.0
 GRACE_S = 3.0
 """Time that the other ranks get once one has failed, s."""
 CHECKS = "harness.verify.audit.checks"
+CHECKS_LABEL = "checks"
 RESUME = "harness.verify.audit.checks_ranks:resume_across"
 
 Say = Callable[[TargetReport, int, int], None]
@@ -56,7 +57,7 @@ class Session:
     Args:
         folder: scratch folder.
         cell_s: time limit of a cell, s.
-        deadline: `time.monotonic` after which cells are no longer run; None: none.
+        deadline: `time.monotonic` after which no cell and no check begins; None: none.
     """
 
     def __init__(self, folder: Path, cell_s: float = CELL_S, deadline: float | None = None) -> None:
@@ -69,6 +70,11 @@ class Session:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    @property
+    def is_late(self) -> bool:
+        """Return True after the deadline."""
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def pool(self, world_size: int) -> RankPool:
         """Return the pool of this many ranks, started when it is first needed."""
@@ -116,6 +122,9 @@ class Session:
             cells: to run.
             has_checks: also run the checks of one process.
         """
+        if self.is_late:
+            labels = [cell.label for cell in cells]
+            return TargetReport(target.label, not_run=(*labels, *([CHECKS_LABEL] if has_checks else [])))
         began = time.monotonic()
         one = self.pool(1)
         one.run("harness.verify.audit.judge:forget")
@@ -124,16 +133,27 @@ class Session:
         except (RankLost, RanksFailed) as error:
             reason = f"its class cannot be measured: {_reason(error)}"
             return TargetReport(target.label, error=reason, version=version(target.name))
-        reports = tuple(self._cell(cell, target, measured) for cell in cells)
-        checks = self._checks(target) if has_checks else ()
+        reports: list[CellReport] = []
+        not_run: list[str] = []
+        for cell in cells:
+            if self.is_late:
+                not_run.append(cell.label)
+            else:
+                reports.append(self._cell(cell, target, measured))
+        checks: tuple[Check, ...] = ()
+        if has_checks and self.is_late:
+            not_run.append(CHECKS_LABEL)
+        elif has_checks:
+            checks = self._checks(target)
         return TargetReport(
             target.label,
             measured.name,
             measured.explanation,
-            reports,
+            tuple(reports),
             checks,
             version(target.name),
             tuple(filter(None, [FORMS[target.form]])),
+            not_run=tuple(not_run),
             seconds=time.monotonic() - began,
         )
 
@@ -141,19 +161,20 @@ class Session:
         """Return one report per control: each must be wrong."""
         reports = []
         for control in selected:
+            label = f"{CONTROL}{control.name}"
+            if self.is_late:
+                reports.append(TargetReport(label, not_run=(control.cell.label,)))
+                continue
             self.pool(1).run("harness.verify.audit.judge:forget")
             measured = self.pool(1).run(f"{RANKS}:measure_class", control.target)[0]
             cell = self._cell(control.cell, control.target, measured, control.loop_defect)
             cells = (replace(cell, control=control.name),)
-            reports.append(TargetReport(f"control: {control.name}", measured.name, cells=cells))
+            reports.append(TargetReport(label, measured.name, cells=cells))
         return reports
 
     def _cell(
         self, cell: EngineCell, target: Target, measured: Any, loop_defect: str | None = None
     ) -> CellReport:
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            return _failed(cell, None, "not run: the time limit was reached", is_refusal=False)
-
         def judge(*arguments: object) -> CellReport:
             one = self.pool(1)
             what = f"the reference for {cell.label}"
@@ -167,8 +188,6 @@ class Session:
     def _checks(self, target: Target) -> tuple[Check, ...]:
         """Return the checks of one process, and of a checkpoint that is resumed at another world size."""
         found: list[Check] = []
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            return (Check("checks", False, "not run: the time limit was reached"),)
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             for pool, name, arguments in (
                 (self.pool(1), f"{CHECKS}:run_checks", (target,)),

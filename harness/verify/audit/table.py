@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.console import cell as text
-from harness.verify.audit.cells import ENGINES
-from harness.verify.audit.document import TargetReport, is_good
+from harness.verify.audit.cells import CELLS, ENGINES
+from harness.verify.audit.document import CONTROL, TargetReport, is_good
 from harness.visible import markdown as escaped
 
 STYLES = {"safe": "green", "wrong": "bold red", "crashes": "red", "refused": "yellow"}
+_LABELS = tuple(cell.label for cell in CELLS)
 _WORST = ("wrong", "crashes", "refused", "safe")
 
 
@@ -22,6 +23,8 @@ def line(report: TargetReport, number: int, total: int) -> Text:
     counts = ", ".join(
         f"{n} {verdict}" for verdict in _WORST if (n := sum(cell.verdict == verdict for cell in report.cells))
     )
+    if report.not_run:
+        counts = ", ".join(filter(None, [counts, f"{len(report.not_run)} not run"]))
     seconds = f" {report.seconds:.0f} s" if report.seconds is not None else ""
     style = "green" if report.passed else "red"
     return text(
@@ -29,9 +32,23 @@ def line(report: TargetReport, number: int, total: int) -> Text:
     )
 
 
+def not_run(report: TargetReport) -> str:
+    """Return the sentence that says for what there was no time, and what to type."""
+    engines = dict.fromkeys(label.partition(" ")[0] for label in report.not_run if label in _LABELS)
+    engine = f" --engine {','.join(engines)}" if engines else ""
+    if report.target.startswith(CONTROL):
+        command = f"optbench audit torch.optim.AdamW{engine} --include-controls"
+    else:
+        command = f"optbench audit '{report.target}'{engine}"
+    return (
+        f"{report.target}: not run, because the time of --ci was over: {', '.join(report.not_run)}. "
+        f"This says nothing about the optimizer. Without the limit: {command}"
+    )
+
+
 def show(reports: Sequence[TargetReport], console: Console) -> None:
     """Print one table of a single target, or one row per target."""
-    whole = [report for report in reports if report.cells and not _is_control(report)]
+    whole = [report for report in reports if (report.cells or report.not_run) and not _is_control(report)]
     if len(whole) == 1:
         _show_cells(whole[0], console)
         _show_checks(whole[0], console)
@@ -97,7 +114,7 @@ def _show_rows(reports: Sequence[TargetReport], console: Console) -> None:
             text(report.target),
             report.update_class or "",
             *(_worst(report, engine) for engine in ENGINES),
-            text(", ".join(failed) or ("passed" if report.checks else "")),
+            text(", ".join(failed) or ("passed" if report.checks else "not run" if report.not_run else "")),
         )
     console.print(table)
 
@@ -132,6 +149,8 @@ def markdown(reports: Sequence[TargetReport]) -> str:
             for check in report.checks
             if check.passed is False
         ]
+        if report.not_run:
+            reasons.append(f"- {escaped(not_run(report))}")
     return "\n".join([*rows, "", *reasons, ""])
 
 
@@ -147,7 +166,7 @@ def _worst(report: TargetReport, engine: str) -> Text:
 
 
 def _is_control(report: TargetReport) -> bool:
-    return any(cell.control for cell in report.cells)
+    return report.target.startswith(CONTROL)
 
 
 def _number(value: float | None) -> str:

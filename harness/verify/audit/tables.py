@@ -80,7 +80,10 @@ def findings(report: TargetReport) -> list[str]:
         f"{verdict} on {', '.join(dict.fromkeys(labels))}{': ' if reason else ''}{reason}"
         for (verdict, reason), labels in grouped.items()
     ]
-    return lines + [f"{check.name}: {check.detail}" for check in report.checks if check.passed is False]
+    lines += [f"{check.name}: {check.detail}" for check in report.checks if check.passed is False]
+    if report.not_run:
+        lines.append(f"not run, because there was no time: {', '.join(report.not_run)}")
+    return lines
 
 
 def cells_table(report: TargetReport) -> Table:
@@ -128,10 +131,11 @@ def number(value: float | None) -> str:
 
 
 def counts(reports: Sequence[TargetReport]) -> Mapping[str, int]:
-    """Return how many targets passed, failed and could not be audited."""
+    """Return how many targets passed, failed, were not audited to the end, and could not be audited."""
     return {
         "passed": sum(report.passed for report in reports),
-        "failed": sum(not report.passed and not report.error for report in reports),
+        "failed": sum(report.failed and not report.error for report in reports),
+        "not finished": sum(bool(report.not_run) and not report.failed for report in reports),
         "not audited": sum(bool(report.error) for report in reports),
     }
 
@@ -154,6 +158,8 @@ def badge(report: TargetReport, link: str = "audit.md") -> str:
     judged = [check for check in report.checks if check.passed is not None]
     if judged:
         parts.append(f"{sum(bool(check.passed) for check in judged)} of {len(judged)} checks passed")
+    if report.not_run:
+        parts.append(f"{len(report.not_run)} not run")
     kind = f" ({report.update_class})" if report.update_class else ""
     version = f", {markdown(report.version)}" if report.version else ""
     return f"**{markdown(report.target)}**{kind}: {markdown('; '.join(parts))} ([optbench audit]({link}){version})"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from harness import cli
-from harness.verify.audit import cells, command, table
+from harness.verify.audit import cells, command, table, tables
+from harness.verify.audit.controls import CONTROLS
 from harness.verify.audit.document import CellReport, Check, TargetReport
 from harness.verify.audit.session import Session
 from harness.verify.audit.targets import Target
@@ -68,12 +69,55 @@ def test_ci_appends_a_table_to_the_job_summary(tmp_path: Path, monkeypatch: pyte
     assert "| a.B | matrix |  | safe |" in summary.read_text()
 
 
-def test_after_the_deadline_no_cell_runs_and_none_passes(tmp_path: Path) -> None:
+def test_after_the_deadline_nothing_runs_passes_or_counts_as_a_crash(tmp_path: Path) -> None:
     with Session(tmp_path, deadline=0.0) as session:
-        report = session._cell(cells.CELLS[1], Target("torch.optim.SGD"), None)
-        checks = session._checks(Target("torch.optim.SGD"))
-    assert (report.verdict, report.reason) == ("crashes", "not run: the time limit was reached")
-    assert [check.passed for check in checks] == [False]
+        report = session.audit(Target("torch.optim.SGD"), cells.select(["single", "ddp"])[:2])
+        control = session.controls(CONTROLS[:1])[0]
+    assert report.cells == report.checks == ()
+    assert report.not_run == ("single", "ddp", "checks")
+    assert not report.passed
+    assert not report.failed
+    assert report.as_dict()["not_run"] == ["single", "ddp", "checks"]
+    assert not control.passed
+
+
+def test_what_was_not_run_is_said_with_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = TargetReport("a.B", "matrix", cells=(CellReport("ddp", 2, "safe"),))
+    cut = TargetReport(
+        "a.C", "matrix", cells=done.cells, not_run=("fsdp2 uneven", "zero3", "zero3 bf16", "checks")
+    )
+    reports = {"a.B": done, "a.C": cut}
+    monkeypatch.setattr(Session, "probe", lambda _self, target: target)
+    monkeypatch.setattr(Session, "audit", lambda _self, target, _cells: reports[target.name])
+    assert cli.main(["audit", "a.B", "--ci"]) == 0
+    assert "not run" not in capsys.readouterr().err
+    assert cli.main(["audit", "a.B", "a.C", "--ci"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "a.C: not run, because the time of --ci was over: fsdp2 uneven, zero3, zero3 bf16, checks."
+    )
+    assert last.endswith("optbench audit 'a.C' --engine fsdp2,zero3")
+    assert "crashes" not in table.markdown([cut])
+    assert tables.counts([done, cut]) == {"passed": 1, "failed": 0, "not finished": 1, "not audited": 0}
+    assert "4 not run" in tables.badge(cut)
+    assert "4 not run" in str(table.line(cut, 1, 2))
+
+
+def test_ci_begins_nothing_that_would_end_after_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines: list[float | None] = []
+
+    def audit(session: Session, target: Target, _cells: object) -> TargetReport:
+        deadlines.append(session._deadline)
+        return TargetReport(target.label, "matrix", cells=(CellReport("ddp", 2, "safe"),))
+
+    monkeypatch.setattr(Session, "probe", lambda _self, target: target)
+    monkeypatch.setattr(Session, "audit", audit)
+    monkeypatch.setattr(command.time, "monotonic", lambda: 1000.0)
+    assert cli.main(["audit", "a.B", "--ci"]) == 0
+    assert cli.main(["audit", "a.B"]) == 0
+    assert deadlines == [1000.0 + command.CI_S - command.CI_CELL_S, None]
 
 
 def audit(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:

@@ -190,6 +190,7 @@ def test_a_control_passes_by_being_detected() -> None:
     assert not is_good(wrong)
     assert is_good(CellReport("ddp", 2, "wrong", control="a defect"))
     assert not is_good(CellReport("ddp", 2, "safe", control="a defect"))
+    assert not is_good(CellReport("ddp", 2, "crashes", control="a defect"))
     assert not TargetReport("a.B", checks=(Check("resume", False),)).passed
     assert not TargetReport("a.B", error="crashes on import").passed
     assert TargetReport("a.B", cells=(safe,), checks=(Check("host reads", None),)).passed
