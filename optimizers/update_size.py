@@ -41,7 +41,11 @@ def resized(b: MatrixBatch, update: Update) -> Steps[Update]:
         target: Tensor | float = b.options["update_rms"] * math.sqrt(m * n)
     else:
         target = b.radii
-    factor = torch.where(square > 0, target / square.sqrt(), 0.0).to(b.dtype)[:, None, None]
+    factor = torch.where(square > 0, target / square.sqrt(), 0.0)
+    if b.radii is not None:
+        # A weight that starts as zeros has no norm to keep: its update stays as it is.
+        factor = torch.where(b.radii > 0, factor, 1.0)
+    factor = factor.to(b.dtype)[:, None, None]
     delta = update.delta
     if isinstance(delta, LowRank) and delta.keep == 0.0:
         return update._replace(delta=LowRank(delta.left, delta.right * factor))

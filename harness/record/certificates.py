@@ -66,6 +66,9 @@ UNCERTIFIED_OPTIONS = (
 )
 """Options that may differ from the preset's: sizes, what a certificate fixes itself, and what changes no weight."""
 
+CERTIFIED_VALUES: Mapping[str, str] = {"gram_dtype": "float64"}
+"""Options that every cell sets because the preset's value is not reproducible; runs with another are not covered."""
+
 
 @dataclass(frozen=True, order=True)
 class Cell:
@@ -274,6 +277,11 @@ def _changed_options(config: RunConfig) -> list[str]:
         for key, value in options.items()
         if key not in has_own_cells and _is_other(preset.options.get(key), value, key)
     ]
+    words += [
+        option_word(key, options[key])
+        for key, value in CERTIFIED_VALUES.items()
+        if options.get(key, value) != value
+    ]
     # "auto" is no other path for matrices as small as those of the cells.
     if options.get("refresh_stagger") == "auto" and _has_large_matrices(config):
         words.append(option_word("refresh_stagger", True))
@@ -343,6 +351,8 @@ def _cover(cell: Cell, certified: Mapping[str, Any]) -> tuple[list[str], list[st
 def _has_option(cell: Cell, word: str) -> bool:
     """Return True if a cell ran with an option, its own or its preset's; of a number it counts that there is one."""
     key, _, value = word.partition("=")
+    if key in CERTIFIED_VALUES:
+        return value == CERTIFIED_VALUES[key]
     option = presets.OPTIONS.get(key)
     own = {name: text for name, _, text in (part.partition("=") for part in cell.options.split())}
     if key in own:

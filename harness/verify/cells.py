@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from harness.record.certificates import Cell
+from harness.record.certificates import CERTIFIED_VALUES, Cell
 from optimizers import presets
 
 EXAMPLE_RULE = "unit_momentum"
@@ -197,13 +197,10 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
         ("aux_lr", _AUX_LR),
         ("refresh_interval", REFRESH_INTERVAL),
         ("orthogonalizer_dtype", orthogonalizer_dtype),
-        ("gram_dtype", "float64"),
+        *CERTIFIED_VALUES.items(),
         ("full_rank_probability", _FULL_RANK_PROBABILITY),
     ):
         # Presets that renew their subspace in every step do it here, too.
         if option in options and (option != "refresh_interval" or options[option] > 1):
             words.append(f"optimizer.{option}={value}")
-    if options.get("basis") == "dct":
-        # Moments of columns that were chosen anew start at 0, in every step: near ε, M/√V shows the rounding of fp32.
-        words.append("optimizer.eps=1e-5")
     return [*words, *(f"optimizer.{word}" for word in cell.options.split())]

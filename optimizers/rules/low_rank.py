@@ -146,7 +146,7 @@ class ComposedOptions(ScaledOrthogonalOptions, AdamOptions, LowRankOptions):
         residual, factor = values["residual"], values["residual_scale"]
         if residual == "drop" and factor != 0 and "residual_scale" in given and "residual" not in given:
             residual = "sgd"
-        elif residual == "drop":
+        elif residual == "drop" and not {"residual", "residual_scale"} <= {*given}:
             factor = 0.0
         elif (
             factor == 0 and residual == "sgd" and not ("residual" in given and "residual_scale" not in given)
@@ -198,6 +198,24 @@ def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, 
             "residual",
             f"orthogonalizes the whole moment in a full-rank period, which inner={inner} does not do",
             ("unbiased with inner=orthogonalize", "sgd"),
+        ),
+        (
+            residual == "drop" and v["residual_scale"] != 0,
+            "residual_scale",
+            "is the factor on a residual that residual=drop leaves out",
+            ("0", f"{v['residual_scale']:g} with residual=sgd"),
+        ),
+        (
+            residual == "unbiased" and v["residual_scale"] != 1,
+            "residual_scale",
+            "has no part in residual=unbiased, whose factors follow from full_rank_probability",
+            ("1", f"{v['residual_scale']:g} with residual=sgd"),
+        ),
+        (
+            limits and target == "total" and (v["update_rms"] is not None or v["weight_norm"] == "hyperball"),
+            "norm_growth_target",
+            "limits a norm that update_rms or weight_norm=hyperball sets afterwards",
+            ("factor", "total with update_rms=null and weight_norm=free"),
         ),
         (
             residual == "unbiased" and transport is not False,

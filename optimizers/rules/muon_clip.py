@@ -6,14 +6,16 @@ The step is Moonlight's Muon (`optimizers.rules.muon`). Then, for each head with
 
 which is a hook (`optimizers.qk_clip`): whoever runs the model gives it the logits (`optimizer.units.clip_attention`).
 Read in descriptions of the paper: the rule, τ = 100. Derived: where query heads share a key head, the queries take the
-whole factor.
+whole factor. The look-ahead is that of Moonlight's code; the formula as it is described has none (`nesterov=false`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from optimizers.options import option
+from optimizers.options import OptionError, option
 from optimizers.rule_options import AS_ADAMW, PeakRate, Preset, ScaledOrthogonalOptions
 from optimizers.rules.muon import Muon
 
@@ -29,6 +31,21 @@ class MuonClipOptions(ScaledOrthogonalOptions):
         "τ: largest attention logit of a head, above which its W_q and W_k shrink; null: off",
         minimum=1e-6,
     )
+
+    @staticmethod
+    def check(values: Mapping[str, Any]) -> None:
+        """Refuse to keep the norm of weights that QK-clip shrinks.
+
+        Raises:
+            OptionError: naming the option.
+        """
+        if values["qk_clip_threshold"] is not None and values["weight_norm"] != "free":
+            raise OptionError(
+                "weight_norm",
+                values["weight_norm"],
+                "undoes QK-clip, which makes the weights of queries and keys smaller",
+                ("free", f"{values['weight_norm']} with qk_clip_threshold=null"),
+            )
 
 
 PRESETS = (

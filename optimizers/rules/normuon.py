@@ -3,9 +3,10 @@
 M ← μM + (1 - μ)G      O = orth(M)      v ← β₂v + (1 - β₂)·mean over columns of O⊙O      Ô = O / (√v + ε), row by row
 W ← (1 - ηλ)W - η α·0.2·√(mn)·Ô / ‖Ô‖_F
 
-A row is an output neuron; of a weight that is stored as (in, out) it is a column. Read in the paper: the formula.
-Differences of the authors' code and of pytorch_optimizer (default): they look ahead (Nesterov), and restore ‖O‖_F
-instead of 0.2·√(mn); both agree for an exact factor, times `rms_max`. Not stated: ε (1e-10 there and here).
+A row is an output neuron; of a weight that is stored as (in, out) it is a column. The formula was read in a description
+of the paper. Differences of the authors' code and of pytorch_optimizer (default): they look ahead (Nesterov), and
+restore ‖O‖_F instead of 0.2·√(mn); both agree for an exact factor, times `rms_max`. Not stated: ε (1e-10 there and
+here).
 """
 
 from __future__ import annotations

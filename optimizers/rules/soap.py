@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from optimizers.options import option
+from optimizers.options import OptionError, option
 from optimizers.rule import Rule
 from optimizers.rule_options import AdamOptions, PeakRate, Preset, RefreshOptions
 from optimizers.rules import parts
@@ -94,6 +94,16 @@ class SoapOptions(AdamOptions, RefreshOptions):
         "precision of L and R and of the power iteration; float64 (kept as two float32 numbers) is for "
         "comparisons: the last columns of a basis are as accurate as eps times the condition number of L",
     )
+
+    @staticmethod
+    def check(values: Mapping[str, Any]) -> None:
+        """Refuse eps = 0, with which the first step divides 0 by 0.
+
+        Raises:
+            OptionError: naming the option.
+        """
+        if values["eps"] == 0:
+            raise OptionError("eps", 0, "divides 0 by 0: the first gradient makes the bases only", ("1e-8",))
 
 
 PRESETS = (

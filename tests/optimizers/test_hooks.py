@@ -151,9 +151,10 @@ def test_norms_of_weights(preset: str, form: str) -> None:
     assert worst(trajectory(preset, weight_norm=other, **aux), wanted) > 1e-2
 
 
-def test_a_matrix_of_zeros_has_no_norm_to_keep() -> None:
+@pytest.mark.parametrize("form", ["fixed", "hyperball"])
+def test_a_matrix_of_zeros_has_no_norm_to_keep(form: str) -> None:
     weight = torch.nn.Parameter(torch.zeros(6, 4))
-    optimizer = optimizers.build("muon", [("w", weight)], lr=0.1, weight_norm="fixed")
+    optimizer = optimizers.build("muon", [("w", weight)], lr=0.1, weight_norm=form)
     weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     assert 0.1 < float(weight.detach().norm()) < 1.0
@@ -305,6 +306,8 @@ def test_a_slow_moment_moves_in_bf16() -> None:
             {"weight_norm": "hyperball", "update_rms": 0.2},
             "both set the size of the update; allowed: null",
         ),
+        ("muon_clip", {"weight_norm": "fixed", "weight_decay": 0.0}, "undoes QK-clip"),
+        ("soap", {"eps": 0.0}, "divides 0 by 0"),
         ("adamw", {"update_rms": 0.2}, "is not an option of adamw"),
         ("adamw", {"split_heads": True}, "is not an option of adamw"),
         ("sumo", {"weight_decay_form": "gentle"}, "allowed: decoupled, cautious"),

@@ -122,6 +122,14 @@ def test_large_matrices_need_a_cell_whose_refreshes_are_spread(tmp_path: Path) -
     assert certificates.of_run(large, document(plain, staggered))["passed"]
 
 
+def test_a_value_that_no_cell_has_is_not_covered(tmp_path: Path) -> None:
+    cell = green(Cell("soap", "single", world_size=1))
+    words = ("optimizer=soap", "world_size=1")
+    assert "gram_dtype=float32" in certificates.of_run(config(tmp_path, *words), document(cell))["reason"]
+    wide = config(tmp_path, *words, "optimizer.gram_dtype=float64")
+    assert certificates.of_run(wide, document(cell))["coverage"] == "exact"
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
