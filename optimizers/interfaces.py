@@ -22,6 +22,9 @@ from optimizers.rule import Rule as Rule
 ShardBounds = tuple[tuple[int, int], ...]
 """(start, length) of the interval of each rank along the axis that is split."""
 
+MOVED_BASES = ("tracked", "power")
+"""Values of `basis` for which a basis is moved on from the last one."""
+
 T = TypeVar("T")
 
 

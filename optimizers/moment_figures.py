@@ -78,7 +78,8 @@ def moment_share(
 
 
 def singular_values(moment: Tensor, share: Share | None = None) -> Tensor:
-    """Return the singular values (b, min(m, n)) of moments (b, m, n), descending, in the moment's dtype.
+    """Return the singular values (b, min(m, n)) of moments (b, m, n), descending, in the moment's dtype (fp32 of
+    a narrower one).
 
     They come from the fp64 Gram, so they are accurate above 1e-6 σ1. With `share`, each rank holds an interval of the
     moment, and the call is a collective.
@@ -96,7 +97,9 @@ def _values(gram: Tensor, dtype: torch.dtype) -> Tensor:
         # eigvalsh raises on NaN; a moment that holds one has no spectrum.
         finite = torch.isfinite(gram).all(-1).all(-1)[:, None]
         values = torch.linalg.eigvalsh(torch.where(finite[..., None], gram, 0.0))
-    return torch.where(finite, values.clamp_min(0).sqrt().flip(-1), torch.nan).to(dtype)
+    return torch.where(finite, values.clamp_min(0).sqrt().flip(-1), torch.nan).to(
+        torch.promote_types(dtype, torch.float32)
+    )
 
 
 def figures_of(

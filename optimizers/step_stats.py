@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optimizers import presets
 from optimizers.fused_projections import Block
-from optimizers.interfaces import Collectives, MatrixBatch, Update
+from optimizers.interfaces import Collectives, MatrixBatch, Update, compute_dtype
 from optimizers.layouts.layout import StepUnit
 from optimizers.moment_figures import Figures, Observation, Share, moment_share, singular_values
 from optimizers.moment_sample import Sample, choose
@@ -152,7 +152,8 @@ class StepStats:
 def first_moments(units: StepUnits, unit: StepUnit) -> list[tuple[list[str], Tensor, Share | None]]:
     """Return names and first moments of the hidden matrices under AdamW, those of one shape stacked.
 
-    Slices that break rows have no matrix to look at; they are left out.
+    Slices that break rows have no matrix to look at; they are left out. Moments that are stored in another dtype are
+    copied to that of the arithmetic.
     """
     layout = units.layout
     kinds: dict[Any, list[tuple[Block, Tensor]]] = {}
@@ -161,7 +162,8 @@ def first_moments(units: StepUnits, unit: StepUnit) -> list[tuple[list[str], Ten
             view = layout.local_view(parameter, block)
             moment = view.part(units.state[parameter]["moment"], block)
             if moment is not None:
-                kinds.setdefault((block.shape, view.split, view.shard_bounds), []).append((block, moment))
+                wide = moment.to(compute_dtype(parameter))
+                kinds.setdefault((block.shape, view.split, view.shard_bounds), []).append((block, wide))
     return [
         (
             [block.name for block, _ in same],

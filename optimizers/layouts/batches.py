@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.interfaces import MatrixBatch, MatrixRef, compute_dtype
+from optimizers.interfaces import MOVED_BASES, LocalView, MatrixBatch, MatrixRef, compute_dtype
 from optimizers.skipping import StepMask
 from optimizers.stored_moments import TensorPart, WideState, round_into, stored_dtype
 
@@ -60,6 +60,7 @@ class BatchState:
         self._stacked: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}
         self._flags = [False] * len(self.matrices)
+        self._incomplete = [False] * len(self.matrices)
         self._owed: dict[int, bool] = {}
         self._posted: tuple[Tensor, torch.Event | None] | None = None
 
@@ -102,13 +103,19 @@ class BatchState:
         units = [m.unit for m in matrices]
         skipped = mask.positions(units)
         steps = [state[m.parameter]["step"] for m in matrices]
-        flags = self._read_flags()
+        self._read_flags()
+        # A basis that is moved on never regains a direction: one that lacks some is found anew in steps that are
+        # powers of two, so that gradients that stay of low rank cost few SVDs.
+        flags = [
+            self._flags[i] or (self._incomplete[i] and t.bit_count() == 1) for i, t in zip(active, steps)
+        ]
         due = [
             position
             for position, (i, t) in enumerate(zip(active, steps))
-            if "refresh_interval" in self.options and (flags[i] or i in self._owed or self._scheduled(i, t))
+            if "refresh_interval" in self.options
+            and (flags[position] or i in self._owed or self._scheduled(i, t))
         ]
-        has_none = [flags[i] or t == 0 or self._owed.get(i, False) for i, t in zip(active, steps)]
+        has_none = [flag or t == 0 or self._owed.get(i, False) for i, t, flag in zip(active, steps, flags)]
         # A matrix that skips the step in which its subspace was due gets it in the next one.
         for i in active:
             self._owed.pop(i, None)
@@ -145,9 +152,9 @@ class BatchState:
         """Ask the device which matrices want a new basis in the next step; the answer is read then.
 
         A basis is empty where the gradient was exactly zero when it was taken (zero-initialized layers in the
-        first step); it is looked at after each refresh (`all_of`). The residual criterion ‖Ĝ‖ ≤ ς is looked
-        at each step. By the time of the next step the copy to the host has long arrived, so the host does not
-        wait.
+        first step), and incomplete where its rank was lower; it is looked at after each refresh (`all_of`).
+        The residual criterion ‖Ĝ‖ ≤ ς is looked at each step. By the time of the next step the copy to the
+        host has long arrived, so the host does not wait.
         """
         threshold = self.options.get("refresh_threshold")
         if "refresh_interval" not in self.options or not (
@@ -161,7 +168,12 @@ class BatchState:
             if not bases:
                 return
             present = (bases[0][..., 0] != 0).any(-1)
-        flags = ~(present if self._agree is None else self._agree(present))
+            if self.options.get("basis") in MOVED_BASES:
+                # Columns are in order of descending σ, and zero ones stay zero: the last one tells.
+                present = torch.stack([present, (bases[0][..., -1] != 0).any(-1)])
+        if self._agree is not None:
+            present = self._agree(present.flatten()).view_as(present)
+        flags = ~present
         if threshold is not None:
             flags = flags | (self._stacked["projected_norm"] <= threshold)
         if flags.device.type == "meta":
@@ -175,13 +187,16 @@ class BatchState:
         event.record()
         self._posted = host, event
 
-    def _read_flags(self) -> list[bool]:
+    def _read_flags(self) -> None:
         if self._posted is not None:
             host, event = self._posted
             if event is not None:
                 event.synchronize()
-            self._flags, self._posted = host.tolist(), None
-        return self._flags
+            self._posted = None
+            if host.ndim == 2:
+                self._flags, self._incomplete = host.tolist()
+            else:
+                self._flags = host.tolist()
 
     def state_of(self, active: Sequence[int]) -> dict[str, Tensor]:
         """Return kind → stacked state of the active matrices: the tensors themselves if all are, else copies.
@@ -274,12 +289,23 @@ def make_batch_states(
         kinds.setdefault(key, []).append(matrix)
     batch_states = []
     for same in kinds.values():
-        size = matrices_per_batch(same[0], same[0].view.shape)
+        size = matrices_per_batch(same[0], _largest_shape(same[0].view))
         batch_states += [
             BatchState(same[i : i + size], options, shapes(same[0]), agree, splits(same[0]))
             for i in range(0, len(same), size)
         ]
     return batch_states
+
+
+def _largest_shape(view: LocalView) -> tuple[int, int]:
+    """Return the shape of the largest part that any process holds.
+
+    Each batch has its collectives, so that all processes must make the same batches, also those that hold less.
+    """
+    if view.split is None or view.shard_bounds is None:
+        return view.shape
+    longest = max(length for _, length in view.shard_bounds)
+    return (longest, view.shape[1]) if view.split == 0 else (view.shape[0], longest)
 
 
 def matrices_per_batch(matrix: MatrixRef, shape: tuple[int, int]) -> int:

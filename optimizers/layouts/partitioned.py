@@ -425,7 +425,7 @@ class FlatPieceView:
 def _as_piece(matrix: MatrixRef) -> MatrixRef:
     view = _flat_view(matrix)
     lo, hi = view.piece
-    piece = FlatPieceView(view, (hi - lo, 1), view.slot.pieces)
+    piece = FlatPieceView(view, (hi - lo, 1), tuple((a, z - a) for a, z in view.slot.pieces))
     return MatrixRef(matrix.parameter, matrix.block, matrix.prefix, matrix.offset, piece)
 
 

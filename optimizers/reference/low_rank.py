@@ -60,6 +60,11 @@ class _LowRank:
         """Return True where the subspace is renewed."""
         return self.t % self.interval == 0
 
+    @property
+    def is_found_anew(self) -> bool:
+        """Return True where a basis that is moved on comes from an SVD: the first, and incomplete ones at t = 2ᵏ."""
+        return self.t == 0 or (self.t & (self.t - 1) == 0 and not self.basis.any(axis=0).all())
+
     def adam(self, inside: Matrix, betas: tuple[float, float], eps: float, raw: bool) -> tuple[Matrix, float]:
         """Advance both moments; return M/(√V + ε) and √b₂/b₁, with ε√b₂ instead of ε unless `raw`."""
         beta1, beta2 = betas
@@ -149,7 +154,7 @@ class LDAdam(_LowRank):
         beta1 = self.betas[0]
         a = g + self.error
         old, moment = self.basis, self.first
-        if self.t == 0:
+        if self.is_found_anew:
             new = leading_vectors(a, self.rank, left=True)
         else:
             mixed = self.rho * old @ moment / (1 - beta1**self.t) + (1 - self.rho) * a
@@ -174,7 +179,7 @@ class SubTrack(_LowRank):
 
     def update(self, g: Matrix) -> Matrix:
         """Return the update of Fira in the tracked subspace, with moments that are carried over."""
-        if self.t == 0:
+        if self.is_found_anew:
             self.carry(leading_vectors(g, self.rank, left=True), self.betas)
         elif self.is_due:
             s = self.basis

@@ -40,10 +40,12 @@ def newton_schulz(matrix: Matrix, steps: int = 5) -> Matrix:
 def leading_vectors(matrix: Matrix, rank: int, left: bool) -> Matrix:
     """Return the first ``rank`` left (m, rank) or right (n, rank) singular vectors, largest component positive.
 
-    Singular vectors are defined up to their sign; fixing it makes two implementations comparable.
+    Singular vectors are defined up to their sign; fixing it makes two implementations comparable. Those of σ below
+    max(m, n)·eps32·σ1 are zero: no direction is known there.
     """
-    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
-    basis = (u if left else vt.T)[:, :rank]
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    keep = s > max(matrix.shape) * np.finfo(np.float32).eps * (s[0] if s.size else 0.0)
+    basis = ((u if left else vt.T) * keep)[:, :rank]
     largest = np.abs(basis).argmax(axis=0)
     return basis * np.sign(basis[largest, np.arange(rank)])
 

@@ -4,6 +4,7 @@ functions."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimizers
 from optimizers import Update, presets
+from optimizers.fused_projections import Block
+from optimizers.interfaces import MatrixRef
 from optimizers.layouts import batches
+from optimizers.layouts.batches import make_batch_states
 from optimizers.layouts.layout import Unsharded, answer
+from optimizers.layouts.shard_views import chunk, shard_view_of
 from optimizers.linalg.requests import drive
 from optimizers.presets import PRESETS, names, resolve
 from optimizers.rules.parts.building_blocks import scale
@@ -125,6 +130,35 @@ def test_stack_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) 
     for a, b in zip(together, run()):
         # Batched and single products may sum in another order: fp32 rounding over four steps.
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_all_ranks_make_the_same_batches(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and experts lie whole on one rank and have no rows on the others, which take part all the same."""
+    monkeypatch.setitem(batches.BATCH_BYTES, "cpu", 3 * 8 * 16 * 4)
+    ranks, count = 3, 4
+
+    def sizes(rank: int) -> list[int]:
+        matrices = []
+        for layer in range(5):
+            for i in range(count):
+                start, name = i * 8, f"{layer}.{i}"
+                if stacked:
+                    weight = torch.empty(count, 8, 16)
+                    block, length = Block(name, (8, 16), name, expert=i), count
+                else:
+                    weight = torch.empty(count * 8, 16)
+                    block, length = Block(name, (8, 16), name, dim=0, start=start, length=8), count * 8
+                views = [shard_view_of(block, 0, chunk(length, ranks, q)) for q in range(ranks)]
+                view = replace(views[rank], shard_bounds=tuple((v.start, v.shape[0]) for v in views))
+                matrices.append(MatrixRef(weight, block, name, 0, view))
+        return [len(state.matrices) for state in make_batch_states(matrices, {}, lambda _: {})]
+
+    made = [sizes(rank) for rank in range(ranks)]
+    assert made[0] == made[1] == made[2]
+    assert sum(made[0]) == 5 * count
+    # A whole matrix is 8 by 16: three fill a batch where one rank holds all of it, as of the first.
+    assert made[0][0] == 3
 
 
 def test_state_follows_the_parameters_to_another_dtype() -> None:

@@ -376,3 +376,25 @@ def test_every_preset_takes_them(preset: str) -> None:
     assert all((dtype == torch.bfloat16) is kind.endswith("moment") for kind, dtype in kinds.items())
     assert torch.bfloat16 in kinds.values()
     assert bool(weight.isfinite().all())
+
+
+@pytest.mark.parametrize("preset", ["adamw", "muon"])
+def test_spectra_of_bfloat16_moments_are_in_fp32(preset: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(16, 12))
+    optimizer: Any = optimizers.build(preset, [("w", weight)], lr=LR, state_dtype="bfloat16")
+    # σ = 1 … 1e-2: all above the fp32 cut, most below that of bfloat16.
+    values = torch.logspace(0, -2, 12)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(k, 12, generator=generator))[0] for k in (16, 12))
+    weight.grad = (left * values) @ right.mT
+    optimizer.observe_moments()
+    optimizer.step()
+    stored = optimizer.state[weight]["moment"]
+    assert stored.dtype == torch.bfloat16
+    exact = torch.linalg.svdvals(stored.double())
+    spectrum = optimizer.moment_spectra()["w"]
+    assert spectrum.dtype == torch.float32
+    torch.testing.assert_close(spectrum.double(), exact, rtol=1e-6, atol=0.0)
+    if preset == "adamw":
+        condition = float(optimizer.moment_figures()["w"]["condition_number"])
+        assert condition == pytest.approx(float(exact[0] / exact[-1]), rel=1e-5)

@@ -14,6 +14,7 @@ from optimizers.linalg.counter_normals import counter_normals
 from optimizers.linalg.random_bases import coin, refresh_key
 from optimizers.options import OptionError
 from optimizers.reference.low_rank import Apollo, DctSubspace, Fira, Gum, LDAdam, SubTrack
+from optimizers.rules.parts import subspaces
 from tests.optimizers.problems import Oracle, run_both
 from tests.optimizers.test_galore import signed_svd
 from tests.oracles.apollo_torch import apollo_modules
@@ -304,6 +305,65 @@ def test_a_group_overrides_what_the_optimizer_has() -> None:
     assert [g["residual"] for g in optimizer.param_groups] == ["sgd", "drop", "sgd"]
     assert ["betas" in g for g in optimizer.param_groups] == [False, False, True]
     assert "momentum" not in optimizer.param_groups[2]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("preset", ["ldadam", "subtrack"])
+def test_a_basis_of_a_first_gradient_of_low_rank_is_completed(preset: str, shape: tuple[int, int]) -> None:
+    class LowRankFirst(Stream):
+        """A stream whose first gradient has rank 2."""
+
+        first = True
+
+        def __call__(self, weight: Matrix) -> Matrix:
+            gradient = super().__call__(weight)
+            if not self.first:
+                return gradient
+            self.first = False
+            u, s, vt = np.linalg.svd(gradient, full_matrices=False)
+            return (u[:, :2] * s[:2]) @ vt[:2]
+
+    start, steps = Stream(shape, 6).start, 21
+    oracle: Oracle
+    # η·σ stays small: over many turns both sides would lose digits.
+    if preset == "ldadam":
+        oracle, more = LDAdam(start, 6, LR), {}
+    else:
+        oracle, more = SubTrack(start, 6, LR, 2, eta=0.1), {"refresh_interval": 2, "track_step": 0.1}
+    ours, theirs = LowRankFirst(shape, 6), LowRankFirst(shape, 6)
+    # V̂ - M̂² is zero after one step: what rounding leaves of it, 1e-17, is under a root in the new coordinates.
+    assert run_both(preset, oracle, ours, theirs, steps, lr=LR, rank=6, **more) < 1e-8
+
+    weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer: Any = optimizers.build(preset, [("w", weight)], lr=LR, rank=6, **more)
+    stream = LowRankFirst(shape, 6)
+    found = []
+    for _ in range(steps):
+        weight.grad = torch.from_numpy(stream(weight.detach().numpy()))
+        optimizer.step()
+        found.append(int((optimizer.state[weight]["basis"].norm(dim=0) > 0.5).sum()))
+    assert found == [2] + [6] * (steps - 1)
+
+
+@pytest.mark.parametrize("preset", ["ldadam", "subtrack"])
+def test_gradients_that_stay_of_low_rank_cost_few_svds(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {} if preset == "ldadam" else {"refresh_interval": 100}
+    weight = torch.nn.Parameter(torch.zeros(16, 12))
+    optimizer: Any = optimizers.build(preset, [("w", weight)], lr=LR, rank=6, **more)
+    seen: list[int] = []
+    svd = subspaces.svd_basis
+
+    def counted(*args: Any) -> torch.Tensor:
+        seen.append(optimizer.state[weight]["step"])
+        return svd(*args)
+
+    monkeypatch.setattr(subspaces, "svd_basis", counted)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(16, 2, generator=generator), torch.randn(2, 12, generator=generator)
+    for _ in range(20):
+        weight.grad = left @ right
+        optimizer.step()
+    assert seen == [0, 1, 2, 4, 8, 16]
 
 
 def test_half_of_the_periods_are_full_rank_and_the_mean_is_the_gradient() -> None:

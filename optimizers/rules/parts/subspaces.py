@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.interfaces import AllReduce, BroadcastBasis, LowRank, MatrixBatch, Steps
+from optimizers.interfaces import MOVED_BASES, AllReduce, BroadcastBasis, LowRank, MatrixBatch, Steps
 from optimizers.linalg.dct import dct_columns, leading_dct_columns
 from optimizers.linalg.random_bases import random_basis, refresh_key
 from optimizers.linalg.requests import answer_alone, drive
@@ -119,7 +119,7 @@ def _same_columns(new: Tensor, old: Tensor) -> Tensor:
 
 def _due_runs(b: MatrixBatch) -> Iterator[slice]:
     """Yield the positions that are due as slices of which all or none have a basis that can be gone on from."""
-    if b.options["basis"] not in ("tracked", "power"):
+    if b.options["basis"] not in MOVED_BASES:
         yield from b.due_slices()
         return
     for run in b.due_slices():
@@ -187,7 +187,7 @@ def _new_basis(b: MatrixBatch, at: slice) -> Tensor | Generator[Any, Any, Tensor
     rtol = basis_cut(b.shape, gradient.dtype)
     if kind == "dct":
         return _ran(b, leading_dct_columns(gradient, rank, left, rtol, b.split, b.start, b.shape))
-    if kind in ("tracked", "power"):
+    if kind in MOVED_BASES:
         if at.start not in b.fresh:
             return _ran(b, _next_basis(b, gradient, at))
         kind = "svd"
