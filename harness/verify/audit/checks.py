@@ -20,12 +20,12 @@ from harness.verify.audit import (
     checks_speed,
     checks_state,
 )
-from harness.verify.audit.document import Check
+from harness.verify.audit.document import FIRST_STEP, Check
 from harness.verify.audit.subject import Build, Named, NotRunnable, Subject, describe
 from harness.verify.audit.targets import Target
 
 LIMIT_S = 20.0
-"""Time of one check, s; most take milliseconds, `torch.compile` seconds."""
+"""Time of one check, s, where none is given; most take milliseconds, `torch.compile` seconds."""
 
 CHECKS: Mapping[str, Callable[[Subject], Check]] = {
     "repeatable": checks_shapes.repeatable,
@@ -64,18 +64,44 @@ class _TooSlow(BaseException):
     """The time limit of a check; no `except Exception` of an optimizer catches it."""
 
 
-def run_checks(target: Target, only: Sequence[str] | None = None) -> list[Check]:
-    """Run checks of one target in this process; it runs the target's code.
+def first_step(target: Target, limit_s: float = LIMIT_S) -> Check | list[str]:
+    """Return the names of the checks of a target, or, if it takes no step in this process, a check that says why.
 
     Args:
         target: that can be built.
-        only: names of `CHECKS`; None: all.
+        limit_s: time of the first step, s.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject = _subject(_builder(target), limit_s)
+    _SUBJECTS.clear()
+    if isinstance(subject, Check):
+        return subject
+    _SUBJECTS[repr(target)] = subject
+    return list(CHECKS)
 
-    def build(named: Named) -> torch.optim.Optimizer:
-        return target.build(named, holder(named) if target.form == "model" else None)
 
-    return checks_of(build, tuple(CHECKS) if only is None else only)
+def run_check(target: Target, name: str, limit_s: float = LIMIT_S) -> Check:
+    """Run one check of a target in this process; it runs the target's code.
+
+    Args:
+        target: that can be built; what `first_step` measured of it is kept for all its checks.
+        name: of `CHECKS`.
+        limit_s: time of the check, s.
+    """
+    subject = _SUBJECTS.get(repr(target))
+    if subject is None:
+        return checks_of(_builder(target), [name], limit_s)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _run(name, subject, limit_s)
+
+
+_SUBJECTS: dict[str, Subject] = {}
+
+
+def _builder(target: Target) -> Build:
+    return lambda named: target.build(named, holder(named) if target.form == "model" else None)
 
 
 def holder(named: Named) -> nn.Module:
@@ -101,17 +127,24 @@ def checks_of(build: Build, names: Sequence[str] = tuple(CHECKS), limit_s: float
         limit_s: time of one check, s.
 
     Returns:
-        One result per name. An exception in a step that a check does not expect makes it fail.
+        One result per name; a single one if the optimizer takes no step. An exception in a step that a check does not
+        expect makes it fail.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            with _limited(limit_s):
-                subject = Subject(build)
-        except (NotRunnable, _TooSlow) as error:
-            reason = describe(error) if isinstance(error, _TooSlow) else str(error)
-            return [Check(name, None, reason) for name in names]
-        return [_run(name, subject, limit_s) for name in names]
+        subject = _subject(build, limit_s)
+        return [subject] if isinstance(subject, Check) else [_run(name, subject, limit_s) for name in names]
+
+
+def _subject(build: Build, limit_s: float) -> Subject | Check:
+    """Return the optimizer under test, or a check that did not run, if it takes no step."""
+    try:
+        with _limited(limit_s):
+            return Subject(build)
+    except _TooSlow:
+        return Check(FIRST_STEP, None, f"the first step did not end within {limit_s:g} s")
+    except NotRunnable as error:
+        return Check(FIRST_STEP, None, str(error))
 
 
 def _run(name: str, subject: Subject, limit_s: float) -> Check:

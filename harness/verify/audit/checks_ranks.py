@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from harness.verify.audit.checks import holder
+from harness.verify.audit.document import RESUME_ACROSS as NAME
 from harness.verify.audit.document import Check
 from harness.verify.audit.subject import (
     ROUNDING,
@@ -29,7 +30,6 @@ from harness.verify.audit.subject import (
 )
 from harness.verify.audit.targets import Target
 
-NAME = "resume at another world size"
 SHORT = 3
 """Steps on all ranks, and steps in one process after that."""
 

@@ -18,7 +18,7 @@ from harness.verify.audit.cells import LATE_STEPS, STEPS
 from harness.verify.audit.document import UpdateClass
 from harness.verify.audit.given_model import Given
 from harness.verify.audit.oracle import errors, observe, train
-from harness.verify.audit.targets import Target
+from harness.verify.audit.targets import Target, TargetError
 
 Whole = Mapping[str, Tensor]
 Cut = Callable[[Whole], dict[str, Tensor]]
@@ -56,17 +56,22 @@ def classify(target: Target, data: Given) -> Class:
     Args:
         target: it can take steps in one process.
         data: weights and gradients of a model, of `LATE_STEPS` steps.
+
+    Raises:
+        TargetError: no weight moves.
     """
-    early = _classify(target, replace(data, gradients=data.gradients[:STEPS]))
-    if early.name != "elementwise":
-        return early
-    prober = _Prober(target, data)
-    if not prober.moves(STEPS):
+    first = replace(data, gradients=data.gradients[:STEPS])
+    if not _Prober(target, first).moves():
+        if not _Prober(target, data).moves():
+            raise TargetError(
+                f"moves no weight within {len(data.gradients)} steps, so that nothing can be judged"
+            )
         late = _classify(target, data)
         return replace(
             late, steps=LATE_STEPS, explanation=f"{late.explanation}; no weight moves before step {STEPS}"
         )
-    if prober.failure(_pieces):
+    early = _classify(target, first)
+    if early.name == "elementwise" and _Prober(target, data).failure(_pieces):
         late = _classify(target, data)
         return replace(
             late, steps=LATE_STEPS, explanation=f"{late.explanation}; element-wise up to step {STEPS}"
@@ -114,10 +119,9 @@ class _Prober:
     def _train(self, start: Whole, gradients: Sequence[Whole]) -> dict[str, Tensor]:
         return train(self.target, start, gradients, self.dtype)[-1]
 
-    def moves(self, steps: int) -> bool:
-        """Return True if a weight changes within the first steps."""
-        after = self._train(self.data.start, self.data.gradients[:steps])
-        return any(not torch.equal(w.float(), self.data.start[name]) for name, w in after.items())
+    def moves(self) -> bool:
+        """Return True if a weight changes, in fp32."""
+        return any(not torch.equal(w.float(), self.data.start[name]) for name, w in self.base.items())
 
     def _largest(self, weights: Whole) -> tuple[float, str]:
         found = errors(self.data.start, weights, {name: self.base[name] for name in weights})

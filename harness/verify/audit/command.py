@@ -27,8 +27,8 @@ CI_CELL_S = 20.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Audit targets; 0 if everything ran, nothing is wrong and every control was detected, 1 if not, 3 if the processes
-    do not start.
+    """Audit targets; 0 if something was audited, everything ran, nothing is wrong and every control was detected, 1 if
+    not, 3 if the processes do not start.
 
     Raises:
         InputError: a target that cannot be audited, an unknown engine, a folder that cannot be written.
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     console = for_tables(stderr=True)
     deadline = time.monotonic() + CI_S - CI_CELL_S if options.ci else None
     reports: list[TargetReport] = []
+    ready: list[Target] = []
     with tempfile.TemporaryDirectory(prefix="optbench-audit-") as scratch:
         try:
             with Session(Path(scratch), limit_s, deadline) as running:
@@ -62,11 +63,17 @@ def main(argv: Sequence[str]) -> int:
                 print(json_document(error={"key": "audit", "message": message}))
             print(error, file=sys.stderr, flush=True)
             return ExitCode.RUN_FAILED
-    passed = all(report.passed for report in reports)
+    passed = bool(ready) and all(report.passed for report in reports)
     document = _document(passed, [*reports, *skipped])
     files = _write(out, document, [*reports, *skipped])
     if options.ci:
         _summarize(reports)
+    if not ready:
+        print(
+            f"nothing was audited: {', '.join(packages)} has no optimizer that can be",
+            file=sys.stderr,
+            flush=True,
+        )
     for report in reports:
         if report.not_run:
             print(table.not_run(report), file=sys.stderr, flush=True)

@@ -14,7 +14,8 @@ VERDICTS: Mapping[str, str] = {
     "safe": "the engine trains what the optimizer computes on whole parameters in one process",
     "wrong": "it trains something else, without an error",
     "crashes": "an operation fails, a process dies, or a step does not end",
-    "refused": "the optimizer or the engine says that it does not support this, before any weight changes",
+    "refused": "the optimizer or the engine says that it does not support this, before any weight changes; or no error "
+    "would show (not judged)",
 }
 """Verdict → its meaning."""
 
@@ -29,6 +30,10 @@ CLASSES: Mapping[str, str] = {
 
 CONTROL = "control: "
 """Begins the targets of controls."""
+FIRST_STEP = "first step"
+"""Name of the check that stands for all where an optimizer takes no step in time, or none at all."""
+RESUME_ACROSS = "resume at another world size"
+"""Name of the check on two ranks."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class TargetReport:
         version: of its package, "pytorch_optimizer 4.1.0"; empty: unknown.
         notes: how the optimizer was used, where that is not plain (`Target.form`).
         error: why it cannot be audited; then there are neither cells nor checks.
-        not_run: labels of cells, and "checks", for which there was no time.
+        not_run: labels of cells, and "checks" (or "checks from NAME on"), for which there was no time.
         seconds: that the audit of this target took, s; None: not measured.
     """
 

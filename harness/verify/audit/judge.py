@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from harness.verify.audit.cells import MAX_NORM, EngineCell
 from harness.verify.audit.classify import Class
-from harness.verify.audit.document import CellReport
+from harness.verify.audit.document import CellReport, Verdict
 from harness.verify.audit.given_model import Given
 from harness.verify.audit.oracle import Reference, Whole, errors, reference
 from harness.verify.audit.targets import Target
@@ -53,7 +53,9 @@ def judge(
     expected = _reference(cell, target, data, trajectory.received)
     error, parameter, floor = _worst(data.start, trajectory.made[-1], expected)
     leaving = _first_leaving(data.start, trajectory.made, expected)
+    verdict: Verdict = "safe"
     reason = ""
+    unjudged = _unjudged(expected)
     if late:
         step, name, what = late
         leaving, reason = (step, name), what
@@ -62,14 +64,18 @@ def judge(
     elif not trajectory.replicas_equal:
         leaving = len(trajectory.made), parameter
         reason = "the ranks' copies of the weights are not equal"
-    elif error and not _shows_errors(expected):
-        reason = "nothing is shown: the noise floor of every parameter is as large as an error would be"
-    elif measured.draws and cell.world_size > 1:
-        reason = "only with the same random seed on every rank"
+    elif len(unjudged) == len(expected.bounds[-1]):
+        verdict, reason = "refused", f"not judged, because nothing is shown: {_why(unjudged)}"
+    else:
+        drawn = (
+            "only with the same random seed on every rank" if measured.draws and cell.world_size > 1 else ""
+        )
+        blind = f"except what is not judged: {_why(unjudged)}" if unjudged else ""
+        reason = "; ".join(filter(None, [drawn, blind]))
     return CellReport(
         cell.engine,
         cell.world_size,
-        "wrong" if leaving else "safe",
+        "wrong" if leaving else verdict,
         replay_error=error,
         first_step=leaving[0] if leaving else None,
         parameter=leaving[1] if leaving else None,
@@ -175,6 +181,28 @@ def _ratio(error: float, bound: float) -> float:
     return error / bound if bound else math.inf
 
 
-def _shows_errors(expected: Reference) -> bool:
-    """Return True if a parameter moves whose error would show."""
-    return any(0 < bound < SEES_NOTHING for bounds in expected.bounds for bound in bounds.values())
+def _unjudged(expected: Reference) -> dict[str, float]:
+    """Return name → smallest bound, 0 for one that never moves, of each parameter whose error would not show."""
+    smallest = {}
+    for name in expected.bounds[-1]:
+        moving = [bounds[name] for bounds in expected.bounds if bounds[name]]
+        smallest[name] = min(moving, default=0.0)
+    return {name: bound for name, bound in smallest.items() if not 0 < bound < SEES_NOTHING}
+
+
+def _why(unjudged: Mapping[str, float]) -> str:
+    """Return why parameters are not judged, with their names."""
+    still = [name for name, bound in unjudged.items() if not bound]
+    noisy = [name for name, bound in unjudged.items() if bound]
+    least = min((unjudged[name] for name in noisy), default=0.0)
+    return "; ".join(
+        filter(
+            None,
+            [
+                f"rounding alone may move {', '.join(noisy)} by {least:.1g} of an update or more"
+                if noisy
+                else "",
+                f"the optimizer does not move {', '.join(still)}" if still else "",
+            ],
+        )
+    )

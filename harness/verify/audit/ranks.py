@@ -79,10 +79,13 @@ def probe(target: Target) -> Target | TargetError:
         return error
 
 
-def measure_class(target: Target) -> Class:
-    """Return the class of a target's update."""
-    with torch.compiler.set_stance("force_eager"):
-        return classify(target, _given("even", False, LATE_STEPS))
+def measure_class(target: Target) -> Class | TargetError:
+    """Return the class of a target's update, or why it has none."""
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            return classify(target, _given("even", False, LATE_STEPS))
+    except TargetError as error:
+        return error
 
 
 def run_cell(

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from harness.errors import InputError
 from harness.verify.audit.cells import EngineCell
 from harness.verify.audit.controls import Control
-from harness.verify.audit.document import CONTROL, CellReport, Check, TargetReport
+from harness.verify.audit.document import CONTROL, FIRST_STEP, RESUME_ACROSS, CellReport, Check, TargetReport
 from harness.verify.audit.targets import FORMS, Target, TargetError, version
 from harness.verify.pool import RankLost, RankPool, RanksFailed
 
@@ -33,6 +33,8 @@ GRACE_S = 3.0
 """Time that the other ranks get once one has failed, s."""
 CHECKS = "harness.verify.audit.checks"
 CHECKS_LABEL = "checks"
+CHECK_SHARE = 0.75
+"""Time limit of a check over that of a cell."""
 RESUME = "harness.verify.audit.checks_ranks:resume_across"
 
 Say = Callable[[TargetReport, int, int], None]
@@ -131,8 +133,9 @@ class Session:
         try:
             measured = one.run(f"{RANKS}:measure_class", target, what=target.label, timeout_s=self._cell_s)[0]
         except (RankLost, RanksFailed) as error:
-            reason = f"its class cannot be measured: {_reason(error)}"
-            return TargetReport(target.label, error=reason, version=version(target.name))
+            measured = TargetError(f"its class cannot be measured: {_reason(error)}")
+        if isinstance(measured, TargetError):
+            return TargetReport(target.label, error=measured.reason, version=version(target.name))
         reports: list[CellReport] = []
         not_run: list[str] = []
         for cell in cells:
@@ -140,17 +143,15 @@ class Session:
                 not_run.append(cell.label)
             else:
                 reports.append(self._cell(cell, target, measured))
-        checks: tuple[Check, ...] = ()
-        if has_checks and self.is_late:
-            not_run.append(CHECKS_LABEL)
-        elif has_checks:
-            checks = self._checks(target)
+        checks, missing = self._checks(target) if has_checks else ([], "")
+        if missing:
+            not_run.append(missing)
         return TargetReport(
             target.label,
             measured.name,
             measured.explanation,
             tuple(reports),
-            checks,
+            tuple(checks),
             version(target.name),
             tuple(filter(None, [FORMS[target.form]])),
             not_run=tuple(not_run),
@@ -185,23 +186,35 @@ class Session:
             self.pool(cell.world_size), cell, target, measured, path, judge, self._cell_s, loop_defect
         )
 
-    def _checks(self, target: Target) -> tuple[Check, ...]:
-        """Return the checks of one process, and of a checkpoint that is resumed at another world size."""
+    def _checks(self, target: Target) -> tuple[list[Check], str]:
+        """Return the checks that ran, and the label of those for which there was no time; "" if all ran.
+
+        Each is a call of its own, so that one that hangs or ends its process costs no other.
+        """
+        if self.is_late:
+            return [], CHECKS_LABEL
+        # A rank then says itself what did not end; only a call into C++ that hangs ends the rank.
+        limit_s = CHECK_SHARE * self._cell_s
+        names = self._check(FIRST_STEP, 1, f"{CHECKS}:first_step", target, limit_s)
+        if isinstance(names, Check):
+            return [names], CHECKS_LABEL if names.passed is None else ""
         found: list[Check] = []
+        for name in names:
+            if self.is_late:
+                return found, f"{CHECKS_LABEL} from {name} on"
+            found.append(self._check(name, 1, f"{CHECKS}:run_check", target, name, limit_s))
+        if self.is_late:
+            return found, f"{CHECKS_LABEL} from {RESUME_ACROSS} on"
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            for pool, name, arguments in (
-                (self.pool(1), f"{CHECKS}:run_checks", (target,)),
-                (self.pool(2), RESUME, (target, folder)),
-            ):
-                try:
-                    answers = pool.run(
-                        name, *arguments, what=f"checks of {target.label}", timeout_s=self._cell_s
-                    )
-                except (RankLost, RanksFailed) as error:
-                    found.append(Check(name.rpartition(":")[2].replace("_", " "), False, _reason(error)))
-                    continue
-                found += answers[0] if isinstance(answers[0], list) else [answers[0]]
-        return tuple(found)
+            found.append(self._check(RESUME_ACROSS, 2, RESUME, target, folder))
+        return found, ""
+
+    def _check(self, name: str, world_size: int, function: str, *arguments: object) -> Any:
+        """Return what rank 0 answers, or a failed check."""
+        try:
+            return self.pool(world_size).run(function, *arguments, what=name, timeout_s=self._cell_s)[0]
+        except (RankLost, RanksFailed) as error:
+            return Check(name, False, _reason(error))
 
 
 def preload(names: Sequence[str]) -> None:

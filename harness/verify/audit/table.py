@@ -10,7 +10,7 @@ from rich.text import Text
 
 from harness.console import cell as text
 from harness.verify.audit.cells import CELLS, ENGINES
-from harness.verify.audit.document import CONTROL, TargetReport, is_good
+from harness.verify.audit.document import CONTROL, FIRST_STEP, TargetReport, is_good
 from harness.visible import markdown as escaped
 
 STYLES = {"safe": "green", "wrong": "bold red", "crashes": "red", "refused": "yellow"}
@@ -40,9 +40,12 @@ def not_run(report: TargetReport) -> str:
         command = f"optbench audit torch.optim.AdamW{engine} --include-controls"
     else:
         command = f"optbench audit '{report.target}'{engine}"
+    first = next((check for check in report.checks if check.name == FIRST_STEP), None)
+    why = first.detail if first else "the time of --ci was over"
+    again = f"With more time: {command} --time-limit 600" if first else f"Without the limit: {command}"
     return (
-        f"{report.target}: not run, because the time of --ci was over: {', '.join(report.not_run)}. "
-        f"This says nothing about the optimizer. Without the limit: {command}"
+        f"{report.target}: not run, because {why}: {', '.join(report.not_run)}. "
+        f"This says nothing about the optimizer. {again}"
     )
 
 

@@ -92,6 +92,13 @@ class Late(Rule):
                 p.sub_(0.01 * (p.grad if self.steps <= 10 else p.grad / p.grad.norm()))
 
 
+class Nothing(Rule):
+    """Move nothing, ever."""
+
+    def step(self, closure: Any = None) -> Any:
+        return None
+
+
 class Waiting(Rule):
     """Move no weight before the ninth step."""
 

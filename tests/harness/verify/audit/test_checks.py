@@ -162,6 +162,20 @@ def test_time_limit_is_no_failure() -> None:
     assert (found.passed, found.detail) == (None, "did not end within 0.2 s")
 
 
+def test_a_slow_first_step_is_one_plain_sentence() -> None:
+    target = Target("tests.harness.verify.audit.defective.Endless")
+    expected = Check("first step", None, "the first step did not end within 0.2 s")
+    assert checks.first_step(target, limit_s=0.2) == expected
+    assert checks.checks_of(build_of(defective.Endless), limit_s=0.2) == [expected]
+
+
+def test_checks_run_one_by_one_on_one_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target("torch.optim.AdamW")
+    assert checks.first_step(target) == list(checks.CHECKS)
+    monkeypatch.setattr(checks, "Subject", None)
+    assert checks.run_check(target, "zero gradients").passed is True
+
+
 def test_unexpected_exception_fails_the_check() -> None:
     class Breaks(defective.Momentum):
         def state_dict(self) -> Any:
@@ -176,21 +190,22 @@ def test_optimizer_that_cannot_step_is_no_finding() -> None:
         def step(self, closure: Any = None) -> Any:
             raise RuntimeError("needs a second loss")
 
-    found = checks.checks_of(build_of(Refuses))
-    assert all(check.passed is None and "needs a second loss" in check.detail for check in found)
+    (found,) = checks.checks_of(build_of(Refuses))
+    assert (found.name, found.passed) == ("first step", None)
+    assert "needs a second loss" in found.detail
     with pytest.raises(NotRunnable, match="needs a second loss"):
         Subject(build_of(Refuses))
 
 
 def test_target_is_built_from_its_form() -> None:
     target = Target("pytorch_optimizer.Muon", {"lr": 0.01}, form="groups")
-    (found,) = checks.run_checks(target, ["state bytes"])
+    found = checks.run_check(target, "state bytes")
     assert found.passed is True
 
 
 def test_target_that_takes_the_model() -> None:
     target = Target("tests.harness.verify.audit.defective.of_model", form="model")
-    (found,) = checks.run_checks(target, ["parameter order"])
+    found = checks.run_check(target, "parameter order")
     assert found.passed is True, found.detail
 
 
@@ -237,7 +252,7 @@ def test_drawn_numbers_are_no_dependence_on_order() -> None:
 def test_parameters_that_a_rule_leaves_alone_are_not_stuck() -> None:
     class TrainsEmbedding(defective.Momentum):
         def update(self, p: Any, gradient: Any, group: Any) -> None:
-            if p.shape[0] == 24:
+            if p.shape[:1] == (24,):
                 super().update(p, gradient, group)
 
     found = checks.checks_of(build_of(TrainsEmbedding), ["vectors and scalars", "higher ranks"])

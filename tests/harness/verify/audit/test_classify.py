@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from harness.verify.audit import ranks
 from harness.verify.audit.cells import LATE_STEPS, STEPS
 from harness.verify.audit.classify import Class, classify
 from harness.verify.audit.given_model import GivenModel, given
-from harness.verify.audit.targets import Target, probe
+from harness.verify.audit.targets import Target, TargetError, probe
 
 RULES = "tests.harness.verify.audit.rules"
 
@@ -40,6 +41,12 @@ def test_a_rule_has_the_class_of_its_formula(rule: str, name: str, axes: tuple[i
         assert result.axes == axes
     assert result.steps == (LATE_STEPS if rule in ("Late", "Waiting") else STEPS)
     assert result.draws == (rule == "Drawing")
+
+
+def test_a_rule_that_moves_nothing_has_no_class() -> None:
+    found = ranks.measure_class(Target(f"{RULES}.Nothing"))
+    assert isinstance(found, TargetError)
+    assert found.reason == f"moves no weight within {LATE_STEPS} steps, so that nothing can be judged"
 
 
 @pytest.mark.parametrize(

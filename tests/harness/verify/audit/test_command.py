@@ -16,7 +16,8 @@ from harness.verify.audit import cells, command, table, tables
 from harness.verify.audit.controls import CONTROLS
 from harness.verify.audit.document import CellReport, Check, TargetReport
 from harness.verify.audit.session import Session
-from harness.verify.audit.targets import Target
+from harness.verify.audit.targets import Target, TargetError
+from harness.verify.pool import RankLost
 
 ROOT = Path(__file__).parents[4]
 RULES = Path(__file__).with_name("rules.py")
@@ -118,6 +119,71 @@ def test_ci_begins_nothing_that_would_end_after_its_limit(monkeypatch: pytest.Mo
     assert cli.main(["audit", "a.B", "--ci"]) == 0
     assert cli.main(["audit", "a.B"]) == 0
     assert deadlines == [1000.0 + command.CI_S - command.CI_CELL_S, None]
+
+
+class Pool:
+    """Answers in the place of ranks."""
+
+    def __init__(self, first: object) -> None:
+        self.first = first
+
+    def run(self, function: str, *arguments: Any, what: str, timeout_s: float) -> list[object]:
+        if function.endswith(":first_step"):
+            return [self.first]
+        if what == "slow":
+            raise RankLost(f"rank 0 of 1 gave no answer within {timeout_s:g} s in {what}")
+        return [Check(what, True)]
+
+
+def test_a_check_that_hangs_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "pool", lambda _self, _ranks: Pool(["quick", "slow", "last"]))
+    found, missing = Session(tmp_path)._checks(Target("a.B"))
+    resume = "resume at another world size"
+    assert [(check.name, check.passed) for check in found] == [
+        ("quick", True),
+        ("slow", False),
+        ("last", True),
+        (resume, True),
+    ]
+    assert (found[1].detail, missing) == ("gives no answer (rank 0 of 1 gave no answer within 60 s)", "")
+
+
+def test_checks_that_a_deadline_cuts_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "pool", lambda _self, _ranks: Pool(["quick", "last"]))
+    late = iter([False, False, True])
+    monkeypatch.setattr(Session, "is_late", property(lambda _self: next(late)))
+    found, missing = Session(tmp_path)._checks(Target("a.B"))
+    assert ([check.name for check in found], missing) == (["quick"], "checks from last on")
+
+
+def test_a_first_step_without_end_is_neither_passed_nor_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Check("first step", None, "the first step did not end within 45 s")
+    monkeypatch.setattr(Session, "pool", lambda _self, _ranks: Pool(slow))
+    found, missing = Session(tmp_path)._checks(Target("a.B"))
+    report = TargetReport("a.B", "matrix", checks=tuple(found), not_run=(missing,))
+    assert found == [slow]
+    assert not report.passed
+    assert not report.failed
+    assert table.not_run(report) == (
+        "a.B: not run, because the first step did not end within 45 s: checks. This says nothing about the optimizer. "
+        "With more time: optbench audit 'a.B' --time-limit 600"
+    )
+
+
+def test_a_package_without_an_auditable_optimizer_does_not_pass(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def probe(_self: Session, _target: Target) -> Target:
+        raise TargetError("needs a closure")
+
+    monkeypatch.setattr(Session, "members", lambda _self, package: [Target(f"{package}.LBFGS")])
+    monkeypatch.setattr(Session, "probe", probe)
+    assert cli.main(["audit", "--all", "pkg", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["passed"] is False
+    assert "nothing was audited: pkg has no optimizer" in captured.err
 
 
 def audit(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:

@@ -109,11 +109,36 @@ def test_unequal_replicas_are_wrong() -> None:
     assert "copies" in report.reason
 
 
-def test_what_cannot_be_seen_is_said() -> None:
-    target = Target("torch.optim.SGD", {"lr": 1e-9})
+@pytest.mark.parametrize("target", [Target("torch.optim.SGD", {"lr": 1e-9}), Target(f"{RULES}.Nothing")])
+def test_what_cannot_be_seen_is_not_safe(target: Target) -> None:
     report = judged(trajectory(target), target=target)
+    assert report.verdict == "refused"
+    assert report.reason.startswith("not judged, because nothing is shown")
+
+
+def test_parameters_that_are_not_judged_are_named() -> None:
+    """Twins differ by more than an update in one parameter; another one never moves."""
+    expected = oracle.reference(ADAMW, DATA.start, DATA.gradients)
+    noisy, still = "block.up.weight", "block.norm.weight"
+    for bounds in expected.bounds:
+        bounds.update({noisy: 6.9, still: 0.0})
+    for weights in expected.steps:
+        weights[still] = DATA.start[still].double()
+    run = trajectory()
+    made = [{**weights, still: DATA.start[still].clone()} for weights in run.made]
+    judging.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "reference", lambda *_: expected)
+        report = judged(Trajectory(run.received, made))
+        made[-1][still] += 1e-3
+        moved = judged(Trajectory(run.received, made))
+    judging.forget()
     assert report.verdict == "safe"
-    assert report.replay_error == 0 or "nothing is shown" in report.reason
+    assert report.reason == (
+        f"except what is not judged: rounding alone may move {noisy} by 7 of an update or more; "
+        f"the optimizer does not move {still}"
+    )
+    assert (moved.verdict, moved.parameter) == ("wrong", still)
 
 
 def test_a_reference_is_computed_once_for_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
