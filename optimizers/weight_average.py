@@ -64,7 +64,7 @@ def _masked(matrices: Sequence[MatrixRef], mask: StepMask, like: Tensor) -> Tens
 
 @contextmanager
 def averages_in_place(units: Iterable[UnitParts]) -> Iterator[None]:
-    """Exchange weights and averages inside the context; both have their own bits again afterwards."""
+    """Exchange weights and averages inside the context; both have their own bits again afterwards, also if it fails."""
     pairs = [
         (parts.layout.weight(parameter).detach(), parts.state[parameter][KIND])
         for parts in units
@@ -74,17 +74,22 @@ def averages_in_place(units: Iterable[UnitParts]) -> Iterator[None]:
     # Half-precision weights cannot hold an average: they are kept, and the averages stay where they are.
     kept = [weight.clone() if weight.dtype != average.dtype else None for weight, average in pairs]
 
-    def exchange(is_back: bool) -> None:
-        for (weight, average), own in zip(pairs, kept):
-            if own is None:
-                before = weight.clone()
-                weight.copy_(average)
-                average.copy_(before)
-            else:
-                weight.copy_(own if is_back else average)
+    def exchange(index: int, *, is_back: bool) -> None:
+        (weight, average), own = pairs[index], kept[index]
+        if own is None:
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
+        else:
+            weight.copy_(own if is_back else average)
 
-    exchange(is_back=False)
+    exchanged = 0
     try:
+        for index in range(len(pairs)):
+            exchange(index, is_back=False)
+            exchanged += 1
         yield
     finally:
-        exchange(is_back=True)
+        # Memory for a copy may run out halfway.
+        for index in range(exchanged):
+            exchange(index, is_back=True)

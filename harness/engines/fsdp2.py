@@ -115,9 +115,14 @@ class ShardedEngine(SkipStepEngine):
 
     @contextmanager
     def inference(self) -> Iterator[nn.Module]:
-        yield self.model
-        # No backward pass will give the root's gathered weights back.
-        cast(FSDPModule, self.model).reshard()
+        try:
+            yield self.model
+        finally:
+            # No backward pass will give gathered weights back: the root's, and with reshard_after_forward=false
+            # those of all blocks. A later forward pass would not see that the shards were overwritten.
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def exposed_communication(self) -> float | None:
         return None

@@ -33,12 +33,22 @@ def largest_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> to
         key: (batch, key heads, length, dim); query heads share them in order.
         scaling: factor of the logits.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        # As attention itself; in a compiled graph autocast is off by the time an operator runs.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key = query.to(dtype), key.to(dtype)
+    return _causal_maxima(query, key, scaling)
+
+
+@torch.library.custom_op("optbench::largest_causal_logits", mutates_args=())
+def _causal_maxima(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    # An operator of its own: selective checkpointing would count its products as those of layers and keep them.
     batch, heads, length, dim = query.shape
     shared = heads // key.shape[1]
     grouped = query.reshape(batch, key.shape[1], shared, length, dim)
     keys = key.unsqueeze(2).mT
     positions = torch.arange(length, device=query.device)
-    result = torch.full((heads,), -torch.inf, device=query.device)
+    result = torch.full((heads,), -torch.inf, dtype=torch.float32, device=query.device)
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
         # Causal: no key after the last query of the block.
@@ -46,6 +56,11 @@ def largest_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> to
         logits = logits.masked_fill(positions[:end] > positions[start:end, None], -torch.inf)
         result = torch.maximum(result, logits.amax((0, 3, 4)).reshape(heads))
     return result * scaling
+
+
+@_causal_maxima.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    return query.new_empty(query.shape[1], dtype=torch.float32)
 
 
 def _attend(

@@ -33,8 +33,8 @@ class ValidationRows(Protocol):
 class Evaluation:
     """Adds ``val/loss`` every ``eval.every`` steps and at the end.
 
-    Where the optimizer keeps an average of the weights, it is that of the average, and ``val/raw_loss`` that of the
-    weights themselves.
+    Where the optimizer keeps an average of the weights, it is that of the average. The last evaluation also adds
+    ``val/raw_loss``, that of the weights themselves: a second pass each time would double what evaluation costs.
 
     Args:
         run: assembled.
@@ -60,11 +60,13 @@ class Evaluation:
     def measure(self, step: int, row: MetricRow) -> None:
         run = self._run
         with run.clock.part("probes"), run.memory.phase("evaluation"):
-            loss = self._loss()
             if tracked(run.optimizer).keeps_average:
-                row["val/raw_loss"] = loss
+                if step + 1 == run.config.steps:
+                    row["val/raw_loss"] = self._loss()
                 with averaged_weights(run):
                     loss = self._loss()
+            else:
+                loss = self._loss()
         row["val/loss"] = loss
         row["val/perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self.best is None or loss < self.best:
@@ -93,10 +95,22 @@ class Evaluation:
 
 @contextmanager
 def averaged_weights(run: Run) -> Iterator[None]:
-    """Put the optimizer's averages in the place of the weights inside the context (a collective)."""
-    with tracked(run.optimizer).averaged_weights():
-        run.engine.sync_from_masters()
-        yield
+    """Put the optimizer's averages in the place of the weights inside the context (a collective).
+
+    An exception inside the context brings the weights back, too. What an engine of several processes derives from
+    them then stays that of the averages, because the other processes may not have failed.
+    """
+    is_exchanged = False
+    try:
+        with tracked(run.optimizer).averaged_weights():
+            is_exchanged = True
+            run.engine.sync_from_masters()
+            yield
+    except BaseException:
+        # A collective of this process alone would wait for the others, and nobody would see the error.
+        if is_exchanged and run.engine.world_size == 1:
+            run.engine.sync_from_masters()
+        raise
     run.engine.sync_from_masters()
 
 
@@ -119,18 +133,20 @@ def evaluate(
     # Dropout must not change the loss, nor the random numbers of training.
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    share = -(-rows // engine.world_size)
-    end = min((engine.rank + 1) * share, rows)
-    with engine.inference() as forward:
-        for start in range(engine.rank * share, (engine.rank + 1) * share, micro_batch_size):
-            count = min(micro_batch_size, end - start)
-            # Forward passes of sharded weights are collectives: every process makes as many.
-            batch = validation.rows(start, count) if count > 0 else validation.rows(0, 1)
-            with engine.autocast():
-                outputs = forward(**objective.inputs(batch))
-            if count > 0:
-                total += objective.validation_sums(outputs, batch)
-    model.train(was_training)
+    try:
+        total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        share = -(-rows // engine.world_size)
+        end = min((engine.rank + 1) * share, rows)
+        with engine.inference() as forward:
+            for start in range(engine.rank * share, (engine.rank + 1) * share, micro_batch_size):
+                count = min(micro_batch_size, end - start)
+                # Forward passes of sharded weights are collectives: every process makes as many.
+                batch = validation.rows(start, count) if count > 0 else validation.rows(0, 1)
+                with engine.autocast():
+                    outputs = forward(**objective.inputs(batch))
+                if count > 0:
+                    total += objective.validation_sums(outputs, batch)
+    finally:
+        model.train(was_training)
     loss, tokens = engine.sum(total).tolist()
     return loss / tokens

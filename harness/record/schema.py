@@ -79,7 +79,7 @@ METRICS: dict[str, Metric] = {
     "val/raw_loss": Metric(
         "nats/token",
         "the same of the weights themselves, where optimizer.average_decay makes val/loss that of their average; "
-        "absent elsewhere",
+        "at the last evaluation alone, absent elsewhere",
     ),
     "lr": Metric("", "learning rate of the matrix rule in this step"),
     "grad_norm": Metric("", "global gradient norm before clipping"),

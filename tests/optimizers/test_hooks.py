@@ -203,6 +203,32 @@ def test_half_precision_weights_get_their_own_bits_back() -> None:
     assert torch.equal(optimizer.state[weight]["average"], average)
 
 
+def test_an_exchange_that_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {f"w{i}": torch.nn.Parameter(torch.eye(3) * (i + 1)) for i in range(3)}
+    optimizer: Any = optimizers.build("adamw", params.items(), lr=0.1, average_decay=0.5)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    raw = {name: p.detach().clone() for name, p in params.items()}
+    averages = {name: optimizer.state[p]["average"].clone() for name, p in params.items()}
+    clone, calls = torch.Tensor.clone, []
+
+    def short_of_memory(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        return clone(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", short_of_memory)
+        with pytest.raises(RuntimeError, match="no memory"), optimizer.averaged_weights():
+            pass
+    assert len(calls) == 3  # one exchange, one that failed, one back
+    for name, p in params.items():
+        assert torch.equal(p, raw[name])
+        assert torch.equal(optimizer.state[p]["average"], averages[name])
+
+
 HOOKS: dict[str, dict[str, Any]] = {
     "cautious": {"weight_decay_form": "cautious", "weight_decay": 0.1},
     "rms": {"update_rms": 0.2},

@@ -14,6 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from harness import model
 from harness.config.schema import ModelConfig
 from harness.model import decoder_layers
+from harness.model.attention_logits import CLIPPED, AttentionLogits
 from harness.model.compilation import compile_layers
 
 WIDTH, INNER, KEYS, LAYERS = 64, 96, 32, 3
@@ -57,7 +58,7 @@ def test_gradients_keep_their_bits(kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(usual, other, strict=True))
 
 
-def _kept(mode: str, layers: int, batch: int) -> int:
+def _kept(mode: str, layers: int, batch: int, *, is_clipped: bool = False) -> int:
     """Bytes that exist after a forward pass and not before it, on fake tensors."""
     config = _config(mode)
     config.config["num_hidden_layers"] = layers
@@ -65,6 +66,9 @@ def _kept(mode: str, layers: int, batch: int) -> int:
     model.specialize(network, config, seq_len=16, tokens=batch * 16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
+        if is_clipped:
+            network.set_attn_implementation(CLIPPED)
+            AttentionLogits(network, torch.device("cpu"))
         tracker = MemTracker()
         with tracker:
             outputs = network(input_ids=torch.zeros(batch, 16, dtype=torch.long))
@@ -83,6 +87,16 @@ def test_bytes_kept_in_each_mode() -> None:
     # Input, query, value, attention with its log-sum-exp of 4 heads, gate, down.
     assert selective == 4 * (WIDTH + WIDTH + KEYS + WIDTH + 4 + INNER + WIDTH)
     assert none > 2 * selective
+
+
+def test_the_logits_of_qk_clip_are_not_kept() -> None:
+    """Their products are no layer's: they neither stay until the backward pass nor shift which products do."""
+    usual, clipped = (
+        _kept("selective", 3, 4, is_clipped=flag) - _kept("selective", 2, 4, is_clipped=flag)
+        for flag in (False, True)
+    )
+    # Only the fp32 maxima of the 4 heads of a further layer.
+    assert clipped == usual + 4 * 4
 
 
 @pytest.mark.parametrize(
