@@ -325,6 +325,7 @@ def test_a_basis_of_a_first_gradient_of_low_rank_is_completed(preset: str, shape
 
     start, steps = Stream(shape, 6).start, 21
     oracle: Oracle
+    more: dict[str, Any]
     # η·σ stays small: over many turns both sides would lose digits.
     if preset == "ldadam":
         oracle, more = LDAdam(start, 6, LR), {}
@@ -347,7 +348,7 @@ def test_a_basis_of_a_first_gradient_of_low_rank_is_completed(preset: str, shape
 
 @pytest.mark.parametrize("preset", ["ldadam", "subtrack"])
 def test_gradients_that_stay_of_low_rank_cost_few_svds(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = {} if preset == "ldadam" else {"refresh_interval": 100}
+    more: dict[str, Any] = {} if preset == "ldadam" else {"refresh_interval": 100}
     weight = torch.nn.Parameter(torch.zeros(16, 12))
     optimizer: Any = optimizers.build(preset, [("w", weight)], lr=LR, rank=6, **more)
     seen: list[int] = []
