@@ -296,7 +296,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "diverge": Command(
         "harness.verify.diverge.command:main",
-        "tell rounding from a defect where two runs of one experiment differ",
+        "tell rounding from a defect where two runs differ",
         "RUN_A RUN_B",
         (
             (

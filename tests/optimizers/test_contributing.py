@@ -18,7 +18,7 @@ for package in (optimizers.reference, optimizers.rules, tests.optimizers):
     package.__path__.append(sys.argv[1] + "/" + package.__name__.replace(".", "/"))
 presets._collect()
 assert "torch" not in sys.modules
-assert "row_beta" in presets.resolve("normuon")
+assert "row_beta" in presets.resolve("row_muon")
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]]))
 """

@@ -25,6 +25,8 @@ def parameters(dtype: torch.dtype = torch.float32) -> Params:
 def options(preset: str, **more: Any) -> dict[str, Any]:
     known = resolve(preset)
     wanted = {"rank": 4, "refresh_interval": 3, "weight_decay": 0.1, "norm_growth_limit": 1.2, **more}
+    if known.get("residual") == "unbiased":
+        del wanted["norm_growth_limit"]  # GUM refuses it
     return {key: value for key, value in wanted.items() if key in known}
 
 

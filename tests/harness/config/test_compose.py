@@ -35,7 +35,7 @@ BAD_WORDS = [
     (
         ["optimizer=sumoo"],
         "optimizer: sumoo is wrong",
-        ["did you mean sumo?", "allowed: adamw, galore", "=sumo"],
+        ["did you mean sumo?", "allowed: adamuon, adamw, apollo", "=sumo"],
     ),
     (["model=lama_tiny"], "model: lama_tiny is wrong", ["fix: model=llama_tiny"]),
     (["experiment=quickstar"], "experiment: quickstar is wrong", ["fix: experiment=quickstart"]),

@@ -76,8 +76,14 @@ def _peak(outcome: RunOutcome) -> float:
 
 
 def _server() -> psutil.Process:
-    (server,) = [p for p in psutil.Process().children() if "harness.jobs.fork_server" in p.cmdline()]
-    return server
+    # A child has its own command line from `exec` on, which a loaded machine reaches late.
+    end = time.monotonic() + 20
+    while True:
+        found = [p for p in psutil.Process().children() if "harness.jobs.fork_server" in p.cmdline()]
+        if found or time.monotonic() > end:
+            (server,) = found
+            return server
+        time.sleep(0.01)
 
 
 def _ranks() -> list[psutil.Process]:
