@@ -1,16 +1,19 @@
 """Measure how many times a difference of one ulp in every weight grows under each preset.
 
-    python -m benchmarks.amplification [RULE …] [--steps 20] [--dtypes fp32,bf16] [--write]
+    python -m benchmarks.amplification [RULE …] [--steps 20] [--dtypes fp32,bf16] [--minutes 60] [--write]
 
 Every preset trains the model of the certificates in one process, three times: undisturbed, and twice with each initial
-weight moved up or down by one ulp. With --write, the table of docs/diverge.md is replaced.
+weight moved up or down by one ulp. With --write, the table of docs/diverge.md is replaced. After --minutes no further
+preset is begun, and a line below the table names those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -43,8 +46,10 @@ def growth(pool: RankPool, rule: str, dtype: str, steps: int, folder: Path) -> d
     return amplification(run, twins)
 
 
-def table(found: dict[tuple[str, str], dict[int, float]], steps: int) -> str:
-    """Return the Markdown table: a row per rule and dtype."""
+def table(
+    found: Mapping[tuple[str, str], Mapping[int, float]], steps: int, missing: Sequence[tuple[str, str]] = ()
+) -> str:
+    """Return the Markdown table: a row per rule and dtype, and below it a line with those that are missing."""
     shown = [step for step in SHOWN if step < steps] + [steps]
     rows = [
         ["preset", "dtype", *(f"after {step} steps" for step in shown), "per step"],
@@ -53,7 +58,10 @@ def table(found: dict[tuple[str, str], dict[int, float]], steps: int) -> str:
     for (rule, dtype), values in found.items():
         per_step = values[steps] ** (1 / steps)
         rows.append([rule, dtype, *(f"{values[step]:.3g}" for step in shown), f"{per_step:.3g}"])
-    return "\n".join(map(markdown_row, rows))
+    text = "\n".join(map(markdown_row, rows))
+    if missing:
+        text += "\n\nNot measured yet: " + ", ".join(f"`{rule}` ({dtype})" for rule, dtype in missing) + "."
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,15 +72,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("rules", nargs="*", metavar="RULE", help="presets (all)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtypes", default="fp32")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no preset after these (no limit)"
+    )
     parser.add_argument("--write", action="store_true", help="replace the table of docs/diverge.md")
     arguments = parser.parse_args(argv)
     found: dict[tuple[str, str], dict[int, float]] = {}
+    asked = [
+        (rule, dtype)
+        for rule in arguments.rules or list(presets.PRESETS)
+        for dtype in arguments.dtypes.split(",")
+    ]
+    end = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch, closing(RankPool(1, Path(scratch) / "ranks")) as pool:
-        for rule in arguments.rules or list(presets.PRESETS):
-            for dtype in arguments.dtypes.split(","):
-                found[rule, dtype] = growth(pool, rule, dtype, arguments.steps, Path(scratch))
-                print(rule, dtype, f"{found[rule, dtype][arguments.steps]:.3g}", flush=True)
-    text = table(found, arguments.steps)
+        for rule, dtype in asked:
+            if time.monotonic() > end:
+                break
+            found[rule, dtype] = growth(pool, rule, dtype, arguments.steps, Path(scratch))
+            print(rule, dtype, f"{found[rule, dtype][arguments.steps]:.3g}", flush=True)
+    text = table(found, arguments.steps, [one for one in asked if one not in found])
     print(text)
     if arguments.write:
         page = PAGE.read_text(encoding="utf-8")

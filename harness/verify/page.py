@@ -148,8 +148,10 @@ def _end_to_end(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         known = [r for r in own if r.figures.get("end_to_end_error") is not None]
         if known:
             worst = max(known, key=lambda r: r.figures["end_to_end_error"])
-            floor, error = _figure(worst, "noise_floor"), _figure(worst, "end_to_end_error")
-            rows.append([rule, floor, error, _place(worst.cell)])
+            # Of the rule; the worst cell may be one that has none of its own.
+            floors = [r.figures["noise_floor"] for r in own if r.figures.get("noise_floor") is not None]
+            floor = _short(floors[0]) if floors else MISSING
+            rows.append([rule, floor, _figure(worst, "end_to_end_error"), _place(worst.cell)])
     return ["rule", "noise floor", "end-to-end error", "in"], rows
 
 
@@ -240,7 +242,8 @@ _ROUNDED = "With bf16 iterations, the default on devices with bf16 units (not ju
 
 _NOISE = """\
 The largest difference from one process after four steps, in fp32 (bound {bound}), next to the same figure between two
-runs of one process of which one starts with each weight moved by one ulp: what the rule makes of rounding by itself."""
+runs of one process of which one starts with each weight moved by one ulp: what the rule makes of rounding by itself,
+with clipping and at the preset's options."""
 
 _ON_CUDA = f"""\
 Rules that leave the exact factor to the device take `gram` on CPUs and `dwh` on CUDA. These cells run `dwh`, which

@@ -55,7 +55,7 @@ def certify(selected: Sequence[Cell], folder: Path, say: Say) -> Certified:
     began, sources = time.monotonic(), sources_sha256()
     results: dict[Cell, Result] = {}
     references: dict[Cell, Path] = {}
-    floors: dict[tuple[str, str], float] = {}
+    floors: dict[tuple[str, str], float | None] = {}
     machine: dict[str, Any] = {}
     # References are made by one process; all other cells need them.
     for world_size in sorted({1, *(cell.world_size for cell in selected)}):
@@ -67,7 +67,9 @@ def certify(selected: Sequence[Cell], folder: Path, say: Say) -> Certified:
                 floors = _noise_floors(pool, selected, folder, references)
             for cell in (cell for cell in selected if cell.world_size == world_size):
                 result = _certify(pool, cell, folder, references)
-                floor = floors.get((cells.reference_of(cell).rule, cell.dtype))
+                floor = (
+                    floors.get((cells.reference_of(cell).rule, cell.dtype)) if has_noise_floor(cell) else None
+                )
                 results[cell] = replace(result, figures={**result.figures, "noise_floor": floor})
                 say(results[cell], len(results), len(selected))
     # Ranks import modules when they need them: results under two versions certify neither.
@@ -88,15 +90,26 @@ def _save_references(pool: RankPool, selected: Sequence[Cell], folder: Path) -> 
     return references
 
 
+def has_noise_floor(cell: Cell) -> bool:
+    """Return True if the twins of `_noise_floors` are of the cell's arithmetic, and their figure is the cell's, too.
+
+    They clip, and have the preset's options and the factor of CPUs. How work and matrices are dealt out to the
+    ranks changes neither.
+    """
+    variants = set(filter(None, cell.variant.split(", ")))
+    return cell.clipping == "on" and not cell.options and variants <= {"columns", "split"}
+
+
 def _noise_floors(
     pool: RankPool, selected: Sequence[Cell], folder: Path, references: Mapping[Cell, Path]
-) -> dict[tuple[str, str], float]:
-    """Return (rule, dtype) → end-to-end error between twins that start one ulp apart.
+) -> dict[tuple[str, str], float | None]:
+    """Return (rule, dtype) → end-to-end error between twins that start one ulp apart, clipped, at the preset's options.
 
-    In bf16, where the end-to-end error is not judged and a run takes seconds, of the rules of `CROSSED` alone.
+    None where it is not finite, which JSON cannot say. In bf16, where the end-to-end error is not judged and a run
+    takes seconds, of the rules of `CROSSED` alone.
     """
-    pairs = {(cells.reference_of(cell).rule, cell.dtype) for cell in selected}
-    floors = {}
+    pairs = {(cells.reference_of(cell).rule, cell.dtype) for cell in selected if has_noise_floor(cell)}
+    floors: dict[tuple[str, str], float | None] = {}
     for rule, dtype in sorted(pairs):
         if dtype != "fp32" and rule not in CROSSED:
             continue
@@ -104,7 +117,8 @@ def _noise_floors(
         what = f"twins of one process, {cell}"
         try:
             args = (cell, folder, references.get(cell))
-            floors[rule, dtype] = pool.run("harness.verify.certify_rank:noise_floor", *args, what=what)[0]
+            floor = pool.run("harness.verify.certify_rank:noise_floor", *args, what=what)[0]
+            floors[rule, dtype] = verdict.finite(floor)
         except RanksFailed:
             # The cells of this dtype fail for the same reason, and say it.
             pool.close(kill=True)

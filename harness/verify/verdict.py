@@ -115,7 +115,7 @@ def judge(cell: Cell, ranks: Sequence[Mapping[str, Any]], seconds: float = 0.0) 
         _counts([rank["orthogonalized"][step] for rank in ranks]) for step in range(len(first["grad_norms"]))
     ]
     figures = {
-        **{key: _finite(first.get(key)) for key in FIGURES},
+        **{key: finite(first.get(key)) for key in FIGURES},
         "orthogonalizations_per_step": max((sum(count.values()) for count in counts), default=0),
         "replicas_equal": replicas_equal,
         "bytes_per_step": max(
@@ -221,6 +221,6 @@ def _replicas_equal(ranks: Sequence[Mapping[str, str]]) -> bool | None:
     return all(len(same) == 1 for same in digests.values()) if digests else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return None instead of an infinite or NaN value, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -64,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
                 print(json_document(error={"key": "diverge", "message": str(error).splitlines()[0]}))
             print(error, file=sys.stderr, flush=True)
             return ExitCode.RUN_FAILED
-    own = judge(replayed.run, replayed.twins, a.trajectory)
-    theirs = judge(replayed.run, replayed.twins, tested)
+    own = judge(replayed.run, replayed.twins, a.trajectory, ALPHA / 2)
+    theirs = judge(replayed.run, replayed.twins, tested, ALPHA / 2)
     if arguments.options.json:
         print(json_document(**content(own, theirs, replayed)))
     else:
@@ -148,13 +148,24 @@ def _tested(arguments: Arguments, b: Recorded, steps: int, scratch: Path) -> Tra
     return replay(_words(b.path, str(scratch)), steps, world_size, scratch)
 
 
+def pair_p_value(own: Verdict, theirs: Verdict) -> float:
+    """Return the p-value of the pair: twice the smaller one (Bonferroni), because either run can make it outside."""
+    return min(1.0, 2 * min(own.p_value, theirs.p_value))
+
+
 def content(own: Verdict, theirs: Verdict, replayed: Replayed) -> dict[str, object]:
-    """Return the JSON document's content: the verdict on the pair, and that on each run against the replay of RUN_A."""
+    """Return the JSON document's content: the verdict on the pair, and where the run that is outside leaves.
+
+    Args:
+        own: on RUN_A against its replay, at `ALPHA` / 2.
+        theirs: on RUN_B against the same replay, at `ALPHA` / 2.
+        replayed: RUN_A and its twins.
+    """
     worst = theirs if own.inside else own
     last = max(replayed.growth)
     return {
         "inside": own.inside and theirs.inside,
-        "p_value": worst.p_value,
+        "p_value": pair_p_value(own, theirs),
         "first_step": worst.first_step,
         "parameter": worst.parameter,
         "figure": worst.figure,
@@ -189,5 +200,6 @@ def _show(own: Verdict, theirs: Verdict, replayed: Replayed, console: Console) -
     else:
         which = "RUN_B" if own.inside else "RUN_A"
         console.print(f"{which} differs from the replay of RUN_A by more than rounding does.")
+    console.print(f"p-value of the pair: {pair_p_value(own, theirs):.2g} (outside below {ALPHA:g})")
     growth = f"one ulp grows {replayed.growth[last]:.3g} times in {last} steps"
     console.print(f"{len(replayed.twins)} twins; {growth}")

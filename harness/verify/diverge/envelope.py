@@ -7,8 +7,14 @@ standard normal quantile of the same probability. The score of a run is the larg
 The null distribution of the score comes from the twins: each is scored against the others, and the score under test
 is placed in that sample by the same prediction interval.
 
-Assumptions: the run under test is exchangeable with the twins if it is right, and both log-distances and scores are
-close to normal. No independence of steps or figures is assumed, because scores are compared with scores.
+Twins of one process lack the rounding of an engine's own sums (`_SPREADS`), so a draw of it is added to each of their
+figures. Without it their scores would be close together wherever they lie below the least standard deviation, and any
+run that is a fraction of it away would be outside. Nothing is added to the run under test, which has the rounding of
+its engine already.
+
+Assumptions: a run under test that is right is exchangeable with these twins or closer to the run than they are, and
+both log-distances and scores are close to normal. No independence of steps or figures is assumed, because scores are
+compared with scores.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ from scipy import stats
 from harness.verify.diverge.trajectory import Trajectory
 
 ALPHA = 0.05
-"""A run with a p-value below it is outside."""
+"""A run with a p-value below it is outside, unless the caller says otherwise."""
 FEWEST_TWINS = 4
 """Twins below which a spread cannot be told from them."""
 
@@ -32,9 +38,10 @@ _FLOOR = 2.0**-24
 _LEAST_SPREAD = 0.05
 """Least standard deviation of a log-distance: twins may agree by chance, and sketches are off by 9 %."""
 _SPREADS = {"weights": _LEAST_SPREAD, "loss": 2.0**-20, "gradient norm": 2.0**-16}
-"""Least standard deviation by figure; relative for the last two. They are fp32 sums over many numbers, whose own order
-an engine chooses and the twins of one process do not vary. Under FSDP2, which adds up the norms of shards, gradient
-norms were 1e-6 to 2.5e-5 off those of one process (measured, 500,000 parameters), more than in any twin."""
+"""Least standard deviation by figure, and that of what is added to each twin's figures; relative for the last two.
+They are fp32 sums over many numbers, whose own order an engine chooses and the twins of one process do not vary. Under
+FSDP2, which adds up the norms of shards, gradient norms were 1e-6 to 2.5e-5 off those of one process (measured, 500,000
+parameters), more than in any twin."""
 _LARGEST = 37.0
 """Largest score; beyond it probabilities underflow."""
 
@@ -48,9 +55,9 @@ class Verdict:
     """Whether a run is inside the envelope.
 
     Attributes:
-        inside: p_value ≥ ALPHA.
+        inside: p_value ≥ alpha.
         p_value: of a run that differs by rounding alone, to be at least as far away.
-        score, limit: of the run, and the score with p-value ALPHA.
+        score, limit: of the run, and the score with p-value alpha.
         first_step: first step with a figure above the limit; None inside.
         figure: which.
         parameter: at that step, or at the first later one with weights, the parameter that is furthest outside; None
@@ -85,13 +92,14 @@ def figures(run: Trajectory, other: Trajectory) -> Figures:
     return found
 
 
-def judge(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory) -> Verdict:
+def judge(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory, alpha: float = ALPHA) -> Verdict:
     """Return whether another run differs from a run by more than its twins do.
 
     Args:
         run: undisturbed.
         twins: of it, at least `FEWEST_TWINS`.
         other: under test; steps and figures that it lacks are left out.
+        alpha: share of right runs that may be outside.
 
     Raises:
         ValueError: the runs have no step in common.
@@ -105,6 +113,7 @@ def judge(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory) -> Ve
     is_log = np.array([name == "weights" for name, _ in keys])
     least = np.array([_SPREADS[name] for name, _ in keys])
     sample = np.array([[values[key] for key in keys] for values in null])
+    sample += least * np.random.default_rng(0).standard_normal(sample.shape)  # the same in every call
     z = _z_values(np.array([tested[key] for key in keys]), sample, is_log, least)
     score = float(z.max())
     scores = np.array(
@@ -112,8 +121,8 @@ def judge(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory) -> Ve
     )
     degrees, spread = len(scores) - 1, max(scores.std(ddof=1), 0.1) * math.sqrt(1 + 1 / len(scores))
     p_value = float(stats.t.sf((score - scores.mean()) / spread, degrees))
-    limit = float(scores.mean() + stats.t.isf(ALPHA, degrees) * spread)
-    if p_value >= ALPHA:
+    limit = float(scores.mean() + stats.t.isf(alpha, degrees) * spread)
+    if p_value >= alpha:
         return Verdict(True, p_value, score, limit)
     # The first step with a figure outside; of several figures, the one that is furthest outside.
     first, _, figure = min((step, -value, name) for (name, step), value in zip(keys, z) if value > limit)
@@ -161,7 +170,7 @@ def _parameter(
 def _excess(value: float, usual: Sequence[float], figure: str) -> float | None:
     if figure == "weights":
         return math.exp(value - float(np.mean(usual)))
-    size = max(float(np.sqrt(np.mean(np.square(usual)))), _FLOOR)
+    size = max(float(np.sqrt(np.mean(np.square(usual)))), _SPREADS[figure])
     return abs(value) / size if math.isfinite(value) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 
 from harness import cli
 from harness.record.certificates import Cell, sources_sha256
-from harness.verify import cells, command
+from harness.verify import cells, command, session
 from harness.verify.pool import RankLost
-from harness.verify.session import Certified, Say, certify
+from harness.verify.session import Certified, Say, certify, has_noise_floor
 from harness.verify.verdict import FIGURES, Result
 
 KEYS = {
@@ -41,17 +42,56 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certified:
 
 
 def test_cells_are_green(certified: Certified) -> None:
+    assert certified.results[4].figures["noise_floor"] is None
     for result in (*certified.results[:2], certified.results[4]):
         assert result.passed, result.reasons
         assert result.figures["replay_error"] < 5e-6
         assert result.figures["end_to_end_error"] < 1e-2
         # Sums in another order round about as much as one ulp in every weight does.
-        assert 1e-8 < result.figures["noise_floor"] < 1e-2
+        assert result.cell.variant == "dwh" or 1e-8 < result.figures["noise_floor"] < 1e-2
         assert result.figures["matrices"] == result.figures["orthogonalizations_per_step"] == 21
         assert result.figures["bytes_per_step"] > 0
     assert certified.results[0].figures["replicas_equal"] is True
     assert "torch" in certified.machine["packages"]
     assert certified.sources == sources_sha256()
+
+
+@pytest.mark.parametrize(
+    ("cell", "known"),
+    [
+        (Cell("sumo", "ddp"), True),
+        (Cell("sumo", "fsdp2", accumulation=2, variant="columns"), True),
+        (Cell("sumo", "ddp", variant="split"), True),
+        (Cell("sumo", "ddp", clipping="off"), False),
+        (Cell("sumo", "ddp", variant="dwh"), False),
+        (Cell("sumo", "ddp", variant="split, dwh"), False),
+        (Cell("sumo", "ddp", options="momentum=0.8"), False),
+    ],
+    ids=str,
+)
+def test_a_noise_floor_is_of_cells_with_the_arithmetic_of_its_twins(cell: Cell, known: bool) -> None:
+    assert has_noise_floor(cell) is known
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_noise_floor_that_is_not_finite_is_null(
+    value: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def answer(target: str, *args: object, **more: object) -> list[object]:
+        if target.endswith(":machine"):
+            return [{}]
+        return [value if target.endswith(":noise_floor") else {}]
+
+    class Pool:
+        def __init__(self, *args: object) -> None:
+            self.run = answer
+
+        def close(self, kill: bool = False) -> None: ...
+
+    monkeypatch.setattr(session, "RankPool", Pool)
+    monkeypatch.setattr(session, "_certify", lambda pool, cell, *_: Result(cell, True, (), {}))
+    found = certify([Cell("sumo", "ddp")], tmp_path, lambda *_: None)
+    assert found.results[0].figures["noise_floor"] is None
 
 
 def test_a_defect_is_red_by_its_arithmetic(certified: Certified) -> None:

@@ -11,7 +11,7 @@ import pytest
 from harness import cli
 from harness.errors import InputError
 from harness.verify.diverge import command
-from harness.verify.diverge.envelope import amplification
+from harness.verify.diverge.envelope import ALPHA, Verdict, amplification
 from harness.verify.diverge.session import Replayed
 from harness.verify.diverge.trajectory import Trajectory
 from harness.verify.pool import RankLost
@@ -55,6 +55,32 @@ def test_the_document_and_the_exit_code(
     assert (document["p_value"] < 0.05) is is_wrong
     assert cli.main(["diverge", str(a), str(b), "--steps=12"]) == code
     assert ("OUTSIDE" in capsys.readouterr().out) is is_wrong
+
+
+@pytest.mark.parametrize(("smaller", "together"), [(0.03, 0.06), (0.02, 0.04), (0.6, 1.0)])
+def test_the_p_value_of_the_pair_is_twice_the_smaller_one(smaller: float, together: float) -> None:
+    """Each run can make the pair outside: at 5 % each, a tenth of right pairs would be."""
+    replayed = Replayed(train("adamw", steps=1), [], {1: 2.0})
+    for values in ((smaller, 0.9), (0.9, smaller)):
+        own, theirs = (Verdict(p >= ALPHA / 2, p, 1.0, 2.0) for p in values)
+        document = command.content(own, theirs, replayed)
+        assert document["p_value"] == pytest.approx(together)
+        assert document["inside"] is (together >= ALPHA)
+
+
+def test_both_runs_are_judged_at_half_of_alpha(
+    replays: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def record(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory, alpha: float) -> Verdict:
+        asked.append(alpha)
+        return Verdict(True, 0.5, 1.0, 2.0)
+
+    monkeypatch.setattr(command, "judge", record)
+    a = run_folder(tmp_path / "a", *rows(train("adamw")))
+    assert cli.main(["diverge", str(a), str(a), "--steps=12"]) == 0
+    assert asked == [ALPHA / 2, ALPHA / 2]
 
 
 def test_a_run_that_its_own_replay_does_not_reproduce_is_named(
