@@ -255,6 +255,8 @@ class DeepSpeedRun(AuditedRun):
         self._layout: PartitionedLayout | None = None
         if self.stage:
             self._layout = deepspeed_engine.bind(self.optimizer, self.engine, groups)
+            # ZeRO builds a new Adagrad, whose state begins with its construction, and steps that one.
+            self.optimizer = self.engine.optimizer.optimizer
         step = self.optimizer.step
 
         def recorded(*args: Any, **kwargs: Any) -> Any:

@@ -55,6 +55,15 @@ def test_an_elementwise_rule_is_safe(label: str, two_ranks: RankPool, tmp_path: 
     assert report.replay_error < 1e-4
 
 
+@pytest.mark.parametrize("label", ["zero1", "zero3"])
+def test_the_optimizer_that_zero_builds_itself_is_the_audited_one(
+    label: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """DeepSpeed replaces Adagrad by a new one over its flat tensors."""
+    report = audited(two_ranks, "torch.optim.Adagrad", label, tmp_path)
+    assert report.verdict == "safe", report.reason
+
+
 @pytest.mark.slow
 def test_an_elementwise_rule_is_safe_on_replicas_of_shards(four_ranks: RankPool, tmp_path: Path) -> None:
     report = audited(four_ranks, "torch.optim.AdamW", "hsdp", tmp_path)
