@@ -55,8 +55,9 @@ def text(entries: Sequence[Entry]) -> str:
 _CHECKS = """\
 What failed, and for whom. A check fails where training would be wrong or would stop; `optbench audit` prints the
 figures of each. *no gradients* fails where a step in which no parameter has a gradient still counts, so that bias
-corrections and warm-ups of later steps differ. Minimal reproductions of defects are in
-[Defects that the audit found](audit_findings.md)."""
+corrections and warm-ups of later steps differ. *resume at another world size* saves with torch's distributed
+checkpoint; the presets of this project have [a way of their own](layouts.md#state-by-name), which its engines use.
+Minimal reproductions of defects are in [Defects that the audit found](audit_findings.md)."""
 
 _FACTS = """\
 Nothing here is a defect. *State*: bytes per parameter element on six small parameters in fp32. *Host syncs*: what makes
@@ -82,8 +83,9 @@ def _headline(entries: Sequence[Entry]) -> str:
     flat = sum(any(verdict == "wrong" for verdict in entry.cells.values()) for entry in entries)
     checked = [entry for entry in entries if entry.passed is not None]
     clean = sum(not entry.failed for entry in checked)
+    train = "trains" if flat == 1 else "train"
     return (
-        f"{len(entries)} optimizers on {', '.join(labels)}: **{everywhere} are safe on all of them, {flat} train "
+        f"{len(entries)} optimizers on {', '.join(labels)}: **{everywhere} are safe on all of them; {flat} {train} "
         f"something else on at least one, without an error.** {clean} of {len(checked)} fail no check in one process."
     )
 
