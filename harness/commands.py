@@ -224,7 +224,7 @@ COMMANDS: dict[str, Command] = {
         (
             Option(("--full",), "every combination (hours on 2 cores)"),
             Option(
-                ("--include-controls",), "also eight defects of other implementations, which must be detected"
+                ("--include-controls",), "also nine defects of other implementations, which must be detected"
             ),
             Option(
                 ("--include-peers",), "also torch's and DeepSpeed's own Muon, which do not change the verdict"

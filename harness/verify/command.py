@@ -15,6 +15,7 @@ from harness.console import for_tables
 from harness.errors import ExitCode
 from harness.files import atomic
 from harness.output import json_document
+from harness.process import termination
 from harness.record.certificates import Cell
 from harness.verify import cells, grid, page
 from harness.verify.pool import RankLost
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     def say(result: Result, number: int, total: int) -> None:
         console.print(page.line(result, number, total), soft_wrap=True)
 
-    with tempfile.TemporaryDirectory(prefix="optbench-certify-") as scratch:
+    with termination.terminable(), tempfile.TemporaryDirectory(prefix="optbench-certify-") as scratch:
         try:
             certified = certify(selected, Path(scratch), say)
         except RankLost as error:

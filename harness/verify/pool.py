@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from harness.process import termination
+
 PRELOADED = ("harness.run", "transformers.models.llama.modeling_llama")
 """Imported once for all ranks."""
 START_S = 180
@@ -31,6 +33,9 @@ TIMEOUT_S = 180
 GRACE_S = 15
 """Time, s, that the other ranks get once one has failed: most then wait for it in a collective."""
 _STACK_S = 2
+_WHILE_IMPORTED = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+"""Environment of the process that imports for all ranks: libraries start threads when they are loaded, and a fork has
+none of them; they ask which device to use, and CUDA cannot be used in a fork once that has initialized it."""
 
 
 class RanksFailed(Exception):
@@ -209,16 +214,16 @@ def _preloaded(modules: Sequence[str]) -> Any:
     """Return a way to start processes as forks of one that has imported modules, once for all ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(modules))
-    kept = os.environ.get("OMP_NUM_THREADS")
-    # Libraries start their threads when they are loaded, and a fork has none of them.
-    os.environ["OMP_NUM_THREADS"] = "1"
+    kept = {name: os.environ.get(name) for name in _WHILE_IMPORTED}
+    os.environ.update(_WHILE_IMPORTED)
     try:
         forkserver.ensure_running()
     finally:
-        if kept is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = kept
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     return context
 
 
@@ -236,6 +241,7 @@ def _serve(
     environment: Mapping[str, str],
 ) -> None:
     """Run the functions that come through ``pipe`` until it is closed."""
+    _follow_server()
     # That of the server may be older.
     os.environ.clear()
     os.environ.update(environment)
@@ -269,6 +275,17 @@ def _serve(
     sys.stderr.flush()
     # Leaving the group in order aborts now and then, after all work is done (threads of gloo and FSDP).
     os._exit(0)
+
+
+def _follow_server() -> None:
+    """Let this rank end with the fork server, and the server with the command, even while a rank computes for ever."""
+    termination.die_with_parent()
+    # The server ends when nobody holds the other end of this pipe. A rank is given a copy, because in general it may
+    # start processes, too.
+    server: Any = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue]
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
 
 
 def _next(pipe: Connection) -> Any:

@@ -14,6 +14,7 @@ from harness.console import for_tables
 from harness.errors import ExitCode, InputError
 from harness.files import atomic
 from harness.output import json_document
+from harness.process import termination
 from harness.verify.audit import cells, pages, session, table, targets
 from harness.verify.audit.controls import CONTROLS
 from harness.verify.audit.document import TargetReport
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     deadline = time.monotonic() + CI_S - CI_CELL_S if options.ci else None
     reports: list[TargetReport] = []
     ready: list[Target] = []
-    with tempfile.TemporaryDirectory(prefix="optbench-audit-") as scratch:
+    with termination.terminable(), tempfile.TemporaryDirectory(prefix="optbench-audit-") as scratch:
         try:
             with Session(Path(scratch), limit_s, deadline) as running:
                 ready, skipped = _probed(running, typed, packages)

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import threading
 from importlib import import_module
 
 import torch
+from tqdm import tqdm
 
 from harness.engines import deepspeed
 from harness.verify.audit import judge, ranks
@@ -27,6 +29,8 @@ _LATE = (
 torch.set_num_threads(1)
 # Before inductor is imported: its pool of compilers would outlive the ranks.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# torch.compile shows progress; tqdm's own lock holds a semaphore, which a rank that is ended would leave behind.
+tqdm.set_lock(threading.RLock())
 deepspeed._library()
 for name in (*_LATE, *filter(None, os.environ.get(PACKAGES, "").split(","))):
     # A rank that needs it names the error.

@@ -70,7 +70,11 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind:
+            # Nobody waits for what the ranks compute.
+            for pool in self._pools.values():
+                pool.close(kill=True)
         self._stack.close()
 
     @property

@@ -17,6 +17,7 @@ from harness.command_line import Arguments
 from harness.console import for_tables
 from harness.errors import ExitCode, InputError
 from harness.output import json_document
+from harness.process import termination
 from harness.record.readers import CONFIG
 from harness.verify.diverge import sources
 from harness.verify.diverge.envelope import ALPHA, FEWEST_TWINS, Verdict, judge
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    with tempfile.TemporaryDirectory(prefix="optbench-diverge-") as scratch:
+    with termination.terminable(), tempfile.TemporaryDirectory(prefix="optbench-diverge-") as scratch:
         try:
             words = _in_one_process(path_a, a.config, scratch)
             replayed = replay_with_twins(words, steps, twins, Path(scratch), say, minutes)

@@ -42,6 +42,12 @@ def hang_on_one() -> None:
         time.sleep(300)
 
 
+def spin_for_ever() -> None:
+    """Each rank computes without end and notices nothing."""
+    while True:
+        pass
+
+
 def read_environment() -> dict[str, str]:
     """Where the rank thinks it is."""
     return {

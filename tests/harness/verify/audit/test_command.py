@@ -221,6 +221,18 @@ def test_what_prints_hangs_or_dies_ends_its_own_cell_only(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_ranks_leave_no_semaphore_behind() -> None:
+    code = """
+import harness.verify.audit.preload
+from multiprocessing import synchronize
+from tqdm import tqdm
+synchronize.SemLock.__init__ = None
+assert list(tqdm(range(2))) == [0, 1]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.slow
 def test_a_target_that_dies_on_import_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "dies.py").write_text("import os; os._exit(5)")
     code, document, err = audit(tmp_path, "dies.Thing", "--engine", "single")
