@@ -114,8 +114,15 @@ def _algorithm(who: str, home: str, values: Mapping[str, Any], parameter: Any, n
         return "matrix" if ndim >= 2 else "other"
     for kind in ("adamw", "adam", "lion", "sgd"):
         if name in (kind, f"fused{kind}", f"deepspeedcpu{kind}", f"cpu{kind}", f"torch{kind}"):
-            return kind
+            return "other" if _variant(values) else kind
     return "other"
+
+
+def _variant(values: Mapping[str, Any]) -> str:
+    """Return a setting that makes Adam or SGD a rule that is not known here, in words; "" for none."""
+    if values.get("amsgrad"):
+        return " with amsgrad"
+    return " with dampening" if values.get("dampening") and values.get("momentum") else ""
 
 
 def _matrix(who: str, home: str, settings: Settings) -> Claim:
@@ -155,7 +162,7 @@ def _elementwise(algorithm: str, who: str, settings: Settings) -> Claim:
     coupled = algorithm in ("adam", "sgd") and not values.get("decoupled_weight_decay", False)
     return Claim(
         "adamw" if algorithm == "adam" else algorithm if algorithm in ("adamw", "sgd", "lion") else "other",
-        who,
+        who + (_variant(values) if algorithm == "other" else ""),
         momentum=settings.number("momentum", default=0.0 if algorithm == "sgd" else None),
         nesterov=bool(values.get("nesterov", False)) if algorithm == "sgd" else None,
         betas=(float(betas[0]), float(betas[1])),

@@ -19,8 +19,10 @@ class Evidence:
     Attributes:
         usable: updates with a learning rate, a gradient and a movement.
         changes, weights, rates: ΔW, W before, and learning rate of the usable ones.
-        gradients, all_weights, all_rates: of every update.
+        gradients, all_weights, all_rates: of every update; the negative gradient under maximize=True.
         dtype: of the weights.
+        had_gradient: any gradient was not zero: one that is None or exactly 0 (an unused branch, an expert without
+            tokens) moves nothing.
     """
 
     def __init__(self, record: ParameterRecord, device: torch.device) -> None:
@@ -33,7 +35,10 @@ class Evidence:
         self.dtype = record.weights[0].dtype
         count = len(record.weights) - 1
         zero = torch.zeros(record.weights[0].shape)
-        self.gradients = [cast(g if g is not None else zero) for g in record.gradients[:count]]
+        # torch's maximize=True is the same rule on the negative gradient, L2 decay included.
+        signs = [-1.0 if s.values.get("maximize") is True else 1.0 for s in record.settings]
+        received = [cast(g if g is not None else zero) for g in record.gradients[:count]]
+        self.gradients = [sign * g for sign, g in zip(signs, received)]
         self.all_weights = [cast(w) for w in record.weights[:count]]
         moved = [cast(b) - cast(a) for a, b in zip(record.weights, record.weights[1:])]
         rates = [s.number("lr", default=0.0) or 0.0 for s in record.settings[:count]]
@@ -44,9 +49,9 @@ class Evidence:
         self.rates = [rates[t] for t in self.usable]
         self.has_rate = any(rates)
         self.state = {key: value.to(device) for key, value in record.state.items()}
-        self.micro = [[cast(g) for g in partial] for partial in record.micro[:count]]
+        self.micro = [[sign * cast(g) for g in partial] for sign, partial in zip(signs, record.micro[:count])]
         self.rounding = rounding_of([record.weights[t] for t in self.usable], self.changes)
-        self.had_gradient = any(g is not None for g in record.gradients)
+        self.had_gradient = any(bool(g.any()) for g in self.gradients)
 
     @property
     def start(self) -> Tensor | None:

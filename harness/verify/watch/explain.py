@@ -62,6 +62,11 @@ class Explanation:
     rounding: float = 0.0
 
     @property
+    def moved(self) -> bool:
+        """Return True if the updates show anything about a rule."""
+        return self.rule not in ("still", "no gradient", "undecided")
+
+    @property
     def is_accepted(self) -> bool:
         """Return True if rounding explains what the rule leaves over."""
         return self.residual <= self.tolerance
@@ -102,6 +107,8 @@ def explain(
             "no update reached the weights" if evidence.had_gradient else "no gradient in any recorded update"
         )
         return Explanation("still" if evidence.had_gradient else "no gradient", reason)
+    if not evidence.had_gradient and evidence.start is None and _only_decays(evidence):
+        return Explanation("no gradient", "no gradient in any recorded update, only weight decay")
     tried: list[Explanation] = []
     for tier in _tiers(evidence, claim, forms, tiers, replay):
         tried += tier
@@ -121,6 +128,12 @@ def explain(
             return replace(profiled, runner_up=(best.detail, best.residual))
         return replace(best, rule="unexplained", detail=f"no known rule (nearest: {best.detail})")
     return best
+
+
+def _only_decays(evidence: Evidence) -> bool:
+    """Return True if the weights shrink by a rate and nothing else."""
+    found = evidence.judge([torch.zeros_like(g) for g in evidence.gradients])
+    return found.residual <= MARGIN * evidence.rounding + 10 * FLOOR
 
 
 def _by_profile(

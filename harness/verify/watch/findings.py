@@ -45,7 +45,9 @@ DEFECTS: Mapping[str, str] = {
 }
 """Every defect that `watch` names: name → meaning."""
 
+NO_RULE = "no rule known"
 NOTES: Mapping[str, str] = {
+    NO_RULE: "neither class nor group say which rule the update should be; name one with rule=",
     "weight decay rounded away": "w·(1 - lr·λ) rounds back to w in these weights' precision",
     "hidden matrix on AdamW": "the optimizer's groups send a hidden matrix to AdamW, next to others on a matrix rule",
 }
@@ -146,6 +148,8 @@ def judge(parameters: Sequence[Parameter], whole: Whole) -> list[Finding]:
     for parameter in parameters:
         for name, detail in _of_parameter(parameter, whole, shrink):
             parameter.found.setdefault(name, detail)
+        if _is_unknown(parameter, whole):
+            parameter.found = {NO_RULE: parameter.claim.who}
     findings = [*_of_all(parameters, whole, shrink), *_of_gradients(whole)]
     names = dict.fromkeys(name for p in parameters for name in p.found)
     for name in names:
@@ -173,6 +177,17 @@ def _named_once(findings: Iterable[Finding]) -> list[Finding]:
     }
     dropped = set().union(*(consequences.get(name, set()) for name in names))
     return [finding for finding in findings if finding.name not in dropped]
+
+
+def _is_unknown(p: Parameter, whole: Whole) -> bool:
+    """Return True if nothing says which rule the update should be.
+
+    What differs from AdamW or SGD may be just what such an optimizer is for; what does not may be its failure to do
+    more. Only an orthogonalized update with a documented factor says by itself what it is.
+    """
+    if p.claim.kind != "other" or not p.explanation.moved:
+        return False
+    return bool(p.found) or not (whole.claims_matrix or p.explanation.rule == "orthogonalized")
 
 
 def _of_parameter(p: Parameter, whole: Whole, shrink: Sequence[float] | None) -> Iterable[tuple[str, str]]:
@@ -398,6 +413,7 @@ def _of_all(
         partition = p.explanation.partition
         if (
             partition is not None
+            and p.explanation.rule == "orthogonalized"
             and p.route is not None
             and len(p.route.blocks) > 1
             and len(p.record.shape) == 2

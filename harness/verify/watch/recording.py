@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,15 +146,21 @@ class PartRecording:
         leaf = self._leaves.take(self.part) if self._leaves.is_on else {}
         total = 0.0
         micro_batches = self._leaves.micro_batches()
-        facts = StepFacts(0.0, *self._clipping(), micro_batches=micro_batches)
+        raw_norm, max_norm, by_parts = self._clipping()
+        facts = StepFacts(0.0, raw_norm, max_norm, micro_batches=micro_batches)
         for group, members in self.part.groups():
             settings = Settings({key: _setting(value) for key, value in group.items() if key != "params"})
             for name in members:
                 gradient = leaf.get(name) if from_autograd else target.gradient(name)
                 if gradient is not None:
-                    total += float(gradient.float().norm()) ** 2
-                if target.compares_leaf_gradients and gradient is not None and name in leaf:
-                    _compare(facts, name, gradient, leaf[name])
+                    if gradient.is_sparse:
+                        # Its values may hold a row twice until they are added up.
+                        gradient = gradient.coalesce()
+                    total += (
+                        float((gradient.values() if gradient.is_sparse else gradient).float().norm()) ** 2
+                    )
+                if target.compares_leaf_gradients and gradient is not None and name in leaf and not by_parts:
+                    _compare(facts, name, gradient.to_dense(), leaf[name])
                 record = self.records.get(name)
                 if record is None:
                     continue
@@ -177,12 +184,14 @@ class PartRecording:
             self.stop()
             self._done()
 
-    def _clipping(self) -> tuple[float | None, float | None]:
+    def _clipping(self) -> tuple[float | None, float | None, bool]:
+        """Return the norm before clipping, the bound, and whether gradients were clipped by parts instead."""
         self._heard, heard = self._clip.since(self._heard)
-        if heard is None:
-            return None, self.part.engine.get("max_norm")
-        max_norm, norm = heard
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm), max_norm
+        if heard is None or not heard.is_whole:
+            return None, self.part.engine.get("max_norm"), heard is not None
+        norm = heard.norm.full_tensor() if isinstance(heard.norm, DTensor) else heard.norm
+        # An infinite bound is the usual way to measure the norm: it is none.
+        return float(norm), heard.bound if math.isfinite(heard.bound) else None, False
 
 
 class LeafGradients:
@@ -219,7 +228,7 @@ class LeafGradients:
             if not (self.is_on or is_followed):
                 return
             kept = self._sums.get(name)
-            gradient = gradient.detach().float()
+            gradient = gradient.detach().to_dense().float()
             self._sums[name] = gradient.clone() if kept is None else kept + gradient
             partial = self._partial.setdefault(name, [])
             if is_followed and len(partial) < KEPT_MICRO_BATCHES:

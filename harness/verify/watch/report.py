@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.verify.watch.claims import SCALES
-from harness.verify.watch.findings import DEFECTS, Finding, Parameter, Whole, scale_names
+from harness.verify.watch.findings import DEFECTS, NO_RULE, Finding, Parameter, Whole, scale_names
 
 SCHEMA_VERSION = 1
 COLUMNS = ("parameters", "n", "expected", "found", "scale", "decay", "left over", "verdict")
@@ -53,10 +54,16 @@ class Report:
             return None
         if self.defects:
             return False
-        decided = [
-            p for p in self.parameters if p.explanation.rule not in ("undecided", "no gradient", "still")
-        ]
-        return True if decided else None
+        return True if self._decided and not self._unknown else None
+
+    @property
+    def _decided(self) -> list[Parameter]:
+        return [p for p in self.parameters if p.explanation.moved]
+
+    @property
+    def _unknown(self) -> list[Parameter]:
+        """Return the parameters of optimizers whose rule is not known."""
+        return [p for p in self.parameters if NO_RULE in p.found]
 
     @property
     def answer(self) -> str:
@@ -66,11 +73,16 @@ class Report:
             return "rank 0 has the report"
         if self.is_right is None:
             reason = "no parameter moved as far as rounding shows" if self.steps else "no update was recorded"
+            if self._unknown:
+                who = dict.fromkeys(p.claim.who for p in self._unknown)
+                reason = f"no rule is known for {' and '.join(who)}; name one with rule="
             reason = self.error or reason
             return f"{what}: undecided, because {reason}"
         if self.is_right:
-            count = len(self.parameters)
-            return f"{what} is right: yes, all {count} parameters moved as claimed in {self.steps} updates"
+            count, every = len(self._decided), len(self.parameters)
+            which = f"all {every}" if count == every else f"{count} of {every}"
+            rest = "" if count == every else "; the others show nothing"
+            return f"{what} is right: yes, {which} parameters moved as claimed in {self.steps} updates{rest}"
         reasons = "; ".join(f"{f.name} ({f.message})" for f in self.defects)
         return f"{what} is right: no, because of {reasons}"
 
@@ -122,9 +134,9 @@ class Report:
             "optimizers": [
                 {
                     "class": whole.who,
-                    "max_norm": whole.max_norm,
-                    "received_norms": [f.received_norm for f in whole.facts],
-                    "raw_norms": [f.raw_norm for f in whole.facts],
+                    "max_norm": _number(whole.max_norm),
+                    "received_norms": [_number(f.received_norm) for f in whole.facts],
+                    "raw_norms": [_number(f.raw_norm) for f in whole.facts],
                     "micro_batches": [f.micro_batches for f in whole.facts],
                 }
                 for whole in self.optimizers
@@ -133,7 +145,7 @@ class Report:
 
     def json(self) -> str:
         """Return `as_dict` as JSON."""
-        return json.dumps(self.as_dict(), indent=1)
+        return json.dumps(self.as_dict(), indent=1, allow_nan=False)
 
     def html(self, path: str | Path) -> Path:
         """Write one page without scripts, and return its path."""
@@ -204,7 +216,7 @@ def _decay(p: Parameter) -> str:
 def _verdict(p: Parameter) -> str:
     if p.found:
         wrong = [name for name in p.found if name in DEFECTS]
-        return "; ".join(wrong) or "right; " + "; ".join(p.found)
+        return "; ".join(wrong) or ("" if NO_RULE in p.found else "right; ") + "; ".join(p.found)
     return p.explanation.rule if p.explanation.rule in ("undecided", "still", "no gradient") else "right"
 
 
@@ -236,9 +248,9 @@ def _parameter(p: Parameter) -> dict[str, Any]:
         "momentum": e.momentum.mu if e.momentum else None,
         "nesterov": e.momentum.nesterov if e.momentum else None,
         "gradients": e.gradients,
-        "scales": [fit.scale for fit in e.fits],
+        "scales": [_number(fit.scale) for fit in e.fits],
         "documented_scales": [[SCALES[name][0] for name in names] for names in known],
-        "decay": e.decay[0] if e.fits else None,
+        "decay": _number(e.decay[0]) if e.fits else None,
         "residual": _number(e.residual),
         "tolerance": _number(e.tolerance),
         "runner_up": {"detail": e.runner_up[0], "residual": _number(e.runner_up[1])},
@@ -246,9 +258,9 @@ def _parameter(p: Parameter) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> float | None:
+def _number(value: float | None) -> float | None:
     """Return a finite number, or None: JSON has no infinity."""
-    return value if value == value and abs(value) != float("inf") else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def merged(findings: Iterable[Sequence[Finding]]) -> list[Finding]:

@@ -18,7 +18,7 @@ from harness.errors import InputError
 from harness.verify.watch.claims import claim_of
 from harness.verify.watch.clip_listener import ClipListener
 from harness.verify.watch.evidence import Evidence
-from harness.verify.watch.explain import GradientForms, explain
+from harness.verify.watch.explain import Explanation, GradientForms, explain
 from harness.verify.watch.findings import Parameter, Whole, judge
 from harness.verify.watch.partitions import partitions
 from harness.verify.watch.recording import PartRecording, choose, unequal_copies
@@ -53,7 +53,8 @@ def watch(
             transformers Trainer, whose optimizer is found when it trains.
         optimizer: the optimizer that the loop steps, or a list of optimizers; None with an engine or a Trainer.
         steps: updates to record. Warm-up from a learning rate of 0 shows nothing in its first update.
-        rule: name of `optimizers.names()` that hidden matrices should take; None: what optimizer and groups claim.
+        rule: name of `optimizers.names()` that hidden matrices should take ("adamw": every parameter); None: what
+            optimizer and groups claim.
         max_norm: gradient norm that the loop clips to; None: what torch's clipping or the engine says.
         fused: "parts" or "whole", what should happen to fused projections (QKV, gate-up); None: as claimed.
         max_bytes: bound on the recorded weights and gradients, on the CPU of rank 0; above it, parameters are sampled
@@ -120,7 +121,8 @@ class _Session:
         """Begin to record (a collective)."""
         self._target = target
         _require_equal_names(target)
-        self._clip.start()
+        groups = [group for part in target.parts for group in part.groups()]
+        self._clip.start([target.named[name] for _, members in groups for name in members])
         self._undo.append(self._clip.stop)
         for part in target.parts:
             names = choose(target, part, self._steps, self._max_bytes)
@@ -194,8 +196,13 @@ class _Session:
                 continue
             parameter = target.named[record.name]
             hidden = routes.get(record.name)
-            rule = self._rule if hidden is not None and hidden.blocks else None
+            takes_rule = self._rule == "adamw" or (hidden is not None and hidden.blocks)
+            rule = self._rule if takes_rule else None
             claim = claim_of(optimizer, record.settings[0], parameter, len(record.shape), rule)
+            if any(g is not None and g.is_sparse for g in record.gradients):
+                explanation = Explanation("undecided", "sparse gradients are not compared")
+                parameters.append(Parameter(record, claim, explanation, hidden))
+                continue
             evidence = Evidence(record, parameter.device)
             tiers = partitions(record.shape, hidden, record.shards, heads, world)
             forms = _gradient_forms(evidence, recording, max_norm)
@@ -203,7 +210,7 @@ class _Session:
             parameters.append(Parameter(record, claim, explanation, hidden))
         whole = Whole(
             type(optimizer).__name__,
-            self._rule is not None or _claims_matrix(optimizer, parameters),
+            self._rule not in (None, "adamw") or _claims_matrix(optimizer, parameters),
             recording.facts,
             [
                 sum(r.facts[t].received_norm ** 2 for r in self._recordings) ** 0.5

@@ -83,7 +83,14 @@ class Target:
             ]
 
         def on_step(before: Callable[[], None], after: Callable[[], None]) -> Undo:
+            # A subclass whose `step` calls its parent's runs the hooks of both: only the outer ones are an update.
+            depth = 0
+
             def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                nonlocal depth
+                depth += 1
+                if depth > 1:
+                    return None
                 # torch passes the optimizer itself as the first argument.
                 closure = args[1] if len(args) > 1 else kwargs.get("closure")
                 if closure is None:
@@ -100,9 +107,15 @@ class Target:
                     return (args[0], recorded, *args[2:]), kwargs
                 return args, {**kwargs, "closure": recorded}
 
+            def after_step(*_: Any) -> None:
+                nonlocal depth
+                depth -= 1
+                if depth == 0:
+                    after()
+
             handles = [
                 optimizer.register_step_pre_hook(before_step),
-                optimizer.register_step_post_hook(lambda *_: after()),
+                optimizer.register_step_post_hook(after_step),
             ]
 
             def undo() -> None:

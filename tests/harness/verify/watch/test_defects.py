@@ -38,7 +38,20 @@ IN_THE_OPTIMIZER = (
 )
 
 
-@pytest.mark.parametrize("defect", IN_THE_OPTIMIZER)
+QUICK = {
+    "plain SGD under Muon's name",
+    "shard-local Newton–Schulz",
+    "clipping after orthogonalization",
+    "another momentum",
+    "weight decay in the gradient",
+}
+"""One of each kind: rule, cut, scale, form of the momentum, decay."""
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in IN_THE_OPTIMIZER],
+)
 def test_a_defect_of_the_optimizer_is_named(defect: str) -> None:
     model = net()
     report = watched(model, Muon(groups(model), defect))
@@ -47,6 +60,7 @@ def test_a_defect_of_the_optimizer_is_named(defect: str) -> None:
     assert defect in report.answer
 
 
+@pytest.mark.slow
 def test_the_healthy_twin_is_right() -> None:
     model = net()
     report = watched(model, Muon(groups(model)))
@@ -54,6 +68,7 @@ def test_the_healthy_twin_is_right() -> None:
     assert report.is_right is True
 
 
+@pytest.mark.slow
 def test_offload_without_orthogonalization_is_named_by_what_the_engine_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -94,6 +109,7 @@ class Two(nn.Module):
         return self.blocks[0](ids) + self.blocks[1](ids)
 
 
+@pytest.mark.slow
 def test_fused_projections_that_depend_on_the_layout() -> None:
     model = Two()
     # As if only one of them had a shard that divides by three.
@@ -131,6 +147,7 @@ def test_flat_parameters_on_adamw() -> None:
     assert report.defects[0].parameters == ("linear.weight",)
 
 
+@pytest.mark.slow
 def test_momentum_that_advances_with_every_micro_batch() -> None:
     model = net()
     optimizer = Muon(groups(model))
@@ -176,6 +193,7 @@ def test_an_embedding_on_the_matrix_rule() -> None:
     assert report.defects[0].parameters == ("embed.weight", "lm_head.weight")
 
 
+@pytest.mark.slow
 def test_weight_decay_that_bf16_weights_cannot_hold_is_a_note() -> None:
     model = net(dtype=torch.bfloat16)
     hidden, rest = split(model)

@@ -214,6 +214,94 @@ def test_closures_are_recorded_with_the_gradients_that_they_compute() -> None:
     assert report.is_right is True
 
 
+def clip_each(model: nn.Module, bound: float) -> None:
+    for part in model.children():
+        torch.nn.utils.clip_grad_norm_(part.parameters(), bound)
+
+
+def test_clipping_by_module_bounds_no_common_norm() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with watch(model, optimizer, quiet=True) as report:
+        for ids in batches(3):
+            loss_of(model, ids).backward()
+            clip_each(model, 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert report.optimizers[0].norms[0] > 0.015
+    assert names(report) == [], str(report)
+    assert report.optimizers[0].max_norm is None
+
+
+@pytest.mark.parametrize("then_by_module", [False, True])
+def test_the_clipping_that_counts_is_the_one_over_all_gradients(then_by_module: bool) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with watch(model, optimizer, quiet=True) as report:
+        for ids in batches(3):
+            loss_of(model, ids).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            if then_by_module:
+                clip_each(model, 1e9)
+            else:
+                # The clipping comes undone, which is the defect itself.
+                for p in model.parameters():
+                    assert p.grad is not None
+                    p.grad *= 10
+            optimizer.step()
+            optimizer.zero_grad()
+    assert report.optimizers[0].max_norm == 0.05
+    assert names(report) == ([] if then_by_module else ["clipping forgotten"])
+
+
+def test_an_infinite_bound_measures_the_norm_and_the_json_stays_one() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    report = watched(model, optimizer, loop={"max_norm": float("inf")})
+
+    def refused(word: str) -> None:
+        raise AssertionError(word)
+
+    document = json.loads(report.json(), parse_constant=refused)
+    assert report.is_right is True
+    assert document["optimizers"][0]["max_norm"] is None
+    raw, received = (document["optimizers"][0][key] for key in ("raw_norms", "received_norms"))
+    assert raw == pytest.approx(received)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_a_gradient_of_zero_is_no_defect(decay: float) -> None:
+    class Branch(nn.Module):
+        """The second branch has no tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.unused = net(), nn.Linear(12, 7)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.net(ids) + 0.0 * self.unused(ids.new_ones(12).float()).sum()
+
+    model = Branch()
+    report = watched(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=decay))
+    assert names(report) == [], str(report)
+    assert report.is_right is True
+    rules = {p.name: p.explanation.rule for p in report.parameters}
+    assert rules["unused.weight"] == rules["unused.bias"] == "no gradient"
+    assert f"{len(rules) - 2} of {len(rules)} parameters" in report.answer
+
+
+def test_a_sparse_gradient_leaves_only_its_parameter_undecided() -> None:
+    model = net()
+    model.embed.sparse = True
+    rest = [p for p in model.parameters() if p is not model.embed.weight]
+    optimizers = [torch.optim.SparseAdam([model.embed.weight], lr=1e-3), torch.optim.AdamW(rest, lr=1e-3)]
+    report = watched(model, optimizers)
+    assert report.error is None
+    assert report.is_right is True, str(report)
+    undecided = [p.name for p in report.parameters if p.explanation.rule == "undecided"]
+    assert undecided == ["embed.weight"]
+
+
 def test_the_import_is_light() -> None:
     heavy = "deepspeed transformers accelerate omegaconf wandb datasets pandas"
     code = f"import sys, harness.audit; print([m for m in {heavy.split()} if m in sys.modules])"
