@@ -167,10 +167,10 @@ _OF_THE_READER = {
     "configs/cluster/spot.yaml",
     "configs/paper/NAME.yaml",
     "configs/study/NAME.yaml",
-    "optimizers/reference/normuon.py",
-    "optimizers/rules/normuon.py",
+    "optimizers/reference/row_muon.py",
+    "optimizers/rules/row_muon.py",
     "slurm/events.tsv",
-    "tests/optimizers/test_normuon.py",
+    "tests/optimizers/test_row_muon.py",
 }
 """Paths that look like the project's, but are a reader's own, a run's, or those of an example."""
 

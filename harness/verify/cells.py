@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from harness.record.certificates import CERTIFIED_VALUES, Cell
 from optimizers import presets
@@ -161,6 +162,19 @@ def is_rounded(rule: str) -> bool:
     return options.get("orthogonalizer_dtype") == "auto" and options["orthogonalizer"] in _POLYNOMIAL
 
 
+def option_values_of(words: str) -> dict[str, Any]:
+    """Return option → value of ``key=value`` words that are separated by spaces."""
+    return {key: _parsed(key, value) for key, _, value in (word.partition("=") for word in words.split())}
+
+
+def _parsed(key: str, value: str) -> Any:
+    option = presets.OPTIONS[key]
+    if option.type in ("int", "float"):
+        return float(value)
+    by_word = {"true": True, "false": False, **{str(choice): choice for choice in option.choices}}
+    return by_word.get(value, value)
+
+
 def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") -> list[str]:
     """Return the configuration of a cell's run, as ``key=value`` overrides.
 
@@ -171,6 +185,9 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
     """
     rule = _rule(cell)
     options = presets.preset(rule).options
+    if cell.options:
+        # Which options there are depends on those that the cell changes: inner=sign has no orthogonalizer.
+        options = presets.resolve(rule, option_values_of(cell.options))
     # DeepSpeed keeps a learning rate of its own, which our schedule does not reach.
     words = ["schedule=constant"] if cell.is_peer else []
     words += [

@@ -10,11 +10,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 from harness.errors import InputError, closest
 from harness.record.certificates import CROSSED, ENGINES, UNCERTIFIED_OPTIONS, Cell, option_word
-from harness.verify.cells import rules, takes_any_exact_factor
+from harness.verify.cells import option_values_of, rules, takes_any_exact_factor
 from optimizers import presets
 from optimizers.options import OptionError
 
@@ -188,19 +187,11 @@ def _takers(words: str) -> list[str]:
 def _accepts(rule: str, words: str) -> bool:
     preset = presets.PRESETS[rule]
     try:
-        values = {key: _parsed(key, value) for key, _, value in (w.partition("=") for w in words.split())}
+        values = option_values_of(words)
         presets.resolve(rule, values)
     except OptionError:
         return False
     return any(preset.options[key] != value for key, value in values.items())
-
-
-def _parsed(key: str, value: str) -> Any:
-    option = presets.OPTIONS[key]
-    if option.type in ("int", "float"):
-        return float(value)
-    by_word = {"true": True, "false": False, **{str(choice): choice for choice in option.choices}}
-    return by_word.get(value, value)
 
 
 def _option_cells() -> Iterator[Cell]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.config import checks, compose
 from harness.errors import InputError
 from harness.record.certificates import CROSSED, ENGINES, Cell
 from harness.verify import cells, grid
@@ -49,9 +50,7 @@ def test_every_value_of_an_option_meets_every_layout() -> None:
     met: dict[tuple[str, object], set[tuple[str, str]]] = {}
     for cell in grid.pairwise():
         options = dict(presets.PRESETS[cell.rule].options) if cell.rule in presets.PRESETS else {}
-        for word in cell.options.split():
-            key, _, value = word.partition("=")
-            options[key] = grid._parsed(key, value)
+        options.update(cells.option_values_of(cell.options))
         for key, value in options.items():
             met.setdefault((key, str(value)), set()).add((cell.engine, cell.variant))
     for key, option in presets.OPTIONS.items():
@@ -82,6 +81,15 @@ def test_uneven_worlds_split_work_and_the_factor_of_cuda_are_among_them() -> Non
     assert {rule for rule, _ in on_cuda} >= {"sumo", "sumo_paper", "muon_svd"}
     assert set(grid.every()) > set(found)
     assert len(set(found)) == len(found)
+
+
+def test_every_cell_and_its_reference_is_a_run_that_can_be_configured(tmp_path: Path) -> None:
+    one_of_each = {(c.rule, c.options, c.variant): c for c in grid.pairwise() if c.rule != cells.EXAMPLE_RULE}
+    for cell in {*one_of_each.values(), *map(cells.reference_of, one_of_each.values())}:
+        world = str(cell.world_size)
+        environ = {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": world}
+        words = compose.load(cells.overrides(cell, str(tmp_path)))
+        checks.check(words, devices=0, worker=True, environ=environ if cell.world_size > 1 else {})
 
 
 def test_the_bare_grid_stays_within_its_time() -> None:
