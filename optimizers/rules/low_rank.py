@@ -212,12 +212,6 @@ def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, 
             ("1", f"{v['residual_scale']:g} with residual=sgd"),
         ),
         (
-            limits and target == "total" and (v["update_rms"] is not None or v["weight_norm"] == "hyperball"),
-            "norm_growth_target",
-            "limits a norm that update_rms or weight_norm=hyperball sets afterwards",
-            ("factor", "total with update_rms=null and weight_norm=free"),
-        ),
-        (
             residual == "unbiased" and transport is not False,
             "transport",
             "carries a moment over, and with residual=unbiased each period starts with a new one",

@@ -213,12 +213,6 @@ def test_apollo_torch(kind: str, shape: tuple[int, int], monkeypatch: pytest.Mon
         ("gum", {"norm_growth_limit": 1.1}, "norm_growth_limit", "null"),
         ("gum", {"residual_scale": 0.5}, "residual_scale", "1"),
         ("sumo", {"residual": "drop", "residual_scale": 0.5}, "residual_scale", "0.5 with residual=sgd"),
-        (
-            "sumo",
-            {"norm_growth_limit": 1.1, "norm_growth_target": "total", "update_rms": 0.2},
-            "norm_growth_target",
-            "factor",
-        ),
         ("sumo", {"betas": (0.9, 0.99)}, "betas", None),
         ("galore", {"momentum": 0.9}, "momentum", None),
         ("galore", {"track_step": 1.0}, "track_step", None),
