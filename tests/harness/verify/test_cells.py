@@ -89,7 +89,10 @@ def test_every_cell_and_its_reference_is_a_run_that_can_be_configured(tmp_path: 
         world = str(cell.world_size)
         environ = {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": world}
         words = compose.load(cells.overrides(cell, str(tmp_path)))
-        checks.check(words, devices=0, worker=True, environ=environ if cell.world_size > 1 else {})
+        config = checks.check(words, devices=0, worker=True, environ=environ if cell.world_size > 1 else {})
+        assert (config.optimizer.name, config.engine.name) == (cell.rule, cell.engine)
+        changed = cells.option_values_of(cell.options)
+        assert {key: config.optimizer.options[key] for key in changed} == changed
 
 
 def test_the_bare_grid_stays_within_its_time() -> None:
