@@ -21,7 +21,7 @@ from harness.errors import InputError
 from harness.record import folder as run_folder
 from harness.record import readers
 from harness.record.folder import EXTENDED
-from harness.schedule import ShorterRun, factor, length, shared_steps
+from harness.schedule import STRETCHED, ShorterRun, factor, length, shared_steps
 
 if TYPE_CHECKING:
     from harness.data import Corpus
@@ -153,7 +153,7 @@ def find_shorter_run(
         config: of that run.
         identity_of: identity of a configuration on the same corpus.
     """
-    if config.schedule.name == "cosine" or not folder.parent.is_dir():
+    if config.schedule.name in STRETCHED or not folder.parent.is_dir():
         return None
     shorter = []
     for path in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
@@ -196,15 +196,16 @@ def _check_extension(folder: Path, config: RunConfig, shorter: ShorterRun) -> No
         f"optbench export {shlex.quote(str(folder))} MODEL, then optbench train model.path=MODEL name=… "
         f"(a new schedule from those weights), or overwrite=true (begins anew with all {config.steps} steps)"
     )
-    if config.schedule.name == "cosine":
+    if config.schedule.name in STRETCHED:
         before, after = (factor(config.schedule, steps) for steps in (shorter.steps, config.steps))
         last = shorter.steps - 1
         peak = config.optimizer.lr or 0.0
         raise InputError(
             "steps",
             config.steps,
-            f"would change the past of the run of {shorter.steps} steps in {folder}: a cosine schedule stretches over "
-            f"all steps, so step {last + 1} had lr {peak * before(last):.3g} and would have {peak * after(last):.3g}",
+            f"would change the past of the run of {shorter.steps} steps in {folder}: a {config.schedule.name} "
+            f"schedule stretches over all steps, so step {last + 1} had lr {peak * before(last):.3g} and would have "
+            f"{peak * after(last):.3g}",
             allowed="more steps of a run with schedule=constant, or schedule=wsd before its decay",
             fix=instead,
         )

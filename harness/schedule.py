@@ -10,6 +10,8 @@ from harness.config.schema import ScheduleConfig
 from harness.errors import InputError
 
 Factor = Callable[[int], float]
+STRETCHED = ("cosine", "linear")
+"""Schedules that reach over all steps: with more steps, every step has another learning rate."""
 
 
 def factor(config: ScheduleConfig, steps: int) -> Factor:
@@ -19,6 +21,8 @@ def factor(config: ScheduleConfig, steps: int) -> Factor:
 
     * cosine: r + (1−r)·(1 + cos(π·u))/2 with u = (t+1−w)/(steps−w), which ends at r = ``min_lr_ratio``
       exactly at the last step;
+    * linear: r + (1−r)·(1−u) with the same u, so that r is reached at the last step, too (transformers'
+      ``get_linear_schedule_with_warmup`` is one step behind: it would reach 0 in the step after the last one);
     * wsd: 1 until the decay of d steps begins, then linear down to r at the last step
       (Hu et al. 2024, MiniCPM, arXiv 2404.06395);
     * constant: 1.
@@ -40,8 +44,9 @@ def factor(config: ScheduleConfig, steps: int) -> Factor:
     def after_warmup(t: int) -> float:
         low = config.min_lr_ratio
         if config.name == "cosine":
-            progress = (t + 1 - warmup) / (steps - warmup)
-            return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
+            return low + (1 - low) * (1 + math.cos(math.pi * (t + 1 - warmup) / (steps - warmup))) / 2
+        if config.name == "linear":
+            return low + (1 - low) * (steps - t - 1) / (steps - warmup)
         if config.name == "wsd" and decay:
             return 1 - (1 - low) * max(0, t + 1 - (steps - decay)) / decay
         return 1.0

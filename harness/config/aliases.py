@@ -136,7 +136,8 @@ OPTIONS: dict[str, dict[str, str]] = {
         {
             "cosine": "cos cosine_annealing cosine_with_warmup cosine_decay",
             "constant": "const none no flat fixed constant_with_warmup null",
-            "wsd": "linear trapezoid trapezoidal warmup_stable_decay linear_decay",
+            "linear": "linear_decay linear_with_warmup polynomial",
+            "wsd": "trapezoid trapezoidal warmup_stable_decay",
         }
     ),
     "data": _by_name(

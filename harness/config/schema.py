@@ -152,8 +152,8 @@ class EngineConfig(TypedKeys):
 class ScheduleConfig(TypedKeys):
     """Learning rate over the run, as a factor of the peak."""
 
-    name: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine decay; warm-up, stable, decay; or constant. All after a linear warm-up."""
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """cosine or linear decay; warm-up, stable, decay; or constant. All after a linear warm-up."""
     warmup: float = Field(default=0.1, ge=0)
     """Linear warm-up: a share of the run below 1, else a number of steps."""
     decay: float = Field(default=0.2, ge=0)

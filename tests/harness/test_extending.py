@@ -52,6 +52,7 @@ def finished(path: Path, shorter: RunConfig, *checkpoints: int) -> None:
         ({"name": "wsd", "decay": 30}, [70, 100], 70),
         ({"name": "wsd", "decay": 0}, [100], 100),
         ({"name": "cosine", "min_lr_ratio": 1.0, "warmup": 0}, None, None),
+        ({"name": "linear"}, None, None),
     ],
 )
 def test_what_it_goes_on_from(
@@ -60,7 +61,7 @@ def test_what_it_goes_on_from(
     finished(tmp_path / "mine", config(schedule), *(checkpoints or [100]))
     longer = config(schedule, steps=250)
     if checkpoints is None:
-        with pytest.raises(InputError, match="cosine"):
+        with pytest.raises(InputError, match=f"a {schedule['name']} schedule"):
             preparation.plan_extension(tmp_path / "mine", longer, identity_of)
         return
     pinned, runs = preparation.plan_extension(tmp_path / "mine", longer, identity_of)

@@ -31,6 +31,33 @@ def test_cosine_never_rises_after_the_warmup() -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_linear_falls_to_its_minimum_at_the_last_step() -> None:
+    factor = schedule.factor(ScheduleConfig(name="linear", warmup=2, min_lr_ratio=0.0), 10)
+    assert [factor(t) for t in range(10)] == pytest.approx([0.5, 1, *(k / 8 for k in range(7, -1, -1))])
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_linear_is_one_step_ahead_of_that_of_transformers(warmup: int) -> None:
+    # Which wastes no first step (warm-up) and no more than the last step; GaLore's run_glue.py uses theirs.
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    factor = schedule.factor(ScheduleConfig(name="linear", warmup=warmup, min_lr_ratio=0.0), 20)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimizer, warmup, 20)
+    expected = []
+    for _ in range(20):
+        optimizer.step()
+        theirs.step()
+        expected.append(theirs.get_last_lr()[0])
+    assert [factor(t) for t in range(20)] == pytest.approx(expected)
+
+
+def test_linear_keeps_a_minimum() -> None:
+    factor = schedule.factor(ScheduleConfig(name="linear", warmup=0, min_lr_ratio=0.2), 4)
+    assert [factor(t) for t in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
 def test_wsd_is_flat_and_then_falls_linearly() -> None:
     factor = schedule.factor(ScheduleConfig(name="wsd", warmup=2, decay=0.4, min_lr_ratio=0.0), 10)
     assert [factor(t) for t in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0.0])

@@ -50,7 +50,7 @@ MEANT = [
     ("model.d_model=64", "model.config.hidden_size=64"),
     ("gpus=2", "world_size=2"),
     ("warmup_steps=20", "schedule.warmup=20"),
-    ("lr_scheduler=linear", "schedule=wsd"),
+    ("lr_scheduler=linear", "schedule=linear"),
     ("optimizer=SGD", "optimizer=torch.optim.SGD optimizer.lr=0.001"),
     ("optimizer=Adam", "optimizer=adamw"),
     ("engine=fsdp", "engine=fsdp2"),
