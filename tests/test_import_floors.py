@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recorder",),
     ("summary", "optimizer"),
     ("preparation",),
+    ("tasks",),
     ("engines", "probes", "checkpoint", "record", "data", "model"),
     ("loop",),
     ("protocols", "profiling", "schedule", "tracked_optimizer", "devices", "memory_phases"),
