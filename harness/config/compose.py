@@ -21,6 +21,7 @@ from harness.config import (
     model_keys,
     optimizer_checks,
     suggestions,
+    value_tables,
     yaml_files,
 )
 from harness.config.identity import comparison_key, differing_keys, identity
@@ -81,9 +82,11 @@ def load(argv: Sequence[str]) -> RunConfig:
     _refuse_lost_experiment(values.pop("experiment", None), composed.files)
     values |= without_file
     origin = partial(_origin, set(overridden), composed.files, file)
+    explicit = {**(file.values if file is not None else {}), **overridden}
+    experiment = next((path for path in reversed(composed.files) if path.parent.name == "experiment"), None)
+    value_tables.merge_rows(values, explicit, experiment)
 
     # The model: a folder or a recorded run describes it completely, so that no preset's shape is below it.
-    explicit = {**(file.values if file is not None else {}), **overridden}
     preset_file = next((path for path in reversed(composed.files) if path.parent.name == "model"), None)
     if file is not None and file.is_whole_model:
         values["model"], preset_file = {}, None
