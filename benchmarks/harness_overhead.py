@@ -103,7 +103,7 @@ def measure(overrides: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
         for round_number in range(rounds + 1):
             # Turns are swapped each round: whoever comes second may find a warmer machine.
             for name in ("harness", "bare")[:: 1 if round_number % 2 else -1]:
-                again, callbacks = restarted(run, prepared.corpus, sink)
+                again, callbacks = restarted(run, prepared.data, sink)
                 wait()
                 begin = time.perf_counter()
                 if name == "harness":

@@ -24,7 +24,7 @@ def final_loss(words: list[str]) -> float:
     prepared = prepare(words, say=lambda text: None, worker=True, writes_folder=False)
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
-    probes = build_probes(run, prepared.corpus)
+    probes = build_probes(run, prepared.data)
     evaluation = next(probe for probe in probes if isinstance(probe, Evaluation))
     return (
         evaluation.best

@@ -30,6 +30,7 @@ _KINDS = {
     "optimizers": "optimizer",
     "engines": "engine",
     "data": "data",
+    "tasks": "task",
     "schedules": "schedule",
     "experiments": "experiment",
     "clusters": "cluster",

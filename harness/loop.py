@@ -44,6 +44,7 @@ class TrainState:
     step: int = 0
     """Steps done."""
     tokens: int = 0
+    """Tokens trained on so far, over all processes, padding not included."""
     wall_s: float = 0.0
     skipped: int = 0
     """Steps whose gradient was not finite, so that they changed nothing."""
@@ -57,7 +58,7 @@ class TrainState:
     aux_loss: torch.Tensor | None = None
     """The same for the routers' load-balancing loss; None: the model has none."""
     loss_tokens: int = 0
-    """Tokens of all processes since the last row."""
+    """What the loss sums of all processes since the last row are divided by: tokens, or examples."""
     grad_norm: torch.Tensor | None = None
     """Global gradient norm of the last step before clipping, 0-dim."""
     pending: Callable[[], list[float]] | None = None
@@ -185,13 +186,13 @@ def train_step(run: Run, callbacks: Callbacks, step: int, due: Sequence[Probe]) 
     engine.measure_communication(bool(due))
     with clock.part("data"):
         micro_batches = run.loader.micro_batches(step)
-        tokens = run.loader.loss_tokens(step)
+        loss_tokens, tokens = run.loader.loss_tokens(step), run.loader.tokens(step)
     with clock.part("forward_backward"):
         # Not right after the update: a row in between counts the gradients' bytes.
         run.optimizer.zero_grad(set_to_none=True)
         if run.attention_logits is not None:
             run.attention_logits.begin()
-        loss, aux_loss = forward_backward(run, micro_batches, weight=engine.world_size / tokens)
+        loss, aux_loss = forward_backward(run, micro_batches, weight=engine.world_size / loss_tokens)
     with clock.part("optimizer"):
         drain_pending(run)
         if state.stop_requested or state.skipped > config.max_skipped_steps:
@@ -201,7 +202,7 @@ def train_step(run: Run, callbacks: Callbacks, step: int, due: Sequence[Probe]) 
         # The factor depends on the step alone, so a resumed run has the same rates.
         set_lr(run.optimizer, run.lr_factor(step))
         if run.spikes is not None:
-            run.spikes.check(loss, tokens)
+            run.spikes.check(loss, loss_tokens)
         if run.attention_logits is not None:
             run.attention_logits.give(run.optimizer)
         state.grad_norm, nonfinite = engine.step(config.max_grad_norm)
@@ -213,7 +214,7 @@ def train_step(run: Run, callbacks: Callbacks, step: int, due: Sequence[Probe]) 
     state.loss = loss if state.loss is None else state.loss + loss
     if aux_loss is not None:
         state.aux_loss = aux_loss if state.aux_loss is None else state.aux_loss + aux_loss
-    state.loss_tokens += tokens
+    state.loss_tokens += loss_tokens
     state.tokens += tokens
     state.step = step + 1
     return True

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 from harness.checkpoint.store import Store
 from harness.config import checks, compose, derived_defaults
 from harness.config.identity import comparison_key, identity
-from harness.config.model_facts import facts
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.record import folder as run_folder
 from harness.record import readers
 from harness.record.folder import EXTENDED
 from harness.schedule import STRETCHED, ShorterRun, factor, length, shared_steps
+from harness.tasks import task_of
 
 if TYPE_CHECKING:
-    from harness.data import Corpus
+    from harness.tasks.task import TaskData
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Prepared:
 
     overrides: tuple[str, ...]
     config: RunConfig
-    corpus: Corpus
+    data: TaskData
     identity: str
     comparison_key: str
     folder: Path
@@ -45,7 +45,7 @@ class Prepared:
         return {
             "identity": self.identity,
             "comparison_key": self.comparison_key,
-            "corpus_sha256": self.corpus.sha256,
+            "corpus_sha256": self.data.sha256,
         }
 
 
@@ -57,9 +57,9 @@ def prepare(
     writes_folder: bool = True,
     devices: int | None = None,
 ) -> Prepared:
-    """Compose and check the configuration, tokenize the corpus if it is not cached, and check the run folder.
+    """Compose and check the configuration, tokenize the data if they are not cached, and check the run folder.
 
-    Safe in many processes at once: the corpus is built by the first, the others wait for it.
+    Safe in many processes at once: the data are built by the first, the others wait for it.
 
     Args:
         overrides: ``key=value`` of the command line.
@@ -73,22 +73,14 @@ def prepare(
     """
     config = checks.check(compose.load(overrides), devices=devices, worker=worker)
     # Only now: a mistyped key must not wait for numpy and the tokenizers.
-    from harness import data
-
-    vocabulary = facts(config.model).vocab_size
-    evaluated = derived_defaults.evaluation_tokens(config)
-    corpus = data.check(
-        config.data,
-        config.seq_len,
-        config.batch_size,
-        evaluated,
-        vocabulary,
-        say=say,
-        trust_remote_code=config.trust_remote_code,
-    )
+    task = task_of(config)
+    data = task.prepare(config, say)
+    if config.epochs is not None:
+        config = checks.with_epochs(config, task.samples(config, data).length)
+    task.check(config, data)
 
     def identity_of(config: RunConfig) -> str:
-        return identity(config, corpus.sha256, corpus.tokenizer_sha256)
+        return identity(config, data.sha256, data.tokenizer_sha256)
 
     folder = run_folder.path_of(config, identity_of(config))
     config, shorter_runs = plan_extension(folder, config, identity_of)
@@ -98,10 +90,10 @@ def prepare(
         path, steps = shorter
         say(f"{path} has {steps} steps of the same run: name={path.name} continues it")
     # Not the seed and the optimizer: runs that differ in these alone may be compared.
-    key = comparison_key(config, corpus.sha256, corpus.tokenizer_sha256)
+    key = comparison_key(config, data.sha256, data.tokenizer_sha256)
     if writes_folder:
         run_folder.check(folder, config, run_identity, shorter_runs)
-    return Prepared(tuple(overrides), config, corpus, run_identity, key, folder, shorter_runs)
+    return Prepared(tuple(overrides), config, data, run_identity, key, folder, shorter_runs)
 
 
 def plan_extension(
@@ -185,7 +177,7 @@ def _pinned(config: RunConfig, steps: int) -> RunConfig:
     warmup = length(config.schedule.warmup, steps)
     changes: dict[str, Any] = {"schedule": config.schedule.model_copy(update={"warmup": float(warmup)})}
     evaluated = derived_defaults.evaluation_tokens(_with_steps(config, steps))
-    if evaluated != derived_defaults.evaluation_tokens(config):
+    if config.task.name == "pretrain" and evaluated != derived_defaults.evaluation_tokens(config):
         changes["eval"] = config.eval.model_copy(update={"tokens": evaluated})
     return config.model_copy(update=changes)
 

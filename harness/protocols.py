@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
 
     from optimizers.layouts.layout import Layout as ParameterLayout
 
-    MicroBatch = tuple[torch.Tensor, torch.Tensor]
-    """Input ids and labels, ``(micro_batch_size, seq_len)`` int64."""
+    MicroBatch = tuple[torch.Tensor, ...]
+    """The tensors of ``micro_batch_size`` samples, whose meaning the task's `Objective` knows."""
 
 Put = Callable[[str, "torch.Tensor"], None]
 """Take the name of a parameter or buffer and its whole value on the CPU, which is gone after the call."""
@@ -26,6 +28,23 @@ MOMENT_FIGURES = ("condition_number", "effective_rank", "stable_rank", "orthogon
 
 WeightLayout = Literal["replicated", "sharded", "partitioned"]
 """How weights are held when the optimizer steps: whole on every process, as DTensors, or as DeepSpeed's flat slices."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model ends in where it is no language model.
+
+    Attributes:
+        kind: module that `transformers` puts on the backbone.
+        labels: classes, or 1 for a number.
+        problem: class, or number (regression).
+        pad_id: token that fills rows; heads of decoders read the last token that is not this one.
+    """
+
+    kind: Literal["sequence_classification"]
+    labels: int
+    problem: Literal["class", "number"]
+    pad_id: int
 
 
 class WeightSource(Protocol):
@@ -226,6 +245,40 @@ class Objective(Protocol):
         ...
 
 
+class Samples(Protocol):
+    """The training samples of a run by number: sample n depends on data, seed and n alone.
+
+    Attributes:
+        length: samples of an epoch.
+    """
+
+    length: int
+
+    def rows(self, first: int, count: int) -> tuple[np.ndarray, ...]:
+        """Return the samples ``first`` … ``first + count - 1`` as the arrays of one micro-batch."""
+        ...
+
+    def loss_tokens(self, first: int, count: int) -> int:
+        """Return what the loss sum of these samples is divided by: tokens with a loss, or examples."""
+        ...
+
+    def tokens(self, first: int, count: int) -> int:
+        """Return the tokens of these samples that count as trained on, padding not included."""
+        ...
+
+
+class Evaluator(Protocol):
+    """What a task measures on its validation data."""
+
+    def figures(self, *, is_last: bool) -> dict[str, float]:
+        """Return metric key → value of the weights as they are, "val/loss" among them (a collective).
+
+        Args:
+            is_last: of the run, where results of single examples are kept.
+        """
+        ...
+
+
 class BatchLoader(Protocol):
     """This process' share of the samples of every step."""
 
@@ -234,7 +287,11 @@ class BatchLoader(Protocol):
         ...
 
     def loss_tokens(self, step: int) -> int:
-        """Return how many tokens carry loss in the global batch of a step, without communication."""
+        """Return what the loss sum of the global batch of a step is divided by, without communication."""
+        ...
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens of the global batch of a step, padding not included, without communication."""
         ...
 
     def epoch(self, step: int) -> float:

@@ -11,7 +11,7 @@ from functools import partial
 from rich.table import Table
 
 from harness import devices, summary
-from harness.config import deepspeed_config, derived_defaults
+from harness.config import deepspeed_config
 from harness.config.schema import ZERO, RunConfig
 from harness.errors import first_line
 from harness.loop import Run
@@ -26,6 +26,7 @@ from harness.record.log import Log, ProgressSink
 from harness.record.mirror import Mirror
 from harness.record.readers import stalled_ranks
 from harness.record.wandb import WandbSink
+from harness.tasks import task_of
 
 Training = Callable[[Sequence[Sink], StepProfile | None], str]
 """Trains with sinks and a profiler, and returns the state that training ended in."""
@@ -49,6 +50,8 @@ class RunRecorder:
         self._summary: dict[str, object] = {}
         self._warnings: list[str] = []
         self._certificate: dict[str, object] = {}
+        self._task = task_of(prepared.config)
+        self._facts = self._task.facts(prepared.data)
 
     def record(self, first_step: int, checkpoints: CheckpointManager, train: Training) -> str:
         """Train after ``first_step`` steps, and record rows, end and summary.
@@ -91,7 +94,7 @@ class RunRecorder:
 
     def announce(self) -> None:
         """Write the facts of a run that are known before its first step, and show them."""
-        run, config, corpus = self._run, self._run.config, self._prepared.corpus
+        run, config, data = self._run, self._run.config, self._prepared.data
         self._certificate = certificates.of_run(config)
         self.folder.write_json("parameters.json", run.info.routes)
         if config.engine.name in ZERO:
@@ -107,14 +110,14 @@ class RunRecorder:
                 **devices.environment(run.engine.device, run.engine.world_size),
                 "processes": list(run.devices),
                 "engine": run.engine.name,
-                "corpus_sha256": corpus.sha256,
-                "tokenizer_sha256": corpus.tokenizer_sha256,
+                "corpus_sha256": data.sha256,
+                "tokenizer_sha256": data.tokenizer_sha256,
                 "flops": flops,
                 "certificate": self._certificate,
             },
         )
         self.log.show(_routes_table(run))
-        self._warnings = summary.warnings(run, corpus.train_tokens)
+        self._warnings = summary.warnings(run, self._facts)
         if uncertified := certificates.warning(self._certificate):
             self._warnings.append(uncertified)
         self.log.say(
@@ -124,11 +127,7 @@ class RunRecorder:
             f"{config.steps} steps of {config.batch_size}×{config.seq_len} tokens; "
             f"lr {config.optimizer.lr:g} ({config.optimizer.lr_source})"
         )
-        self.log.say(
-            f"corpus {corpus.sha256[:12]}: {corpus.train_tokens:,} training tokens, unigram entropy "
-            f"{corpus.unigram_entropy:.3f} nats; evaluation on {derived_defaults.evaluation_tokens(config):,} tokens"
-            f"{corpus.left_out}"
-        )
+        self.log.say(self._task.describe(config, data))
         for note in run.info.notes:
             self.log.say(note)
         self.warn_of(self._warnings)
@@ -170,7 +169,7 @@ class RunRecorder:
             "identity": prepared.identity,
             "comparison_key": prepared.comparison_key,
             "parameters": self._run.info.parameters,
-            "unigram_entropy": prepared.corpus.unigram_entropy,
+            **{name: self._facts[name] for name in ("unigram_entropy",) if name in self._facts},
             "certificate": self._certificate,
         }
         open_sink = partial(

@@ -13,8 +13,7 @@ from harness.checkpoint import resuming
 from harness.checkpoint.saving import Checkpoints
 from harness.checkpoint.store import Store
 from harness.config import value_formats
-from harness.data import Batches, Validation
-from harness.data.micro_batches import MicroBatchLoader, ValidationLoader
+from harness.data.micro_batches import MicroBatchLoader
 from harness.loop import Callbacks, ModelInfo, Run, SpikeGuard, train
 from harness.memory_phases import MemoryPhases
 from harness.memory_snapshot import snapshot_when_out
@@ -25,18 +24,18 @@ from harness.probes.flops import FlopCount
 from harness.probes.moments import Moments
 from harness.probes.replicas import ReplicaCheck
 from harness.probes.throughput import Balance, Progress
-from harness.probes.validation import Evaluation
 from harness.process.gpu_environment import FLIGHT_RECORDER
 from harness.process.heartbeat import Heartbeat
 from harness.process.stop import Stop
 from harness.profiling import Clock
 from harness.protocols import Engine, Probe
 from harness.recorder import RunRecorder, recording
+from harness.tasks import task_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from harness.data import Corpus
+    from harness.tasks.task import TaskData
 
 
 def execute(prepared: Prepared) -> str:
@@ -60,7 +59,7 @@ def _execute(prepared: Prepared, engine: Engine) -> str:
         with recording(prepared, run) as recorder:
             state = _train_recorded(prepared, run, recorder, heartbeat)
     else:
-        probes = build_probes(run, prepared.corpus)
+        probes = build_probes(run, prepared.data)
         choice, checkpoints = _choose(prepared, run, probes, heartbeat, attempt=0, say=_to_stderr)
         resuming.resume(run, probes, checkpoints.store, choice, lambda line: None)
         state = train(run, Callbacks(probes, checkpoints=checkpoints, heartbeat=heartbeat))
@@ -71,7 +70,7 @@ def _execute(prepared: Prepared, engine: Engine) -> str:
 
 def assemble(prepared: Prepared, engine: Engine) -> Run:
     """Build model, optimizer and data of a run on an engine."""
-    config, corpus = prepared.config, prepared.corpus
+    config, data, task = prepared.config, prepared.data, task_of(prepared.config)
     assert config.micro_batch_size is not None
     memory = MemoryPhases(engine.device)
     network, weights = model.build_deferred(
@@ -108,7 +107,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     info = ModelInfo(parameters, ownership(optimizer, network), flops.per_token, flops.peak, tuple(notes))
     engine.prepare(network, optimizer)
     loader = MicroBatchLoader(
-        Batches(corpus, seq_len=config.seq_len, seed=config.seed, mode=config.data.mode),
+        task.samples(config, data),
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         rank=engine.rank,
@@ -125,9 +124,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
         network,
         info,
         optimizer,
-        objective=model.CausalLMObjective(
-            network, is_padded=config.data.mode == "padded", loss_chunk=config.model.loss_chunk
-        ),
+        objective=task.objective(config, network),
         lr_factor=schedule.factor(config.schedule, config.steps),
         loader=loader,
         clock=Clock(engine.device),
@@ -143,17 +140,16 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     )
 
 
-def build_probes(run: Run, corpus: Corpus, folder: Path | None = None) -> list[Probe]:
+def build_probes(run: Run, data: TaskData, folder: Path | None = None) -> list[Probe]:
     """Build the probes of a run, in the order in which they measure.
 
     Args:
         run: assembled.
-        corpus: that it trains on.
+        data: that it trains on.
         folder: the run folder where this process is the one that writes it, else None.
     """
-    validation = Validation(corpus, seq_len=run.config.seq_len, mode=run.config.data.mode)
     probes: list[Probe] = [
-        Evaluation(run, ValidationLoader(validation, run.engine.device)),
+        task_of(run.config).evaluation(run, data, folder),
         Moments(run, folder),
         Balance(run),
         ReplicaCheck(run),
@@ -164,7 +160,7 @@ def build_probes(run: Run, corpus: Corpus, folder: Path | None = None) -> list[P
 
 def _train_recorded(prepared: Prepared, run: Run, recorder: RunRecorder, heartbeat: Heartbeat) -> str:
     """Train on rank 0, which keeps the record."""
-    probes = build_probes(run, prepared.corpus, recorder.folder.path)
+    probes = build_probes(run, prepared.data, recorder.folder.path)
     choice, checkpoints = _choose(
         prepared, run, probes, heartbeat, attempt=recorder.folder.attempt, say=recorder.log.say
     )

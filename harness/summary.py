@@ -21,6 +21,7 @@ from harness.protocols import MetricRow
 from harness.record.folder import finite
 from harness.record.schema import MEMORY_KINDS, SCHEMA_VERSION, TIME_PARTS
 from harness.redaction import redact_argv
+from harness.tasks import task_of
 from harness.tracked_optimizer import tracked
 
 ENOUGH_CORES = 4
@@ -39,16 +40,17 @@ def reason(state: str, run: Run, problem: str) -> str:
     return "; ".join(part for part in (what, problem) if part) or state
 
 
-def warnings(run: Run, train_tokens: int) -> list[str]:
+def warnings(run: Run, facts: Mapping[str, Any]) -> list[str]:
     """Return what makes this run's numbers weaker than they look, a line each.
 
     Args:
         run: assembled.
-        train_tokens: of the training split.
+        facts: of the data, as its task has them.
     """
     config, lines = run.config, []
     epochs = run.loader.epoch(config.steps - 1)
-    if epochs > 1:
+    # Tasks train for several epochs as a rule; text that is read again is memorized.
+    if epochs > 1 and (train_tokens := facts.get("train_tokens_available")) is not None:
         lines.append(
             f"{epochs:.1f} epochs: the training split of {train_tokens:,} tokens is seen more than once"
         )
@@ -143,7 +145,7 @@ def build(
     extended_from: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the summary, with the keys of `harness.record.schema.SUMMARY_KEYS`; medians leave the first row out."""
-    config, corpus, totals = run.config, prepared.corpus, run.state
+    config, totals = run.config, run.state
     # The first row holds allocation and compilation, which is not speed.
     last, warm = (rows[-1] if rows else {}), (rows[1:] or rows)
     losses = [loss for row in rows if (loss := finite(row.get("val/loss"))) is not None]
@@ -182,10 +184,9 @@ def build(
         "optimizer_fallbacks": int(optimizer.fallbacks),
         "parameters": run.info.parameters,
         "matrix_parameters": sum(route.numel for route in optimizer.routes if route.rule != "adamw"),
-        "corpus_sha256": corpus.sha256,
-        "train_tokens_available": corpus.train_tokens,
+        "corpus_sha256": prepared.data.sha256,
+        **task_of(config).facts(prepared.data),
         "epochs": run.loader.epoch(totals.step - 1) if totals.step else 0.0,
-        "unigram_entropy": corpus.unigram_entropy,
         "device": device_name(run.engine.device),
         "engine": run.engine.name,
         "precision": config.precision,

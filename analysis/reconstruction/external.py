@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.reconstruction.network import Network
-from analysis.reconstruction.samples import Samples
+from analysis.reconstruction.samples import SampleSet
 from harness.errors import InputError
 
 _REFUSED = (
@@ -66,7 +66,7 @@ def network(path: str) -> Network:
     return relu_network
 
 
-def samples(path: str, inputs: int, outputs: int) -> Samples:
+def samples(path: str, inputs: int, outputs: int) -> SampleSet:
     """Return the training batch of an external checkpoint, as it was fed to the network; it has no public pool.
 
     Args:
@@ -105,7 +105,7 @@ def samples(path: str, inputs: int, outputs: int) -> Samples:
         raise InputError(
             "batch", f"shape {shape}", f"has not {inputs} pixels", fix="shape=(h, w) in the .npz"
         )
-    return Samples(
+    return SampleSet(
         images=x,
         labels=y,
         heldout=heldout.reshape(len(heldout), inputs).astype(np.float64),

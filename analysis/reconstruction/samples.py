@@ -14,7 +14,7 @@ HELDOUT_PER_CLASS = 200
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleSet:
     """Rows are images; all of them had the training set's mean subtracted.
 
     Attributes:
@@ -48,7 +48,7 @@ def load(
     per_class: int,
     seed: int | None,
     offset: float = 0.0,
-) -> Samples:
+) -> SampleSet:
     """Choose a training set.
 
     Args:
@@ -81,7 +81,7 @@ def load(
         spare_labels.append(np.full(len(spare[-1]), label))
     train = images[np.concatenate(train_rows)]
     mean = train.mean(0)
-    return Samples(
+    return SampleSet(
         images=train - mean + offset,
         labels=np.concatenate(labels),
         heldout=images[np.concatenate(spare)] - mean + offset,

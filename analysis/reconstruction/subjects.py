@@ -26,7 +26,7 @@ from analysis.reconstruction.attack import Candidates, GridPoint
 from analysis.reconstruction.config import PLACES, ReconstructionConfig
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import Network
-from analysis.reconstruction.samples import Samples
+from analysis.reconstruction.samples import SampleSet
 from analysis.reconstruction.victim import Architecture, VictimCheckpoint
 from harness.errors import InputError
 from harness.files import atomic, bounded
@@ -239,7 +239,7 @@ class Subject:
 class ImageSet:
     """Training images, their labels and the public pool as float64 tensors, and the task."""
 
-    samples: Samples
+    samples: SampleSet
     task: str
     x: Tensor
     labels: Tensor
@@ -334,7 +334,7 @@ def _options(config: ReconstructionConfig, name: str) -> dict[str, object]:
         ) from None
 
 
-def _images(config: ReconstructionConfig, dataset: Samples) -> ImageSet:
+def _images(config: ReconstructionConfig, dataset: SampleSet) -> ImageSet:
     task = config.task
     if task == "auto":
         task = "binary" if dataset.outputs == 1 else "multiclass"

@@ -40,6 +40,7 @@ KEYS = _by_name(
         "schedule.warmup": "warmup_steps warmup_ratio num_warmup_steps warmup_iters",
         "schedule.decay": "decay_steps decay_ratio cooldown",
         "schedule.min_lr_ratio": "min_lr end_lr final_lr lr_min",
+        "epochs": "num_epochs n_epochs max_epochs num_train_epochs train_epochs",
         "schedule": "scheduler lr_scheduler lr_schedule lr_scheduler_type lr_decay_style scheduler_type",
         "model": "model_name arch architecture network model_size",
         "model.path": "model_name_or_path model_path pretrained pretrained_model init_from base_model weights",
@@ -92,9 +93,6 @@ SWITCHES = _by_name(
 
 COUNTED = _by_name(
     {
-        "steps=… (an epoch has training tokens / (batch_size × seq_len) steps; the log of a run names its tokens)": (
-            "epochs num_epochs n_epochs max_epochs num_train_epochs train_epochs"
-        ),
         "micro_batch_size=… (batch_size / world_size / the micro-batches that a step accumulates)": (
             "gradient_accumulation_steps grad_accum accumulation accumulate_grad_batches grad_accum_steps"
         ),

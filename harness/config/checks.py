@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from harness.config import (
     derived_defaults,
@@ -20,6 +21,7 @@ from harness.config import (
     model_checks,
     optimizer_checks,
     optimizer_work,
+    task_checks,
     value_formats,
 )
 from harness.config.gpus import Gpu, have_bf16
@@ -49,18 +51,20 @@ def check(
 
     Returns:
         The configuration with world_size, precision, micro_batch_size, engine.name, learning rate (and its source)
-        and every optimizer option set.
+        and every optimizer option set. With epochs, `with_epochs` sets the steps and what follows from them.
 
     Raises:
         InputError: the first thing that cannot work.
     """
     _check_folders(config)
+    task_checks.check(config)
     value_formats.duration_seconds("time_limit", config.time_limit)
     shapes = facts(config.model)
     model_checks.check(config, shapes)
     values = config.model_dump()
     values["optimizer"] = optimizer_checks.resolved_section(config, shapes)
-    _check_schedule(config)
+    if config.epochs is None:
+        _check_schedule(config)
     launcher.check_environment(config, environ)
     gpus = _gpus(environ, devices)
     world_size = _world_size(config, environ, None if devices is None else len(gpus), worker)
@@ -88,11 +92,37 @@ def check(
         world_size,
     )
     values["micro_batch_size"] = micro_batch_size
-    values["eval"]["tokens"] = evaluation_tokens = derived_defaults.evaluation_tokens(config)
-    if evaluation_tokens < config.seq_len:
-        reason = f"is less than one sequence of seq_len = {config.seq_len} tokens"
-        raise InputError("eval.tokens", evaluation_tokens, reason, fix=f"eval.tokens={config.seq_len}")
+    if config.epochs is None:
+        values["eval"]["tokens"] = _evaluation_tokens(config)
     return RunConfig.model_validate(values)
+
+
+def with_epochs(config: RunConfig, examples: int) -> RunConfig:
+    """Return a checked configuration that is given in epochs with its steps, and what follows from them.
+
+    Args:
+        config: checked, with epochs.
+        examples: training samples of one epoch.
+
+    Raises:
+        InputError: a schedule longer than the run.
+    """
+    assert config.epochs is not None
+    steps = task_checks.steps_of(config.epochs, examples, config.batch_size)
+    config = config.model_copy(update={"steps": steps})
+    _check_schedule(config)
+    evaluation = config.eval.model_copy(update={"tokens": _evaluation_tokens(config)})
+    return config.model_copy(update={"eval": evaluation})
+
+
+def _evaluation_tokens(config: RunConfig) -> int | Literal["auto"]:
+    if config.task.name != "pretrain":
+        return "auto"
+    tokens = derived_defaults.evaluation_tokens(config)
+    if tokens < config.seq_len:
+        reason = f"is less than one sequence of seq_len = {config.seq_len} tokens"
+        raise InputError("eval.tokens", tokens, reason, fix=f"eval.tokens={config.seq_len}")
+    return tokens
 
 
 def warnings(config: RunConfig) -> list[str]:

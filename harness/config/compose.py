@@ -70,6 +70,7 @@ def load(argv: Sequence[str]) -> RunConfig:
     settings = [a for a in assignments if a.key not in choices]
     overridden = {key: value for a in settings for key, value in leaves(a.key, a.value).items()}
     _refuse_two_names(choices, assignments)
+    _refuse_two_lengths(overridden, "on the command line")
 
     # Group files: a choice on the command line wins over the same choice in the file.
     selections, without_file = _selections({group: _text_of(a) for group, a in choices.items()})
@@ -101,6 +102,7 @@ def load(argv: Sequence[str]) -> RunConfig:
         texts[assignment.key] = assignment.text
         _set(values, assignment.key, assignment.value)
 
+    _choose_length(values, overridden, file, composed.files)
     # Only now, because an interpolation may name any key.
     values = resolve_interpolations(values, RunConfig().model_dump(mode="json"), origin)
     _check_known(values, origin, recorded=file is not None)
@@ -177,6 +179,8 @@ def _derived(config: RunConfig) -> dict[str, Any]:
         "optimizer.seed": config.seed,
         "eval.tokens": derived_defaults.default_evaluation_tokens(config),
     }
+    if config.epochs is not None:
+        derived["steps"] = config.steps
     if config.optimizer.lr_source not in (None, "given"):
         derived["optimizer.lr"] = config.optimizer.lr
         rows = derived_defaults.LEARNING_RATES.get(config.optimizer.name, ())
@@ -279,6 +283,41 @@ def _refuse_two_names(groups: Mapping[str, Assignment], assignments: Sequence[As
             if named and chosen is not None and value not in (chosen.text, None):
                 both = f"{chosen.text} and {value}"
                 raise InputError(group, both, "are two choices for one run", fix=f"{group}={value}")
+
+
+def _refuse_two_lengths(given: Mapping[str, Any], where: str) -> None:
+    """Refuse steps and epochs in one place."""
+    if given.get("steps") is not None and given.get("epochs") is not None:
+        both = f"{given['steps']} and epochs={given['epochs']}"
+        reason = f"are two lengths of one run {where}"
+        raise InputError("steps", both, reason, fix=f"epochs={given['epochs']}, or steps={given['steps']}")
+
+
+def _choose_length(
+    values: dict[str, Any], overridden: Mapping[str, Any], file: RunFile | None, files: Sequence[Path]
+) -> None:
+    """Let the place that is read last decide between steps and epochs; a recorded run holds both.
+
+    Raises:
+        InputError: one file gives both.
+    """
+    places: list[tuple[Mapping[str, Any], str]] = [(overridden, "on the command line")]
+    if file is not None:
+        places.append((file.values, f"in {file.path}"))
+    for path in reversed(files):
+        content = yaml_files.read("configs", path) if path.parent.name in ("experiment", "configs") else None
+        places.append((content if isinstance(content, dict) else {}, f"in {path}"))
+    for given, where in places:
+        if file is not None and given is file.values and file.is_recorded:
+            if given.get("steps") is not None:
+                return
+            continue
+        _refuse_two_lengths(given, where)
+        if given.get("epochs") is not None:
+            return
+        if given.get("steps") is not None:
+            values["epochs"] = None
+            return
 
 
 def _check_known(values: Mapping[str, Any], origin: Callable[[str], str | None], *, recorded: bool) -> None:

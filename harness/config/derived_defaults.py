@@ -111,10 +111,14 @@ def default_evaluation_tokens(config: RunConfig) -> int:
 def evaluation_interval(config: RunConfig) -> int | None:
     """Return the steps between evaluations, None for the last step alone.
 
-    ``auto`` spreads up to ten evaluations evenly over the run, as many as take `SHARE` of the training compute.
+    ``auto`` spreads up to ten evaluations evenly over the run, as many as take `SHARE` of the training compute. A task
+    whose validation data are read whole is evaluated once an epoch in up to ten epochs, else ten times.
     """
     if config.eval.every != "auto":
         return config.eval.every
+    if config.task.name != "pretrain":
+        is_by_epoch = config.epochs is not None and 1 < config.epochs <= MOST_EVALUATIONS
+        return -(-config.steps // (math.ceil(config.epochs or 1) if is_by_epoch else MOST_EVALUATIONS))
     one = FORWARD_SHARE * evaluation_tokens(config) / _train_tokens(config)
     # The small term keeps a share that is met exactly from being lost to rounding.
     count = max(1, min(MOST_EVALUATIONS, int(SHARE / one + 1e-9)))
@@ -122,7 +126,7 @@ def evaluation_interval(config: RunConfig) -> int | None:
 
 
 def evaluation_share(config: RunConfig) -> float:
-    """Return the compute of all evaluations over that of training."""
+    """Return the compute of all evaluations of a pretraining run over that of training."""
     between = evaluation_interval(config) or config.steps
     count = config.steps // between + (config.steps % between > 0)
     return count * FORWARD_SHARE * evaluation_tokens(config) / _train_tokens(config)

@@ -67,6 +67,10 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         # The load-balancing loss is that of a forward pass, so the cut into passes changes the result.
         facts["micro_batch_size"] = values["micro_batch_size"]
     scalars = ("steps", "seed", "batch_size", "seq_len", "precision", "max_grad_norm")
+    if config.task.name != "pretrain":
+        # Which rows and labels these are is in the hash of the data; what is done with them is not.
+        facts["task"] = values["task"]
+        del facts["data"], facts["eval"]
     if values["tf32"]:
         facts["tf32"] = True
     if values["max_loss_rise"] is not None:

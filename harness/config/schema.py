@@ -96,6 +96,36 @@ class DataConfig(TypedKeys):
     """Tokenized corpora, shared by all runs; default: OPTBENCH_CACHE or ~/.cache/optbench."""
 
 
+class TaskConfig(TypedKeys):
+    """What is learned, from which columns of the data, and what evaluations measure."""
+
+    name: Literal["pretrain", "classify", "answer"] = "pretrain"
+    """pretrain: next-token prediction on text; classify: a class or a number for a text or a pair of texts;
+    answer: the answer to a prompt, evaluated by generation."""
+    text: list[str] = Field(default_factory=list, max_length=2)
+    """classify: the column of the text, or the two columns of a pair."""
+    label: str | None = None
+    """classify: the column of the class or number."""
+    labels: list[str] | None = Field(default=None, min_length=2)
+    """classify: classes in the order of the model's outputs; null: the sorted values of the training data."""
+    target: Literal["auto", "class", "number"] = "auto"
+    """classify: class or number (regression); auto: number where a label of the training data has a decimal part."""
+    prompt: str | None = None
+    """answer: template of the prompt, e.g. "{question} "; {column} is filled in, {{ and }} are literal."""
+    answer: str | None = None
+    """answer: template of the answer, on which alone the loss is computed."""
+    shots: int = Field(default=0, ge=0)
+    """answer: worked examples of the training data in front of every prompt."""
+    truncate: Literal["error", "left"] = "error"
+    """answer: what happens to an example longer than seq_len: an error, or the start of its prompt is cut off."""
+    extract: Literal["hashes", "last_number", "text"] = "hashes"
+    """answer: what is compared: the number after ####, the last number, or the whole text."""
+    metric: str | None = None
+    """The metric of evaluations, e.g. accuracy, f1, matthews, pearson, spearman, exact_match; null: by the labels."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """answer: tokens that are generated at most for one answer."""
+
+
 class OptimizerConfig(TypedKeys):
     """A preset and the options that differ from it. The options of each preset: `optbench show NAME`."""
 
@@ -167,10 +197,10 @@ class EvalConfig(TypedKeys):
 
     every: Every = "auto"
     """Steps between evaluations; auto: up to ten over the run, fewer where they would take more than a tenth of the
-    training compute; null: at the end only (always evaluated)."""
+    training compute; for tasks once an epoch, or ten over the run; null: at the end only (always evaluated)."""
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Tokens per evaluation, always the first ones of the validation split; auto: 32768, fewer in a run so short that
-    four evaluations would take more than a tenth of the training compute."""
+    four evaluations would take more than a tenth of the training compute. Tasks read every validation example."""
 
 
 class MomentsConfig(TypedKeys):
@@ -213,6 +243,7 @@ class RunConfig(TypedKeys):
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -223,6 +254,8 @@ class RunConfig(TypedKeys):
 
     steps: int = Field(default=200, ge=1)
     """Optimizer steps. More than before, with the same name=, continues a run with schedule=constant or wsd."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training data instead of steps: steps = ceil(epochs × examples / batch_size)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of initialization and data order."""
     world_size: int | None = Field(default=None, ge=1)

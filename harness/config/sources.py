@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from harness.config import yaml_files
 from harness.errors import InputError
 
-GROUPS = ("model", "data", "optimizer", "engine", "schedule", "experiment")
+GROUPS = ("model", "data", "task", "optimizer", "engine", "schedule", "experiment")
 OTHER_GROUPS = ("cluster", "paper", "study")
 """Groups that describe something else than the run: no part of a `RunConfig`."""
 COMPANIONS = ("margin", "reconstruct")

@@ -73,7 +73,7 @@ def special(name: str, value: str | None, known: Iterable[str]) -> str | None:
         return "optbench sweep OPTIMIZER …"
     if leaf == "dry_run":
         return "optbench plan …"
-    if leaf in aliases.COUNTED and not (leaf.endswith("epochs") and "epochs" in known):
+    if leaf in aliases.COUNTED:
         return aliases.COUNTED[leaf]
     if leaf in aliases.SWITCHES and (value is None or of_switch(value) != "false"):
         return aliases.SWITCHES[leaf]

@@ -126,6 +126,10 @@ class Batches:
             return count * self.seq_len
         return int(self._split.loss_tokens(self.order.take(first, count)).sum())
 
+    def tokens(self, first: int, count: int) -> int:
+        """Return the tokens that count as trained on, those with a loss."""
+        return self.loss_tokens(first, count)
+
     def epoch(self, n: int) -> int:
         """Return the epoch of the ``n``-th sample, from 0."""
         return n // self.length

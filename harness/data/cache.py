@@ -21,7 +21,7 @@ from filelock import Timeout
 
 from harness.config.schema import DataConfig
 from harness.data import tokenizer
-from harness.data.batches import Batches, Validation
+from harness.data.batches import Batches, Mode, Validation
 from harness.data.build import build
 from harness.data.corpus import (
     FILES,
@@ -45,7 +45,7 @@ def check(
     config: DataConfig,
     seq_len: int,
     batch_size: int,
-    eval_tokens: int,
+    eval_tokens: int | None,
     model_vocab_size: int | None,
     *,
     say: Say = str,
@@ -56,7 +56,7 @@ def check(
     Args:
         seq_len: tokens per row.
         batch_size: sequences per optimizer step, over all processes.
-        eval_tokens: tokens per evaluation.
+        eval_tokens: tokens per evaluation; None: not known yet, `check_evaluation` is called later.
         model_vocab_size: entries of the model's embedding; None: it will be made to fit.
         say: told in one line what takes long.
         trust_remote_code: run the code that a tokenizer brings along.
@@ -92,7 +92,18 @@ def check(
             allowed=f"1 to {samples}",
             fix=f"batch_size={samples}",
         )
-    available = Validation(corpus, seq_len, config.mode).loss_tokens_available
+    if eval_tokens is not None:
+        check_evaluation(corpus, seq_len, config.mode, eval_tokens)
+    return corpus
+
+
+def check_evaluation(corpus: Corpus, seq_len: int, mode: Mode, eval_tokens: int) -> None:
+    """Refuse an evaluation on more tokens than the validation split has in rows of ``seq_len``.
+
+    Raises:
+        InputError: eval.tokens is larger.
+    """
+    available = Validation(corpus, seq_len, mode).loss_tokens_available
     if eval_tokens > available:
         # Padded rows hold less than the split does: long documents are cut, and first tokens are not labels.
         enough = math.ceil(1.1 * eval_tokens * corpus.validation_tokens / max(1, available))
@@ -103,7 +114,6 @@ def check(
             allowed=f"1 to {available}",
             fix=f"eval.tokens={available} or data.validation_tokens={enough}",
         )
-    return corpus
 
 
 def _vocabulary(config: DataConfig, size: int, model_vocab_size: int) -> InputError:

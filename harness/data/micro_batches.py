@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from harness.data.batches import Batches, Validation
+from harness.data.batches import Validation
 
 if TYPE_CHECKING:
-    from harness.protocols import MicroBatch
+    from harness.protocols import MicroBatch, Samples
 
 
 class _Share(NamedTuple):
@@ -20,12 +20,14 @@ class _Share(NamedTuple):
 
     Attributes:
         batches: on the device.
-        loss_tokens: of all processes.
+        loss_tokens: of all processes: what the loss sum is divided by.
+        tokens: of all processes, without padding.
         copied: recorded on the copying stream after the last copy; None on a CPU.
     """
 
     batches: list[MicroBatch]
     loss_tokens: int
+    tokens: int
     copied: torch.Event | None
 
 
@@ -37,7 +39,7 @@ class MicroBatchLoader:
     counted as used before `micro_batches` returns it, so there is no state to resume.
 
     Args:
-        batches: samples of the run.
+        samples: of the run.
         batch_size: samples of all processes in a step.
         micro_batch_size: samples of a micro-batch.
         rank: of this process.
@@ -48,7 +50,7 @@ class MicroBatchLoader:
 
     def __init__(
         self,
-        batches: Batches,
+        samples: Samples,
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -57,15 +59,15 @@ class MicroBatchLoader:
         device: torch.device,
         steps: int,
     ) -> None:
-        self._batches, self._batch_size, self._micro = batches, batch_size, micro_batch_size
+        self._samples, self._batch_size, self._micro = samples, batch_size, micro_batch_size
         self._share = batch_size // world_size
         self._rank, self._device, self._steps = rank, device, steps
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # One thread, which reads everything: the order of the samples keeps its last block without a lock.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[_Share]] | None = None
-        self._loss_tokens: tuple[int, int] | None = None
-        """Step that was returned last, and its loss tokens."""
+        self._counts: tuple[int, int, int] | None = None
+        """Step that was returned last, its loss tokens and its tokens."""
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return this process' micro-batches of a step, on its device.
@@ -80,7 +82,7 @@ class MicroBatchLoader:
         share = ahead[1].result()
         if step + 1 < self._steps:
             self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
-        self._loss_tokens = (step, share.loss_tokens)
+        self._counts = (step, share.loss_tokens, share.tokens)
         if share.copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(share.copied)
@@ -91,13 +93,15 @@ class MicroBatchLoader:
 
     def loss_tokens(self, step: int) -> int:
         """Return how many tokens carry loss in the global batch of a step, without communication."""
-        if self._loss_tokens is None or self._loss_tokens[0] != step:
-            return self._thread.submit(self._count, step).result()
-        return self._loss_tokens[1]
+        return self._counts_of(step)[1]
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens of the global batch of a step, padding not included, without communication."""
+        return self._counts_of(step)[2]
 
     def epoch(self, step: int) -> float:
         """Return the passes over the training split after a step."""
-        return (step + 1) * self._batch_size / self._batches.length
+        return (step + 1) * self._batch_size / self._samples.length
 
     def close(self) -> None:
         """End the reading thread."""
@@ -109,15 +113,21 @@ class MicroBatchLoader:
         # A thread has a current device of its own, which is the first one.
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             batches = [
-                _to_device(self._batches.rows(first + offset, self._micro), self._device)
+                to_device(self._samples.rows(first + offset, self._micro), self._device)
                 for offset in range(0, self._share, self._micro)
             ]
             if self._stream is not None:
                 copied = self._stream.record_event()
-        return _Share(batches, self._count(step), copied)
+        return _Share(batches, *self._count(step)[1:], copied)
 
-    def _count(self, step: int) -> int:
-        return self._batches.loss_tokens(step * self._batch_size, self._batch_size)
+    def _counts_of(self, step: int) -> tuple[int, int, int]:
+        if self._counts is None or self._counts[0] != step:
+            self._counts = self._thread.submit(self._count, step).result()
+        return self._counts
+
+    def _count(self, step: int) -> tuple[int, int, int]:
+        first, count = step * self._batch_size, self._batch_size
+        return step, self._samples.loss_tokens(first, count), self._samples.tokens(first, count)
 
 
 class ValidationLoader:
@@ -137,12 +147,12 @@ class ValidationLoader:
 
     def rows(self, start: int, count: int) -> MicroBatch:
         """Return ``count`` rows from row ``start`` on."""
-        return _to_device(self._validation.batch(start, count), self._device)
+        return to_device(self._validation.batch(start, count), self._device)
 
 
-def _to_device(rows: tuple[np.ndarray, np.ndarray], device: torch.device) -> MicroBatch:
-    """Move a pair of numpy arrays to the device, without waiting for it."""
-    ids, labels = (torch.from_numpy(array) for array in rows)
+def to_device(rows: tuple[np.ndarray, ...], device: torch.device) -> MicroBatch:
+    """Move numpy arrays to the device, without waiting for it."""
+    tensors = (torch.from_numpy(array) for array in rows)
     if device.type == "cuda":
-        ids, labels = ids.pin_memory(), labels.pin_memory()
-    return ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        tensors = (tensor.pin_memory() for tensor in tensors)
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)

@@ -28,7 +28,7 @@ _KEYS = {
 """Key of the cluster → words of SLURM's message when it refuses the value."""
 
 
-class Task(NamedTuple):
+class ArrayTask(NamedTuple):
     """A job, or a row of an array, that SLURM knows.
 
     Attributes:
@@ -134,7 +134,7 @@ def cancel(job: str) -> None:
         raise InputError("cancel", job, f"is refused by SLURM ({_line(done.stderr)})")
 
 
-def tasks(jobs: Sequence[str]) -> dict[str, Task]:
+def tasks(jobs: Sequence[str]) -> dict[str, ArrayTask]:
     """Return the state of the jobs and rows that SLURM still knows; {} if SLURM is absent or does not answer.
 
     `scontrol` remembers ended jobs for some minutes.
@@ -145,7 +145,7 @@ def tasks(jobs: Sequence[str]) -> dict[str, Task]:
     jobs = [job for job in jobs if is_job(job)]
     if not jobs or not is_here():
         return {}
-    known: dict[str, Task] = {}
+    known: dict[str, ArrayTask] = {}
     numbers = sorted({job.partition("_")[0] for job in jobs}, key=int)
     for number in numbers:
         text = _call("scontrol", "--all", "show", "job", "-o", number)
@@ -155,13 +155,13 @@ def tasks(jobs: Sequence[str]) -> dict[str, Task]:
     return {job: known[job] for job in jobs if job in known}
 
 
-def _tasks_of_line(line: str) -> dict[str, Task]:
+def _tasks_of_line(line: str) -> dict[str, ArrayTask]:
     facts = dict(re.findall(r"(\w+)=(\S*)", line))
     reason = facts.get("Reason", "None")
     restarts = int(facts.get("Restarts") or 0)
     nodes = facts.get("NodeList", "")
     nodes = "" if nodes in ("(null)", "None") else nodes
-    task = Task(facts.get("JobState", "UNKNOWN"), "" if reason == "None" else reason, restarts, nodes)
+    task = ArrayTask(facts.get("JobState", "UNKNOWN"), "" if reason == "None" else reason, restarts, nodes)
     if "ArrayJobId" not in facts:
         return {facts["JobId"]: task}
     # Rows that wait together are one line: ArrayTaskId=0-2,5%4.

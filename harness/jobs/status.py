@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.errors import InputError
 from harness.jobs import grid, leases, slurm
 from harness.jobs.grid import GridRow
-from harness.jobs.slurm import Task
+from harness.jobs.slurm import ArrayTask
 from harness.jobs.submission import Event, Submission, Submitted, read_events
 from harness.process.heartbeat import BEAT_S
 from harness.record import readers
@@ -192,7 +192,7 @@ def _homes(root: Path, unreadable: list[RunStatus]) -> Iterator[Path]:
         below[:] = sorted(name for name in below if not is_run and not name.startswith(".") and name != JOBS)
 
 
-def _status(run: _Found, tasks: dict[str, Task]) -> RunStatus:
+def _status(run: _Found, tasks: dict[str, ArrayTask]) -> RunStatus:
     content, problems = readers.status(run.folder)
     events = read_events(run.folder)
     job = run.job
@@ -236,7 +236,7 @@ def _state(
     folder: Path,
     content: Status,
     job: str | None,
-    task: Task | None,
+    task: ArrayTask | None,
     event: Event | None,
 ) -> tuple[str, str]:
     reason = content.attempts[-1].reason if content.attempts else ""
@@ -288,7 +288,7 @@ def _silence(folder: Path) -> str:
     return f"no sign of life for {last.age_s - BEAT_S:.0f} s, since step {last.step} ({last.where})"
 
 
-def _other(entry: Submitted, task: Task | None) -> JobStatus:
+def _other(entry: Submitted, task: ArrayTask | None) -> JobStatus:
     state = task.state.lower() if task is not None else "ended"
     reason = task.reason if task is not None else "no longer known to SLURM"
     return JobStatus(entry.job, entry.kind, state, reason, entry.script)

@@ -1,4 +1,4 @@
-"""Validation loss on a fixed set of tokens."""
+"""Evaluations: when they are due, of which weights, and the loss on a fixed set of validation tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from harness.config import derived_defaults
 from harness.loop import Run
-from harness.protocols import Engine, MetricRow, Objective
+from harness.protocols import Engine, Evaluator, MetricRow, Objective
 from harness.tracked_optimizer import tracked
 
 if TYPE_CHECKING:
@@ -31,19 +31,18 @@ class ValidationRows(Protocol):
 
 
 class Evaluation:
-    """Adds ``val/loss`` every ``eval.every`` steps and at the end.
+    """Adds what an evaluator measures, ``val/loss`` among it, every ``eval.every`` steps and at the end.
 
     Where the optimizer keeps an average of the weights, it is that of the average. The last evaluation also adds
     ``val/raw_loss``, that of the weights themselves: a second pass each time would double what evaluation costs.
 
     Args:
         run: assembled.
-        validation: rows to evaluate on.
+        evaluator: of the run's task.
     """
 
-    def __init__(self, run: Run, validation: ValidationRows) -> None:
-        self._run, self._validation = run, validation
-        self._rows = validation.count(derived_defaults.evaluation_tokens(run.config))
+    def __init__(self, run: Run, evaluator: Evaluator) -> None:
+        self._run, self._evaluator = run, evaluator
         self._every = derived_defaults.evaluation_interval(run.config)
         self.best: float | None = None
         self.last: tuple[int, float | None] = (0, None)
@@ -58,31 +57,20 @@ class Evaluation:
         """Do nothing: validation runs after the step."""
 
     def measure(self, step: int, row: MetricRow) -> None:
-        run = self._run
+        run, is_last = self._run, step + 1 == self._run.config.steps
         with run.clock.part("probes"), run.memory.phase("evaluation"):
             if tracked(run.optimizer).keeps_average:
-                if step + 1 == run.config.steps:
-                    row["val/raw_loss"] = self._loss()
+                if is_last:
+                    row["val/raw_loss"] = self._evaluator.figures(is_last=False)["val/loss"]
                 with averaged_weights(run):
-                    loss = self._loss()
+                    figures = self._evaluator.figures(is_last=is_last)
             else:
-                loss = self._loss()
-        row["val/loss"] = loss
-        row["val/perplexity"] = math.exp(loss) if loss < 700 else math.inf
+                figures = self._evaluator.figures(is_last=is_last)
+        row.update(figures)
+        loss = figures["val/loss"]
         if self.best is None or loss < self.best:
             self.best = loss
         self.last = (step + 1, loss if math.isfinite(loss) else None)
-
-    def _loss(self) -> float:
-        run = self._run
-        return evaluate(
-            run.engine,
-            run.model,
-            run.objective,
-            self._validation,
-            rows=self._rows,
-            micro_batch_size=run.config.micro_batch_size or 1,
-        )
 
     def state(self) -> dict[str, Any]:
         """Return the best loss so far."""
@@ -91,6 +79,37 @@ class Evaluation:
     def restore(self, state: dict[str, Any], steps: int) -> None:
         """Continue from the best loss of an earlier process."""
         self.best = state["best"]
+
+
+class TokenLoss:
+    """The `Evaluator` of pretraining: mean loss of a fixed number of validation tokens, and its perplexity.
+
+    Args:
+        run: assembled.
+        validation: rows to evaluate on.
+    """
+
+    def __init__(self, run: Run, validation: ValidationRows) -> None:
+        self._run, self._validation = run, validation
+        self._rows = validation.count(derived_defaults.evaluation_tokens(run.config))
+
+    def figures(self, *, is_last: bool) -> dict[str, float]:
+        """Return ``val/loss`` and ``val/perplexity`` (a collective)."""
+        run = self._run
+        loss = evaluate(
+            run.engine,
+            run.model,
+            run.objective,
+            self._validation,
+            rows=self._rows,
+            micro_batch_size=run.config.micro_batch_size or 1,
+        )
+        return {"val/loss": loss, "val/perplexity": perplexity(loss)}
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where that is no fp64 number."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @contextmanager

@@ -1,1 +1,26 @@
-"""Tasks: what a run learns, and how its result is measured."""
+"""What a run learns, behind one interface: pretraining, classification, answers. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.config.schema import RunConfig
+from harness.errors import InputError
+from harness.tasks.task import Task
+
+__all__ = ["Task", "task_of"]
+
+
+def task_of(config: RunConfig) -> Task[Any]:
+    """Return the task of a run.
+
+    Raises:
+        InputError: a task that this version does not have.
+    """
+    if config.task.name == "pretrain":
+        from harness.tasks.pretrain import Pretrain
+
+        return Pretrain()
+    raise InputError(
+        "task", config.task.name, "is not available yet", allowed="pretrain", fix="task=pretrain"
+    )

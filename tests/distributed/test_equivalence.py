@@ -47,7 +47,7 @@ def _mean_per_rank(run: Run) -> None:
     )
 
     def own_tokens(step: int) -> int:
-        return loader._batches.loss_tokens(step * run.config.batch_size + rank * share, share) * world
+        return loader._samples.loss_tokens(step * run.config.batch_size + rank * share, share) * world
 
     loader.loss_tokens = own_tokens
 

@@ -90,7 +90,7 @@ def attempt(
     if stop_after is not None:
         stand_in: Any = _StopAfter(run.state, stop_after)
         run = dataclasses.replace(run, stop=stand_in)
-    probes = build_probes(run, prepared.corpus)
+    probes = build_probes(run, prepared.data)
     said: list[str] = []
     try:
         choice = resuming.choose(run, _store(folder), identity=prepared.identity, attempt=1)

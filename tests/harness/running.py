@@ -83,7 +83,7 @@ def train_weights(
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     if change is not None:
         change(run)
-    state = train(run, Callbacks(build_probes(run, prepared.corpus), sinks))
+    state = train(run, Callbacks(build_probes(run, prepared.data), sinks))
     assert state == "finished", state
     return before, {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
@@ -116,7 +116,7 @@ def trained(rank: int, overrides: Sequence[str], change: Callable[..., None] | N
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
     sink = _Rows()
-    probes = build_probes(run, prepared.corpus)
+    probes = build_probes(run, prepared.data)
     try:
         before = run.engine.full_weights()
         if change is not None:

@@ -13,14 +13,14 @@ from analysis.reconstruction.alternatives import KktPoint
 from analysis.reconstruction.closed_form import ClosedForm
 from analysis.reconstruction.geometry import Geometry
 from analysis.reconstruction.network import Network
-from analysis.reconstruction.samples import Samples
+from analysis.reconstruction.samples import SampleSet
 from analysis.reconstruction.victim import Architecture, VictimCheckpoint
 
 
 class Data(NamedTuple):
     """Images as tensors: x (n, d), labels (n,), public pool (k, d) and its labels."""
 
-    samples: Samples
+    samples: SampleSet
     x: Tensor
     labels: Tensor
     heldout: Tensor
@@ -72,7 +72,7 @@ def norm_of(optimizer: str, width: int) -> Geometry:
     return victim.step_geometry(optimizer, victim.resolve_options(optimizer, {}), start(width))
 
 
-def _data(found: Samples) -> Data:
+def _data(found: SampleSet) -> Data:
     arrays = (found.images, found.labels, found.heldout, found.heldout_labels)
     x, labels, heldout, heldout_labels = (torch.from_numpy(a) for a in arrays)
     return Data(found, x, labels, heldout, heldout_labels)

@@ -30,7 +30,7 @@ def assembled(corpus: Path, folder: Path, *words: str) -> tuple[Run, Callbacks, 
     run = assemble(prepared, engines.start(prepared.config))
     run.stop.restore()
     messages: list[str] = []
-    probes = build_probes(run, prepared.corpus)
+    probes = build_probes(run, prepared.data)
     checkpoints = Checkpoints(
         run, folder / "run", prepared.hashes(), attempt=1, say=messages.append, probes=probes
     )

@@ -38,6 +38,9 @@ class _Samples:
         self.threads.add(threading.current_thread().name)
         return sum(range(first, first + count))
 
+    def tokens(self, first: int, count: int) -> int:
+        return 3 * count
+
 
 def _loader(samples: Any, rank: int = 0, device: str = "cpu") -> MicroBatchLoader:
     sizes = {"batch_size": BATCH, "micro_batch_size": MICRO, "world_size": WORLD, "steps": STEPS}
@@ -130,7 +133,7 @@ def test_on_cuda_the_step_waits_for_the_copy_and_keeps_its_memory(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream("side"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream("main"))
-    monkeypatch.setattr(micro_batches, "_to_device", copy)
+    monkeypatch.setattr(micro_batches, "to_device", copy)
     loader = _loader(_Samples(), device="cuda")
     loader.micro_batches(STEPS - 1)
     loader.close()

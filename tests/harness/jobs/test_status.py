@@ -13,15 +13,15 @@ from harness import cli
 from harness.config.schema import RunConfig
 from harness.jobs import grid, slurm, status
 from harness.jobs.grid import GridRow
-from harness.jobs.slurm import Task
+from harness.jobs.slurm import ArrayTask
 from harness.jobs.submission import Submission, add_event
 from harness.record.folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
-def queue(monkeypatch: pytest.MonkeyPatch) -> dict[str, Task]:
+def queue(monkeypatch: pytest.MonkeyPatch) -> dict[str, ArrayTask]:
     """What SLURM would say; nothing, unless a test puts it in."""
-    known: dict[str, Task] = {}
+    known: dict[str, ArrayTask] = {}
     monkeypatch.setattr(slurm, "tasks", lambda jobs: {job: known[job] for job in jobs if job in known})
     return known
 
@@ -79,17 +79,17 @@ def test_running_is_what_shows_signs_of_life_and_the_rest_is_dead(tmp_path: Path
     assert found.reason.endswith("since step 8 (harness/loop.py:3 train)")
 
 
-def test_a_job_that_waits_runs_and_waits_again(tmp_path: Path, queue: dict[str, Task]) -> None:
+def test_a_job_that_waits_runs_and_waits_again(tmp_path: Path, queue: dict[str, ArrayTask]) -> None:
     run = _run(tmp_path, "a", None)
     jobs = Submission(run)
     jobs.path.mkdir()
     jobs.add("12", "train", jobs.path / "submit.sbatch")
-    queue["12"] = Task("PENDING", "Priority", 0, "")
+    queue["12"] = ArrayTask("PENDING", "Priority", 0, "")
     assert (_one(tmp_path).state, _one(tmp_path).reason) == ("pending", "waits: Priority")
-    queue["12"] = Task("RUNNING", "", 0, "node[1-2]")
+    queue["12"] = ArrayTask("RUNNING", "", 0, "node[1-2]")
     assert (_one(tmp_path).state, _one(tmp_path).nodes) == ("starting", "node[1-2]")
     add_event(run, "12", 0, "requeued", "after step 7")
-    queue["12"] = Task("PENDING", "BeginTime", 1, "")
+    queue["12"] = ArrayTask("PENDING", "BeginTime", 1, "")
     assert (_one(tmp_path).state, _one(tmp_path).reason) == ("requeued", "after step 7; waits: BeginTime")
     del queue["12"]
     found = _one(tmp_path)
@@ -118,14 +118,14 @@ def test_what_the_batch_script_noted_is_told_long_after_slurm_forgot(
 
 
 def test_signs_of_life_of_the_attempt_before_are_not_this_one_s(
-    tmp_path: Path, queue: dict[str, Task]
+    tmp_path: Path, queue: dict[str, ArrayTask]
 ) -> None:
     run = _run(tmp_path, "a", "interrupted")
     _beat(run, 8, age_s=3)
     add_event(run, "9", 0, "cancelled", "after step 8")
     jobs = Submission(run)
     jobs.add("12", "train", jobs.path / "submit.sbatch")
-    queue["12"] = Task("RUNNING", "", 1, "node1")
+    queue["12"] = ArrayTask("RUNNING", "", 1, "node1")
     assert _one(tmp_path).state == "starting", "its script has not even begun"
     add_event(run, "12", 1, "started", "attempt 2")
     assert _one(tmp_path).state == "starting"
@@ -133,16 +133,16 @@ def test_signs_of_life_of_the_attempt_before_are_not_this_one_s(
     assert _one(tmp_path).state == "running"
 
 
-def test_an_older_job_says_nothing_about_a_newer_one(tmp_path: Path, queue: dict[str, Task]) -> None:
+def test_an_older_job_says_nothing_about_a_newer_one(tmp_path: Path, queue: dict[str, ArrayTask]) -> None:
     run = _run(tmp_path, "a", "interrupted")
     add_event(run, "9", 0, "cancelled", "after step 7")
     jobs = Submission(run)
     jobs.add("12", "train", jobs.path / "submit.sbatch")
-    queue["12"] = Task("PENDING", "Priority", 0, "")
+    queue["12"] = ArrayTask("PENDING", "Priority", 0, "")
     assert (_one(tmp_path).job, _one(tmp_path).state) == ("12", "pending")
 
 
-def test_rows_of_a_grid_show_before_they_have_a_folder(tmp_path: Path, queue: dict[str, Task]) -> None:
+def test_rows_of_a_grid_show_before_they_have_a_folder(tmp_path: Path, queue: dict[str, ArrayTask]) -> None:
     group = tmp_path / "g"
     submission = Submission(group)
     submission.path.mkdir(parents=True)
@@ -150,9 +150,9 @@ def test_rows_of_a_grid_show_before_they_have_a_folder(tmp_path: Path, queue: di
     grid.write(submission.path / grid.FILE, rows)
     submission.add("12", "sweep", submission.path / "sweep.sbatch", [0, 2])
     submission.add("13", "report", submission.path / "report.sbatch")
-    queue["12_0"] = Task("RUNNING", "", 0, "node1")
-    queue["12_2"] = Task("PENDING", "JobArrayTaskLimit", 0, "")
-    queue["13"] = Task("PENDING", "Dependency", 0, "")
+    queue["12_0"] = ArrayTask("RUNNING", "", 0, "node1")
+    queue["12_2"] = ArrayTask("PENDING", "JobArrayTaskLimit", 0, "")
+    queue["13"] = ArrayTask("PENDING", "Dependency", 0, "")
     runs, jobs = status.collect(tmp_path)
     assert [(run.name, run.job, run.state) for run in runs] == [
         ("g/r0", "12_0", "starting"),
@@ -162,7 +162,7 @@ def test_rows_of_a_grid_show_before_they_have_a_folder(tmp_path: Path, queue: di
 
 
 def test_rows_of_an_array_in_scontrol_s_lines() -> None:
-    found: dict[str, Task] = {}
+    found: dict[str, ArrayTask] = {}
     for line in (
         "JobId=12 ArrayJobId=12 ArrayTaskId=1-2,5%4 JobName=a JobState=PENDING Reason=Resources Restarts=0 NodeList=",
         "JobId=15 ArrayJobId=12 ArrayTaskId=0 JobName=a JobState=RUNNING Reason=None Restarts=2 NodeList=node[1-2]",
@@ -170,8 +170,8 @@ def test_rows_of_an_array_in_scontrol_s_lines() -> None:
     ):
         found |= slurm._tasks_of_line(line)
     assert sorted(found) == ["12_0", "12_1", "12_2", "12_5", "16"]
-    assert found["12_0"] == Task("RUNNING", "", 2, "node[1-2]")
-    assert found["12_5"] == Task("PENDING", "Resources", 0, "")
+    assert found["12_0"] == ArrayTask("RUNNING", "", 2, "node[1-2]")
+    assert found["12_5"] == ArrayTask("PENDING", "Resources", 0, "")
     assert found["16"].is_over
     assert not found["12_5"].is_over
 

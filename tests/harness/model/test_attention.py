@@ -143,10 +143,17 @@ def test_micro_batches_are_not_read_by_the_host(tmp_path: Path, mode: str, chunk
         def train() -> None:
             forward_backward(run, run.loader.micro_batches(0), weight=1e-3)
 
-        validation: Any = build_probes(run, prepared.corpus)[0]
+        validation: Any = build_probes(run, prepared.data)[0]
 
         def measure() -> None:
-            evaluate(run.engine, run.model, run.objective, validation._validation, rows=8, micro_batch_size=4)
+            evaluate(
+                run.engine,
+                run.model,
+                run.objective,
+                validation._evaluator._validation,
+                rows=8,
+                micro_batch_size=4,
+            )
 
         assert _reads(train) == 0
         assert _reads(measure) == 0

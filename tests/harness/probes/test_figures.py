@@ -60,7 +60,7 @@ def _evaluated(rank: int, overrides: list[str], rows: int, micro: int) -> float:
     network = model.build(prepared.config.model, seed=0)
     engine.shard(network, {}, model.decoder_layers(network))
     engine.prepare(network, torch.optim.SGD(network.parameters(), lr=0.1))
-    validation = Validation(prepared.corpus, seq_len=prepared.config.seq_len, mode=prepared.config.data.mode)
+    validation = Validation(prepared.data, seq_len=prepared.config.seq_len, mode=prepared.config.data.mode)
     objective = model.CausalLMObjective(network, is_padded=False)
     loader = ValidationLoader(validation, engine.device)
     return evaluate(engine, network, objective, loader, rows=rows, micro_batch_size=micro)
@@ -75,7 +75,7 @@ def test_validation_loss_does_not_depend_on_how_rows_are_dealt(
     alone = small(corpus, tmp_path, *words)
     prepared = prepare(alone, say=lambda text: None, worker=True)
     network = model.build(prepared.config.model, seed=0).double()
-    ids, labels = Validation(prepared.corpus, seq_len=32, mode=mode).batch(0, 7)  # pyright: ignore[reportArgumentType]
+    ids, labels = Validation(prepared.data, seq_len=32, mode=mode).batch(0, 7)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         logits = network(input_ids=torch.from_numpy(ids)).logits
         direct = loss_sum(logits, torch.from_numpy(labels)).item() / int((labels != -100).sum())

@@ -46,28 +46,28 @@ def test_the_loss_is_that_of_the_averaged_weights(corpus: Path, tmp_path: Path) 
     losses: list[float] = []
 
     def watch(run: Any) -> None:
-        from harness.probes.validation import Evaluation
+        from harness.probes.validation import TokenLoss
 
-        step, measure = run.optimizer.step, Evaluation._loss
+        step, measure = run.optimizer.step, TokenLoss.figures
 
         def stepped(*args: Any) -> None:
             step(*args)
             path.append({name: p.detach().double().clone() for name, p in run.model.named_parameters()})
 
-        def own(self: Any) -> float:
+        def own(self: Any, *, is_last: bool) -> dict[str, float]:
             if len(losses) == 0 and len(path) == 4:
                 shares = [(1 - BETA) * BETA ** (3 - i) / (1 - BETA**4) for i in range(4)]
                 kept = {name: p.detach().clone() for name, p in run.model.named_parameters()}
                 with torch.no_grad():
                     for name, p in run.model.named_parameters():
                         p.copy_(sum(share * weights[name] for share, weights in zip(shares, path)))
-                    losses.append(measure(self))
+                    losses.append(measure(self, is_last=True)["val/loss"])
                     for name, p in run.model.named_parameters():
                         p.copy_(kept[name])
-            return measure(self)
+            return measure(self, is_last=is_last)
 
         run.optimizer.step = stepped
-        patch.setattr(Evaluation, "_loss", own)
+        patch.setattr(TokenLoss, "figures", own)
 
     patch, sink = pytest.MonkeyPatch(), _Rows()
     try:
