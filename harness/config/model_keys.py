@@ -171,6 +171,38 @@ def check_model_type(model_type: str) -> None:
         )
 
 
+def is_encoder(model_type: str, config: Mapping[str, Any] | None = None) -> bool:
+    """Return True if every token sees the whole row: a type that predicts masked tokens, unless ``is_decoder`` is set.
+
+    Args:
+        model_type: of the model.
+        config: its configuration values.
+    """
+    if config is not None and config.get("is_decoder"):
+        return False
+    return model_type in _head_tables().get("MODEL_FOR_MASKED_LM_MAPPING_NAMES", ())
+
+
+def classifies(model_type: str) -> bool:
+    """Return True if `transformers` has a sequence classifier of this model type, or if its tables are not found."""
+    table = _head_tables().get("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES")
+    return table is None or model_type in table
+
+
+@lru_cache(maxsize=1)
+def _head_tables() -> dict[str, frozenset[str]]:
+    """Return the model types in each ``MODEL_FOR_…_MAPPING_NAMES`` table of `transformers`, from its source text."""
+    folder = _transformers()
+    path = folder / "models" / "auto" / "modeling_auto.py" if folder else None
+    if path is None or not path.is_file():
+        return {}
+    # By pattern: parsing a file of two thousand lines takes longer than all other checks.
+    tables = re.findall(
+        r"^(MODEL_FOR_\w+_MAPPING_NAMES) = OrderedDict\(\n(.*?)^\)", path.read_text("utf-8"), re.M | re.S
+    )
+    return {name: frozenset(re.findall(r'^\s*\(\s*"([\w.-]+)",', body, re.M)) for name, body in tables}
+
+
 def _configuration_file(model_type: str) -> Path | None:
     folder, name = _transformers(), _model_types().get(model_type)
     if folder is None or name is None:

@@ -1,4 +1,4 @@
-"""Build a causal language model: any `transformers` configuration, no download."""
+"""Build a causal language model or a sequence classifier: any `transformers` configuration, no download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +18,8 @@ from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
-from harness.model import checkpointing, initial_weights
+from harness.model import checkpointing, heads, initial_weights
+from harness.model.heads import ClassificationHead
 from harness.model.initial_weights import InitialWeights, NotRecorded
 
 
@@ -30,6 +31,8 @@ def build(
     device: str = "cpu",
     trust_remote_code: bool = False,
     weights: bool = True,
+    head: ClassificationHead | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """Return a model in training mode, with parameters that depend on ``config`` and ``seed`` alone.
 
@@ -45,6 +48,8 @@ def build(
         device: ``"meta"`` builds without memory, to count or plan; else where the model is moved to.
         trust_remote_code: run the Python code that a folder brings along.
         weights: False: the folder may be gone, because all parameters will be overwritten.
+        head: of a sequence classifier; None: a causal language model.
+        say: takes a line for each kind of weights that a folder lacks or that are not used.
 
     Raises:
         InputError: unknown model type, a configuration key that this model type does not have, values that
@@ -53,13 +58,13 @@ def build(
     model: Any
     is_gone = config.path is not None and not weights and not Path(config.path).expanduser().is_dir()
     if config.path is not None and device != "meta" and not is_gone:
-        model = _from_folder(config, trust_remote_code)
+        model = _from_folder(config, trust_remote_code, head, seed, say)
     else:
         hf_config = configuration(config, trust_remote_code=trust_remote_code, read_folder=not is_gone)
         with torch.device("meta" if device == "meta" else "cpu"):
             torch.manual_seed(seed)
             # On the CPU whatever the device: the same bits on every machine.
-            model = _construct(hf_config, config, trust_remote_code)
+            model = _construct(hf_config, config, trust_remote_code, head)
         if is_gone:
             _refuse_lost_buffers(model, config)
     _finish(model, config, precision)
@@ -80,6 +85,7 @@ def build_deferred(
     seed: int,
     precision: Precision,
     trust_remote_code: bool = False,
+    head: ClassificationHead | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[nn.Module, InitialWeights | None]:
     """Return what `build` returns, on the meta device, and the same numbers one tensor at a time.
@@ -93,14 +99,22 @@ def build_deferred(
         seed: of the initialization.
         precision: as for `build`.
         trust_remote_code: run the Python code that a folder brings along.
-        say: takes a line that says why the model comes whole.
+        head: of a sequence classifier; None: a causal language model.
+        say: takes a line that says why the model comes whole, and those of `build`.
 
     Raises:
         InputError: see `build`.
     """
 
     def whole(in_precision: Precision) -> nn.Module:
-        return build(config, seed=seed, precision=in_precision, trust_remote_code=trust_remote_code)
+        return build(
+            config,
+            seed=seed,
+            precision=in_precision,
+            trust_remote_code=trust_remote_code,
+            head=head,
+            say=say,
+        )
 
     files: list[Path] = []
     try:
@@ -110,13 +124,16 @@ def build_deferred(
             files = [Path(file) for file in model_folder.weight_files(Path(config.path).expanduser())]
         hf_config = configuration(config, trust_remote_code=trust_remote_code)
         model, weights = initial_weights.record(
-            lambda: _construct(hf_config, config, trust_remote_code),
+            lambda: _construct(hf_config, config, trust_remote_code, head),
             seed=seed,
             files=files,
             build_whole=lambda: whole("fp32"),
         )
-        if files and not initial_weights.fits_files(model, files):
-            raise NotRecorded("the weight files have other names or shapes")
+        if files:
+            difference = initial_weights.compare_files(model, files)
+            if difference is None or not _is_only_the_head(model, head, *difference):
+                raise NotRecorded("the weight files have other names or shapes")
+            _tell_difference(config, head, *difference, say)
         if precision == "bf16_pure" and may_mix_dtypes(model):
             raise NotRecorded("its buffers may not work with pure bf16")
     except (NotRecorded, InputError, OSError, SafetensorError) as error:
@@ -163,9 +180,15 @@ def configuration(
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a `transformers` model, as it names them itself (``_no_split_modules``)."""
+    """Return the repeated blocks of a `transformers` model: those that it names itself and holds in a list.
+
+    Encoders name their embeddings, too (``_no_split_modules``), or nothing: then the longest list of modules is taken.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    named = [module for module in model.modules() if type(module).__name__ in names]
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    listed = {id(module) for modules in lists for module in modules}
+    return [module for module in named if id(module) in listed] or named or max(lists, key=len, default=[])
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -173,10 +196,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _construct(hf_config: PretrainedConfig, config: ModelConfig, trust_remote_code: bool) -> nn.Module:
+def _construct(
+    hf_config: PretrainedConfig, config: ModelConfig, trust_remote_code: bool, head: ClassificationHead | None
+) -> nn.Module:
     try:
-        return AutoModelForCausalLM.from_config(
-            hf_config,
+        model = heads.automatic_class(head).from_config(
+            heads.configure(hf_config, head),
             attn_implementation=config.attention,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
@@ -184,9 +209,17 @@ def _construct(hf_config: PretrainedConfig, config: ModelConfig, trust_remote_co
     except Exception as error:
         # Constructors divide by sizes, index with them and allocate: any class of error, all about these values.
         raise _refused("model", config.name, "can't be built", error) from error
+    heads.finish(model, head)
+    return model
 
 
-def _from_folder(config: ModelConfig, trust_remote_code: bool) -> Any:
+def _from_folder(
+    config: ModelConfig,
+    trust_remote_code: bool,
+    head: ClassificationHead | None,
+    seed: int,
+    say: Callable[[str], None],
+) -> Any:
     place = Path(str(config.path)).expanduser()
     if place.is_dir() and not any(
         (place / name).is_file() for name in ("config.json", "adapter_config.json")
@@ -197,12 +230,13 @@ def _from_folder(config: ModelConfig, trust_remote_code: bool) -> Any:
     folder = model_folder.read(place)
     model_folder.weight_files(place)
     hf_config = configuration(config, trust_remote_code=trust_remote_code)
+    heads.check_padding(hf_config, head, folder.path)
     transformers_logging.disable_progress_bar()
     try:
         # local_files_only: a mistyped folder must not turn into a hub download.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = heads.automatic_class(head).from_pretrained(
             folder.path,
-            config=hf_config,
+            config=heads.configure(hf_config, head),
             attn_implementation=config.attention,
             # bf16 weights, too: bf16_pure casts parameters alone, after buffers were read and computed exactly.
             dtype=torch.float32,
@@ -215,11 +249,41 @@ def _from_folder(config: ModelConfig, trust_remote_code: bool) -> Any:
         # Readers of weight files and constructors have a dozen classes of errors of their own.
         raise _refused("model.path", folder.path, "can't be loaded", error) from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        reason = f"lacks {len(missing)} weights of a {folder.model_type} language model (e.g. {missing[0]})"
-        raise InputError("model.path", folder.path, reason, fix="give the folder of a causal language model")
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if not _is_only_the_head(model, head, missing, []):
+        kind = "language model" if head is None else "model"
+        reason = f"lacks {len(missing)} weights of a {folder.model_type} {kind} (e.g. {missing[0]})"
+        whole = "a causal language model" if head is None else "a whole model"
+        raise InputError("model.path", folder.path, reason, fix=f"give the folder of {whole}")
+    if missing:
+        heads.initialize(model, missing, seed)
+    _tell_difference(config, head, missing, unused, say)
+    heads.finish(model, head)
     model.config.use_cache = False
     return model
+
+
+def _is_only_the_head(
+    model: Any, head: ClassificationHead | None, missing: list[str], unused: list[str]
+) -> bool:
+    """Return True if a folder lacks nothing but a classifier's head, and nothing is unused but for another head's."""
+    if head is None:
+        return not missing and not unused
+    return len(heads.head_names(model, missing)) == len(missing)
+
+
+def _tell_difference(
+    config: ModelConfig,
+    head: ClassificationHead | None,
+    missing: list[str],
+    unused: list[str],
+    say: Callable[[str], None],
+) -> None:
+    if head is not None and missing:
+        say(f"initialized from the seed, because {config.path} lacks them: {', '.join(missing)}")
+    if head is not None and unused:
+        more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
+        say(f"not used by a classifier, of {config.path}: {', '.join(unused[:4])}{more}")
 
 
 def _check_bf16(model: Any, config: ModelConfig) -> None:

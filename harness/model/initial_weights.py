@@ -25,6 +25,9 @@ from transformers import PreTrainedModel, initialization
 from harness.devices import uses_cuda
 from harness.protocols import Put
 
+_SILENT_ON_META = ("trunc_normal_", "orthogonal_", "sparse_", "dirac_")
+"""Initializers that return at once for a tensor on the meta device (torch 2.13, torch/nn/init.py)."""
+
 
 class NotRecorded(Exception):
     """A model whose initialization cannot be repeated tensor by tensor; the message says why."""
@@ -111,12 +114,29 @@ class _Recorder(TorchDispatchMode):
                 self._record(owner, module)
                 module._is_hf_initialized = True
 
+        by_name = {name: self._watched(getattr(nn.init, name)) for name in _SILENT_ON_META}
         # Their own methods, read in transformers 5.24: `init_weights` does nothing on the meta device.
         with (
             patch.object(PreTrainedModel, "init_weights", init_weights),
             patch.object(PreTrainedModel, "_initialize_weights", initialize),
+            patch.dict(vars(nn.init), by_name),
+            patch.dict(initialization.TORCH_INIT_FUNCTIONS, by_name),
         ):
             yield
+
+    def _watched(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return an initializer that notes its tensor, for those that run no operator on the meta device."""
+
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if tensor.is_meta:
+                if self._touched is None:
+                    raise NotRecorded(
+                        f"a constructor calls {function.__name__}, whose draws depend on its numbers"
+                    )
+                self._touched[tensor.untyped_storage()._cdata] = tensor
+            return function(tensor, *args, **kwargs)
+
+        return call
 
     def _record(self, owner: PreTrainedModel, module: nn.Module) -> None:
         known = {slot.storage: slot for slot in _slots(module)}
@@ -140,7 +160,7 @@ class InitialWeights:
         model: constructed on the meta device, not changed afterwards.
         script: how its constructors and ``_init_weights`` filled it.
         seed: of torch's CPU generator.
-        files: safetensors files whose tensors have the names of ``model`` and take the place of random numbers.
+        files: safetensors files; their tensors with names of ``model`` take the place of random numbers.
         build_whole: returns the same model, built whole on the CPU.
 
     Raises:
@@ -164,7 +184,8 @@ class InitialWeights:
             else:
                 # A buffer that its constructor computes on the CPU, whatever the device.
                 self._constants[name] = tensor
-        stored = {name for file in files for name in _keys(file)}
+        own = {*self._names.values(), *self._constants}
+        stored = {name for file in files for name in _keys(file)} & own
         if stored:
             # Random numbers only matter to what no file holds: buffers.
             script = [
@@ -210,7 +231,9 @@ class InitialWeights:
             # Mapped: a process reads the pages of its own shards.
             with safe_open(file, "pt") as tensors:
                 for name in _keys(file):
-                    put(name, tensors.get_tensor(name))
+                    # The head of another task has no place here.
+                    if name in self._stored:
+                        put(name, tensors.get_tensor(name))
 
     @torch.no_grad()
     def _repeat(self, put: Put) -> bool:
@@ -264,10 +287,10 @@ def record(
     return copy.deepcopy(model), weights
 
 
-def fits_files(model: nn.Module, files: Sequence[Path]) -> bool:
-    """Return True if files hold every parameter and persistent buffer of a model by its own name and shape.
+def compare_files(model: nn.Module, files: Sequence[Path]) -> tuple[list[str], list[str]] | None:
+    """Return the names that files lack of a model's parameters and persistent buffers, and those that it does not use.
 
-    Tied weights may be missing under their second name.
+    Tied weights may be missing under their second name. None: a tensor has another shape.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -275,7 +298,9 @@ def fits_files(model: nn.Module, files: Sequence[Path]) -> bool:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in _keys(file)}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     first_names = {name for name, _ in _named_tensors(model)} & own.keys()
-    return first_names == shapes.keys() and all(own[name] == shapes[name] for name in shapes)
+    if any(own[name] != shapes[name] for name in first_names & shapes.keys()):
+        return None
+    return sorted(first_names - shapes.keys()), sorted(shapes.keys() - first_names)
 
 
 def _initialize(call: _Init, live: dict[int, Tensor]) -> None:
