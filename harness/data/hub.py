@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import DataConfig
+from harness.data.row_files import Wanted, check_columns
 from harness.errors import InputError
 from harness.files import paths
 from harness.files.cache import Fingerprints
@@ -21,13 +22,33 @@ _LOUD = ("huggingface_hub", "datasets", "transformers", "fsspec")
 
 
 def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (identity, facts) of a data set without network access.
+    """Return (identity, facts) of the documents of a data set without network access.
+
+    Raises:
+        InputError: as `describe_contents`; a hub name without ``max_tokens``, whose stream may never end.
+    """
+    identity, facts = describe_contents(config, fingerprints)
+    if "dataset" in identity and config.max_tokens is None:
+        raise InputError(
+            "data.max_tokens",
+            None,
+            f"is needed to stream {config.dataset}",
+            fix="data.max_tokens=100_000_000",
+        )
+    identity |= {"split": config.split, "field": config.field}
+    return identity, facts | {"split": config.split}
+
+
+def describe_contents(
+    config: DataConfig, fingerprints: Fingerprints
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (identity, facts) of a data set, all splits, without network access.
 
     A local folder is identified by the contents of its files. A name on the hub is identified by the name:
     what was read is then fixed by the cache, and told apart by the hash of the corpus.
 
     Raises:
-        InputError: no name; a hub name without ``max_tokens``, whose stream may never end.
+        InputError: no name, or a path that is no folder.
     """
     if not config.dataset:
         raise InputError(
@@ -36,8 +57,8 @@ def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, 
             "names no data set for data.source=datasets",
             fix="data.dataset=allenai/c4",
         )
-    identity: dict[str, Any] = {"subset": config.subset, "split": config.split, "field": config.field}
-    facts: dict[str, Any] = {"name": config.name, "subset": config.subset, "split": config.split}
+    identity: dict[str, Any] = {"subset": config.subset}
+    facts: dict[str, Any] = {"name": config.name, "subset": config.subset}
     folder = _folder(config.dataset)
     if folder is not None:
         files = _files(folder)
@@ -54,13 +75,6 @@ def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, 
         )
     if config.dataset.startswith(("/", ".", "~")):
         raise InputError("data.dataset", config.dataset, "is not a folder")
-    if config.max_tokens is None:
-        raise InputError(
-            "data.max_tokens",
-            None,
-            f"is needed to stream {config.dataset}",
-            fix="data.max_tokens=100_000_000",
-        )
     identity["dataset"] = config.dataset
     return identity, facts | {"dataset": config.dataset}
 
@@ -68,30 +82,61 @@ def describe(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, 
 def stream(config: DataConfig) -> Iterator[str | None]:
     """Yield the documents of the data set in its own order, on demand; None for a row without text.
 
-    `datasets` 4 and later run no loading script of a data set, so nothing here has to be trusted.
+    Raises:
+        InputError: as `rows`, or a value that is not text.
+    """
+    for row in rows(config, config.split, {config.field: "data.field"}):
+        value = row[config.field]
+        if value is not None and not isinstance(value, str):
+            reason = f"holds {type(value).__name__}, not text, in {config.dataset}"
+            raise InputError("data.field", config.field, reason, allowed="text or null")
+        yield value
+
+
+def rows(config: DataConfig, split: str, wanted: Wanted | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a split of the data set in its own order, on demand.
+
+    `datasets` 4 and later run no loading script of a data set, so nothing here has to be trusted. A class is its
+    name, and the class -1, by which public test sets hide their labels, is None.
+
+    Args:
+        wanted: columns to yield; None: all.
 
     Raises:
-        InputError: out of reach, no such subset, split or field, a value that is not text. One line, which
-            names the way to work without a network.
+        InputError: out of reach, no such subset, split or column. One line, which names the way to work without a
+            network.
     """
     import datasets
 
     assert config.dataset is not None
     folder = _folder(config.dataset)
-    rows = 0
+    count = 0
     log: list[str] = []
     try:
         with quiet(), captured("datasets") as log, _without_pattern(folder) as link:
             name = config.dataset if link is None else str(link)
-            for row in datasets.load_dataset(name, config.subset, split=config.split, streaming=True):
-                yield _text(row, config)
-                rows += 1
+            found = datasets.load_dataset(name, config.subset, split=split, streaming=True)
+            classes = {
+                column: feature.names
+                for column, feature in (found.features or {}).items()
+                if isinstance(feature, datasets.ClassLabel)
+            }
+            for row in found:
+                if not count:
+                    check_columns(config.dataset, list(row), wanted or {})
+                values = {column: row.get(column) for column in (row if wanted is None else wanted)}
+                for column in classes.keys() & values.keys():
+                    index = values[column]
+                    if isinstance(index, int):
+                        values[column] = classes[column][index] if index >= 0 else None
+                yield values
+                count += 1
     except (InputError, GeneratorExit):
         raise
     # The library and the file systems below it raise whatever their transport raised (a dozen classes, some
     # of them private): for the user all of them say the same.
     except Exception as error:
-        raise _unreachable(config, error, folder, rows, log) from error
+        raise _unreachable(config, error, folder, count, log) from error
 
 
 def _folder(name: str) -> Path | None:
@@ -129,18 +174,6 @@ def _files(folder: Path) -> list[Path]:
     if not found:
         raise InputError("data.dataset", folder, "is an empty folder")
     return found
-
-
-def _text(row: Any, config: DataConfig) -> str | None:
-    if config.field not in row:
-        raise InputError(
-            "data.field", config.field, f"is not a column of {config.dataset}", allowed=list(row)
-        )
-    value = row[config.field]
-    if value is not None and not isinstance(value, str):
-        reason = f"holds {type(value).__name__}, not text, in {config.dataset}"
-        raise InputError("data.field", config.field, reason, allowed="text or null")
-    return value
 
 
 def _unreachable(

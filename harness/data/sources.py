@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from harness.config.schema import DataConfig
 from harness.data import hub, local_files
+from harness.data.row_files import DELIMITERS, Layout
 from harness.errors import InputError
 from harness.files.cache import Fingerprints, file_sha256
 
@@ -96,22 +97,39 @@ def _chapters(path: Path) -> Iterator[str]:
 
 def _local(config: DataConfig, fingerprints: Fingerprints) -> TextSource:
     paths = local_files.find(config.files, config.source)
+    layout = layout_of(config)
+    identity, files = describe_files(paths, layout, fingerprints, "data.files")
+    if config.source != "text":
+        identity["field"] = config.field
+    facts = {"name": config.name, "files": files}
+    return TextSource(identity, facts, lambda: local_files.read(paths, layout, config.field))
+
+
+def layout_of(config: DataConfig) -> Layout:
+    """Return how the local files of ``config`` are written."""
+    return Layout(config.source, config.columns, config.quotes)
+
+
+def describe_files(
+    paths: list[Path], layout: Layout, fingerprints: Fingerprints, key: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return (identity, facts) of local files: what decides their rows, and name, SHA-256 and size of each.
+
+    Args:
+        key: configuration key that names the files.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
     try:
         hashes = fingerprints.of_files(paths)
     except OSError as error:
-        raise InputError(
-            "data.files", error.filename, f"cannot be read ({error.strerror or error})"
-        ) from error
-    identity: dict[str, Any] = {"format": config.source, "sha256": [sha for _, sha in hashes]}
-    if config.source != "text":
-        identity["field"] = config.field
-    facts = {
-        "name": config.name,
-        "files": [
-            {"name": name, "sha256": sha, "bytes": p.stat().st_size} for p, (name, sha) in zip(paths, hashes)
-        ],
-    }
-    return TextSource(identity, facts, lambda: local_files.read(paths, config.source, config.field))
+        raise InputError(key, error.filename, f"cannot be read ({error.strerror or error})") from error
+    identity: dict[str, Any] = {"format": layout.source, "sha256": [sha for _, sha in hashes]}
+    if layout.source in DELIMITERS:
+        identity |= {"columns": layout.columns, "quotes": layout.quotes}
+    sizes = [path.stat().st_size for path in paths]
+    return identity, [{"name": n, "sha256": sha, "bytes": size} for (n, sha), size in zip(hashes, sizes)]
 
 
 def _hub(config: DataConfig, fingerprints: Fingerprints) -> TextSource:
@@ -122,7 +140,6 @@ def _hub(config: DataConfig, fingerprints: Fingerprints) -> TextSource:
 _SOURCES: dict[str, Callable[[DataConfig, Fingerprints], TextSource]] = {
     "package": _package,
     "text": _local,
-    "jsonl": _local,
-    "parquet": _local,
+    **dict.fromkeys(("jsonl", "json", "csv", "tsv", "parquet"), _local),
     "datasets": _hub,
 }

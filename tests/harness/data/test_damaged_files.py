@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.data import formats, local_files
+from harness.data.row_files import Layout
 from harness.errors import InputError
 
 from .conftest import documents, write_jsonl
@@ -52,7 +53,7 @@ CODECS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read(path: Path, source: str = "jsonl", field: str = "text") -> list[str | None]:
-    return list(local_files.read(local_files.find([str(path)], source), source, field))
+    return list(local_files.read(local_files.find([str(path)], source), Layout(source), field))
 
 
 def line_of(path: Path, source: str = "jsonl", field: str = "text") -> str:
@@ -187,7 +188,7 @@ def test_odd_values_next_to_the_text_do_no_harm(tmp_path: Path) -> None:
 
 def test_one_json_value_over_many_lines_names_the_command(tmp_path: Path) -> None:
     (tmp_path / "x").write_text(json.dumps([{"text": "a"}], indent=1))
-    assert f"fix: jq -c '.[]' {tmp_path / 'x'} > NEW_FILE" in line_of(tmp_path / "x")
+    assert "fix: data.source=json" in line_of(tmp_path / "x")
 
 
 def archive_of(kind: str, folder: Path) -> bytes:
@@ -303,11 +304,11 @@ def test_a_large_bomb_takes_bounded_memory(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": repeated}), tmp_path / "x.parquet")
     code = (
         "import pyarrow.parquet, sys, resource\n"
-        "from harness.data import local_files\n"
+        "from harness.data import local_files; from harness.data.row_files import Layout\n"
         "from harness.errors import InputError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
         "from pathlib import Path\n"
-        "try: sum(1 for _ in local_files.read([Path(sys.argv[1])], sys.argv[2], 'text'))\n"
+        "try: sum(1 for _ in local_files.read([Path(sys.argv[1])], Layout(sys.argv[2]), 'text'))\n"
         "except InputError as error: print(error)\n"
     )
     for name, source in (("x.gz", "text"), ("x.gz", "jsonl"), ("x.parquet", "parquet")):
