@@ -111,7 +111,8 @@ def describe_rows(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[
         identity, facts = hub.describe_contents(config, fingerprints)
         splits = {split: _split_name(config, split) for split in get_args(Split)}
         return identity | splits, facts | splits
-    identity, facts = {}, {"name": config.name}
+    identity: dict[str, Any] = {}
+    facts: dict[str, Any] = {"name": config.name}
     for split in get_args(Split):
         key, patterns = _files(config, split)
         found = local_files.find(patterns, config.source, key)
