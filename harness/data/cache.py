@@ -1,44 +1,22 @@
-"""The cache of tokenized corpora: each is built once, by one process, completely or not at all.
-
-A corpus is in ``<cache>/<name>-<key>/``; the key is a hash of all that decides its tokens. Builders hold a file lock
-(the system releases it when a process dies), write under a temporary name, flush, and rename last, so a folder under
-its final name is complete. A corpus that does not match its manifest is never used.
-"""
+"""The cache of tokenized corpora, and what a run asks of its corpus."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import Timeout
+from typing import Any
 
 from harness.config.schema import DataConfig
 from harness.data import tokenizer
 from harness.data.batches import Batches, Mode, Validation
 from harness.data.build import build
-from harness.data.corpus import (
-    FILES,
-    FORMAT,
-    Corpus,
-    damage,
-    left_out,
-    read_manifest,
-    tokenizer_folders,
-    write_manifest,
-)
-from harness.data.sources import TextSource, open_source
+from harness.data.cached_folder import open_or_build
+from harness.data.corpus import CORPUS, Corpus, left_out
+from harness.data.manifest import damage, read_manifest, tokenizer_folders
+from harness.data.sources import open_source
 from harness.data.spool import Say
 from harness.errors import InputError
-from harness.files import locks
-from harness.files.atomic import sync_folder
-from harness.files.cache import Fingerprints, cache_root, file_sha256
+from harness.files.cache import Fingerprints, cache_root
 
 
 def check(
@@ -128,8 +106,7 @@ def _vocabulary(config: DataConfig, size: int, model_vocab_size: int) -> InputEr
 def prepare(config: DataConfig, *, say: Say = str, trust_remote_code: bool = False) -> Corpus:
     """Return the corpus that ``config`` describes: opened from the cache, or built into it.
 
-    Safe to call from any number of processes at once: one builds, the others wait and open. A build that
-    dies, however it dies, leaves nothing that would be taken for a corpus; the next call cleans up after it.
+    Safe to call from any number of processes at once, as `cached_folder.open_or_build`.
 
     Args:
         config: where the text comes from and how it becomes tokens.
@@ -141,138 +118,39 @@ def prepare(config: DataConfig, *, say: Say = str, trust_remote_code: bool = Fal
             half of the corpus, or the cache cannot be written.
     """
     root = cache_root(config.cache_dir)
-    fingerprints = Fingerprints(root)
-    source = open_source(config, fingerprints)
-    key = _key(config, source)
-    folder = root / f"{_readable(config.name)}-{key}"
-    if damage(folder, fingerprints) is not None:
-        try:
-            _build_once(config, source, folder, key, fingerprints, say, trust_remote_code)
-        # Reading the source ends in errors of its own, so that this is the cache.
-        except OSError as error:
-            raise InputError(
-                "data.cache_dir",
-                root,
-                f"cannot be written ({error.strerror or error})",
-                allowed="a folder that can be written and has room for the text and its tokens",
-                fix="data.cache_dir=FOLDER",
-            ) from error
-    return Corpus(folder, read_manifest(folder))
-
-
-def open_corpus(folder: Path | str) -> Corpus:
-    """Open a corpus that `prepare` left in ``folder``. Raises InputError if it is not there, or damaged."""
-    folder = Path(folder)
-    problem = damage(folder, Fingerprints(folder.parent))
-    if problem is not None:
-        raise InputError("data.cache_dir", folder, f"holds no complete corpus ({problem})")
-    return Corpus(folder, read_manifest(folder))
-
-
-def tokenizer_folder(config: DataConfig, corpus_sha256: str) -> Path | None:
-    """Return the tokenizer that made the corpus with this hash, or None if the cache holds none that is intact.
-
-    Damaged corpora of the cache are skipped.
-    """
-    return next(tokenizer_folders(cache_root(config.cache_dir), corpus_sha256), None)
-
-
-def _key(config: DataConfig, source: TextSource) -> str:
+    source = open_source(config, Fingerprints(root))
     parts = {
-        "format": FORMAT,
         "source": source.identity,
         "tokenizer": tokenizer.identity(config.tokenizer, config.vocab_size),
         "max_tokens": config.max_tokens,
         "validation_tokens": config.validation_tokens,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+    def build_corpus(folder: Path) -> dict[str, Any]:
+        return build(config, source, folder, root / "tokenizers", say, trust_remote_code)
+
+    return Corpus(*open_or_build(root, config.name, parts, CORPUS, build_corpus, _summary, say))
 
 
-def _readable(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]+", "_", name)[:40] or "corpus"
+def open_corpus(folder: Path | str) -> Corpus:
+    """Open a corpus that `prepare` left in ``folder``. Raises InputError if it is not there, or damaged."""
+    folder = Path(folder)
+    problem = damage(folder, CORPUS, Fingerprints(folder.parent))
+    if problem is not None:
+        raise InputError("data.cache_dir", folder, f"holds no complete corpus ({problem})")
+    return Corpus(folder, read_manifest(folder, CORPUS))
 
 
-def _build_once(
-    config: DataConfig,
-    source: TextSource,
-    folder: Path,
-    key: str,
-    fingerprints: Fingerprints,
-    say: Say,
-    trust_remote_code: bool,
-) -> None:
-    with _locked(folder.parent / "locks" / f"{key}.lock", say):
-        problem = damage(folder, fingerprints)
-        if problem is None:
-            return
-        if folder.exists():
-            say(f"the cached corpus {folder.name} is damaged ({problem}) and is built again")
-        _build(config, source, folder, say, trust_remote_code)
+def tokenizer_folder(config: DataConfig, corpus_sha256: str) -> Path | None:
+    """Return the tokenizer that made what is cached with this hash, or None if the cache holds none that is intact.
+
+    Damaged folders of the cache are skipped.
+    """
+    return next(tokenizer_folders(cache_root(config.cache_dir), corpus_sha256), None)
 
 
-@contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = locks.acquire(path, key="data.cache_dir", timeout=0)
-    except Timeout:
-        say("waiting for another process that prepares the same corpus")
-        lock = locks.acquire(path, key="data.cache_dir")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _build(config: DataConfig, source: TextSource, folder: Path, say: Say, trust_remote_code: bool) -> None:
-    root = folder.parent
-    _remove_abandoned(root, key=folder.name.rpartition("-")[2])
-    temporary = root / f".building-{folder.name}-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        manifest = build(config, source, temporary, root / "tokenizers", say, trust_remote_code)
-        manifest["files"] = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": file_sha256(temporary / name)}
-            for name in FILES
-        }
-        write_manifest(temporary, manifest)
-        sync_folder(temporary)
-        if folder.exists():
-            folder.rename(root / f".building-{folder.name}-{os.getpid()}-damaged")
-        temporary.rename(folder)
-        sync_folder(root)
-    finally:
-        for left in root.glob(f".building-{folder.name}-*"):
-            _remove(left)
-    say(
+def _summary(manifest: dict[str, Any]) -> str:
+    return (
         f"{manifest['train_tokens']:,} training tokens in {manifest['train_documents']:,} documents, "
         f"{manifest['validation_tokens']:,} for validation{left_out(manifest['source'])}"
     )
-
-
-def _remove_abandoned(root: Path, key: str) -> None:
-    """Remove what builds left that died, of this corpus and of others, whose text may fill a disk.
-
-    Args:
-        key: of the corpus whose lock this process holds; a lock that can be taken has no living builder.
-    """
-    for path in root.glob(".building-*"):
-        match = re.fullmatch(r"\.building-.*-([0-9a-f]{24})-\d+(-damaged)?", path.name)
-        if match is None:
-            continue
-        if match[1] == key:
-            _remove(path)
-            continue
-        try:
-            lock = locks.acquire(root / "locks" / f"{match[1]}.lock", key="data.cache_dir", timeout=0)
-        except (Timeout, OSError):
-            continue
-        _remove(path)
-        lock.release()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

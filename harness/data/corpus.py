@@ -1,167 +1,41 @@
-"""A tokenized corpus on disk: its files, and its manifest, read with the suspicion that a shared folder deserves."""
+"""A tokenized corpus on disk: its files, its manifest, and views of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import stat
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from harness.files import atomic
-from harness.files.cache import Fingerprints
-
-FORMAT = 2
-NAME = "manifest.json"
-FILES = ("tokens.bin", "documents.npy", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
-_MAX_BYTES = 64 * 2**20
-_TOKENIZER_FILES = FILES[2:]
-
-_Count = Annotated[int, Field(ge=0)]
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+from harness.data.manifest import TOKENIZER_FILES, CachedFile, Count, Kind, Sha256, Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-
-class _Tokenizer(_Strict):
-    sha256: _Sha256
-    vocab_size: _Count
-    eos_id: _Count
-    pad_id: _Count
+class _Tokenizer(Strict):
+    sha256: Sha256
+    vocab_size: Count
+    eos_id: Count
+    pad_id: Count
     appends_eos: bool
 
 
-class _File(_Strict):
-    bytes: _Count
-    sha256: _Sha256
-
-
-class _Manifest(_Strict):
-    """What a corpus is read by; all else in the manifest is for people."""
-
+class _Manifest(Strict):
     format: Literal[2]
-    sha256: _Sha256
+    sha256: Sha256
     dtype: Literal["<u2", "<u4"]
-    train_tokens: _Count
-    validation_tokens: _Count
-    train_documents: _Count
-    validation_documents: _Count
-    used_vocab_size: _Count
+    train_tokens: Count
+    validation_tokens: Count
+    train_documents: Count
+    validation_documents: Count
+    used_vocab_size: Count
     bytes_per_token: float
     unigram_entropy: float
     tokenizer: _Tokenizer
-    files: dict[str, _File]
+    files: dict[str, CachedFile]
     source: dict[str, Any]
 
 
-class DamagedManifest(Exception):
-    """A manifest that is missing or not what was written; says what is wrong in one phrase."""
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write ``manifest`` with its format and a checksum of its own, once all files of the corpus are written."""
-    manifest = {**manifest, "format": FORMAT}
-    atomic.write_json(folder / NAME, {**manifest, "manifest_sha256": _checksum(manifest)})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of the corpus in ``folder``, checked.
-
-    Raises:
-        DamagedManifest: it is missing, cannot be read, or is not what `write_manifest` wrote.
-    """
-    manifest = _load(folder / NAME)
-    if manifest.get("format") != FORMAT:
-        raise DamagedManifest(f"format {str(manifest.get('format'))[:40]}")
-    if manifest.get("manifest_sha256") != _checksum(manifest):
-        raise DamagedManifest(f"{NAME} has another checksum")
-    try:
-        _Manifest.model_validate(manifest)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise DamagedManifest(f"{NAME} cannot be read: {place}: {first['msg']}") from error
-    return manifest
-
-
-def damage(folder: Path, fingerprints: Fingerprints) -> str | None:
-    """Return what is wrong with the cached corpus in ``folder`` in one phrase, or None."""
-    try:
-        return _files_damage(folder, read_manifest(folder)["files"], FILES, fingerprints)
-    except DamagedManifest as error:
-        return str(error)
-
-
-def tokenizer_folders(root: Path, corpus_sha256: str) -> Iterator[Path]:
-    """Yield the intact tokenizer folders of the corpora below ``root`` that have this hash, in any format.
-
-    Corpora whose manifest or tokenizer is damaged are skipped, because the cache may be shared with other users.
-    """
-    try:
-        folders = sorted(path.parent for path in root.glob(f"*/{NAME}"))
-    except OSError:
-        return
-    for folder in folders:
-        try:
-            manifest = _load(folder / NAME)
-            found = manifest.get("sha256") == corpus_sha256
-            if found and not _files_damage(folder, manifest["files"], _TOKENIZER_FILES, Fingerprints(root)):
-                yield folder / "tokenizer"
-        except (DamagedManifest, KeyError, TypeError):
-            continue
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        # Not blocking, in case it is a pipe.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
-                raise DamagedManifest(f"{NAME} is not a file of at most {_MAX_BYTES // 2**20} MiB")
-            manifest = json.loads(file.read())
-    except FileNotFoundError as error:
-        raise DamagedManifest(f"{NAME} is missing") from error
-    # JSON's parser raises RecursionError for lists in lists in lists.
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedManifest(f"{NAME} cannot be read: {type(error).__name__}") from error
-    if not isinstance(manifest, dict):
-        raise DamagedManifest(f"{NAME} cannot be read: it is not an object")
-    return manifest
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _files_damage(
-    folder: Path, recorded: Mapping[str, Any], names: tuple[str, ...], fingerprints: Fingerprints
-) -> str | None:
-    for name in names:
-        try:
-            if name not in recorded:
-                return f"{name} is not listed"
-            status = (folder / name).stat()
-            if not stat.S_ISREG(status.st_mode):
-                return f"{name} is not a file"
-            if status.st_size != recorded[name]["bytes"]:
-                return f"{name} has another size"
-            if fingerprints.sha256(folder / name) != recorded[name]["sha256"]:
-                return f"{name} has another checksum"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
+CORPUS = Kind("corpus", 2, ("tokens.bin", "documents.npy", *TOKENIZER_FILES), _Manifest)
 
 
 class Corpus:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.config.schema import DataConfig
-from harness.data import cache as caching
+from harness.data import cached_folder as caching
 from harness.data import open_corpus, prepare
 from harness.errors import InputError
 from harness.files.cache import cache_root
@@ -95,7 +95,7 @@ def test_killed_while_building_then_built_by_the_next(config_for: MakeConfig) ->
     # The build stops when its files are written but the folder has its temporary name.
     code = WORKER.replace(
         "said = []",
-        "import time, harness.data.cache as c\n"
+        "import time, harness.data.cached_folder as c\n"
         "c.sync_folder = lambda _: (print('now', file=sys.stderr, flush=True), time.sleep(600))\nsaid = []",
     )
     victim = start(config, code)
