@@ -42,13 +42,16 @@ class LossHead(nn.Linear):
     transform: LogitTransform
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return logits, or the loss sum as a ``(1, 1, 1)`` fp32 tensor, which code that cuts logits passes on."""
+        """Return logits, or the loss in a shape that code that cuts logits passes on.
+
+        With gradients it is the sum, ``(1, 1, 1)`` fp32; without, that of each token, ``(batch, seq_len, 1)`` fp32.
+        """
         if self.labels is None:
             return super().forward(input)
         loss = linear_cross_entropy(
             input, self.weight, self.bias, self.labels, chunk=self.chunk, transform=self.transform
         )
-        return loss.view(1, 1, 1)
+        return loss.view(1, 1, 1) if loss.dim() == 0 else loss.unsqueeze(-1)
 
 
 def install(model: Any) -> LossHead:
@@ -137,7 +140,7 @@ def linear_cross_entropy(
     chunk: int,
     transform: LogitTransform | None = None,
 ) -> torch.Tensor:
-    """Return the cross-entropy in nats of a linear head, summed over the labels that are not `IGNORED`.
+    """Return the cross-entropy in nats of a linear head: its sum, or without gradients that of each label.
 
     Products are computed in the dtype of ``hidden``, or in autocast's; the softmax, the loss and the sums over chunks
     in fp32. The gradient can be taken once.
@@ -151,7 +154,7 @@ def linear_cross_entropy(
         transform: from the product to the logits; None: they are the same.
 
     Returns:
-        0-dim fp32 tensor.
+        fp32: 0-dim where gradients are enabled, else ``(batch, seq_len)``. Labels that are `IGNORED` count as 0.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -220,7 +223,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden.masked_fill_(~is_counted.unsqueeze(1), 0)
             d_hidden = d_hidden.view(hidden.shape)
         ctx.gradients = (d_hidden, d_weight, d_bias)
-        return torch.where(is_counted, losses, 0).sum()
+        losses = torch.where(is_counted, losses, 0)
+        return losses.sum() if with_gradients else losses.view(hidden.shape[:-1])
 
     @staticmethod
     @once_differentiable

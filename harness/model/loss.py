@@ -28,7 +28,8 @@ class CausalLMObjective:
 
     Args:
         model: a `transformers` causal language model. If its head is a `LossHead`, logits are not made whole.
-        is_padded: rows end in padding, which routers must not balance.
+        is_padded: rows end in padding, which routers must not balance. Where not all other positions have labels,
+            micro-batches hold the attention mask as their third tensor.
         loss_chunk: tokens whose logits exist at a time: a number, automatic, or None for whole logits.
     """
 
@@ -45,10 +46,10 @@ class CausalLMObjective:
 
     def inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward pass."""
-        ids, labels = batch
+        ids, labels, *mask = batch
         inputs: dict[str, Any] = {"input_ids": ids}
         if self._needs_mask:
-            inputs["attention_mask"] = attention_mask(labels)
+            inputs["attention_mask"] = mask[0] if mask else attention_mask(labels)
         if self._loss_in_head(labels):
             assert self._head is not None
             chunk = automatic_chunk(self._head.out_features) if self._chunk == "auto" else self._chunk
@@ -57,7 +58,7 @@ class CausalLMObjective:
 
     def losses(self, outputs: Any, batch: MicroBatch) -> Losses:
         """Return the losses of a forward pass, as 0-dim fp32 sums over its loss tokens."""
-        _, labels = batch
+        labels = batch[1]
         loss = self._cross_entropy(outputs, labels)
         if not self._coefficient:
             return Losses(loss, loss, None)
@@ -66,10 +67,19 @@ class CausalLMObjective:
 
     def validation_sums(self, outputs: Any, batch: MicroBatch) -> torch.Tensor:
         """Return summed cross-entropy and number of loss tokens, ``(2,)`` fp64; the routers' loss is left out."""
-        _, labels = batch
+        labels = batch[1]
         return torch.stack(
             [self._cross_entropy(outputs, labels).double(), (labels != IGNORED).sum().double()]
         )
+
+    def row_losses(self, outputs: Any, batch: MicroBatch) -> torch.Tensor:
+        """Return the cross-entropy of each row, summed over its labels: ``(rows,)`` fp64, without gradients."""
+        labels = batch[1]
+        if self._loss_in_head(labels):
+            losses = outputs.logits.squeeze(-1)
+        else:
+            losses = loss_sum(outputs.logits, labels, reduction="none").view(labels.shape)
+        return losses.double().sum(1)
 
     def _loss_in_head(self, labels: torch.Tensor) -> bool:
         """Return True if the head computes the loss of a batch: a matter of its shape, equal on all processes."""
@@ -78,10 +88,12 @@ class CausalLMObjective:
         )
 
     def _cross_entropy(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-        return outputs.logits.view(()) if self._loss_in_head(labels) else loss_sum(outputs.logits, labels)
+        return outputs.logits.sum() if self._loss_in_head(labels) else loss_sum(outputs.logits, labels)
 
 
-def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def loss_sum(
+    logits: torch.Tensor, labels: torch.Tensor, reduction: Literal["sum", "none"] = "sum"
+) -> torch.Tensor:
     """Return the cross-entropy in nats, summed over the labels that are not `IGNORED`.
 
     A sum instead of a mean: means of micro-batches or processes with different numbers of tokens do not
@@ -90,12 +102,13 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Args:
         logits: ``(batch, seq_len, vocab)``.
         labels: ``(batch, seq_len)`` int64, already shifted.
+        reduction: ``none`` keeps the loss of each label, 0 where it is `IGNORED`.
 
     Returns:
-        0-dim fp32 tensor.
+        fp32: 0-dim, or ``(batch · seq_len,)``.
     """
     return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction=reduction
     )
 
 

@@ -158,7 +158,9 @@ def test_a_family_has_the_gradients_of_its_whole_logits(family: str) -> None:
     attention = "eager" if kind == "gemma2" else "sdpa"
     config = ModelConfig(model_type=kind, config={**SIZES, **FAMILIES[family]}, attention=attention)
     ids = torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(1))
-    batch = (ids[:, :-1], ids[:, 1:])
+    labels = ids[:, 1:].clone()
+    labels[0, :3] = IGNORED
+    batch = (ids[:, :-1], labels)
     gradients: list[dict[str, torch.Tensor]] = []
     losses: list[float] = []
     for chunk in (None, 7):
@@ -172,7 +174,16 @@ def test_a_family_has_the_gradients_of_its_whole_logits(family: str) -> None:
         losses.append(loss.item())
         gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
         # Without labels the model gives logits, as before, and its settings are what they were.
-        assert network(input_ids=ids).logits.shape == (2, 17, 96)
+        logits = network(input_ids=ids).logits
+        assert logits.shape == (2, 17, 96)
+        with torch.no_grad():
+            rows = objective.row_losses(network(**objective.inputs(batch)), batch)
+        log_p = (
+            logits[:, :-1].double().log_softmax(-1).gather(-1, batch[1].clamp(min=0)[..., None]).squeeze(-1)
+        )
+        expected = -(log_p * (batch[1] >= 0)).sum(1)
+        assert torch.allclose(rows, expected, rtol=1e-6)
+        assert rows[0] != rows[1]
     assert abs(losses[1] / losses[0] - 1) < 1e-6
     whole, chunks = gradients
     assert whole.keys() == chunks.keys()
