@@ -69,7 +69,10 @@ def _facts(config: RunConfig) -> dict[str, Any]:
     scalars = ("steps", "seed", "batch_size", "seq_len", "precision", "max_grad_norm")
     if config.task.name != "pretrain":
         # Which rows and labels these are is in the hash of the data; what is done with them is not.
-        facts["task"] = values["task"]
+        # How often answers are generated, and how many at a time, changes none of them.
+        facts["task"] = {
+            k: v for k, v in values["task"].items() if k not in ("generate", "generation_batch_size")
+        }
         del facts["data"], facts["eval"]
     if values["tf32"]:
         facts["tf32"] = True

@@ -126,12 +126,18 @@ class TaskConfig(TypedKeys):
     """answer: worked examples of the training data in front of every prompt."""
     truncate: Literal["error", "left"] = "error"
     """answer: what happens to an example longer than seq_len: an error, or the start of its prompt is cut off."""
-    extract: Literal["hashes", "last_number", "text"] = "hashes"
-    """answer: what is compared: the number after ####, the last number, or the whole text."""
+    extract: Literal["hashes", "last_number", "text", "equation"] = "hashes"
+    """answer: what is compared: the number after ####, the last number, the whole text, or the value of an equation."""
     metric: str | None = None
     """The metric of evaluations, e.g. accuracy, f1, matthews, pearson, spearman, exact_match; null: by the labels."""
     max_new_tokens: int = Field(default=128, ge=1)
     """answer: tokens that are generated at most for one answer."""
+    stop: list[str] = Field(default_factory=list)
+    """answer: texts that end a generated answer, next to the end-of-text token, e.g. ["\\n\\n"] for a base model."""
+    generate: Literal["last", "every"] = "last"
+    """answer: evaluations that generate and measure the metric; the others compute the loss alone."""
+    generation_batch_size: int = Field(default=32, ge=1)
+    """answer: prompts of a forward pass on one process while generating."""
 
 
 class OptimizerConfig(TypedKeys):

@@ -92,6 +92,16 @@ def test_what_makes_another_run_of_the_same_task(change: dict[str, Any]) -> None
     assert changed[1] == base[1]
 
 
+def test_how_an_answer_ends_makes_another_task_and_how_often_it_is_generated_does_not() -> None:
+    base = make(task__name="answer")
+    for key, value in {"generate": "every", "generation_batch_size": 3}.items():
+        assert keys_of(make(task__name="answer", **{f"task__{key}": value})) == keys_of(base)
+    for key, value in {"stop": ["\n"], "max_new_tokens": 9, "extract": "text", "shots": 2}.items():
+        changed = make(task__name="answer", **{f"task__{key}": value})
+        assert keys_of(changed)[1] != keys_of(base)[1]
+        assert differing_keys(changed, base) == [f"task.{key}"]
+
+
 def test_corpus_and_tokenizer_count() -> None:
     base = keys_of(make())
     for other in (keys_of(make(), corpus="d"), keys_of(make(), tokenizer="u")):
