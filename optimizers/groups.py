@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from optimizers.linalg.robust import iteration_dtype
+from optimizers.module_patterns import check_used
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
 from optimizers.refresh_schedule import resolved_stagger
-from optimizers.routing import Modules, Route, route
+from optimizers.routing import NOT_CHOSEN, Modules, Route, route
 from optimizers.step_units import RuleGroup
 
 # Options of the matrix preset that belong to the AdamW group next to it, and their names there.
@@ -100,7 +101,14 @@ def prepare(
             raise TypeError(f"{name}: only dense real floating-point parameters can be optimized")
     rule = "adamw" if forced else rule_name(preset_name)
     by_head = bool(options.get("split_heads"))
-    routes = route(pairs, rule, modules, plain=not is_named and modules is None, by_head=by_head)
+    routes = route(
+        pairs,
+        rule,
+        modules,
+        plain=not is_named and modules is None,
+        by_head=by_head,
+        chosen=options.get("matrix_modules"),
+    )
     by_name = dict(pairs)
     if rule != "adamw":
         trained = [r for r in routes if r.rule == rule and by_name[r.name].requires_grad]
@@ -113,6 +121,8 @@ def prepare(
             continue
         scheduled = bool(user_group.get("scheduled", True))
         values = adamw_options(options) if kind == "adamw" else matrix_options(options)
+        # It has chosen; the group holds what it chose.
+        values.pop("matrix_modules", None)
         if kind == "adamw" and values.pop("scheduled", True) is False:
             scheduled = False
         if "refresh_stagger" in values:
@@ -158,9 +168,12 @@ def require_matrices(preset_name: str, routes: Iterable[Route], options: Mapping
     """Refuse an optimizer whose matrix rule has nothing to do, or that finds no heads to split.
 
     Raises:
-        OptionError: the preset has a matrix rule and no parameter takes it, or `split_heads` changes nothing.
+        OptionError: the preset has a matrix rule and no parameter takes it, `split_heads` changes nothing, or a pattern
+            of `matrix_modules` names no hidden matrix.
     """
     routes = list(routes)
+    if (patterns := options.get("matrix_modules")) is not None:
+        check_used(patterns, (r.name for r in routes if r.rule != "adamw" or r.reason == NOT_CHOSEN))
     if options.get("split_heads") and not any(
         "split into heads" in r.reason for r in routes if len(r.blocks) > 1
     ):

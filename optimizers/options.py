@@ -49,7 +49,8 @@ class Option:
 
     Attributes:
         name: key in configurations and keyword of the optimizer classes.
-        type: ``float``, ``int``, ``bool``, ``str`` or ``betas`` (two floats in [0, 1)).
+        type: ``float``, ``int``, ``bool``, ``str``, ``betas`` (two floats in [0, 1)) or ``patterns`` (texts, or the
+            name of a known list of them).
         doc: meaning, one line.
         choices: accepted values of a ``str`` option (or of one that also takes a word, as ``nesterov``).
         minimum, maximum: inclusive bounds of a number.
@@ -73,6 +74,8 @@ class Option:
             words = ("true", "false")
         elif self.type == "betas":
             words = ("two numbers in [0, 1)",)
+        elif self.type == "patterns":
+            words = ("a list of parts of module names, e.g. [query, key]", *_named_patterns())
         else:
             noun = "a whole number" if self.type == "int" else "a number"
             low = f" >= {self.minimum:g}" if self.minimum is not None else ""
@@ -166,12 +169,38 @@ def _betas(option: Option, value: Any) -> tuple[float, float]:
     return pair[0], pair[1]
 
 
+def _patterns(option: Option, value: Any) -> tuple[str, ...] | None:
+    named = _named_patterns()
+    if isinstance(value, str) and value in named:
+        return named[value]
+    items = [value] if isinstance(value, str) else list(value)
+    # A name of a list is one word; anything with a dot or a wildcard can only be a pattern.
+    is_word = isinstance(value, str) and value.isidentifier()
+    if is_word or not items or not all(isinstance(item, str) and item.strip() for item in items):
+        raise OptionError(
+            option.name,
+            value,
+            "is not allowed",
+            option.allowed,
+            closest(value, named) if isinstance(value, str) else None,
+        )
+    return tuple(dict.fromkeys(items))
+
+
+def _named_patterns() -> Mapping[str, tuple[str, ...] | None]:
+    # Only here: that module raises this one's error.
+    from optimizers.module_patterns import NAMED
+
+    return NAMED
+
+
 _CHECKS: dict[str, Callable[[Option, Any], Any]] = {
     "float": _number,
     "int": _number,
     "bool": _bool,
     "str": _choice,
     "betas": _betas,
+    "patterns": _patterns,
 }
 
 
@@ -189,7 +218,8 @@ def option(default: Any, doc: str, *, minimum: float | None = None, maximum: flo
 def declared(cls: type) -> dict[str, Option]:
     """Return the options that a dataclass declares, by name: types from annotations, the rest from `option`.
 
-    A ``Literal`` becomes choices, ``| None`` makes an option optional, a pair of floats is of type ``betas``.
+    A ``Literal`` becomes choices, ``| None`` makes an option optional, a pair of floats is of type ``betas`` and any
+    number of texts of type ``patterns``.
     """
     hints = get_type_hints(cls)
     return {f.name: _of_annotation(f.name, hints[f.name], f.metadata) for f in fields(cls)}
@@ -203,6 +233,8 @@ def _of_annotation(name: str, annotation: Any, metadata: Mapping[str, Any]) -> O
         type_name, choices = "str", get_args(annotation)
     elif get_origin(annotation) is tuple:
         type_name = "betas"
+    elif is_optional and get_origin(kinds[0]) is tuple:
+        type_name = "patterns"
     else:
         type_name = (kinds[0] if is_optional else annotation).__name__
     return Option(name, type_name, choices=choices, optional=is_optional, **metadata)

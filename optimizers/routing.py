@@ -1,6 +1,6 @@
 """Decide which parameter takes which rule, and which matrices a fused projection consists of.
 
-2-D weights of hidden linear layers take the matrix rule; embeddings, the output head, norms, biases and
+2-D weights of hidden linear layers take the matrix rule; embeddings, the output head, poolers, norms, biases and
 whatever is not a matrix take AdamW. The types of modules decide if modules are passed, otherwise names and ndim
 (`NAME_PATTERNS`).
 """
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from optimizers.fused_projections import Block, split
+from optimizers.module_patterns import first_match
 from optimizers.options import OptionError
 
 # Dotted-name components that mark a 2-D weight as no hidden matrix, for models whose modules are not given.
@@ -25,6 +26,10 @@ NAME_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"(router|gate_network|wg)", "router"),
 )
 
+NOT_CHOSEN = "hidden matrix, not in matrix_modules"
+"""Reason of the routes that `matrix_modules` left out."""
+
+_CLASSIFIERS = ("classifier", "pre_classifier", "classification_head")
 _HEADS = re.compile(NAME_PATTERNS[2][0])
 _ROUTER_MODULES = re.compile(r"\w*(Router|TopK\w*Gat(e|ing)|MoEGate)\w*")
 
@@ -89,6 +94,7 @@ def route(
     modules: Modules | None = None,
     plain: bool = False,
     by_head: bool = False,
+    chosen: Sequence[str] | None = None,
 ) -> list[Route]:
     """Decide the rule of each parameter, and the matrices inside it.
 
@@ -98,9 +104,11 @@ def route(
         modules: a model, or its (name, module) pairs: then module types decide.
         plain: the parameters came without names: every 2-D one is a hidden matrix.
         by_head: each head of Q, K and V is a matrix.
+        chosen: patterns of module names (`optimizers.module_patterns`): other hidden matrices take AdamW; None: all
+            hidden matrices take the rule.
 
     Raises:
-        OptionError: a parameter is given twice, or under a name that is taken.
+        OptionError: a parameter is given twice, or under a name that is taken; or `chosen` without names.
     """
     names: set[str] = set()
     seen: set[int] = set()
@@ -109,8 +117,21 @@ def route(
             raise OptionError("params", name, "is given twice")
         names.add(name)
         seen.add(id(parameter))
+    if chosen is not None and plain:
+        raise OptionError("matrix_modules", list(chosen), "needs the names of the parameters", ("null",))
     index = ModuleIndex(modules) if modules is not None else None
-    return [_route_one(name, parameter, rule, index, plain, by_head) for name, parameter in named]
+    routes = [_route_one(name, parameter, rule, index, plain, by_head) for name, parameter in named]
+    return routes if chosen is None or rule == "adamw" else [_choose(r, chosen) for r in routes]
+
+
+def _choose(found: Route, patterns: Sequence[str]) -> Route:
+    """Return the route of a parameter where only hidden matrices with certain names take the rule."""
+    if found.rule == "adamw":
+        return found
+    pattern = first_match(found.name, patterns)
+    if pattern is None:
+        return replace(found, rule="adamw", reason=NOT_CHOSEN, blocks=())
+    return replace(found, reason=f"{found.reason}, chosen by {pattern}")
 
 
 def _route_one(
@@ -162,6 +183,8 @@ def _not_hidden_by_module(parameter: Tensor, owners: Sequence[_Owner], index: Mo
     at_top = owner.name.count(".") <= 1
     if at_top and isinstance(owner.module, nn.Linear) and _HEADS.fullmatch(leaf):
         return "output head"
+    if (part := _classifier_part(owner.name, owner.parent)) is not None:
+        return part
     # The linear layer of a router may be a module inside it (DBRX, JetMoE).
     types = [type(m).__name__ for m in (owner.module, owner.parent) if m is not None]
     if any(_ROUTER_MODULES.fullmatch(name) for name in types) or re.fullmatch(NAME_PATTERNS[4][0], leaf):
@@ -175,11 +198,28 @@ def _not_hidden_by_name(name: str, ndim: int) -> str | None:
     parts = name.lower().split(".")
     if re.fullmatch(r"(\w+_)?bias", parts[-1]):
         return "bias"
+    if ndim == 2 and (part := _classifier_part(name)) is not None:
+        return part
     for pattern, reason in NAME_PATTERNS:
         # The last two components name the layer; deeper ones are containers ("model.embedding_stack.0.…").
         if any(re.fullmatch(pattern, part) for part in parts[-2:]):
             return reason
     return None if ndim == 2 else f"{ndim}-D"
+
+
+def _classifier_part(name: str, parent: nn.Module | None = None) -> str | None:
+    """Return "pooler" or "output head" for the linear layers through which a classifier reads its encoder, or None.
+
+    Args:
+        name: of the layer or parameter; names may carry a wrapper's prefix.
+        parent: the module that holds the layer.
+    """
+    components = name.removeprefix("module.").split(".")
+    if "pooler" in components:
+        return "pooler"
+    # RoBERTa's head is a dense layer and a projection; DistilBERT's first layer has a name of its own.
+    is_head_class = parent is not None and type(parent).__name__.endswith("Head") and len(components) == 2
+    return "output head" if is_head_class or components[0] in _CLASSIFIERS else None
 
 
 def table(routes: Iterable[Route]) -> list[tuple[str, str, str, str]]:

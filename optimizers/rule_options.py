@@ -107,6 +107,11 @@ class MatrixOptions(CommonOptions):
     split_heads: bool = option(
         False, "each head of Q, K and V is a matrix of its own for the rule, also in fused projections"
     )
+    matrix_modules: tuple[str, ...] | None = option(
+        None,
+        "hidden matrices that take the rule, by parts of their modules' names (the others take AdamW): a list such as "
+        "[query, key, intermediate.dense], or sumo_glue (the choice of SUMO's public script); null or all: all of them",
+    )
     aux_lr: float | None = option(
         None, "learning rate of AdamW on what takes no matrix rule; null: the same as lr", minimum=0
     )
@@ -125,6 +130,7 @@ NEUTRAL: Mapping[str, Any] = MappingProxyType(
         "state_dtype": "float32",
         "update_rms": None,
         "split_heads": False,
+        "matrix_modules": None,
     }
 )
 """Options that came later, and the values under which a run is what it was before: they are no part of its identity."""

@@ -45,7 +45,8 @@ def preferred_axes(
     if rule_id == "adamw":
         return axes
     rule, group_options = presets.load_rule(rule_id), matrix_options(options)
-    for routed in route(pairs, rule_id, modules, by_head=bool(options.get("split_heads"))):
+    chosen = options.get("matrix_modules")
+    for routed in route(pairs, rule_id, modules, by_head=bool(options.get("split_heads")), chosen=chosen):
         if routed.rule == "adamw" or len(routed.shape) != 2 or not possible_axis(1, routed.shape, ranks):
             continue
         rows, columns = (

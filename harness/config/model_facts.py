@@ -41,7 +41,16 @@ class ModelFacts(NamedTuple):
     head_dim: int | None = None
 
     def for_rule(self, options: Mapping[str, Any]) -> ModelFacts:
-        """Return the facts with the matrices that a rule sees: with `split_heads` each head of Q, K and V."""
+        """Return the facts with the matrices that a rule sees: those of `matrix_modules`, by `split_heads` in heads."""
+        patterns = options.get("matrix_modules")
+        if patterns is not None and self.matrices is not None:
+            from optimizers.module_patterns import first_match
+
+            chosen = {
+                n: shape for n, shape in self.matrices.items() if first_match(n.split(" ")[0], patterns)
+            }
+            # Without any, the model itself says so, with the names of all of its layers.
+            return self._replace(matrices=chosen).for_rule({**options, "matrix_modules": None})
         if not options.get("split_heads") or self.matrices is None or self.head_dim is None:
             return self
         matrices: dict[str, tuple[int, int]] = {}

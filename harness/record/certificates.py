@@ -62,9 +62,10 @@ CROSSED = ("sumo", "muon", "adamw")
 _NUMBERS = ("float", "int", "betas")
 UNCERTIFIED_OPTIONS = (
     *("rank", "max_side", "aux_lr", "orthogonalizer_dtype", "gram_dtype", "rounding", "seed"),
-    "average_decay",
+    *("average_decay", "matrix_modules"),
 )
-"""Options that may differ from the preset's: sizes, what a certificate fixes itself, and what changes no weight."""
+"""Options that may differ from the preset's: sizes, what a certificate fixes itself, what changes no weight, and which
+weights take the rule and which AdamW: cells hold some of both."""
 
 CERTIFIED_VALUES: Mapping[str, str] = {"gram_dtype": "float64"}
 """Options that every cell sets because the preset's value is not reproducible; runs with another are not covered."""

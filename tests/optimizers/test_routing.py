@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import optimizers
 from optimizers.options import OptionError
@@ -281,3 +281,120 @@ def test_a_rank_above_a_head_names_the_head() -> None:
         OptionError, match=r"rank: 12 is larger than a side of .*q_proj\.weight\[h0\] \(8×32\)"
     ):
         optimizers.build("sumo", net.named_parameters(), modules=net, split_heads=True, rank=12)
+
+
+ENCODER = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+DISTILBERT = {"vocab_size": 96, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+BERT_LAYER = (
+    "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+    "intermediate.dense", "output.dense",
+)  # fmt: skip
+
+
+def classifier(kind: str) -> nn.Module:
+    config = AutoConfig.for_model(
+        kind, pad_token_id=0, **{"distilbert": DISTILBERT, "llama": LLAMA}.get(kind, ENCODER)
+    )
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "matrices", "others"),
+    [
+        (
+            "bert",
+            "bert.encoder.layer",
+            BERT_LAYER,
+            {"bert.pooler.dense": "pooler", "classifier": "output head"},
+        ),
+        (
+            "roberta",
+            "roberta.encoder.layer",
+            BERT_LAYER,
+            {"classifier.dense": "output head", "classifier.out_proj": "output head"},
+        ),
+        (
+            "distilbert",
+            "distilbert.transformer.layer",
+            (*(f"attention.{p}_lin" for p in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"),
+            {"pre_classifier": "output head", "classifier": "output head"},
+        ),
+        (
+            "llama",
+            "model.layers",
+            tuple(f"self_attn.{p}_proj" for p in "qkvo")
+            + tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+            {"score": "output head"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_classifiers(
+    kind: str, layer: str, matrices: tuple[str, ...], others: dict[str, str], by_name: bool
+) -> None:
+    """The layers' matrices take the rule; what reads the encoder's result takes AdamW, and says as what."""
+    net = classifier(kind)
+    found = routes_of(net, by_name=by_name)
+    expected = {f"{layer}.{i}.{name}.weight" for i in range(2) for name in matrices}
+    assert {name for name, r in found.items() if r.rule == "muon"} == expected
+    for name, reason in others.items():
+        assert (found[f"{name}.weight"].rule, found[f"{name}.weight"].reason) == ("adamw", reason)
+    embeddings = [r for r in found.values() if r.reason.startswith("embedding")]
+    assert len(embeddings) == {"bert": 3, "roberta": 3, "distilbert": 2, "llama": 1}[kind]
+
+
+def test_which_modules_take_the_rule_is_an_option() -> None:
+    net = classifier("bert")
+    built: Any = optimizers.build("muon", net.named_parameters(), modules=net, matrix_modules="sumo_glue")
+    found = {r.name: r for r in built.routes}
+    # The public SUMO script: every name with "output" goes to AdamW.
+    chosen = {
+        f"bert.encoder.layer.{i}.{name}.weight"
+        for i in range(2)
+        for name in BERT_LAYER
+        if "output" not in name
+    }
+    assert {name for name, r in found.items() if r.rule == "muon"} == chosen
+    query, output = (
+        f"bert.encoder.layer.0.{name}.weight" for name in ("attention.self.query", "output.dense")
+    )
+    assert found[query].reason == "hidden matrix (Linear), chosen by query"
+    assert (found[output].reason, found[output].rule) == ("hidden matrix, not in matrix_modules", "adamw")
+    assert found["bert.pooler.dense.weight"].reason == "pooler"
+    # All hidden matrices, by name and by default, is one choice.
+    every: Any = optimizers.build("muon", net.named_parameters(), modules=net, matrix_modules="all")
+    plain: Any = optimizers.build("muon", net.named_parameters(), modules=net)
+    assert every.routes == plain.routes
+    assert every.options == plain.options
+    one: Any = optimizers.build(
+        "muon", net.named_parameters(), modules=net, matrix_modules=["layer.1", "qu*ry"]
+    )
+    assert sum(r.rule == "muon" for r in one.routes) == 6 + 1
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            ["query", "querry"],
+            "matrix_modules: querry is in the name of no hidden matrix; allowed: query, key, value",
+        ),
+        (["pooler"], "pooler is in the name of no hidden matrix"),
+        ([], "is not allowed"),
+        ([3], "is not allowed"),
+        (7, "is not allowed"),
+        ("sumo_glu", "did you mean sumo_glue"),
+    ],
+)
+def test_patterns_that_choose_nothing(value: Any, message: str) -> None:
+    net = classifier("bert")
+    with pytest.raises(OptionError, match=message):
+        optimizers.build("muon", net.named_parameters(), modules=net, matrix_modules=value)
+    with pytest.raises(OptionError, match="needs the names of the parameters"):
+        optimizers.build("muon", [nn.Parameter(torch.ones(4, 6))], matrix_modules=["a"])  # type: ignore[list-item]
+    with pytest.raises(OptionError, match="is not an option of adamw"):
+        optimizers.build("adamw", net.named_parameters(), modules=net, matrix_modules=["query"])
