@@ -51,11 +51,12 @@ product-lint: setup
 unit: setup ## run the tests of tests/unit.txt: files that start no processes and take milliseconds a test
 	$(BIN)/python -m pytest -q -m "not slow and not launch and not browser" @tests/unit.txt
 
+# One test process more than cores: one of them waits for Slurm, others for programs that they have started.
 test: setup ## run the tests (16 to 24 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 3 --no-loadscope-reorder
 
 test-full: setup ## run all tests, including the slow ones
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 test-gpu: setup ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -30,7 +30,9 @@ POOLS = {"two_ranks", "four_ranks", "pools"}
 
 @cache
 def group_of(path: str) -> str:
-    """Return what must run in one test process: a file, all files that use rank pools, or the SLURM cluster.
+    """Return what must run in one test process: a file, the files that share rank pools, or the SLURM cluster.
+
+    The files with pools are two groups, those of tests/distributed and the others, which take about as long.
 
     Args:
         path: of a test file, relative to the project.
@@ -38,7 +40,9 @@ def group_of(path: str) -> str:
     if path.startswith("tests/slurm/"):
         return "slurm"
     words = re.findall(r"\w+", (ROOT / path).read_text(encoding="utf-8"))
-    return "pools" if POOLS.intersection(words) else path
+    if not POOLS.intersection(words):
+        return path
+    return "pools of distributed" if path.startswith("tests/distributed/") else "pools"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,8 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     groups = [group_of(item.nodeid.partition("::")[0]) for item in items]
     starting = {group for group, item in zip(groups, items) if item.get_closest_marker("launch")}
-    rank = {"slurm": 0, "pools": 1, **dict.fromkeys(starting - {"slurm", "pools"}, 2)}
-    order = sorted(range(len(items)), key=lambda place: rank.get(groups[place], 3))
+    shared = ("slurm", "pools of distributed", "pools")
+    rank = {**dict.fromkeys(starting, 3), **{group: place for place, group in enumerate(shared)}}
+    order = sorted(range(len(items)), key=lambda place: rank.get(groups[place], 4))
     items[:] = [items[place] for place in order]
 
 

@@ -6,16 +6,22 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from harness.verify import pool
 
+PRELOADED = (*pool.PRELOADED, "harness.worker", "pandas", "wandb", "tests.distributed.frozen")
+"""Imported once per test process for all processes that tests fork: ranks, runs and commands."""
 _modules: dict[str, ModuleType] = {}
 
 
 class RankPool(pool.RankPool):
     """``world_size`` warm processes in one gloo group, which tests send functions to."""
+
+    def __init__(self, world_size: int, folder: Path) -> None:
+        super().__init__(world_size, folder, preload=PRELOADED)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Call ``function(rank, *args)`` on every rank and return the results by rank.

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.verify.pool import PRELOADED
+from tests.distributed.pool import PRELOADED
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 # One server per process: that of the rank pools, too.
-_CONTEXT.set_forkserver_preload(list(PRELOADED))
+CONTEXT.set_forkserver_preload(list(PRELOADED))
 
 
 class Training:
@@ -43,7 +43,7 @@ class Training:
     ) -> None:
         port = _free_port()
         self.processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_train,
                 args=(list(words), rank, world_size, port, str(output), limits or {}, environment or {}),
             )

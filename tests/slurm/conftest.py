@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness import warm
 from tests.harness.running import small, write_documents
 from tests.slurm import cluster
 from tests.slurm.cluster import Cluster
@@ -33,7 +34,9 @@ class Lab:
 
     def optbench(self, *words: str, code: int = 0) -> tuple[str, str]:
         """A command; what it wrote on standard output and standard error."""
-        return self.slurm.python("-m", "harness.cli", *words, code=code)
+        done = warm.run(*words, env=self.slurm.environment)
+        assert done.returncode == code, f"{words}: code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout, done.stderr
 
     def submit(self, *words: str) -> dict[str, Any]:
         """`optbench submit --json`."""

@@ -129,7 +129,7 @@ def test_a_node_that_goes_down_and_a_run_that_is_cancelled(lab: Lab, tmp_path: P
     assert lab.slurm.facts(job)["Restarts"] == "1"
     assert _events(run).count("started") == 2
     assert "requeued" not in _events(run)
-    assert status(run)["attempts"][1]["first_step"] >= 10
+    lab.slurm.until(lambda: status(run)["attempts"][1]["first_step"] >= 10, WAIT_S, "it to resume")
     assert lab.status(tmp_path)["run"]["restarts"] == 1
     lab.slurm.signal(job)
     assert _state(lab, job) == "CANCELLED"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import warm
 from tests.harness.running import small, write_documents
 
 pytestmark = pytest.mark.launch
@@ -26,12 +27,7 @@ def test_a_launched_run_is_complete_and_ends_in_peace(engine: str, tmp_path: Pat
         "world_size=2",
         "name=run",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "harness.cli", "train", *small(write_documents(tmp_path), tmp_path, *words)],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
+    done = warm.run("train", *small(write_documents(tmp_path), tmp_path, *words), timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     # Gloo's threads can abort a process after all its work (torch 2.13); the exit code does not show it.

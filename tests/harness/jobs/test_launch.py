@@ -17,11 +17,11 @@ import pytest
 
 from harness.record import readers
 from harness.record.schema import METRICS, SUMMARY_KEYS
+from tests.harness import warm
 from tests.harness.record import wandb_file
 from tests.harness.running import small, write_documents
 
 pytestmark = pytest.mark.launch
-OPTBENCH = [sys.executable, "-m", "harness.cli"]
 LIMIT_S = 240
 
 
@@ -31,8 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(words: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [*OPTBENCH, "train", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    return warm.run("train", *words, timeout=LIMIT_S)
 
 
 def _only_run(runs_dir: Path) -> Path:
@@ -57,7 +56,8 @@ def test_two_processes_leave_a_complete_run_folder_and_the_same_in_wandb(
         "optimizer.lr=0.003",
         "wandb.mode=offline",
     )
-    done = _train(words)
+    command = [sys.executable, "-m", "harness.cli", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(_only_run(tmp_path))
     folder = _only_run(tmp_path)
@@ -122,11 +122,9 @@ def test_divergence_is_said_counted_and_coded(corpus: Path, tmp_path: Path) -> N
     assert summary["val/loss"] is None
 
 
-def _started(words: list[str], runs_dir: Path, rows: int) -> tuple[subprocess.Popen[str], Path]:
+def _started(words: list[str], runs_dir: Path, rows: int) -> tuple[warm.Command, Path]:
     """A run in the background that has written some rows."""
-    process = subprocess.Popen(
-        [*OPTBENCH, "train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = warm.Command("train", *words, merged=True)
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
         found = list((runs_dir / "default").glob("*/metrics.jsonl"))

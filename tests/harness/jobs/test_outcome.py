@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -17,9 +15,11 @@ import pytest
 from harness.config import compose
 from harness.errors import InputError
 from harness.jobs import outcome, train_command
+from harness.preparation import prepare
 from harness.record import folder as run_folder
 from harness.record import readers
 from harness.record.folder import REQUEUE, RunFolder
+from tests.harness import warm
 from tests.harness.running import small, write_documents
 
 IDENTITY = "0123456789ab"
@@ -115,15 +115,11 @@ def test_a_start_while_the_run_is_trained_is_bad_input_in_one_line(tmp_path: Pat
     config = compose.load(words)
     live = RunFolder(tmp_path / "default" / "run", config, IDENTITY)
     live.close()
-    identity = subprocess.run(
-        [sys.executable, "-c", _IDENTITY, *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    identity = prepare(words, say=lambda text: None, writes_folder=False).identity
     run_folder.archive(live.path)
     live = RunFolder(tmp_path / "default" / "run", config, identity)
     before = {path.name: path.read_bytes() for path in live.path.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-m", "harness.cli", "train", *words], capture_output=True, text=True, timeout=120
-    )
+    done = warm.run("train", *words, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "is being written to by another run" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -131,13 +127,6 @@ def test_a_start_while_the_run_is_trained_is_bad_input_in_one_line(tmp_path: Pat
     with pytest.raises(InputError, match="is being written to by another run"):
         run_folder.archive(live.path)
     live.close()
-
-
-_IDENTITY = """
-import sys
-from harness.preparation import prepare
-print(prepare(sys.argv[1:], say=lambda text: None, writes_folder=False).identity)
-"""
 
 
 class _Odd:
