@@ -52,16 +52,6 @@ def check(config: RunConfig) -> None:
         if "" in task.stop:
             reason = "holds an empty text, which would end every answer at its start"
             raise InputError("task.stop", '""', reason, fix=r'e.g. task.stop=["\n\n"]')
-        if task.max_new_tokens >= config.seq_len:
-            reason = f"leaves no room for a prompt in seq_len={config.seq_len}"
-            fix = f"seq_len={2 * task.max_new_tokens}, or a smaller task.max_new_tokens"
-            raise InputError(
-                "task.max_new_tokens",
-                task.max_new_tokens,
-                reason,
-                allowed=f"1 to {config.seq_len - 1}",
-                fix=fix,
-            )
     if task.name != "pretrain" and config.eval.tokens != "auto":
         reason = f"is for task=pretrain: evaluations of task={task.name} read every validation example"
         raise InputError("eval.tokens", config.eval.tokens, reason, fix="eval.tokens=auto")

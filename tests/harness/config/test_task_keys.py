@@ -11,7 +11,7 @@ from harness.config.schema import RunConfig
 from harness.errors import InputError
 
 CLASSIFY = ("task=classify", "task.text=[premise,hypothesis]", "task.label=label")
-ANSWER = ("task=answer", 'task.prompt="{question} "', 'task.answer="{answer}"', "task.max_new_tokens=64")
+ANSWER = ("task=answer", 'task.prompt="{question} "', 'task.answer="{answer}"')
 
 
 def checked(*words: str) -> RunConfig:
@@ -34,7 +34,6 @@ def test_a_task_with_its_keys_is_taken(words: tuple[str, ...]) -> None:
         (("task=answer", 'task.prompt="{x}"'), "task.answer", "task.answer="),
         ((*CLASSIFY, "task.generate=every"), "task.generate", "task=answer, or leave out task.generate"),
         ((*ANSWER, 'task.stop=[""]'), "task.stop", r'task.stop=["\n\n"]'),
-        ((*ANSWER, "seq_len=64"), "task.max_new_tokens", "seq_len=128"),
         ((*CLASSIFY, "eval.tokens=4096"), "eval.tokens", "eval.tokens=auto"),
         ((*CLASSIFY, "task.labels=[a,b,a]"), "task.labels", "each class once"),
         ((*CLASSIFY, "task.labels=[a,b]", "task.target=number"), "task.labels", "task.labels=null"),
@@ -55,7 +54,7 @@ def test_keys_that_the_task_does_not_read_or_lacks_are_refused(
         ((*CLASSIFY, "task.text=[a,b,c]"), "task.text"),
         ((*CLASSIFY, "task.labels=[a]"), "task.labels"),
         ((*ANSWER, "task.shots=-1"), "task.shots"),
-        ((*ANSWER[:3], "task.max_new_tokens=0"), "task.max_new_tokens"),
+        ((*ANSWER, "task.max_new_tokens=0"), "task.max_new_tokens"),
         ((*ANSWER, "task.extract=regex"), "task.extract"),
         ((*ANSWER, "task.generate=never"), "task.generate"),
         ((*ANSWER, "task.generation_batch_size=0"), "task.generation_batch_size"),
