@@ -30,6 +30,13 @@ def _checkpointing(given: object) -> object:
     return {True: "full", False: "none"}[given] if isinstance(given, bool) else given
 
 
+def _class_names(given: object) -> object:
+    """Return classes that were typed as numbers or truth values as text: [0,1] or [true,false]."""
+    if not isinstance(given, list):
+        return given
+    return [str(name).lower() if isinstance(name, bool) else str(name) for name in given]
+
+
 Every = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 """Steps between two events, the harness's choice, or never."""
 
@@ -114,7 +121,7 @@ class TaskConfig(TypedKeys):
     """classify: the column of the text, or the two columns of a pair."""
     label: str | None = None
     """classify: the column of the class or number."""
-    labels: list[str] | None = Field(default=None, min_length=2)
+    labels: Annotated[list[str] | None, BeforeValidator(_class_names)] = Field(default=None, min_length=2)
     """classify: classes in the order of the model's outputs; null: the sorted values of the training data."""
     target: Literal["auto", "class", "number"] = "auto"
     """classify: class or number (regression); auto: number where a label of the training data has a decimal part."""

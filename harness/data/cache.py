@@ -45,11 +45,9 @@ def check(
             larger than the validation split; a vocabulary larger than the model's.
     """
     # What the configuration alone shows is said before minutes of tokenizing.
-    if config.tokenizer == "bpe" and model_vocab_size is not None and config.vocab_size > model_vocab_size:
-        raise _vocabulary(config, config.vocab_size, model_vocab_size)
+    check_vocabulary(config, None, model_vocab_size)
     corpus = prepare(config, say=say, trust_remote_code=trust_remote_code)
-    if model_vocab_size is not None and corpus.used_vocab_size > model_vocab_size:
-        raise _vocabulary(config, corpus.used_vocab_size, model_vocab_size)
+    check_vocabulary(config, corpus.used_vocab_size, model_vocab_size)
     if not corpus.train_documents:
         raise InputError("data.max_tokens", config.max_tokens, "leaves no training document")
     if config.mode == "packed":
@@ -92,6 +90,19 @@ def check_evaluation(corpus: Corpus, seq_len: int, mode: Mode, eval_tokens: int)
             allowed=f"1 to {available}",
             fix=f"eval.tokens={available} or data.validation_tokens={enough}",
         )
+
+
+def check_vocabulary(config: DataConfig, used: int | None, model_vocab_size: int | None) -> None:
+    """Raise InputError if the model's vocabulary does not cover the ids that occur.
+
+    Args:
+        used: largest id that occurs + 1; None: the data are not tokenized yet, and the configuration alone is checked.
+        model_vocab_size: entries of the model's embedding; None: it will be made to fit.
+    """
+    trained = config.vocab_size if config.tokenizer == "bpe" else None
+    size = trained if used is None else used
+    if size is not None and model_vocab_size is not None and size > model_vocab_size:
+        raise _vocabulary(config, size, model_vocab_size)
 
 
 def _vocabulary(config: DataConfig, size: int, model_vocab_size: int) -> InputError:

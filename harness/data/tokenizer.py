@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,20 @@ _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 # Files that a tokenizer may be made of (its folder may hold a model as well).
 _SUFFIXES = (".json", ".txt", ".model", ".vocab", ".py")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+
+
+class EncodedInput(NamedTuple):
+    """Token ids of a text or a pair.
+
+    Attributes:
+        ids: (tokens,) int64, special tokens included, cut to the limit.
+        type_ids: (tokens,) int64: 1 for the second text of a pair, in tokenizers that tell the two apart.
+        length: tokens before the cut.
+    """
+
+    ids: NDArray[np.int64]
+    type_ids: NDArray[np.int64]
+    length: int
 
 
 class Encoder:
@@ -77,6 +91,68 @@ class Encoder:
             ids = list(chain.from_iterable(next(encodings).ids for _ in document))
             result.append(np.array([*self._prefix, *ids, *self._suffix] if ids else [], dtype=np.int64))
         return result
+
+    @property
+    def prefix(self) -> NDArray[np.int64]:
+        """Return the ids that the tokenizer puts before a text: 1-D int64."""
+        return np.array(self._prefix, dtype=np.int64)
+
+    def encode_bare(self, texts: list[str]) -> list[NDArray[np.int64]]:
+        """Return the token ids of texts without special tokens: 1-D int64 arrays."""
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def encode_inputs(self, inputs: list[tuple[str, ...]], limit: int) -> list[EncodedInput]:
+        """Encode texts and pairs of texts as the tokenizer's own template has them.
+
+        Args:
+            inputs: (text,) or (first, second) each.
+            limit: tokens that are kept at most, special ones included; of a pair the longer text is cut first.
+
+        Raises:
+            ValueError: ``limit`` leaves no token of the text.
+        """
+        texts: Any = [texts[0] if len(texts) == 1 else texts for texts in inputs]
+        encodings = self.tokenizer.encode_batch_fast(texts)
+        lengths = [len(encoding.ids) for encoding in encodings]
+        long = [index for index, length in enumerate(lengths) if length > limit]
+        if long:
+            pairs = len(inputs[0]) == 2
+            if limit <= self.tokenizer.num_special_tokens_to_add(pairs) + pairs:
+                raise ValueError(f"{limit} tokens leave no room for text")
+            self.tokenizer.enable_truncation(limit, strategy="longest_first")
+            try:
+                for index, encoding in zip(long, self.tokenizer.encode_batch_fast([texts[i] for i in long])):
+                    encodings[index] = encoding
+            finally:
+                self.tokenizer.no_truncation()
+        return [
+            EncodedInput(
+                np.array(encoding.ids, dtype=np.int64), np.array(encoding.type_ids, dtype=np.int64), length
+            )
+            for encoding, length in zip(encodings, lengths)
+        ]
+
+    def separate_pairs(self) -> bool:
+        """Put eos between the texts of a pair if the tokenizer puts nothing there; return True if it does now.
+
+        Without a separator, as GPT-2's and the trained tokenizers are, "a b" and "c" would read as "a" and "b c".
+        """
+        around = self.tokenizer.encode("a", "a").sequence_ids
+        second = around.index(1)
+        if around[second - 1] is None:
+            return False
+        tokens = self.tokenizer.get_vocab(with_added_tokens=True)
+        names = {index: token for token, index in tokens.items()}
+        before = [names[index] for index in self._prefix]
+        after = [names[index] for index in self._suffix[: -1 if not self.appends_eos else None]]
+        special = sorted({self.eos, *before, *after})
+        self.tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", self.eos, "$B", *after],
+            special_tokens=[(token, tokens[token]) for token in special],
+        )
+        return True
 
     def _surroundings(self) -> tuple[list[int], list[int]]:
         bare = self.tokenizer.encode("a", add_special_tokens=False).ids

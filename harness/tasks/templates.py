@@ -1,7 +1,12 @@
-"""Templates of prompts and answers: text with ``{column}``; ``{{`` and ``}}`` are literal braces."""
+"""Templates of prompts and answers: text with ``{column}``; ``{{`` and ``}}`` are literal braces.
+
+A backslash with an n is a line break, because neither a shell nor Hydra makes one of it; two backslashes with an n
+are a backslash and an n.
+"""
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from functools import lru_cache
@@ -10,6 +15,7 @@ from harness.data.file_errors import shown
 from harness.data.rows import Value
 from harness.errors import InputError
 
+_LINE_BREAK = re.compile(r"(\\?)\\n")
 _ALLOWED = "text with {column}; {{ and }} are literal braces"
 
 
@@ -61,7 +67,8 @@ def _parts(template: str, key: str) -> tuple[tuple[str, str | None], ...]:
         fix = "{{ and }} for braces that are text"
         raise InputError(key, template, f"is no template ({error})", allowed=_ALLOWED, fix=fix) from error
     parts: list[tuple[str, str | None]] = []
-    for text, name, spec, conversion in parsed:
+    for raw, name, spec, conversion in parsed:
+        text = _LINE_BREAK.sub(lambda found: "\\n" if found[1] else "\n", raw)
         if name is None:
             parts.append((text, None))
             continue

@@ -26,6 +26,10 @@ def test_templates_are_filled_as_str_format_fills_them(template: str, columns: l
     assert fill(template, ROW) == template.format(**ROW)
 
 
+def test_a_backslash_n_as_a_shell_leaves_it_is_a_line_break() -> None:
+    assert fill(r"{n}:\n{x}\\n", {"n": r"a\nb", "x": 1}) == "a\\nb:\n1\\n"
+
+
 def test_values_become_text_as_in_json() -> None:
     assert fill("{yes}|{none}|{x}|{question}", ROW) == "true||0.1|How many {sheep}?"
 
