@@ -146,9 +146,20 @@ def _rule(cell: Cell) -> str:
     return "muon" if cell.is_peer else cell.rule
 
 
-def orthogonalizes(rule: str) -> bool:
-    """Return True if the rule applies an orthogonal factor."""
-    return rule in presets.PRESETS and "orthogonalizer" in presets.PRESETS[rule].options
+def orthogonalizes(cell: Cell) -> bool:
+    """Return True if the rule applies an orthogonal factor, at the cell's options."""
+    return cell.rule in presets.PRESETS and "orthogonalizer" in _options(cell)
+
+
+def _options(cell: Cell) -> Mapping[str, Any]:
+    """Return the options of a cell's preset with the cell's own values.
+
+    Which options there are depends on those values: ``inner=sign`` has no orthogonalizer.
+    """
+    rule = _rule(cell)
+    if not cell.options:
+        return presets.preset(rule).options
+    return presets.resolve(rule, option_values_of(cell.options))
 
 
 def takes_any_exact_factor(rule: str) -> bool:
@@ -184,10 +195,7 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
         orthogonalizer_dtype: of polynomial orthogonalizers.
     """
     rule = _rule(cell)
-    options = presets.preset(rule).options
-    if cell.options:
-        # Which options there are depends on those that the cell changes: inner=sign has no orthogonalizer.
-        options = presets.resolve(rule, option_values_of(cell.options))
+    options = _options(cell)
     # DeepSpeed keeps a learning rate of its own, which our schedule does not reach.
     words = ["schedule=constant"] if cell.is_peer else []
     words += [

@@ -22,9 +22,16 @@ from harness.tracked_optimizer import tracked
 from harness.verify.cells import EXAMPLE_RULE, REFERENCE_STEPS, is_rounded, overrides, raises_cut
 from harness.verify.controls import DEFECTS, Defect
 from harness.verify.cut import raised_cut
-from harness.verify.replay import Build, of_preset, relative_error, replayed, update_error
+from harness.verify.replay import Build, of_preset, relative_error, replayed, rounding_error, update_error
 from harness.verify.step_recorder import GradientSource, LayoutGradients, StepRecorder, replica_digests
 from harness.verify.twins import Twin, make_twin
+from harness.verify.verdict import (
+    MOST_REPLAYS,
+    MOST_TWINS,
+    REPLAY_CEILING,
+    end_to_end_bound,
+    replay_bound,
+)
 
 
 @dataclass
@@ -56,7 +63,7 @@ def certify(cell: Cell, folder: Path, reference: Path | None) -> dict[str, Any]:
         done = trained(words, defect)
         measured = report(done)
         if done.recorder.gradients:
-            measured |= figures(done, build_of(done.config), reference)
+            measured |= figures(done, build_of(done.config), reference, cell)
     if cell.is_base and is_rounded(cell.rule):
         rounded = trained(overrides(cell, str(folder), "bfloat16"), Defect())
         if rounded.recorder.gradients:
@@ -78,26 +85,33 @@ def save_reference(cell: Cell, folder: Path, path: Path) -> None:
     )
 
 
-def noise_floor(cell: Cell, folder: Path, reference: Path | None) -> float:
+def noise_floor(cell: Cell, folder: Path, reference: Path | None, error: float | None = None) -> float:
     """Return the end-to-end error between two twins of one process that start one ulp apart.
 
     Args:
         cell: of one process.
         folder: scratch folder.
         reference: file of `save_reference` for this very cell; None: train it here.
+        error: that may be rounding: the largest of several twins is returned, as many as it takes to show that it is.
     """
     words = overrides(cell, str(folder))
-    if reference is None:
-        done = trained(words, Defect()).recorder
-        known = {"start": done.start, "end": done.weights[REFERENCE_STEPS]}
-    else:
-        known = torch.load(reference)
+    floor = 0.0
+    with raised_cut() if raises_cut(cell) else nullcontext():
+        if reference is None:
+            done = trained(words, Defect()).recorder
+            known = {"start": done.start, "end": done.weights[REFERENCE_STEPS]}
+        else:
+            known = torch.load(reference)
+        for seed in range(1 if error is None else MOST_TWINS):
 
-    def move(run: Run, recorder: StepRecorder) -> None:
-        make_twin(run, Twin(seed=0, moves_weights=True))
+            def move(run: Run, recorder: StepRecorder, seed: int = seed) -> None:
+                make_twin(run, Twin(seed=seed, moves_weights=True))
 
-    twin = trained(words, Defect(change=move)).recorder
-    return update_error(known["start"], twin.weights[REFERENCE_STEPS], known["end"])[0]
+            twin = trained(words, Defect(change=move)).recorder
+            floor = max(floor, update_error(known["start"], twin.weights[REFERENCE_STEPS], known["end"])[0])
+            if error is not None and error <= end_to_end_bound(floor):
+                break
+    return floor
 
 
 def trained(
@@ -158,13 +172,21 @@ def report(done: Trained) -> dict[str, Any]:
     }
 
 
-def figures(done: Trained, build: Build, reference: Path | None) -> dict[str, Any]:
-    """Return the part of the report that only rank 0 makes: errors against the replay and against one process."""
+def figures(done: Trained, build: Build, reference: Path | None, cell: Cell | None = None) -> dict[str, Any]:
+    """Return the part of the report that only rank 0 makes: errors against the replay and against one process.
+
+    Args:
+        done: the run.
+        build: builds the optimizer that replays it.
+        reference: file of `save_reference`; None: no end-to-end error.
+        cell: whose bound the replay error must meet; None: what fp32 does by itself is not measured.
+    """
     recorder = done.recorder
-    error, worst, optimizer = _replay(done, build)
+    error, worst, optimizer, replay = _replay(done, build)
     routes = tracked(optimizer).routes
     measured: dict[str, Any] = {
         "replay_error": error,
+        "replay_floor": _replay_floor(cell, done, build, replay, error) if cell else None,
         "replay_worst": worst,
         "matrix_names": [block.name for route in routes if route.rule != "adamw" for block in route.blocks],
         "received_norms": [_norm(received) for received in recorder.gradients],
@@ -179,10 +201,29 @@ def figures(done: Trained, build: Build, reference: Path | None) -> dict[str, An
     return measured
 
 
-def _replay(done: Trained, build: Build) -> tuple[float, str, Any]:
+def _replay(done: Trained, build: Build) -> tuple[float, str, Any, dict[str, Tensor]]:
+    """Return the replay error, its parameter, the optimizer of the replay, and its weights."""
     recorder = done.recorder
     optimizer, weights = replayed(build, recorder.start, recorder.gradients, done.factor)
-    return *update_error(recorder.start, recorder.end, weights), optimizer
+    return *update_error(recorder.start, recorder.end, weights), optimizer, weights
+
+
+def _replay_floor(
+    cell: Cell, done: Trained, build: Build, replay: dict[str, Tensor], error: float
+) -> float | None:
+    """Return what fp32 makes of the run's gradients by itself, measured until it explains the error.
+
+    None where the error needs no explanation, or is above what rounding could explain.
+    """
+    if not replay_bound(cell) < error <= REPLAY_CEILING:
+        return None
+    recorder, floor = done.recorder, 0.0
+    for seed in range(MOST_REPLAYS):
+        one = rounding_error(build, recorder.start, recorder.gradients, done.factor, replay, seed)
+        floor = max(floor, one)
+        if error <= replay_bound(cell, floor):
+            break
+    return floor
 
 
 def _norm(gradients: dict[str, Tensor]) -> float:

@@ -200,14 +200,20 @@ def markdown(certified: Certified) -> str:
         _INTRODUCTION.format(
             steps=cells.STEPS,
             bound=_short(verdict.REPLAY_BOUND, 0),
-            others=", ".join(f"`{rule}` {_short(b, 0)}" for rule, b in sorted(verdict.REPLAY_BOUNDS.items())),
+            multiple=f"{verdict.ROUNDING_MULTIPLE:g}",
+            ceiling=_short(verdict.REPLAY_CEILING, 0),
         ),
         "## Replay error, the worst cell of each rule and engine",
         _table(*_worst(ours)),
+        *_with_floors(ours),
         _ROUNDED,
         _table(*_rounded(ours)),
         "## End-to-end error and noise floor",
-        _NOISE.format(bound=_short(verdict.END_TO_END_BOUND, 0)),
+        _NOISE.format(
+            bound=_short(verdict.END_TO_END_BOUND, 0),
+            multiple=f"{verdict.ROUNDING_MULTIPLE:g}",
+            ceiling=f"{verdict.END_TO_END_CEILING:g}",
+        ),
         _table(*_end_to_end(ours)),
         *_on_cuda(ours),
         *_with_options(ours),
@@ -231,19 +237,24 @@ _INTRODUCTION = """\
 Each cell trains a LLaMA of 3 layers on the King James Bible for {steps} steps through the harness's own engine and
 loop. A recorder stores the gradients that the optimizer receives. *Replay* runs the rule on whole matrices in fp64,
 in one process, on these gradients. The replay error is the largest ‖ΔW − ΔW_ref‖_F / ‖ΔW_ref‖_F over the
-parameters. A cell is green up to {bound}, which is fp32 rounding (rules that amplify it: {others}), if it also meets
-these conditions: the first
-gradients are those of one fp32 process and have the norm that clipping leaves; every matrix takes the rule and is
-orthogonalized once per step; replicas are bit-equal; in fp32, the weights after four steps are those of one
-process. Ranks are processes on one CPU machine, over gloo; nothing here was run on GPUs. Polynomial orthogonalizers
+parameters. A cell is green up to {bound}, which is fp32 rounding. Rules that amplify rounding are green up to
+{multiple} times the error of the same replay in fp32, which no engine touches, and up to {ceiling} at most. A green
+cell also meets these conditions: the first gradients are those of one fp32 process and have the norm that clipping
+leaves; every matrix takes the rule and is orthogonalized once per step, where the rule orthogonalizes; replicas are
+bit-equal; in fp32, the weights after four steps are those of one process. Ranks are processes on one CPU machine, over
+gloo; nothing here was run on GPUs. Polynomial orthogonalizers
 iterate in fp32 here (`optimizer.orthogonalizer_dtype`)."""
 
 _ROUNDED = "With bf16 iterations, the default on devices with bf16 units (not judged):"
 
 _NOISE = """\
-The largest difference from one process after four steps, in fp32 (bound {bound}), next to the same figure between two
-runs of one process of which one starts with each weight moved by one ulp: what the rule makes of rounding by itself,
-with clipping and at the preset's options."""
+The largest difference from one process after four steps, in fp32, next to the same figure between two runs of one
+process of which one starts with each weight moved by one ulp: what the rule makes of rounding by itself, with clipping
+and at the preset's options. A cell is green up to {bound}, and up to {multiple} times that noise floor ({ceiling} at
+most), which is measured with the cell's own clipping and options where it decides. Rules that turn rounding into signs
+or choices of columns need the latter; wrong gradients show in their first step."""
+
+_FLOORS = "Cells above {bound}, which are judged by the error of the same replay in fp32, on whole matrices:"
 
 _ON_CUDA = f"""\
 Rules that leave the exact factor to the device take `gram` on CPUs and `dwh` on CUDA. These cells run `dwh`, which
@@ -265,6 +276,21 @@ ZeRO-1 and 2 is orthogonalized on both."""
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([_row(head), _row(["---"] * len(head)), *map(_row, rows)])
+
+
+def _with_floors(results: Sequence[Result]) -> list[str]:
+    """Return the table of cells that were judged by what fp32 does without an engine; nothing where there is none."""
+    known = [r for r in results if r.figures.get("replay_floor") is not None]
+    if not known:
+        return []
+    rows = []
+    for rule, options in dict.fromkeys((r.cell.rule, r.cell.options) for r in known):
+        own = [r for r in known if (r.cell.rule, r.cell.options) == (rule, options)]
+        worst = max(own, key=lambda r: r.figures["replay_error"])
+        figures = [_figure(worst, "replay_error"), _figure(worst, "replay_floor")]
+        rows.append([" ".join(filter(None, (rule, options))), str(len(own)), *figures, _place(worst.cell)])
+    head = ["rule and options", "cells", "largest replay error", "of fp32 alone", "in"]
+    return [_FLOORS.format(bound=_short(verdict.REPLAY_BOUND, 0)), _table(head, rows)]
 
 
 def _on_cuda(results: Sequence[Result]) -> list[str]:

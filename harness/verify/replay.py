@@ -50,6 +50,40 @@ def of_preset(name: str, options: Mapping[str, Any]) -> Build:
     return lambda named: optimizers.build(name, named, **options)
 
 
+def rounding_error(
+    build: Build,
+    start: Weights,
+    gradients: Sequence[Weights],
+    factor: Factor,
+    reference: Weights,
+    seed: int,
+) -> float:
+    """Return the largest error of a parameter that fp32 makes by itself: without an engine, on whole matrices.
+
+    Args:
+        build: as in `replayed`.
+        start: as in `replayed`.
+        gradients: as in `replayed`.
+        factor: as in `replayed`.
+        reference: weights after the replay in fp64.
+        seed: 0: the gradients as they are; else of signs with which each element is moved by one ulp.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moved = [
+        {name: _moved(tensor, generator) if seed else tensor for name, tensor in received.items()}
+        for received in gradients
+    ]
+    _, weights = replayed(build, start, moved, factor, torch.float32)
+    return update_error(start, weights, reference)[0]
+
+
+def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    up = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.bool)
+    away = torch.where(up, torch.inf, -torch.inf).to(tensor)
+    # An element that is zero on purpose stays so: the row of a token that the batch does not hold.
+    return torch.where(tensor == 0, tensor, torch.nextafter(tensor, away))
+
+
 def update_error(start: Weights, end: Weights, reference: Weights) -> tuple[float, str]:
     """Return the largest ‖ΔW - ΔW_ref‖_F / ‖ΔW_ref‖_F of a parameter, in fp64, and the name of that parameter.
 

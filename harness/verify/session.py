@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from harness.verify.verdict import Result
 
 Say = Callable[[Result, int, int], None]
 """Receives each result with the number of results so far and of cells in all."""
+
+
+Reports = tuple[Sequence[Mapping[str, Any]], float]
+"""What the ranks of a cell reported, and the seconds that it took."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def certify(selected: Sequence[Cell], folder: Path, say: Say) -> Certified:
     """
     began, sources = time.monotonic(), sources_sha256()
     results: dict[Cell, Result] = {}
+    waiting: dict[Cell, Reports] = {}
     references: dict[Cell, Path] = {}
     floors: dict[tuple[str, str], float | None] = {}
     machine: dict[str, Any] = {}
@@ -66,12 +71,18 @@ def certify(selected: Sequence[Cell], folder: Path, say: Say) -> Certified:
                 references = _save_references(pool, selected, folder)
                 floors = _noise_floors(pool, selected, folder, references)
             for cell in (cell for cell in selected if cell.world_size == world_size):
-                result = _certify(pool, cell, folder, references)
                 floor = (
                     floors.get((cells.reference_of(cell).rule, cell.dtype)) if has_noise_floor(cell) else None
                 )
-                results[cell] = replace(result, figures={**result.figures, "noise_floor": floor})
-                say(results[cell], len(results), len(selected))
+                result, reports = _certify(pool, cell, folder, references, floor)
+                if reports and verdict.needs_twins(result):
+                    waiting[cell] = reports
+                    continue
+                results[cell] = result
+                say(result, len(results), len(selected))
+    for cell, result in _with_twins(waiting, folder, references):
+        results[cell] = result
+        say(result, len(results), len(selected))
     # Ranks import modules when they need them: results under two versions certify neither.
     unchanged = sources if sources == sources_sha256() else None
     return Certified([results[cell] for cell in selected], machine, time.monotonic() - began, unchanged)
@@ -125,7 +136,26 @@ def _noise_floors(
     return floors
 
 
-def _certify(pool: RankPool, cell: Cell, folder: Path, references: Mapping[Cell, Path]) -> Result:
+def _with_twins(
+    waiting: Mapping[Cell, Reports], folder: Path, references: Mapping[Cell, Path]
+) -> Iterator[tuple[Cell, Result]]:
+    """Yield the verdicts on cells whose end-to-end error may be what their rule makes of one ulp, at their options."""
+    if not waiting:
+        return
+    with closing(RankPool(1, folder / "twins", "harness.verify.certify_rank:start")) as pool:
+        for cell, (reports, seconds) in waiting.items():
+            began = time.monotonic()
+            reference = cells.reference_of(cell)
+            args = (reference, folder, references[reference], reports[0]["end_to_end_error"])
+            what = f"twins of one process, {reference}"
+            floor = verdict.finite(pool.run("harness.verify.certify_rank:noise_floor", *args, what=what)[0])
+            yield cell, verdict.judge(cell, reports, seconds + time.monotonic() - began, floor)
+
+
+def _certify(
+    pool: RankPool, cell: Cell, folder: Path, references: Mapping[Cell, Path], noise_floor: float | None
+) -> tuple[Result, Reports | None]:
+    """Return a cell's verdict, and the reports that it was judged by; None where it crashed."""
     began = time.monotonic()
     target = "harness.verify.peers:certify" if cell.is_peer else "harness.verify.certify_rank:certify"
     reference = references[cells.reference_of(cell)]
@@ -134,5 +164,6 @@ def _certify(pool: RankPool, cell: Cell, folder: Path, references: Mapping[Cell,
     except RanksFailed as error:
         # What an engine did to these processes was not undone: the next cell gets new ones.
         pool.close(kill=True)
-        return verdict.crashed(cell, str(error), time.monotonic() - began)
-    return verdict.judge(cell, reports, time.monotonic() - began)
+        return verdict.crashed(cell, str(error), time.monotonic() - began), None
+    seconds = time.monotonic() - began
+    return verdict.judge(cell, reports, seconds, noise_floor), (reports, seconds)

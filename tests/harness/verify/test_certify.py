@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from harness.verify import cells, command, session
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, Say, certify, has_noise_floor
 from harness.verify.verdict import FIGURES, Result
+from tests.harness.verify.reports import report
 
 KEYS = {
     *("rule", "engine", "dtype", "accumulation", "clipping", "world_size", "variant", "options"),
@@ -88,10 +90,47 @@ def test_a_noise_floor_that_is_not_finite_is_null(
 
         def close(self, kill: bool = False) -> None: ...
 
+    def certify_one(
+        pool: Pool, cell: Cell, folder: Path, references: object, floor: float | None
+    ) -> tuple[Result, None]:
+        return Result(cell, True, (), {"noise_floor": floor}), None
+
     monkeypatch.setattr(session, "RankPool", Pool)
-    monkeypatch.setattr(session, "_certify", lambda pool, cell, *_: Result(cell, True, (), {}))
+    monkeypatch.setattr(session, "_certify", certify_one)
     found = certify([Cell("sumo", "ddp")], tmp_path, lambda *_: None)
     assert found.results[0].figures["noise_floor"] is None
+
+
+def test_a_cell_waits_for_the_twins_that_decide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Twins of the cell's own clipping and options are made; the cell is said once, with its last verdict."""
+    asked: list[tuple[Cell, float]] = []
+    floors = {"clipping on": 0.03, "clipping off": 1e-4}
+
+    def answer(target: str, *args: Any, **more: object) -> list[object]:
+        if target.endswith(":machine"):
+            return [{}]
+        if not target.endswith(":noise_floor"):
+            return [report(end_to_end_error=0.05)]
+        # First for the table of noise floors, then with the error that is to be explained.
+        if len(args) == 4:
+            asked.append((args[0], args[3]))
+            return [floors[f"clipping {args[0].clipping}"]]
+        return [1e-5]
+
+    class Pool:
+        def __init__(self, *args: object) -> None:
+            self.run = answer
+
+        def close(self, kill: bool = False) -> None: ...
+
+    monkeypatch.setattr(session, "RankPool", Pool)
+    chosen = [Cell("lion", "ddp"), Cell("lion", "ddp", clipping="off")]
+    said: list[Result] = []
+    found = certify(chosen, tmp_path, lambda result, number, total: said.append(result))
+    assert asked == [(cells.reference_of(cell), 0.05) for cell in chosen]
+    assert [result.passed for result in found.results] == [True, False]
+    assert [result.figures["noise_floor"] for result in found.results] == [0.03, 1e-4]
+    assert said == found.results
 
 
 def test_a_defect_is_red_by_its_arithmetic(certified: Certified) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from harness.verify.replay import of_preset, relative_error, replayed, update_error
+from harness.verify.replay import of_preset, relative_error, replayed, rounding_error, update_error
 from optimizers.reference import Muon
+
+Named = list[tuple[str, nn.Parameter]]
 
 
 def test_a_replay_is_the_oracle_on_the_recorded_gradients() -> None:
@@ -44,3 +49,39 @@ def test_what_is_no_number_is_infinitely_wrong() -> None:
     assert relative_error(torch.tensor([1.0, 0.0]), zero) == math.inf
     assert relative_error(torch.tensor([math.nan, 0.0]), torch.ones(2)) == math.inf
     assert relative_error(torch.ones(2), torch.tensor([math.nan, 0.0])) == math.inf
+
+
+class Mapped(torch.optim.Optimizer):
+    """Add a function of the gradient."""
+
+    def __init__(self, named: Named, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__([p for _, p in named], {"lr": 1.0})
+        self.change = change
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.add_(self.change(p.grad))
+
+
+def floors(change: Callable[[Tensor], Tensor], gradient: Tensor) -> list[float]:
+    """Return the rounding of one step, of the gradient as it is and of three that are moved."""
+    start, gradients = {"w": torch.zeros_like(gradient)}, [{"w": gradient}]
+
+    def build(named: Named) -> Mapped:
+        return Mapped(named, change)
+
+    _, exact = replayed(build, start, gradients, lambda step: 1.0)
+    return [rounding_error(build, start, gradients, lambda step: 1.0, exact, seed) for seed in range(4)]
+
+
+def test_rounding_is_what_a_rule_makes_of_fp32_and_of_one_ulp() -> None:
+    as_it_is, *moved = floors(lambda g: 1 / (g - 1), torch.tensor([1 + 2.0**-10]))
+    assert as_it_is == 0.0, "1 / 2⁻¹⁰ is exact in fp32"
+    # One ulp of the gradient is 2⁻²³, and 2⁻¹³ of 2⁻¹⁰.
+    assert moved == pytest.approx([2.0**-13] * 3, rel=1e-3)
+
+
+def test_gradients_that_are_zero_are_not_moved() -> None:
+    # The sign of the smallest number would be a whole step.
+    assert floors(torch.sign, torch.tensor([0.0, 1.0, -3.0])) == [0.0] * 4

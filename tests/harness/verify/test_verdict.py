@@ -12,29 +12,8 @@ from harness.record.certificates import Cell
 from harness.verify import verdict
 from harness.verify.cells import MAX_NORM
 from harness.verify.session import Certified
-from harness.verify.verdict import Result, judge
-
-NAMES = ["layers.0.w", "layers.1.w"]
-
-
-def report(**more: Any) -> dict[str, Any]:
-    """A good rank's."""
-    return {
-        "state": "finished",
-        "grad_norms": [1.0, 2.0],
-        "received_norms": [MAX_NORM, MAX_NORM],
-        "orthogonalized": [dict.fromkeys(NAMES, 1)] * 2,
-        "bytes_per_step": 10.0,
-        "collectives_per_step": 3,
-        "digests": {},
-        "matrices": 2,
-        "matrix_names": NAMES,
-        "replay_error": 1e-6,
-        "replay_worst": NAMES[0],
-        "end_to_end_error": 1e-5,
-        "delivery_error": 1e-7,
-        **more,
-    }
+from harness.verify.verdict import Result, judge, needs_twins
+from tests.harness.verify.reports import NAMES, report
 
 
 def test_green() -> None:
@@ -80,11 +59,53 @@ def test_a_bf16_run_is_not_held_to_fp32_gradients() -> None:
     assert not judge(Cell("muon", "ddp", "bf16"), [{**rounded, "replay_error": 1e-5}]).passed
 
 
-def test_bf16_states_have_a_bound_of_their_own() -> None:
-    cell = Cell("muon", "fsdp2", options="state_dtype=bfloat16")
-    assert judge(cell, [report(replay_error=1e-4)]).passed
-    assert not judge(cell, [report(replay_error=2e-3)]).passed
-    assert not judge(Cell("muon", "fsdp2"), [report(replay_error=1e-4)]).passed
+def test_a_replay_is_rounding_up_to_a_multiple_of_what_fp32_does_alone() -> None:
+    cell = Cell("adamuon", "fsdp2", options="stabilizer=none")
+    assert judge(cell, [report(replay_error=3e-4, replay_floor=2e-4)]).passed
+    assert not judge(cell, [report(replay_error=3e-4)]).passed
+    assert not judge(cell, [report(replay_error=3e-4, replay_floor=2e-5)]).passed
+    # However much a rule amplifies, wrong algebra is red.
+    assert not judge(cell, [report(replay_error=1e-2, replay_floor=1e-2)]).passed
+    assert not judge(cell, [report(replay_error=math.inf, replay_floor=math.inf)]).passed
+
+
+@pytest.mark.parametrize(
+    ("error", "floor", "passed"),
+    [
+        (5e-2, None, False),
+        (5e-2, 1e-4, False),
+        (5e-2, 4e-2, True),
+        (9e-3, 1e-6, True),
+        (0.5, 0.4, False),
+        (math.nan, 5e-2, False),
+    ],
+)
+def test_an_end_to_end_error_is_rounding_up_to_a_multiple_of_the_noise_floor(
+    error: float, floor: float | None, passed: bool
+) -> None:
+    result = judge(Cell("lion", "ddp"), [report(end_to_end_error=error)], noise_floor=floor)
+    assert result.passed is passed
+    assert result.figures["noise_floor"] == floor
+
+
+@pytest.mark.parametrize(
+    ("cell", "error", "floor", "needed"),
+    [
+        (Cell("lion", "ddp"), 5e-2, 1e-4, True),
+        (Cell("lion", "ddp", control="gradients halved"), 5e-2, 1e-4, True),
+        (Cell("lion", "ddp"), 5e-2, 5e-2, False),
+        (Cell("lion", "ddp"), 5e-3, None, False),
+        (Cell("lion", "ddp"), 0.5, None, False),
+        (Cell("lion", "ddp", "bf16"), 5e-2, None, False),
+        (Cell("torch.optim.Muon", "fsdp2", is_peer=True), 5e-2, None, False),
+    ],
+    ids=str,
+)
+def test_more_twins_are_made_where_they_can_decide(
+    cell: Cell, error: float, floor: float | None, needed: bool
+) -> None:
+    result = judge(cell, [report(end_to_end_error=error)], noise_floor=floor)
+    assert needs_twins(result) is needed
 
 
 def test_cautious_decay_may_decide_otherwise_in_single_elements() -> None:
@@ -100,6 +121,13 @@ def test_a_matrix_counts_once_however_many_ranks_share_it() -> None:
     )
     first, second = report(orthogonalized=[{NAMES[0]: 1}] * 2), report(orthogonalized=[{NAMES[1]: 1}] * 2)
     assert judge(Cell("muon", "zero1"), [first, second]).passed
+
+
+def test_a_sign_in_the_place_of_the_factor_orthogonalizes_nothing() -> None:
+    idle = report(orthogonalized=[{}, {}])
+    assert judge(Cell("sumo", "ddp", options="inner=sign"), [idle]).passed
+    assert "0 times" in judge(Cell("sumo", "ddp"), [idle]).reasons[0]
+    assert "0 times" in judge(Cell("sumo", "ddp", options="basis=random"), [idle]).reasons[0]
 
 
 def test_adamw_has_no_matrices_and_owes_none() -> None:
