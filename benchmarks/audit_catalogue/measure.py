@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.audit_catalogue.entries import Entry
+from benchmarks.audit_catalogue.special import audited
 from harness.errors import InputError
 from harness.verify.audit import cells, session
 from harness.verify.audit.session import Session
@@ -93,11 +94,11 @@ def measure(
                 if entry.error or not (lacking or lacks_checks):
                     continue
                 try:
-                    report = running.audit(running.probe(target), lacking, has_checks=lacks_checks)
+                    report = running.audit(running.probe(audited(target)), lacking, has_checks=lacks_checks)
                     entry.take(report.as_dict())
                 except TargetError as error:
-                    entry.version = version(target.name)
                     entry.error = error.reason
+                entry.version = entry.version or version(target.name)
                 known[target.name] = entry
                 save()
                 say(entry, number, len(members))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.audit_catalogue.entries import UNAVAILABLE, Entry
+from benchmarks.audit_catalogue.special import RANKED, REMARKS, UNDERSTATED
 from harness.verify.audit.pages import legend, table_text
 from harness.verify.audit.tables import MISSING, Table
 from optimizers import presets
@@ -14,7 +16,13 @@ from optimizers import presets
 PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
 HEAD = Path(__file__).with_name("head.md")
 """The hand-written part of the page."""
-_ORDER = ("wrong", "crashes", "refused", "safe")
+NOT_SHOWN = "not shown"
+"""In the place of "safe" where the audit's gradients hide what an update depends on."""
+_ORDER = ("wrong", "crashes", "refused", NOT_SHOWN, "safe")
+_UNDIVIDED = ("single", "ddp")
+"""Engines that give an optimizer all parameters, whole."""
+_STAR = "*"
+"""Marks a class with a remark."""
 _HOME = "optbench"
 
 
@@ -24,7 +32,11 @@ def text(entries: Sequence[Entry]) -> str:
     Args:
         entries: measured, in the order of the page; a package that cannot be imported is one with an error.
     """
-    audited = [entry for entry in entries if not entry.error and (entry.cells or entry.passed is not None)]
+    audited = [
+        _corrected(entry)
+        for entry in entries
+        if not entry.error and (entry.cells or entry.passed is not None)
+    ]
     parts = [
         HEAD.read_text(encoding="utf-8").rstrip(),
         "## The catalogue",
@@ -36,6 +48,9 @@ def text(entries: Sequence[Entry]) -> str:
         own = [entry for entry in audited if package_of(entry) == package]
         title = next((entry.version for entry in own if entry.version), package)
         parts += [f"### {title}", table_text(_engines(own))]
+    remarks = _remarks(audited)
+    if remarks.rows:
+        parts += ["## Remarks", _REMARKS, table_text(remarks)]
     failed = _failed(audited)
     parts += [
         "## Checks in one process",
@@ -52,6 +67,10 @@ def text(entries: Sequence[Entry]) -> str:
     return "\n\n".join([*parts, "## Terms", legend()]) + "\n"
 
 
+_REMARKS = f"""\
+What a star stands for. *{NOT_SHOWN.capitalize()}*: the runs agree, but with gradients that hide what the update depends
+on, so that they say nothing about an engine that deals out the parameters."""
+
 _CHECKS = """\
 What failed, and for whom. A check fails where training would be wrong or would stop; `optbench audit` prints the
 figures of each. *no gradients* fails where a step in which no parameter has a gradient still counts, so that bias
@@ -62,6 +81,34 @@ Minimal reproductions of defects are in [Defects that the audit found](audit_fin
 _FACTS = """\
 Nothing here is a defect. *State*: bytes per parameter element on six small parameters in fp32. *Host syncs*: what makes
 the host wait for a GPU in one step over these parameters, counted on fake CUDA tensors."""
+
+
+def _corrected(entry: Entry) -> Entry:
+    """Return an entry with the class of the formula and without verdicts that its runs cannot give."""
+    known = UNDERSTATED.get(entry.target)
+    if known is None:
+        return entry
+    cells = {
+        label: NOT_SHOWN if verdict == "safe" and label.split()[0] not in _UNDIVIDED else verdict
+        for label, verdict in entry.cells.items()
+    }
+    return replace(entry, update_class=known.update_class, cells=cells)
+
+
+def _remarks(entries: Sequence[Entry]) -> Table:
+    """Return the table of remarks on the optimizers that have one."""
+    rows = [[entry.target, _remark(entry.target)] for entry in entries if _remark(entry.target)]
+    return Table("", ["optimizer", "remark"], rows)
+
+
+def _remark(target: str) -> str:
+    """Return what a reader should know of a row; empty: nothing."""
+    if target in UNDERSTATED:
+        return UNDERSTATED[target].reason
+    if target in RANKED:
+        options = ", ".join(f"{key}={value!r}" for key, value in RANKED[target].items())
+        return f"audited with {options} in the group of its matrices: without a rank it projects nothing"
+    return REMARKS.get(target, "")
 
 
 def package_of(entry: Entry) -> str:
@@ -151,7 +198,7 @@ def _engines(entries: Sequence[Entry]) -> Table:
     rows = [
         [
             name_of(entry),
-            entry.update_class or MISSING,
+            (entry.update_class or MISSING) + (_STAR if _remark(entry.target) else ""),
             *(verdict(entry, engine) for engine in engines),
             ", ".join(entry.failed) or (MISSING if entry.passed is not None else "not measured"),
         ]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from benchmarks.audit_catalogue import entries, measure, page
+from benchmarks.audit_catalogue import entries, measure, page, special
 from benchmarks.audit_catalogue.entries import Entry
 from harness import command_line
 from harness.errors import InputError
@@ -123,6 +124,49 @@ def test_page_says_what_measured_its_rows_and_what_is_missing() -> None:
     assert "pkg.D" not in mixed
     for package in ("dion", "emerging-optimizers"):
         assert f"| {package}" in mixed
+
+
+def test_verdicts_that_the_gradients_hide_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = special.Understated("global", "one number of all parameters that its first steps do not show")
+    monkeypatch.setattr(page, "UNDERSTATED", {"pkg.Wild": hidden})
+    monkeypatch.setattr(page, "REMARKS", {"pkg.Quiet": "it draws its first state"})
+    wild, quiet = Entry("pkg.Wild"), Entry("pkg.Quiet")
+    cells = [
+        {"engine": engine, "variant": "", "verdict": verdict, "reason": ""}
+        for engine, verdict in (("single", "safe"), ("ddp", "safe"), ("fsdp2", "crashes"), ("zero1", "safe"))
+    ]
+    for entry in (wild, quiet):
+        entry.take(report(cells=cells, **{"class": "elementwise"}))
+    text = page.text([wild, quiet])
+    rows = [line for line in text.splitlines() if line.startswith("| Wild")]
+    assert rows == [r"| Wild | global\* | safe | safe | crashes | not shown | added group |"]
+    assert r"| Quiet | elementwise\* | safe | safe | crashes | safe | added group |" in text
+    assert "| pkg.Wild | one number of all parameters" in text
+    assert "| pkg.Quiet | it draws its first state" in text
+    # The file keeps what was measured.
+    assert wild.cells["zero1"] == "safe"
+
+
+def test_rules_that_need_a_rank_are_audited_with_one() -> None:
+    galore = pytest.importorskip("pytorch_optimizer").GaLore
+    target = special.audited(Target("pytorch_optimizer.GaLore"))
+    weight, norm = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((6, 8), (8,)))
+    built = target.load()([weight, norm], **target.arguments)
+    assert isinstance(built, galore)
+    assert [group.get("rank") for group in built.param_groups] == [4, None]
+    generator = torch.Generator().manual_seed(0)
+    weight.grad, norm.grad = torch.randn(6, 8, generator=generator), torch.ones(8)
+    built.step()
+    # The update has the rank that was asked for, unlike Adam's.
+    assert int(torch.linalg.matrix_rank(weight.detach(), rtol=1e-4)) == 4
+    plain = galore([weight])
+    with torch.no_grad():
+        weight.zero_()
+    plain.step()
+    assert int(torch.linalg.matrix_rank(weight.detach(), rtol=1e-4)) == 6
+    # Slices of ZeRO are no matrices.
+    assert [group.get("rank") for group in target.load()([norm], **target.arguments).param_groups] == [None]
+    assert special.audited(Target("torch.optim.AdamW")) == Target("torch.optim.AdamW")
 
 
 class Recorded:
