@@ -90,7 +90,8 @@ def test_a_study_from_a_file_and_the_command_line_wins(
 ) -> None:
     folder = tmp_path / "configs" / "study"
     folder.mkdir(parents=True)
-    text = "optimizers: [adamw, sumo]\ntrials: 2\nseeds: 4\nselect: metric\nrun: {steps: 7, sumo.rank: 8}\nspace: {lr: [0.1, 0.2]}\n"
+    text = "optimizers: [adamw, sumo]\ntrials: 2\nseeds: 4\nselect: metric\nrun: {steps: 7, sumo.rank: 8}\n"
+    text += "space: {lr: [0.1, 0.2]}\n"
     (folder / "mine.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     study = arguments.read(["study=mine", "steps=9", "group=g"])
