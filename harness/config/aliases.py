@@ -56,6 +56,9 @@ KEYS = _by_name(
         "data.dataset": "dataset_name dataset_path hf_dataset",
         "data.files": "train_file train_files data_path data_files data_dir path file",
         "data.tokenizer": "tokenizer_name tokenizer_path tokenizer_name_or_path",
+        "data.validation_files": "validation_file eval_file dev_file val_file test_file eval_files val_files",
+        "data.validation_split": "eval_split dev_split val_split",
+        "data.columns": "column_names",
         "data.field": "text_column text_field column text_key content_field",
         "eval.every": "eval_every eval_steps eval_interval eval_freq val_check_interval",
         "checkpoint.every": "save_every save_steps save_interval checkpoint_interval ckpt_every checkpoint_every",
@@ -206,7 +209,7 @@ VALUES: dict[str, dict[str, str]] = {
         {
             "datasets": "hf hub huggingface dataset streaming",
             "text": "txt file files",
-            "jsonl": "json ndjson jsonlines",
+            "jsonl": "ndjson jsonlines",
         }
     ),
     "resume": _by_name(
@@ -229,7 +232,8 @@ NOTHING = ("none", "nil", "off", "no", "never", "false", "disabled", "~", "undef
 
 FILES = _by_name(
     {
-        "jsonl": ".jsonl .ndjson .json",
+        "jsonl": ".jsonl .ndjson",
+        "json": ".json",
         "parquet": ".parquet",
         "text": ".txt .text .md",
         "csv": ".csv",

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harness.data import formats, local_files
+from harness.data import formats, local_files, row_files
 from harness.data.row_files import Layout
 from harness.errors import InputError
 
@@ -318,7 +318,7 @@ def test_a_large_bomb_takes_bounded_memory(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "x").write_text('{"text": "a"}\n{"text": "' + "b" * 2**21)
     assert "x, line 2 is longer than 1 MiB" in line_of(tmp_path / "x")
 
