@@ -78,6 +78,7 @@ def prepare(
     if config.epochs is not None:
         config = checks.with_epochs(config, task.samples(config, data).length)
     task.check(config, data)
+    config = task.resolve(config, data)
 
     def identity_of(config: RunConfig) -> str:
         return identity(config, data.sha256, data.tokenizer_sha256)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -28,23 +27,6 @@ MOMENT_FIGURES = ("condition_number", "effective_rank", "stable_rank", "orthogon
 
 WeightLayout = Literal["replicated", "sharded", "partitioned"]
 """How weights are held when the optimizer steps: whole on every process, as DTensors, or as DeepSpeed's flat slices."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a model ends in where it is no language model.
-
-    Attributes:
-        kind: module that `transformers` puts on the backbone.
-        labels: classes, or 1 for a number.
-        problem: class, or number (regression).
-        pad_id: token that fills rows; heads of decoders read the last token that is not this one.
-    """
-
-    kind: Literal["sequence_classification"]
-    labels: int
-    problem: Literal["class", "number"]
-    pad_id: int
 
 
 class WeightSource(Protocol):

@@ -73,16 +73,23 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     config, data, task = prepared.config, prepared.data, task_of(prepared.config)
     assert config.micro_batch_size is not None
     memory = MemoryPhases(engine.device)
+    head = task.head(config, data)
+    told: list[str] = []
     network, weights = model.build_deferred(
         config.model,
         seed=config.seed,
         precision=config.precision,
         trust_remote_code=config.trust_remote_code,
-        say=_to_stderr if engine.rank == 0 and engine.world_size > 1 else lambda line: None,
+        head=head,
+        say=told.append,
     )
+    if head is None and engine.world_size == 1:
+        # That a language model of one process is built whole is no news.
+        told.clear()
     notes = model.specialize(
         network,
-        config.model,
+        # A classifier has no logits of a vocabulary.
+        config.model if head is None else config.model.model_copy(update={"loss_chunk": None}),
         seq_len=config.seq_len,
         tokens=config.micro_batch_size * config.seq_len,
         clip_threshold=config.optimizer.options.get("qk_clip_threshold"),
@@ -104,7 +111,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     engine.shard(network, axes, model.decoder_layers(network), weights)
     # After sharding: an optimizer recognizes DTensors and plans its layout by them.
     optimizer = build_optimizer(config, network, engine)
-    info = ModelInfo(parameters, ownership(optimizer, network), flops.per_token, flops.peak, tuple(notes))
+    info = ModelInfo(parameters, ownership(optimizer, network), flops.per_token, flops.peak, (*told, *notes))
     engine.prepare(network, optimizer)
     loader = MicroBatchLoader(
         task.samples(config, data),

@@ -22,6 +22,7 @@ from harness.record.folder import finite
 from harness.record.schema import MEMORY_KINDS, SCHEMA_VERSION, TIME_PARTS
 from harness.redaction import redact_argv
 from harness.tasks import task_of
+from harness.tasks.metrics import METRICS
 from harness.tracked_optimizer import tracked
 
 ENOUGH_CORES = 4
@@ -50,9 +51,10 @@ def warnings(run: Run, facts: Mapping[str, Any]) -> list[str]:
     config, lines = run.config, []
     epochs = run.loader.epoch(config.steps - 1)
     # Tasks train for several epochs as a rule; text that is read again is memorized.
-    if epochs > 1 and (train_tokens := facts.get("train_tokens_available")) is not None:
+    if epochs > 1 and config.task.name == "pretrain":
         lines.append(
-            f"{epochs:.1f} epochs: the training split of {train_tokens:,} tokens is seen more than once"
+            f"{epochs:.1f} epochs: the training split of {facts['train_tokens_available']:,} tokens is seen more than "
+            "once"
         )
     lines += checks.warnings(config)
     is_said = any(line.startswith("optimizer.lr") for line in lines)
@@ -157,6 +159,7 @@ def build(
         "reason": reason,
         "optimizer": config.optimizer.name,
         "seed": config.seed,
+        "task": config.task.name,
         "identity": prepared.identity,
         "comparison_key": prepared.comparison_key,
         "lr": config.optimizer.lr,
@@ -171,6 +174,8 @@ def build(
         "val/loss": finite(last.get("val/loss")) if ended else None,
         "val/perplexity": finite(last.get("val/perplexity")) if ended else None,
         "val/raw_loss": finite(last.get("val/raw_loss")) if ended else None,
+        "metrics": final_metrics(last) if ended else {},
+        "best_metrics": best_metrics(rows),
         "train/loss": finite(last.get("train/loss")),
         "best_val_loss": min(losses, default=None),
         "skipped_steps": totals.skipped,
@@ -193,6 +198,27 @@ def build(
         "command": shlex.join(["optbench", "train", *redact_argv(prepared.overrides)]),
         "warnings": list(warnings),
     }
+
+
+def final_metrics(row: MetricRow) -> dict[str, dict[str, Any]]:
+    """Return name → value, direction and unit of the task's metrics in a row, the one of the run first."""
+    return {
+        name: {"value": finite(row[key]), "better": METRICS[name].better, "unit": METRICS[name].unit}
+        for key in row
+        if (name := key.removeprefix("val/")) in METRICS
+    }
+
+
+def best_metrics(rows: Sequence[MetricRow]) -> dict[str, dict[str, Any]]:
+    """Return name → best value of the task's metrics and the step of it: chosen on the validation data themselves."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for name, metric in final_metrics(row).items():
+            value, before = metric["value"], best.get(name)
+            sign = 1 if metric["better"] == "higher" else -1
+            if value is not None and (before is None or sign * value > sign * before["value"]):
+                best[name] = {"value": value, "step": row["step"]}
+    return best
 
 
 def median(rows: Sequence[MetricRow], key: str) -> float | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from harness.config import (
-    data_checks,
     derived_defaults,
     engine_checks,
     launcher,
@@ -59,7 +58,6 @@ def check(
     """
     _check_folders(config)
     task_checks.check(config)
-    data_checks.check(config)
     value_formats.duration_seconds("time_limit", config.time_limit)
     shapes = facts(config.model)
     model_checks.check(config, shapes)

@@ -16,6 +16,9 @@
         summary.json         SUMMARY_KEYS; written at the end, also of a diverged or interrupted run
         status.json          {"schema_version", "state", "step", "steps", "updated", "attempts": [{"started", "ended",
                              "state", "reason", "first_step", "last_step", "world_size"}]}
+        predictions.parquet  of a task's last evaluation, a row for each validation example: example (row in the source,
+                             from 0), reference, prediction, correct (null for numbers), loss (nats, or the squared
+                             error), probability (of the predicted class), text (that was generated)
         checkpoints/         step_00001000/, latest (harness/checkpoint/store.py)
         checkpoints.attempt1/  checkpoints that later attempts did not resume from
         config.steps1000.yaml, summary.steps1000.json   of the run of so many steps that this one continues
@@ -64,18 +67,38 @@ MEMORY_KINDS: dict[str, str] = {
 }
 """Kinds of memory, and their meanings."""
 
+TASK_METRICS: dict[str, tuple[str, str]] = {
+    "accuracy": ("fraction", "share of the validation examples with the right class"),
+    "f1": ("", "F1 of the second of two classes, or the mean over classes"),
+    "matthews": ("", "Matthews correlation"),
+    "pearson": ("", "Pearson correlation"),
+    "spearman": ("", "Spearman rank correlation"),
+    "exact_match": ("fraction", "share of the validation examples with the reference's very answer"),
+}
+"""Metrics of tasks (`harness.tasks.metrics`) → unit and meaning."""
+
 METRICS: dict[str, Metric] = {
     "step": Metric("", "optimizer steps done"),
-    "tokens": Metric("tokens", "tokens that carried loss, over all processes"),
+    "tokens": Metric(
+        "tokens",
+        "tokens trained on, over all processes: those with a loss, for classification those without padding",
+    ),
     "wall_s": Metric("s", "training seconds, summed over attempts; evaluation and probes included"),
-    "train/loss": Metric("nats/token", "token-weighted mean since the previous row"),
+    "train/loss": Metric(
+        "nats/token",
+        "token-weighted mean since the previous row; for task=classify nats/example, or the mean squared error",
+    ),
     "train/aux_loss": Metric(
         "",
         "load-balancing loss of the routers before its coefficient, weighted as train/loss, which does not hold it; "
         "absent where the model computes none",
     ),
-    "val/loss": Metric("nats/token", "token-weighted mean over the fixed validation tokens"),
-    "val/perplexity": Metric("", "exp(val/loss)"),
+    "val/loss": Metric(
+        "nats/token",
+        "token-weighted mean over the fixed validation tokens; for task=classify the mean over all validation examples",
+    ),
+    "val/perplexity": Metric("", "exp(val/loss); absent for task=classify"),
+    **{f"val/{name}": Metric(unit, meaning) for name, (unit, meaning) in TASK_METRICS.items()},
     "val/raw_loss": Metric(
         "nats/token",
         "the same of the weights themselves, where optimizer.average_decay makes val/loss that of their average; "
@@ -120,6 +143,7 @@ SUMMARY_KEYS: dict[str, str] = {
     "reason": "why it ended, one line",
     "optimizer": "preset or plug-in name",
     "seed": "int",
+    "task": "pretrain, classify or answer",
     "identity": "hash of all that changes the result (seed and optimizer included)",
     "comparison_key": "hash of data, model, budget and precision: runs that share it may be compared",
     "lr": "peak learning rate",
@@ -133,6 +157,9 @@ SUMMARY_KEYS: dict[str, str] = {
     "val/loss": "at the last step, or null",
     "val/perplexity": "at the last step, or null",
     "val/raw_loss": "with optimizer.average_decay: of the weights themselves at the last step; else null",
+    "metrics": "{name: {value, better: higher or lower, unit}} of the task at the last step, the run's metric first; "
+    "{} for pretraining and runs that did not end",
+    "best_metrics": "{name: {value, step}}: best over the evaluations, an optimistic figure",
     "train/loss": "last row",
     "best_val_loss": "lowest val/loss",
     "skipped_steps": "int",
@@ -148,8 +175,10 @@ SUMMARY_KEYS: dict[str, str] = {
     "matrix_parameters": "how many of them take the matrix rule",
     "corpus_sha256": "hash of the token file",
     "train_tokens_available": "tokens of the training split",
+    "labels": "classes of task=classify in the order of the model's outputs; else null",
+    "examples": "{train, validation}: examples of a task; null for pretraining",
     "epochs": "passes over the training split",
-    "unigram_entropy": "nats/token, of the training split",
+    "unigram_entropy": "nats/token, of the training split of pretraining; else null",
     "device": "device kind, e.g. cpu or NVIDIA H100 80GB HBM3",
     "engine": "single, ddp, …",
     "precision": "fp32, bf16, …",

@@ -21,6 +21,14 @@ def task_of(config: RunConfig) -> Task[Any]:
         from harness.tasks.pretrain import Pretrain
 
         return Pretrain()
+    if config.task.name == "classify":
+        from harness.tasks.classify import Classify
+
+        return Classify()
     raise InputError(
-        "task", config.task.name, "is not available yet", allowed="pretrain", fix="task=pretrain"
+        "task",
+        config.task.name,
+        "is not available yet",
+        allowed=["pretrain", "classify"],
+        fix="task=pretrain",
     )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from harness.loop import Run
-    from harness.protocols import Head, Objective, Probe
+    from harness.model import ClassificationHead
+    from harness.protocols import Objective, Probe
 
 
 class Pretrain:
@@ -46,7 +47,11 @@ class Pretrain:
             data, config.seq_len, config.data.mode, derived_defaults.evaluation_tokens(config)
         )
 
-    def head(self, config: RunConfig, data: Corpus) -> Head | None:
+    def resolve(self, config: RunConfig, data: Corpus) -> RunConfig:
+        """Return the configuration unchanged."""
+        return config
+
+    def head(self, config: RunConfig, data: Corpus) -> ClassificationHead | None:
         """Return None: the model is a language model."""
         return None
 
@@ -69,7 +74,12 @@ class Pretrain:
 
     def facts(self, data: Corpus) -> Mapping[str, Any]:
         """Return the size and the unigram entropy of the training split."""
-        return {"train_tokens_available": data.train_tokens, "unigram_entropy": data.unigram_entropy}
+        return {
+            "labels": None,
+            "examples": None,
+            "train_tokens_available": data.train_tokens,
+            "unigram_entropy": data.unigram_entropy,
+        }
 
     def describe(self, config: RunConfig, data: Corpus) -> str:
         """Return size, entropy and evaluation of the corpus in one line."""

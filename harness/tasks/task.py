@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from harness.loop import Run
-    from harness.protocols import Head, Objective, Probe, Samples
+    from harness.model import ClassificationHead
+    from harness.protocols import Objective, Probe, Samples
 
 Say = Callable[[str], None]
 
@@ -65,7 +66,11 @@ class Task(Protocol[Data]):
         """
         ...
 
-    def head(self, config: RunConfig, data: Data) -> Head | None:
+    def resolve(self, config: RunConfig, data: Data) -> RunConfig:
+        """Return the configuration with what the data decide, such as the classes: a function of data and keys."""
+        ...
+
+    def head(self, config: RunConfig, data: Data) -> ClassificationHead | None:
         """Return what the model ends in; None: the head of a language model."""
         ...
 

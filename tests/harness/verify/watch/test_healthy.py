@@ -92,7 +92,6 @@ RULES = {
     "sumo": "preset",
     "galore": "preset",
     "muon": "orthogonalized",
-    "muon_clip": "preset",
     "adamw": "adamw",
 }
 

@@ -1,0 +1,91 @@
+"""Examples as arrays of a micro-batch: in the order of the run, padded to the longest. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.data import Order
+
+Ids = NDArray[np.int64]
+MULTIPLE = 8
+"""Lengths of rows are multiples of it (tensor cores take whole tiles, and fewer shapes are compiled)."""
+
+
+class Split(Protocol):
+    """What is read of a split of examples (`harness.tasks.examples.ExampleSplit`)."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of each example, ``(examples,)``."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class MakeBatch(Protocol):
+    """Make the arrays of a micro-batch from examples of a split."""
+
+    def __call__(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Return the arrays whose meaning the task's objective knows, one row an example."""
+        ...
+
+
+class ExampleSamples:
+    """The `Samples` of a run over examples, in a fresh permutation each epoch.
+
+    Args:
+        split: of the training data.
+        order: of the run, over as many examples.
+        collate: makes a micro-batch.
+        loss_tokens: tokens with a loss of each example, ``(examples,)``; None: the loss is divided by examples.
+
+    Attributes:
+        length: examples.
+    """
+
+    def __init__(
+        self, split: Split, order: Order, collate: MakeBatch, loss_tokens: NDArray[np.integer] | None = None
+    ) -> None:
+        self.length = len(split)
+        self._order, self._collate = order, collate
+        self._lengths, self._loss_tokens = split.lengths, loss_tokens
+
+    def rows(self, first: int, count: int) -> tuple[np.ndarray, ...]:
+        """Return the samples ``first`` … ``first + count - 1`` of the run, padded to the longest of them."""
+        return self._collate(self._order.take(first, count).tolist())
+
+    def loss_tokens(self, first: int, count: int) -> int:
+        """Return the tokens with a loss of these samples, or their number."""
+        if self._loss_tokens is None:
+            return count
+        return int(self._loss_tokens[self._order.take(first, count)].sum())
+
+    def tokens(self, first: int, count: int) -> int:
+        """Return the tokens of these samples, padding not included."""
+        return int(self._lengths[self._order.take(first, count)].sum())
+
+
+def padded_length(longest: int, seq_len: int) -> int:
+    """Return the length of the rows of a micro-batch: the next multiple of `MULTIPLE`, at most ``seq_len``."""
+    return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, seq_len))
+
+
+def pad(rows: Sequence[NDArray[np.integer]], length: int, value: int) -> Ids:
+    """Return rows of different lengths filled up on the right: (rows, length) int64."""
+    padded = np.full((len(rows), length), value, dtype=np.int64)
+    for target, row in zip(padded, rows):
+        target[: len(row)] = row
+    return padded
+
+
+def batches_by_length(lengths: NDArray[np.integer], size: int) -> list[list[int]]:
+    """Return all examples in batches of ``size``, longest first, so that few rows are padded.
+
+    The order depends on the lengths alone; the last batch may be smaller.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
+    return [order[start : start + size] for start in range(0, len(order), size)]
