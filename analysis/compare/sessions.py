@@ -20,6 +20,7 @@ from analysis.compare.arguments import ComparisonPlan
 from analysis.compare.progress import SessionProgress, Verbosity
 from analysis.formatting import listing
 from analysis.runs import reading
+from analysis.runs.measure import final_value, measure_of
 from harness.config import compose
 from harness.errors import ExitCode, InputError
 from harness.files import atomic
@@ -199,8 +200,11 @@ class Session:
             # The folder of a refused run may belong to another process: do not write to it.
             self._trainer.append_output_to_log(run, start)
             reason = f"{reason} ({run.folder / 'log.txt'})"
-        loss = reading.number(reading.record(run.folder / "summary.json", Summary, []).get("val/loss"))
-        result = f"validation loss {loss:.4f}" if state == "finished" else reason
+        summary = reading.record(run.folder / "summary.json", Summary, [])
+        measure = measure_of({}, summary)
+        value = final_value(measure, summary)
+        shown = measure.number(value) if measure.is_loss else measure.text(value)
+        result = f"{measure.title} {shown}" if state == "finished" else reason
         code = {"finished": ExitCode.DONE, "interrupted": ExitCode.RESUMABLE}.get(state, ExitCode.RUN_FAILED)
         return code, f"{state} in {time.monotonic() - started:.1f} s: {result}"
 

@@ -137,6 +137,7 @@ def _run(run: LoadedRun) -> dict[str, Any]:
             "comparison_key": run.comparison_key,
             "identity": run.text("identity") or None,
             "final_loss": run.final_loss,
+            "metrics": run.summary.get("metrics") or {},
             "notes": run.notes,
             "foreign": run.is_external,
             "summary": run.summary,
@@ -154,23 +155,14 @@ def _set(judged: JudgedSet) -> dict[str, Any]:
             "title": comparison.title,
             "verdict": {**asdict(judged.verdict), "sentence": judged.verdict.sentence},
             "seeds": comparison.seeds,
+            "measure": {**asdict(comparison.measure), "key": comparison.measure.key},
+            "examples": None if comparison.examples is None else len(comparison.examples),
             "target": comparison.target,
             "unigram_entropy": comparison.entropy,
             "commands": judged.commands,
             "resolution": RESOLUTION,
             "tuning": tuning_ledger.to_json([study for _, study in comparison.studies]),
-            "arms": [
-                {
-                    "label": arm.label,
-                    "optimizer": arm.optimizer,
-                    "n": arm.final.n,
-                    "mean": arm.final.mean,
-                    "sd": arm.final.sd,
-                    "half_width_95": arm.final.half_width,
-                    "losses": {str(seed): value for seed, value in arm.losses().items()},
-                }
-                for arm in comparison.arms
-            ],
+            "arms": [_arm(comparison, index) for index in range(len(comparison.arms))],
             "pairs": [
                 {
                     "arms": [names[i], names[j]],
@@ -180,6 +172,7 @@ def _set(judged: JudgedSet) -> dict[str, Any]:
                     "half_width_95": tests.half_width[k],
                     "p": tests.p[k],
                     "p_holm": tests.p_holm[k],
+                    **_pair(comparison, i, j),
                 }
                 for k, (i, j) in enumerate(tests.pairs)
             ],
@@ -190,6 +183,41 @@ def _set(judged: JudgedSet) -> dict[str, Any]:
             },
         }
     )
+
+
+def _arm(comparison: ComparisonSet, index: int) -> dict[str, Any]:
+    arm = comparison.arms[index]
+    facts = {
+        "label": arm.label,
+        "optimizer": arm.optimizer,
+        "n": arm.final.n,
+        "mean": arm.final.mean,
+        "sd": arm.final.sd,
+        "half_width_95": arm.final.half_width,
+        "losses": {str(run.seed): run.final_loss for run in arm.finished},
+        "results": {str(seed): value for seed, value in arm.results(comparison.measure).items()},
+    }
+    if comparison.examples is not None:
+        by_examples, both = comparison.examples.half_widths(index, arm.final)
+        facts |= {"half_width_examples_95": by_examples, "half_width_both_95": both}
+    return facts
+
+
+def _pair(comparison: ComparisonSet, first: int, second: int) -> dict[str, Any]:
+    """Return what the per-example results of a task say about two arms; empty without them."""
+    examples = comparison.examples
+    if examples is None:
+        return {}
+    rows = [
+        [int(examples.rows[k]) for k in examples.changed(*arms)]
+        for arms in ((first, second), (second, first))
+    ]
+    return {
+        "agreement": asdict(examples.agreement(first, second)),
+        "mcnemar": [asdict(test) for test in examples.mcnemar(first, second)],
+        "only_first_right": rows[0],
+        "only_second_right": rows[1],
+    }
 
 
 def _row(row: ResultsRow) -> dict[str, Any]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from analysis import formatting
+from analysis.comparison.examples import ExampleResults
 from analysis.comparison.sets import Arm, ComparisonSet
 from analysis.comparison.warnings import lr_standing
+from analysis.runs.measure import FRACTION, Measure, loss_beside
 from analysis.runs.reading import number
 from analysis.runs.run import LoadedRun
 from analysis.text_tables import markdown_lines
@@ -72,16 +74,20 @@ class ResultsTable:
 STEP_PARTS = tuple(part for part in TIME_PARTS if part != "probes")
 
 _RESULT, _COST = "result", "cost"
-COLUMNS = [
-    ResultsColumn(
-        "optimizer", "optimizer", "", "preset, and the options that differ between its arms", "both", False
-    ),
+_NAMES = ResultsColumn(
+    "optimizer", "optimizer", "", "preset, and the options that differ between its arms", "both", False
+)
+_SEEDS = ResultsColumn("n", "n", "seeds", "runs that finished", _RESULT)
+_BY_LOSS = [
+    _NAMES,
     ResultsColumn(
         "loss", "val loss", "nats/token", "validation loss at the last step, mean over seeds", _RESULT
     ),
     ResultsColumn("interval", "± 95 %", "nats/token", "half width of the t-interval of that mean", _RESULT),
-    ResultsColumn("n", "n", "seeds", "runs that finished", _RESULT),
+    _SEEDS,
     ResultsColumn("perplexity", "ppl", "", "exp(val loss)", _RESULT),
+]
+_REST = [
     ResultsColumn(
         "steps_to_target", "to target", "steps", "where the mean curve first reaches the target", _RESULT
     ),
@@ -129,27 +135,70 @@ COLUMNS = [
 ]
 
 
+COLUMNS = [*_BY_LOSS, *_REST]
+"""Of a table whose runs are compared by their validation loss."""
+
+
+def columns_of(measure: Measure) -> list[ResultsColumn]:
+    """Return the columns of a table whose runs are compared by ``measure``."""
+    if measure.is_loss:
+        return COLUMNS
+    name, unit, gap = measure.shown_name, measure.shown_unit, measure.gap_unit
+    return [
+        _NAMES,
+        ResultsColumn(
+            measure.name, name, unit, f"{measure.title} at the last step, mean over seeds", _RESULT
+        ),
+        ResultsColumn(
+            "interval",
+            "± 95 %",
+            gap,
+            "half width of the interval of that mean over seeds and examples (both are samples)",
+            _RESULT,
+        ),
+        ResultsColumn(
+            "seeds_interval", "± seeds", gap, "the same over the seeds alone (t-interval)", _RESULT
+        ),
+        ResultsColumn(
+            "examples_interval", "± examples", gap, "the same over the examples alone (bootstrap)", _RESULT
+        ),
+        _SEEDS,
+        ResultsColumn(
+            "loss",
+            "val loss",
+            loss_beside(measure).unit,
+            "validation loss at the last step, mean over seeds",
+            _RESULT,
+        ),
+        *_REST,
+    ]
+
+
 def build(comparison: ComparisonSet) -> ResultsTable:
-    """Build the table of one set: a row per arm, lowest mean loss first, and a row per unfinished run.
+    """Build the table of one set: a row per arm, best mean first, and a row per unfinished run.
 
     The order is that of the means only; the verdict states which differences are significant.
     """
     ranked = comparison.ranked()
     order = ranked + [i for i in range(len(comparison.arms)) if i not in ranked]
+    columns, measure = columns_of(comparison.measure), comparison.measure
     rows_of = {
-        index: _arm(comparison.arms[index], comparison.target, comparison.peak_kind) for index in order
+        index: {**_arm(comparison, comparison.arms[index]), **_result(comparison, index)} for index in order
     }
     rows = []
     for index, cells in rows_of.items():
         arm = comparison.arms[index]
         rows.append(ResultsRow(index, False, cells))
-        rows.extend(ResultsRow(index, True, _failure(arm, run)) for run in arm.runs if not run.finished)
+        rows.extend(
+            ResultsRow(index, True, _failure(arm, run, columns)) for run in arm.runs if not run.finished
+        )
     notes = []
     if math.isfinite(comparison.target):
-        highest = next(arm for arm in comparison.arms if arm.final.mean == comparison.target)
-        notes.append(
-            f"target: {formatting.loss(comparison.target)} nats/token, the mean final loss of {highest.label}"
-        )
+        last = next(arm for arm in comparison.arms if arm.final.mean == comparison.target)
+        target = measure.text(comparison.target)
+        notes.append(f"target: {target}, the mean final {measure.shown_name} of {last.label}")
+    if comparison.examples is not None:
+        notes.append(_worth(comparison.examples, measure))
     if math.isfinite(comparison.entropy):
         notes.append(f"unigram entropy of the corpus: {formatting.loss(comparison.entropy)} nats/token")
     sources: dict[str, list[str]] = {}
@@ -159,23 +208,51 @@ def build(comparison: ComparisonSet) -> ResultsTable:
     for source, labels in sources.items():
         subject = "learning rates" if len(sources) == 1 else f"learning rate of {formatting.listing(labels)}"
         notes.append(f"{subject}: {source}")
-    return ResultsTable(comparison.title, COLUMNS, rows, notes)
+    return ResultsTable(comparison.title, columns, rows, notes)
 
 
-def _arm(arm: Arm, target: float, peak_kind: str) -> dict[str, ResultsCell]:
+def _worth(examples: ExampleResults, measure: Measure) -> str:
+    """Return the number of examples, and what one of them is worth under a metric that is their mean."""
+    count = formatting.grouped(len(examples))
+    if measure.unit != FRACTION:
+        return f"{count} validation examples"
+    return f"{count} validation examples, each worth {measure.gap_text(1 / len(examples), 2)}"
+
+
+def _result(comparison: ComparisonSet, index: int) -> dict[str, ResultsCell]:
+    """Return the cells of an arm that differ between a loss and the metric of a task."""
+    arm, measure = comparison.arms[index], comparison.measure
+    if measure.is_loss:
+        perplexity = math.exp(min(arm.final.mean, 700)) if arm.final.n else math.nan
+        return {
+            "loss": ResultsCell(formatting.loss(arm.final.mean), arm.final.mean),
+            "interval": _number_cell(arm.final.half_width, 2),
+            "perplexity": _number_cell(perplexity, 4),
+        }
+    by_examples = both = math.nan
+    if comparison.examples is not None and arm.final.n:
+        by_examples, both = comparison.examples.half_widths(index, arm.final)
+    loss = arm.mean("val/loss")
+    halves = {"interval": both, "seeds_interval": arm.final.half_width, "examples_interval": by_examples}
+    return {
+        # Shown values, so that a column has one unit in every form of the table.
+        measure.name: ResultsCell(measure.number(arm.final.mean), measure.scale * arm.final.mean),
+        **{key: _number_cell(measure.scale * half, 2) for key, half in halves.items()},
+        "loss": ResultsCell(formatting.loss(loss), loss),
+    }
+
+
+def _arm(comparison: ComparisonSet, arm: Arm) -> dict[str, ResultsCell]:
     run = (arm.finished or arm.runs)[0]
     kinds, mib = state_kinds(run), 2**20
     finished, curve = len(arm.finished), arm.curve
-    perplexity = math.exp(min(arm.final.mean, 700)) if arm.final.n else math.nan
-    steps = curve.first_below(target, "steps") if curve else math.nan
-    seconds = curve.first_below(target, "seconds") if curve else math.nan
+    target, sign = comparison.target, comparison.measure.sign
+    steps = curve.first_reaching(target, "steps", sign) if curve else math.nan
+    seconds = curve.first_reaching(target, "seconds", sign) if curve else math.nan
     state = sum(kinds.values()) / mib if kinds else math.nan
     return {
         "optimizer": _text_cell(arm.label),
-        "loss": ResultsCell(formatting.loss(arm.final.mean), arm.final.mean),
-        "interval": _number_cell(arm.final.half_width, 2),
         "n": ResultsCell(str(finished), float(finished)),
-        "perplexity": _number_cell(perplexity, 4),
         "steps_to_target": ResultsCell(formatting.grouped(steps), steps),
         "seconds_to_target": _number_cell(seconds),
         "lr": _number_cell(run.fact("lr")),
@@ -189,7 +266,7 @@ def _arm(arm: Arm, target: float, peak_kind: str) -> dict[str, ResultsCell]:
         "optimizer_ms": _number_cell(arm.mean_time("optimizer") * 1000),
         "step_ms": _number_cell(arm.mean_time(*STEP_PARTS) * 1000),
         "tokens_per_s": ResultsCell(formatting.grouped(arm.mean("tokens_per_s")), arm.mean("tokens_per_s")),
-        "peak": _number_cell(arm.mean("memory_bytes", peak_kind) / mib),
+        "peak": _number_cell(arm.mean("memory_bytes", comparison.peak_kind) / mib),
         "certificate": _text_cell(_certificate(arm)),
     }
 
@@ -213,10 +290,10 @@ def _certificate(arm: Arm) -> str:
     return (f"✓ {max(errors):.1e}" if errors else "✓") + stale
 
 
-def _failure(arm: Arm, run: LoadedRun) -> dict[str, ResultsCell]:
+def _failure(arm: Arm, run: LoadedRun, columns: Sequence[ResultsColumn]) -> dict[str, ResultsCell]:
     """Return the row of an unfinished run: its name and outcome; the other cells stay blank."""
     cells = {
-        column.key: ResultsCell(formatting.MISSING, math.nan if column.numeric else "") for column in COLUMNS
+        column.key: ResultsCell(formatting.MISSING, math.nan if column.numeric else "") for column in columns
     }
     step = f"at step {formatting.grouped(run.steps)}" if math.isfinite(run.steps) else ""
     reason = "" if run.reason.startswith(run.state) and step in run.reason else run.reason
@@ -291,12 +368,13 @@ def to_csv(tables: Iterable[ResultsTable]) -> str:
     """Return CSV with the set's title in the first column, numbers in full precision, and blanks for missing values."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["set", *(f"{c.key} [{c.unit}]" if c.unit else c.key for c in COLUMNS)])
+    tables = list(tables)
+    columns = list(dict.fromkeys(column for table in tables or () for column in table.columns)) or COLUMNS
+    writer.writerow(["set", *(f"{c.key} [{c.unit}]" if c.unit else c.key for c in columns)])
     for table in tables:
         for row in table.rows:
-            writer.writerow(
-                [visible.csv_cell(table.title), *(_csv_value(row.cells[c.key].value) for c in table.columns)]
-            )
+            values = [_csv_value(row.cells[c.key].value) if c in table.columns else "" for c in columns]
+            writer.writerow([visible.csv_cell(table.title), *values])
     return out.getvalue()
 
 

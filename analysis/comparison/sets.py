@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis import formatting
-from analysis.comparison import statistics
+from analysis.comparison import examples, statistics
+from analysis.comparison.examples import ExampleResults
 from analysis.comparison.statistics import Floats, Interval, Pairwise
 from analysis.runs.curves import Curve, mean_curve
+from analysis.runs.measure import Measure
 from analysis.runs.run import LoadedRun
 
 if TYPE_CHECKING:
@@ -30,13 +32,13 @@ class Arm:
     runs: list[LoadedRun]
     """Including failed ones, in the order of seeds."""
     final: Interval = field(default_factory=lambda: Interval(0, math.nan, math.nan, math.nan))
-    """Final validation loss over the finished seeds."""
+    """What the set is compared by, over the finished seeds."""
     curve: Curve | None = None
-    """Mean validation loss over training; None if no run finished."""
+    """Mean of the same over training; None if no run finished."""
 
     @property
     def finished(self) -> list[LoadedRun]:
-        """Runs that reached their last step with a finite loss."""
+        """Runs that reached their last step with a finite result."""
         return [run for run in self.runs if run.finished]
 
     @property
@@ -44,9 +46,9 @@ class Arm:
         """The tuning study that selected this arm's setting; None without one."""
         return next((run.tuning for run in self.runs if run.tuning is not None), None)
 
-    def losses(self) -> dict[int, float]:
-        """Return seed → final validation loss of the finished runs."""
-        return {run.seed: run.final_loss for run in self.finished}
+    def results(self, measure: Measure) -> dict[int, float]:
+        """Return seed → final value of ``measure`` of the finished runs."""
+        return {run.seed: run.final(measure) for run in self.finished}
 
     def mean(self, key: str, part: str | None = None) -> float:
         """Return the mean over finished runs of a number in their summaries; NaN if none has it."""
@@ -71,19 +73,27 @@ class ComparisonSet:
     arms: list[Arm]
     seeds: list[int]
     """All seeds that any arm has."""
-    losses: Floats
-    """Final validation losses, shape (arms, seeds), in nats/token; NaN where missing."""
+    measure: Measure
+    """What the arms are compared by: the metric of the task, else the validation loss."""
+    results: Floats
+    """Final values of the measure, shape (arms, seeds); NaN where missing."""
     tests: Pairwise
+    examples: ExampleResults | None = None
+    """Per-example results of a task; None without them."""
+    examples_problem: str | None = None
+    """Why a task's set has none, as a clause."""
     peak_kind: str = "peak"
     """Kind of memory that optimizers are compared by: training's peak, or the whole run's where a run lacks that."""
     target: float = math.nan
-    """Highest mean final loss among the arms below the unigram entropy; NaN without a finished arm."""
+    """Worst mean result among the arms that learned something; NaN without a finished arm."""
     replaced: list[str] = field(default_factory=list)
     """One line for each run that is not used because another one has the same arm and seed."""
 
     @property
     def entropy(self) -> float:
-        """Unigram entropy of the training split (nats/token); NaN where no run recorded it."""
+        """Unigram entropy of the training split (nats/token); NaN where no run recorded it, and for metrics."""
+        if not self.measure.is_loss:
+            return math.nan
         values = [value for run in self.runs if math.isfinite(value := run.fact("unigram_entropy"))]
         return float(np.median(values)) if values else math.nan
 
@@ -97,9 +107,9 @@ class ComparisonSet:
         return self.tests.pairs.index((min(i, j), max(i, j)))
 
     def ranked(self) -> list[int]:
-        """Return the indices of the arms with finished runs, lowest mean final loss first."""
+        """Return the indices of the arms with finished runs, best mean first."""
         finished = [i for i, arm in enumerate(self.arms) if arm.final.n]
-        return sorted(finished, key=lambda i: self.arms[i].final.mean)
+        return sorted(finished, key=lambda i: -self.measure.sign * self.arms[i].final.mean)
 
 
 def group_into_sets(runs: Sequence[LoadedRun], order: Sequence[str] = ()) -> list[ComparisonSet]:
@@ -119,25 +129,54 @@ def group_into_sets(runs: Sequence[LoadedRun], order: Sequence[str] = ()) -> lis
 def _build(key: str, runs: list[LoadedRun], order: Sequence[str]) -> ComparisonSet:
     arms, replaced = _build_arms(runs, order)
     seeds = sorted({run.seed for arm in arms for run in arm.runs})
-    losses = np.full((len(arms), len(seeds)), np.nan)
+    # Runs that did not finish have no summary: those that did know the metric of their task.
+    measure = max(runs, key=lambda run: (run.finished, "metrics" in run.summary)).measure
+    results = np.full((len(arms), len(seeds)), np.nan)
     for i, arm in enumerate(arms):
-        for seed, value in arm.losses().items():
-            losses[i, seeds.index(seed)] = value
-        arm.final = statistics.interval(losses[i])
-        arm.curve = mean_curve(arm.finished)
+        for seed, value in arm.results(measure).items():
+            results[i, seeds.index(seed)] = value
+        arm.final = statistics.interval(results[i])
+        arm.curve = mean_curve(arm.finished, measure.key)
+    by_example, problem = _examples(arms, measure)
+    tests = statistics.pairwise(results)
+    if by_example is not None:
+        tests = statistics.with_examples(tests, by_example.variance_of_pairs(tests))
     comparison = ComparisonSet(
         key=key,
         title=_title(runs),
         runs=runs,
         arms=arms,
         seeds=seeds,
-        losses=losses,
-        tests=statistics.pairwise(losses),
+        measure=measure,
+        results=results,
+        tests=tests,
+        examples=by_example,
+        examples_problem=problem,
         peak_kind=_peak_kind(arms),
         replaced=replaced,
     )
     comparison.target = _target(comparison)
     return comparison
+
+
+def _examples(arms: Sequence[Arm], measure: Measure) -> tuple[ExampleResults | None, str | None]:
+    """Return the aligned per-example results of a task's runs, or why there are none; neither for a loss."""
+    if measure.is_loss:
+        return None, None
+    runs = [{run.seed: run for run in arm.finished} for arm in arms]
+    if problem := examples.find_problem(runs, measure):
+        return None, problem
+    return ExampleResults(runs, measure, _class_names(run for arm in arms for run in arm.finished)), None
+
+
+def _class_names(runs: Iterable[LoadedRun]) -> list[str] | None:
+    """Return the classes in order as a run records them; None where none does."""
+    for run in runs:
+        task = run.config.get("task")
+        for labels in (run.summary.get("labels"), task.get("labels") if isinstance(task, dict) else None):
+            if isinstance(labels, list):
+                return [str(label) for label in labels]
+    return None
 
 
 def _peak_kind(arms: Sequence[Arm]) -> str:
@@ -148,9 +187,10 @@ def _peak_kind(arms: Sequence[Arm]) -> str:
 
 
 def _target(comparison: ComparisonSet) -> float:
-    """Return the highest mean final loss of the arms below the unigram entropy, or of all arms if none is."""
+    """Return the worst mean of the arms; of those below the unigram entropy where there are some."""
     means = [arm.final.mean for arm in comparison.arms if arm.final.n]
-    return max([mean for mean in means if mean < comparison.entropy] or means, default=math.nan)
+    learned = [mean for mean in means if mean < comparison.entropy] or means
+    return min(learned, key=lambda mean: comparison.measure.sign * mean, default=math.nan)
 
 
 def _build_arms(runs: list[LoadedRun], order: Sequence[str]) -> tuple[list[Arm], list[str]]:

@@ -1,17 +1,20 @@
 """Test whether a difference is real: paired t-tests over common seeds, Holm's correction, statistical power.
 
+The results of a task also vary with its validation examples: `with_examples` adds that variance (`two_level`).
+
 Arrays are float64 of shape (…, arms, seeds), NaN where an arm lacks a seed. Leading axes are independent
 comparisons, so that a simulation of thousands of them uses the same code that names a winner.
 
 Sources: Student (1908) for the paired t-test; Holm, "A simple sequentially rejective multiple test
 procedure", Scand. J. Statist. 6 (1979) 65-70; power of the t-test by the noncentral t distribution (Johnson &
-Kotz 1970).
+Kotz 1970); degrees of freedom of a sum of variances: Satterthwaite, Biometrics Bulletin 2 (1946) 110-114; variances of
+a mean over seeds × examples: Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1 (2007) 386-411.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -24,7 +27,7 @@ ALPHA = 0.05
 """Family-wise error rate of a verdict."""
 POWER = 0.80
 RESOLUTION = 0.01
-"""Difference in nats/token for which the number of seeds is given."""
+"""Difference (nats/token, or a point of a metric) for which the number of seeds is given."""
 MAX_SEEDS = 10_000
 
 
@@ -43,14 +46,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Pairwise:
-    """Paired differences loss_i − loss_j of all pairs i < j of arms; arrays have shape (…, pairs)."""
+    """Paired differences result_i − result_j of all pairs i < j of arms; arrays have shape (…, pairs)."""
 
     pairs: list[tuple[int, int]]
     n: NDArray[np.int64]
     mean: Floats
     sd: Floats
     half_width: Floats
-    """Half width of the 95 % t-interval of the mean difference, not adjusted for the number of pairs."""
+    """Half width of the 95 % interval of the mean difference, not adjusted for the number of pairs."""
     p: Floats
     """Two-sided p-value; NaN if it cannot be tested (n < 2, or differences that do not vary)."""
     p_holm: Floats
@@ -84,19 +87,20 @@ def holm(p: ArrayLike) -> Floats:
     return np.where(np.isnan(p), np.nan, adjusted)
 
 
-def pairwise(losses: ArrayLike, confidence: float = 0.95) -> Pairwise:
+def pairwise(results: ArrayLike, confidence: float = 0.95) -> Pairwise:
     """Compute paired t-tests between all arms over the seeds that both have.
 
     Differences that are all equal have no p-value, except that p = 1 if all are zero: bit-equal seeds are copies
     of one run and no evidence.
 
     Args:
-        losses: shape (…, arms, seeds), NaN where a run is missing.
+        results: shape (…, arms, seeds), NaN where a run is missing.
+        confidence: of the intervals.
     """
-    losses = np.asarray(losses, float)
-    pairs = list(combinations(range(losses.shape[-2]), 2))
+    results = np.asarray(results, float)
+    pairs = list(combinations(range(results.shape[-2]), 2))
     first, second = [i for i, _ in pairs], [j for _, j in pairs]
-    difference = losses[..., first, :] - losses[..., second, :]
+    difference = results[..., first, :] - results[..., second, :]
     common = np.isfinite(difference)
     n = common.sum(-1)
     safe_n = np.maximum(n, 1)
@@ -124,22 +128,107 @@ def pairwise(losses: ArrayLike, confidence: float = 0.95) -> Pairwise:
     )
 
 
-def winners(tests: Pairwise, arms: int, *, p: Floats | None = None) -> NDArray[np.int64]:
-    """Return the arm that ends lower than every other at family-wise error ``ALPHA``, or −1; shape (…).
+@dataclass(frozen=True)
+class ExampleVariance:
+    """Variance of the mean over seeds of a result (or a difference) that the choice of examples causes; shape (…)."""
+
+    shared: Floats
+    """Variance over resampled examples of the mean over seeds: σ²(example)/N + σ²(seed × example)/(S·N)."""
+    single: Floats
+    """Mean over seeds of the same for one seed: σ²(example)/N + σ²(seed × example)/N."""
+    examples: int
+
+
+def two_level(
+    n: ArrayLike, mean: ArrayLike, sd: ArrayLike, variance: ExampleVariance, confidence: float = 0.95
+) -> tuple[Floats, Floats]:
+    """Return half width and p-value of a mean over S seeds and N examples, both of which are samples.
+
+    With V_seed = sd²/S, which estimates σ²(seed)/S + σ²(seed × example)/(S·N), the variance is
+    V = V_seed + V_example − V_both, where V_both = (single − shared)/(S − 1) estimates the last term, which the first
+    two both hold; V is at least the larger of them. Its quantile is that of t with Satterthwaite's degrees of freedom.
+    Those are unreliable for two or three seeds with large effects, so that the result is never narrower, and p never
+    smaller, than by the seeds alone.
+
+    Args:
+        n: number of seeds S.
+        mean: over the seeds.
+        sd: standard deviation over the seeds (ddof 1).
+        variance: of the examples.
+        confidence: of the interval.
+
+    Returns:
+        Arrays of shape (…), NaN for S < 2 or unknown variances; p is NaN where the seeds' values do not vary.
+    """
+    n, mean, sd = np.asarray(n), np.asarray(mean, float), np.asarray(sd, float)
+    freedom = np.maximum(n - 1, 1)
+    by_seed = sd**2 / np.maximum(n, 1)
+    both = np.maximum(variance.single - variance.shared, 0) / freedom
+    total = np.maximum(by_seed + variance.shared - both, np.maximum(by_seed, variance.shared))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = by_seed**2 / freedom + variance.shared**2 / max(variance.examples - 1, 1)
+        total_freedom = np.where(parts > 0, total**2 / parts, freedom)
+        quantile = (1 + confidence) / 2
+        half = np.maximum(
+            stats.t.ppf(quantile, total_freedom) * np.sqrt(total),
+            stats.t.ppf(quantile, freedom) * np.sqrt(by_seed),
+        )
+        p = np.maximum(
+            2 * stats.t.sf(np.abs(mean) / np.sqrt(total), total_freedom),
+            2 * stats.t.sf(np.abs(mean) / np.sqrt(by_seed), freedom),
+        )
+    tested = (n >= 2) & np.isfinite(total)
+    return np.where(tested, half, np.nan), np.where(tested, p, np.nan)
+
+
+def with_examples(tests: Pairwise, variance: ExampleVariance) -> Pairwise:
+    """Return the tests with intervals and p-values over seeds and examples (`two_level`), adjusted by Holm.
+
+    Args:
+        tests: result of `pairwise`.
+        variance: of the examples, shape (…, pairs).
+    """
+    half, p = two_level(tests.n, tests.mean, tests.sd, variance)
+    # Seeds that repeat each other stay untested, as without examples.
+    p = np.where(np.isnan(tests.p) | (tests.p == 1), tests.p, p)
+    return replace(tests, half_width=half, p=p, p_holm=holm(p))
+
+
+def winners(tests: Pairwise, arms: int, *, sign: int = -1, p: Floats | None = None) -> NDArray[np.int64]:
+    """Return the arm that ends better than every other at family-wise error ``ALPHA``, or −1; shape (…).
 
     Args:
         tests: result of `pairwise`.
         arms: number of arms.
+        sign: −1 where lower results are better, 1 where higher ones are.
         p: p-values to use in place of the Holm-adjusted ones (for controls).
     """
     p = tests.p_holm if p is None else p
     is_significant = np.nan_to_num(p, nan=1.0) < ALPHA
     beaten = np.zeros((*is_significant.shape[:-1], arms), np.int64)
     for index, (i, j) in enumerate(tests.pairs):
-        beaten[..., i] += is_significant[..., index] & (tests.mean[..., index] < 0)
-        beaten[..., j] += is_significant[..., index] & (tests.mean[..., index] > 0)
+        beaten[..., i] += is_significant[..., index] & (sign * tests.mean[..., index] > 0)
+        beaten[..., j] += is_significant[..., index] & (sign * tests.mean[..., index] < 0)
     best = beaten.argmax(-1)
     return np.where((beaten.max(-1) == arms - 1) & (arms > 1), best, -1)
+
+
+def examples_needed(variance: ExampleVariance, difference: float = RESOLUTION) -> int | None:
+    """Return the examples for which ``difference`` is detected with 80 % power, were the seeds many (normal quantiles).
+
+    Args:
+        variance: of the pairs of arms at the present number of examples; the largest counts.
+        difference: true mean difference.
+
+    Returns:
+        None if it is unknown or nothing varies.
+    """
+    known = variance.shared[np.isfinite(variance.shared)]
+    if not len(known) or not known.max():
+        return None
+    pairs = len(variance.shared)
+    z = float(stats.norm.ppf(1 - ALPHA / 2 / pairs) + stats.norm.ppf(POWER))
+    return math.ceil(variance.examples * float(known.max()) * (z / difference) ** 2)
 
 
 def power(n: int, difference: float, sd: float, alpha: float = ALPHA) -> float:

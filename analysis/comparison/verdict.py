@@ -1,8 +1,9 @@
 """Judge a set of runs: one sentence that claims no more than the tests do.
 
 A winner is named only if every run of every arm finished with the same budget, each pair has at least two common
-seeds, and its loss is below the unigram entropy and below that of every other arm at a family-wise error of 5 %
-(Holm).
+seeds, and its result is better than that of every other arm at a family-wise error of 5 % (Holm). A loss must also be
+below the unigram entropy; the metric of a task must come with its per-example results, whose number bounds what it can
+show.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ class Verdict:
     common_seeds: int = 0
     """Smallest number of common seeds of any pair of arms."""
     seeds_needed: int | None = None
-    """Seeds needed to detect 0.01 nats between two arms; None if unknown or more than 10,000."""
+    """Seeds needed to detect 0.01 nats (a point of a metric) between two arms; None if unknown or above 10,000."""
     obstacles: list[str] = field(default_factory=list)
     """Reasons why no winner can be named, whatever the losses are."""
 
     ranks: bool = False
-    """True if the means may be ordered: several seeds, equal budgets, and a loss below the unigram entropy."""
+    """True if the means may be ordered: several seeds, equal budgets, and no loss above the unigram entropy."""
 
     @property
     def sentence(self) -> str:
@@ -74,7 +75,7 @@ def judge(comparison: ComparisonSet) -> Verdict:
             leading = leading[0].lower() + leading[1:]
         detail = "" if unequal else f"Among the runs that finished: {leading} {detail}".strip()
         return Verdict("withheld", headline, detail, scope, None, common, needed, obstacles, not unequal)
-    best = int(statistics.winners(comparison.tests, len(comparison.arms)))
+    best = int(statistics.winners(comparison.tests, len(comparison.arms), sign=comparison.measure.sign))
     if best >= 0:
         return Verdict(
             "winner", leading, detail, scope, comparison.arms[best].label, common, needed, ranks=True
@@ -84,15 +85,27 @@ def judge(comparison: ComparisonSet) -> Verdict:
 
 
 def seeds_needed(comparison: ComparisonSet) -> int | None:
-    """Return the seeds needed to detect 0.01 nats between two arms with 80 % power at Holm's first level.
+    """Return the seeds needed to detect 0.01 nats (a point) between two arms with 80 % power at Holm's first level.
 
-    The standard deviation is that of the paired differences, pooled over the pairs of arms.
+    The standard deviation is that of the paired differences, pooled over the pairs of arms. More seeds do not make up
+    for few examples: see `examples_needed`.
     """
     sds = comparison.tests.sd[np.isfinite(comparison.tests.sd)]
     if not len(sds):
         return None
     pooled = math.sqrt(float(np.mean(sds**2)))
-    return statistics.seeds_needed(pooled, alpha=statistics.ALPHA / len(comparison.tests.pairs))
+    alpha = statistics.ALPHA / len(comparison.tests.pairs)
+    return statistics.seeds_needed(pooled, alpha=alpha)
+
+
+def examples_needed(comparison: ComparisonSet) -> int | None:
+    """Return the examples needed to detect 0.01 nats (a point) with 80 % power, were the seeds many.
+
+    None without per-example results, or where the arms answer every example alike.
+    """
+    if comparison.examples is None or not comparison.tests.pairs:
+        return None
+    return statistics.examples_needed(comparison.examples.variance_of_pairs(comparison.tests))
 
 
 def _missing(comparison: ComparisonSet) -> list[str]:
@@ -102,6 +115,8 @@ def _missing(comparison: ComparisonSet) -> list[str]:
     reasons = [f"{unfinished} of {formatting.plural(len(runs), 'run')} did not finish"] if unfinished else []
     if int(comparison.tests.n.min()) < 2:
         reasons.append("two arms have fewer than two seeds in common")
+    if comparison.examples_problem:
+        reasons.append(f"how far the validation examples carry is unknown ({comparison.examples_problem})")
     return reasons
 
 
@@ -117,20 +132,23 @@ def _unequal(comparison: ComparisonSet) -> list[str]:
 
 
 def _beaten(comparison: ComparisonSet, best: int) -> list[int]:
-    """Return the arms that end higher than ``best`` by the Holm-adjusted test."""
+    """Return the arms that end worse than ``best`` by the Holm-adjusted test."""
     beaten = []
     for other in range(len(comparison.arms)):
         if other != best:
             index = comparison.pair(best, other)
-            lower = comparison.tests.mean[index] * (1 if best < other else -1) < 0
-            if lower and np.nan_to_num(comparison.tests.p_holm[index], nan=1.0) < statistics.ALPHA:
+            if (
+                _gap(comparison, best, other) > 0
+                and np.nan_to_num(comparison.tests.p_holm[index], nan=1.0) < statistics.ALPHA
+            ):
                 beaten.append(other)
     return beaten
 
 
 def _gap(comparison: ComparisonSet, best: int, other: int) -> float:
-    """Return the mean over common seeds of loss(other) − loss(best); NaN without a common seed."""
-    return float(comparison.tests.mean[comparison.pair(best, other)]) * (-1 if best < other else 1)
+    """Return by how much ``best`` is better, the mean over common seeds; NaN without a common seed."""
+    direction = comparison.measure.sign * (1 if best < other else -1)
+    return float(comparison.tests.mean[comparison.pair(best, other)]) * direction
 
 
 def _size(comparison: ComparisonSet, best: int, other: int) -> str:
@@ -138,7 +156,8 @@ def _size(comparison: ComparisonSet, best: int, other: int) -> str:
     gap, label = _gap(comparison, best, other), comparison.arms[other].label
     if math.isnan(gap):
         return f"from other seeds than {label}"
-    return f"{formatting.significant(abs(gap))} nats/token {'below' if gap >= 0 else 'above'} {label}"
+    measure = comparison.measure
+    return f"{measure.gap_text(abs(gap))} {measure.ahead if gap >= 0 else measure.behind} {label}"
 
 
 def _evidence(comparison: ComparisonSet, best: int, other: int) -> str:
@@ -148,17 +167,20 @@ def _evidence(comparison: ComparisonSet, best: int, other: int) -> str:
     if not math.isfinite(half):
         return f"{formatting.plural(n, 'common seed')}: no test"
     low, high = (
-        formatting.significant(bound).replace("-", "−") for bound in (abs(gap) - half, abs(gap) + half)
+        comparison.measure.gap(bound).replace("-", "−") for bound in (abs(gap) - half, abs(gap) + half)
     )
+    basis = f"{n} common seeds"
+    if comparison.examples is not None:
+        basis += f" and {formatting.plural(len(comparison.examples), 'example')}"
     p = formatting.p_value(float(tests.p_holm[index]))
-    return f"95 % interval of the difference {low} to {high}, {n} common seeds, Holm-adjusted {p}"
+    return f"95 % interval of the difference {low} to {high}, {basis}, Holm-adjusted {p}"
 
 
 def _leader(comparison: ComparisonSet, needed: int | None) -> tuple[str, str]:
-    """Return headline and detail about the arm with the lowest mean and the arms that it is distinguished from."""
-    ranked = comparison.ranked()
+    """Return headline and detail about the arm with the best mean and the arms that it is distinguished from."""
+    ranked, measure = comparison.ranked(), comparison.measure
     best, others = ranked[0], ranked[1:]
-    label, mean = comparison.arms[best].label, formatting.loss(comparison.arms[best].final.mean)
+    label, mean = comparison.arms[best].label, measure.number(comparison.arms[best].final.mean)
     if not others:
         return f"Only {label} has runs that finished.", ""
     beaten = _beaten(comparison, best)
@@ -166,8 +188,9 @@ def _leader(comparison: ComparisonSet, needed: int | None) -> tuple[str, str]:
     if not undecided:
         closest = min(others, key=lambda i: _gap(comparison, best, i))
         rest = ", the closest of the others" if len(others) > 1 else ""
-        headline = f"{label} ends lowest, {_size(comparison, best, closest)}{rest}."
-        return headline, f"Final loss {mean} nats/token; {_evidence(comparison, best, closest)}."
+        headline = f"{label} ends {measure.superlative}, {_size(comparison, best, closest)}{rest}."
+        mean = measure.text(comparison.arms[best].final.mean)
+        return headline, f"Final {measure.shown_name} {mean}; {_evidence(comparison, best, closest)}."
     near = undecided[0]
     names = formatting.listing([comparison.arms[i].label for i in undecided[:3]], "or")
     if len(undecided) > 3:
@@ -177,19 +200,24 @@ def _leader(comparison: ComparisonSet, needed: int | None) -> tuple[str, str]:
         below = [comparison.arms[i].label for i in beaten[:3]]
         if len(beaten) > 3:
             below.append(formatting.plural(len(beaten) - 3, "other"))
-        detail += f" {label} ends below {formatting.listing(below)}."
-    if needed:
-        seeds = formatting.grouped(needed)
-        detail += f" n = {seeds} seeds would show a difference of {statistics.RESOLUTION:g} nats/token."
+        detail += f" {label} ends {measure.ahead} {formatting.listing(below)}."
+    wanted = [f"n = {formatting.grouped(needed)} seeds"] if needed else []
+    if (examples := examples_needed(comparison)) is not None:
+        wanted.append(f"{formatting.grouped(examples)} examples")
+    if wanted:
+        size = measure.gap_text(statistics.RESOLUTION, 1)
+        detail += f" {formatting.listing(wanted)} would show a difference of {size}."
     return f"No difference shown between {label} and {names}.", detail
 
 
 def _one_arm(comparison: ComparisonSet, scope: str) -> Verdict:
     arm = comparison.arms[0]
-    spread = ""
+    spread, half, basis = "", arm.final.half_width, f"{arm.final.n} seeds"
+    if comparison.examples is not None:
+        half = comparison.examples.half_widths(0, arm.final)[1]
+        basis += f" and {formatting.plural(len(comparison.examples), 'example')}"
     if arm.final.n > 1:
-        spread = (
-            f" ± {formatting.significant(arm.final.half_width, 2)} (95 % interval over {arm.final.n} seeds)"
-        )
-    headline = f"One arm: {arm.label} ends at {formatting.loss(arm.final.mean)} nats/token{spread}."
+        spread = f" ± {comparison.measure.gap(half, 2)} (95 % interval over {basis})"
+    value = comparison.measure.text(arm.final.mean)
+    headline = f"One arm: {arm.label} ends at {value}{spread}."
     return Verdict("one_arm", headline, "There is no other arm to compare with.", scope)

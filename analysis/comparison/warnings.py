@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from analysis.comparison.sets import Arm, ComparisonSet, unequal_budgets
 from analysis.formatting import grouped, listing, plural, significant
 from analysis.formatting import loss as loss_text
+from analysis.runs.measure import FRACTION
 from analysis.runs.run import LoadedRun
+from harness.tasks.metrics import constant_prediction
 
 COMPUTE_OPTIMAL = 20
 """Tokens per parameter near the compute-optimal budget (Hoffmann et al. 2022, arXiv 2203.15556)."""
 TUNED, UNTUNED, GIVEN = "tuned default", "untuned default", "given"
 ELSEWHERE = "default tuned at another size"
+
+SAME_METRIC = 1e-6
+"""Largest difference between a metric as recorded and as recomputed: both are sums in fp64 of the same examples."""
 
 RunTest = Callable[[LoadedRun], bool]
 
@@ -36,7 +41,7 @@ def find_warnings(comparison: ComparisonSet) -> list[ReportWarning]:
     """Return all warnings of one set, severe ones first."""
     checks = (
         _seeds, _budgets, _unfinished, _resumes, _entropy, _undertrained, _epochs,
-        _learning_rates, _tuning, _certificates, _machines, _external, _steps, _records,
+        _learning_rates, _tuning, _examples, _certificates, _machines, _external, _steps, _records,
     )  # fmt: skip
     warnings = [warning for check in checks for warning in check(comparison)]
     return sorted(warnings, key=lambda warning: not warning.severe)
@@ -96,6 +101,7 @@ def _resumes(comparison: ComparisonSet) -> Iterable[ReportWarning]:
 
 
 def _entropy(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    # A metric has no entropy: NaN, above which is nothing.
     high = [arm.label for arm in comparison.arms if arm.final.n and arm.final.mean >= comparison.entropy]
     if high:
         yield ReportWarning(
@@ -106,6 +112,8 @@ def _entropy(comparison: ComparisonSet) -> Iterable[ReportWarning]:
 
 
 def _undertrained(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    if not comparison.measure.is_loss:
+        return  # fine-tuning starts from a trained model
     sizes = [(run.fact("tokens"), run.fact("parameters")) for run in comparison.runs if run.finished]
     ratio = max((tokens / size for tokens, size in sizes if tokens >= 0 and size > 0), default=math.nan)
     if ratio < COMPUTE_OPTIMAL:
@@ -117,6 +125,8 @@ def _undertrained(comparison: ComparisonSet) -> Iterable[ReportWarning]:
 
 
 def _epochs(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    if not comparison.measure.is_loss:
+        return  # several epochs are the protocol of tasks
     epochs = max(
         (value for run in comparison.runs if math.isfinite(value := run.fact("epochs"))), default=0.0
     )
@@ -188,6 +198,53 @@ def _tuning(comparison: ComparisonSet) -> Iterable[ReportWarning]:
     if same:
         text = "compared on the seed of the tuning trials: the best of several losses is biased low there"
         yield ReportWarning("tuning_seed", f"{listing(same)} {text}.")
+
+
+# Validation examples of tasks
+
+
+def _examples(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    measure, examples = comparison.measure, comparison.examples
+    if measure.is_loss:
+        return
+    if tuned := [comparison.arms[index].label for index, _ in comparison.studies]:
+        yield ReportWarning(
+            "tuned_on_validation",
+            f"The settings of {listing(tuned)} were selected on the same validation examples that this table "
+            f"reports: {measure.shown_name} on unseen examples will be lower.",
+        )
+    if comparison.examples_problem:
+        yield ReportWarning(
+            "no_examples", f"No intervals over examples: {comparison.examples_problem}.", severe=True
+        )
+    if examples is None:
+        return
+    ranked = comparison.ranked()
+    if measure.unit == FRACTION and len(ranked) > 1:
+        best, second = (comparison.arms[index] for index in ranked[:2])
+        gap, worth = abs(best.final.mean - second.final.mean), 1 / len(examples)
+        if gap < worth:
+            yield ReportWarning(
+                "below_one_example",
+                f"{best.label} and {second.label} differ by {measure.gap_text(gap, 2)}, less than one of the "
+                f"{grouped(len(examples))} validation examples is worth ({measure.gap_text(worth, 2)}).",
+            )
+    constant: dict[str, list[LoadedRun]] = {}
+    for run in comparison.runs:
+        answers = run.predictions.predictions if run.finished and run.predictions is not None else []
+        if answers and (line := constant_prediction(measure.name, answers)):
+            constant.setdefault(line, []).append(run)
+    for line, runs in constant.items():
+        yield ReportWarning("constant_prediction", f"{_shortened([run.where for run in runs])}: {line}.")
+    recomputed = [
+        run.where
+        for arm, finished in enumerate(examples.answers)
+        for run in comparison.arms[arm].finished
+        if run.seed in finished and abs(examples.recomputed(arm, run.seed) - run.final(measure)) > SAME_METRIC
+    ]
+    if recomputed:
+        text = f"summary.json states another {measure.shown_name} than predictions.parquet gives"
+        yield ReportWarning("other_predictions", f"{_shortened(recomputed)}: {text}.")
 
 
 # Certificates, machines and records

@@ -123,10 +123,25 @@ class Scope:
     """Configuration keys that define an arm: the optimizer's name, and options in which its arms differ."""
     colours: tuple[tuple[str, str], ...]
     """(optimizer, colour), as in the report."""
+    metrics: tuple[str, ...] = ()
+    """Metric keys of the tasks of the sets, e.g. ``val/accuracy``; empty for pretraining."""
 
     def at(self, entity: str) -> Scope:
         """Return the same scope with the entity known."""
         return replace(self, entity=entity)
+
+
+def sections_of(scope: Scope) -> tuple[Section, ...]:
+    """Return the sections: those of every run, and first one for the metrics of tasks where there are some."""
+    panels = []
+    for key in scope.metrics:
+        name = f"Validation {key.removeprefix('val/').replace('_', ' ')}"
+        panels += [
+            Panel(f"{name} over steps", (key,)),
+            Panel(f"{name} over training seconds", (key,), "wall_s"),
+            Panel(f"{name} at the last evaluation", (key,), kind="bar"),
+        ]
+    return (*([Section("Task", tuple(panels))] if panels else []), *SECTIONS)
 
 
 def find_scope(document: Document, place: tuple[str | None, str] | None) -> Scope:
@@ -160,6 +175,7 @@ def find_scope(document: Document, place: tuple[str | None, str] | None) -> Scop
         tuple((comparison.key, comparison.title) for comparison in sets),
         tuple(keys),
         tuple(colours.items()),
+        tuple(dict.fromkeys(c.measure.key for c in sets if not c.measure.is_loss)),
     )
 
 

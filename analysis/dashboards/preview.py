@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from analysis.comparison.document import Document
 from analysis.comparison.sets import Arm, ComparisonSet, flatten
-from analysis.dashboards.definition import SECTIONS, Panel, Scope, Section
+from analysis.dashboards.definition import Panel, Scope, Section, sections_of
 from analysis.pages import theme
 from analysis.pages.figures import MAX_POINTS, Plot, colour, figure, line
 from analysis.runs.curves import AXES, AXIS_TITLES, mean_curve, thinned
@@ -36,7 +36,7 @@ def render(document: Document, scope: Scope) -> str:
         title=place,
         scope=f"Project {place}, grouped by {', '.join(f'config.{key}' for key in scope.group_by)}; "
         "seeds folded to mean and range.",
-        sets=[_set(comparison, f"set{index}") for index, comparison in enumerate(shown)],
+        sets=[_set(comparison, scope, f"set{index}") for index, comparison in enumerate(shown)],
     )
 
 
@@ -49,8 +49,10 @@ def panel_plot(panel: Panel, comparison: ComparisonSet, key: str) -> Plot | None
     return Plot(key, panel.title, "", built, HEIGHT)
 
 
-def _set(comparison: ComparisonSet, key: str) -> dict[str, Any]:
-    sections = [_section(section, comparison, f"s{index}") for index, section in enumerate(SECTIONS)]
+def _set(comparison: ComparisonSet, scope: Scope, key: str) -> dict[str, Any]:
+    sections = [
+        _section(section, comparison, f"s{index}") for index, section in enumerate(sections_of(scope))
+    ]
     plots = [plot for section in sections for plot in section["plots"]]
     return {
         "key": key,

@@ -14,7 +14,7 @@ import wandb_workspaces.workspaces as ws
 
 from analysis.comparison import results_table
 from analysis.comparison.document import Document
-from analysis.dashboards.definition import COLUMNS, OPTIMIZER, SECTIONS, Panel, Scope, Section
+from analysis.dashboards.definition import COLUMNS, OPTIMIZER, Panel, Scope, Section, sections_of
 from harness.visible import visible
 
 LONGEST_TITLE = 128
@@ -35,12 +35,12 @@ def workspace(scope: Scope, name: str) -> ws.Workspace:
         pinned_columns=[
             *(f"config:{_wrapped(key)}" for key in scope.group_by),
             "config:seed.value",
-            *(f"summary:{key}" for key in COLUMNS),
+            *(f"summary:{key}" for key in (*scope.metrics, *COLUMNS)),
         ],
     )
     sections: list[Any] = [
-        ws.Section(name=section.name, panels=_panels(section), is_open=True, pinned=section is SECTIONS[0])
-        for section in SECTIONS
+        ws.Section(name=section.name, panels=_panels(section), is_open=True, pinned=index == 0)
+        for index, section in enumerate(sections_of(scope))
     ]
     built = ws.Workspace(
         name=title(name),
@@ -77,7 +77,7 @@ def report(scope: Scope, document: Document, name: str, *, online: bool) -> wr.R
             wr.P(visible(f"Warning: {warning.message}")) for warning in judged.warnings if warning.severe
         ]
         blocks.append(wr.MarkdownBlock(text=results_table.markdown([(judged.table, judged.verdict.scope)])))
-        for section in SECTIONS:
+        for section in sections_of(scope):
             panels = _panels(section, places=True, salt=key)
             blocks += [
                 wr.H2(section.name),

@@ -29,6 +29,7 @@ class PaperCell:
         quantity: what the number states.
         published: as printed.
         predicted, measured: in the same unit, or None.
+        measured_std: standard deviation over the seeds of ``measured``; None for fewer than two.
         status: a key of `STATUSES`.
         reason: of the status; may be empty.
         command: of the run that measures it; None where no run does.
@@ -44,6 +45,7 @@ class PaperCell:
     status: str
     reason: str
     command: str | None
+    measured_std: float | None = None
     runs: list[str] = field(default_factory=list)
 
 
@@ -56,6 +58,7 @@ class FilledTable:
         table: as read.
         cells: in the order of rows, columns, quantities.
         remarks: one line for each run that was read and is in no cell.
+        notes: of the file, and computed ones.
         runs: folder that was searched; None without one.
     """
 
@@ -63,6 +66,7 @@ class FilledTable:
     table: PaperTable
     cells: list[PaperCell]
     remarks: list[str]
+    notes: list[str]
     runs: Path | None
 
     @property

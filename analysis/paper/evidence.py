@@ -6,17 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
+from typing import NamedTuple
 
-from analysis.paper.tables import Quantity
+from analysis.paper.tables import PaperColumn, Quantity
 from analysis.runs import loading
+from analysis.runs.reading import number
 from analysis.runs.run import LoadedRun
 from harness.config import compose
 from harness.config.identity import differing_keys
+from harness.config.model_facts import full_config
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
+from harness.tasks.metrics import METRICS
 
 _SHOWN = 6
 """Most differing keys that a remark names."""
@@ -38,6 +42,12 @@ class FinishedRun:
         engine = self.config.engine
         return engine.name in ("single", "ddp") and engine.optimizer_work == "replicated"
 
+    def metric(self, name: str) -> float:
+        """Return a metric of the last evaluation, in percent; NaN if the run has none of this name."""
+        metrics = self.run.summary.get("metrics")
+        entry = metrics.get(name) if isinstance(metrics, dict) else None
+        return 100.0 * number(entry.get("value") if isinstance(entry, dict) else None)
+
 
 @dataclass(frozen=True)
 class TargetRun:
@@ -47,21 +57,65 @@ class TargetRun:
         label: row and column of the cell.
         config: of the run.
         unstated: keys that the paper does not state.
+        inputs: keys of what the user has: any value; a model needs weights.
+        examples: that are evaluated; None where the paper does not tell.
     """
 
     label: str
     config: RunConfig
     unstated: Sequence[str]
+    inputs: Sequence[str] = ()
+    examples: int | None = None
 
     def differences(self, finished: FinishedRun) -> list[str]:
         """Return the keys in which a finished run differs, without the seed and keys that the paper does not state."""
         keys = [key for key in differing_keys(self.config, finished.config) if key not in _SEEDS]
         data, own = self.config.data, finished.config.data
         keys += [f"data.{key}" for key in _TEXT if getattr(data, key) != getattr(own, key)]
-        # Papers of this kind read every document once; a smaller corpus read twice is another protocol.
-        if finished.run.fact("epochs") > 1:
-            keys.append("data.max_tokens")
-        return [key for key in keys if key not in self.unstated]
+        if "model.path" in self.inputs:
+            keys = self._with_any_weights(keys, finished)
+        if self.config.task.name == "pretrain":
+            # Papers of this kind read every document once; a smaller corpus read twice is another protocol.
+            if finished.run.fact("epochs") > 1:
+                keys.append("data.max_tokens")
+        else:
+            keys = self._with_epochs(keys, finished)
+        found = [key for key in dict.fromkeys(keys) if key not in (*self.unstated, *self.inputs)]
+        is_random = "model.path" in self.inputs and finished.config.model.path is None
+        return [*found, *(["model.path (random weights)"] if is_random else [])]
+
+    def _with_any_weights(self, keys: Sequence[str], finished: FinishedRun) -> list[str]:
+        """Compare the model's configuration with all its defaults: a folder states more of them than a preset."""
+        kept = [key for key in keys if not key.startswith("model.")]
+        wanted, own = (
+            full_config(config.model.model_copy(update={"path": None}))
+            for config in (self.config, finished.config)
+        )
+        return kept + [f"model.config.{key}" for key in wanted if wanted[key] != own.get(key)]
+
+    def _with_epochs(self, keys: Sequence[str], finished: FinishedRun) -> list[str]:
+        """Compare epochs where the protocol has them: its steps follow from the number of training examples."""
+        kept = list(keys)
+        if self.config.epochs is not None:
+            kept = [key for key in kept if key not in ("steps", "epochs")]
+            if finished.config.epochs != self.config.epochs:
+                kept.append("epochs")
+        evaluated = finished.run.fact("examples", "validation")
+        if self.examples is not None and math.isfinite(evaluated) and evaluated != self.examples:
+            kept.append(f"the number of evaluated examples ({evaluated:,.0f}, and not {self.examples:,})")
+        return kept
+
+
+class Measured(NamedTuple):
+    """A value over the runs of a setting.
+
+    Attributes:
+        value: in the quantity's unit.
+        std: standard deviation over seeds; None for fewer than two.
+    """
+
+    value: float
+    std: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,19 +130,33 @@ class MatchingRuns:
     runs: list[FinishedRun]
     note: str
 
-    def measured(self, quantity: Quantity) -> float | None:
+    def measured(self, quantity: Quantity, column: PaperColumn) -> Measured | None:
         """Return the number in the quantity's unit; None if the runs do not have it.
 
-        Perplexity is exp of the mean loss. Memory is the maximum over processes, with weights and state as held.
+        Perplexity is exp of the mean loss. Memory is the maximum over processes, with weights and state as held. A
+        metric, and hours, are the mean over seeds.
         """
         if quantity.kind == "perplexity":
-            return math.exp(fmean(finished.run.final_loss for finished in self.runs))
-        if quantity.kind == "state_numbers":
+            return Measured(math.exp(fmean(finished.run.final_loss for finished in self.runs)))
+        if quantity.kind == "metric":
+            return _over_seeds([finished.metric(column.metric or "") for finished in self.runs])
+        if quantity.kind == "hours":
+            return _over_seeds([finished.run.fact("wall_s") / 3600 for finished in self.runs])
+        if quantity.kind == "state_numbers" or "low_rank_state" in quantity.counts:
+            # A run records the state of all parameters together.
             return None
         kinds = {"weights": "weights", "state": "optimizer_state"}
         unsharded = (finished for finished in self.runs if finished.holds_everything)
         sizes = [sum(f.run.fact("memory_bytes", kinds[kind]) for kind in quantity.counts) for f in unsharded]
-        return max((quantity.in_unit(size) for size in sizes if math.isfinite(size)), default=None)
+        held = [quantity.in_unit(size) for size in sizes if math.isfinite(size)]
+        return Measured(max(held)) if held else None
+
+
+def _over_seeds(values: Sequence[float]) -> Measured | None:
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return None
+    return Measured(fmean(known), stdev(known) if len(known) > 1 else None)
 
 
 def read(folder: Path) -> tuple[list[FinishedRun], list[str]]:
@@ -114,10 +182,17 @@ def read(folder: Path) -> tuple[list[FinishedRun], list[str]]:
     return finished, remarks
 
 
-def select_setting(matching: Sequence[FinishedRun], unstated: Sequence[str]) -> MatchingRuns | None:
-    """Select the setting with the lowest mean loss among runs that match a target; None without runs.
+def select_setting(
+    matching: Sequence[FinishedRun], unstated: Sequence[str], metric: str | None = None
+) -> MatchingRuns | None:
+    """Select the best setting among runs that match a target; None without runs.
 
     A setting is one combination of values of ``unstated`` keys; a seed counts once in a setting.
+
+    Args:
+        matching: runs that match.
+        unstated: keys that the paper does not state.
+        metric: whose mean is best, in its own direction; None: the setting with the lowest mean loss.
     """
     settings: dict[str, dict[int, FinishedRun]] = {}
     for finished in matching:
@@ -126,12 +201,22 @@ def select_setting(matching: Sequence[FinishedRun], unstated: Sequence[str]) -> 
         settings.setdefault(setting, {}).setdefault(finished.run.seed, finished)
     if not settings:
         return None
-    losses = {
-        s: fmean(finished.run.final_loss for finished in seeds.values()) for s, seeds in settings.items()
+    costs = {
+        s: fmean(_cost(finished, metric) for finished in seeds.values()) for s, seeds in settings.items()
     }
-    best = min(losses, key=lambda setting: losses[setting])
+    best = min(costs, key=lambda setting: costs[setting])
     note = f"the best of {len(settings)} settings: {best}" if len(settings) > 1 else ""
     return MatchingRuns(list(settings[best].values()), note)
+
+
+def _cost(finished: FinishedRun, metric: str | None) -> float:
+    """Return what is lowest in the best run; infinite for a run without the metric."""
+    if metric is None:
+        return finished.run.final_loss
+    value = finished.metric(metric)
+    if not math.isfinite(value):
+        return math.inf
+    return -value if METRICS[metric].better == "higher" else value
 
 
 def remark(finished: FinishedRun, targets: Sequence[TargetRun]) -> str:

@@ -13,13 +13,20 @@ import torch
 from analysis.paper import evidence, tables
 from analysis.paper.cells import FilledTable, OwnValue, PaperCell, judge
 from analysis.paper.evidence import FinishedRun, MatchingRuns
-from analysis.paper.tables import PaperTable, PrintedNumber, Quantity
+from analysis.paper.tables import Accounting, PaperTable, PrintedNumber, Quantity
+from harness import model
 from harness.config import checks, compose
+from harness.config.model_facts import full_config
 from harness.config.overrides import leaves
 from harness.config.schema import RunConfig
 from harness.errors import InputError
-from harness.plan.simulated_rank import PlannedRank, build_model, held_bytes, simulate
+from harness.model import ClassificationHead
+from harness.plan.simulated_rank import PlannedRank, held_bytes, simulate
+from harness.tasks.metrics import METRICS
 
+_MEASURED_ONLY = ("perplexity", "metric", "hours")
+_ELSEWHERE = "hours of another machine; only ratios of two rows can be compared"
+_PLAUSIBLE_SEEDS = 20
 _BUFFERS = 1e-3
 """Largest share of buffers (rotary frequencies) in the weights; the plan counts parameters only."""
 
@@ -47,14 +54,16 @@ def fill(name: str, runs: Path | None = None) -> FilledTable:
     for slot in slots:
         matching = slot.matching(finished)
         used += matching
-        counted, matched = slot.counted(), evidence.select_setting(matching, table.rows[slot.row].unstated)
+        counted = slot.counted()
+        metric = table.columns[slot.column].metric
+        matched = evidence.select_setting(matching, table.any_value(slot.row), metric)
         cells += [
             slot.cell(quantity, printed, counted, matched)
             for quantity, printed in table.published(slot.row, slot.column).items()
         ]
     targets = [slot.target for slot in slots if slot.target is not None]
     remarks += [evidence.remark(run, targets) for run in finished if run not in used]
-    return FilledTable(name, table, cells, remarks, runs)
+    return FilledTable(name, table, cells, remarks, [*table.notes, *_spreads(table)], runs)
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,13 @@ class _RunSlot:
         kinds = {self.table.quantities[q].kind for q in self.table.published(self.row, self.column)}
         if self.config is None or kinds == {"state_numbers"}:
             return None
+        inputs = [override.partition("=")[0] for override in self.table.inputs_of(self.column)]
         return evidence.TargetRun(
-            f"{self.row}, {self.column}", self.config, self.table.rows[self.row].unstated
+            f"{self.row}, {self.column}",
+            self.config,
+            self.table.any_value(self.row),
+            inputs,
+            self.table.columns[self.column].examples,
         )
 
     def matching(self, finished: Sequence[FinishedRun]) -> list[FinishedRun]:
@@ -83,19 +97,22 @@ class _RunSlot:
 
     def counted(self) -> CountedRun | None:
         kinds = {self.table.quantities[q].kind for q in self.table.published(self.row, self.column)}
-        return None if self.config is None or kinds == {"perplexity"} else count(self.config)
+        return None if self.config is None or kinds <= set(_MEASURED_ONLY) else count(self.config)
 
     def cell(
         self, name: str, printed: PrintedNumber, counted: CountedRun | None, runs: MatchingRuns | None
     ) -> PaperCell:
         """Return the cell of one quantity."""
         row, quantity = self.table.rows[self.row], self.table.quantities[name]
-        predicted = self._predicted(quantity, counted)
-        measured = runs.measured(quantity) if runs else None
+        predicted = self._predicted(name, counted)
+        found = runs.measured(quantity, self.table.columns[self.column]) if runs else None
+        measured = found.value if found is not None else None
         values = [] if predicted is None else [OwnValue(predicted, self._known(name, predicted))]
         notes: list[str] = []
         if runs and measured is not None:
-            values.append(OwnValue(measured, _memory_reason(runs, measured, quantity)))
+            is_time = quantity.kind == "hours"
+            reason = _ELSEWHERE if is_time else _memory_reason(runs, measured, quantity)
+            values.append(OwnValue(measured, reason))
             notes.append(runs.note)
         status, reasons = judge(printed, values, quantity.tolerance)
         notes += [*reasons, row.note or ""]
@@ -111,19 +128,24 @@ class _RunSlot:
             measured=measured,
             status=status,
             reason="; ".join(filter(None, notes)),
-            command=self._command() if quantity.kind == "perplexity" and row.words else None,
+            command=self._command() if quantity.kind in _MEASURED_ONLY and row.words else None,
+            measured_std=found.std if found is not None else None,
             runs=[finished.run.where for finished in runs.runs] if runs and measured is not None else [],
         )
 
     def _command(self) -> str:
-        words = self.table.run_words(self.row, self.column)
+        inputs = self.table.inputs_of(self.column)
+        replaced = tuple(override.partition("=")[0] + "=" for override in inputs)
+        own = [w for w in self.table.run_words(self.row, self.column) if not w.startswith(replaced)]
+        words = [*own, *inputs]
         return shlex.join(["optbench", "train", *words, f"group={self.name}"])
 
-    def _predicted(self, quantity: Quantity, counted: CountedRun | None) -> float | None:
-        if counted is None or quantity.kind == "perplexity":
+    def _predicted(self, name: str, counted: CountedRun | None) -> float | None:
+        quantity = self.table.quantities[name]
+        if counted is None or quantity.kind in _MEASURED_ONLY:
             return None
         if quantity.kind == "memory":
-            return counted.memory(quantity)
+            return quantity.in_unit(counted.memory(self.table.accounting(self.row, name)))
         column = self.table.columns[self.column]
         try:
             shape, numbers = counted.matrix(column.parameter or "")
@@ -165,10 +187,33 @@ def _make_slot(name: str, table: PaperTable, row: str, column: str) -> _RunSlot:
             error.key, error.value, reason, allowed=error.allowed, suggestion=error.suggestion, fix=error.fix
         ) from None
     keys = leaves("", config.model_dump(mode="json"))
-    for key in table.rows[row].unstated:
+    for key in table.any_value(row):
         if key not in keys:
             raise _wrong(name, f"row {row}", f"has {key} as unstated, which is not a key of its run")
     return _RunSlot(name, table, row, column, config)
+
+
+def _spreads(table: PaperTable) -> list[str]:
+    """Return a note for each column whose standard deviations no small number of runs can have.
+
+    With one of n examples answered differently in one of k runs, the standard deviation over these runs is
+    (100 / n) / √k points; no smaller one but 0 exists.
+    """
+    notes = []
+    for name, column in table.columns.items():
+        metric = METRICS.get(column.metric or "")
+        cells = (table.published(row, name).values() for row in table.rows)
+        printed = [number.std for inside in cells for number in inside if number.std]
+        if metric is None or not metric.is_mean or column.examples is None or not printed:
+            continue
+        step = 100.0 / column.examples
+        runs = [math.ceil((step / std) ** 2) for std in (max(printed), min(printed))]
+        if runs[0] > _PLAUSIBLE_SEEDS:
+            notes.append(
+                f"{name}: one of {column.examples} examples is {step:.3f} points, so a standard deviation over "
+                f"runs of {max(printed):g} takes at least {runs[0]} runs, one of {min(printed):g} at least {runs[1]}"
+            )
+    return notes
 
 
 def _memory_reason(runs: MatchingRuns, measured: float, quantity: Quantity) -> str | None:
@@ -178,7 +223,7 @@ def _memory_reason(runs: MatchingRuns, measured: float, quantity: Quantity) -> s
         return None
     held = counted.held_memory(quantity)
     is_as_planned = math.isclose(measured, held, rel_tol=_BUFFERS)
-    if not is_as_planned or math.isclose(held, counted.memory(quantity), rel_tol=_BUFFERS):
+    if not is_as_planned or math.isclose(held, quantity.in_unit(counted.memory(quantity)), rel_tol=_BUFFERS):
         return None
     return "the run holds what optbench plan predicts: optbench keeps optimizer state in fp32"
 
@@ -202,14 +247,19 @@ class CountedRun:
     planned: PlannedRank
     held: dict[str, int]
 
-    def memory(self, quantity: Quantity) -> float:
-        """Return the memory with the table's bytes per number, whatever dtype optbench uses."""
-        parameters = list(self.planned.network.parameters())
+    def memory(self, accounting: Accounting) -> int:
+        """Return the bytes with the table's bytes per number, whatever dtype optbench uses."""
+        parameters = dict(self.planned.network.named_parameters())
+        ruled = {route.name for route in self.planned.optimizer.routes if route.rule != "adamw"}
+        low_rank = [p for name, p in parameters.items() if name in ruled or _is_of_adapter(name)]
         numbers = {
-            "weights": sum(p.numel() for p in parameters),
-            "state": sum(self._state(p) for p in parameters),
+            "weights": sum(p.numel() for p in parameters.values()),
+            "state": sum(self._state(p) for p in parameters.values()),
+            "low_rank_state": sum(map(self._state, low_rank)),
         }
-        return quantity.in_unit(sum(numbers[kind] for kind in quantity.counts) * quantity.bytes_per_number)
+        own = accounting.bytes_per_number
+        width = {"weights": own, "state": accounting.bytes_per_state_number or own}
+        return sum(numbers[part] * width.get(part, width["state"]) for part in accounting.counts)
 
     def held_memory(self, quantity: Quantity) -> float:
         """Return the memory of the same kinds in optbench's dtypes, as in `optbench plan`."""
@@ -233,10 +283,29 @@ class CountedRun:
         return sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor))
 
 
+def _head(config: RunConfig) -> ClassificationHead | None:
+    """Return what a classifier of two classes, or a regression, ends in: other numbers of classes change little."""
+    if config.task.name != "classify":
+        return None
+    pad = full_config(config.model).get("pad_token_id")
+    return ClassificationHead(None if config.task.target == "number" else ("0", "1"), pad_id=pad or 0)
+
+
+def _is_of_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
 def count(config: RunConfig) -> CountedRun | None:
     """Count rank 0 of a checked configuration; None for an optimizer by import path, which cannot be planned."""
     if config.optimizer.target is not None:
         return None
-    module = build_model(config.model, config.precision, trust_remote_code=config.trust_remote_code)
+    module = model.build(
+        config.model,
+        seed=0,
+        precision=config.precision,
+        device="meta",
+        trust_remote_code=config.trust_remote_code,
+        head=_head(config),
+    )
     planned = simulate(config, module, 0)
     return CountedRun(planned, held_bytes(config, planned))

@@ -41,7 +41,7 @@ def document(filled: FilledTable) -> dict[str, Any]:
             "statuses": STATUSES,
             "runs": None if filled.runs is None else filled.runs.as_posix(),
             "remarks": filled.remarks,
-            "notes": table.notes,
+            "notes": filled.notes,
         }
     )
 
@@ -99,6 +99,8 @@ def _cell(cell: PaperCell) -> dict[str, Any]:
         "status": cell.status,
         "unit": cell.quantity.unit,
         "printed": cell.published.text,
+        "published_std": cell.published.std,
+        "measured_std": cell.measured_std,
         "kind": cell.quantity.kind,
         "tolerance": cell.quantity.tolerance,
         "reason": cell.reason,
@@ -127,7 +129,7 @@ def _remarks(filled: FilledTable) -> list[str]:
         if cell.reason:
             places.setdefault(cell.reason, []).append(f"{cell.row}, {cell.column}")
     reasons = [f"{_places(cells)}: {reason}" for reason, cells in places.items()]
-    return [*reasons, *filled.remarks, *(f"note: {note}" for note in filled.table.notes)]
+    return [*reasons, *filled.remarks, *(f"note: {note}" for note in filled.notes)]
 
 
 def _places(cells: Sequence[str]) -> str:

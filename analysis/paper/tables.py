@@ -16,12 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from harness.config import sources, yaml_files
 from harness.errors import InputError, closest
+from harness.tasks.metrics import METRICS
 
 GROUP = "paper"
 BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "GB": 1e9, "MB": 1e6}
 """Unit of memory → bytes."""
 Grade = Literal["agrees", "close", "differs"]
 
+_PRINTED = re.compile(r"(\d+(?:\.\d+)?)(?: ± (\d*\.\d+))?")
 _TERM = re.compile(r"(\d*)((?:[a-z]²?)+)")
 
 
@@ -33,22 +35,26 @@ class PrintedNumber:
         text: as printed.
         value: of the text.
         half: half a unit of the last printed digit.
+        std: standard deviation printed with it; None without one.
     """
 
     text: str
     value: float
     half: float
+    std: float | None = None
 
     @classmethod
     def of(cls, text: str) -> PrintedNumber:
-        """Read a number with its digits.
+        """Read a number with its digits, and a standard deviation after " ± ".
 
         Raises:
             ValueError: the text is not a plain decimal number.
         """
-        if not re.fullmatch(r"\d+(\.\d+)?", text):
-            raise ValueError(f"{text!r} is not a decimal number as printed, e.g. '34.06'")
-        return cls(text, float(text), 0.5 * 10.0 ** -len(text.partition(".")[2]))
+        match = _PRINTED.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a decimal number as printed, e.g. '34.06' or '81.07 ± 0.02'")
+        digits = len(match[1].partition(".")[2])
+        return cls(text, float(match[1]), 0.5 * 10.0**-digits, float(match[2]) if match[2] else None)
 
     def grade(self, value: float, tolerance: float) -> Grade:
         """Compare a value with the printed one.
@@ -69,7 +75,7 @@ class PrintedNumber:
 
     def like(self, value: float) -> str:
         """Format a value with one digit more than is printed, so that the rounding is visible."""
-        digits = len(self.text.partition(".")[2])
+        digits = len(self.text.partition(" ")[0].partition(".")[2])
         return f"{value:,.{digits + 1}f}" if digits else f"{value:,.0f}"
 
 
@@ -109,24 +115,34 @@ class PaperSource(_Part):
     table: str
 
 
-class Quantity(_Part):
-    """The quantity that a cell states."""
+class Accounting(_Part):
+    """What a figure of memory counts."""
 
-    kind: Literal["perplexity", "memory", "state_numbers"]
-    """perplexity: on the validation split, measured only; memory: counted; state_numbers: of one matrix, counted."""
+    counts: list[Literal["weights", "state", "low_rank_state"]] = ["weights", "state"]
+    """The parts that the figure contains; low_rank_state: only that of matrices with a rule of their own, and of the
+    factors of an adapter."""
+    bytes_per_number: int = Field(default=2, ge=1)
+    """Of every weight, and of every state number unless the next key says otherwise."""
+    bytes_per_state_number: int | None = Field(default=None, ge=1)
+
+
+class Quantity(Accounting):
+    """The quantity that a cell states; the keys of `Accounting` are for memory."""
+
+    kind: Literal["perplexity", "memory", "state_numbers", "metric", "hours"]
+    """perplexity: on the validation split, measured only; memory: counted; state_numbers: of one matrix, counted;
+    metric: of the last evaluation of a task, measured only; hours: of the whole run, measured only."""
     unit: str = ""
-    """memory: a key of `BYTES`; else any word."""
+    """memory: a key of `BYTES`; metric: %; else any word."""
     tolerance: float = Field(default=0.0, ge=0)
     """Relative, on top of the rounding of the printed digits: what still counts as close."""
-    counts: list[Literal["weights", "state"]] = ["weights", "state"]
-    """memory: the parts that the figure contains."""
-    bytes_per_number: int = Field(default=2, ge=1)
-    """memory: bytes of every weight and state number."""
 
     @model_validator(mode="after")
     def _unit_is_one(self) -> Quantity:
         if self.kind == "memory" and self.unit not in BYTES:
             raise ValueError(f"unit {self.unit or 'nothing'!r} is not a unit of memory: {', '.join(BYTES)}")
+        if self.kind == "metric" and self.unit != "%":
+            raise ValueError(f"unit {self.unit or 'nothing'!r} is not the unit of a metric: %")
         return self
 
     def in_unit(self, size: float) -> float:
@@ -138,10 +154,22 @@ class PaperColumn(_Part):
     """A model or a setting."""
 
     words: list[str] = []
+    inputs: list[str] = []
+    """As those of the table, for this column."""
     values: dict[str, int] = {}
     """Numbers that words of rows ($rank) and formulas refer to."""
     parameter: str | None = None
     """state_numbers: the name of the matrix."""
+    metric: str | None = None
+    """metric: a name of `harness.tasks.metrics.METRICS`."""
+    examples: int | None = Field(default=None, ge=1)
+    """metric: evaluated ones; a run with another number of them fills no cell."""
+
+    @model_validator(mode="after")
+    def _metric_is_known(self) -> PaperColumn:
+        if self.metric is not None and self.metric not in METRICS:
+            raise ValueError(f"metric {self.metric} is not one of {', '.join(METRICS)}")
+        return self
 
 
 class KnownDifference(_Part):
@@ -165,6 +193,8 @@ class PaperRow(_Part):
     """state_numbers: as printed, in m, n, r; evaluated with each column's values."""
     unstated: list[str] = []
     """Keys that the paper does not state: a run may have any value."""
+    accounting: dict[str, Accounting] = {}
+    """Quantity of memory → what the figures of this row count, where that differs from the other rows."""
     known: list[KnownDifference] = []
     note: str | None = None
 
@@ -178,6 +208,11 @@ class PaperTable(_Part):
     """Part of the file → read in the source, derived from it, recalled, or not stated there."""
     words: list[str] = []
     """Overrides of every run of the table: the protocol."""
+    inputs: list[str] = []
+    """Further overrides of the printed commands: a model and data that the user has. A run may have others there, but
+    a model needs weights."""
+    unstated: list[str] = []
+    """As in rows, for all of them."""
     quantities: dict[str, Quantity]
     columns: dict[str, PaperColumn]
     rows: dict[str, PaperRow]
@@ -198,6 +233,10 @@ class PaperTable(_Part):
                         f"row {name} has {column}, {quantity}, which is not a column and quantity"
                     )
                 PrintedNumber.of(text)
+                if self.quantities[quantity].kind == "metric" and self.columns[column].metric is None:
+                    raise ValueError(f"column {column} needs the name of its metric")
+            if stray := [q for q in row.accounting if q not in self.quantities]:
+                raise ValueError(f"row {name} has accounting of {stray[0]}, which is not a quantity")
             if row.formula:
                 self._check_formula(name, row.formula)
         return self
@@ -216,6 +255,18 @@ class PaperTable(_Part):
             return {quantity: PrintedNumber.of(str(evaluate(formula, self.columns[column].values)))}
         texts = self.rows[row].published.get(column, {})
         return {quantity: PrintedNumber.of(text) for quantity, text in texts.items()}
+
+    def accounting(self, row: str, quantity: str) -> Accounting:
+        """Return what a figure of memory of this row counts."""
+        return self.rows[row].accounting.get(quantity, self.quantities[quantity])
+
+    def inputs_of(self, column: str) -> list[str]:
+        """Return the overrides of the printed commands of a column that stand for what the user has."""
+        return [*self.inputs, *self.columns[column].inputs]
+
+    def any_value(self, row: str) -> list[str]:
+        """Return the keys that the paper does not state for this row."""
+        return [*self.unstated, *self.rows[row].unstated]
 
     def run_words(self, row: str, column: str) -> list[str]:
         """Return the overrides of the run that would fill the cell; none for a method that optbench does not have.

@@ -97,13 +97,12 @@ def config_difference(comparison: ComparisonSet) -> tuple[TextTable, TextTable]:
 
 
 def last_evaluations(comparison: ComparisonSet) -> TextTable:
-    """Return the mean validation losses of the last evaluations, one column per arm."""
+    """Return the means of the last evaluations, one column per arm."""
+    show = comparison.measure.number
     curves = [(arm.label, arm.curve) for arm in comparison.arms if arm.curve is not None]
     means = [dict(zip(curve.x["steps"].tolist(), curve.mean.tolist(), strict=True)) for _, curve in curves]
     steps = sorted({step for losses in means for step in losses})[-LAST:]
-    body = [
-        [formatting.grouped(step), *(formatting.loss(m.get(step, math.nan)) for m in means)] for step in steps
-    ]
+    body = [[formatting.grouped(step), *(show(m.get(step, math.nan)) for m in means)] for step in steps]
     return TextTable(["step", *(label for label, _ in curves)], body)
 
 
@@ -132,16 +131,23 @@ def pair_matrix(comparison: ComparisonSet) -> list[list[dict[str, Any] | None]]:
             p, half = float(tests.p_holm[index]), float(tests.half_width[index])
             row.append(
                 {
-                    "gap": f"{gap:+.4f}".replace("-", "−") if gap == gap else formatting.MISSING,
-                    "half": f"± {formatting.significant(half, 2)}" if half == half else "",
+                    "gap": _signed(comparison, gap),
+                    "half": f"± {comparison.measure.gap(half, 2)}" if half == half else "",
                     "p": formatting.p_value(p) if p == p else "no test",
                     "n": int(tests.n[index]),
                     "shown": p < 0.05,
-                    "lower": gap < 0,
+                    "better": comparison.measure.sign * gap > 0,
                 }
             )
         grid.append(row)
     return grid
+
+
+def _signed(comparison: ComparisonSet, gap: float) -> str:
+    if gap != gap:
+        return formatting.MISSING
+    digits = 4 if comparison.measure.scale == 1 else 2
+    return f"{comparison.measure.scale * gap:+.{digits}f}".replace("-", "−")
 
 
 def _shown(value: Any) -> str:

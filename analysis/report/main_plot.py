@@ -1,7 +1,8 @@
-"""The first plot of a report: mean loss with the range of seeds, zoomed on the end of training."""
+"""The first plot of a report: mean loss or metric with the range of seeds, zoomed on the end of training."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,43 @@ from analysis.formatting import to_jsonable
 from analysis.pages.figures import MAX_POINTS, PALETTES, Plot, figure, line
 from analysis.report.plots import absent_axes
 from analysis.runs.curves import AXES, AXIS_TITLES, Curve, Floats, mean_curve, single_curve, thinned
+from analysis.runs.measure import Measure, loss_beside
 
 LABEL_HEIGHT = 17
 """Pixels from one label to the next at the ends of curves."""
 MAX_LABELS = 60
-"""Only the lowest curves are labelled; a taller plot would not fit a screen."""
+"""Only the best curves are labelled; a taller plot would not fit a screen."""
 FINISH = 0.6
 """The zoom on the end starts at this share of the run."""
 
 
 def main_plot(comparison: ComparisonSet) -> Plot | None:
-    """Draw the mean loss with the range of seeds; None if no run logged a loss.
+    """Draw what the set is compared by, as a mean with the range of seeds; None if no run logged a loss.
 
-    It is the validation loss, or the training loss if validation ran only at the end.
+    It is the training loss if validation ran only at the end.
     """
-    key, curves = _loss_curves(comparison)
+    curves = {i: arm.curve for i, arm in enumerate(comparison.arms) if arm.curve is not None}
+    if curves and max(len(curve.mean) for curve in curves.values()) > 1:
+        return _plot(comparison, "main", comparison.measure, curves)
+    loss = loss_beside(comparison.measure)
+    return _plot(comparison, "main", replace(loss, split="train"), _curves(comparison, "train/loss"))
+
+
+def validation_loss(comparison: ComparisonSet) -> Plot | None:
+    """Draw the validation loss of a set that is compared by the metric of a task; None for other sets."""
+    if comparison.measure.is_loss:
+        return None
+    loss = loss_beside(comparison.measure)
+    return _plot(comparison, "validation-loss", loss, _curves(comparison, loss.key))
+
+
+def _curves(comparison: ComparisonSet, key: str) -> dict[int, Curve]:
+    curves = {i: mean_curve(arm.finished or arm.runs, key) for i, arm in enumerate(comparison.arms)}
+    return {i: curve for i, curve in curves.items() if curve is not None}
+
+
+def _plot(comparison: ComparisonSet, name: str, measure: Measure, curves: dict[int, Curve]) -> Plot | None:
+    """Draw the curves of one measure; None where they share no axis."""
     axes = [axis for axis in AXES if curves and all(axis in curve.x for curve in curves.values())]
     if not axes:
         return None
@@ -44,13 +67,14 @@ def main_plot(comparison: ComparisonSet) -> Plot | None:
             {"arm": index, "text": comparison.arms[index].label, "y": float(curve.mean[-1]), "x": ends}
         )
     if len(labels) > MAX_LABELS:
-        labels = sorted(labels, key=lambda label: label["y"])[:MAX_LABELS]
-    traces += _unfinished(comparison, key, axes)
-    kind = "validation" if key == "val/loss" else "training"
+        labels = sorted(labels, key=lambda label: -measure.sign * label["y"])[:MAX_LABELS]
+    traces += _unfinished(comparison, measure.key, axes)
+    is_compared = measure == comparison.measure
+    unit = f" ({measure.unit})" if measure.unit else ""
     built = figure(
         traces,
         xaxis={"title": {"text": AXIS_TITLES[axes[0]]}},
-        yaxis={"title": {"text": f"{kind} loss (nats/token)"}},
+        yaxis={"title": {"text": f"{measure.title}{unit}"}},
         hovermode="x unified",
         showlegend=False,
         meta={
@@ -59,7 +83,7 @@ def main_plot(comparison: ComparisonSet) -> Plot | None:
             "ranges": {axis: _ranges(comparison, curves, axis) for axis in axes},
             "titles": {axis: AXIS_TITLES[axis] for axis in axes},
             "entropy": to_jsonable(comparison.entropy),
-            "target": to_jsonable(comparison.target) if key == "val/loss" else None,
+            "target": to_jsonable(comparison.target) if is_compared else None,
         },
     )
     seeds = max(curve.seeds for curve in curves.values())
@@ -74,26 +98,16 @@ def main_plot(comparison: ComparisonSet) -> Plot | None:
     learned = _learned(comparison, curves)
     hidden = [comparison.arms[i].label for i, curve in curves.items() if not any(curve is c for c in learned)]
     above = f" Above the view of the finish: {formatting.listing(hidden)}." if hidden else ""
-    title = f"{kind.capitalize()} loss"
+    title = measure.title.capitalize()
     named = [(comparison.arms[i].label, curve) for i, curve in curves.items()]
     caption = band + stopped + above + absent_axes(named, axes)
     height = max(480, 80 + LABEL_HEIGHT * min(len(labels), MAX_LABELS))
-    return Plot("main", title, caption, built, height, axes=axes)
+    return Plot(name, title, caption, built, height, axes=axes)
 
 
 def _learned(comparison: ComparisonSet, curves: dict[int, Curve]) -> list[Curve]:
     """Return the curves that end below the unigram entropy, or all of them if none does."""
     return [c for c in curves.values() if c.mean[-1] < comparison.entropy] or list(curves.values())
-
-
-def _loss_curves(comparison: ComparisonSet) -> tuple[str, dict[int, Curve]]:
-    curves = {i: arm.curve for i, arm in enumerate(comparison.arms) if arm.curve is not None}
-    if curves and max(len(curve.mean) for curve in curves.values()) > 1:
-        return "val/loss", curves
-    training = {
-        i: mean_curve(arm.finished or arm.runs, "train/loss") for i, arm in enumerate(comparison.arms)
-    }
-    return "train/loss", {i: curve for i, curve in training.items() if curve is not None}
 
 
 def _mean(index: int, arm: Arm, curve: Curve, keep: Any, x: dict[str, Floats], axis: str) -> go.Scatter:

@@ -14,6 +14,7 @@ from analysis.comparison.sets import ComparisonSet
 from analysis.formatting import to_jsonable
 from analysis.pages.figures import MAX_POINTS, Plot, figure, line
 from analysis.runs.curves import AXES, AXIS_TITLES, Curve, single_curve, thinned
+from analysis.runs.measure import loss_beside
 from harness.record.schema import TIME_PARTS
 
 AXIS_WORDS = {"flops": "FLOPs"}
@@ -68,7 +69,7 @@ def training_loss(comparison: ComparisonSet) -> Plot | None:
     built = figure(
         traces,
         xaxis={"title": {"text": AXIS_TITLES[axes[0]]}},
-        yaxis={"title": {"text": "training loss (nats/token)"}},
+        yaxis={"title": {"text": f"training loss ({loss_beside(comparison.measure).unit})"}},
         meta={"titles": {axis: AXIS_TITLES[axis] for axis in axes}},
         **legend(comparison),
     )

@@ -10,12 +10,10 @@ from analysis.comparison.document import Document, JudgedSet
 from analysis.comparison.sets import ComparisonSet
 from analysis.pages import theme
 from analysis.pages.figures import Plot
-from analysis.report import details, moment_plots, plots, tuning
-from analysis.report.main_plot import main_plot
+from analysis.report import details, examples, moment_plots, plots, tuning
+from analysis.report.main_plot import main_plot, validation_loss
 from analysis.runs.curves import AXIS_TITLES
 
-BESIDE = {"loss": "interval"}
-"""Columns that are shown in the cell of another one, after its number."""
 BENEATH = {"loss": "perplexity", "lr": "lr_standing", "state": "state_kinds"}
 """Columns that are shown in small print below a number, so that the table fits a screen."""
 HIDDEN = ("lr_source",)
@@ -58,7 +56,12 @@ def render_picture(judged: JudgedSet) -> str:
 
 def build_plots(comparison: ComparisonSet) -> SetPlots:
     """Draw all plots of one set."""
-    training = [plots.training_loss(comparison), plots.step_time(comparison), plots.memory(comparison)]
+    training = [
+        validation_loss(comparison),
+        plots.training_loss(comparison),
+        plots.step_time(comparison),
+        plots.memory(comparison),
+    ]
     spectra = moment_plots.read_spectra(comparison)
     by_step = moment_plots.over_steps(comparison, spectra)
     by_depth = moment_plots.over_depth(comparison, spectra)
@@ -76,17 +79,24 @@ def _section(judged: JudgedSet, key: str) -> dict[str, Any]:
     comparison = judged.comparison
     drawn = build_plots(comparison)
     studies = [study for _, study in comparison.studies]
-    inside = (*BENEATH.values(), *BESIDE.values(), SPANNING, *HIDDEN)
+    measure = comparison.measure
+    # The interval is shown in the cell of its mean, after the number.
+    beside = {measure.name: "interval"}
+    beneath = {key: small for key, small in BENEATH.items() if measure.is_loss or key != "loss"}
+    inside = (*beneath.values(), *beside.values(), SPANNING, *HIDDEN)
     return {
         "key": key,
         "judged": judged,
         "finish": details.last_evaluations(comparison),
         "columns": [c for c in judged.table.columns if c.key not in inside],
-        "beside": BESIDE,
-        "beneath": BENEATH,
+        "beside": beside,
+        "beneath": beneath,
         "tuning": tuning.overview(studies) if studies else None,
         "trials": tuning.trial_table(studies),
         "matrix": details.pair_matrix(comparison) if len(comparison.arms) > 1 else [],
+        "metrics": examples.all_metrics(comparison),
+        "agreement": examples.agreement(comparison),
+        "changed": examples.changed(comparison),
         "provenance": details.provenance(comparison),
         "ownership": details.ownership(comparison),
         "parameters": details.parameters(comparison),

@@ -11,6 +11,7 @@ from analysis import formatting
 from analysis.comparison.sets import ComparisonSet
 from analysis.pages.figures import Plot, figure, line
 from analysis.report import plots
+from analysis.runs.measure import loss_beside
 from analysis.runs.tuning_ledger import SPENT, Trial, TunedArm
 from analysis.text_tables import TextTable, markdown_lines
 
@@ -21,13 +22,14 @@ ORDER = ("finished", "diverged", "failed", "interrupted", "running", "pending")
 
 def overview(arms: Sequence[TunedArm]) -> TextTable:
     """Return budget and best setting of each optimizer, one row per optimizer."""
+    scored = _any_scored(arms)
     head = [
         "optimizer",
         "trials",
         "outcome",
         "training time",
         "best setting",
-        "val loss there (one seed)",
+        "val loss there (one seed)" if not scored else "val loss, metric there (one seed)",
         "on an edge",
     ]
     rows = []
@@ -41,7 +43,7 @@ def overview(arms: Sequence[TunedArm]) -> TextTable:
                 ", ".join(counts),
                 formatting.seconds(arm.seconds) if arm.seconds else formatting.MISSING,
                 setting(best.values) if best else "none",
-                formatting.loss(best.loss) if best else formatting.MISSING,
+                _result(best) if best else formatting.MISSING,
                 ", ".join(f"{key} {side}" for key, side in arm.edges.items())
                 or ("no" if best else formatting.MISSING),
             ]
@@ -51,8 +53,19 @@ def overview(arms: Sequence[TunedArm]) -> TextTable:
 
 def trial_table(arms: Sequence[TunedArm]) -> TextTable:
     """Return all trials, one row per trial."""
-    head = ["optimizer", "trial", "setting", "state", "val loss", "training time", ""]
+    result = "val loss, metric" if _any_scored(arms) else "val loss"
+    head = ["optimizer", "trial", "setting", "state", result, "training time", ""]
     return TextTable(head, [_row(arm, trial) for arm in arms for trial in arm.trials])
+
+
+def _any_scored(arms: Sequence[TunedArm]) -> bool:
+    return any(trial.score is not None for arm in arms for trial in arm.trials)
+
+
+def _result(trial: Trial) -> str:
+    """Return the loss, followed by the metric that selects the setting if there is one."""
+    score = "" if trial.score is None else f", {formatting.significant(trial.score, 4)}"
+    return formatting.loss(trial.loss) + score
 
 
 def _row(arm: TunedArm, trial: Trial) -> list[str]:
@@ -61,7 +74,7 @@ def _row(arm: TunedArm, trial: Trial) -> list[str]:
     marks += [trial.reason] if trial.reason else []
     seconds = formatting.seconds(trial.seconds) if math.isfinite(trial.seconds) else formatting.MISSING
     own = [arm.label, str(trial.number), setting(trial.values), trial.state]
-    return [*own, formatting.loss(trial.loss), seconds, "; ".join(marks)]
+    return [*own, _result(trial), seconds, "; ".join(marks)]
 
 
 def setting(values: Mapping[str, float | str]) -> str:
@@ -120,7 +133,7 @@ def sensitivity(comparison: ComparisonSet) -> Plot | None:
     built = figure(
         traces,
         xaxis={"title": {"text": "learning rate"}, "type": "log", "dtick": dtick},
-        yaxis={"title": {"text": "final validation loss (nats/token)"}},
+        yaxis={"title": {"text": f"final validation loss ({loss_beside(comparison.measure).unit})"}},
         **plots.legend(comparison),
     )
     seeds = sorted({arm.seed for _, arm, _ in arms})

@@ -36,16 +36,22 @@ class Curve:
     """Highest seed."""
     seeds: int
 
-    def first_below(self, target: float, axis: str) -> float:
-        """Return where the mean first reaches ``target`` on ``axis``, interpolated linearly; NaN if never."""
+    def first_reaching(self, target: float, axis: str, sign: int = -1) -> float:
+        """Return where the mean first reaches ``target`` on ``axis``, interpolated linearly; NaN if never.
+
+        Args:
+            target: value to reach.
+            axis: of ``AXES``.
+            sign: −1 where lower is better, 1 where higher is.
+        """
         if axis not in self.x or math.isnan(target):
             return math.nan
-        # The target is a mean of recorded losses, the curve one of logged losses: they may differ by rounding.
-        below = np.flatnonzero(self.mean <= target + 1e-6)
-        if not len(below):
+        # The target is a mean of recorded values, the curve one of logged values: they may differ by rounding.
+        reached = np.flatnonzero(sign * self.mean >= sign * target - 1e-6)
+        if not len(reached):
             return math.nan
-        i, x = int(below[0]), self.x[axis]
-        if i == 0 or self.mean[i] >= target:
+        i, x = int(reached[0]), self.x[axis]
+        if i == 0 or sign * self.mean[i] <= sign * target:
             return float(x[i])
         share = (self.mean[i - 1] - target) / (self.mean[i - 1] - self.mean[i])
         return float(x[i - 1] + share * (x[i] - x[i - 1]))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import formatting
-from analysis.runs import external, reading
+from analysis.runs import external, predictions, reading
 from analysis.runs.reading import number
 from analysis.runs.run import LoadedRun
 from harness.errors import InputError
@@ -102,6 +102,7 @@ def _load_folder(folder: Path, root: Path) -> LoadedRun:
         parameters=reading.parameters(folder, notes),
         metrics=reading.metrics(folder / "metrics.jsonl", notes),
         moments=reading.moments(folder / "moments.parquet", notes),
+        predictions=predictions.read(folder / predictions.FILE, notes),
         state="running",
         reason="",
         comparison_key=str(summary.get("comparison_key") or ""),
@@ -109,8 +110,8 @@ def _load_folder(folder: Path, root: Path) -> LoadedRun:
     )
     run.state, run.reason = _state(run)
     if run.state == "finished" and not run.finished:
-        notes.append("finished without a finite validation loss: it counts as failed")
-        run.state, run.reason = "failed", "no finite validation loss at the end"
+        notes.append(f"finished without a finite {run.measure.title}: it counts as failed")
+        run.state, run.reason = "failed", f"no finite {run.measure.title} at the end"
     return run
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from analysis.runs.measure import LOSS, Measure, final_value, measure_of
+from analysis.runs.predictions import Predictions
 from analysis.runs.reading import Columns, number
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class LoadedRun:
     notes: list[str] = field(default_factory=list)
     is_external: bool = False
     """Read from a table of another trainer; what it states about data and budget is not checked."""
+    predictions: Predictions | None = None
+    """Per-example results of the last evaluation; None without them."""
     tuning: TunedArm | None = None
     """The tuning study that selected this run's setting (`tuning_ledger.attach`); None without one."""
 
@@ -81,13 +85,22 @@ class LoadedRun:
     @property
     def final_loss(self) -> float:
         """Validation loss at the last step (nats/token); NaN unless the run finished with a finite one."""
-        loss = number(self.summary.get("val/loss"))
-        return loss if self.state == "finished" and math.isfinite(loss) else math.nan
+        return self.final(LOSS)
+
+    @property
+    def measure(self) -> Measure:
+        """What this run is compared by: its task's metric, else the validation loss."""
+        return measure_of(self.config, self.summary)
+
+    def final(self, measure: Measure) -> float:
+        """Return a measure at the last step; NaN unless the run finished with a finite one."""
+        value = final_value(measure, self.summary)
+        return value if self.state == "finished" and math.isfinite(value) else math.nan
 
     @property
     def finished(self) -> bool:
-        """True if the run reached its last step with a finite validation loss."""
-        return math.isfinite(self.final_loss)
+        """True if the run reached its last step with a finite value of what it is compared by."""
+        return math.isfinite(self.final(self.measure))
 
     @property
     def steps(self) -> float:

@@ -38,6 +38,7 @@ class Trial:
         loss: final validation loss, nats/token; NaN unless it finished with a finite one.
         seconds: training seconds over all attempts; NaN if not recorded.
         added: True if the extension added it to the search space.
+        score: with ``select=metric`` the metric of the task, else None.
     """
 
     number: int
@@ -49,6 +50,13 @@ class Trial:
     run: str
     identity: str
     added: bool = False
+    score: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What settings are selected by, lower is better: the loss, or the metric with its sign changed."""
+        cost = self.loss if self.score is None else -self.score
+        return cost if math.isfinite(cost) else math.inf
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class TunedArm:
 
     Attributes:
         space: option → list of values or [low, "..", high]; the default ladder is ``{"lr": "ladder"}``.
-        best: number of the trial with the lowest final loss; None if none finished.
+        best: number of the trial with the lowest final loss (or best metric); None if none finished.
         edges: option → "lowest" or "highest", if the best value is on the edge of the tried ones.
         seed: of the trials.
         confirmed: identities of the runs of the best setting on fresh seeds.
@@ -86,7 +94,7 @@ class TunedArm:
 
     @property
     def best_trial(self) -> Trial | None:
-        """The trial with the lowest loss; None if none finished."""
+        """The selected trial; None if none finished."""
         return next((trial for trial in self.trials if trial.number == self.best), None)
 
     @property
@@ -95,10 +103,10 @@ class TunedArm:
         return Counter(trial.state for trial in self.trials)
 
 
-def lowest(trials: Sequence[Trial]) -> Trial | None:
-    """Return the trial with the lowest finite loss, the earlier of two equal ones; None if there is none."""
-    finite = [trial for trial in trials if math.isfinite(trial.loss)]
-    return min(finite, key=lambda trial: (trial.loss, trial.number), default=None)
+def select(trials: Sequence[Trial]) -> Trial | None:
+    """Return the best trial with a finite loss or metric, the earlier of two equal ones; None if there is none."""
+    finite = [trial for trial in trials if math.isfinite(trial.cost)]
+    return min(finite, key=lambda trial: (trial.cost, trial.number), default=None)
 
 
 def to_json(arms: Sequence[TunedArm]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.compare.arguments import ComparisonPlan, plan, verbosity
+from analysis.formatting import listing
 from analysis.tuning import space
 from analysis.tuning.space import Axis
 from harness import command_line
@@ -27,8 +28,9 @@ DEFAULT_EXTEND = 2
 """More trials if a best one is on the edge of the default ladder; an explicit space is not extended."""
 GROUP = "study"
 NUMBERS = ("trials", "seeds", "seed", "extend")
-KNOWN = ("optimizers", *NUMBERS, "space", "run")
-_OWN = ("trials", "extend", "seed", "seeds", "study")
+SELECT = ("loss", "metric")
+KNOWN = ("optimizers", *NUMBERS, "select", "space", "run")
+_OWN = ("trials", "extend", "seed", "seeds", "select", "study")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Study:
         seed: of the trials; the comparison uses other seeds.
         extend: most additional trials for every optimizer, one at a time, while a best one is on an edge.
         spaces: label → tuned options; an empty space is the default ladder of learning rates.
+        select: ``loss`` or ``metric``: what selects the best setting.
         dry_run: print the plan only.
     """
 
@@ -49,6 +52,7 @@ class Study:
     seed: int
     extend: int
     spaces: dict[str, tuple[Axis, ...]]
+    select: str
     dry_run: bool
 
     @property
@@ -87,6 +91,7 @@ def read(argv: Sequence[str]) -> Study:
         seed=seed,
         extend=_extend(own["extend"], spaces),
         spaces=spaces,
+        select=_select(words),
         dry_run=options.dry_run,
     )
 
@@ -101,6 +106,19 @@ def _values(words: Sequence[str], key: str) -> list[str]:
     if len(values) > 1:
         raise InputError(key, values[1], f"was already set to {values[0]}")
     return values
+
+
+def _select(words: Sequence[str]) -> str:
+    """Return what selects the best setting.
+
+    Raises:
+        InputError: neither of `SELECT`.
+    """
+    for value in _values(words, "select"):
+        if value not in SELECT:
+            raise InputError("select", value or "nothing", allowed=SELECT, fix="select=loss")
+        return value
+    return "loss"
 
 
 _LIMITS = {"trials": (2, MOST_TRIALS), "extend": (0, 20), "seed": (0, 2**63 - 1 - MOST_TRIALS)}
@@ -223,7 +241,7 @@ def read_study_file(name: str, overrides: Sequence[str]) -> list[str]:
     own = {word.partition("=")[0].removeprefix("optimizer.") for word in overrides if "=" in word}
     labels = [word for word in overrides if "=" not in word and not word.startswith("-")]
     arguments = [] if labels else [str(label) for label in content.get("optimizers", ())]
-    pairs = {key: content[key] for key in NUMBERS if key in content}
+    pairs = {key: content[key] for key in (*NUMBERS, "select") if key in content}
     pairs |= {**content.get("run", {}), **content.get("space", {})}
     arguments += [f"{key}={_value(value)}" for key, value in pairs.items() if key not in own]
     return [*arguments, *overrides]
@@ -236,9 +254,14 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         if key not in KNOWN:
             raise InputError(f"{GROUP} {path.stem}", str(key), "is an unknown key", allowed=KNOWN)
-        kind = list if key == "optimizers" else dict if key in ("space", "run") else int
+        kind = {"optimizers": list, "space": dict, "run": dict, "select": str}.get(key, int)
         if not isinstance(value, kind):
-            allowed = {list: "a list", dict: "key: value lines", int: "a whole number"}[kind]
+            allowed = {
+                list: "a list",
+                dict: "key: value lines",
+                str: listing(SELECT, "or"),
+                int: "a whole number",
+            }[kind]
             raise InputError(f"{key} in {path}", value, allowed=allowed)
     return content
 

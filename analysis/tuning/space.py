@@ -164,16 +164,16 @@ def ladder(centre: Mapping[str, float], trials: int) -> list[Values]:
     return [{key: spelled(rate * FACTOR**power) for key, rate in centre.items()} for power in powers]
 
 
-def beyond(best: Values, tried: Sequence[float], losses: Sequence[float]) -> Values:
+def beyond(best: Values, tried: Sequence[float], costs: Sequence[float]) -> Values:
     """Return one more point of a ladder: beyond the edge, or between the best and its better neighbour.
 
     Args:
         best: the best setting so far.
         tried: its learning rates so far, in any order.
-        losses: of these rates; infinite for a diverged trial.
+        costs: of these rates, lower is better; infinite for a diverged trial.
     """
     rate = number(best["lr"])
-    order = sorted(zip(tried, losses, strict=True))
+    order = sorted(zip(tried, costs, strict=True))
     place = [value for value, _ in order].index(rate)
     if place == 0:
         factor = 1 / FACTOR

@@ -13,7 +13,8 @@ from pathlib import Path
 from analysis.compare import sessions
 from analysis.compare.arguments import ArmSpec, ComparisonPlan
 from analysis.runs import reading, tuning_ledger
-from analysis.runs.tuning_ledger import FILE, LEDGER_SCHEMA_VERSION, SPENT, TRIALS, Trial, TunedArm, lowest
+from analysis.runs.measure import LOSS, final_value, measure_of
+from analysis.runs.tuning_ledger import FILE, LEDGER_SCHEMA_VERSION, SPENT, TRIALS, Trial, TunedArm
 from analysis.tuning import space
 from analysis.tuning.arguments import Study
 from analysis.tuning.space import Values
@@ -67,6 +68,10 @@ class Tuning:
         """
         self._study, self._trainer = study, trainer
         self.trials = plan_trials(study, trainer.say)
+        if study.select == "metric" and self.trials[0].run.config.task.name == "pretrain":
+            raise InputError(
+                "select", "metric", "needs a task with a metric", allowed="loss", fix="select=loss"
+            )
         self._trials_folder = self.trials[0].run.folder.parent
         self.home: Path = self._trials_folder.with_name(study.plan.group)
         self._read_ledger()
@@ -139,6 +144,7 @@ class Tuning:
             "steps": first.config.steps,
             "world_size": first.config.world_size,
             "seed": self._study.seed,
+            "select": self._study.select,
             "fresh_seeds": self._study.plan.seeds,
             "arms": tuning_ledger.to_json([*earlier, *arms]),
         }
@@ -284,8 +290,8 @@ def _rates(study: Study, arm: ArmSpec, values: Values) -> tuple[float, float | N
     return optimizer.lr, optimizer.options.get("aux_lr")
 
 
-def read_trial(trial: PlannedTrial) -> Trial:
-    """Read the result of a trial from its run folder."""
+def read_trial(trial: PlannedTrial, *, by_metric: bool = False) -> Trial:
+    """Read the result of a trial from its run folder; with ``by_metric`` also the metric of its task."""
     run = trial.run
     state = sessions.state_of(run) or "pending"
     notes: list[str] = []
@@ -293,10 +299,14 @@ def read_trial(trial: PlannedTrial) -> Trial:
     attempts = (
         reading.mapping(run.folder / "status.json", notes).get("attempts") if state != "pending" else None
     )
-    loss = reading.number(summary.get("val/loss")) if state == "finished" else math.nan
-    if state == "finished" and not math.isfinite(loss):
-        # A run may reach its last step with a loss that is not finite.
-        state = "diverged"
+    loss, score = math.nan, None
+    if state == "finished":
+        measure = measure_of({}, summary)
+        loss = final_value(LOSS, summary)
+        score = measure.sign * final_value(measure, summary) if by_metric else None
+        if not math.isfinite(loss if score is None else score):
+            # A run may reach its last step with a loss that is not finite.
+            state, loss, score = "diverged", math.nan, None
     return Trial(
         number=trial.number,
         values={key: _typed(value) for key, value in trial.values.items()},
@@ -309,6 +319,7 @@ def read_trial(trial: PlannedTrial) -> Trial:
         run=run.folder.name,
         identity=run.identity,
         added=trial.added,
+        score=score,
     )
 
 
@@ -322,8 +333,8 @@ def read_arm(
 ) -> TunedArm:
     """Read the current result of one optimizer."""
     own = [trial for trial in planned if trial.label == arm.label]
-    results = tuple(map(read_trial, own))
-    best, axes = lowest(results), study.spaces[arm.label]
+    results = tuple(read_trial(trial, by_metric=study.select == "metric") for trial in own)
+    best, axes = tuning_ledger.select(results), study.spaces[arm.label]
     tried = [trial.values for trial, result in zip(own, results, strict=True) if result.state in SPENT]
     values = next((trial.values for trial in own if best and trial.number == best.number), {})
     return TunedArm(
@@ -342,11 +353,11 @@ def next_setting(arm: TunedArm, planned: Sequence[PlannedTrial]) -> Values:
     """Return the setting of one more trial: beyond the edge if the best one is there, else next to the best one."""
     own = [trial for trial in planned if trial.label == arm.label]
     spent = [(trial, result) for trial, result in zip(own, arm.trials, strict=True) if result.state in SPENT]
-    losses = [result.loss if math.isfinite(result.loss) else math.inf for _, result in spent]
+    costs = [result.cost for _, result in spent]
     rates = [space.number(trial.values["lr"]) for trial, _ in spent]
     if arm.best_trial is None:
         # All trials diverged: try a lower rate than all of them.
         start = min(own, key=lambda trial: space.number(trial.values["lr"])).values
         return {key: space.spelled(space.number(value) / space.FACTOR) for key, value in start.items()}
     start = next(trial.values for trial in own if trial.number == arm.best)
-    return space.beyond(start, rates, losses)
+    return space.beyond(start, rates, costs)

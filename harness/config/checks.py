@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.config import (
+    data_checks,
     derived_defaults,
     engine_checks,
     launcher,
@@ -58,6 +59,7 @@ def check(
     """
     _check_folders(config)
     task_checks.check(config)
+    data_checks.check(config)
     value_formats.duration_seconds("time_limit", config.time_limit)
     shapes = facts(config.model)
     model_checks.check(config, shapes)

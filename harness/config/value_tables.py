@@ -7,7 +7,8 @@
         else: {}
 
 One file then holds a protocol whose settings differ by task, as published tables of hyper-parameters do:
-``experiment=NAME data.name=cola`` takes the second row.
+``experiment=NAME data.name=cola`` takes the second row. A file that builds on another one adds to its rows, and a row
+of null takes a row of that file away.
 """
 
 from __future__ import annotations
@@ -52,15 +53,20 @@ def merge_rows(values: dict[str, Any], explicit: Mapping[str, Any], path: Path |
 def _row(
     key: str, rows: Any, values: Mapping[str, Any], explicit: Mapping[str, Any], path: Path | None
 ) -> dict[str, Any]:
-    if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
+    if (
+        not isinstance(rows, dict)
+        or not rows
+        or not all(isinstance(row, dict | None) for row in rows.values())
+    ):
         raise _not_tables(rows, path)
-    by_text = {str(name): row for name, row in rows.items()}
+    by_text = {str(name): row for name, row in rows.items() if row is not None}
     value = explicit[key] if key in explicit else _find(values, key)
     row = by_text.get(str(value), by_text.get(OTHERWISE))
     if row is None:
         known = [name for name in by_text if name != OTHERWISE]
         shown = "null" if value is None else value
-        raise InputError(key, shown, f"has no row in {path}", allowed=known, fix=f"{key}={known[0]}")
+        fix = f"{key}={known[0]}" if known else f"add a row to {path}"
+        raise InputError(key, shown, f"has no row in {path}", allowed=known, fix=fix)
     return row
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
+from harness.config.data_checks import check_splits
 from harness.config.schema import DataConfig
 from harness.data import hub, local_files, row_files
 from harness.data.file_errors import Place
@@ -16,8 +17,6 @@ from harness.files.cache import Fingerprints
 Value = str | int | float | bool | None
 Row = dict[str, Value]
 Split = Literal["train", "validation"]
-SOURCES = ("jsonl", "json", "csv", "tsv", "parquet", "datasets")
-"""Values of ``data.source`` whose rows have named columns."""
 
 
 class Rows(Iterator[Row]):
@@ -83,23 +82,6 @@ def read_rows(config: DataConfig, split: Split, wanted: Wanted | None = None) ->
     return Rows(config, split, wanted)
 
 
-def check_splits(config: DataConfig) -> None:
-    """Raise InputError unless ``config`` names a source with columns and its two splits. Reads nothing."""
-    if config.source not in SOURCES:
-        raise InputError(
-            "data.source",
-            config.source,
-            "holds text, not examples",
-            allowed=SOURCES,
-            fix="data=jsonl data.files=[FILE] data.validation_files=[FILE], or another source with columns",
-        )
-    for split in get_args(Split):
-        if config.source == "datasets":
-            _split_name(config, split)
-        else:
-            _files(config, split)
-
-
 def describe_rows(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (identity, facts) of the rows of both splits, as `harness.data.sources.TextSource` has them.
 
@@ -121,23 +103,10 @@ def describe_rows(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[
 
 
 def _files(config: DataConfig, split: Split) -> tuple[str, list[str]]:
-    key = "data.files" if split == "train" else "data.validation_files"
-    patterns = config.files if split == "train" else config.validation_files
-    if not patterns:
-        purpose = "train" if split == "train" else "evaluate"
-        fix = f"{key}=[FILE.{config.source}]"
-        raise InputError(key, "[]", f"names no file to {purpose} on", fix=fix)
-    return key, patterns
+    if split == "train":
+        return "data.files", config.files
+    return "data.validation_files", config.validation_files
 
 
 def _split_name(config: DataConfig, split: Split) -> str:
-    if split == "train":
-        return config.split
-    if config.validation_split is None:
-        raise InputError(
-            "data.validation_split",
-            None,
-            f"names no split of {config.dataset} to evaluate on",
-            fix="data.validation_split=validation",
-        )
-    return config.validation_split
+    return config.split if split == "train" else config.validation_split or ""

@@ -33,6 +33,11 @@ from harness.tasks.example_rows import RawExamples, draw_shots, read_examples, w
 from harness.tasks.example_store import EncodedSplit, ExampleSplit
 from harness.tasks.labels import encode_labels
 
+_KEYS = {
+    "classify": ("text", "label", "labels", "target"),
+    "answer": ("prompt", "answer", "shots", "truncate", "extract", "max_new_tokens"),
+}
+"""Task → keys below task that decide the examples, or whether they are refused."""
 AT_ONCE = 4096
 """Examples tokenized in one call."""
 
@@ -113,7 +118,7 @@ def prepare_examples(config: RunConfig, say: Say) -> Examples:
     model_vocabulary = facts(config.model).vocab_size
     check_vocabulary(config.data, None, model_vocabulary)
     identity, source = describe_rows(config.data, Fingerprints(root))
-    task = config.task.model_dump(mode="json", exclude={"metric"})
+    task = config.task.model_dump(mode="json", include={"name", *_KEYS[config.task.name]})
     parts = {
         "source": identity,
         "tokenizer": tokenizer.identity(config.data.tokenizer, config.data.vocab_size),

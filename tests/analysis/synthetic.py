@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pandas as pd
 import yaml
 
 from harness.record.schema import SCHEMA_VERSION
+from harness.tasks.metrics import METRICS, score
 
 LAYER_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODEL = {"name": "llama_tiny", "model_type": "llama", "config": {"hidden_size": 128, "num_hidden_layers": 4}}
@@ -59,6 +60,21 @@ class Recipe:
     summary: dict[str, Any] = field(default_factory=dict)
     """Summary keys to replace."""
     layers: int = 4
+    answers: Answers | None = None
+    """Of a task: per-example results, and what they make of the run's files."""
+
+
+@dataclass
+class Answers:
+    """What a run of a task answered: one entry per validation example."""
+
+    metric: str
+    references: list[str]
+    predictions: Sequence[str | None]
+    labels: list[str] | None = None
+    texts: list[str] | None = None
+    has_file: bool = True
+    """False: predictions.parquet is missing."""
 
 
 _AUX, _LOW_RANK = {"aux": 4_200_000}, {"moment": 1_300_000, "basis": 900_000}
@@ -101,6 +117,9 @@ def write(root: Path, recipe: Recipe, name: str | None = None) -> Path:
     (folder / "environment.json").write_text(json.dumps(_ENVIRONMENT))
     (folder / "parameters.json").write_text(json.dumps(_parameters(recipe)))
     rows = _metrics(recipe, rng, end, last)
+    if recipe.answers is not None:
+        _answer(folder, recipe.answers, rows, config, recipe)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if recipe.has_moments:
         _moments(recipe, rng, last).to_parquet(folder / "moments.parquet")
@@ -118,6 +137,39 @@ def write(root: Path, recipe: Recipe, name: str | None = None) -> Path:
     if recipe.state == "finished":
         (folder / "DONE").touch()
     return folder
+
+
+def _answer(
+    folder: Path, answers: Answers, rows: list[dict[str, Any]], config: dict[str, Any], recipe: Recipe
+) -> None:
+    """Turn a run into one of a task: its metric rises to the final value, and predictions.parquet holds the end."""
+    kind = METRICS[answers.metric].kind
+    name = "answer" if kind == "text" else "classify"
+    config["task"] = {"name": name, "metric": answers.metric, "labels": answers.labels}
+    final = score(answers.metric, answers.references, answers.predictions, answers.labels)
+    for row in rows:
+        if "val/loss" in row:
+            row.pop("val/perplexity")
+            row[f"val/{answers.metric}"] = final * (1 - np.exp(-5 * row["step"] / recipe.steps)) + (
+                final * np.exp(-5.0) if row["step"] == recipe.steps else 0
+            )
+    facts = {"value": final, "better": METRICS[answers.metric].better, "unit": METRICS[answers.metric].unit}
+    recipe.summary = {**recipe.summary, "metrics": {answers.metric: facts}, "unigram_entropy": None}
+    count = len(answers.references)
+    pairs = list(zip(answers.references, answers.predictions, strict=True))
+    frame = pd.DataFrame(
+        {
+            "example": np.arange(count, dtype=np.int64),
+            "reference": answers.references,
+            "prediction": pd.Series(answers.predictions, dtype="string"),
+            "correct": pd.array([None if kind == "number" else r == p for r, p in pairs], dtype="boolean"),
+            "loss": np.full(count, 0.5),
+            "probability": np.full(count, 0.7 if kind == "class" else np.nan),
+            "text": pd.Series(answers.texts or [None] * count, dtype="string"),
+        }
+    )
+    if answers.has_file and recipe.state == "finished":
+        frame.to_parquet(folder / "predictions.parquet")
 
 
 def _config(recipe: Recipe) -> dict[str, Any]:

@@ -286,7 +286,8 @@ def _of_decay(p: Parameter) -> Iterable[tuple[str, str]]:
         return
     name = "another weight decay"
     lr = p.record.settings[0].number("lr", default=0.0) or 0.0
-    if lr * expected < torch.finfo(p.record.weights[0].dtype).eps and 0 <= found < expected:
+    is_lost = lr * expected < torch.finfo(p.record.weights[0].dtype).eps
+    if is_lost and -5 * error <= found < expected:
         name = "weight decay rounded away"
     yield name, f"{expected:g} expected, found {found:.3g} ± {error:.1g}"
 

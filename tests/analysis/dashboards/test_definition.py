@@ -158,3 +158,17 @@ def test_w_and_b_takes_a_group_of_any_name(tmp_path: Path, name: str) -> None:
     text = workspace.to_json(workspace.report(where, found, f"optbench: {name}", online=False))
     assert json.dumps([made, text]).isascii()
     assert workspace.title("plain name 3.1") == "plain name 3.1"
+
+
+def test_the_metric_of_a_task_has_panels_of_its_own(tmp_path: Path) -> None:
+    answers = synthetic.Answers("f1", ["no", "yes"] * 5, ["no", "yes", "yes", "no", "no"] * 2, ["no", "yes"])
+    for seed in (0, 1):
+        synthetic.write(tmp_path, Recipe("adamw", seed=seed, has_moments=False, answers=answers))
+    where = _scope(tmp_path)
+    assert where.metrics == ("val/f1",)
+    first, *rest = definition.sections_of(where)
+    assert tuple(rest) == SECTIONS
+    assert {panel.y for panel in first.panels} == {("val/f1",)}
+    spec = workspace.to_json(workspace.workspace(where, "name"))["spec"]["section"]
+    assert spec["panelBankConfig"]["sections"][0]["name"] == "Task"
+    assert "Validation f1 at the last evaluation" in preview.render(document.judge_folder(tmp_path), where)

@@ -17,7 +17,7 @@ from analysis.paper.command import main
 from harness import cli
 from harness.config import checks, compose
 
-NAMES = ["sumo_table1", "sumo_table3", "sumo_table6", "sumo_table9"]
+NAMES = ["sumo_table1", "sumo_table3", "sumo_table6", "sumo_table8", "sumo_table9"]
 
 
 @pytest.fixture

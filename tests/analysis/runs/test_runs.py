@@ -168,7 +168,7 @@ def test_two_hundred_runs_make_one_page(tmp_path: Path) -> None:
     found = document.judge_folder(tmp_path)
     (judged,) = found.sets
     assert len(judged.comparison.runs) == 200
-    assert judged.comparison.losses.shape == (4, 50)
+    assert judged.comparison.results.shape == (4, 50)
     page = report_page.render(found)
     assert "50 common seeds" in page
     assert len(page) < len(get_plotlyjs()) + 1_500_000

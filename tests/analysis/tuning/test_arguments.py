@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import submit_command
+from analysis.compare import sessions, submit_command
+from analysis.compare.progress import Verbosity
 from analysis.tuning import arguments
 from analysis.tuning.space import Axis
+from analysis.tuning.study import Tuning
 from harness.errors import InputError
 
 
@@ -51,6 +53,8 @@ def test_an_option_for_all_is_an_option_of_each() -> None:
         (["adamw", "sumoo"], r"sumoo is not an optimizer; did you mean sumo\?"),
         (["adamw", "trials=1"], r"trials: 1 .*allowed: a whole number from 2"),
         (["adamw", "trials=few"], r"trials: few"),
+        (["adamw", "select=accuracy"], r"select: accuracy .*allowed: loss, metric; fix: select=loss"),
+        (["adamw", "select=loss", "select=metric"], r"select: metric was already set to loss"),
         (["adamw", "trials=3", "trials=4"], r"trials: 4 was already set to 3"),
         (["adamw", "seed=-1"], r"seed: -1"),
         (["adamw", "seeds=0"], r"seeds: 0"),
@@ -86,12 +90,13 @@ def test_a_study_from_a_file_and_the_command_line_wins(
 ) -> None:
     folder = tmp_path / "configs" / "study"
     folder.mkdir(parents=True)
-    text = "optimizers: [adamw, sumo]\ntrials: 2\nseeds: 4\nrun: {steps: 7, sumo.rank: 8}\nspace: {lr: [0.1, 0.2]}\n"
+    text = "optimizers: [adamw, sumo]\ntrials: 2\nseeds: 4\nselect: metric\nrun: {steps: 7, sumo.rank: 8}\n"
+    text += "space: {lr: [0.1, 0.2]}\n"
     (folder / "mine.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     study = arguments.read(["study=mine", "steps=9", "group=g"])
     assert [arm.label for arm in study.plan.arms] == ["adamw", "sumo"]
-    assert (study.trials, study.plan.seeds) == (2, [1, 2, 3, 4])
+    assert (study.trials, study.plan.seeds, study.select) == (2, [1, 2, 3, 4], "metric")
     assert study.plan.shared == ["steps=9"]
     assert study.spaces["sumo"] == (Axis("lr", ("0.1", "0.2")),)
     assert [
@@ -127,3 +132,10 @@ def test_no_torch_is_imported_and_no_scipy_before_it_is_needed() -> None:
 def test_a_sweep_is_no_job_of_slurm() -> None:
     with pytest.raises(InputError, match=r"submit: sweep chooses its last runs.*fix: optbench sweep"):
         submit_command.main(["sweep", "adamw", "sumo", "--dry-run"])
+
+
+def test_the_loss_selects_unless_a_task_has_a_metric_that_is_asked_for() -> None:
+    assert arguments.read(["adamw"]).select == "loss"
+    study = arguments.read(["adamw", "select=metric", "preset=quickstart", "world_size=1"])
+    with pytest.raises(InputError, match="select: metric needs a task with a metric; allowed: loss"):
+        Tuning(study, sessions.Trainer(as_json=True, verbosity=Verbosity.QUIET))

@@ -5,12 +5,14 @@ settings that are as good as its best, the other one only a single one, the rest
 winner between them is wrong.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from analysis.comparison import statistics
 from analysis.comparison.statistics import ALPHA, Floats
-from analysis.runs.tuning_ledger import Trial, lowest
+from analysis.runs.tuning_ledger import Trial, select
 
 STUDIES, TRIALS, SEEDS, SD = 4000, 5, 10, 0.01
 FORGIVING = np.zeros(TRIALS)
@@ -25,7 +27,7 @@ def chosen(losses: Floats) -> int:
         Trial(n, {"lr": float(n)}, "finished", "", float(loss), 1.0, f"t{n}", f"i{n}")
         for n, loss in enumerate(losses, 1)
     ]
-    found = lowest(trials)
+    found = select(trials)
     assert found is not None
     return found.number - 1
 
@@ -71,3 +73,14 @@ def test_the_best_of_noisy_trials_is_lower_than_what_its_setting_gives() -> None
     losses = rng.normal(0, SD, (STUDIES, TRIALS))
     lowest = np.array([row[chosen(row)] for row in losses])
     assert lowest.mean() / SD == pytest.approx(-1.163, abs=0.05)
+
+
+def test_the_metric_selects_the_highest_score_and_ties_go_to_the_earlier_trial() -> None:
+    """Losses and accuracies disagree: loss would select the second trial."""
+    trials = [
+        Trial(number, {"lr": 0.1}, "finished", "", loss, 1.0, "", "", score=score)
+        for number, (loss, score) in enumerate([(0.5, 0.8), (0.4, 0.7), (0.6, 0.8)], 1)
+    ]
+    assert select(trials) is trials[0]
+    assert select([replace(trial, score=None) for trial in trials]) == replace(trials[1], score=None)
+    assert select([replace(trials[0], score=float("nan"))]) is None

@@ -55,6 +55,15 @@ def test_the_command_line_decides_over_the_row() -> None:
     assert config.optimizer.options == {"rank": 4, "alpha": 1.0}
 
 
+def test_a_file_adds_to_the_rows_of_another_one_and_takes_some_away(home: Path) -> None:
+    more = "# @package _global_\ndefaults: [mine]\nby:\n  data.name: {rte: {batch_size: 64}, cola: null}\n"
+    (home / "configs" / "experiment" / "more.yaml").write_text(more, encoding="utf-8")
+    config = load(["experiment=more"])
+    assert (config.steps, config.batch_size) == (7, 64)
+    with pytest.raises(InputError, match=r"data\.name: cola has no row in .*more\.yaml; allowed: rte;"):
+        load(["experiment=more", "data.name=cola"])
+
+
 @pytest.mark.usefixtures("home")
 def test_a_row_of_another_optimizer_does_not_apply() -> None:
     assert load(["experiment=mine", "optimizer=adamw"]).optimizer.options == {}

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from harness.config.data_checks import check_splits
 from harness.config.schema import DataConfig
-from harness.data.rows import check_splits, read_rows
+from harness.data.rows import read_rows
 from harness.errors import InputError
 
 ROWS: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ from harness.record.certificates import Cell, sources_sha256
 from harness.verify import cells, command, session
 from harness.verify.pool import RankLost
 from harness.verify.session import Certified, Say, certify, has_noise_floor
-from harness.verify.verdict import FIGURES, Result
+from harness.verify.verdict import FIGURES, MOST_TWINS, Result
 from tests.harness.verify.reports import report
 
 KEYS = {
@@ -103,19 +103,19 @@ def test_a_noise_floor_that_is_not_finite_is_null(
 
 def test_a_cell_waits_for_the_twins_that_decide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Twins of the cell's own clipping and options are made; the cell is said once, with its last verdict."""
-    asked: list[tuple[Cell, float]] = []
-    floors = {"clipping on": 0.03, "clipping off": 1e-4}
+    asked: list[tuple[Cell, int]] = []
+    floors = {"on": [1e-5, 0.03, 1e-5, 1e-5], "off": [1e-4] * 4}
 
     def answer(target: str, *args: Any, **more: object) -> list[object]:
         if target.endswith(":machine"):
             return [{}]
         if not target.endswith(":noise_floor"):
             return [report(end_to_end_error=0.05)]
-        # First for the table of noise floors, then with the error that is to be explained.
-        if len(args) == 4:
-            asked.append((args[0], args[3]))
-            return [floors[f"clipping {args[0].clipping}"]]
-        return [1e-5]
+        # First for the table of noise floors, which gives no seed.
+        if len(args) < 4:
+            return [1e-5]
+        asked.append((args[0], args[3]))
+        return [floors[args[0].clipping][args[3]]]
 
     class Pool:
         def __init__(self, *args: object) -> None:
@@ -127,7 +127,8 @@ def test_a_cell_waits_for_the_twins_that_decide(monkeypatch: pytest.MonkeyPatch,
     chosen = [Cell("lion", "ddp"), Cell("lion", "ddp", clipping="off")]
     said: list[Result] = []
     found = certify(chosen, tmp_path, lambda result, number, total: said.append(result))
-    assert asked == [(cells.reference_of(cell), 0.05) for cell in chosen]
+    first, second = map(cells.reference_of, chosen)
+    assert asked == [(first, 0), (first, 1), *((second, seed) for seed in range(MOST_TWINS))]
     assert [result.passed for result in found.results] == [True, False]
     assert [result.figures["noise_floor"] for result in found.results] == [0.03, 1e-4]
     assert said == found.results

@@ -92,6 +92,7 @@ RULES = {
     "sumo": "preset",
     "galore": "preset",
     "muon": "orthogonalized",
+    "muon_clip": "preset",
     "adamw": "adamw",
 }
 

@@ -1,0 +1,53 @@
+"""Keys of the data that the source or the task does not use are refused, each with what to type."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.config import compose, data_checks
+from harness.errors import InputError
+
+CLASSIFY = ("task=classify", "task.text=[a]", "task.label=b")
+FILES = ("data.files=[x]", "data.validation_files=[y]")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("data=json", *FILES), "data.validation_files: ['y'] is for tasks with examples"),
+        (("data=c4", "data.validation_split=validation"), "data.validation_split: validation is for tasks"),
+        (("data=jsonl", "data.quotes=literal"), "data.quotes: literal is for data.source=csv and tsv"),
+        (("data=jsonl", "data.columns=[a]"), "data.columns: ['a'] is for data.source=csv and tsv"),
+        (("data=csv", "data.columns=[]"), "data.columns: [] names no column; fix: data.columns=null"),
+        (("data=csv", "data.columns=[a,b,a]"), "data.columns: a is given twice"),
+        (CLASSIFY, "data.source: package holds text, not examples"),
+        (("data=csv", *CLASSIFY), "data.files: [] names no file to train on; fix: data.files=[FILE.csv]"),
+        (("data=csv", "data.files=[x]", *CLASSIFY), "data.validation_files: [] names no file to evaluate on"),
+        (
+            ("data.source=datasets", "data.dataset=x", "data.validation_split=train", *CLASSIFY),
+            "data.validation_split: train is the split that is trained on",
+        ),
+        (("data=csv", *FILES, "data.mode=padded", *CLASSIFY), "data.mode: padded is for task=pretrain"),
+        (("data=csv", *FILES, "data.field=x", *CLASSIFY), "fix: task.text=[COLUMN]"),
+        (("data=csv", *FILES, "data.max_tokens=10", *CLASSIFY), "data.max_tokens: 10 is for task=pretrain"),
+        (("data=csv", *FILES, "data.validation_tokens=10", *CLASSIFY), "data.validation_tokens: 10 is for"),
+    ],
+)
+def test_a_key_without_use_is_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        data_checks.check(compose.load(words))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("data=c4",),
+        ("data=tsv", "data.files=[x]", "data.columns=[a,b]", "data.quotes=literal", "data.field=a"),
+        ("data=tsv", *FILES, "data.columns=[a,b]", *CLASSIFY),
+        ("data.source=datasets", "data.dataset=x", "data.validation_split=validation", *CLASSIFY),
+    ],
+)
+def test_keys_that_are_used_pass(words: tuple[str, ...]) -> None:
+    data_checks.check(compose.load(words))
