@@ -170,6 +170,8 @@ def words_of(corpus: Path, folder: Path, engine: str, rule: list[str], *more: st
         f"world_size={world}",
         f"steps={STEPS}",
         "moments.every=2",
+        # Before and after the stop.
+        "eval.every=4",
         "checkpoint.every=null",
         *chosen,
         *rule,

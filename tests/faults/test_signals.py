@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.faults.checkpoints import assert_same, assert_whole, status, wait_for_step
-from tests.faults.forked import Training, trained
+from tests.faults.forked import Training, import_once, trained
 from tests.harness.running import small
 
 STEPS = 60
@@ -63,6 +63,7 @@ def test_the_same_signal_twice_at_once_is_one_wish(corpus: Path, tmp_path: Path)
 
 def test_a_time_limit_ends_with_a_checkpoint_before_it_is_over(corpus: Path, tmp_path: Path) -> None:
     words = small(corpus, tmp_path, *ENDLESS, "name=run", "time_limit=14s")
+    import_once()
     begin = time.monotonic()
     assert trained(words, 1, tmp_path / "said.txt") == [0]
     assert time.monotonic() - begin < 14

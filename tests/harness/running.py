@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,8 +132,16 @@ def trained(rank: int, overrides: Sequence[str], change: Callable[..., None] | N
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function returns in a process of its own: DeepSpeed keeps process groups that were destroyed."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    from tests.faults.forked import CONTEXT
+
+    # Forked from one that has imported torch; its environment is older than this process's.
+    with ProcessPoolExecutor(1, CONTEXT, _take_environment, (dict(os.environ),)) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _take_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 class _Rows:

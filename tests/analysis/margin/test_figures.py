@@ -206,10 +206,8 @@ def starts(seed: int, count: int = 10_000) -> Nets:
     return Nets(hidden, np.repeat([[1.0], [-1.0]], count, axis=1))
 
 
-@pytest.mark.parametrize(
-    ("seed", "expected"),
-    [(42, 2369), *(pytest.param(s, n, marks=pytest.mark.slow) for s, n in ((0, 2511), (1, 2490), (2, 2502)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "expected"), [(42, 2369), (0, 2511), (1, 2490), (2, 2502)])
 def test_13_a_quarter_of_random_starts_succeeds(seed: int, expected: int) -> None:
     all_runs = starts(seed)
     stepped = train(all_runs, A, optimizer("gd", 0.05), [0, 10_000], gives_up=True)
@@ -221,6 +219,15 @@ def test_13_a_quarter_of_random_starts_succeeds(seed: int, expected: int) -> Non
     if seed == 42:
         constants = 0.5 * np.abs(w[0] + w[1])[sorted(alive)]
         assert (constants.mean(), np.median(constants)) == pytest.approx((0.4713, 0.3734), abs=5e-5)
+
+
+def test_13_the_starts_that_succeed_have_one_neuron_on_each_side() -> None:
+    """Of the first 1,000 starts of the published 10,000; the whole figure is above."""
+    first = starts(42)
+    first = Nets(first.hidden[..., :1000], first.output[..., :1000])
+    stepped = train(first, A, optimizer("gd", 0.05), [0, 10_000], gives_up=True)
+    w = first.hidden[:, 0]
+    assert set(range(1000)) - set(stepped.dead) == set(np.flatnonzero((w[0] > 0.0) & (w[1] < 0.0)).tolist())
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,16 @@ OVER_THE_LIBRARY = 1.25
 measured): figures are drawn when they come into view, so that reading the library is most of it."""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        # Each width and each scheme is above.
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+        pytest.param(390, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_the_page_is_clean_at_every_width_in_every_scheme(
     browser: Any, page_file: Path, width: int, scheme: str
 ) -> None:
@@ -152,11 +160,11 @@ def opening_seconds(browser: Any, file: Path, drawn: str) -> float:
     return took
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_stand_out_from_their_ground(browser: Any, page_file: Path, scheme: str) -> None:
+@pytest.mark.parametrize("visit", ["wide", "narrow"])
+def test_words_stand_out_from_their_ground(visit: str, request: pytest.FixtureRequest) -> None:
     """Contrast of text by WCAG 2.2 (1.4.3): 4.5 to 1, of every colour of words on the ground they stand on."""
-    visit = Visit(browser, page_file, width=1280, scheme=scheme)
-    pairs = visit.page.evaluate(
+    page = request.getfixturevalue(visit).page
+    pairs = page.evaluate(
         """() => [["h1", "body"], [".scope", "body"], [".warnings li", ".warnings"], ["tr.failed td", "body"],
         [".results small", "body"], ["nav a, .skip", "body"], [".matrix .lower span", ".matrix .lower"],
         [".matrix .higher span", ".matrix .higher"], ["pre", "pre"]].map(([word, ground]) => {
@@ -164,7 +172,6 @@ def test_words_stand_out_from_their_ground(browser: Any, page_file: Path, scheme
           return [word, w && getComputedStyle(w).color, g && getComputedStyle(g).backgroundColor];
         })"""
     )
-    visit.context.close()
     for word, colour, ground in pairs:
         assert colour, word
         assert contrast(colour, ground) >= 4.5, (word, colour, ground)
@@ -185,7 +192,7 @@ def test_contrast_is_that_of_the_standard() -> None:
     assert contrast("rgb(118, 118, 118)", "rgb(255, 255, 255)") == pytest.approx(4.54, abs=0.01)
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, pytest.param(390, marks=pytest.mark.slow)])
 def test_the_keyboard_reaches_every_control_in_order_and_shows_where_it_is(
     browser: Any, page_file: Path, width: int
 ) -> None:
@@ -221,19 +228,15 @@ def test_the_keyboard_reaches_every_control_in_order_and_shows_where_it_is(
             assert tag == "BUTTON", "a button of a plot, which is drawn when it comes near"
         else:
             reached.append(int(stop))
-    visit.context.close()
     assert reached == list(range(expected))
     assert expected > 12
-
-
-def test_the_skip_link_leads_to_the_comparison(browser: Any, page_file: Path) -> None:
-    visit = Visit(browser, page_file, width=1280, scheme="light")
-    visit.page.keyboard.press("Tab")
-    box = visit.page.locator(".skip").bounding_box()
+    # From the end the keyboard goes to the beginning, where a link skips what stands above the comparison.
+    page.keyboard.press("Tab")
+    box = page.locator(".skip").bounding_box()
     assert box
     assert box["x"] >= 0, "it comes into view with the focus"
-    visit.page.keyboard.press("Enter")
-    assert visit.page.url.endswith("#set0")
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#set0")
     visit.context.close()
 
 

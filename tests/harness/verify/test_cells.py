@@ -83,9 +83,12 @@ def test_uneven_worlds_split_work_and_the_factor_of_cuda_are_among_them() -> Non
     assert len(set(found)) == len(found)
 
 
-def test_every_cell_and_its_reference_is_a_run_that_can_be_configured(tmp_path: Path) -> None:
-    one_of_each = {(c.rule, c.options, c.variant): c for c in grid.pairwise() if c.rule != cells.EXAMPLE_RULE}
-    for cell in {*one_of_each.values(), *map(cells.reference_of, one_of_each.values())}:
+def test_cells_and_their_references_are_runs_that_can_be_configured(tmp_path: Path) -> None:
+    """One cell with each option values of each rule, and one with each variant."""
+    grid_cells = [cell for cell in grid.pairwise() if cell.rule != cells.EXAMPLE_RULE]
+    chosen = {(cell.rule, cell.options): cell for cell in grid_cells}
+    chosen |= {(cell.variant, ""): cell for cell in grid_cells}
+    for cell in {*chosen.values(), *map(cells.reference_of, chosen.values())}:
         world = str(cell.world_size)
         environ = {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": world}
         words = compose.load(cells.overrides(cell, str(tmp_path)))

@@ -40,12 +40,12 @@ IN_THE_OPTIMIZER = (
 
 QUICK = {
     "plain SGD under Muon's name",
-    "shard-local Newton–Schulz",
     "clipping after orthogonalization",
     "another momentum",
     "weight decay in the gradient",
 }
-"""One of each kind: rule, cut, scale, form of the momentum, decay."""
+"""One of each kind: rule, scale, form of the momentum, decay. A factor that is not of the whole matrix has tests of its
+own: `test_a_factor_that_is_damped_about_the_cut`, and test_engines.py under FSDP2."""
 
 
 @pytest.mark.parametrize(
