@@ -203,8 +203,7 @@ class Session:
         summary = reading.record(run.folder / "summary.json", Summary, [])
         measure = measure_of({}, summary)
         value = final_value(measure, summary)
-        shown = measure.number(value) if measure.is_loss else measure.text(value)
-        result = f"{measure.title} {shown}" if state == "finished" else reason
+        result = f"{measure.title} {measure.short(value)}" if state == "finished" else reason
         code = {"finished": ExitCode.DONE, "interrupted": ExitCode.RESUMABLE}.get(state, ExitCode.RUN_FAILED)
         return code, f"{state} in {time.monotonic() - started:.1f} s: {result}"
 

@@ -180,7 +180,7 @@ def _leader(comparison: ComparisonSet, needed: int | None) -> tuple[str, str]:
     """Return headline and detail about the arm with the best mean and the arms that it is distinguished from."""
     ranked, measure = comparison.ranked(), comparison.measure
     best, others = ranked[0], ranked[1:]
-    label, mean = comparison.arms[best].label, measure.number(comparison.arms[best].final.mean)
+    label, mean = comparison.arms[best].label, measure.short(comparison.arms[best].final.mean)
     if not others:
         return f"Only {label} has runs that finished.", ""
     beaten = _beaten(comparison, best)
@@ -201,12 +201,15 @@ def _leader(comparison: ComparisonSet, needed: int | None) -> tuple[str, str]:
         if len(beaten) > 3:
             below.append(formatting.plural(len(beaten) - 3, "other"))
         detail += f" {label} ends {measure.ahead} {formatting.listing(below)}."
-    wanted = [f"n = {formatting.grouped(needed)} seeds"] if needed else []
+    size = measure.gap_text(statistics.RESOLUTION, 1)
     if (examples := examples_needed(comparison)) is not None:
-        wanted.append(f"{formatting.grouped(examples)} examples")
-    if wanted:
-        size = measure.gap_text(statistics.RESOLUTION, 1)
-        detail += f" {formatting.listing(wanted)} would show a difference of {size}."
+        # Each number is that for many of the other.
+        seeds = f"{formatting.grouped(needed)} seeds and " if needed else ""
+        detail += (
+            f" To show a difference of {size} takes at least {seeds}{formatting.grouped(examples)} examples."
+        )
+    elif needed:
+        detail += f" n = {formatting.grouped(needed)} seeds would show a difference of {size}."
     return f"No difference shown between {label} and {names}.", detail
 
 

@@ -14,8 +14,10 @@ from analysis.report import details, examples, moment_plots, plots, tuning
 from analysis.report.main_plot import main_plot, validation_loss
 from analysis.runs.curves import AXIS_TITLES
 
-BENEATH = {"loss": "perplexity", "lr": "lr_standing", "state": "state_kinds"}
-"""Columns that are shown in small print below a number, so that the table fits a screen."""
+BENEATH = {"lr": {"lr_standing": ""}, "state": {"state_kinds": ""}}
+"""Columns that are shown in small print below a number, so that the table fits a screen, and the word before each."""
+BENEATH_LOSS = {"perplexity": "ppl "}
+BENEATH_METRIC = {"seeds_interval": "seeds ± ", "examples_interval": "examples ± "}
 HIDDEN = ("lr_source",)
 """Columns whose content is in the notes below the table."""
 SPANNING = "outcome"
@@ -82,8 +84,8 @@ def _section(judged: JudgedSet, key: str) -> dict[str, Any]:
     measure = comparison.measure
     # The interval is shown in the cell of its mean, after the number.
     beside = {measure.name: "interval"}
-    beneath = {key: small for key, small in BENEATH.items() if measure.is_loss or key != "loss"}
-    inside = (*beneath.values(), *beside.values(), SPANNING, *HIDDEN)
+    beneath = {measure.name: BENEATH_LOSS if measure.is_loss else BENEATH_METRIC, **BENEATH}
+    inside = (*(key for keys in beneath.values() for key in keys), *beside.values(), SPANNING, *HIDDEN)
     return {
         "key": key,
         "judged": judged,

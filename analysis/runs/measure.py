@@ -91,6 +91,10 @@ class Measure:
         """Format a value with its unit: ``3.4012 nats/token``, ``80.14 %``."""
         return f"{self.number(value)} {self.shown_unit}".strip()
 
+    def short(self, value: float) -> str:
+        """Format a value, with % if it is a fraction, for a sentence that names the unit of the others elsewhere."""
+        return self.text(value) if self.unit == FRACTION else self.number(value)
+
     def gap(self, value: float, digits: int = 3) -> str:
         """Format a difference without its unit."""
         return formatting.significant(self.scale * value, digits)

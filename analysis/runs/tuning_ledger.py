@@ -38,7 +38,7 @@ class Trial:
         loss: final validation loss, nats/token; NaN unless it finished with a finite one.
         seconds: training seconds over all attempts; NaN if not recorded.
         added: True if the extension added it to the search space.
-        score: with ``select=metric`` the metric of the task, else None.
+        score: with ``tune_by=metric`` the metric of the task, else None.
     """
 
     number: int

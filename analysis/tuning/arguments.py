@@ -28,9 +28,9 @@ DEFAULT_EXTEND = 2
 """More trials if a best one is on the edge of the default ladder; an explicit space is not extended."""
 GROUP = "study"
 NUMBERS = ("trials", "seeds", "seed", "extend")
-SELECT = ("loss", "metric")
-KNOWN = ("optimizers", *NUMBERS, "select", "space", "run")
-_OWN = ("trials", "extend", "seed", "seeds", "select", "study")
+TUNE_BY = ("loss", "metric")
+KNOWN = ("optimizers", *NUMBERS, "tune_by", "space", "run")
+_OWN = ("trials", "extend", "seed", "seeds", "tune_by", "study")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Study:
         seed: of the trials; the comparison uses other seeds.
         extend: most additional trials for every optimizer, one at a time, while a best one is on an edge.
         spaces: label → tuned options; an empty space is the default ladder of learning rates.
-        select: ``loss`` or ``metric``: what selects the best setting.
+        tune_by: ``loss`` or ``metric``: what selects the best setting.
         dry_run: print the plan only.
     """
 
@@ -52,7 +52,7 @@ class Study:
     seed: int
     extend: int
     spaces: dict[str, tuple[Axis, ...]]
-    select: str
+    tune_by: str
     dry_run: bool
 
     @property
@@ -91,7 +91,7 @@ def read(argv: Sequence[str]) -> Study:
         seed=seed,
         extend=_extend(own["extend"], spaces),
         spaces=spaces,
-        select=_select(words),
+        tune_by=_tune_by(words),
         dry_run=options.dry_run,
     )
 
@@ -108,15 +108,15 @@ def _values(words: Sequence[str], key: str) -> list[str]:
     return values
 
 
-def _select(words: Sequence[str]) -> str:
+def _tune_by(words: Sequence[str]) -> str:
     """Return what selects the best setting.
 
     Raises:
-        InputError: neither of `SELECT`.
+        InputError: neither of `TUNE_BY`.
     """
-    for value in _values(words, "select"):
-        if value not in SELECT:
-            raise InputError("select", value or "nothing", allowed=SELECT, fix="select=loss")
+    for value in _values(words, "tune_by"):
+        if value not in TUNE_BY:
+            raise InputError("tune_by", value or "nothing", allowed=TUNE_BY, fix="tune_by=loss")
         return value
     return "loss"
 
@@ -241,7 +241,7 @@ def read_study_file(name: str, overrides: Sequence[str]) -> list[str]:
     own = {word.partition("=")[0].removeprefix("optimizer.") for word in overrides if "=" in word}
     labels = [word for word in overrides if "=" not in word and not word.startswith("-")]
     arguments = [] if labels else [str(label) for label in content.get("optimizers", ())]
-    pairs = {key: content[key] for key in (*NUMBERS, "select") if key in content}
+    pairs = {key: content[key] for key in (*NUMBERS, "tune_by") if key in content}
     pairs |= {**content.get("run", {}), **content.get("space", {})}
     arguments += [f"{key}={_value(value)}" for key, value in pairs.items() if key not in own]
     return [*arguments, *overrides]
@@ -254,12 +254,12 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         if key not in KNOWN:
             raise InputError(f"{GROUP} {path.stem}", str(key), "is an unknown key", allowed=KNOWN)
-        kind = {"optimizers": list, "space": dict, "run": dict, "select": str}.get(key, int)
+        kind = {"optimizers": list, "space": dict, "run": dict, "tune_by": str}.get(key, int)
         if not isinstance(value, kind):
             allowed = {
                 list: "a list",
                 dict: "key: value lines",
-                str: listing(SELECT, "or"),
+                str: listing(TUNE_BY, "or"),
                 int: "a whole number",
             }[kind]
             raise InputError(f"{key} in {path}", value, allowed=allowed)

@@ -68,9 +68,9 @@ class Tuning:
         """
         self._study, self._trainer = study, trainer
         self.trials = plan_trials(study, trainer.say)
-        if study.select == "metric" and self.trials[0].run.config.task.name == "pretrain":
+        if study.tune_by == "metric" and self.trials[0].run.config.task.name == "pretrain":
             raise InputError(
-                "select", "metric", "needs a task with a metric", allowed="loss", fix="select=loss"
+                "tune_by", "metric", "needs a task with a metric", allowed="loss", fix="tune_by=loss"
             )
         self._trials_folder = self.trials[0].run.folder.parent
         self.home: Path = self._trials_folder.with_name(study.plan.group)
@@ -144,7 +144,7 @@ class Tuning:
             "steps": first.config.steps,
             "world_size": first.config.world_size,
             "seed": self._study.seed,
-            "select": self._study.select,
+            "tune_by": self._study.tune_by,
             "fresh_seeds": self._study.plan.seeds,
             "arms": tuning_ledger.to_json([*earlier, *arms]),
         }
@@ -333,7 +333,7 @@ def read_arm(
 ) -> TunedArm:
     """Read the current result of one optimizer."""
     own = [trial for trial in planned if trial.label == arm.label]
-    results = tuple(read_trial(trial, by_metric=study.select == "metric") for trial in own)
+    results = tuple(read_trial(trial, by_metric=study.tune_by == "metric") for trial in own)
     best, axes = tuning_ledger.select(results), study.spaces[arm.label]
     tried = [trial.values for trial, result in zip(own, results, strict=True) if result.state in SPENT]
     values = next((trial.values for trial in own if best and trial.number == best.number), {})

@@ -53,8 +53,8 @@ def test_an_option_for_all_is_an_option_of_each() -> None:
         (["adamw", "sumoo"], r"sumoo is not an optimizer; did you mean sumo\?"),
         (["adamw", "trials=1"], r"trials: 1 .*allowed: a whole number from 2"),
         (["adamw", "trials=few"], r"trials: few"),
-        (["adamw", "select=accuracy"], r"select: accuracy .*allowed: loss, metric; fix: select=loss"),
-        (["adamw", "select=loss", "select=metric"], r"select: metric was already set to loss"),
+        (["adamw", "tune_by=accuracy"], r"tune_by: accuracy .*allowed: loss, metric; fix: tune_by=loss"),
+        (["adamw", "tune_by=loss", "tune_by=metric"], r"tune_by: metric was already set to loss"),
         (["adamw", "trials=3", "trials=4"], r"trials: 4 was already set to 3"),
         (["adamw", "seed=-1"], r"seed: -1"),
         (["adamw", "seeds=0"], r"seeds: 0"),
@@ -90,13 +90,13 @@ def test_a_study_from_a_file_and_the_command_line_wins(
 ) -> None:
     folder = tmp_path / "configs" / "study"
     folder.mkdir(parents=True)
-    text = "optimizers: [adamw, sumo]\ntrials: 2\nseeds: 4\nselect: metric\nrun: {steps: 7, sumo.rank: 8}\n"
+    text = "optimizers: [adamw, sumo]\ntrials: 2\nseeds: 4\ntune_by: metric\nrun: {steps: 7, sumo.rank: 8}\n"
     text += "space: {lr: [0.1, 0.2]}\n"
     (folder / "mine.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     study = arguments.read(["study=mine", "steps=9", "group=g"])
     assert [arm.label for arm in study.plan.arms] == ["adamw", "sumo"]
-    assert (study.trials, study.plan.seeds, study.select) == (2, [1, 2, 3, 4], "metric")
+    assert (study.trials, study.plan.seeds, study.tune_by) == (2, [1, 2, 3, 4], "metric")
     assert study.plan.shared == ["steps=9"]
     assert study.spaces["sumo"] == (Axis("lr", ("0.1", "0.2")),)
     assert [
@@ -135,7 +135,7 @@ def test_a_sweep_is_no_job_of_slurm() -> None:
 
 
 def test_the_loss_selects_unless_a_task_has_a_metric_that_is_asked_for() -> None:
-    assert arguments.read(["adamw"]).select == "loss"
-    study = arguments.read(["adamw", "select=metric", "preset=quickstart", "world_size=1"])
-    with pytest.raises(InputError, match="select: metric needs a task with a metric; allowed: loss"):
+    assert arguments.read(["adamw"]).tune_by == "loss"
+    study = arguments.read(["adamw", "tune_by=metric", "preset=quickstart", "world_size=1"])
+    with pytest.raises(InputError, match="tune_by: metric needs a task with a metric; allowed: loss"):
         Tuning(study, sessions.Trainer(as_json=True, verbosity=Verbosity.QUIET))
