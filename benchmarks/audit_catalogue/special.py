@@ -45,10 +45,50 @@ class Understated:
     reason: str
 
 
-UNDERSTATED: Mapping[str, Understated] = {}
+_D_ADAPTATION = (
+    "its step size is one number of all parameters, which in the audit's runs does not leave its first value: "
+    "they see an element-wise rule"
+)
+UNDERSTATED: Mapping[str, Understated] = {
+    "pytorch_optimizer.AdaGC": Understated(
+        "global",
+        "it clips by the norm of all gradients in its first 100 steps, and later by that of each parameter; the "
+        "norms of the audit's gradients stay below the bound",
+    ),
+    "pytorch_optimizer.Adai": Understated(
+        "global",
+        "its momentum depends on the mean second moment of all parameters, which the squares of the audit's gradients "
+        "leave at its lower bound, eps = 1e-3",
+    ),
+    "pytorch_optimizer.DAdaptAdaGrad": Understated("global", _D_ADAPTATION),
+    "pytorch_optimizer.DAdaptAdan": Understated("global", _D_ADAPTATION),
+    "pytorch_optimizer.DAdaptLion": Understated("global", _D_ADAPTATION),
+    "pytorch_optimizer.SGDP": Understated(
+        "matrix",
+        "it projects matrices that are nearly orthogonal to their gradients, and no 1-D slices: of the audit's few "
+        "are, so that the difference stays within rounding",
+    ),
+    "pytorch_optimizer.ScalableShampoo": Understated(
+        "matrix", "it computes its preconditioners every 1,000 steps; the audit's runs are shorter"
+    ),
+}
 """Optimizer → what the audit does not show. A "safe" where its parameters are dealt out says nothing."""
 
-REMARKS: Mapping[str, str] = {}
+_EMO = "audited without the loss: a closure, which engines do not pass, would scale its updates by the loss's trend"
+REMARKS: Mapping[str, str] = {
+    "lion": "its matrices take Lion and all other parameters AdamW, so that 1-D pieces of matrices take another rule",
+    "pytorch_optimizer.DistributedMuon": (
+        "it gathers parameters of unequal sizes in one call, which gloo refuses; nothing here was run with NCCL"
+    ),
+    **{f"pytorch_optimizer.{name}": _EMO for name in ("EmoFact", "EmoLynx", "EmoNavi")},
+    "pytorch_optimizer.FlashAdamW": (
+        "its moments are quantized in groups of elements, so that other slices are rounded otherwise: \"wrong\" is "
+        "that rounding, 0.5 % of the update of a 48 × 16 matrix after six steps"
+    ),
+    "pytorch_optimizer.Gravity": (
+        "it draws its first velocities in the shape of the parameter: shards and slices draw other ones"
+    ),
+}
 """Optimizer → what a reader of its row should know."""
 
 
