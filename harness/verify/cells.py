@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from harness.record.certificates import CERTIFIED_VALUES, Cell
+from harness.record.certificates import CERTIFIED_VALUES, TASKS, Cell
+from harness.verify import task_rows
 from optimizers import presets
 
 EXAMPLE_RULE = "unit_momentum"
@@ -39,15 +41,14 @@ _MODEL = (
     "model.config.head_dim=24",
     "model.config.initializer_range=0.1",
 )
+_PRETRAIN = ("data=kjv", "eval.tokens=64")
 _RUN = (
-    "data=kjv",
     f"steps={STEPS}",
     "batch_size=24",
     "seq_len=32",
     "schedule.warmup=0",
     "moments.every=null",
     "eval.every=null",
-    "eval.tokens=64",
     "wandb.mode=disabled",
 )
 # Updates about as large as the weights (standard deviation 0.1; norms start at 1), so that the grid of fp32
@@ -125,7 +126,7 @@ def reference_of(cell: Cell) -> Cell:
 
     For the exact factor of CUDA it has that of CPUs, at the same cut.
     """
-    variant = "gram" if cell.variant == "dwh" else ""
+    variant = "gram" if cell.variant == "dwh" else task_of(cell)
     return Cell(
         _rule(cell),
         "single",
@@ -135,6 +136,11 @@ def reference_of(cell: Cell) -> Cell:
         options=cell.options,
         is_peer=cell.is_peer,
     )
+
+
+def task_of(cell: Cell) -> str:
+    """Return what a cell learns besides next tokens: "classify" or "answer"; empty: it pretrains."""
+    return next((word for word in cell.variant.split(", ") if word in TASKS), "")
 
 
 def raises_cut(cell: Cell) -> bool:
@@ -191,16 +197,18 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
 
     Args:
         cell: which.
-        runs_dir: a writable folder (nothing is written).
+        runs_dir: a writable folder; only the rows of a task are written there.
         orthogonalizer_dtype: of polynomial orthogonalizers.
     """
     rule = _rule(cell)
     options = _options(cell)
     # DeepSpeed keeps a learning rate of its own, which our schedule does not reach.
     words = ["schedule=constant"] if cell.is_peer else []
+    task = task_of(cell)
     words += [
         *_MODEL,
         *_RUN,
+        *((*task_rows.data_words(Path(runs_dir)), *task_rows.task_words(task)) if task else _PRETRAIN),
         f"runs_dir={runs_dir}",
         f"micro_batch_size={_BATCH // (cell.world_size * cell.accumulation)}",
         f"engine={cell.engine}",

@@ -12,7 +12,14 @@ from dataclasses import replace
 from functools import lru_cache
 
 from harness.errors import InputError, closest
-from harness.record.certificates import CROSSED, ENGINES, UNCERTIFIED_OPTIONS, Cell, option_word
+from harness.record.certificates import (
+    CROSSED,
+    ENGINES,
+    TASKS,
+    UNCERTIFIED_OPTIONS,
+    Cell,
+    option_word,
+)
 from harness.verify.cells import option_values_of, rules, takes_any_exact_factor
 from optimizers import presets
 from optimizers.options import OptionError
@@ -72,14 +79,14 @@ def pairwise() -> list[Cell]:
 
     In them meet: every rule and every place of `PLACES`; every rule and every dtype, accumulation and clipping; every
     engine and every (dtype, accumulation, clipping) under some rule; every option value and every place under some rule
-    that takes it; the rules of `CROSSED` and every engine, in the plainest setting.
+    that takes it; the rules of `CROSSED` and every engine, in the plainest setting; every task and every layout.
     """
     selected = {Cell(rule, engine, world_size=world) for rule in CROSSED for engine, world in ENGINES.items()}
     for number, rule in enumerate(rule for rule in rules() if rule not in CROSSED):
         selected |= set(_places(rule, number))
     selected |= {_cell(rule, engine, variant, _PLAIN) for rule in CROSSED for engine, variant in PLACES}
     selected |= set(_missing_settings(selected))
-    return sorted({*selected, *_edges(), *_option_cells()})
+    return sorted({*selected, *_edges(), *_option_cells(), *_task_cells()})
 
 
 def every() -> list[Cell]:
@@ -140,6 +147,18 @@ def _edges() -> list[Cell]:
         for engine in ("ddp", "zero0")
     ]
     return [*uneven, *split, *_on_cuda(all_rules=False)]
+
+
+def _task_cells() -> Iterator[Cell]:
+    """Yield cells in which every task meets every class of layouts, and every rule of `_TASK_RULES`.
+
+    They accumulate: the loss of a task is a mean over examples or tokens of which ranks and micro-batches have
+    unequal numbers.
+    """
+    for shift, task in enumerate(TASKS):
+        for number, engine in enumerate(("ddp", "fsdp2", "zero1", "zero2", "zero3")):
+            rule = _TASK_RULES[(number + shift) % len(_TASK_RULES)]
+            yield Cell(rule, engine, accumulation=2, variant=task)
 
 
 def _on_cuda(all_rules: bool) -> Iterator[Cell]:
@@ -222,13 +241,15 @@ def _is_compatible(rule: str, words: Sequence[str], other: str) -> bool:
     return len(keys) == len(set(keys)) and _accepts(rule, other) and _accepts(rule, " ".join((*words, other)))
 
 
+_TASK_RULES = ("adamw", "sumo", "muon", "galore")
+
 _CHOICES: Mapping[str, Sequence[str]] = {
     "engine": tuple(ENGINES),
     "dtype": DTYPES,
     "accumulation": tuple(map(str, ACCUMULATIONS)),
     "clipping": CLIPPINGS,
     "world_size": ("1", "2", "3", "4"),
-    "variant": ("split", "dwh", "columns"),
+    "variant": ("split", "dwh", "columns", *TASKS),
 }
 
 

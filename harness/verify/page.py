@@ -215,6 +215,7 @@ def markdown(certified: Certified) -> str:
             ceiling=f"{verdict.END_TO_END_CEILING:g}",
         ),
         _table(*_end_to_end(ours)),
+        *_with_tasks(ours),
         *_on_cuda(ours),
         *_with_options(ours),
         "## Every setting of every engine",
@@ -256,6 +257,10 @@ or choices of columns need the latter; wrong gradients show in their first step.
 
 _FLOORS = "Cells above {bound}, which are judged by the error of the same replay in fp32, on whole matrices:"
 
+_TASKS = """\
+Cells that learn classes or answers from generated rows instead of next tokens, with two micro-batches in each step. The
+loss is a mean over examples or over the tokens of answers, of which ranks and micro-batches hold unequal numbers."""
+
 _ON_CUDA = f"""\
 Rules that leave the exact factor to the device take `gram` on CPUs and `dwh` on CUDA. These cells run `dwh`, which
 computes the same on a CPU without a host read, with the cut raised to {cells.RAISED_CUT:g} σ1: each moment has
@@ -291,6 +296,20 @@ def _with_floors(results: Sequence[Result]) -> list[str]:
         rows.append([" ".join(filter(None, (rule, options))), str(len(own)), *figures, _place(worst.cell)])
     head = ["rule and options", "cells", "largest replay error", "of fp32 alone", "in"]
     return [_FLOORS.format(bound=_short(verdict.REPLAY_BOUND, 0)), _table(head, rows)]
+
+
+def _with_tasks(results: Sequence[Result]) -> list[str]:
+    """Return the section on tasks other than pretraining; nothing where no such cell was run."""
+    known = [r for r in results if cells.task_of(r.cell)]
+    if not known:
+        return []
+    figures = "replay_error", "end_to_end_error", "delivery_error"
+    rows = [
+        [r.cell.variant, r.cell.rule, r.cell.engine, *(_figure(r, key) for key in figures), _word(r)[0]]
+        for r in known
+    ]
+    head = ["task", "rule", "engine", "replay error", "end-to-end error", "first gradients", "verdict"]
+    return ["## Classification and answers", _TASKS, _table(head, rows)]
 
 
 def _on_cuda(results: Sequence[Result]) -> list[str]:

@@ -122,6 +122,20 @@ def test_large_matrices_need_a_cell_whose_refreshes_are_spread(tmp_path: Path) -
     assert certificates.of_run(large, document(plain, staggered))["passed"]
 
 
+def test_a_task_needs_a_cell_of_its_own_in_its_class_of_layouts(tmp_path: Path) -> None:
+    task = ("task=classify", "task.text=[text]", "task.label=label", "data=jsonl", "data.files=[rows.jsonl]")
+    run = config(
+        tmp_path, "optimizer=sumo", "engine=zero0", "world_size=2", *task, "data.validation_files=[v.jsonl]"
+    )
+    plain = green(Cell("sumo", "ddp")), green(Cell("muon", "zero0"))
+    assert certificates.of_run(run, document(*plain))["reason"] == "uncertified: classify × replicated"
+    elsewhere, other = Cell("sumo", "fsdp2", variant="classify"), Cell("sumo", "ddp", variant="answer")
+    found = certificates.of_run(run, document(*plain, green(elsewhere), green(other)))
+    assert found["reason"] == "uncertified: classify × replicated"
+    found = certificates.of_run(run, document(*plain, green(Cell("adamw", "ddp", variant="classify"), 3e-6)))
+    assert (found["passed"], found["coverage"], found["replay_error"]) == (True, "pairwise", 3e-6)
+
+
 def test_a_value_that_no_cell_has_is_not_covered(tmp_path: Path) -> None:
     cell = green(Cell("soap", "single", world_size=1))
     words = ("optimizer=soap", "world_size=1")

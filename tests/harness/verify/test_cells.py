@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from harness.config import checks, compose
 from harness.errors import InputError
-from harness.record.certificates import CROSSED, ENGINES, Cell
-from harness.verify import cells, grid
+from harness.record.certificates import CROSSED, ENGINES, TASKS, Cell
+from harness.verify import cells, grid, task_rows
 from optimizers import presets
 
 ROOT = Path(__file__).parents[3]
@@ -116,6 +117,33 @@ def test_the_factor_of_cuda_is_measured_against_that_of_cpus() -> None:
     assert cells.raises_cut(cell)
     assert cells.raises_cut(reference)
     assert not cells.raises_cut(Cell("sumo", "fsdp2"))
+
+
+def test_every_task_meets_every_layout_and_rules_of_every_kind() -> None:
+    found = [cell for cell in grid.pairwise() if cells.task_of(cell)]
+    for task in TASKS:
+        own = [cell for cell in found if cell.variant == task]
+        assert {cell.engine for cell in own} == {"ddp", "fsdp2", "zero1", "zero2", "zero3"}
+        assert {cell.rule for cell in own} == {"adamw", "sumo", "muon", "galore"}
+        # A mean over micro-batches of unequal size is what could go wrong.
+        assert {cell.accumulation for cell in own} == {2}
+        assert {cells.reference_of(cell).variant for cell in own} == {task}
+    chosen = grid.select(["variant=answer", "engine=zero3"])
+    assert chosen == [c for c in found if (c.engine, c.variant) == ("zero3", "answer")]
+
+
+def test_rows_of_a_task_are_the_same_for_every_rank(tmp_path: Path) -> None:
+    folders = tmp_path / "a", tmp_path / "b"
+    texts = []
+    for folder in folders:
+        folder.mkdir()
+        task_rows.data_words(folder)
+        texts.append([file.read_text() for file in sorted(folder.iterdir())])
+    assert texts[0] == texts[1]
+    train, validation = ([json.loads(line) for line in text.splitlines()] for text in texts[0])
+    assert (len(train), len(validation)) == (task_rows.TRAIN, task_rows.VALIDATION)
+    assert {row["label"] for row in train} == set(task_rows.LABELS)
+    assert {len(row["answer"].split()) for row in train} == {1, 2, 3, 4}
 
 
 def test_words_choose_what_they_name() -> None:
