@@ -82,7 +82,7 @@ REMARKS: Mapping[str, str] = {
     ),
     **{f"pytorch_optimizer.{name}": _EMO for name in ("EmoFact", "EmoLynx", "EmoNavi")},
     "pytorch_optimizer.FlashAdamW": (
-        "its moments are quantized in groups of elements, so that other slices are rounded otherwise: \"wrong\" is "
+        'its moments are quantized in groups of elements, so that other slices are rounded otherwise: "wrong" is '
         "that rounding, 0.5 % of the update of a 48 × 16 matrix after six steps"
     ),
     "pytorch_optimizer.Gravity": (

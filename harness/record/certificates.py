@@ -59,7 +59,7 @@ LAYOUTS: Mapping[str, str] = {
 CROSSED = ("sumo", "muon", "adamw")
 """Rules that are certified on every engine in the plainest setting."""
 
-TASKS = ("classify", "answer")
+TASKS = ("classify",)
 """Tasks other than pretraining: variants of cells."""
 
 _NUMBERS = ("float", "int", "betas")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,18 +53,32 @@ def _move_weights(run: Run, generator: torch.Generator) -> None:
 
 def _reorder(run: Run, generator: torch.Generator) -> None:
     """Deal out the samples of each step anew, to micro-batches of the run's size, of half of it, or of a quarter."""
+    micro_batches = run.loader.micro_batches
+    run.loader.micro_batches = (  # pyright: ignore[reportAttributeAccessIssue]
+        lambda step: reordered(micro_batches(step), generator)
+    )
+
+
+def reordered(batches: Sequence[MicroBatch], generator: torch.Generator) -> list[MicroBatch]:
+    """Return the rows of micro-batches in another order, in micro-batches of the same size, half of it, or a quarter.
+
+    Args:
+        batches: tensors of one row a sample; where micro-batches are padded to different lengths, rows stay in theirs.
+        generator: draws order and size.
+    """
     import torch
 
-    micro_batches = run.loader.micro_batches
-
-    def reordered(step: int) -> list[MicroBatch]:
-        batches = micro_batches(step)
-        ids, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        order = torch.randperm(len(ids), generator=generator).to(ids.device)
-        size = _divisor(len(batches[0][0]), int(torch.randint(0, 3, (), generator=generator)))
-        return list(zip(ids[order].split(size), labels[order].split(size), strict=True))
-
-    run.loader.micro_batches = reordered  # pyright: ignore[reportAttributeAccessIssue]
+    widths = {tuple(part.shape[1:] for part in batch) for batch in batches}
+    wholes: Sequence[MicroBatch] = batches
+    if len(widths) == 1:
+        wholes = [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))]
+    orders = [torch.randperm(len(whole[0]), generator=generator) for whole in wholes]
+    size = _divisor(len(batches[0][0]), int(torch.randint(0, 3, (), generator=generator)))
+    return [
+        micro_batch
+        for whole, order in zip(wholes, orders, strict=True)
+        for micro_batch in zip(*(part[order.to(part.device)].split(size) for part in whole), strict=True)
+    ]
 
 
 def _divisor(size: int, halvings: int) -> int:
