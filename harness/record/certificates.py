@@ -31,6 +31,8 @@ _SOURCES = (
     "harness/model/attention.py",
     "harness/model/linear_loss.py",
     "harness/model/loss.py",
+    "harness/tasks/classification.py",
+    "harness/tasks/samples.py",
 )
 """Files and folders that a certificate covers."""
 
