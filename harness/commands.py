@@ -127,6 +127,24 @@ COMMANDS: dict[str, Command] = {
         takes_keys=True,
         takes_optimizers=True,
     ),
+    "matrix": Command(
+        "analysis.matrix.command:main",
+        "fine-tune what each optimizer pretrained with each optimizer",
+        "OPTIMIZER … pretrained=DIR [OPTIMIZER.key=value …] [key=value …] | DIR",
+        (
+            (
+                "adamw muon sumo pretrained=runs/pretrained experiment=mawps_sumo data.files=[train.json] …",
+                "each model with each optimizer",
+            ),
+            ("runs/matrix", "report finished runs: writes matrix.html, matrix.md and matrix.json there"),
+        ),
+        (Option(_DRY_RUN, "print the runs; nothing is exported or started"), *_VERBOSITY),
+        arguments=(
+            ("pretrained=DIR", "finished runs of optbench compare, whose last weights are fine-tuned"),
+        ),
+        takes_keys=True,
+        takes_optimizers=True,
+    ),
     "report": Command(
         "analysis.report.command:main",
         "compare the runs below a folder, and tables of other trainers",
@@ -476,7 +494,7 @@ COMMANDS: dict[str, Command] = {
 
 HEADINGS: dict[str, tuple[str, ...]] = {
     "train": ("train", "plan", "export", "clean"),
-    "compare": ("compare", "sweep", "report", "paper"),
+    "compare": ("compare", "sweep", "matrix", "report", "paper"),
     "verify": ("certify", "audit", "diverge"),
     "study": ("margin", "reconstruct", "memorize"),
     "run on a cluster": ("submit", "status"),

@@ -79,7 +79,7 @@ class TargetRun:
             if finished.run.fact("epochs") > 1:
                 keys.append("data.max_tokens")
         else:
-            keys = self._with_epochs(keys, finished)
+            keys = self._of_task(keys, finished)
         found = [key for key in dict.fromkeys(keys) if key not in (*self.unstated, *self.inputs)]
         is_random = "model.path" in self.inputs and finished.config.model.path is None
         return [*found, *(["model.path (random weights)"] if is_random else [])]
@@ -93,9 +93,14 @@ class TargetRun:
         )
         return kept + [f"model.config.{key}" for key in wanted if wanted[key] != own.get(key)]
 
-    def _with_epochs(self, keys: Sequence[str], finished: FinishedRun) -> list[str]:
-        """Compare epochs where the protocol has them: its steps follow from the number of training examples."""
-        kept = list(keys)
+    def _of_task(self, keys: Sequence[str], finished: FinishedRun) -> list[str]:
+        """Compare epochs in place of steps, which follow from the number of training examples, and names of data.
+
+        The same examples may come from a hub or from files, with their subset in the name.
+        """
+        kept = [key for key in keys if key != "data.subset"]
+        if finished.config.data.name != self.config.data.name:
+            kept.append("data.name")
         if self.config.epochs is not None:
             kept = [key for key in kept if key not in ("steps", "epochs")]
             if finished.config.epochs != self.config.epochs:

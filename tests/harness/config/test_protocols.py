@@ -30,10 +30,11 @@ def composed(*words: str) -> RunConfig:
 
 @pytest.mark.parametrize("task", RATES)
 def test_glue_of_galore(task: str) -> None:
-    for rank, scale, rate in zip((4, 8), (4.0, 2.0), RATES[task], strict=True):
-        config = composed("experiment=glue_galore", f"data.name={task}", f"optimizer.rank={rank}")
-        assert (config.optimizer.lr, config.optimizer.options["alpha"]) == (rate, scale)
-        assert config.optimizer.options["refresh_interval"] == 500
+    higher = composed("experiment=glue_galore", f"data.name={task}", "optimizer.rank=8")
+    config = composed("experiment=glue_galore", f"data.name={task}")
+    for found, scale, rate in zip((config, higher), (4.0, 2.0), RATES[task], strict=True):
+        assert (found.optimizer.lr, found.optimizer.options["alpha"]) == (rate, scale)
+        assert found.optimizer.options["refresh_interval"] == 500
     assert (config.epochs, config.batch_size, config.seq_len) == (30, 32 if task == "cola" else 16, 512)
     assert (config.schedule.name, config.schedule.warmup, config.max_grad_norm) == ("linear", 0, None)
     assert (config.data.subset, config.task.metric) == (task, METRICS.get(task, "accuracy"))
