@@ -132,6 +132,9 @@ def _of_one_protocol(runs: Sequence[LoadedRun], remarks: list[str]) -> list[Load
 def _protocol(run: LoadedRun) -> dict[str, str]:
     compared = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
     flat = {key: repr(value) for key, value in leaves("", compared).items() if key not in _OF_THE_MODEL}
+    if flat.get("data.tokenizer") == repr(run.config["model"]["path"]):
+        # Each model brings the tokenizer that it was pretrained with.
+        del flat["data.tokenizer"]
     return {**flat, "metric": measure_of(run.config, run.summary).name}
 
 

@@ -35,7 +35,8 @@ def fine_tuned(
         "model_type": "llama",
         "config": {"hidden_size": 128},
     }
-    overrides = {"model": model, "name": results.run_name(row, column, seed), **(changed or {})}
+    data = {"name": "mine", "tokenizer": model["path"]}  # a tokenizer comes with its model
+    overrides = {"model": model, "data": data, "name": results.run_name(row, column, seed), **(changed or {})}
     overrides["task"] = {"name": "classify", "metric": "accuracy"}
     summary = {"metrics": {"accuracy": {"value": value, "better": "higher", "unit": "fraction"}}}
     recipe = Recipe(column, seed=seed, overrides=overrides, summary=summary, has_moments=False)
