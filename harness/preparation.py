@@ -40,12 +40,14 @@ class Prepared:
     shorter_runs: tuple[ShorterRun, ...] = ()
     """What the folder held before this run asked for more steps, the shortest first."""
 
-    def hashes(self) -> dict[str, str]:
-        """Return what tells this run from others: "identity", "comparison_key" and "corpus_sha256"."""
+    def hashes(self) -> dict[str, str | int]:
+        """Return what a checkpoint says of its run: "identity", "comparison_key", "corpus_sha256" and "pad_id"."""
         return {
             "identity": self.identity,
             "comparison_key": self.comparison_key,
             "corpus_sha256": self.data.sha256,
+            # With which an exported classifier finds the last token of a row.
+            "pad_id": self.data.pad_id,
         }
 
 

@@ -117,7 +117,7 @@ class RunRecorder:
             },
         )
         self.log.show(_routes_table(run))
-        self._warnings = summary.warnings(run, self._facts)
+        self._warnings = [*self._task.warnings(data), *summary.warnings(run, self._facts)]
         if uncertified := certificates.warning(self._certificate):
             self._warnings.append(uncertified)
         self.log.say(

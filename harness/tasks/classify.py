@@ -83,6 +83,10 @@ class Classify:
         """Return the classes and the number of examples."""
         return example_facts.facts(data)
 
+    def warnings(self, data: Examples) -> Sequence[str]:
+        """Return what was left out and truncated, and validation texts that are also training texts."""
+        return data.warnings
+
     def describe(self, config: RunConfig, data: Examples) -> str:
         """Return the number of examples, the metric and the classes in one line."""
         classes = "numbers" if data.labels is None else f"{len(data.labels)} classes"

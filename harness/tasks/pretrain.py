@@ -81,6 +81,10 @@ class Pretrain:
             "unigram_entropy": data.unigram_entropy,
         }
 
+    def warnings(self, data: Corpus) -> list[str]:
+        """Return nothing: the log line says what was left out."""
+        return []
+
     def describe(self, config: RunConfig, data: Corpus) -> str:
         """Return size, entropy and evaluation of the corpus in one line."""
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -29,6 +29,11 @@ class TaskData(Protocol):
     @property
     def tokenizer_sha256(self) -> str:
         """Return the hash of the tokenizer."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Return the token that fills rows."""
         ...
 
 
@@ -90,6 +95,10 @@ class Task(Protocol[Data]):
 
     def facts(self, data: Data) -> Mapping[str, Any]:
         """Return what `summary.json` says of the data."""
+        ...
+
+    def warnings(self, data: Data) -> Sequence[str]:
+        """Return what a user should know about the data, one line each."""
         ...
 
     def describe(self, config: RunConfig, data: Data) -> str:
