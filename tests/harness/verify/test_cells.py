@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,19 @@ ROOT = Path(__file__).parents[3]
 SETTINGS = set(itertools.product(grid.DTYPES, grid.ACCUMULATIONS, grid.CLIPPINGS))
 
 
+@cache
+def bare() -> list[Cell]:
+    """Return `grid.pairwise`, which takes a third of a second."""
+    return grid.pairwise()
+
+
 def setting(cell: Cell) -> tuple[str, int, str]:
     return cell.dtype, cell.accumulation, cell.clipping
 
 
 def own(rule: str) -> list[Cell]:
     """Cells of a rule with its preset's options."""
-    return [cell for cell in grid.pairwise() if cell.rule == rule and not cell.options]
+    return [cell for cell in bare() if cell.rule == rule and not cell.options]
 
 
 @pytest.mark.parametrize("rule", cells.rules())
@@ -40,16 +47,14 @@ def test_every_rule_meets_every_layout_dtype_accumulation_and_clipping(rule: str
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_every_setting_of_an_engine_is_met(engine: str) -> None:
-    here = [
-        cell for cell in grid.pairwise() if cell.engine == engine and not cell.variant and not cell.options
-    ]
+    here = [cell for cell in bare() if cell.engine == engine and not cell.variant and not cell.options]
     assert {setting(cell) for cell in here} == SETTINGS
 
 
 def test_every_value_of_an_option_meets_every_layout() -> None:
     """By a preset that has it, or by a cell with that option; `UNCERTIFIED_OPTIONS` are told."""
     met: dict[tuple[str, object], set[tuple[str, str]]] = {}
-    for cell in grid.pairwise():
+    for cell in bare():
         options = dict(presets.PRESETS[cell.rule].options) if cell.rule in presets.PRESETS else {}
         options.update(cells.option_values_of(cell.options))
         for key, value in options.items():
@@ -74,7 +79,7 @@ def test_a_cell_with_options_is_measured_against_one_process_with_them() -> None
 
 
 def test_uneven_worlds_split_work_and_the_factor_of_cuda_are_among_them() -> None:
-    found = grid.pairwise()
+    found = bare()
     assert {cell.engine for cell in found if cell.world_size == 3} == {"fsdp2", "zero1", "zero3"}
     assert {cell.engine for cell in found if cell.variant == "split"} == {"ddp", "zero0"}
     on_cuda = {(cell.rule, cell.engine) for cell in found if cell.variant == "dwh"}
@@ -86,7 +91,7 @@ def test_uneven_worlds_split_work_and_the_factor_of_cuda_are_among_them() -> Non
 
 def test_cells_and_their_references_are_runs_that_can_be_configured(tmp_path: Path) -> None:
     """One cell with each option values of each rule, and one with each variant."""
-    grid_cells = [cell for cell in grid.pairwise() if cell.rule != cells.EXAMPLE_RULE]
+    grid_cells = [cell for cell in bare() if cell.rule != cells.EXAMPLE_RULE]
     chosen = {(cell.rule, cell.options): cell for cell in grid_cells}
     chosen |= {(cell.variant, ""): cell for cell in grid_cells}
     for cell in {*chosen.values(), *map(cells.reference_of, chosen.values())}:
@@ -102,7 +107,7 @@ def test_cells_and_their_references_are_runs_that_can_be_configured(tmp_path: Pa
 def test_the_bare_grid_stays_within_its_time() -> None:
     """15 minutes, of which references, noise floors, controls, peers and starting processes take three: 1.9 s a cell,
     4.7 s in bf16 (2 cores, estimated from measured cells)."""
-    found = grid.pairwise()
+    found = bare()
     assert sum(4.7 if cell.dtype == "bf16" else 1.9 for cell in found) < 720
 
 
@@ -156,7 +161,7 @@ def test_words_choose_what_they_name() -> None:
     staggered = grid.select(["option=refresh_stagger"])
     assert staggered
     assert all("refresh_stagger=true" in cell.options for cell in staggered)
-    assert grid.select([]) == grid.pairwise()
+    assert grid.select([]) == bare()
     assert grid.select([], full=True) == grid.every()
 
 
