@@ -37,6 +37,13 @@ def _class_names(given: object) -> object:
     return [str(name).lower() if isinstance(name, bool) else str(name) for name in given]
 
 
+def _line_breaks(given: object) -> object:
+    r"""Return texts with line breaks in the places of typed ``\n``, as templates of prompts have them."""
+    if not isinstance(given, list):
+        return given
+    return [text.replace("\\n", "\n") if isinstance(text, str) else text for text in given]
+
+
 Every = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 """Steps between two events, the harness's choice, or never."""
 
@@ -130,7 +137,7 @@ class TaskConfig(TypedKeys):
     answer: str | None = None
     """answer: template of the answer, on which alone the loss is computed."""
     shots: int = Field(default=0, ge=0)
-    """answer: worked examples of the training data in front of every prompt."""
+    """answer: worked examples of the training data in front of every validation prompt."""
     truncate: Literal["error", "left"] = "error"
     """answer: what happens to an example longer than seq_len: an error, or the start of its prompt is cut off."""
     extract: Literal["hashes", "last_number", "text", "equation"] = "hashes"
@@ -139,8 +146,8 @@ class TaskConfig(TypedKeys):
     """The metric of evaluations, e.g. accuracy, f1, matthews, pearson, spearman, exact_match; null: by the labels."""
     max_new_tokens: int = Field(default=128, ge=1)
     """answer: tokens that are generated at most for one answer."""
-    stop: list[str] = Field(default_factory=list)
-    """answer: texts that end a generated answer, next to the end-of-text token, e.g. ["\\n\\n"] for a base model."""
+    stop: Annotated[list[str], BeforeValidator(_line_breaks)] = Field(default_factory=list)
+    r"""answer: texts that end a generated answer, next to the end-of-text token, e.g. ["\n\n"] for a base model."""
     generate: Literal["last", "every"] = "last"
     """answer: evaluations that generate and measure the metric; the others compute the loss alone."""
     generation_batch_size: int = Field(default=32, ge=1)
