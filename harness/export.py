@@ -84,12 +84,15 @@ def main(argv: Sequence[str]) -> int:
             "steps_planned": source.steps_planned,
             "is_last": source.step >= source.last_step,
             "weights": weights,
+            "merged_adapter": adapter_of(source.folder),
         }
         where = {"checkpoint": str(source.folder), "folder": str(target), "has_tokenizer": has_tokenizer}
         print(json_document(**where, **facts, warnings=warnings))
     else:
         kind = "the average of the weights at " if weights == "average" else ""
         print(f"{kind}step {source.step} of {source.steps_planned}, from {source.folder}")
+        if (adapter := adapter_of(source.folder)) is not None:
+            print(f"the {adapter} adapter is merged into its weights")
         print(target)
     sys.stdout.flush()
     for warning in warnings:
@@ -115,6 +118,13 @@ def choice(source: Path, wanted: str | None) -> str:
         reason = "is not in this checkpoint: the run was trained without optimizer.average_decay"
         raise InputError("--weights", "average", reason, allowed="raw", fix="--weights raw")
     return wanted or ("average" if has_average else "raw")
+
+
+def adapter_of(source: Path) -> str | None:
+    """Return the kind of adapter of a checkpoint's run, or None."""
+    from harness.checkpoint.store import CONFIG
+
+    return compose.load_file(source / CONFIG).model.adapter
 
 
 def write(source: Path, target: Path, weights: str = "raw") -> bool:
@@ -193,7 +203,7 @@ def _progress(run: Path) -> tuple[int, int]:
 
 
 def load(folder: Path, config: RunConfig, weights: str = "raw") -> nn.Module:
-    """Return the model of a checkpoint, fp32 on the CPU, in evaluation mode.
+    """Return the model of a checkpoint, fp32 on the CPU, in evaluation mode; an adapter is merged into its weights.
 
     Args:
         folder: of the checkpoint.
@@ -207,6 +217,7 @@ def load(folder: Path, config: RunConfig, weights: str = "raw") -> nn.Module:
 
     from harness.checkpoint.contents import WEIGHT
     from harness.checkpoint.files import Saved
+    from harness.model import adapters
     from harness.model.build import build
     from optimizers.named_state import StatePiece
     from optimizers.weight_average import KIND as AVERAGE
@@ -220,6 +231,7 @@ def load(folder: Path, config: RunConfig, weights: str = "raw") -> nn.Module:
             if p.requires_grad:
                 p.copy_(saved.read(StatePiece(name, kind, tuple(p.shape), None, 0, p, True)))
     saved.close()
+    adapters.merge(model)
     model.eval()
     return model
 

@@ -102,6 +102,8 @@ def load(argv: Sequence[str]) -> RunConfig:
         texts[assignment.key] = assignment.text
         _set(values, assignment.key, assignment.value)
 
+    model_folder.use_converted(values)
+
     _choose_length(values, overridden, file, composed.files)
     # Only now, because an interpolation may name any key.
     values = resolve_interpolations(values, RunConfig().model_dump(mode="json"), origin)

@@ -63,6 +63,8 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         # The loss is read on these tokens: another number of them is another result.
         "eval": {"tokens": values["eval"]["tokens"]},
     }
+    if config.model.adapter is not None:
+        facts["model"] |= {"adapter": model["adapter"], "lora": model["lora"]}
     if router_coefficient(config.model):
         # The load-balancing loss is that of a forward pass, so the cut into passes changes the result.
         facts["micro_batch_size"] = values["micro_batch_size"]

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from harness.config.model_facts import ModelFacts, facts, parameter_count, router_coefficient
+from harness.config.model_facts import (
+    ModelFacts,
+    facts,
+    parameter_count,
+    router_coefficient,
+    trained_parameters,
+)
 from harness.config.schema import PARTITIONED, SHARDED, RunConfig
 from harness.errors import InputError
 
@@ -105,7 +111,7 @@ def needed_by(config: RunConfig, options: Mapping[str, Any], world_size: int, ch
 def _peaks(config: RunConfig, options: Mapping[str, Any], world_size: int, choice: Choice) -> Iterator[float]:
     """Yield the bytes of the start, of a step's forward and backward pass, and of a refresh."""
     shapes = facts(config.model)
-    total = parameter_count(config.model)
+    total, trained = parameter_count(config.model), trained_parameters(config.model)
     hidden, layers = shapes.hidden_size or 0, shapes.layers or 1
     tables = 2 * (shapes.vocab_size or 0) * hidden
     layer = max(0, total - tables) / layers
@@ -114,10 +120,10 @@ def _peaks(config: RunConfig, options: Mapping[str, Any], world_size: int, choic
     shards = world_size if choice.engine in (*SHARDED, *PARTITIONED) else 1
     if choice.engine == "hsdp":
         shards //= config.engine.replicas or 1
-    state, basis = _state(config, shapes, options, total)
+    state, basis = _state(config, shapes, options, trained)
     state_here = state / shards + (basis if choice.engine in SHARDED else basis / shards)
     weights = total * stored / shards
-    gradients = total * stored / shards
+    gradients = trained * stored / shards
     buffers, workspace = 0.0, 8 * layer
     if choice.engine in SHARDED or choice.engine == "zero3":
         # Gathered: two layers and what is outside of them; whole gradients of one of these, and its fp32 copy.
@@ -125,10 +131,10 @@ def _peaks(config: RunConfig, options: Mapping[str, Any], world_size: int, choic
         workspace = 2.5 * basis + 4 * layer
         if choice.engine == "zero3":
             # Shards to compute with, masters, and parameters that are small enough to stay whole.
-            weights = total * (width + 4) / shards + 2e5 * width * layers
+            weights = (total * width + trained * 4) / shards + 2e5 * width * layers
     elif choice.engine in PARTITIONED:
-        weights = total * width + total * 4 / shards
-        gradients = total * width if choice.engine == "zero1" else total * 4 / shards
+        weights = total * width + trained * 4 / shards
+        gradients = trained * width if choice.engine == "zero1" else trained * 4 / shards
         buffers = 5e8 * width + (4 * min(5e8, total) if width == 2 else 0)
     else:
         buffers = tables / 2 * 4

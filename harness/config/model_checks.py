@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.config import model_folder, model_keys
 from harness.config.model_facts import LLAMA_LIKE, ModelFacts, facts, full_config
-from harness.config.schema import RunConfig
+from harness.config.schema import LoraConfig, RunConfig
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
 
@@ -42,6 +42,8 @@ def check(config: RunConfig, shapes: ModelFacts) -> None:
         asked_for = model_folder.overrides(folder, asked_for)
     else:
         model_keys.check_model_type(kind)
+    _check_task(config, kind, values, has_own_code=folder is not None and folder.has_own_code)
+    _check_adapter(config)
     _check_own_loss(kind, asked_for, values)
     _check_heads(kind, values, shapes)
     if shapes.max_positions is not None and config.seq_len > shapes.max_positions:
@@ -56,6 +58,32 @@ def check(config: RunConfig, shapes: ModelFacts) -> None:
         if folder is None:
             fix += f", or model.config.vocab_size={config.data.vocab_size}"
         raise InputError("data.vocab_size", config.data.vocab_size, reason, fix=fix)
+
+
+def _check_task(config: RunConfig, kind: str, values: Mapping[str, Any], *, has_own_code: bool) -> None:
+    """Refuse a type that has no head for the task, or an encoder where the next token is predicted."""
+    if config.task.name == "classify":
+        if not model_keys.classifies(kind) and not has_own_code:
+            reason = "has no sequence classifier in the installed transformers"
+            allowed = "bert, roberta, distilbert, modernbert, llama, gpt2, qwen3, …"
+            raise InputError("model.model_type", kind, reason, allowed=allowed, fix="another model")
+    elif model_keys.is_encoder(kind, values):
+        reason = "is an encoder: every token sees the tokens that it would have to predict"
+        fix = "task=classify, or a decoder such as model=llama_tiny"
+        raise InputError("model.model_type", kind, reason, allowed="llama, gpt2, qwen3, …", fix=fix)
+
+
+def _check_adapter(config: RunConfig) -> None:
+    """Refuse keys of an adapter that there is none of, and adapters with weights that they cannot be merged into."""
+    model = config.model
+    if model.adapter is None and model.lora != (default := LoraConfig()):
+        name = next(
+            name for name in LoraConfig.model_fields if getattr(model.lora, name) != getattr(default, name)
+        )
+        key, value = f"model.lora.{name}", format_value(getattr(model.lora, name))
+        raise InputError(
+            key, value, "has no effect without an adapter", fix=f"model.adapter=lora {key}={value}"
+        )
 
 
 def _check_code(config: RunConfig, folder: model_folder.ModelFolder) -> None:

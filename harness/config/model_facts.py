@@ -6,12 +6,21 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from harness.config import model_folder
-from harness.config.model_keys import ROUTER_COEFFICIENTS, canonical, check_values, model_keys
-from harness.config.schema import ModelConfig
+from harness.config.model_keys import ROUTER_COEFFICIENTS, canonical, check_values, is_encoder, model_keys
+from harness.config.schema import LoraConfig, ModelConfig
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+_PADDED_POSITIONS = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "roberta-prelayernorm",
+    "data2vec-text",
+    "xlm-roberta-xl",
+)
+"""Encoders that count positions from their padding token."""
 _NAMES = {
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "vocab_size": ("vocab_size",),
@@ -29,6 +38,7 @@ class ModelFacts(NamedTuple):
             (all layers are alike).
         parameters: number of parameters: exact, or what the weight files of `model.path` hold.
         head_dim: rows of a head in the projections to Q, K and V.
+        lora: the adapter, if there is one: then its matrices are trained, and none of ``matrices``.
     """
 
     hidden_size: int | None
@@ -39,9 +49,16 @@ class ModelFacts(NamedTuple):
     matrices: dict[str, tuple[int, int]] | None
     parameters: int | None
     head_dim: int | None = None
+    lora: LoraConfig | None = None
 
     def for_rule(self, options: Mapping[str, Any]) -> ModelFacts:
-        """Return the facts with the matrices that a rule sees: those of `matrix_modules`, by `split_heads` in heads."""
+        """Return the facts with the matrices that a rule sees.
+
+        They are the adapter's where there is one, those of `matrix_modules`, and by `split_heads` each head of Q, K, V.
+        """
+        if self.lora is not None:
+            # Its two matrices have no heads.
+            return self._replace(matrices=self.trained, head_dim=None, lora=None).for_rule(options)
         patterns = options.get("matrix_modules")
         if patterns is not None and self.matrices is not None:
             from optimizers.module_patterns import first_match
@@ -64,6 +81,25 @@ class ModelFacts(NamedTuple):
             shape = (rows, self.head_dim) if is_fused else (self.head_dim, columns)
             matrices |= {f"{name}[h{head}]": shape for head in range(length // self.head_dim)}
         return self._replace(matrices=matrices)
+
+    @property
+    def trained(self) -> dict[str, tuple[int, int]] | None:
+        """Return the hidden matrices of the first layer that are trained: with an adapter, its own."""
+        if self.lora is None or self.matrices is None:
+            return self.matrices
+        from optimizers.module_patterns import first_match
+
+        adapters: dict[str, tuple[int, int]] = {}
+        for name, (rows, columns) in self.matrices.items():
+            weight, _, part = name.partition(" ")
+            module = weight.removesuffix(".weight")
+            if self.lora.targets is not None and first_match(module, self.lora.targets) is None:
+                continue
+            # GPT-2 stores the output along the columns, and its three projections in one.
+            out, inputs = (columns, rows) if weight.startswith("transformer.") else (rows, columns)
+            adapters[f"{module}.lora_A.default.weight"] = self.lora.rank, inputs
+            adapters[f"{module}.lora_B.default.weight"] = out * (3 if part else 1), self.lora.rank
+        return adapters
 
 
 def facts(model: ModelConfig) -> ModelFacts:
@@ -93,16 +129,39 @@ def facts(model: ModelConfig) -> ModelFacts:
         parameters = model_folder.read(model.path).parameters()
     stated = text.get("head_dim")
     head_dim = stated if isinstance(stated, int) else hidden // heads if hidden and heads else None
-    return ModelFacts(hidden, layers, heads, vocab, positions, matrices, parameters, head_dim)
+    if positions is not None and kind in _PADDED_POSITIONS:
+        # Positions are counted from the padding token, whose own place and those before it are left out.
+        positions -= int(text.get("pad_token_id") or 0) + 1
+    lora = model.lora if model.adapter == "lora" else None
+    return ModelFacts(hidden, layers, heads, vocab, positions, matrices, parameters, head_dim, lora)
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Count the parameters of the model: exact for LLaMA-like and GPT-2, else 12·layers·hidden² + 2·vocab·hidden."""
+    """Count the parameters of the model: exact for LLaMA-like and GPT-2, else 12·layers·hidden² + 2·vocab·hidden.
+
+    An encoder's embedding counts once, because its classifier has no output for each token.
+    """
     shapes = facts(model)
     if shapes.parameters is not None:
         return shapes.parameters
     hidden, layers, vocab = shapes.hidden_size or 0, shapes.layers or 0, shapes.vocab_size or 0
-    return 12 * layers * hidden**2 + 2 * vocab * hidden
+    tables = 1 if is_encoder(model.model_type) else 2
+    return 12 * layers * hidden**2 + tables * vocab * hidden
+
+
+def trained_parameters(model: ModelConfig) -> int:
+    """Return the number of parameters that are trained: all, or an adapter's (without the head of a classifier).
+
+    The adapter is exact for LLaMA-like and GPT-2, else counted as six square matrices a layer.
+    """
+    if model.adapter is None:
+        return parameter_count(model)
+    shapes = facts(model)
+    layers, hidden = shapes.layers or 0, shapes.hidden_size or 0
+    matrices = shapes.trained
+    if matrices is None:
+        return layers * 6 * 2 * hidden * model.lora.rank
+    return layers * sum(rows * columns for rows, columns in matrices.values())
 
 
 def full_config(model: ModelConfig) -> dict[str, Any]:

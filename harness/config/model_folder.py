@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.config import model_keys
+from harness.config import gguf_files, model_keys
 from harness.config.sources import compose_one
 from harness.errors import InputError
 from harness.files import bounded
@@ -27,7 +27,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _SHAPE_KEYS = {
     "vocab_size",
     "hidden_size",
@@ -181,22 +181,30 @@ def adopt(
     given: Mapping[str, Any],
     *,
     chosen: str | None,
+    cache_dir: str | None = None,
 ) -> tuple[dict[str, Any], ModelFolder | None]:
     """Return the model section of a run with what its folder brings, if it names one.
+
+    A GGUF file is converted to a folder in the cache first, which then takes its place.
 
     Args:
         section: the section as the files give it, the preset's values included.
         preset: the preset's values alone.
         given: dotted key below ``model`` → value, of the overrides.
         chosen: the preset's name, if an override chose it.
+        cache_dir: ``data.cache_dir``.
 
     Raises:
-        InputError: see `read` and `weight_files`; or the preset or ``model.model_type`` disagrees with the folder.
+        InputError: see `read`, `weight_files` and `gguf_files`; or the preset or ``model.model_type`` disagrees with
+            the folder.
     """
-    path = given.get("path", section.get("path"))
+    path, brought = given.get("path", section.get("path")), None
+    if isinstance(path, (str, Path)) and (file := gguf_files.find(path)) is not None:
+        path, brought = gguf_files.converted(file, cache_dir), gguf_files.name_of(file)
     if not isinstance(path, (str, Path)) or not Path(path).expanduser().is_dir():
         return dict(section), None  # the checks say what is wrong with it
     folder = read(path)
+    brought = brought or folder.name
     weight_files(path)
     settings, kind = folder.settings(), folder.model_type
     own: dict[str, Any] = section.get("config") or {}
@@ -211,9 +219,9 @@ def adopt(
         reason = f"is not the type of the model in {path}, which is {kind}"
         raise InputError("model.model_type", wanted, reason, fix="leave model.model_type out")
     names = {preset.get("name"), None}
-    name = section.get("name") if section.get("name") not in names else folder.name
+    name = section.get("name") if section.get("name") not in names else brought
     if preset.get("path") is not None:
-        name = section.get("name") or folder.name
+        name = section.get("name") or brought
     return {
         **section,
         "name": name,
@@ -313,11 +321,22 @@ def complete_section(
         _forget_keys_of_another_type(section, below_model.get("model_type"))
         return
     preset = compose_one("model", preset_file.stem) if preset_file is not None else {}
-    section, folder = adopt(section, preset, below_model, chosen=chosen)
+    data = values.get("data")
+    cache_dir = given.get("data.cache_dir", data.get("cache_dir") if isinstance(data, dict) else None)
+    section, folder = adopt(section, preset, below_model, chosen=chosen, cache_dir=cache_dir)
     values["model"] = section
     if folder is not None and folder.has_tokenizer and "tokenizer" not in below("data", given):
         # Its weights mean nothing for the ids of another tokenizer, which a data preset would name.
         values.setdefault("data", {})["tokenizer"] = section["path"]
+
+
+def use_converted(values: Mapping[str, Any]) -> None:
+    """Put the folder of a GGUF file in its place, where an override or a file has named it as ``model.path``."""
+    section, data = values.get("model"), values.get("data")
+    path = section.get("path") if isinstance(section, dict) else None
+    if isinstance(section, dict) and isinstance(path, str) and (file := gguf_files.find(path)) is not None:
+        cache_dir = data.get("cache_dir") if isinstance(data, dict) else None
+        section["path"] = str(gguf_files.converted(file, cache_dir))
 
 
 def unite_names(values: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -48,8 +48,21 @@ Every = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 """Steps between two events, the harness's choice, or never."""
 
 
+class LoraConfig(TypedKeys):
+    """A LoRA adapter (arXiv 2106.09685): each target W becomes W + alpha/rank·B·A, of which A and B are trained."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rows of A and columns of B."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Factor on the adapter's product, divided by the rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapter's input."""
+    targets: list[str] | None = Field(default=None, min_length=1)
+    """Hidden linear layers with an adapter, by parts of their names, e.g. [q_proj,v_proj]; null: all of them."""
+
+
 class ModelConfig(TypedKeys):
-    """A causal language model of `transformers`, built from its configuration (nothing is downloaded)."""
+    """A model of `transformers`, built from its configuration (nothing is downloaded)."""
 
     name: str = "llama_tiny"
     """Preset (a file of configs/model/), or a name of your own."""
@@ -59,6 +72,9 @@ class ModelConfig(TypedKeys):
     """Arguments of the model's `transformers` configuration class, e.g. model.config.hidden_size=256."""
     path: str | None = None
     """Local Hugging Face folder (weights and configuration) to start from, instead of random weights."""
+    adapter: Literal["lora"] | None = None
+    """lora: train small matrices next to frozen weights, and the head of a classifier; null: train all weights."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     attention: Literal["sdpa", "eager"] = "sdpa"
     """sdpa: torch's fused attention, without a mask where the model's is plainly causal; eager: transformers' own
     products and softmax."""

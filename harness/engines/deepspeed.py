@@ -260,11 +260,19 @@ class PartitionedEngine(_DeepSpeedEngine):
 
         whole: dict[str, torch.Tensor] = {}
         for name, p in self._engine.module.named_parameters():
-            master = safe_get_full_fp32_param(p)
+            # Frozen weights have no masters.
+            master = safe_get_full_fp32_param(p) if p.requires_grad else self._frozen(p)
             if self.rank == 0:
                 assert master is not None, f"DeepSpeed keeps no fp32 master of {name}"
                 whole[name] = master.detach().float().cpu().clone()
         return whole
+
+    def _frozen(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the whole of a frozen weight; under stage 3 gathered from all processes."""
+        if self._stage < 3:
+            return parameter
+        with _library().zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def _set_masters(self, deliver: Callable[[Put], None]) -> None:
         """Undo the rounding that DeepSpeed's masters start with: it makes them from the bf16 or fp16 weights."""
@@ -273,7 +281,7 @@ class PartitionedEngine(_DeepSpeedEngine):
         parameters = dict(self._engine.module.named_parameters())
 
         def put(name: str, value: torch.Tensor) -> None:
-            if name in parameters:
+            if name in parameters and parameters[name].requires_grad:
                 safe_set_full_fp32_param(parameters[name], value.float())
 
         # The numbers are made a second time: keeping them would be another whole fp32 model on every process.

@@ -18,9 +18,10 @@ from harness.config.model_folder import ModelFolder
 from harness.config.schema import ModelConfig, Precision
 from harness.config.typed_keys import format_value
 from harness.errors import InputError
-from harness.model import checkpointing, heads, initial_weights
+from harness.model import adapters, checkpointing, heads, initial_weights
 from harness.model.heads import ClassificationHead
-from harness.model.initial_weights import InitialWeights, NotRecorded
+from harness.model.initial_weights import NotRecorded
+from harness.protocols import WeightSource
 
 
 def build(
@@ -66,7 +67,8 @@ def build(
             # On the CPU whatever the device: the same bits on every machine.
             model = _construct(hf_config, config, trust_remote_code, head)
         if is_gone:
-            _refuse_lost_buffers(model, config)
+            _refuse_lost_weights(model, config)
+    adapters.add(model, config, head, seed)
     _finish(model, config, precision)
     if precision == "bf16_pure" and device != "meta" and may_mix_dtypes(model):
         _check_bf16(model, config)
@@ -87,7 +89,7 @@ def build_deferred(
     trust_remote_code: bool = False,
     head: ClassificationHead | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[nn.Module, InitialWeights | None]:
+) -> tuple[nn.Module, WeightSource | None]:
     """Return what `build` returns, on the meta device, and the same numbers one tensor at a time.
 
     Where the numbers can only be made together, the model comes whole from `build`, and None: Python code that a folder
@@ -141,8 +143,9 @@ def build_deferred(
         model = whole(precision)
         say(f"every process initializes the whole model in host memory: {str(error).splitlines()[0]}")
         return model, None
+    with_adapter = adapters.add(model, config, head, seed)
     _finish(model, config, precision)
-    return model, weights
+    return model, with_adapter(weights)
 
 
 def configuration(
@@ -307,8 +310,11 @@ def _own_configuration(folder: ModelFolder, config: ModelConfig) -> PretrainedCo
     return hf_config
 
 
-def _refuse_lost_buffers(model: nn.Module, config: ModelConfig) -> None:
-    """Refuse a model whose folder is gone and held floating-point buffers, which no checkpoint holds."""
+def _refuse_lost_weights(model: nn.Module, config: ModelConfig) -> None:
+    """Refuse a model whose folder is gone and held what no checkpoint holds: frozen weights, or buffers."""
+    if config.adapter is not None:
+        reason = "is gone, and it held the frozen weights, which no checkpoint of an adapter holds"
+        raise InputError("model.path", config.path, reason, fix="put the folder back")
     kept = set(model.state_dict())
     lost = [name for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()]
     if lost:

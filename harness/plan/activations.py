@@ -21,7 +21,7 @@ from harness.config.schema import RunConfig
 from harness.model import decoder_layers, loss_sum
 from harness.model.checkpointing import ATTENTION, PRODUCTS
 from harness.model.linear_loss import automatic_chunk, loss_bytes, whole_logits_suffice
-from harness.plan.simulated_rank import build_model, with_layers
+from harness.plan.simulated_rank import build_model, planned_head, with_layers
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "bf16_pure": torch.bfloat16}
 CASTING = ("single", "ddp")
@@ -88,6 +88,8 @@ def _loss_bytes(config: RunConfig, tokens: int) -> int | None:
     """Return the bytes of the loss where it is computed in chunks; None: from whole logits."""
     shapes = facts(config.model)
     vocabulary, width, wanted = shapes.vocab_size, shapes.hidden_size, config.model.loss_chunk
+    if config.task.name == "classify":
+        return None
     if vocabulary is None or width is None or whole_logits_suffice(wanted, tokens, vocabulary):
         return None
     compute = HALF.get(config.precision, torch.float32)
@@ -110,20 +112,22 @@ class _Saved:
         half = HALF.get(config.precision)
         casts = config.precision in ("bf16", "fp16") and config.engine.name in CASTING
         small = with_layers(config.model, depth).model_copy(update={"activation_checkpointing": "none"})
-        module = build_model(small, "fp32")
+        head = planned_head(config)
+        module = build_model(small, "fp32", head=head)
         with FakeTensorMode(allow_non_fake_inputs=True):
             module = module.to_empty(device="cpu")
             if half is not None and not casts:
                 for parameter in module.parameters():
                     parameter.data = parameter.data.to(half)
             ids = torch.zeros(batch, config.seq_len, dtype=torch.int64)
-            vocabulary = int(_config(module).vocab_size)
+            # Of a classifier they are a few numbers, and count with the rest.
+            logits_of_row = 0 if head is not None else config.seq_len * int(_config(module).vocab_size)
             storages: dict[int, tuple[torch.UntypedStorage, bool]] = {}
             own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
 
             def keep(tensor: torch.Tensor) -> torch.Tensor:
                 storage = tensor.untyped_storage()
-                is_logits = tensor.numel() == ids.numel() * vocabulary
+                is_logits = tensor.numel() == batch * logits_of_row
                 if storage._cdata not in own:
                     # The storage is held, so that its address is not given to another one.
                     storages.setdefault(storage._cdata, (storage, is_logits))
@@ -146,7 +150,7 @@ class _Saved:
             with saved_tensors_hooks(keep, lambda tensor: tensor):
                 with seen, autocast:
                     logits: Any = module(input_ids=ids).logits
-                loss = loss_sum(logits, ids)
+                loss = loss_sum(logits, ids) if head is None else logits.float().logsumexp(-1).sum()
             del loss
             logits_bytes = sum(s.nbytes() for s, is_logits in storages.values() if is_logits)
             # The model's output is alive, and the gradient of the fp32 copy comes on top.

@@ -19,6 +19,7 @@ from harness.plan.simulated_rank import (
     held_bytes,
     layer_count,
     optimizer_steps,
+    planned_head,
     probe_workspace,
     sampled_ranks,
     simulate,
@@ -124,7 +125,9 @@ def _at_depth(config: RunConfig, depth: int | None, say: Callable[[str], None]) 
     """Return groups of numbers by kind, all of which are linear in the depth."""
     model = config.model if depth is None else with_layers(config.model, depth)
     say(f"model on the meta device{f', {depth} layers' if depth else ''}")
-    module = build_model(model, config.precision, trust_remote_code=config.trust_remote_code)
+    module = build_model(
+        model, config.precision, trust_remote_code=config.trust_remote_code, head=planned_head(config)
+    )
     held: dict[str, int] = {}
     sent: dict[str, float] = {}
     work: dict[str, float] = {}

@@ -30,14 +30,14 @@ def gathered_weights(config: RunConfig, network: nn.Module) -> int:
 def communication_buffers(config: RunConfig, network: nn.Module) -> int:
     """Return the bytes that gradients take between backward pass and reduction, at the worst moment.
 
-    `fully_shard` holds the whole gradients of a group in the compute dtype and its fp32 input of the reduce-scatter
-    (torch 2.13, `FSDPParamGroup.post_backward`). DDP's buckets are the gradients themselves
+    Frozen weights have none. `fully_shard` holds the whole gradients of a group in the compute dtype and its fp32 input
+    of the reduce-scatter (torch 2.13, `FSDPParamGroup.post_backward`). DDP's buckets are the gradients themselves
     (`gradient_as_bucket_view`), and one parameter's gradient exists besides them before it is copied. DeepSpeed
     allocates its bucket in full, and reduces a copy in fp32.
     """
     name = config.engine.name
-    layers, root = _sizes(network)
-    largest = max((p.numel() for p in network.parameters()), default=0)
+    layers, root = _sizes(network, trained=True)
+    largest = max((p.numel() for p in network.parameters() if p.requires_grad), default=0)
     total = sum(layers) + root
     if name in ("single", "ddp"):
         return largest * (2 if config.precision == "bf16_pure" else 4)
@@ -129,7 +129,11 @@ def _width(config: RunConfig) -> int:
     return 2 if config.precision in HALF else 4
 
 
-def _sizes(network: nn.Module) -> tuple[list[int], int]:
-    """Return the parameters of each decoder layer, and of all that is outside of them."""
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(network)]
-    return layers, sum(p.numel() for p in network.parameters()) - sum(layers)
+def _sizes(network: nn.Module, *, trained: bool = False) -> tuple[list[int], int]:
+    """Return the (trained) parameters of each decoder layer, and of all that is outside of them."""
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+    layers = [size(layer) for layer in decoder_layers(network)]
+    return layers, size(network) - sum(layers)

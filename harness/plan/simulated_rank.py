@@ -15,7 +15,7 @@ from harness.config.engine_checks import reduces_every_micro_batch
 from harness.config.model_facts import facts, full_config
 from harness.config.model_keys import config_fields
 from harness.config.schema import ModelConfig, Precision, RunConfig
-from harness.model import decoder_layers
+from harness.model import ClassificationHead, decoder_layers
 from harness.optimizer import shard_axes
 from harness.plan.op_counter import OpCounter
 from optimizers.layouts.layout import Layout
@@ -65,19 +65,35 @@ def with_layers(config: ModelConfig, layers: int) -> ModelConfig:
     )
 
 
-def build_model(config: ModelConfig, precision: Precision, *, trust_remote_code: bool = False) -> nn.Module:
+def planned_head(config: RunConfig) -> ClassificationHead | None:
+    """Return a head of the size of the run's; two classes stand for those that only the data tells."""
+    if config.task.name != "classify":
+        return None
+    classes = None if config.task.target == "number" else tuple(config.task.labels or ("0", "1"))
+    pad_id = full_config(config.model).get("pad_token_id")
+    return ClassificationHead(classes, pad_id=pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0)
+
+
+def build_model(
+    config: ModelConfig,
+    precision: Precision,
+    *,
+    trust_remote_code: bool = False,
+    head: ClassificationHead | None = None,
+) -> nn.Module:
     """Build the model on the meta device.
 
     Args:
         config: of the model.
         precision: of the run.
         trust_remote_code: run Python code that the model's folder brings along.
+        head: of a classifier (`planned_head`).
 
     Raises:
         InputError: the model refuses its configuration.
     """
     return model.build(
-        config, seed=0, precision=precision, device="meta", trust_remote_code=trust_remote_code
+        config, seed=0, precision=precision, device="meta", trust_remote_code=trust_remote_code, head=head
     )
 
 
@@ -147,8 +163,8 @@ def sampled_ranks(config: RunConfig) -> Sequence[int]:
 def held_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, int]:
     """Return kind → bytes that this rank holds between two steps: weights, gradients, optimizer state by kind.
 
-    Under ZeRO, weights and gradients are what DeepSpeed keeps: for a model in half precision, 16-bit copies next to
-    fp32 masters.
+    Frozen weights have neither gradients nor state, and under ZeRO no masters. Under ZeRO, weights and gradients are
+    what DeepSpeed keeps: for a model in half precision, 16-bit copies next to fp32 masters.
     """
     optimizer, layout = planned.optimizer, planned.optimizer.layout
     parameters = [p for group in optimizer.parameters_of_groups for p in group]
@@ -156,7 +172,10 @@ def held_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, int]:
     whole = sum(p.numel() for p in parameters)
     width = parameters[0].element_size()
     name = config.engine.name
+    frozen = [p for p in planned.network.parameters() if not p.requires_grad]
     held = {"weights": local * width, "gradients": local * width}
+    if name not in ZERO_STAGES:
+        held["weights"] += sum(layout.weight(p).numel() for p in frozen) * width
     accumulates = config.batch_size > (config.micro_batch_size or 1) * (config.world_size or 1)
     if name in ("fsdp2", "hsdp") and accumulates and not reduces_every_micro_batch(config):
         # Whole fp32 gradients add up until the last micro-batch.
@@ -165,6 +184,9 @@ def held_bytes(config: RunConfig, planned: PlannedRank) -> dict[str, int]:
         half = config.precision in ("bf16", "fp16")
         copies = whole if name != "zero3" else local
         held["weights"] = copies * (2 if half else 4) + local * 4
+        # Stage 3 cuts every parameter by itself, and rounds up.
+        shards = planned.shards if name == "zero3" else 1
+        held["weights"] += sum(-(-p.numel() // shards) for p in frozen) * (2 if half else 4)
         # Stages 2 and 3 add bf16 micro-batches up in fp32 (`deepspeed_config.effective`).
         gradient_width = 2 if half and (name == "zero1" or config.precision == "fp16") else 4
         held["gradients"] = (whole if name == "zero1" else local) * gradient_width
@@ -241,6 +263,7 @@ def engine_traffic(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
     assert config.micro_batch_size is not None
     name, world, shards = config.engine.name, config.world_size, planned.shards
     whole = sum(p.numel() for p in planned.network.parameters())
+    trained = sum(p.numel() for p in planned.network.parameters() if p.requires_grad)
     width = 2 if config.precision in ("bf16", "fp16", "bf16_pure") else 4
     micro_batches = max(1, config.batch_size // (config.micro_batch_size * world))
     around = (shards - 1) / shards
@@ -251,18 +274,18 @@ def engine_traffic(config: RunConfig, planned: PlannedRank) -> dict[str, float]:
         times = 2 if config.engine.reshard_after_forward else 1
         gathered = micro_batches * (times * layers + whole - layers) * width * around
         reductions = micro_batches if reduces_every_micro_batch(config) else 1
-        reduced = reductions * whole * 4 * around
+        reduced = reductions * trained * 4 * around
         if name == "hsdp" and config.engine.replicas:
             replicas = config.engine.replicas
-            reduced += 2 * whole * 4 / shards * (replicas - 1) / replicas
+            reduced += 2 * trained * 4 / shards * (replicas - 1) / replicas
         return {"weights": gathered, "gradients": reduced}
     if name in ZERO_STAGES:
-        gathers = 2 * micro_batches if name == "zero3" else 1
+        gathered = 2 * micro_batches * whole if name == "zero3" else trained
         # ZeRO-2 and 3 reduce every micro-batch, ZeRO-1 once.
         reductions = 1 if name == "zero1" else micro_batches
-        return {"weights": gathers * whole * width * around, "gradients": reductions * whole * width * around}
+        return {"weights": gathered * width * around, "gradients": reductions * trained * width * around}
     copies = 2 if config.precision == "bf16_pure" else 4
-    return {"weights": 0.0, "gradients": 2 * whole * copies * (world - 1) / world}
+    return {"weights": 0.0, "gradients": 2 * trained * copies * (world - 1) / world}
 
 
 def _set_gradients(planned: PlannedRank) -> None:

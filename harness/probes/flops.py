@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.config.model_keys import is_encoder
 from harness.config.schema import Precision
 from harness.device_specs import Format, device_spec
 
 FORMULA = (
-    "6*(matrix parameters without input embedding) + 6*layers*heads*head_dim*seq_len per token, "
-    "forward and backward, causal attention"
+    "6*(matrix parameters without input embedding; 4 for frozen ones) + 6*layers*heads*head_dim*seq_len per token "
+    "(12 for encoders), forward and backward, causal attention"
 )
 
 
@@ -51,8 +52,10 @@ class FlopCount:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         # A tied head multiplies with the embedding's matrix, so that matrix counts once as a head.
         tied = {id(head.weight)} & embeddings if head is not None else set()
+        # Of a frozen matrix no gradient is computed, only that of its input.
+        per_number = {True: 6.0, False: 4.0}
         matrices = sum(
-            p.numel()
+            per_number[p.requires_grad] * p.numel()
             for p in model.parameters()
             if p.ndim >= 2 and (id(p) not in embeddings or id(p) in tied)
         )
@@ -60,7 +63,9 @@ class FlopCount:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         attention = config.num_hidden_layers * heads * head_dim * seq_len
-        return cls(6.0 * (matrices + attention), peak_flops or _peak(precision, device))
+        if is_encoder(config.model_type) and not getattr(config, "is_decoder", False):
+            attention *= 2  # every token sees the whole row
+        return cls(matrices + 6.0 * attention, peak_flops or _peak(precision, device))
 
 
 def _peak(precision: Precision, device: torch.device) -> float | None:

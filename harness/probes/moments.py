@@ -150,10 +150,14 @@ def _on_host(figures: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dic
 
 
 def _of_all_processes(layers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the layers that any process knows, in the order of their names (a collective)."""
+    """Return the layers that any process knows, in the order of their names (a collective).
+
+    A moment that is small along the cut axis is whole on every process; the first one's figures are taken.
+    """
     parts: list[dict[str, dict[str, float]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, layers)
-    return dict(sorted((name, layer) for part in parts for name, layer in part.items()))
+    known = {name: layer for part in reversed(parts) for name, layer in part.items()}
+    return {name: known[name] for name in sorted(known)}
 
 
 def _finite(layer: dict[str, float]) -> dict[str, float | None]:

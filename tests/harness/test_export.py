@@ -12,11 +12,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import export
+from harness import export, model
 from harness.checkpoint import store
 from harness.checkpoint.files import Saved
 from harness.checkpoint.store import Store
 from harness.cli import main
+from harness.config import compose
 from harness.errors import InputError
 from tests.faults.forked import trained
 from tests.harness.running import small, write_documents
@@ -40,10 +41,10 @@ def test_transformers_loads_it_and_training_goes_on_from_it(
     target = tmp_path / "model"
     assert main(["export", str(run), str(target), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["has_tokenizer"] is True
-    model = AutoModelForCausalLM.from_pretrained(target, local_files_only=True)
+    network = AutoModelForCausalLM.from_pretrained(target, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True)
     ids = torch.tensor([tokenizer("ba de ki")["input_ids"]])
-    assert model(input_ids=ids).logits.shape == (1, ids.shape[1], 512)
+    assert network(input_ids=ids).logits.shape == (1, ids.shape[1], 512)
     # Another run starts from it: at a learning rate of nothing, its loss is the one that the run ended with.
     corpus = write_documents(tmp_path)
     words = [word for word in small(corpus, tmp_path) if not word.startswith("model")]
@@ -63,8 +64,8 @@ def test_either_kind_of_weights(run: Path, tmp_path: Path, capsys: pytest.Captur
     for wanted, said, kind in (("average", "the average", "average"), ("raw", "step 4 of 4", "weight")):
         assert main(["export", str(run), str(tmp_path / wanted), "--weights", wanted]) == 0
         assert capsys.readouterr().out.startswith(said)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / wanted, local_files_only=True)
-        for name, p in model.named_parameters():
+        network = AutoModelForCausalLM.from_pretrained(tmp_path / wanted, local_files_only=True)
+        for name, p in network.named_parameters():
             assert torch.equal(p, saved.whole(name, kind)), name
     saved.close()
     copy = tmp_path / "copy"
@@ -198,3 +199,34 @@ def test_bad_words_are_one_line(
     words = [{"RUN": str(run), "EXISTING": str(tmp_path)}.get(word, word) for word in words]
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_adapter_is_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], session_cache: Path
+) -> None:
+    corpus = write_documents(tmp_path)
+    words = ["model.adapter=lora", "model.lora.rank=4", "optimizer=adamw", "optimizer.lr=0.01", "name=run"]
+    where = f"data.cache_dir={session_cache}"
+    said = tmp_path / "said.txt"
+    assert trained(small(corpus, tmp_path, *words, where), 1, said) == [0], said.read_text()
+    run, target = tmp_path / "default" / "run", tmp_path / "model"
+    assert main(["export", str(run), str(target)]) == 0
+    assert "the lora adapter is merged into its weights" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(target, local_files_only=True)
+    saved = Saved(Store(run).folder(4))
+    trained_names = saved.names("weight")
+    assert trained_names
+    assert all(".lora_" in name for name in trained_names)
+    # By hand: W + alpha/rank·B·A, of the weights that the seed gives.
+    start = dict(
+        model.build(compose.load(small(corpus, tmp_path, *words[2:4])).model, seed=0).named_parameters()
+    )
+    for name, p in merged.named_parameters():
+        layer = name.removesuffix(".weight")
+        expected = start[name].detach().clone()
+        if f"{layer}.lora_A.default.weight" in trained_names:
+            a, b = (saved.whole(f"{layer}.lora_{x}.default.weight", "weight") for x in "AB")
+            assert b.abs().max() > 0
+            expected += 16 / 4 * b @ a
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-7)
+    saved.close()

@@ -212,7 +212,7 @@ def _without(folder: Path, source: Path, *names: str, **texts: str) -> Path:
             {"pytorch_model__bin": "x"},
             "save_pretrained, which writes model.safetensors",
         ),
-        (["model.safetensors"], {"model__gguf": "x"}, r"as model\.gguf only"),
+        (["model.safetensors"], {"model__h5": "x"}, r"as model\.h5 only"),
         (["config.json"], {"adapter_config__json": "{}"}, "holds an adapter"),
         ([], {"adapter_config__json": "{}"}, "holds an adapter"),
         (["config.json"], {}, r"has no config\.json"),

@@ -37,7 +37,7 @@ def _delivered(weights: InitialWeights) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _deferred(config: ModelConfig, precision: Precision = "fp32") -> tuple[nn.Module, InitialWeights]:
+def _deferred(config: ModelConfig, precision: Precision = "fp32") -> tuple[nn.Module, Any]:
     network, weights = model.build_deferred(config, seed=SEED, precision=precision)
     assert weights is not None
     assert all(parameter.is_meta for parameter in network.parameters())

@@ -119,20 +119,23 @@ ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("engine", "optimizer"),
+    ("engine", "optimizer", "adapter"),
     [
-        pytest.param(
-            engine, optimizer, marks=() if engine == "fsdp2" and optimizer == "sumo" else pytest.mark.slow
-        )
+        pytest.param(engine, optimizer, adapter, marks=() if is_quick else pytest.mark.slow)
         for engine in ENGINES
         for optimizer in ("sumo", "muon", "adamw")
+        for adapter in ("null", "lora")
+        for is_quick in [
+            (engine, optimizer, adapter) in (("fsdp2", "sumo", "null"), ("zero3", "adamw", "lora"))
+        ]
     ],
 )
 def test_the_plan_is_what_engines_report(
-    engine: str, optimizer: str, precision: str, tmp_path: Path, two_ranks: RankPool
+    engine: str, optimizer: str, adapter: str, precision: str, tmp_path: Path, two_ranks: RankPool
 ) -> None:
     """Byte for byte, but for padding: ZeRO rounds every group up to whole elements of all ranks."""
     asked = [f"engine={engine}", f"optimizer={optimizer}", f"precision={precision}", "world_size=2"]
+    asked += [f"model.adapter={adapter}"]
     if optimizer != "adamw":
         asked.append("optimizer.lr=0.01")
     words = small(write_documents(tmp_path), tmp_path, *asked, "micro_batch_size=2")
