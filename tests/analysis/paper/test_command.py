@@ -17,7 +17,9 @@ from analysis.paper.command import main
 from harness import cli
 from harness.config import checks, compose
 
-NAMES = ["sumo_table1", "sumo_table3", "sumo_table6", "sumo_table8", "sumo_table9"]
+NAMES = [
+    f"sumo_{name}" for name in ("gsm8k", "table1", "table2", "table3", "table6", "table7", "table8", "table9")
+]
 
 
 @pytest.fixture

@@ -150,3 +150,20 @@ def test_memory_of_low_rank_state(rank: int, expected: float) -> None:
     weights = embeddings + 12 * block + head
     assert counted.memory(account) == 2 * weights + 4 * 12 * rank * layer
     assert counted.memory(account) / 1e6 == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.slow
+def test_memory_of_table_2() -> None:
+    """The accounting that gives GaLore's and full fine-tuning's figures does not give SUMO's, which say so."""
+    cells = {cell.row: cell for cell in fill("sumo_table2").cells if cell.column == "RoBERTa-base memory"}
+    assert cells["Full fine-tuning"].predicted == pytest.approx(747.88, abs=0.01)
+    for rank, long, short, sumo in ((4, 253.72, 252.83, 251.95), (8, 258.14, 256.37, 254.60)):
+        assert cells[f"GaLore, rank {rank}"].predicted == pytest.approx(long, abs=0.01)
+        assert cells[f"GaLore, rank {rank}, moments on the short side"].predicted == pytest.approx(
+            short, abs=0.01
+        )
+        for method in ("SUMO-NS5", "SUMO-SVD"):
+            cell = cells[f"{method}, rank {rank}"]
+            assert cell.predicted == pytest.approx(sumo, abs=0.01)
+            assert cell.status == "differs_known"
+            assert "below the weights alone" in cell.reason
