@@ -16,6 +16,7 @@ from analysis.paper.cells import STATUSES
 from analysis.paper.command import main
 from harness import cli
 from harness.config import checks, compose
+from harness.errors import InputError
 
 NAMES = [
     f"sumo_{name}" for name in ("gsm8k", "table1", "table2", "table3", "table6", "table7", "table8", "table9")
@@ -63,12 +64,35 @@ def test_the_exit_code_is_the_answer(home: Path, capsys: pytest.CaptureFixture[s
     assert "nr + 2mr; see the next row" in printed
 
 
-@pytest.mark.parametrize("name", NAMES)
+PRETRAINING = {"sumo_table1": 0, "sumo_table3": 12, "sumo_table6": 2, "sumo_table9": 24}
+FINE_TUNING = {"sumo_gsm8k": 4, "sumo_table2": 56, "sumo_table7": 6, "sumo_table8": 25}
+"""Table → runs that would fill it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_every_printed_command_fine_tunes_a_model(
+    name: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    runs = [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    assert len({tuple(words) for words in runs}) == len(runs) == FINE_TUNING[name]
+    for words in runs[::5]:
+        (path,) = [word for word in words if word.startswith("model.path=")]
+        with pytest.raises(InputError, match=r"model\.path: models/"):  # the reader's, not here
+            checks.check(compose.load(words[2:]), environ={}, devices=0)
+        random = [word for word in words[2:] if word != path] + ["model.path=null"]
+        config = checks.check(compose.load(random), environ={}, devices=1)
+        assert (config.task.name != "pretrain", config.group) == (True, name)
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_every_printed_command_is_a_run(name: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
     runs = [shlex.split(line) for line in lines if line and not line.startswith("#")]
-    assert len(runs) == {"sumo_table1": 0, "sumo_table3": 12, "sumo_table6": 2, "sumo_table9": 24}[name]
+    assert len(runs) == PRETRAINING[name]
     assert all(words[:2] == ["optbench", "train"] for words in runs)
     # Each has been composed when its cell was filled; every fourth goes through the shell's words again.
     for words in runs[::4]:
