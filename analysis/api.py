@@ -144,9 +144,20 @@ def _names(run: LoadedRun) -> dict[str, Any]:
 
 
 def _facts(run: LoadedRun) -> dict[str, Any]:
-    """Return name, state and the scalars of the summary, the most important ones first."""
+    """Return name, state, the scalars of the summary and a task's final metrics, the most important ones first."""
     scalars = {key: value for key, value in run.summary.items() if not isinstance(value, Mapping | list)}
-    facts = {**scalars, **_names(run), "state": run.state, "reason": run.reason, "folder": str(run.folder)}
+    names = run.summary.get("metrics") or {}
+    finals = {
+        f"val/{name}": facts.get("value") for name, facts in names.items() if isinstance(facts, Mapping)
+    }
+    facts = {
+        **scalars,
+        **finals,
+        **_names(run),
+        "state": run.state,
+        "reason": run.reason,
+        "folder": str(run.folder),
+    }
     first = {"run": run.where, **{key: facts.get(key) for key in _FIRST}}
     return {**first, **{key: value for key, value in facts.items() if key not in first}}
 

@@ -108,6 +108,14 @@ class Status(Record):
 Sizes = dict[str, Number]
 
 
+class TaskResult(Record):
+    """A metric of a task in summary.json, at the last step."""
+
+    value: Number = None
+    better: Text = ""
+    unit: Text = ""
+
+
 class Summary(Record):
     """summary.json; `harness.record.schema.SUMMARY_KEYS` says what the keys mean."""
 
@@ -129,6 +137,7 @@ class Summary(Record):
     val_loss: Number = Field(None, alias="val/loss")
     val_perplexity: Number = Field(None, alias="val/perplexity")
     val_raw_loss: Number = Field(None, alias="val/raw_loss")
+    metrics: dict[str, TaskResult] = Field(default_factory=dict)
     train_loss: Number = Field(None, alias="train/loss")
     best_val_loss: Number = None
     skipped_steps: Count | None = None

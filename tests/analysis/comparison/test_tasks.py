@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from analysis import api
 from analysis.comparison import results_table
 from analysis.comparison.document import Document, judge_folder, to_json
 from analysis.comparison.sets import ComparisonSet
@@ -144,6 +145,13 @@ def test_the_document_gains_metrics_and_keeps_its_fields(clear: Document) -> Non
     assert all(test["only_second"] > test["only_first"] and test["p"] < 1e-6 for test in pair["mcnemar"])
     assert 0 < pair["agreement"]["share"] < 1
     assert len(pair["only_second_right"]) > len(pair["only_first_right"])
+
+
+def test_tables_of_python_have_a_column_for_the_metric(clear: Document) -> None:
+    frame = api.load_runs(clear.folder)
+    expected = [run.final(run.measure) for run in clear.runs]
+    assert frame["val/accuracy"].tolist() == expected
+    assert frame.loc["muon-seed0", "val/accuracy"] == pytest.approx(0.85, abs=0.02)
 
 
 def test_the_page_lists_the_examples_that_change(clear: Document) -> None:
