@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,54 @@ class EncodedSplit:
     """Examples of a split, encoded, in memory.
 
     Attributes:
-        ids: token ids of each example, 1-D int64.
-        type_ids: likewise; zeros except in pairs.
+        ids: token ids of each example, 1-D int32.
+        type_ids: likewise, int8; None: zeros.
         prompt_lengths: tokens of the prompt (answer); zeros for other tasks.
         labels: int64 classes, float64 numbers; zeros for other tasks.
-        references: what a prediction is compared with.
+        references: what a prediction is compared with; empty texts where it is the label.
         rows: numbers of the rows in the source.
     """
 
-    ids: Sequence[Ids]
-    type_ids: Sequence[Ids]
+    ids: Sequence[NDArray[np.int32]]
+    type_ids: Sequence[NDArray[np.int8]] | None
     prompt_lengths: Sequence[int]
     labels: NDArray[Any]
     references: Sequence[str]
     rows: Sequence[int]
+
+    @cached_property
+    def offsets(self) -> Ids:
+        """Return where each example starts in all token ids, and the end: (examples + 1,) int64."""
+        return np.cumsum([0, *map(len, self.ids)], dtype=np.int64)
+
+    @cached_property
+    def all_ids(self) -> NDArray[np.int32]:
+        """Return the token ids of all examples, joined."""
+        return np.concatenate([np.zeros(0, dtype=np.int32), *self.ids])
+
+    @cached_property
+    def all_type_ids(self) -> NDArray[np.int8]:
+        """Return the token types of all examples, joined."""
+        if self.type_ids is None:
+            return np.zeros(len(self.all_ids), dtype=np.int8)
+        return np.concatenate([np.zeros(0, dtype=np.int8), *self.type_ids])
 
     def sha256(self) -> str:
         """Return the SHA-256 of the contents, whatever the file format and its version."""
         digest = hashlib.sha256()
         references = [text.encode("utf-8", "surrogatepass") for text in self.references]
         for array in (
-            _offsets(self.ids),
-            _joined(self.ids),
-            _joined(self.type_ids),
-            np.asarray(self.prompt_lengths),
+            self.offsets,
+            self.all_ids,
+            self.all_type_ids,
+            np.asarray(self.prompt_lengths, dtype=np.int64),
             self.labels,
-            np.asarray([len(text) for text in references]),
-            np.asarray(self.rows),
+            np.array([len(text) for text in references], dtype=np.int64),
+            np.asarray(self.rows, dtype=np.int64),
         ):
-            kind = "<f8" if array.dtype.kind == "f" else "<i8"
-            digest.update(f"{kind}{len(array)}|".encode())
-            digest.update(np.ascontiguousarray(array, dtype=kind).data)
+            ordered = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+            digest.update(f"{ordered.dtype.kind}{ordered.itemsize}|{len(ordered)}|".encode())
+            digest.update(ordered.data)
         digest.update(b"".join(references))
         return digest.hexdigest()
 
@@ -58,12 +76,10 @@ class EncodedSplit:
         """Write the Arrow file, flushed to the disk."""
         import pyarrow as pa
 
-        offsets = pa.array(_offsets(self.ids))
+        offsets = pa.array(self.offsets)
         columns = {
-            "ids": pa.LargeListArray.from_arrays(offsets, pa.array(_joined(self.ids).astype(np.int32))),
-            "type_ids": pa.LargeListArray.from_arrays(
-                offsets, pa.array(_joined(self.type_ids).astype(np.int8))
-            ),
+            "ids": pa.LargeListArray.from_arrays(offsets, pa.array(self.all_ids)),
+            "type_ids": pa.LargeListArray.from_arrays(offsets, pa.array(self.all_type_ids)),
             "prompt_length": pa.array(np.asarray(self.prompt_lengths, dtype=np.int64)),
             "label": pa.array(self.labels),
             "reference": pa.array(list(self.references), pa.large_string()),
@@ -145,11 +161,3 @@ class ExampleSplit:
             raise OSError(f"{self._path.name} had {self._bytes} bytes when the run began and has {size} now")
         start, stop = self._offsets[index : index + 2].tolist()
         return values[start:stop].astype(np.int64)
-
-
-def _offsets(arrays: Sequence[Ids]) -> Ids:
-    return np.concatenate([[0], np.cumsum([len(array) for array in arrays], dtype=np.int64)]).astype(np.int64)
-
-
-def _joined(arrays: Sequence[Ids]) -> Ids:
-    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +26,11 @@ from harness.data.cached_folder import open_or_build
 from harness.data.manifest import TOKENIZER_FILES, CachedFile, Count, Kind, Sha256, Strict
 from harness.data.rows import describe_rows
 from harness.data.spool import Say, throttle
-from harness.data.tokenizer import EncodedInput, Encoder, cached_bpe, load
-from harness.errors import InputError
+from harness.data.tokenizer import cached_bpe, load
 from harness.files.cache import Fingerprints, cache_root
+from harness.tasks.example_encoding import Encoded, encode_answers, encode_texts, positions
 from harness.tasks.example_rows import RawExamples, draw_shots, read_examples, with_shots
-from harness.tasks.example_store import EncodedSplit, ExampleSplit
+from harness.tasks.example_store import ExampleSplit
 from harness.tasks.labels import encode_labels
 
 _KEYS = {
@@ -38,8 +38,6 @@ _KEYS = {
     "answer": ("prompt", "answer", "shots", "truncate", "extract", "max_new_tokens"),
 }
 """Task → keys below task that decide the examples, or whether they are refused."""
-AT_ONCE = 4096
-"""Examples tokenized in one call."""
 
 
 class _Tokenizer(Strict):
@@ -50,7 +48,7 @@ class _Tokenizer(Strict):
 
 
 class _Manifest(Strict):
-    format: Literal[1]
+    format: Literal[2]
     sha256: Sha256
     labels: list[str] | None
     used_vocab_size: Count
@@ -60,7 +58,7 @@ class _Manifest(Strict):
     warnings: list[str]
 
 
-EXAMPLES = Kind("examples", 1, ("train.arrow", "validation.arrow", *TOKENIZER_FILES), _Manifest)
+EXAMPLES = Kind("examples", 2, ("train.arrow", "validation.arrow", *TOKENIZER_FILES), _Manifest)
 
 
 class Examples:
@@ -124,7 +122,7 @@ def prepare_examples(config: RunConfig, say: Say) -> Examples:
         "tokenizer": tokenizer.identity(config.data.tokenizer, config.data.vocab_size),
         "task": task,
         "seq_len": config.seq_len,
-        "positions": _positions(config),
+        "positions": positions(config) if config.task.name == "answer" else None,
     }
 
     def build(folder: Path) -> dict[str, Any]:
@@ -140,11 +138,10 @@ def _build(config: RunConfig, folder: Path, shared: Path, source: dict[str, Any]
     given = None if config.data.tokenizer == "bpe" else load(config.data.tokenizer, config.trust_remote_code)
     say(f"reading examples of {source['name']}")
     training, validation = read_examples(config, "train"), read_examples(config, "validation")
-    classes, shots = None, []
+    classes, shots, labels = None, [], [np.zeros(0), np.zeros(0)]
     if task.name == "classify":
         classes, *labels = encode_labels(task, training, validation)
     else:
-        labels = [np.zeros(len(raw.inputs), dtype=np.int64) for raw in (training, validation)]
         shots = draw_shots(config, training, validation)
     if given is None:
         say(f"training a tokenizer of {config.data.vocab_size} entries")
@@ -155,23 +152,17 @@ def _build(config: RunConfig, folder: Path, shared: Path, source: dict[str, Any]
     split_facts: dict[str, Any] = {}
     largest = max(encoder.eos_id, encoder.pad_id)
     for split, raw, targets in zip(("train", "validation"), (training, validation), labels):
-        inputs = with_shots(raw, training, shots) if split == "validation" and shots else raw.inputs
-        encode = _classified if task.name == "classify" else _answered
-        encoded, truncated, longest = encode(config, encoder, split, raw, inputs, targets, throttle(say))
-        encoded.write(folder / f"{split}.arrow")
-        digest.update(encoded.sha256().encode())
-        largest = max(largest, *(int(ids.max()) for ids in encoded.ids))
-        split_facts[split] = {
-            "read": raw.read,
-            "kept": len(raw.inputs),
-            "null": raw.null_rows,
-            "blank": raw.blank_rows,
-            "truncated": truncated,
-            "longest": longest,
-            "tokens": sum(map(len, encoded.ids)),
-        }
+        if task.name == "classify":
+            encoded = encode_texts(config, encoder, raw, targets, throttle(say))
+        else:
+            prompts = with_shots(raw, training, shots) if split == "validation" else raw.inputs
+            encoded = encode_answers(config, encoder, split, raw, prompts, throttle(say))
+        encoded.examples.write(folder / f"{split}.arrow")
+        digest.update(encoded.examples.sha256().encode())
+        largest = max(largest, int(encoded.examples.all_ids.max()))
+        split_facts[split] = _counts(raw, encoded)
     held_out = set(validation.hashes())
-    split_facts["train"]["in_validation"] = sum(digest in held_out for digest in training.hashes())
+    split_facts["train"]["in_validation"] = sum(text in held_out for text in training.hashes())
     split_facts["train"]["without_answer"] = training.without_answer
     return {
         "sha256": digest.hexdigest(),
@@ -199,104 +190,23 @@ def _build(config: RunConfig, folder: Path, shared: Path, source: dict[str, Any]
     }
 
 
+def _counts(raw: RawExamples, encoded: Encoded) -> dict[str, int]:
+    return {
+        "read": raw.read,
+        "kept": len(raw.inputs),
+        "null": raw.null_rows,
+        "blank": raw.blank_rows,
+        "truncated": encoded.truncated,
+        "longest": encoded.longest,
+        "tokens": len(encoded.examples.all_ids),
+    }
+
+
 def _texts(raw: RawExamples) -> Iterator[str]:
     """Yield the text that a tokenizer is trained on."""
     for texts in raw.inputs:
         yield from texts
     yield from raw.answers
-
-
-def _classified(
-    config: RunConfig,
-    encoder: Encoder,
-    split: str,
-    raw: RawExamples,
-    inputs: Sequence[tuple[str, ...]],
-    labels: Any,
-    tell: Say,
-) -> tuple[EncodedSplit, int, int]:
-    """Encode texts and pairs; return them with the number of truncated ones and the length of the longest."""
-    encoded: list[EncodedInput] = []
-    for first in range(0, len(inputs), AT_ONCE):
-        try:
-            encoded += encoder.encode_inputs(list(inputs[first : first + AT_ONCE]), config.seq_len)
-        except ValueError as error:
-            raise InputError("seq_len", config.seq_len, f"is too short: {error}") from error
-        tell(f"{len(encoded):,} of {len(inputs):,} examples tokenized")
-    empty = next((place for item, place in zip(encoded, raw.places) if not len(item.ids)), None)
-    if empty is not None:
-        raise InputError("data.tokenizer", config.data.tokenizer, f"leaves no token of the text in {empty}")
-    truncated = sum(item.length > config.seq_len for item in encoded)
-    split_ = EncodedSplit(
-        [item.ids for item in encoded],
-        [item.type_ids for item in encoded],
-        [0] * len(encoded),
-        labels,
-        [""] * len(encoded),
-        raw.rows,
-    )
-    return split_, truncated, max(item.length for item in encoded)
-
-
-def _answered(
-    config: RunConfig,
-    encoder: Encoder,
-    split: str,
-    raw: RawExamples,
-    inputs: Sequence[tuple[str, ...]],
-    labels: Any,
-    tell: Say,
-) -> tuple[EncodedSplit, int, int]:
-    """Encode prompts and answers; return them with the number of truncated ones and the length of the longest.
-
-    A prompt is tokenized without its answer, because generation starts from the same ids.
-    """
-    ids, prompt_lengths, too_long = [], [], []
-    longest = truncated = 0
-    for first in range(0, len(inputs), AT_ONCE):
-        prompts = encoder.encode_bare([prompt for (prompt,) in inputs[first : first + AT_ONCE]])
-        answers = encoder.encode_bare(raw.answers[first : first + AT_ONCE])
-        for index, (prompt, answer) in enumerate(zip(prompts, answers), first):
-            answer = np.append(answer, encoder.eos_id)
-            room = config.seq_len - len(answer)
-            if split == "validation":
-                # The answer that is generated may be longer than the reference.
-                room = min(room, max(config.seq_len, _positions(config) or 0) - config.task.max_new_tokens)
-            whole = len(encoder.prefix) + len(prompt)
-            longest = max(longest, whole + len(answer))
-            if whole > room:
-                if config.task.truncate == "error" or room <= len(encoder.prefix):
-                    too_long.append((whole, room, index))
-                    continue
-                truncated += 1
-                prompt = prompt[len(prompt) - (room - len(encoder.prefix)) :]
-            ids.append(np.concatenate([encoder.prefix, prompt, answer]))
-            prompt_lengths.append(len(encoder.prefix) + len(prompt))
-        tell(f"{len(ids):,} of {len(inputs):,} examples tokenized")
-    if too_long:
-        raise _too_long(config, split, raw, too_long, len(inputs))
-    types = [np.zeros(len(example), dtype=np.int64) for example in ids]
-    return EncodedSplit(ids, types, prompt_lengths, labels, raw.answers, raw.rows), truncated, longest
-
-
-def _too_long(
-    config: RunConfig, split: str, raw: RawExamples, found: list[tuple[int, int, int]], count: int
-) -> InputError:
-    whole, room, index = found[0]
-    missing = max(whole - room for whole, room, _ in found)
-    others = "task.max_new_tokens generated ones" if split == "validation" else "its answer"
-    reason = (
-        f"leaves {max(0, room)} tokens for the prompt next to {others}, and the prompt in {raw.places[index]} "
-        f"has {whole}; {len(found):,} of {count:,} {split} examples are too long"
-    )
-    enough = -(-(config.seq_len + missing) // 64) * 64
-    cut = " or task.truncate=left" if config.task.truncate == "error" else ""
-    return InputError("seq_len", config.seq_len, reason, fix=f"seq_len={enough}{cut}")
-
-
-def _positions(config: RunConfig) -> int | None:
-    """Return the longest sequence that the model can generate; None for tasks that generate nothing."""
-    return facts(config.model).max_positions if config.task.name == "answer" else None
 
 
 def _warnings(config: RunConfig, splits: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from harness.config import compose
 from harness.config.schema import RunConfig
 from harness.errors import InputError
+from harness.tasks.example_store import EncodedSplit
 from harness.tasks.examples import Examples, prepare_examples
 
 from .bible import pair_rows, question_rows, similarity_rows
@@ -380,3 +381,40 @@ def test_training_answers_without_a_number_are_counted(config_for: MakeConfig) -
     assert any(
         "1 of 10 training answers hold nothing that task.extract=hashes finds" in w for w in examples.warnings
     )
+
+
+def test_the_hash_covers_each_part_of_an_example() -> None:
+    """A control of `EncodedSplit.sha256`: any change of any part, boundaries included, is another hash."""
+
+    def hash_of(**changes: Any) -> str:
+        parts: dict[str, Any] = {
+            "ids": [[1, 2], [3]],
+            "type_ids": [[0, 1], [0]],
+            "prompt_lengths": [1, 1],
+            "labels": [0, 1],
+            "references": ["ab", "c"],
+            "rows": [0, 2],
+            **changes,
+        }
+        return EncodedSplit(
+            [np.array(ids, dtype=np.int32) for ids in parts["ids"]],
+            parts["type_ids"] and [np.array(types, dtype=np.int8) for types in parts["type_ids"]],
+            parts["prompt_lengths"],
+            np.array(parts["labels"]),
+            parts["references"],
+            parts["rows"],
+        ).sha256()
+
+    others = [
+        hash_of(ids=[[1], [2, 3]], type_ids=None),
+        hash_of(ids=[[1, 2], [4]]),
+        hash_of(type_ids=[[0, 0], [0]]),
+        hash_of(prompt_lengths=[1, 0]),
+        hash_of(labels=[1, 0]),
+        hash_of(labels=[0.0, 1.0]),
+        hash_of(references=["a", "bc"]),
+        hash_of(rows=[0, 1]),
+    ]
+    assert hash_of() == hash_of()
+    assert len({hash_of(), *others}) == 1 + len(others)
+    assert hash_of(type_ids=None) == hash_of(type_ids=[[0, 0], [0]])
