@@ -107,7 +107,8 @@ def _remark(target: str) -> str:
         return UNDERSTATED[target].reason
     if target in RANKED:
         options = ", ".join(f"{key}={value!r}" for key, value in RANKED[target].items())
-        return f"audited with {options} in the group of its matrices: without a rank it projects nothing"
+        ranked = f"audited with {options} in the group of its matrices: without a rank it projects nothing"
+        return "; ".join(filter(None, (ranked, REMARKS.get(target, ""))))
     return REMARKS.get(target, "")
 
 

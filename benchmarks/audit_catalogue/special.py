@@ -24,7 +24,12 @@ _APOLLO = {
 
 RANKED: Mapping[str, Mapping[str, Any]] = {
     **{f"pytorch_optimizer.{name}": _PYTORCH_OPTIMIZER for name in ("APOLLO", "Fira", "GaLore")},
-    **{f"galore_torch.{name}": _GALORE for name in ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit")},
+    # apollo-torch has copies of galore-torch's classes.
+    **{
+        f"{package}.{name}": _GALORE
+        for package in ("galore_torch", "apollo_torch")
+        for name in ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit")
+    },
     "apollo_torch.APOLLOAdamW": _APOLLO,
     "apollo_torch.QAPOLLOAdamW": _APOLLO,
 }
@@ -77,6 +82,7 @@ UNDERSTATED: Mapping[str, Understated] = {
 _EMO = "audited without the loss: a closure, which engines do not pass, would scale its updates by the loss's trend"
 REMARKS: Mapping[str, str] = {
     "lion": "its matrices take Lion and all other parameters AdamW, so that 1-D pieces of matrices take another rule",
+    "pytorch_optimizer.APOLLO": "it draws its projections at random, and a compiled step may draw other ones",
     "pytorch_optimizer.DistributedMuon": (
         "it gathers parameters of unequal sizes in one call, which gloo refuses; nothing here was run with NCCL"
     ),

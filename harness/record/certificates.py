@@ -31,6 +31,7 @@ _SOURCES = (
     "harness/model/attention.py",
     "harness/model/linear_loss.py",
     "harness/model/loss.py",
+    "harness/tasks/answer.py",
     "harness/tasks/classification.py",
     "harness/tasks/samples.py",
 )
@@ -61,7 +62,7 @@ LAYOUTS: Mapping[str, str] = {
 CROSSED = ("sumo", "muon", "adamw")
 """Rules that are certified on every engine in the plainest setting."""
 
-TASKS = ("classify",)
+TASKS = ("classify", "answer")
 """Tasks other than pretraining: variants of cells."""
 
 _NUMBERS = ("float", "int", "betas")

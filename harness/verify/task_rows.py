@@ -55,7 +55,7 @@ def _rows() -> list[dict[str, str]]:
     generator = random.Random(0)
     rows = []
     for _ in range(TRAIN + VALIDATION):
-        words = generator.choices(_WORDS, k=generator.randint(3, 8))
+        words = generator.choices(_WORDS, k=generator.randint(2, 5))
         # From one word to four: a mean over micro-batches is not the mean over answers.
         answer = " ".join(sorted(set(words))[: generator.randint(1, 4)])
         label = LABELS[_WORDS.index(words[0]) % len(LABELS)]

@@ -133,8 +133,8 @@ def test_every_task_meets_every_layout_and_rules_of_every_kind() -> None:
         # A mean over micro-batches of unequal size is what could go wrong.
         assert {cell.accumulation for cell in own} == {2}
         assert {cells.reference_of(cell).variant for cell in own} == {task}
-    chosen = grid.select(["variant=classify", "engine=zero3"])
-    assert chosen == [c for c in found if (c.engine, c.variant) == ("zero3", "classify")]
+    chosen = grid.select(["variant=answer", "engine=zero3"])
+    assert chosen == [c for c in found if (c.engine, c.variant) == ("zero3", "answer")]
 
 
 def test_rows_of_a_task_are_the_same_for_every_rank(tmp_path: Path) -> None:
