@@ -78,6 +78,10 @@ class Answer:
             },
         }
 
+    def warnings(self, data: Examples) -> Sequence[str]:
+        """Return what was left out and truncated, and validation prompts that are also training prompts."""
+        return data.warnings
+
     def describe(self, config: RunConfig, data: Examples) -> str:
         """Return the number of examples, the metric, and what generation cuts off in one line."""
         line = f"{example_facts.describe(config, data)} of {config.task.extract}"
