@@ -217,8 +217,9 @@ def sources_sha256() -> str:
     return total.hexdigest()
 
 
+@lru_cache(maxsize=1024)
 def code_sha256(source: str) -> str:
-    """Return the hash of a module's syntax tree without docstrings and other string statements."""
+    """Return the hash of a module's syntax tree without docstrings and other string statements; remembered by text."""
     parts: list[str] = []
     _add_canonical(ast.parse(source), parts)
     return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()
