@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from harness.config.schema import RunConfig
+    from harness.model import ClassificationHead
 
 
 class Source(NamedTuple):
@@ -223,7 +224,13 @@ def load(folder: Path, config: RunConfig, weights: str = "raw") -> nn.Module:
     from optimizers.weight_average import KIND as AVERAGE
 
     kind = AVERAGE if weights == "average" else WEIGHT
-    model = build(config.model, seed=config.seed, trust_remote_code=config.trust_remote_code, weights=False)
+    model = build(
+        config.model,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+        weights=False,
+        head=_head(folder, config),
+    )
     saved = Saved(folder)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -234,6 +241,19 @@ def load(folder: Path, config: RunConfig, weights: str = "raw") -> nn.Module:
     adapters.merge(model)
     model.eval()
     return model
+
+
+def _head(source: Path, config: RunConfig) -> ClassificationHead | None:
+    """Return the head of a classifier, from the configuration and the manifest of its checkpoint; else None."""
+    if config.task.name != "classify":
+        return None
+    from harness.checkpoint.store import read_manifest
+    from harness.model import ClassificationHead
+
+    # A run has written them into its configuration: the data may be gone.
+    classes = None if config.task.target == "number" else tuple(config.task.labels or ())
+    pad_id = read_manifest(source).get("pad_id")
+    return ClassificationHead(classes, pad_id if isinstance(pad_id, int) else 0)
 
 
 def _copy_tokenizer(source: Path, config: RunConfig, target: Path) -> bool:

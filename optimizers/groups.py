@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from optimizers.linalg.robust import iteration_dtype
-from optimizers.module_patterns import check_used
+from optimizers.module_patterns import matches
 from optimizers.options import OptionError
 from optimizers.presets import PRESETS, rank_limit_check, resolve
 from optimizers.refresh_schedule import resolved_stagger
@@ -173,7 +173,7 @@ def require_matrices(preset_name: str, routes: Iterable[Route], options: Mapping
     """
     routes = list(routes)
     if (patterns := options.get("matrix_modules")) is not None:
-        check_used(patterns, (r.name for r in routes if r.rule != "adamw" or r.reason == NOT_CHOSEN))
+        _check_used(patterns, (r.name for r in routes if r.rule != "adamw" or r.reason == NOT_CHOSEN))
     if options.get("split_heads") and not any(
         "split into heads" in r.reason for r in routes if len(r.blocks) > 1
     ):
@@ -192,3 +192,24 @@ def require_matrices(preset_name: str, routes: Iterable[Route], options: Mapping
         f"finds no hidden matrix among {len(routes)} parameters ({reasons})",
         ("a model with 2-D hidden weights", "adamw"),
     )
+
+
+def _check_used(patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse a pattern that names no hidden matrix: it is a misspelling, or of another model.
+
+    Args:
+        patterns: of `matrix_modules`.
+        names: of all hidden matrices.
+
+    Raises:
+        OptionError: naming the pattern and the last components that the names of hidden matrices have.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            # "default" is the only adapter's name.
+            parts = [[part for part in name.split(".")[:-1] if part != "default"] for name in names]
+            known = list(dict.fromkeys(".".join(part[-1:]) for part in parts if part))
+            raise OptionError(
+                "matrix_modules", pattern, "is in the name of no hidden matrix", known or ("null",)
+            )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from optimizers.module_patterns import NAMED
+
 
 class OptionError(ValueError):
     """An optimizer option that cannot be used.
@@ -75,7 +77,7 @@ class Option:
         elif self.type == "betas":
             words = ("two numbers in [0, 1)",)
         elif self.type == "patterns":
-            words = ("a list of parts of module names, e.g. [query, key]", *_named_patterns())
+            words = ("a list of parts of module names, e.g. [query, key]", *NAMED)
         else:
             noun = "a whole number" if self.type == "int" else "a number"
             low = f" >= {self.minimum:g}" if self.minimum is not None else ""
@@ -170,9 +172,8 @@ def _betas(option: Option, value: Any) -> tuple[float, float]:
 
 
 def _patterns(option: Option, value: Any) -> tuple[str, ...] | None:
-    named = _named_patterns()
-    if isinstance(value, str) and value in named:
-        return named[value]
+    if isinstance(value, str) and value in NAMED:
+        return NAMED[value]
     items = [value] if isinstance(value, str) else list(value)
     # A name of a list is one word; anything with a dot or a wildcard can only be a pattern.
     is_word = isinstance(value, str) and value.isidentifier()
@@ -182,16 +183,9 @@ def _patterns(option: Option, value: Any) -> tuple[str, ...] | None:
             value,
             "is not allowed",
             option.allowed,
-            closest(value, named) if isinstance(value, str) else None,
+            closest(value, NAMED) if isinstance(value, str) else None,
         )
     return tuple(dict.fromkeys(items))
-
-
-def _named_patterns() -> Mapping[str, tuple[str, ...] | None]:
-    # Only here: that module raises this one's error.
-    from optimizers.module_patterns import NAMED
-
-    return NAMED
 
 
 _CHECKS: dict[str, Callable[[Option, Any], Any]] = {
