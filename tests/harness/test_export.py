@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from harness import export, model
 from harness.checkpoint import store
@@ -21,6 +21,7 @@ from harness.config import compose
 from harness.errors import InputError
 from tests.faults.forked import trained
 from tests.harness.running import small, write_documents
+from tests.harness.tasks.running import classifier
 
 
 @pytest.fixture(scope="module")
@@ -229,4 +230,21 @@ def test_an_adapter_is_merged(
             assert b.abs().max() > 0
             expected += 16 / 4 * b @ a
         torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-7)
+    saved.close()
+
+
+@pytest.mark.slow
+def test_a_classifier_keeps_its_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], session_cache: Path
+) -> None:
+    words = classifier(tmp_path, "model.adapter=lora", "optimizer=adamw", "optimizer.lr=0.01", "name=run")
+    where, said = f"data.cache_dir={session_cache}", tmp_path / "said.txt"
+    assert trained([*words, where], 1, said) == [0], said.read_text()
+    run, target = tmp_path / "default" / "run", tmp_path / "model"
+    assert main(["export", str(run), str(target)]) == 0
+    network = AutoModelForSequenceClassification.from_pretrained(target, local_files_only=True)
+    labels = yaml.safe_load((run / "config.yaml").read_text())["task"]["labels"]
+    assert [network.config.id2label[i] for i in range(len(labels))] == labels
+    saved = Saved(Store(run).folder(4))
+    assert torch.equal(network.classifier.weight, saved.whole("classifier.weight", "weight"))
     saved.close()
