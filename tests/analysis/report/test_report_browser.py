@@ -166,8 +166,8 @@ def test_words_stand_out_from_their_ground(visit: str, request: pytest.FixtureRe
     page = request.getfixturevalue(visit).page
     pairs = page.evaluate(
         """() => [["h1", "body"], [".scope", "body"], [".warnings li", ".warnings"], ["tr.failed td", "body"],
-        [".results small", "body"], ["nav a, .skip", "body"], [".matrix .lower span", ".matrix .lower"],
-        [".matrix .higher span", ".matrix .higher"], ["pre", "pre"]].map(([word, ground]) => {
+        [".results small", "body"], ["nav a, .skip", "body"], [".matrix .better span", ".matrix .better"],
+        [".matrix .worse span", ".matrix .worse"], ["pre", "pre"]].map(([word, ground]) => {
           const [w, g] = [document.querySelector(word), document.querySelector(ground)];
           return [word, w && getComputedStyle(w).color, g && getComputedStyle(g).backgroundColor];
         })"""
