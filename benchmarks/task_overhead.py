@@ -66,9 +66,9 @@ def measure(overrides: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
         words += ["schedule.warmup=0", "moments.every=null", "log_every=10"]
         prepared = prepare(words, say=lambda line: print(line, file=sys.stderr), worker=True)
         run = assemble(prepared, engines.start(prepared.config))
+        run.stop.restore()
         twin = assemble(prepared, run.engine)
-        for each in (run, twin):
-            each.stop.restore()
+        twin.stop.restore()
         run.engine.prepare(run.model, run.optimizer)
         sink = _FolderSink(RunFolder(Path(scratch) / "run", prepared.config, prepared.identity))
         sink.folder.begin(0)

@@ -35,7 +35,7 @@ LEARNING_RATES: dict[str, tuple[PeakRate, ...]] = {
 
 
 def default_learning_rate(
-    optimizer: str, parameters: int, *, from_weights: bool = False
+    optimizer: str, parameters: int, *, from_weights: bool = False, task: str = "pretrain"
 ) -> LearningRate | None:
     """Return the default peak learning rate of a preset.
 
@@ -43,6 +43,7 @@ def default_learning_rate(
         optimizer: preset name.
         parameters: number of parameters of the model.
         from_weights: the run starts from trained weights (`model.path`), at which no row was tuned.
+        task: of the run; all rows were tuned for pretraining.
 
     Returns:
         None for an optimizer that is not in the table and is not a plug-in rule with a default lr.
@@ -65,9 +66,18 @@ def default_learning_rate(
             f"optimizer.lr: {row.lr:g} is a rate for random weights, and this run starts from trained weights, "
             f"which usually need a smaller one; set optimizer.lr=… (docs/model_path.md)"
         )
-    is_tuned = row.tuned and is_covered and not from_weights
+    elif task != "pretrain":
+        warnings.append(
+            f"optimizer.lr: {row.lr:g} is a rate for pretraining, and this run has task={task}; set optimizer.lr=…, or "
+            "tune it with optbench sweep"
+        )
+    is_tuned = row.tuned and is_covered and not from_weights and task == "pretrain"
     # A source that says "tuned" at another size, or from other weights, must not read as if it were about this run.
-    limits = [*(["nearest size"] if not is_covered else []), *(["random weights"] if from_weights else [])]
+    limits = [
+        *(["nearest size"] if not is_covered else []),
+        *(["random weights"] if from_weights else []),
+        *(["pretraining"] if task != "pretrain" else []),
+    ]
     source = f"{', '.join(limits)}: {row.source}" if limits else row.source
     return LearningRate(row.lr, source, is_tuned, "; ".join(warnings) or None, row.aux_lr)
 
@@ -108,17 +118,26 @@ def default_evaluation_tokens(config: RunConfig) -> int:
     return max(config.seq_len, tokens - tokens % config.seq_len)
 
 
-def evaluation_interval(config: RunConfig) -> int | None:
+def evaluation_interval(config: RunConfig, examples: int | None = None) -> int | None:
     """Return the steps between evaluations, None for the last step alone.
 
     ``auto`` spreads up to ten evaluations evenly over the run, as many as take `SHARE` of the training compute. A task
-    whose validation data are read whole is evaluated once an epoch in up to ten epochs, else ten times.
+    whose validation data are read whole is evaluated once an epoch in up to ten epochs, else ten times, or as often as
+    `SHARE` allows.
+
+    Args:
+        config: of the run.
+        examples: of the validation data of a task; None: not known, or each costs more than a forward pass.
     """
     if config.eval.every != "auto":
         return config.eval.every
     if config.task.name != "pretrain":
         is_by_epoch = config.epochs is not None and 1 < config.epochs <= MOST_EVALUATIONS
-        return -(-config.steps // (math.ceil(config.epochs or 1) if is_by_epoch else MOST_EVALUATIONS))
+        count = math.ceil(config.epochs or 1) if is_by_epoch else MOST_EVALUATIONS
+        if examples is not None:
+            one = FORWARD_SHARE * examples / (config.steps * config.batch_size)
+            count = max(1, min(count, int(SHARE / one + 1e-9)))
+        return -(-config.steps // count)
     one = FORWARD_SHARE * evaluation_tokens(config) / _train_tokens(config)
     # The small term keeps a share that is met exactly from being lost to rounding.
     count = max(1, min(MOST_EVALUATIONS, int(SHARE / one + 1e-9)))

@@ -82,7 +82,7 @@ def default_rate(config: RunConfig) -> derived_defaults.LearningRate | None:
     """Return the default learning rate of the run's preset at its model size; None if there is none."""
     size, starts_from_weights = parameter_count(config.model), config.model.path is not None
     return derived_defaults.default_learning_rate(
-        config.optimizer.name, size, from_weights=starts_from_weights
+        config.optimizer.name, size, from_weights=starts_from_weights, task=config.task.name
     )
 
 

@@ -39,11 +39,12 @@ class Evaluation:
     Args:
         run: assembled.
         evaluator: of the run's task.
+        examples: that it reads in an evaluation, where it is due by their number.
     """
 
-    def __init__(self, run: Run, evaluator: Evaluator) -> None:
+    def __init__(self, run: Run, evaluator: Evaluator, examples: int | None = None) -> None:
         self._run, self._evaluator = run, evaluator
-        self._every = derived_defaults.evaluation_interval(run.config)
+        self._every = derived_defaults.evaluation_interval(run.config, examples)
         self.best: float | None = None
         self.last: tuple[int, float | None] = (0, None)
         """Steps done at the last evaluation, and what it gave (None where that was not finite)."""

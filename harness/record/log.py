@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.console import show_control_characters
 from harness.protocols import MetricRow
+from harness.record.schema import TASK_METRICS
 
 Say = Callable[[str], None]
 SLOW = 1.5
@@ -51,7 +52,7 @@ class ProgressSink:
     def __init__(self, log: Log, steps: int) -> None:
         self._log, self._steps = log, steps
         self._bar: Progress | None = None
-        self._val: float | None = None
+        self._val = ""
         self._slow: list[int] = []
         if log.console.is_terminal:
             self._bar = Progress(
@@ -70,9 +71,12 @@ class ProgressSink:
             row[key] or 0 for key in ("step", "train/loss", "throughput/tokens_per_s", "wall_s")
         )
         if row.get("val/loss") is not None:
-            self._val = row["val/loss"]
-        val = "" if self._val is None else f"  val {self._val:.4f}"
-        text = f"loss {loss:.4f}{val}  {speed:,.0f} tokens/s"
+            self._val = f"  val {row['val/loss']:.4f}"
+            # The metric of the run is the first one of the row.
+            metric = next((key for key in row if key.removeprefix("val/") in TASK_METRICS), None)
+            if metric is not None and (value := row[metric]) is not None:
+                self._val += f"  {metric.removeprefix('val/')} {value:.4f}"
+        text = f"loss {loss:.4f}{self._val}  {speed:,.0f} tokens/s"
         left = wall / step * (self._steps - step) if step else 0.0
         line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}  eta {int(left) // 60}:{int(left) % 60:02d}"
         if self._bar is not None:

@@ -176,7 +176,7 @@ SUMMARY_KEYS: dict[str, str] = {
     "corpus_sha256": "hash of the token file",
     "train_tokens_available": "tokens of the training split",
     "labels": "classes of task=classify in the order of the model's outputs; else null",
-    "examples": "{train, validation}: examples of a task; null for pretraining",
+    "examples": "{train, validation, rows: {split: rows read, left out, truncated}} of a task; null for pretraining",
     "epochs": "passes over the training split",
     "unigram_entropy": "nats/token, of the training split of pretraining; else null",
     "device": "device kind, e.g. cpu or NVIDIA H100 80GB HBM3",

@@ -77,7 +77,8 @@ class Classify:
 
         names = example_facts.metrics_of(run.config, data)
         collate = Collate(data.validation, data, run.config)
-        return Evaluation(run, ClassificationEvaluator(run, data, collate, names, folder))
+        evaluator = ClassificationEvaluator(run, data, collate, names, folder)
+        return Evaluation(run, evaluator, len(data.validation))
 
     def facts(self, data: Examples) -> Mapping[str, Any]:
         """Return the classes and the number of examples."""

@@ -54,7 +54,11 @@ def facts(data: Examples) -> dict[str, Any]:
     """Return what `summary.json` says of examples."""
     return {
         "labels": None if data.labels is None else list(data.labels),
-        "examples": {"train": len(data.train), "validation": len(data.validation)},
+        "examples": {
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "rows": {split: data.facts[split] for split in ("train", "validation")},
+        },
         "train_tokens_available": int(data.train.lengths.sum()),
         "unigram_entropy": None,
     }

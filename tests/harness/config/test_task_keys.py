@@ -10,8 +10,9 @@ from harness.config import checks, compose, derived_defaults, task_checks
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 
-CLASSIFY = ("task=classify", "task.text=[premise,hypothesis]", "task.label=label")
-ANSWER = ("task=answer", 'task.prompt="{question} "', 'task.answer="{answer}"')
+ROWS = ("data=jsonl", "data.files=[train.jsonl]", "data.validation_files=[dev.jsonl]")
+CLASSIFY = (*ROWS, "task=classify", "task.text=[premise,hypothesis]", "task.label=label")
+ANSWER = (*ROWS, "task=answer", 'task.prompt="{question} "', 'task.answer="{answer}"')
 
 
 def checked(*words: str) -> RunConfig:
@@ -20,7 +21,7 @@ def checked(*words: str) -> RunConfig:
 
 @pytest.mark.parametrize("words", [CLASSIFY, ANSWER, ("task=pretrain",), (*CLASSIFY, "task.metric=accuracy")])
 def test_a_task_with_its_keys_is_taken(words: tuple[str, ...]) -> None:
-    assert checked(*words).task.name == words[0].partition("=")[2]
+    assert f"task={checked(*words).task.name}" in words
 
 
 @pytest.mark.parametrize(
@@ -29,9 +30,9 @@ def test_a_task_with_its_keys_is_taken(words: tuple[str, ...]) -> None:
         (("task.text=[a]",), "task.text", "task=classify, or leave out task.text"),
         ((*CLASSIFY, "task.shots=2"), "task.shots", "task=answer, or leave out task.shots"),
         ((*ANSWER, "task.label=x"), "task.label", "task=classify, or leave out task.label"),
-        (("task=classify", "task.label=x"), "task.text", "task.text=[sentence]"),
-        (("task=classify", "task.text=[x]"), "task.label", "task.label=label"),
-        (("task=answer", 'task.prompt="{x}"'), "task.answer", "task.answer="),
+        ((*ROWS, "task=classify", "task.label=x"), "task.text", "task.text=[sentence]"),
+        ((*ROWS, "task=classify", "task.text=[x]"), "task.label", "task.label=label"),
+        ((*ROWS, "task=answer", 'task.prompt="{x}"'), "task.answer", "task.answer="),
         ((*CLASSIFY, "task.generate=every"), "task.generate", "task=answer, or leave out task.generate"),
         ((*ANSWER, 'task.stop=[""]'), "task.stop", r'task.stop=["\n\n"]'),
         ((*CLASSIFY, "eval.tokens=4096"), "eval.tokens", "eval.tokens=auto"),
@@ -141,3 +142,18 @@ def test_tasks_are_evaluated_once_an_epoch_or_ten_times(
         config = checks.with_epochs(config, examples)
     assert config.eval.tokens == "auto"
     assert derived_defaults.evaluation_interval(config) == every
+
+
+def test_evaluations_of_tasks_keep_to_a_tenth_of_the_compute() -> None:
+    # Training costs 3 × 800 forward passes; of 240 that evaluations may take, one of 60 examples takes 60.
+    config = checked(*CLASSIFY, "steps=50", "batch_size=16")
+    assert derived_defaults.evaluation_interval(config, 60) == 13
+    assert derived_defaults.evaluation_interval(config, 20) == 5
+    assert derived_defaults.evaluation_interval(config, 10_000) == 50
+
+
+def test_default_rates_are_not_tuned_for_tasks() -> None:
+    config = checked(*CLASSIFY, "model=llama_tiny", "optimizer=sumo")
+    assert not config.optimizer.lr_tuned
+    assert "pretraining" in str(config.optimizer.lr_source)
+    assert checked("model=llama_tiny", "optimizer=sumo").optimizer.lr_tuned
