@@ -19,7 +19,7 @@ from harness.data.file_errors import (
     refuse_other_formats,
 )
 from harness.data.formats import open_decompressed
-from harness.data.row_files import Layout
+from harness.data.row_files import RowLayout
 from harness.errors import InputError
 from harness.files import paths
 
@@ -61,7 +61,7 @@ def find(patterns: list[str], source: str, key: str = "data.files") -> list[Path
     return list(found)
 
 
-def read(files: list[Path], layout: Layout, field: str) -> Iterator[str | None]:
+def read(files: list[Path], layout: RowLayout, field: str) -> Iterator[str | None]:
     """Yield the documents of ``files`` in order; None for a row without text.
 
     Args:

@@ -39,7 +39,7 @@ Wanted = Mapping[str, str]
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """How the rows of a file are written.
 
     Attributes:
@@ -53,7 +53,7 @@ class Layout(NamedTuple):
     quotes: Literal["standard", "literal"] = "standard"
 
 
-def rows(place: Place, layout: Layout, wanted: Wanted | None) -> Iterator[dict[str, Any]]:
+def rows(place: Place, layout: RowLayout, wanted: Wanted | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of the file at ``place``, which is kept up to date.
 
     Files compressed by gzip, bzip2, xz, zstd or lz4 are decompressed, whatever their names (Parquet compresses
@@ -193,7 +193,7 @@ def _loads(place: Place, data: bytes, codec: str | None) -> Any:
         raise InputError(place.key, place, f"cannot be read as JSON ({error})"[:300]) from error
 
 
-def _delimited(place: Place, layout: Layout, wanted: Wanted | None) -> Iterator[dict[str, Any]]:
+def _delimited(place: Place, layout: RowLayout, wanted: Wanted | None) -> Iterator[dict[str, Any]]:
     opened = open_decompressed(place.path)
     with opened.file as file:
         place.row = ", line 1"
@@ -296,7 +296,7 @@ def _header(place: Place, fields: list[str]) -> list[str]:
     return fields
 
 
-def _header_hint(place: Place, layout: Layout, fields: list[str]) -> str:
+def _header_hint(place: Place, layout: RowLayout, fields: list[str]) -> str:
     if len(fields) == 1:
         for source, delimiter in DELIMITERS.items():
             if delimiter in fields[0] and source != layout.source:
@@ -308,7 +308,7 @@ def _header_hint(place: Place, layout: Layout, fields: list[str]) -> str:
     return f"data.columns=[{names}] names the columns, if the file has no header"
 
 
-def _another_width(place: Place, layout: Layout, fields: list[str], names: list[str]) -> InputError:
+def _another_width(place: Place, layout: RowLayout, fields: list[str], names: list[str]) -> InputError:
     whose = "data.columns" if layout.columns is not None else "the header"
     reason = f"has {len(fields)} field{'s' * (len(fields) != 1)}, and {whose} has {len(names)}"
     if layout.quotes == "standard" and any('"' in field for field in fields):

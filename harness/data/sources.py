@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from harness.config.schema import DataConfig
 from harness.data import hub, local_files
-from harness.data.row_files import DELIMITERS, Layout
+from harness.data.row_files import DELIMITERS, RowLayout
 from harness.errors import InputError
 from harness.files.cache import Fingerprints, file_sha256
 
@@ -105,13 +105,13 @@ def _local(config: DataConfig, fingerprints: Fingerprints) -> TextSource:
     return TextSource(identity, facts, lambda: local_files.read(paths, layout, config.field))
 
 
-def layout_of(config: DataConfig) -> Layout:
+def layout_of(config: DataConfig) -> RowLayout:
     """Return how the local files of ``config`` are written."""
-    return Layout(config.source, config.columns, config.quotes)
+    return RowLayout(config.source, config.columns, config.quotes)
 
 
 def describe_files(
-    paths: list[Path], layout: Layout, fingerprints: Fingerprints, key: str
+    paths: list[Path], layout: RowLayout, fingerprints: Fingerprints, key: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return (identity, facts) of local files: what decides their rows, and name, SHA-256 and size of each.
 

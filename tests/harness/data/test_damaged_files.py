@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.data import formats, local_files, row_files
-from harness.data.row_files import Layout
+from harness.data.row_files import RowLayout
 from harness.errors import InputError
 
 from .conftest import documents, write_jsonl
@@ -53,7 +53,7 @@ CODECS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read(path: Path, source: str = "jsonl", field: str = "text") -> list[str | None]:
-    return list(local_files.read(local_files.find([str(path)], source), Layout(source), field))
+    return list(local_files.read(local_files.find([str(path)], source), RowLayout(source), field))
 
 
 def line_of(path: Path, source: str = "jsonl", field: str = "text") -> str:
@@ -304,11 +304,11 @@ def test_a_large_bomb_takes_bounded_memory(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": repeated}), tmp_path / "x.parquet")
     code = (
         "import pyarrow.parquet, sys, resource\n"
-        "from harness.data import local_files; from harness.data.row_files import Layout\n"
+        "from harness.data import local_files; from harness.data.row_files import RowLayout\n"
         "from harness.errors import InputError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
         "from pathlib import Path\n"
-        "try: sum(1 for _ in local_files.read([Path(sys.argv[1])], Layout(sys.argv[2]), 'text'))\n"
+        "try: sum(1 for _ in local_files.read([Path(sys.argv[1])], RowLayout(sys.argv[2]), 'text'))\n"
         "except InputError as error: print(error)\n"
     )
     for name, source in (("x.gz", "text"), ("x.gz", "jsonl"), ("x.parquet", "parquet")):
