@@ -79,8 +79,11 @@ def closing_lines(folder: Path, state: str, reason: str, resume: str | None = No
     """
     summary, _ = readers.summary(folder)
     # An attempt that died early left the summary of the one before it.
-    loss = summary.val_loss if summary is not None and summary.state == state else None
-    shown = f"; validation loss {loss:.4f}" if loss is not None else ""
+    ended = summary if summary is not None and summary.state == state else None
+    shown = "" if ended is None or ended.val_loss is None else f"; validation loss {ended.val_loss:.4f}"
+    # The metric of the run is the first one.
+    for name, result in [] if ended is None else list(ended.metrics.items())[:1]:
+        shown += "" if result.value is None else f", {name} {result.value:.4f}"
     last = [f"to resume: {resume}"] if state == "interrupted" and resume is not None else []
     return [f"{state}: {reason}{shown}", *last, str(folder)]
 

@@ -18,6 +18,7 @@ from harness.loop import Callbacks, Run, forward_backward, train
 from harness.preparation import Prepared, prepare
 from harness.run import assemble, build_probes, execute
 from harness.tasks import metrics, predictions
+from harness.worker import closing_lines
 from tests.distributed.pool import RankPool
 from tests.distributed.test_resume import attempt
 from tests.harness.running import Trained, trained, update_error
@@ -213,6 +214,10 @@ def test_what_is_recorded(tmp_path: Path) -> None:
     assert summary["val/loss"] == pytest.approx(sum(row["loss"] for row in rows) / 30, rel=1e-12)
     assert (summary["task"], summary["labels"]) == ("classify", ["0", "1"])
     assert summary["best_metrics"]["accuracy"]["value"] >= values["accuracy"]
+    (folder,) = (path.parent for path in tmp_path.rglob("summary.json"))
+    assert closing_lines(folder, "finished", "done")[0] == (
+        f"finished: done; validation loss {summary['val/loss']:.4f}, accuracy {values['accuracy']:.4f}"
+    )
     for row in rows:
         # Two classes: the loss is −log of the reference's probability.
         p = row["probability"] if row["correct"] else 1 - row["probability"]
