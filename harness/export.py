@@ -224,6 +224,7 @@ def load(folder: Path, config: RunConfig, weights: str = "raw") -> nn.Module:
     from optimizers.weight_average import KIND as AVERAGE
 
     kind = AVERAGE if weights == "average" else WEIGHT
+    _check_starting_point(folder, config)
     model = build(
         config.model,
         seed=config.seed,
@@ -241,6 +242,21 @@ def load(folder: Path, config: RunConfig, weights: str = "raw") -> nn.Module:
     adapters.merge(model)
     model.eval()
     return model
+
+
+def _check_starting_point(source: Path, config: RunConfig) -> None:
+    """Refuse to merge an adapter into other weights than those that it was trained with.
+
+    Raises:
+        InputError: ``model.path`` holds others now, or is gone.
+    """
+    from harness.checkpoint.store import read_manifest
+    from harness.config.identity import weights_sha256
+
+    recorded = read_manifest(source).get("weights_sha256")
+    if recorded is not None and recorded != weights_sha256(config):
+        reason = "does not hold the weights that this adapter was trained with"
+        raise InputError("model.path", config.model.path, reason, fix="put the folder back as it was")
 
 
 def _head(source: Path, config: RunConfig) -> ClassificationHead | None:

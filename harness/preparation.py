@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.checkpoint.store import Store
 from harness.config import checks, compose, derived_defaults
-from harness.config.identity import comparison_key, identity
+from harness.config.identity import comparison_key, identity, weights_sha256
 from harness.config.schema import RunConfig
 from harness.errors import InputError
 from harness.record import folder as run_folder
@@ -41,8 +41,13 @@ class Prepared:
     """What the folder held before this run asked for more steps, the shortest first."""
 
     def hashes(self) -> dict[str, str | int]:
-        """Return what a checkpoint says of its run: "identity", "comparison_key", "corpus_sha256" and "pad_id"."""
+        """Return what a checkpoint says of its run: "identity", "comparison_key", "corpus_sha256" and "pad_id".
+
+        One of an adapter also says "weights_sha256": the rest of its weights is in the starting point alone.
+        """
+        weights = None if self.config.model.adapter is None else weights_sha256(self.config)
         return {
+            **({} if weights is None else {"weights_sha256": weights}),
             "identity": self.identity,
             "comparison_key": self.comparison_key,
             "corpus_sha256": self.data.sha256,

@@ -20,7 +20,8 @@ class Verdict:
         pairs: what main effects leave of each cell's mean, shape (rows, columns).
         matching: contrast of matched pairs over seeds; None where no pair matches or the matrix is incomplete.
         resampled: its 95 % interval over resampled seeds, and examples where every run kept its answers; None likewise.
-        interacts: the order of the fine-tuning optimizers depends on the optimizer of pretraining.
+        interacts: how much the fine-tuning optimizers differ depends on the optimizer of pretraining, on these
+            validation examples.
         favours: ``matched`` or ``other`` pairs; None where the numbers carry neither.
         sentence: the result.
         detail: the numbers behind it.
@@ -81,8 +82,8 @@ def _sentence(matrix: Matrix, matching: Interval | None, favours: str | None, in
         )
     if interacts:
         return (
-            "The order of the fine-tuning optimizers depends on the optimizer of pretraining, but a matched pair is "
-            "not shown to be better or worse than others."
+            "How much the fine-tuning optimizers differ depends on the optimizer of pretraining (on these validation "
+            "examples), but a matched pair is not shown to be better or worse than others."
         )
     return "Nothing shows that the optimizer of pretraining changes which optimizer fine-tunes best."
 

@@ -86,7 +86,8 @@ class TargetRun:
 
     def _with_any_weights(self, keys: Sequence[str], finished: FinishedRun) -> list[str]:
         """Compare the model's configuration with all its defaults: a folder states more of them than a preset."""
-        kept = [key for key in keys if not key.startswith("model.")]
+        adapter = ("model.adapter", "model.lora.")
+        kept = [key for key in keys if not key.startswith("model.") or key.startswith(adapter)]
         wanted, own = (
             full_config(config.model.model_copy(update={"path": None}))
             for config in (self.config, finished.config)
@@ -98,7 +99,14 @@ class TargetRun:
 
         The same examples may come from a hub or from files, with their subset in the name.
         """
-        kept = [key for key in keys if key != "data.subset"]
+        # A run records the classes and the metric that it found where the table leaves them open.
+        task = self.config.task
+        is_open = {
+            "task.target": task.target == "auto",
+            "task.labels": task.labels is None,
+            "task.metric": task.metric is None,
+        }
+        kept = [key for key in keys if key != "data.subset" and not is_open.get(key, False)]
         if finished.config.data.name != self.config.data.name:
             kept.append("data.name")
         if self.config.epochs is not None:

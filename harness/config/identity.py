@@ -55,7 +55,11 @@ def _facts(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     model, data, optimizer, schedule = (values[group] for group in ("model", "data", "optimizer", "schedule"))
     facts = {
-        "model": {"model_type": model["model_type"], "config": model["config"], "path": _weights(config)},
+        "model": {
+            "model_type": model["model_type"],
+            "config": model["config"],
+            "path": weights_sha256(config),
+        },
         # Where the text came from is in the corpus hash; what is done with it is not.
         "data": {"mode": data["mode"], "validation_tokens": data["validation_tokens"]},
         "optimizer": _optimizer(optimizer),
@@ -89,7 +93,7 @@ def _optimizer(section: dict[str, Any]) -> dict[str, Any]:
     return identifying_options(None if section["target"] else section["name"], chosen)
 
 
-def _weights(config: RunConfig) -> str | None:
+def weights_sha256(config: RunConfig) -> str | None:
     """Return the hash of the contents of a starting point: weight files, and its Python code where that is run.
 
     The path is a fact about the machine, and its config.json is part of ``model.config``.

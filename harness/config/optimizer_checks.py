@@ -42,6 +42,7 @@ def resolved_section(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
     else:
         try:
             options = resolve(requested.name, requested.options)
+            _check_logit_clipping(config, options, shapes)
             shapes = shapes.for_rule(options)
             rank_limit_check(options, (shapes.matrices or {}).items())
         except OptionError as error:
@@ -55,6 +56,29 @@ def resolved_section(config: RunConfig, shapes: ModelFacts) -> dict[str, Any]:
     section |= _learning_rate(config)
     options |= _aux_learning_rate(config, section, options)
     return section | {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
+
+
+def _check_logit_clipping(config: RunConfig, options: Mapping[str, Any], shapes: ModelFacts) -> None:
+    """Refuse QK-clip where it would clip by padding, or scale projections that it does not find.
+
+    Raises:
+        InputError: naming the threshold.
+    """
+    threshold = options.get("qk_clip_threshold")
+    if threshold is None:
+        return
+    ruled = shapes.for_rule(options).matrices or {}
+    projections = [name for name in shapes.matrices or {} if ".q_proj." in name or ".k_proj." in name]
+    if config.task.name != "pretrain":
+        # Rows are as long as the longest of their micro-batch, and logits of padding count: the cut would decide.
+        reason = f"is for rows of one length, and those of task={config.task.name} are padded"
+    elif config.model.adapter is not None:
+        reason = "scales query and key projections, which are frozen next to an adapter"
+    elif left_out := next((name for name in projections if name not in ruled), None):
+        reason = f"scales query and key projections, and optimizer.matrix_modules leaves out {left_out}"
+    else:
+        return
+    raise InputError("optimizer.qk_clip_threshold", threshold, reason, fix="optimizer.qk_clip_threshold=null")
 
 
 def on_cuda(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def _class_names(given: object) -> object:
     """Return classes that were typed as numbers or truth values as text: [0,1] or [true,false]."""
     if not isinstance(given, list):
         return given
-    return [str(name).lower() if isinstance(name, bool) else str(name) for name in given]
+    # As `harness.tasks.labels.class_name` writes those of the data: 1.0 is "1".
+    whole = [int(name) if isinstance(name, float) and name.is_integer() else name for name in given]
+    return [str(name).lower() if isinstance(name, bool) else str(name) for name in whole]
 
 
 def _line_breaks(given: object) -> object:

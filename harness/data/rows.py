@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.config.data_checks import check_splits
@@ -42,6 +43,9 @@ class Rows(Iterator[Row]):
                 key = (self._wanted or {}).get(name, "data.source")
                 kind = type(value).__name__
                 raise InputError(key, name, f"holds {kind}, not text or a number, in {self.place}")
+            if isinstance(value, str) and not value.isascii():
+                # JSON can spell lone surrogates, which UTF-8 cannot: they become question marks, as in a corpus.
+                row[name] = value.encode("utf-8", errors="replace").decode("utf-8")
         return row
 
     def _of_files(self, config: DataConfig, split: Split) -> Iterator[dict[str, Any]]:
@@ -95,9 +99,15 @@ def describe_rows(config: DataConfig, fingerprints: Fingerprints) -> tuple[dict[
         return identity | splits, facts | splits
     identity: dict[str, Any] = {}
     facts: dict[str, Any] = {"name": config.name}
+    training: set[Path] = set()
     for split in get_args(Split):
         key, patterns = _files(config, split)
         found = local_files.find(patterns, config.source, key)
+        if shared := next((file for file in found if file.resolve() in training), None):
+            raise InputError(
+                key, shared, "is one of data.files, too", allowed="files that are not trained on"
+            )
+        training = {file.resolve() for file in found}
         identity[split], facts[split] = describe_files(found, layout_of(config), fingerprints, key)
     return identity, facts
 

@@ -125,6 +125,8 @@ def build_deferred(
                 raise NotRecorded("the folder brings its own code")
             files = [Path(file) for file in model_folder.weight_files(Path(config.path).expanduser())]
         hf_config = configuration(config, trust_remote_code=trust_remote_code)
+        if config.path is not None:
+            heads.check_padding(hf_config, head, Path(config.path).expanduser())
         model, weights = initial_weights.record(
             lambda: _construct(hf_config, config, trust_remote_code, head),
             seed=seed,
@@ -246,6 +248,8 @@ def _from_folder(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            # The head of another classifier may have another number of classes.
+            ignore_mismatched_sizes=head is not None,
             trust_remote_code=trust_remote_code and folder.has_own_code,
         )
     except Exception as error:
@@ -253,6 +257,7 @@ def _from_folder(
         raise _refused("model.path", folder.path, "can't be loaded", error) from error
     model, report = loaded
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    missing = sorted({*missing, *(name for name, *_ in report["mismatched_keys"])})
     if not _is_only_the_head(model, head, missing, []):
         kind = "language model" if head is None else "model"
         reason = f"lacks {len(missing)} weights of a {folder.model_type} {kind} (e.g. {missing[0]})"

@@ -82,7 +82,7 @@ class CausalLMObjective:
         return losses.double().sum(1)
 
     def _loss_in_head(self, labels: torch.Tensor) -> bool:
-        """Return True if the head computes the loss of a batch: a matter of its shape, equal on all processes."""
+        """Return True if the head computes the loss of a batch: a matter of its shape alone."""
         return self._head is not None and not whole_logits_suffice(
             self._chunk, labels.numel(), self._head.out_features
         )

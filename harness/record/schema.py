@@ -81,7 +81,7 @@ METRICS: dict[str, Metric] = {
     "step": Metric("", "optimizer steps done"),
     "tokens": Metric(
         "tokens",
-        "tokens trained on, over all processes: those with a loss, for classification those without padding",
+        "tokens trained on, over all processes: those with a loss, for tasks all of their examples; no padding",
     ),
     "wall_s": Metric("s", "training seconds, summed over attempts; evaluation and probes included"),
     "train/loss": Metric(

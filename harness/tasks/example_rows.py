@@ -80,7 +80,8 @@ def read_examples(config: RunConfig, split: Split) -> RawExamples:
     raw = RawExamples()
     rows = read_rows(config.data, split, wanted_columns(task))
     for row in rows:
-        if any(value is None for value in row.values()):
+        # Tables of numbers spell a missing value as NaN, the one value that differs from itself.
+        if any(value is None or value != value for value in row.values()):
             raw.null_rows += 1
             continue
         inputs = _inputs(task, row)

@@ -27,7 +27,7 @@ _NOTE = re.compile(r"<<[^<>]*>>")
 _EQUATION = re.compile(r"[\w.+\-*/()= ]+")
 _PLAIN = re.compile(r"\d+(?:\.\d*)?|\.\d+")
 _MOST_CHARACTERS = 1000
-"""Of an equation that is evaluated: bounds the digits of exact results and the depth of brackets."""
+"""Of an equation or a number that is evaluated: bounds the digits of exact results and the depth of brackets."""
 
 
 def extract(text: str, how: Extraction) -> str:
@@ -49,7 +49,12 @@ def extract(text: str, how: Extraction) -> str:
     if how == "equation":
         return _equation(text)
     found = [_HASHES.search(text)] if how == "hashes" else [None, *_NUMBER.finditer(text)]
-    return canonical(_value(found[-1])) if found[-1] else ""
+    match = found[-1]
+    if match is None:
+        return ""
+    # Python turns no integer of more than 4,300 digits into text, and a model may repeat a digit for ever.
+    is_long = len(match["digits"]) > _MOST_CHARACTERS
+    return match["digits"] if is_long else canonical(_value(match))
 
 
 def canonical(value: Fraction) -> str:

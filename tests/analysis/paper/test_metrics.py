@@ -43,8 +43,18 @@ def write_run(
     protocol = [w for w in table.run_words(ROW, "RTE") if w.partition("=")[0] not in own]
     composed = compose.load([*protocol, *words, f"seed={seed}", "world_size=1"])
     config = checks.check(composed, environ={}, devices=0)
+    # What a run finds in its data is in its record.
+    found = {
+        "target": "class",
+        "labels": ["entailment", "not_entailment"],
+        "metric": config.task.metric or metric,
+    }
     config = config.model_copy(
-        update={"model": config.model.model_copy(update={"path": path}), "steps": 4667}
+        update={
+            "model": config.model.model_copy(update={"path": path}),
+            "task": config.task.model_copy(update=found),
+            "steps": 4667,
+        }
     )
     folder = home / "runs" / f"run{len(list(home.glob('runs/*')))}"
     folder.mkdir(parents=True)
@@ -98,6 +108,7 @@ def test_the_better_setting_is_taken_where_higher_is_better(home: Path) -> None:
         (["batch_size=32"], "batch_size"),
         (["optimizer.lr=1e-3"], "optimizer.lr"),
         (["model.config.num_hidden_layers=6"], "model.config.num_hidden_layers"),
+        (["model.adapter=lora"], "model.adapter"),
     ],
 )
 def test_a_run_of_another_protocol_fills_no_cell(home: Path, words: list[str], named: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import optimizer_checks
+from harness.config import checks, compose, optimizer_checks
 from harness.errors import InputError
 
 CODE = "import torch\n\n\nclass SignSGD(torch.optim.Optimizer):\n    pass\n"
@@ -73,3 +73,23 @@ def test_a_package_of_the_documentation_may_be_advised(monkeypatch: pytest.Monke
     monkeypatch.setattr(optimizer_checks, "_find", lambda package, folder: None)
     assert "fix: pip install pytorch-optimizer" in refusal("pytorch_optimizer.SOAP")
     assert "pip install" not in refusal("pytorch_optimizers.SOAP")
+
+
+CLASSIFY = ("task=classify", "task.text=[a]", "task.label=b", "data=jsonl", "data.files=[t]")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((*CLASSIFY, "data.validation_files=[v]"), "those of task=classify are padded"),
+        (("model.adapter=lora",), "are frozen next to an adapter"),
+        (("optimizer.matrix_modules=[v_proj,q_proj]",), "leaves out model.layers.0.self_attn.k_proj.weight"),
+    ],
+)
+def test_logits_are_clipped_where_they_are_those_of_pretraining(words: tuple[str, ...], reason: str) -> None:
+    words = ("optimizer=muon_clip", "optimizer.lr=0.001", *words)
+    with pytest.raises(InputError, match=rf"optimizer.qk_clip_threshold.*{reason}"):
+        checks.check(compose.load(words), {}, 0)
+    # Control: without the threshold, and with the projections.
+    checks.check(compose.load((*words, "optimizer.qk_clip_threshold=null")), {}, 0)
+    checks.check(compose.load(("optimizer=muon_clip", "optimizer.matrix_modules=[q_proj,k_proj]")), {}, 0)

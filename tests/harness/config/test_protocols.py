@@ -111,5 +111,8 @@ def test_the_board_of_peft() -> None:
 )
 def test_the_pretrained_model_is_asked_for(preset: str) -> None:
     """Random weights under a protocol of fine-tuning would train, and say nothing."""
+    words = [f"experiment={preset}", "world_size=1", "precision=fp32"]
+    if preset == "mawps_sumo":
+        words += ["data.files=[train.json]", "data.validation_files=[test.json]"]
     with pytest.raises(InputError, match=r"model\.path: models/"):
-        checks.check(load([f"experiment={preset}", "world_size=1", "precision=fp32"]), environ={}, devices=0)
+        checks.check(load(words), environ={}, devices=0)

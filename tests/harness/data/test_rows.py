@@ -155,6 +155,12 @@ def test_a_key_that_some_rows_lack_is_null_there(tmp_path: Path) -> None:
     assert list(rows) == [{"a": 1, "b": None}, {"a": None, "b": 2}]
 
 
+def test_lone_surrogates_are_question_marks_as_in_a_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text('{"a": "\\ud800 and \\ud83d\\ude00"}\n')
+    assert list(read_rows(config_of(path, "jsonl"), "train")) == [{"a": "? and \N{GRINNING FACE}"}]
+
+
 def test_the_wrong_delimiter_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("label\tsentence\n1\ta\n")

@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from harness import model
 from harness.config.schema import ModelConfig
@@ -106,9 +112,9 @@ def test_a_decoder_trains_the_row_of_a_token_that_also_pads() -> None:
     assert float(embedding.weight.grad[HEAD.pad_id].abs().max()) > 0
 
 
-def _folder(path: Path, kind: str, automatic: Any) -> Path:
+def _folder(path: Path, kind: str, automatic: Any, **settings: Any) -> Path:
     torch.manual_seed(11)
-    config = AutoConfig.for_model(kind, **CLASSIFIERS[kind], pad_token_id=HEAD.pad_id)
+    config = AutoConfig.for_model(kind, **CLASSIFIERS[kind], pad_token_id=HEAD.pad_id, **settings)
     automatic.from_config(config).save_pretrained(path)
     return path
 
@@ -160,11 +166,28 @@ def test_a_folder_without_the_head(
         assert torch.equal(value, whole.get_parameter(name)) is not is_random, name
 
 
+def test_the_head_of_other_classes_is_made_anew(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model", "bert", AutoModelForSequenceClassification, num_labels=5)
+    config = ModelConfig(name="bert", model_type="bert", path=str(folder))
+    lines: list[str] = []
+    whole = model.build(config, seed=SEED, head=HEAD, say=lines.append)
+    deferred, weights = model.build_deferred(config, seed=SEED, precision="fp32", head=HEAD)
+    for name, value in weights_of(deferred, weights).items():
+        assert torch.equal(value, whole.get_parameter(name)), name
+    assert any(line.endswith(": classifier.bias, classifier.weight") for line in lines), lines
+    stored = load_file(folder / "model.safetensors")
+    for name, value in whole.named_parameters():
+        assert name.startswith("classifier.") or torch.equal(value, stored[name]), name
+    assert len(whole.get_parameter("classifier.weight")) == HEAD.outputs
+
+
 def test_what_a_folder_may_not_lack(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "bert", "bert", AutoModel)
     config = ModelConfig(name="bert", model_type="bert", path=str(folder))
     with pytest.raises(InputError, match="pads with token 1, and the tokenizer of this run with token 0"):
         model.build(config, seed=0, head=ClassificationHead(("a", "b"), pad_id=0))
+    with pytest.raises(InputError, match="pads with token 1, and the tokenizer of this run with token 0"):
+        model.build_deferred(config, seed=0, precision="fp32", head=ClassificationHead(("a", "b"), pad_id=0))
     file = folder / "model.safetensors"
     kept = {name: t for name, t in load_file(file).items() if name != "encoder.layer.1.output.dense.weight"}
     save_file(kept, file, metadata={"format": "pt"})

@@ -108,6 +108,14 @@ def test_numbers_are_equal_by_value(how: Extraction, number: Decimal) -> None:
     assert Decimal(found.pop()) == number
 
 
+@pytest.mark.parametrize("how", ["hashes", "last_number"])
+def test_a_model_may_repeat_a_digit_for_ever(how: Extraction) -> None:
+    """Python converts no integer of more than 4,300 digits."""
+    digits = "9" * 5000
+    assert extract(f"#### {digits}", how) == digits
+    assert extract(f"#### {'9' * 900}.0", how) == "9" * 900
+
+
 @given(st.fractions())
 def test_canonical_numbers_keep_their_value(number: Fraction) -> None:
     assert Fraction(canonical(number)) == number
