@@ -234,6 +234,26 @@ def test_an_adapter_is_merged(
 
 
 @pytest.mark.slow
+def test_an_adapter_is_merged_into_the_weights_that_it_was_trained_with(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], session_cache: Path
+) -> None:
+    start = tmp_path / "start"
+    assert main(["export", str(run), str(start)]) == 0
+    words = [w for w in small(write_documents(tmp_path), tmp_path) if not w.startswith("model")]
+    words += [f"model.path={start}", "model.adapter=lora", "optimizer=adamw", "optimizer.lr=0.01", "name=run"]
+    said = tmp_path / "said.txt"
+    assert trained([*words, f"data.cache_dir={session_cache}"], 1, said) == [0], said.read_text()
+    assert main(["export", str(tmp_path / "default" / "run"), str(tmp_path / "model")]) == 0
+    # Another run is exported to the same place, as the next try would be.
+    shutil.rmtree(start)
+    assert main(["export", str(run), str(start), "--weights", "raw"]) == 0
+    assert main(["export", str(tmp_path / "default" / "run"), str(tmp_path / "other")]) == 2
+    said_last = capsys.readouterr().err
+    assert "does not hold the weights that this adapter was trained with" in said_last
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
 def test_a_classifier_keeps_its_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], session_cache: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -373,6 +374,21 @@ def test_bad_input_is_one_clear_error(
 ) -> None:
     with pytest.raises(InputError, match=message):
         prepared(config_for(train, validation, *words))
+
+
+def test_missing_numbers_are_null_and_no_class(config_for: MakeConfig) -> None:
+    """Tables of numbers spell a missing value as NaN, and 1.0 is the class 1."""
+    rows = [{**row, "label": float(row["label"])} for row in PAIR]
+    examples = prepared(
+        config_for([*rows, {**rows[0], "label": math.nan}], rows, *PAIRS, "task.labels=[1.0,0.0]")
+    )
+    assert examples.labels == ("1", "0")
+    assert (examples.facts["train"]["null"], len(examples.train)) == (1, len(rows))
+
+
+def test_a_file_of_both_splits_is_refused(config_for: MakeConfig, tmp_path: Path) -> None:
+    config = config_for(PAIR, PAIR, *PAIRS, f"data.validation_files=[{tmp_path}/./tr*.jsonl]")
+    assert "train.jsonl is one of data.files, too; allowed: files that are not trained on" in error_of(config)
 
 
 def test_training_answers_without_a_number_are_counted(config_for: MakeConfig) -> None:
