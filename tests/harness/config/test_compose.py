@@ -48,7 +48,7 @@ BAD_WORDS = [
     (["rank=8"], "rank: 8 is for an unknown key", ["did you mean optimizer.rank?", "fix: optimizer.rank=8"]),
     (["stepss=5"], "stepss: 5 is for an unknown key", ["did you mean steps?", "fix: steps=5"]),
     (["optimizr=sumo"], "optimizr: sumo is for an unknown key", ["fix: optimizer=sumo"]),
-    (["zzqx=1"], "zzqx: 1 is for an unknown key", ["allowed: steps, seed", "fix: remove zzqx"]),
+    (["zzqx=1"], "zzqx: 1 is for an unknown key", ["allowed: steps, epochs, seed", "fix: remove zzqx"]),
     (["steps.x=3"], "steps.x: 3 is for an unknown key", []),
     (["optimizer.lr_source=me"], "optimizer.lr_source: me is for an unknown key", []),
     (["model.config.hiden_size=5"], "model.config.hiden_size: 5", ["did you mean model.config.hidden_size?"]),

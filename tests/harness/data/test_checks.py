@@ -90,7 +90,8 @@ def test_shipped_presets_are_data_configurations() -> None:
     folder = Path(__file__).parents[3] / "configs" / "data"
     presets = {path.stem: DataConfig(**yaml.safe_load(path.read_text())) for path in folder.glob("*.yaml")}
     assert {"kjv", "c4", "fineweb", "text", "jsonl", "parquet"} <= presets.keys()
-    assert all(name == preset.name for name, preset in presets.items())
+    # The name of GLUE's tasks chooses one.
+    assert {name for name, preset in presets.items() if name != preset.name} == {"glue"}
     assert presets["kjv"] == DataConfig()
     papers = presets["c4"]
     assert (papers.tokenizer, papers.mode, papers.dataset) == ("t5-base", "padded", "allenai/c4")
