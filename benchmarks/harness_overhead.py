@@ -20,12 +20,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from harness import engines
-from harness.data import Corpus
 from harness.loop import Callbacks, Run, TrainState, train
 from harness.model import loss_sum
 from harness.preparation import prepare
@@ -33,6 +32,9 @@ from harness.probes.validation import Evaluation
 from harness.protocols import BatchLoader
 from harness.record.folder import RunFolder
 from harness.run import assemble, build_probes
+
+if TYPE_CHECKING:
+    from harness.tasks.task import TaskData
 
 ROUNDS = 30
 STEPS = 10
@@ -62,10 +64,10 @@ def bare(
         optimizer.zero_grad()
 
 
-def restarted(run: Run, corpus: Corpus, sink: _FolderSink) -> tuple[Run, Callbacks]:
+def restarted(run: Run, data: TaskData, sink: _FolderSink) -> tuple[Run, Callbacks]:
     """Return the run as before its first step, with all probes but the evaluation."""
     run = dataclasses.replace(run, state=TrainState())
-    probes = [probe for probe in build_probes(run, corpus) if not isinstance(probe, Evaluation)]
+    probes = [probe for probe in build_probes(run, data) if not isinstance(probe, Evaluation)]
     run.clock.read()
     return run, Callbacks(probes, [sink])
 

@@ -48,6 +48,8 @@ def task_words(task: str) -> list[str]:
         'task.answer=" {answer}"',
         "task.extract=text",
         "task.max_new_tokens=4",
+        # A row of long words is longer than the cells' sequences.
+        "task.truncate=left",
     ]
 
 

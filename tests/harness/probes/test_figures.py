@@ -12,7 +12,7 @@ import torch
 
 from harness import engines, model
 from harness.config import compose
-from harness.data import Validation
+from harness.data import Corpus, Validation
 from harness.data.micro_batches import ValidationLoader
 from harness.devices import tensor_bytes
 from harness.model import loss_sum
@@ -60,7 +60,9 @@ def _evaluated(rank: int, overrides: list[str], rows: int, micro: int) -> float:
     network = model.build(prepared.config.model, seed=0)
     engine.shard(network, {}, model.decoder_layers(network))
     engine.prepare(network, torch.optim.SGD(network.parameters(), lr=0.1))
-    validation = Validation(prepared.data, seq_len=prepared.config.seq_len, mode=prepared.config.data.mode)
+    corpus = prepared.data
+    assert isinstance(corpus, Corpus)
+    validation = Validation(corpus, seq_len=prepared.config.seq_len, mode=prepared.config.data.mode)
     objective = model.CausalLMObjective(network, is_padded=False)
     loader = ValidationLoader(validation, engine.device)
     return evaluate(engine, network, objective, loader, rows=rows, micro_batch_size=micro)
