@@ -100,7 +100,7 @@ def assemble(prepared: Prepared, engine: Engine) -> Run:
     parameters = model.count_parameters(network)
     flops = FlopCount.of(
         network,
-        seq_len=config.seq_len,
+        seq_len=task.context_length(config, data),
         precision=config.precision,
         device=engine.device,
         peak_flops=config.peak_flops,

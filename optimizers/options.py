@@ -101,9 +101,9 @@ class Option:
                 raise
             raise self.error(value) from None
 
-    def error(self, value: Any) -> OptionError:
-        """Return the OptionError for this option and a bad value, with the closest choice."""
-        words = [str(choice) for choice in self.choices]
+    def error(self, value: Any, names: Iterable[str] | None = None) -> OptionError:
+        """Return the OptionError for this option and a bad value, with the closest of its choices, or of ``names``."""
+        words = [str(choice) for choice in self.choices] if names is None else list(names)
         return OptionError(
             self.name,
             value,
@@ -174,17 +174,11 @@ def _betas(option: Option, value: Any) -> tuple[float, float]:
 def _patterns(option: Option, value: Any) -> tuple[str, ...] | None:
     if isinstance(value, str) and value in NAMED:
         return NAMED[value]
-    items = [value] if isinstance(value, str) else list(value)
+    items = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
     # A name of a list is one word; anything with a dot or a wildcard can only be a pattern.
     is_word = isinstance(value, str) and value.isidentifier()
     if is_word or not items or not all(isinstance(item, str) and item.strip() for item in items):
-        raise OptionError(
-            option.name,
-            value,
-            "is not allowed",
-            option.allowed,
-            closest(value, NAMED) if isinstance(value, str) else None,
-        )
+        raise option.error(value, NAMED)
     return tuple(dict.fromkeys(items))
 
 

@@ -147,7 +147,7 @@ class TaskConfig(TypedKeys):
     label: str | None = None
     """classify: the column of the class or number."""
     labels: Annotated[list[str] | None, BeforeValidator(_class_names)] = Field(default=None, min_length=2)
-    """classify: classes in the order of the model's outputs; null: the sorted values of the training data."""
+    """classify: classes in the order of the model's outputs; null: as the data set declares them, else sorted."""
     target: Literal["auto", "class", "number"] = "auto"
     """classify: class or number (regression); auto: number where a label of the training data has a decimal part."""
     prompt: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from harness.config.model_facts import router_coefficient
 from harness.config.schema import RunConfig, TaskConfig
 from harness.errors import InputError
 
@@ -38,6 +39,10 @@ def check(config: RunConfig) -> None:
             raise _required("text", task.name, "task.text=[sentence], or task.text=[premise,hypothesis]")
         if task.label is None:
             raise _required("label", task.name, "task.label=label")
+        if router_coefficient(config.model):
+            reason = "asks for the routers' loss, which a classifier does not compute"
+            key = "model.config.output_router_logits"
+            raise InputError(key, True, reason, fix=f"{key}=false")
         if task.labels is not None and len(set(task.labels)) < len(task.labels):
             twice = next(label for label in task.labels if task.labels.count(label) > 1)
             raise InputError("task.labels", twice, "is given twice", fix="each class once")

@@ -93,7 +93,9 @@ def stream(config: DataConfig) -> Iterator[str | None]:
         yield value
 
 
-def rows(config: DataConfig, split: str, wanted: Wanted | None) -> Iterator[dict[str, Any]]:
+def rows(
+    config: DataConfig, split: str, wanted: Wanted | None, classes: dict[str, list[str]] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split of the data set in its own order, on demand.
 
     `datasets` 4 and later run no loading script of a data set, so nothing here has to be trusted. A class is its
@@ -101,6 +103,7 @@ def rows(config: DataConfig, split: str, wanted: Wanted | None) -> Iterator[dict
 
     Args:
         wanted: columns to yield; None: all.
+        classes: takes the classes of each column that holds some, in the order of the data set.
 
     Raises:
         InputError: out of reach, no such subset, split or column. One line, which names the way to work without a
@@ -116,19 +119,21 @@ def rows(config: DataConfig, split: str, wanted: Wanted | None) -> Iterator[dict
         with quiet(), captured("datasets") as log, _without_pattern(folder) as link:
             name = config.dataset if link is None else str(link)
             found = datasets.load_dataset(name, config.subset, split=split, streaming=True)
-            classes = {
+            named = {
                 column: feature.names
                 for column, feature in (found.features or {}).items()
                 if isinstance(feature, datasets.ClassLabel)
             }
+            if classes is not None:
+                classes.update(named)
             for row in found:
                 if not count:
                     check_columns(config.dataset, list(row), wanted or {})
                 values = {column: row.get(column) for column in (row if wanted is None else wanted)}
-                for column in classes.keys() & values.keys():
+                for column in named.keys() & values.keys():
                     index = values[column]
                     if isinstance(index, int):
-                        values[column] = classes[column][index] if index >= 0 else None
+                        values[column] = named[column][index] if index >= 0 else None
                 yield values
                 count += 1
     except (InputError, GeneratorExit):

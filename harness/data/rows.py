@@ -26,11 +26,13 @@ class Rows(Iterator[Row]):
     Attributes:
         read: rows so far; the last one has the number ``read - 1``. Blank lines of a file are not rows.
         place: where the last row is, as in "train.tsv, line 5", for messages.
+        classes: column of a data set → its classes in the order of the data set, once a row was read.
     """
 
     def __init__(self, config: DataConfig, split: Split, wanted: Wanted | None) -> None:
         self._wanted = wanted
         self.read, self.place = 0, ""
+        self.classes: dict[str, list[str]] = {}
         self._rows = (
             self._of_set(config, split) if config.source == "datasets" else self._of_files(config, split)
         )
@@ -59,7 +61,7 @@ class Rows(Iterator[Row]):
 
     def _of_set(self, config: DataConfig, split: Split) -> Iterator[dict[str, Any]]:
         name = _split_name(config, split)
-        for number, row in enumerate(hub.rows(config, name, self._wanted), 1):
+        for number, row in enumerate(hub.rows(config, name, self._wanted, self.classes), 1):
             self.place = f"{config.dataset}, split {name}, row {number}"
             yield row
 

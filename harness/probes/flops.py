@@ -30,7 +30,7 @@ class FlopCount:
         cls,
         model: nn.Module,
         *,
-        seq_len: int,
+        seq_len: float,
         precision: Precision,
         device: torch.device,
         peak_flops: float | None = None,
@@ -43,7 +43,7 @@ class FlopCount:
 
         Args:
             model: with its `config`.
-            seq_len: tokens of a sequence.
+            seq_len: tokens of the sequence that a token is in, on average over tokens.
             precision: of the run; with fp32, the peak is that of TF32 where torch may use it.
             device: that the model is trained on.
             peak_flops: dense peak of the device in FLOP/s; None: by its name, where that is known.

@@ -52,6 +52,10 @@ class Answer:
         metric = example_facts.metric_of(config, data)
         return config.model_copy(update={"task": config.task.model_copy(update={"metric": metric})})
 
+    def context_length(self, config: RunConfig, data: Examples) -> float:
+        """Return the length of the example that a token is in, on average over training tokens."""
+        return example_facts.context_length(data)
+
     def head(self, config: RunConfig, data: Examples) -> None:
         """Return None: the head of the language model."""
 

@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from harness.data.micro_batches import to_device
 from harness.loop import Run
 from harness.model import CausalLMObjective
 from harness.probes.validation import perplexity
 from harness.tasks import example_facts, metrics
 from harness.tasks.answer import AnswerBatches, answer_lengths, prompts
+from harness.tasks.example_passes import of_examples
 from harness.tasks.examples import Examples
 from harness.tasks.extraction import extract
 from harness.tasks.generation import cut_at, generate
 from harness.tasks.predictions import Prediction, write
-from harness.tasks.samples import batches_by_length
 
 
 class AnswerEvaluator:
@@ -62,34 +61,15 @@ class AnswerEvaluator:
             write(self._folder, predictions)
         return figures
 
-    @torch.no_grad()
     def _losses(self) -> torch.Tensor:
         """Return the loss of each answer in nats, summed over its tokens: ``(examples,)`` fp64 (a collective)."""
-        run, engine = self._run, self._run.engine
+        run, split = self._run, self._data.validation
         objective = run.objective
         assert isinstance(objective, CausalLMObjective)
-        split = self._data.validation
         collate = AnswerBatches(split, self._data.pad_id, run.config.seq_len)
-        batches = batches_by_length(split.lengths, run.config.micro_batch_size or 1)
-        losses = torch.zeros(len(split), dtype=torch.float64, device=engine.device)
-        was_training = run.model.training
-        # Dropout must not change the result, nor the random numbers of training.
-        run.model.eval()
-        try:
-            with engine.inference() as forward:
-                for first in range(0, len(batches), engine.world_size):
-                    number = first + engine.rank
-                    # A forward pass of sharded weights is a collective: who has no batch repeats one.
-                    indices = batches[min(number, len(batches) - 1)]
-                    batch = to_device(collate(indices), engine.device)
-                    with engine.autocast():
-                        outputs = forward(**objective.inputs(batch))
-                    if number < len(batches):
-                        places = torch.tensor(indices, device=engine.device)
-                        losses[places] = objective.row_losses(outputs, batch)
-        finally:
-            run.model.train(was_training)
-        return engine.sum(losses).cpu()
+        return of_examples(
+            run, split, collate, 1, lambda outputs, batch: [objective.row_losses(outputs, batch)]
+        )[0]
 
     def _answers(self) -> list[str]:
         """Return the text that continues each validation prompt, up to where it ends (a collective)."""

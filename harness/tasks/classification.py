@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from harness.data.micro_batches import to_device
 from harness.loop import Run
 from harness.protocols import Losses
 from harness.tasks import metrics
 from harness.tasks.example_facts import references_of
+from harness.tasks.example_passes import of_examples
 from harness.tasks.predictions import Prediction, write
-from harness.tasks.samples import batches_by_length
 
 if TYPE_CHECKING:
     from harness.protocols import MicroBatch
@@ -59,7 +58,7 @@ def example_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class _Results(NamedTuple):
-    """Columns of what is kept of every validation example, fp64 on every process.
+    """Columns of what is kept of validation examples.
 
     Attributes:
         loss: of the example.
@@ -103,34 +102,10 @@ class ClassificationEvaluator:
             write(self._folder, self._rows(results, references, predictions))
         return figures
 
-    @torch.no_grad()
     def _results(self) -> _Results:
-        """Return the results of all examples, in the order of the split, on every process (a collective).
-
-        Batches are dealt out to the processes; each fills in its own examples of a table of zeros, and their sum is the
-        whole table. A process with fewer batches repeats one without keeping it, because a forward pass of sharded
-        weights is itself a collective.
-        """
-        run, engine = self._run, self._run.engine
-        batches = batches_by_length(self._data.validation.lengths, run.config.micro_batch_size or 1)
-        table = torch.zeros(3, len(self._data.validation), dtype=torch.float64, device=engine.device)
-        was_training = run.model.training
-        # Dropout must not change the result, nor the random numbers of training.
-        run.model.eval()
-        try:
-            with engine.inference() as forward:
-                for start in range(0, len(batches), engine.world_size):
-                    number = start + engine.rank
-                    indices = batches[min(number, len(batches) - 1)]
-                    batch = to_device(self._collate(indices), engine.device)
-                    with engine.autocast():
-                        outputs = forward(**run.objective.inputs(batch))
-                    if number < len(batches):
-                        places = torch.tensor(indices, device=engine.device)
-                        table[:, places] = torch.stack(_of_batch(outputs.logits, batch[2]))
-        finally:
-            run.model.train(was_training)
-        return _Results(*engine.sum(table).cpu())
+        """Return the results of all examples, in the order of the split, on every process (a collective)."""
+        columns = len(_Results._fields)
+        return _Results(*of_examples(self._run, self._data.validation, self._collate, columns, _of_batch))
 
     def _names_of(self, results: _Results) -> list[str]:
         labels = self._data.labels
@@ -154,10 +129,11 @@ class ClassificationEvaluator:
         ]
 
 
-def _of_batch(logits: torch.Tensor, labels: torch.Tensor) -> _Results:
-    losses = example_losses(logits, labels).double()
+def _of_batch(outputs: Any, batch: MicroBatch) -> _Results:
+    logits, labels = outputs.logits, batch[2]
+    losses = example_losses(logits, labels)
     if labels.dtype != torch.int64:
         numbers = logits.double().squeeze(1)
         return _Results(losses, numbers, torch.ones_like(numbers))
     probability, predicted = logits.double().softmax(1).max(1)
-    return _Results(losses, predicted.double(), probability)
+    return _Results(losses, predicted, probability)

@@ -58,6 +58,10 @@ class Classify:
         }
         return config.model_copy(update={"task": config.task.model_copy(update=found)})
 
+    def context_length(self, config: RunConfig, data: Examples) -> float:
+        """Return the length of the example that a token is in, on average over training tokens."""
+        return example_facts.context_length(data)
+
     def head(self, config: RunConfig, data: Examples) -> ClassificationHead:
         """Return the head with one output a class, or one for a number."""
         from harness.model import ClassificationHead

@@ -31,6 +31,12 @@ def references_of(data: Examples) -> list[str]:
     return [data.validation.reference(index) for index in range(len(data.validation))]
 
 
+def context_length(data: Examples) -> float:
+    """Return the length of the example that a token is in, on average over training tokens: Σ length² / Σ length."""
+    lengths = data.train.lengths
+    return float((lengths**2).sum() / lengths.sum())
+
+
 def check(config: RunConfig, data: Examples) -> None:
     """Refuse a batch larger than an epoch, and a metric that the validation examples leave undefined.
 

@@ -20,6 +20,7 @@ class RawExamples:
     Attributes:
         inputs: one (text,), (first, second) or (prompt,) per example.
         labels: values of the label's column (classify).
+        classes: those that the source declares for that column, in its order; empty where it declares none.
         answers: filled answer templates (answer).
         rows: number of each example's row in the source, from 0.
         places: where each row is, for messages.
@@ -31,6 +32,7 @@ class RawExamples:
 
     inputs: list[tuple[str, ...]] = field(default_factory=list)
     labels: list[Value] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
@@ -102,6 +104,7 @@ def read_examples(config: RunConfig, split: Split) -> RawExamples:
         raw.rows.append(rows.read - 1)
         raw.places.append(rows.place)
     raw.read = rows.read
+    raw.classes = rows.classes.get(task.label or "", [])
     if not raw.inputs:
         raise _no_examples(config, split, raw)
     if raw.without_answer == len(raw.inputs):

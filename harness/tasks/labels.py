@@ -37,7 +37,12 @@ def encode_labels(
         return None, _numbers(task, training), _numbers(task, validation)
     names = [class_name(value) for value in training.labels]
     counts = Counter(names)
-    classes = tuple(task.labels) if task.labels is not None else _sorted(counts)
+    if task.labels is not None:
+        classes = tuple(task.labels)
+    else:
+        # F1 is that of the second class: a data set says which one that is, and sorted names may turn them around.
+        declared = [class_name(name) for name in training.classes]
+        classes = tuple(name for name in declared if counts[name]) or _sorted(counts)
     _check_classes(task, classes, counts, training)
     index = {name: number for number, name in enumerate(classes)}
     train = np.array([index[name] for name in names], dtype=np.int64)

@@ -51,6 +51,10 @@ class Pretrain:
         """Return the configuration unchanged."""
         return config
 
+    def context_length(self, config: RunConfig, data: Corpus) -> float:
+        """Return the length of all rows: padding is computed, too."""
+        return config.seq_len
+
     def head(self, config: RunConfig, data: Corpus) -> ClassificationHead | None:
         """Return None: the model is a language model."""
         return None

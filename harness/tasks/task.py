@@ -75,6 +75,10 @@ class Task(Protocol[Data]):
         """Return the configuration with what the data decide, such as the classes: a function of data and keys."""
         ...
 
+    def context_length(self, config: RunConfig, data: Data) -> float:
+        """Return the tokens of the row that a training token is in, on average over tokens: what attention costs."""
+        ...
+
     def head(self, config: RunConfig, data: Data) -> ClassificationHead | None:
         """Return what the model ends in; None: the head of a language model."""
         ...

@@ -11,6 +11,15 @@ CLASSIFY = ("task=classify", "task.text=[a]", "task.label=b")
 FILES = ("data.files=[x]", "data.validation_files=[y]")
 
 
+def refusal(words: tuple[str, ...]) -> str:
+    """Return the error about these words; empty: they are accepted."""
+    try:
+        data_checks.check(compose.load(words))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -34,9 +43,7 @@ FILES = ("data.files=[x]", "data.validation_files=[y]")
     ],
 )
 def test_a_key_without_use_is_refused(words: tuple[str, ...], message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        data_checks.check(compose.load(words))
-    assert message in str(caught.value)
+    assert message in refusal(words)
 
 
 @pytest.mark.parametrize(
@@ -50,4 +57,4 @@ def test_a_key_without_use_is_refused(words: tuple[str, ...], message: str) -> N
     ],
 )
 def test_keys_that_are_used_pass(words: tuple[str, ...]) -> None:
-    data_checks.check(compose.load(words))
+    assert not refusal(words)

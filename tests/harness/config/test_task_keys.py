@@ -36,6 +36,11 @@ def test_a_task_with_its_keys_is_taken(words: tuple[str, ...]) -> None:
         ((*CLASSIFY, "task.generate=every"), "task.generate", "task=answer, or leave out task.generate"),
         ((*ANSWER, 'task.stop=[""]'), "task.stop", r'task.stop=["\n\n"]'),
         ((*CLASSIFY, "eval.tokens=4096"), "eval.tokens", "eval.tokens=auto"),
+        (
+            (*CLASSIFY, "model.model_type=mixtral", "model.config.output_router_logits=true"),
+            "model.config.output_router_logits",
+            "model.config.output_router_logits=false",
+        ),
         ((*CLASSIFY, "task.labels=[a,b,a]"), "task.labels", "each class once"),
         ((*CLASSIFY, "task.labels=[a,b]", "task.target=number"), "task.labels", "task.labels=null"),
     ],

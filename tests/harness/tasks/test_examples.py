@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from harness.config import compose
 from harness.config.schema import RunConfig
 from harness.errors import InputError
+from harness.tasks import example_facts
 from harness.tasks.example_store import EncodedSplit
 from harness.tasks.examples import Examples, prepare_examples
 
@@ -222,6 +223,36 @@ def test_labels_are_classes_or_numbers(
         assert examples.train.labels.dtype == np.int64
 
 
+def test_classes_have_the_order_that_a_data_set_declares(tmp_path: Path) -> None:
+    """MRPC's: F1 is that of the second class, and sorted names would make it that of the first."""
+    import datasets
+
+    names = ["not_equivalent", "equivalent", "unused"]
+    features = datasets.Features(
+        {"sentence1": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    (tmp_path / "set").mkdir()
+    for split in ("train", "validation"):
+        rows = {"sentence1": [row["sentence1"] for row in PAIR], "label": [int(row["label"]) for row in PAIR]}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    words = ["task=classify", "task.text=[sentence1]", "task.label=label", "data.source=datasets"]
+    words += [f"data.dataset={tmp_path / 'set'}", "data.validation_split=validation", "data.vocab_size=400"]
+    config = compose.load([*words, f"data.cache_dir={tmp_path / 'cache'}", "seq_len=256"])
+    examples = prepared(config)
+    assert examples.labels == ("not_equivalent", "equivalent")
+    assert examples.train.reference(0) == names[int(PAIR[0]["label"])]
+    sorted_on_wish = compose.load(
+        [
+            *words,
+            f"data.cache_dir={tmp_path / 'cache'}",
+            "seq_len=256",
+            "task.labels=[equivalent,not_equivalent]",
+        ]
+    )
+    assert prepared(sorted_on_wish).labels == ("equivalent", "not_equivalent")
+
+
 def test_training_texts_that_are_also_in_validation_are_counted(config_for: MakeConfig) -> None:
     rows = similarity_rows(50)
     words = ("task=classify", "task.text=[sentence1,sentence2]", "task.label=score")
@@ -374,6 +405,13 @@ def test_bad_input_is_one_clear_error(
 ) -> None:
     with pytest.raises(InputError, match=message):
         prepared(config_for(train, validation, *words))
+
+
+def test_attention_is_counted_over_the_example_that_a_token_is_in(config_for: MakeConfig) -> None:
+    examples = prepared(config_for(PAIR, PAIR, *PAIRS))
+    of_tokens = [len(examples.train.ids(index)) for index in range(8) for _ in examples.train.ids(index)]
+    assert example_facts.context_length(examples) == pytest.approx(np.mean(of_tokens))
+    assert len(set(of_tokens)) > 1
 
 
 def test_missing_numbers_are_null_and_no_class(config_for: MakeConfig) -> None:
