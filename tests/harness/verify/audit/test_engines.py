@@ -125,12 +125,10 @@ def test_ground_truth_safe_everywhere(
         if cell.world_size > 1:
             pool = four_ranks if cell.world_size == 4 else two_ranks
             report = audited(pool, word, cell.label, tmp_path)
-            if cell.label == "ddp bf16" and report.verdict == "refused":
-                # Of rules that take signs or roots of small numbers bf16 shows nothing, which is not "safe".
-                assert "nothing is shown: rounding alone may move" in report.reason, (
-                    cell.label,
-                    report.reason,
-                )
+            if word == "pytorch_optimizer.Lion" and cell.label == "ddp bf16":
+                # A sign turns the rounding of bf16 into whole updates, so that this cell shows nothing.
+                assert report.verdict == "refused", (cell.label, report.reason)
+                assert "nothing is shown: rounding alone may move" in report.reason
                 continue
             assert report.verdict == "safe", (cell.label, report.reason)
 
