@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from analysis.runs import loading, predictions
 from analysis.runs.loading import NOT_COMPARED
-from analysis.runs.measure import Measure, measure_of
-from analysis.runs.reading import number
+from analysis.runs.measure import LOSS, Measure
 from analysis.runs.run import LoadedRun
 from harness.config.overrides import leaves
 from harness.tasks.metrics import METRICS
@@ -85,14 +84,14 @@ def read(folder: Path) -> Matrix:
         remarks.append(
             f"seeds {', '.join(map(str, left))} are not used: {'; '.join(missing)} lack some of them"
         )
-    measure = measure_of(runs[0].config, runs[0].summary) if runs else measure_of({}, {})
+    measure = runs[0].measure if runs else LOSS
     table = (
         [[[cells[row, column][seed] for seed in seeds] for column in columns] for row in rows]
         if seeds
         else []
     )
     shape = (len(rows), len(columns), len(seeds))
-    values = np.array([[[_value(run, measure) for run in cell] for cell in row] for row in table]).reshape(
+    values = np.array([[[run.final(measure) for run in cell] for cell in row] for row in table]).reshape(
         shape
     )
     return Matrix(rows, columns, seeds, measure, values, _answers(table, measure), remarks)
@@ -105,8 +104,8 @@ def _refused(run: LoadedRun, remarks: list[str]) -> bool:
         remarks.append(f"{run.where}: not used, its model was not pretrained (no model.path)")
     elif run.state != "finished":
         remarks.append(f"{run.where}: not used, {run.state}")
-    elif not math.isfinite(_value(run, measure_of(run.config, run.summary))):
-        remarks.append(f"{run.where}: not used, without a final {measure_of(run.config, run.summary).title}")
+    elif not math.isfinite(run.final(run.measure)):
+        remarks.append(f"{run.where}: not used, without a final {run.measure.title}")
     else:
         return False
     return True
@@ -135,7 +134,7 @@ def _protocol(run: LoadedRun) -> dict[str, str]:
     if flat.get("data.tokenizer") == repr(run.config["model"]["path"]):
         # Each model brings the tokenizer that it was pretrained with.
         del flat["data.tokenizer"]
-    return {**flat, "metric": measure_of(run.config, run.summary).name}
+    return {**flat, "metric": run.measure.name}
 
 
 def _arm(run: LoadedRun, pretrained: str) -> str:
@@ -144,14 +143,6 @@ def _arm(run: LoadedRun, pretrained: str) -> str:
     start, end = f"{pretrained}{_THEN}", f"-seed{run.seed}"
     is_ours = name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
     return name[len(start) : -len(end)] if is_ours else run.optimizer
-
-
-def _value(run: LoadedRun, measure: Measure) -> float:
-    if measure.is_loss:
-        return run.final_loss
-    metrics = run.summary.get("metrics")
-    facts = metrics.get(measure.name) if isinstance(metrics, Mapping) else None
-    return number(facts.get("value")) if isinstance(facts, Mapping) else math.nan
 
 
 def _answers(table: Sequence[Sequence[Sequence[LoadedRun]]], measure: Measure) -> Floats | None:

@@ -18,15 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from analysis.comparison.resampling import RESAMPLES, resample
 from analysis.comparison.statistics import Interval, interval
 
 Floats = NDArray[np.float64]
 
-RESAMPLES = 2000
 SEED = 20250530
 """Of the resamples: a report is the same each time it is made."""
-_CHUNK = 4_000_000
-"""Most counts that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +146,11 @@ def resampled_matching(values: Floats, weights: Floats, resamples: int = RESAMPL
 
 def _resampled_means(contrast: Floats, resamples: int) -> Iterator[Floats]:
     seeds, examples = contrast.shape
-    rng = np.random.default_rng(SEED)
-    most = max(1, _CHUNK // examples)
-    for start in range(0, resamples, most):
-        size = min(most, resamples - start)
-        of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size) / seeds
-        of_examples = rng.multinomial(examples, np.full(examples, 1 / examples), size) / examples
-        yield ((of_seeds @ contrast) * of_examples).sum(1)
+    # A stream of its own: seeds and examples are drawn independently.
+    rng = np.random.default_rng([SEED, 1])
+    for counts in resample(examples, resamples, SEED):
+        of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(counts)) / seeds
+        yield ((of_seeds @ contrast) * counts).sum(1) / examples
 
 
 def effects(values: Floats, axis: int) -> list[Interval]:
