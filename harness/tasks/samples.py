@@ -1,4 +1,4 @@
-"""Examples as arrays of a micro-batch: in the order of the run, padded to the longest. Imports no torch."""
+"""Examples as arrays of a micro-batch: in the order of the run, alike in length, padded to the longest. No torch."""
 
 from __future__ import annotations
 
@@ -37,9 +37,13 @@ class MakeBatch(Protocol):
 class ExampleSamples:
     """The `Samples` of a run over examples, in a fresh permutation each epoch.
 
+    What a process adds up in a step is taken longest first, so that the rows of a micro-batch are alike and few are
+    padded. The samples of a step, and so its gradient, stay what they are.
+
     Args:
         split: of the training data.
         order: of the run, over as many examples.
+        share: samples of one process in a step.
         collate: makes a micro-batch.
         loss_tokens: tokens with a loss of each example, ``(examples,)``; None: the loss is divided by examples.
 
@@ -48,15 +52,25 @@ class ExampleSamples:
     """
 
     def __init__(
-        self, split: Split, order: Order, collate: MakeBatch, loss_tokens: NDArray[np.integer] | None = None
+        self,
+        split: Split,
+        order: Order,
+        share: int,
+        collate: MakeBatch,
+        loss_tokens: NDArray[np.integer] | None = None,
     ) -> None:
         self.length = len(split)
-        self._order, self._collate = order, collate
+        self._order, self._share, self._collate = order, share, collate
         self._lengths, self._loss_tokens = split.lengths, loss_tokens
 
     def rows(self, first: int, count: int) -> tuple[np.ndarray, ...]:
         """Return the samples ``first`` … ``first + count - 1`` of the run, padded to the longest of them."""
-        return self._collate(self._order.take(first, count).tolist())
+        begin = first // self._share * self._share
+        shares = -(-(first + count - begin) // self._share)
+        indices = self._order.take(begin, shares * self._share).reshape(shares, self._share)
+        longest_first = np.argsort(-self._lengths[indices], axis=1, kind="stable")
+        taken = np.take_along_axis(indices, longest_first, axis=1).reshape(-1)
+        return self._collate(taken[first - begin : first - begin + count].tolist())
 
     def loss_tokens(self, first: int, count: int) -> int:
         """Return the tokens with a loss of these samples, or their number."""

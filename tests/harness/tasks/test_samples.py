@@ -25,14 +25,14 @@ class _Split:
         return np.array([len(self.ids(index)) for index in range(len(self))])
 
 
-def _samples(seed: int = 0) -> ExampleSamples:
+def _samples(seed: int = 0, share: int = 1) -> ExampleSamples:
     split = _Split()
 
     def collate(indices: Sequence[int]) -> tuple[np.ndarray, ...]:
         rows = [split.ids(index) for index in indices]
         return (pad(rows, padded_length(max(map(len, rows)), 64), -1),)
 
-    return ExampleSamples(split, Order("hash", seed, len(split)), collate)
+    return ExampleSamples(split, Order("hash", seed, len(split)), share, collate)
 
 
 def _shown(samples: ExampleSamples, cuts: Sequence[int]) -> list[int]:
@@ -54,6 +54,18 @@ def test_the_cut_into_micro_batches_changes_neither_samples_nor_counts() -> None
     assert samples.loss_tokens(37, 26) == 26
     assert samples.tokens(37, 26) == sum(index % 7 + 1 for index in whole[37:63])
     assert samples.tokens(0, 100) == 2 * sum(index % 7 + 1 for index in range(50))
+
+
+def test_a_process_takes_its_part_of_a_step_longest_first_and_the_samples_of_the_step_stay() -> None:
+    in_order = _shown(_samples(), [96])
+    by_length = _shown(_samples(share=8), [4] * 24)
+    assert by_length == _shown(_samples(share=8), [8] * 12) == _shown(_samples(share=8), [96])
+    assert by_length != in_order
+    for begin in range(0, 96, 8):
+        share = by_length[begin : begin + 8]
+        assert sorted(share) == sorted(in_order[begin : begin + 8])
+        lengths = [index % 7 + 1 for index in share]
+        assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize(
