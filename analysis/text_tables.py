@@ -21,6 +21,11 @@ class TextTable:
     title: str = ""
     caption: str = ""
 
+    def transposed(self) -> TextTable:
+        """Return the table with a column per row: the way to show few things with many figures."""
+        turned = [list(column) for column in zip(self.heads, *self.rows)]
+        return TextTable(turned[0], turned[1:], self.title, self.caption)
+
 
 def print_table(table: TextTable, stream: TextIO) -> None:
     """Print a table to a terminal or a file."""

@@ -6,6 +6,7 @@ script sets the colour of the theme in use. ``meta.x`` holds the values for the 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ GREY = "#8a94a3"
 _MARKUP = re.compile("<(?!/?extra>)")
 MAX_POINTS = 400
 """Most points of a curve: more than a plot of half a wide screen has pixels."""
+MOST_DECADES = 10
+"""Most powers of ten that are marked on an axis."""
 
 
 @dataclass
@@ -48,6 +51,21 @@ def figure(traces: list[Any], **layout: Any) -> dict[str, Any]:
     described = go.Layout(template="none", **layout).to_plotly_json()
     data = [to_jsonable(trace.to_plotly_json()) for trace in traces]
     return {"data": _without_markup(data), "layout": _without_markup(to_jsonable(described))}
+
+
+def decades(title: str, low: float, high: float) -> dict[str, Any]:
+    """Return the layout of a logarithmic axis from `low` to `high` (both > 0) whose ticks are powers of ten alone."""
+    first, last = math.log10(low), math.log10(high)
+    room = 0.02 * max(last - first, 1.0)
+    each = max(1, math.ceil((last - first) / MOST_DECADES))
+    return {
+        "title": {"text": title},
+        "type": "log",
+        "range": [first - room, last + room],
+        "tick0": 0,
+        "dtick": each,
+        "exponentformat": "power",
+    }
 
 
 def _without_markup(value: Any) -> Any:

@@ -35,18 +35,20 @@ def render(
     plots: Sequence[Plot],
     settings: Mapping[str, Any],
     pictures: Sequence[Picture] = (),
+    question: str = "",
 ) -> str:
     """Return the page as text; plotly.js, styles, data and pictures are embedded, and nothing is loaded.
 
     Args:
         command: name of the job, which also names the figures.
-        kicker: small print above the headline.
+        kicker: small print above the question.
         title: shown after the command in the window title.
         headline: the result in a sentence.
         scope: the data on which the headline is based.
         notes: warnings about the numbers.
         settings: None and empty values are omitted.
         pictures: shown before the plots.
+        question: that the headline answers, shown above it.
     """
     return theme.render(
         "job.html.j2",
@@ -57,9 +59,11 @@ def render(
         tables=tables,
         plots=plots,
         kicker=kicker,
+        question=question,
         command=command,
         pictures=[(p.title, p.caption, base64.b64encode(p.png).decode()) for p in pictures],
         settings={key: value for key, value in settings.items() if value not in (None, {}, "")},
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         data=theme.plot_data(command, plots),
+        has_heat_map=theme.has_heat_map(plots),
     )

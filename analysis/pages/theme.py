@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -24,16 +25,27 @@ PART_PALETTES = {
     "dark": ["#87909b", "#5cb3ec", "#ff8c4a", "#35c99c", "#f2bd48", "#eaa0cb", "#a5dbff", "#d2a679"],
 }
 """Colours of the parts of a bar, distinct from those of arms."""
+BASIC_KINDS = ("scatter", "bar", "pie")
+BASIC = files("analysis.pages") / "bundled" / "plotly-basic.min.js"
+"""As published in the npm package plotly.js-basic-dist-min 4.1.1 (MIT License, beside it)."""
 DASH_PATTERNS = dict(zip(DASHES, ("", "7 4", "2 4", "7 3 2 3", "11 4", "11 3 2 3"), strict=True))
 
 
-def render(template: str, package: str = "analysis.pages", *, style: str | None = None, **values: Any) -> str:
+def render(
+    template: str,
+    package: str = "analysis.pages",
+    *,
+    style: str | None = None,
+    has_heat_map: bool = False,
+    **values: Any,
+) -> str:
     """Return a page as text with plotly.js, styles and script embedded; its policy allows nothing else to run.
 
     Args:
         template: name of the file.
         package: contains it in its folder `templates`; styles and script come from this package.
         style: name of a further style sheet in that folder.
+        has_heat_map: embed the whole plotly.js (4.8 MB), not the bundle of curves and bars (1.2 MB).
         values: passed to the template, which also receives `policy`, `css`, `script`, `plotly`, `palettes`, `dashes`,
             `colours`.
     """
@@ -46,7 +58,7 @@ def render(template: str, package: str = "analysis.pages", *, style: str | None 
         return loader.get_source(environment, name)[0]
 
     css = raw("report.css") + (raw(style) if style else "")
-    script, plotly = raw("report.js"), get_plotlyjs().replace("</script", "<\\/script")
+    script, plotly = raw("report.js"), _plotly(whole=has_heat_map).replace("</script", "<\\/script")
     shared = {
         "policy": Markup(policy([plotly, script], [css, *_own_styles(plotly)])),
         "css": Markup(css),
@@ -76,6 +88,16 @@ def policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
         "form-action": "'none'",
     }
     return "; ".join(f"{name} {sources}" for name, sources in rules.items())
+
+
+def has_heat_map(plots: Iterable[Plot]) -> bool:
+    """Return True if a trace is of a kind that the small bundle does not draw."""
+    return any(trace["type"] not in BASIC_KINDS for plot in plots for trace in plot.figure["data"])
+
+
+def _plotly(*, whole: bool) -> str:
+    """Return plotly.js: whole as the Python package has it, or its own bundle that draws scatter, bar and pie alone."""
+    return get_plotlyjs() if whole else BASIC.read_text(encoding="utf-8")
 
 
 @lru_cache(2)

@@ -46,7 +46,10 @@ def render(document: Document) -> str:
     """Return the page as text; plotly.js, styles and data are embedded, and nothing is loaded."""
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     sections = [_section(judged, f"set{index}") for index, judged in enumerate(document.sets)]
-    return _render_template("report.html.j2", document=document, sections=sections, made=made)
+    has_heat_map = any(section["heat"] for section in sections)
+    return _render_template(
+        "report.html.j2", document=document, sections=sections, made=made, has_heat_map=has_heat_map
+    )
 
 
 def render_picture(judged: JudgedSet) -> str:
