@@ -31,6 +31,7 @@ def check(config: RunConfig) -> None:
                 reason = f"is for data.source=csv and tsv, and data.source={data.source}"
                 raise InputError(f"data.{key}", getattr(data, key), reason, fix=f"leave out data.{key}")
     _check_columns(data)
+    _check_canaries(config)
     if task == "pretrain":
         for key in _FOR_EXAMPLES:
             if _is_set(data, key):
@@ -91,6 +92,26 @@ def _check_columns(data: DataConfig) -> None:
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise InputError("data.columns", double, "is given twice", fix="a name of its own for each column")
+
+
+def _check_canaries(config: RunConfig) -> None:
+    canaries, key = config.data.canaries, "data.canaries.count"
+    if not canaries.count:
+        if _is_set(config.data, "canaries"):
+            raise InputError(key, 0, "inserts no canaries, and their other keys are set", fix=f"{key}=24")
+        return
+    if config.task.name != "pretrain":
+        reason = f"is for task=pretrain, and this run has task={config.task.name}"
+        raise InputError(key, canaries.count, reason, fix=f"leave out {key}")
+    if config.data.mode == "padded":
+        reason = "needs data.mode=packed: padded rows lose the ends of documents, and canaries with them"
+        raise InputError(key, canaries.count, reason, fix="data.mode=packed")
+    if len(set(canaries.copies)) < len(canaries.copies):
+        fix = f"data.canaries.copies={sorted(set(canaries.copies))}".replace(" ", "")
+        raise InputError("data.canaries.copies", canaries.copies, "names a number twice", fix=fix)
+    if canaries.count < len(canaries.copies):
+        reason = f"is less than one for each of the {len(canaries.copies)} data.canaries.copies"
+        raise InputError(key, canaries.count, reason, fix=f"{key}={8 * len(canaries.copies)}")
 
 
 def _is_set(data: DataConfig, key: str) -> bool:

@@ -92,6 +92,17 @@ class ModelConfig(TypedKeys):
     the outputs of attention and of every second matrix product; none (or false)."""
 
 
+class CanaryConfig(TypedKeys):
+    """Sentences with random secrets in the training documents, for `optbench memorize`."""
+
+    count: int = Field(default=0, ge=0)
+    """Canaries that are inserted into training documents, never into validation; 0: none."""
+    copies: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 4, 16, 64], min_length=1)
+    """Numbers of copies, which the canaries take in turn: of eight, two each have 1, 4, 16 and 64."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the canaries' names, secrets and places, not of the run."""
+
+
 class DataConfig(TypedKeys):
     """Source of the text and its conversion to rows of tokens."""
 
@@ -132,6 +143,7 @@ class DataConfig(TypedKeys):
     papers' protocol)."""
     validation_tokens: int = Field(default=65536, ge=1)
     """Tokens set aside for validation, never trained on."""
+    canaries: CanaryConfig = Field(default_factory=CanaryConfig)
     cache_dir: str | None = None
     """Tokenized corpora, shared by all runs; default: OPTBENCH_CACHE or ~/.cache/optbench."""
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.config.schema import DataConfig
+from harness.data import canaries
 from harness.data.sources import TextSource
 from harness.data.split import Tokens, ValidationText, split
 from harness.data.spool import ByteSpan, Say, Spool, throttle
@@ -51,7 +52,8 @@ def build(
         trust_remote_code: run the code that a tokenizer brings along.
 
     Raises:
-        InputError: no text, or a validation split that is more than half of the corpus.
+        InputError: no text, a validation split that is more than half of the corpus, or canaries that are more
+            than a quarter of it.
     """
     if config.max_tokens is not None and config.validation_tokens > config.max_tokens // 2:
         raise InputError(
@@ -78,6 +80,8 @@ def build(
         encoder, validation = split(spool, config, given, shared, say)
         say("tokenizing")
         training = _training(spool, encoder, validation, config.max_tokens)
+        if config.canaries.count:
+            training = canaries.insert(training, config.canaries, encoder, folder / "documents.spool")
         facts = _write(folder, encoder, training, validation.tokens, throttle(say))
         # What was read, tail left out by max_tokens included or not, is known only now.
         facts["source"] = source.facts | {"documents_read": len(spool), "bytes_read": spool.bytes}
@@ -85,6 +89,8 @@ def build(
         facts["source"]["complete"] = spool.exhausted
     finally:
         spool.close()
+    if config.canaries.count:
+        facts["canaries"] = canaries.manifest(config.canaries)
     facts["tokenizer"] = {
         "name": config.tokenizer,
         "sha256": encoder.save(folder / "tokenizer"),

@@ -136,6 +136,9 @@ def prepare(config: DataConfig, *, say: Say = str, trust_remote_code: bool = Fal
         "max_tokens": config.max_tokens,
         "validation_tokens": config.validation_tokens,
     }
+    if config.canaries.count:
+        # Only then, so that every other corpus keeps its folder.
+        parts["canaries"] = config.canaries.model_dump()
 
     def build_corpus(folder: Path) -> dict[str, Any]:
         return build(config, source, folder, root / "tokenizers", say, trust_remote_code)

@@ -40,6 +40,20 @@ def refusal(words: tuple[str, ...]) -> str:
         (("data=csv", *FILES, "data.field=x", *CLASSIFY), "fix: task.text=[COLUMN]"),
         (("data=csv", *FILES, "data.max_tokens=10", *CLASSIFY), "data.max_tokens: 10 is for task=pretrain"),
         (("data=csv", *FILES, "data.validation_tokens=10", *CLASSIFY), "data.validation_tokens: 10 is for"),
+        (
+            ("data.canaries.seed=1",),
+            "data.canaries.count: 0 inserts no canaries, and their other keys are set",
+        ),
+        (("data.canaries.count=3",), "less than one for each of the 4 data.canaries.copies"),
+        (
+            ("data.canaries={count:4,copies:[2,1,2]}",),
+            "names a number twice; fix: data.canaries.copies=[1,2]",
+        ),
+        (("data.canaries.count=8", "data.mode=padded"), "data.canaries.count: 8 needs data.mode=packed"),
+        (
+            ("data.canaries.count=8", "data=csv", *FILES, *CLASSIFY),
+            "data.canaries.count: 8 is for task=pretrain",
+        ),
     ],
 )
 def test_a_key_without_use_is_refused(words: tuple[str, ...], message: str) -> None:
@@ -51,6 +65,7 @@ def test_a_key_without_use_is_refused(words: tuple[str, ...], message: str) -> N
     [
         (),
         ("data=c4",),
+        ("data.canaries={count:8,copies:[1,4],seed:2}",),
         ("data=tsv", "data.files=[x]", "data.columns=[a,b]", "data.quotes=literal", "data.field=a"),
         ("data=tsv", *FILES, "data.columns=[a,b]", *CLASSIFY),
         ("data.source=datasets", "data.dataset=x", "data.validation_split=validation", *CLASSIFY),
