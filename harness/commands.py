@@ -73,6 +73,9 @@ _VERBOSITY = (
     Option(("--verbose", "-v"), "also print the output of each run (it is in its log.txt anyway)"),
 )
 
+LOG_FORMATS = ("track3", "nanochat", "wandb")
+"""Formats of public logs that `optbench report` reads: modded-nanogpt's track 3, nanochat, exports from W&B."""
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "harness.jobs.train_command:main",
@@ -154,8 +157,16 @@ COMMANDS: dict[str, Command] = {
             ("runs/quickstart --figures png", "and each plot as a PNG, with matplotlib"),
             ("runs/quickstart --wandb", "and a workspace, a report and its files as artifacts in W&B"),
             ("team/optbench/quickstart --export runs/back", "download runs from W&B and compare them"),
+            ("track3/results --format track3", "public logs: an arm for each folder, a run for each file"),
         ),
         (
+            Option(
+                ("--format",),
+                "read the logs of another program; the report goes to runs/NAME",
+                "|".join(LOG_FORMATS),
+                "--format track3",
+                LOG_FORMATS,
+            ),
             Option(("--out",), "write there instead", "DIR", "optbench report runs/GROUP --out FOLDER"),
             Option(("--figures",), "also write each plot as an image", "png", "--figures png", ("png",)),
             Option(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.comparison import results_table
+from analysis.comparison import profiles, results_table, track3
 from analysis.comparison.results_table import ResultsRow, ResultsTable
 from analysis.comparison.sets import ComparisonSet, group_into_sets
 from analysis.comparison.statistics import RESOLUTION
@@ -17,6 +17,7 @@ from analysis.comparison.warnings import ReportWarning, find_warnings
 from analysis.formatting import to_jsonable
 from analysis.runs import tuning_ledger
 from analysis.runs.loading import load
+from analysis.runs.logs import loading as logs
 from analysis.runs.reading import read_provenance
 from analysis.runs.run import LoadedRun
 from harness.redaction import redact_paths
@@ -46,11 +47,25 @@ class Document:
     sets: list[JudgedSet]
     remarks: list[str] = field(default_factory=list)
     """One line for each file below the folder that is not in the report."""
+    findings: list[logs.Finding] = field(default_factory=list)
+    """What is wrong with the logs of other programs as evidence."""
+    log_format: str | None = None
+    """The format of `analysis.runs.logs` that was read; None: run folders and tables."""
+
+    @property
+    def notices(self) -> list[str]:
+        """Return what is shown above the sets: findings, then files that are not in the report."""
+        return [*(finding.message for finding in self.findings), *self.remarks]
 
     @property
     def commands(self) -> list[str]:
         """Return the commands of all sets, each once."""
         return list(dict.fromkeys(command for judged in self.sets for command in judged.commands))
+
+    @property
+    def profiles(self) -> profiles.Profiles | None:
+        """Return the performance profiles over the sets as workloads; None with fewer than two."""
+        return profiles.compare_sets([judged.comparison for judged in self.sets])
 
     @property
     def sentence(self) -> str:
@@ -65,20 +80,25 @@ class Document:
         )
 
 
-def judge_folder(folder: str | Path, *, public: bool = False) -> Document:
+def judge_folder(folder: str | Path, *, public: bool = False, log_format: str | None = None) -> Document:
     """Load all runs below ``folder``, group them into sets, and judge each set.
 
     Args:
         folder: contains run folders or tables at any depth; it may hold none.
         public: redact paths of this machine in all texts, for output that leaves it.
+        log_format: read the public logs of this format (`analysis.runs.logs`) instead of runs and tables.
 
     Raises:
         InputError: no such folder.
     """
     root = Path(folder)
     remarks: list[str] = []
-    runs = tuning_ledger.without_trials(load(root, remarks), remarks)
-    tuning_ledger.attach(runs)
+    findings: list[logs.Finding] = []
+    if log_format is not None:
+        runs = logs.load(root, log_format, remarks, findings)
+    else:
+        runs = tuning_ledger.without_trials(load(root, remarks), remarks)
+        tuning_ledger.attach(runs)
     places = dict.fromkeys([root, *(run.folder.parent for run in runs)])
     provenance = {place: read_provenance(place) for place in places}
     if public:
@@ -90,7 +110,7 @@ def judge_folder(folder: str | Path, *, public: bool = False) -> Document:
         remarks = redact_paths(remarks)
     order = list(dict.fromkeys(name for record in provenance.values() for name in record["optimizers"]))
     sets = [_judge_set(comparison, provenance) for comparison in group_into_sets(runs, order)]
-    return Document(root, runs, sets, remarks)
+    return Document(root, runs, sets, remarks, findings, log_format)
 
 
 def _judge_set(comparison: ComparisonSet, provenance: Mapping[Path, Mapping[str, list[str]]]) -> JudgedSet:
@@ -117,8 +137,10 @@ def to_json(document: Document) -> dict[str, Any]:
             "sentence": document.sentence,
             "commands": document.commands,
             "sets": [_set(judged) for judged in document.sets],
+            "profiles": to_jsonable(profiles.to_json(document.profiles)),
         },
         "warnings": [
+            *(ReportWarning(f.code, f.message).to_json(None) for f in document.findings),
             *(ReportWarning("remark", remark).to_json(None) for remark in document.remarks),
             *([] if document.runs else [ReportWarning("no_runs", NO_RUNS).to_json(None)]),
             *(w.to_json(judged.comparison.key) for judged in document.sets for w in judged.warnings),
@@ -166,6 +188,7 @@ def _set(judged: JudgedSet) -> dict[str, Any]:
             "pairs": [
                 {
                     "arms": [names[i], names[j]],
+                    "test": "paired t" if tests.paired else "welch",
                     "n": tests.n[k],
                     "difference": tests.mean[k],
                     "sd": tests.sd[k],
@@ -176,6 +199,11 @@ def _set(judged: JudgedSet) -> dict[str, Any]:
                 }
                 for k, (i, j) in enumerate(tests.pairs)
             ],
+            **(
+                {"track3": [track3.judge_arm(arm) for arm in comparison.arms if arm.finished]}
+                if comparison.key == "log:track3"
+                else {}
+            ),
             "table": {
                 "columns": [asdict(column) for column in judged.table.columns],
                 "rows": [_row(row) for row in judged.table.rows],

@@ -17,6 +17,7 @@ from analysis.comparison.statistics import Floats, Interval, Pairwise
 from analysis.runs.curves import Curve, mean_curve
 from analysis.runs.measure import Measure
 from analysis.runs.run import LoadedRun
+from harness.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from analysis.runs.tuning_ledger import TunedArm
@@ -138,7 +139,9 @@ def _build(key: str, runs: list[LoadedRun], order: Sequence[str]) -> ComparisonS
         arm.final = statistics.interval(results[i])
         arm.curve = mean_curve(arm.finished, measure.key)
     by_example, problem = _examples(arms, measure)
-    tests = statistics.pairwise(results)
+    # Without seeds, runs are numbered in the order of their files: nothing pairs those of two arms.
+    is_paired = all(run.has_seed for arm in arms for run in arm.finished)
+    tests = statistics.pairwise(results) if is_paired else statistics.welch(results)
     if by_example is not None:
         tests = statistics.with_examples(tests, by_example.variance_of_pairs(tests))
     comparison = ComparisonSet(
@@ -161,7 +164,7 @@ def _build(key: str, runs: list[LoadedRun], order: Sequence[str]) -> ComparisonS
 
 def _examples(arms: Sequence[Arm], measure: Measure) -> tuple[ExampleResults | None, str | None]:
     """Return the aligned per-example results of a task's runs, or why there are none; neither for a loss."""
-    if measure.is_loss:
+    if measure.name not in METRICS:
         return None, None
     runs = [{run.seed: run for run in arm.finished} for arm in arms]
     if problem := examples.find_problem(runs, measure):
@@ -204,14 +207,24 @@ def _build_arms(runs: list[LoadedRun], order: Sequence[str]) -> tuple[list[Arm],
     for key, group in members.items():
         by_seed: dict[int, LoadedRun] = {}
         # Sorted so that a finished run replaces one that is not.
-        for run in sorted(group, key=lambda r: (r.finished, r.summary != {}, r.where)):
+        for run in sorted(group, key=_completeness):
             if (other := by_seed.get(run.seed)) is not None:
-                replaced.append(f"{other.where} is not used: {run.where} has the same optimizer and seed")
+                same = "has the same optimizer and seed" if run.has_seed else "is the same run"
+                replaced.append(f"{other.where} is not used: {run.where} {same}")
             by_seed[run.seed] = run
         arms.append(Arm(labels[key], key[0], [by_seed[seed] for seed in sorted(by_seed)]))
     place = {name: index for index, name in enumerate(order)}
     arms.sort(key=lambda arm: (place.get(arm.optimizer, len(place)), arm.label))
     return arms, replaced
+
+
+def _completeness(run: LoadedRun) -> tuple[bool, bool, int, str]:
+    return (
+        run.finished,
+        run.summary != {},
+        len(run.metrics.get("step", ())) if run.is_external else 0,
+        run.where,
+    )
 
 
 def _labels(first: Mapping[tuple[str, str], LoadedRun]) -> dict[tuple[str, str], str]:
@@ -270,13 +283,15 @@ def unequal_budgets(comparison: ComparisonSet) -> list[str]:
             differences.append(
                 f"{noun} range from {formatting.grouped(values[0])} to {formatting.grouped(values[-1])}"
             )
-    for seed in comparison.seeds:
-        tokens = [
-            value for run in finished if run.seed == seed and math.isfinite(value := run.fact("tokens"))
-        ]
+    # Without common seeds all runs are compared with one another.
+    groups: dict[str, list[LoadedRun]] = {"": finished}
+    if comparison.tests.paired:
+        groups = {f" of seed {s}": [run for run in finished if run.seed == s] for s in comparison.seeds}
+    for whose, runs in groups.items():
+        tokens = [value for run in runs if math.isfinite(value := run.fact("tokens"))]
         if tokens and max(tokens) > 1.001 * min(tokens):
             differences.append(
-                f"tokens of seed {seed} range from {formatting.count(min(tokens))} to {formatting.count(max(tokens))}"
+                f"tokens{whose} range from {formatting.count(min(tokens))} to {formatting.count(max(tokens))}"
             )
     return differences
 

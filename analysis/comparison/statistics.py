@@ -1,14 +1,15 @@
-"""Test whether a difference is real: paired t-tests over common seeds, Holm's correction, statistical power.
+"""Test whether a difference is real: t-tests over common seeds or between samples, Holm's correction, power.
 
 The results of a task also vary with its validation examples: `with_examples` adds that variance (`two_level`).
 
 Arrays are float64 of shape (…, arms, seeds), NaN where an arm lacks a seed. Leading axes are independent
 comparisons, so that a simulation of thousands of them uses the same code that names a winner.
 
-Sources: Student (1908) for the paired t-test; Holm, "A simple sequentially rejective multiple test
-procedure", Scand. J. Statist. 6 (1979) 65-70; power of the t-test by the noncentral t distribution (Johnson &
-Kotz 1970); degrees of freedom of a sum of variances: Satterthwaite, Biometrics Bulletin 2 (1946) 110-114; variances of
-a mean over seeds × examples: Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1 (2007) 386-411.
+Sources: Student (1908) for the paired t-test; Welch, Biometrika 34 (1947) 28-35, for samples without common seeds;
+Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979) 65-70; power of the
+t-test by the noncentral t distribution (Johnson & Kotz 1970); degrees of freedom of a sum of variances:
+Satterthwaite, Biometrics Bulletin 2 (1946) 110-114; variances of a mean over seeds × examples: Owen, "The pigeonhole
+bootstrap", Ann. Appl. Stat. 1 (2007) 386-411.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Pairwise:
     p: Floats
     """Two-sided p-value; NaN if it cannot be tested (n < 2, or differences that do not vary)."""
     p_holm: Floats
+    paired: bool = True
+    """False for `welch`: then ``n`` is the smaller of the two numbers of runs."""
 
 
 def interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -126,6 +129,40 @@ def pairwise(results: ArrayLike, confidence: float = 0.95) -> Pairwise:
         p,
         holm(p),
     )
+
+
+def welch(results: ArrayLike, confidence: float = 0.95) -> Pairwise:
+    """Compute Welch's t-tests between all arms, whose runs share no seeds; scipy's ``ttest_ind`` does the tests.
+
+    ``sd`` is that of the difference of one run of each arm, √(s₁² + s₂²). As in `pairwise`, there is no test with fewer
+    than two runs of an arm, or where no run varies.
+
+    Args:
+        results: shape (arms, runs), NaN where an arm has fewer runs.
+        confidence: of the intervals.
+    """
+    samples = [row[np.isfinite(row)] for row in np.asarray(results, float)]
+    pairs = list(combinations(range(len(samples)), 2))
+    columns = np.full((5, len(pairs)), np.nan)
+    for k, (i, j) in enumerate(pairs):
+        first, second = samples[i], samples[j]
+        n = min(len(first), len(second))
+        columns[0, k] = n
+        if n:
+            columns[1, k] = first.mean() - second.mean()
+        if n < 2:
+            continue
+        columns[2, k] = math.hypot(first.std(ddof=1), second.std(ddof=1))
+        scale = max(abs(first.mean()), abs(second.mean()), np.finfo(float).tiny)
+        if columns[2, k] <= 8 * np.finfo(float).eps * scale:
+            columns[3, k] = 0.0
+            columns[4, k] = 1.0 if columns[1, k] == 0 else math.nan
+            continue
+        test = stats.ttest_ind(first, second, equal_var=False)
+        columns[3, k] = test.confidence_interval(confidence).high - columns[1, k]
+        columns[4, k] = test[1]
+    n, mean, sd, half, p = columns
+    return Pairwise(pairs, n.astype(np.int64), mean, sd, half, p, holm(p), paired=False)
 
 
 @dataclass(frozen=True)
@@ -250,6 +287,36 @@ def power(n: int, difference: float, sd: float, alpha: float = ALPHA) -> float:
     lower = float(stats.nct.cdf(-critical, n - 1, shift))
     # scipy's noncentral t gives NaN far in the lower tail, where the probability is nil.
     return upper + (lower if math.isfinite(lower) else 0.0)
+
+
+def power_of_two_samples(n: int, difference: float, sd: float, alpha: float = ALPHA) -> float:
+    """Return the power of a two-sided t-test between two samples of n runs with one standard deviation.
+
+    Args:
+        n: runs of each arm.
+        difference: true mean difference.
+        sd: standard deviation of a run.
+        alpha: significance level.
+    """
+    if n < 2:
+        return 0.0
+    if sd == 0:
+        return 1.0
+    shift, freedom = abs(difference) / sd * math.sqrt(n / 2), 2 * (n - 1)
+    critical = float(stats.t.ppf(1 - alpha / 2, freedom))
+    lower = float(stats.nct.cdf(-critical, freedom, shift))
+    return float(stats.nct.sf(critical, freedom, shift)) + (lower if math.isfinite(lower) else 0.0)
+
+
+def runs_needed(sd: float, difference: float, alpha: float = ALPHA) -> int | None:
+    """Return the fewest runs of each arm with which `power_of_two_samples` is 80 %; None for more than 10,000."""
+    z = float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER))
+    n = max(2, math.floor(2 * (z * sd / difference) ** 2))
+    while n <= MAX_SEEDS:
+        if power_of_two_samples(n, difference, sd, alpha) >= POWER:
+            return n
+        n += 1
+    return None
 
 
 def seeds_needed(sd: float, difference: float = RESOLUTION, alpha: float = ALPHA) -> int | None:

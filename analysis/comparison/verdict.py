@@ -95,6 +95,9 @@ def seeds_needed(comparison: ComparisonSet) -> int | None:
         return None
     pooled = math.sqrt(float(np.mean(sds**2)))
     alpha = statistics.ALPHA / len(comparison.tests.pairs)
+    if not comparison.tests.paired:
+        # The deviation is that of the difference of two runs.
+        return statistics.runs_needed(pooled / math.sqrt(2), statistics.RESOLUTION, alpha)
     return statistics.seeds_needed(pooled, alpha=alpha)
 
 
@@ -114,7 +117,10 @@ def _missing(comparison: ComparisonSet) -> list[str]:
     unfinished = sum(not run.finished for run in runs)
     reasons = [f"{unfinished} of {formatting.plural(len(runs), 'run')} did not finish"] if unfinished else []
     if int(comparison.tests.n.min()) < 2:
-        reasons.append("two arms have fewer than two seeds in common")
+        paired = comparison.tests.paired
+        reasons.append(
+            "two arms have fewer than two seeds in common" if paired else "an arm has fewer than two runs"
+        )
     if comparison.examples_problem:
         reasons.append(f"how far the validation examples carry is unknown ({comparison.examples_problem})")
     return reasons
@@ -164,12 +170,16 @@ def _evidence(comparison: ComparisonSet, best: int, other: int) -> str:
     """Return e.g. ``95 % interval of the difference 0.027 to 0.032, 3 common seeds, Holm-adjusted p = 0.0014``."""
     index, tests = comparison.pair(best, other), comparison.tests
     gap, half, n = _gap(comparison, best, other), float(tests.half_width[index]), int(tests.n[index])
+    if not comparison.tests.paired:
+        counts = [comparison.arms[arm].final.n for arm in (best, other)]
+        basis = f"{counts[0]} and {counts[1]} runs without common seeds (Welch)"
+    else:
+        basis = formatting.plural(n, "common seed")
     if not math.isfinite(half):
-        return f"{formatting.plural(n, 'common seed')}: no test"
+        return f"{basis}: no test"
     low, high = (
         comparison.measure.gap(bound).replace("-", "−") for bound in (abs(gap) - half, abs(gap) + half)
     )
-    basis = f"{n} common seeds"
     if comparison.examples is not None:
         basis += f" and {formatting.plural(len(comparison.examples), 'example')}"
     p = formatting.p_value(float(tests.p_holm[index]))

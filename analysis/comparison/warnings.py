@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from analysis.comparison import seed_noise
 from analysis.comparison.sets import Arm, ComparisonSet, unequal_budgets
-from analysis.formatting import grouped, listing, plural, significant
+from analysis.formatting import grouped, listing, p_value, plural, significant
 from analysis.formatting import loss as loss_text
 from analysis.runs.measure import FRACTION
 from analysis.runs.run import LoadedRun
@@ -56,6 +57,10 @@ def _seeds(comparison: ComparisonSet) -> Iterable[ReportWarning]:
         is_all = len(single) == len(comparison.arms) > 4
         who = f"all {len(single)} optimizers" if is_all else _shortened(single, 6)
         yield ReportWarning("one_seed", f"n = 1: {who} finished with one seed; no interval, no test.")
+    if not comparison.tests.paired:
+        text = "Welch's test is used: some logs state no seed, so that runs of two arms cannot be paired."
+        yield ReportWarning("unpaired", text, severe=False)
+        return
     missing: dict[tuple[int, ...], list[str]] = {}
     for arm in comparison.arms:
         lacking = tuple(sorted(set(comparison.seeds) - {run.seed for run in arm.runs}))
@@ -283,7 +288,11 @@ def _machines(comparison: ComparisonSet) -> Iterable[ReportWarning]:
 
 
 def _external(comparison: ComparisonSet) -> Iterable[ReportWarning]:
-    if who := _named(comparison, lambda run: run.is_external):
+    if all(run.comparison_key.startswith("log:") for run in comparison.runs):
+        text = "Read from public logs. That data, model and evaluation are the same is not checked."
+        yield ReportWarning("foreign", text, severe=False)
+        yield from _wide_spreads(comparison)
+    elif who := _named(comparison, lambda run: run.is_external):
         text = (
             f"Read from tables of other trainers: {who}. Their comparison_key states that data, budget and "
             "evaluation are the same; this is not checked."
@@ -295,6 +304,16 @@ def _external(comparison: ComparisonSet) -> Iterable[ReportWarning]:
         who = _named(comparison, lambda r: r.finished and any(math.isnan(r.fact(key)) for key in absent))
         text = f"Equal budgets cannot be checked: {who} record no {listing(absent, 'or')}."
         yield ReportWarning("unknown_budget", text)
+
+
+def _wide_spreads(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    samples = {arm.label: list(arm.results(comparison.measure).values()) for arm in comparison.arms}
+    for label, (ratio, p) in seed_noise.wide_arms(samples).items():
+        text = (
+            f"The runs of {label} vary {significant(ratio, 2)} times as much as those of the other arms "
+            f"({p_value(p)}, F-test, Holm): they may differ in more than the seed."
+        )
+        yield ReportWarning("wide_spread", text)
 
 
 def _steps(comparison: ComparisonSet) -> Iterable[ReportWarning]:
@@ -335,8 +354,8 @@ def _named(comparison: ComparisonSet, test: RunTest) -> str:
     names = []
     for arm in comparison.arms:
         runs = [run for run in arm.runs if test(run)]
-        if len(runs) == len(arm.runs) and len(runs) > 4:
-            names.append(f"{arm.label} (all {len(runs)} runs)")
+        if len(runs) == len(arm.runs) and (len(runs) > 4 or not all(run.has_seed for run in runs)):
+            names.append(f"{arm.label} (all {len(runs)} runs)" if len(runs) > 1 else arm.label)
         elif runs:
             seeds = listing([str(run.seed) for run in runs])
             names.append(f"{arm.label} (seed{'s' if len(runs) > 1 else ''} {seeds})")

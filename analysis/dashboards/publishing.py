@@ -58,7 +58,7 @@ def publish(
         InputError: the runs name several projects.
     """
     # What leaves the machine contains no paths of it.
-    public = document.judge_folder(original.folder, public=True)
+    public = document.judge_folder(original.folder, public=True, log_format=original.log_format)
     scope = definition.find_scope(public, project)
     remarks = _missing_in_wandb(original)
     if not scope.sets:

@@ -36,10 +36,12 @@ class ReportRequest:
     """W&B entity (None: one's own) and project for them; None: what the runs name."""
     export: tuple[str, str, str | None] | None = None
     """W&B entity, project and group (None: all) to read runs from."""
+    log_format: str | None = None
+    """Format of public logs to read instead of runs."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``optbench report DIR [--out DIR] [--figures png] [--wandb] [--json]``.
+    """Run ``optbench report DIR [--out DIR] [--figures png] [--format track3] [--wandb] [--json]``.
 
     ``ENTITY/PROJECT[/GROUP] --export DIR`` first reads runs from W&B into DIR.
 
@@ -78,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
         as_json=request.as_json,
         publish=publish_to_wandb if request.wandb else None,
         figures=request.figures,
+        log_format=request.log_format,
     )
     return 0
 
@@ -99,10 +102,15 @@ def parse(argv: Sequence[str]) -> ReportRequest:
         fix = _EXPORT if is_export else "optbench report runs"
         shown = " ".join(sources) or "nothing"
         raise InputError("report", shown, what, allowed=COMMANDS["report"].usage, fix=fix)
+    if is_export and options.format:
+        raise InputError("--format", options.format, "reads files", fix="one of --format and --export")
     folder = Path(options.export if is_export else sources[0])
+    # Logs are somebody else's files: nothing is written among them.
+    home = Path("runs") / folder.resolve().name if options.format else folder
     return ReportRequest(
         folder=folder,
-        out=Path(options.out or folder),
+        out=Path(options.out or home),
+        log_format=options.format,
         as_json=options.json,
         figures=options.figures is not None,
         wandb=options.wandb is not None and not is_export,

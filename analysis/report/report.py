@@ -56,6 +56,7 @@ def finish(
     publish: Publish | None = None,
     extra: Mapping[str, object] | None = None,
     figures: bool = False,
+    log_format: str | None = None,
 ) -> None:
     """Judge the runs below ``folder``, write the report into ``out``, and print the result.
 
@@ -66,11 +67,12 @@ def finish(
         publish: called with the comparison after its report is written.
         extra: additional keys of the JSON document.
         figures: also write each plot as a PNG.
+        log_format: read public logs of this format instead of runs.
 
     Raises:
         InputError: no such folder, or ``out`` cannot be written to.
     """
-    document = judge_folder(folder)
+    document = judge_folder(folder, log_format=log_format)
     written = write(document, out, figures=figures)
     if publish is not None:
         written = publish(document, written)
@@ -207,7 +209,7 @@ def _print_tables(document: Document, written: WrittenReport) -> None:
     if len(document.sets) != 1:
         console.print()
         console.print(cell(document.sentence, "bold"))
-    for remark in document.remarks:
+    for remark in document.notices:
         console.print(cell(f"! {remark}", "red"))
     for remark in written.remarks:
         print(visible(remark))

@@ -42,6 +42,8 @@ class LoadedRun:
     notes: list[str] = field(default_factory=list)
     is_external: bool = False
     """Read from a table of another trainer; what it states about data and budget is not checked."""
+    has_seed: bool = True
+    """False where ``seed`` is only the run's number, by which runs of two arms cannot be paired."""
     predictions: Predictions | None = None
     """Per-example results of the last evaluation; None without them."""
     tuning: TunedArm | None = None

@@ -1,0 +1,149 @@
+"""Logs of nanochat and exports from W&B, in the forms that their projects publish."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from analysis.comparison import document
+from analysis.runs.logs import loading
+from analysis.runs.run import LoadedRun
+
+NANOCHAT = """\
+Tokens / micro-batch: 524,288
+Total batch size 524,288 => gradient accumulation steps: 1
+Step 00000 | Validation bpb: 3.2123
+step 00000/21400 (0.00%) | loss: 11.090355 | lrm: 1.00 | dt: 31.00ms | tok/sec: 13,000 | total time: 0.00m
+step 00001/21400 (0.00%) | loss: 10.5 | lrm: 1.00 | dt: 480.00ms | tok/sec: 1,092,000 | mfu: 48.00 | total time: 0.50m
+Step 21400 | Validation bpb: 0.8142
+"""
+
+
+def load(root: Path, name: str) -> list[LoadedRun]:
+    return loading.load(root, name, [], [])
+
+
+def test_nanochat(tmp_path: Path) -> None:
+    (tmp_path / "d20").mkdir()
+    (tmp_path / "d20" / "speedrun.log").write_text(NANOCHAT)
+    (run,) = load(tmp_path, "nanochat")
+    assert run.state == "finished"
+    assert run.measure.name == "bits_per_byte"
+    assert run.final(run.measure) == 0.8142
+    assert run.metrics["step"].tolist() == [0, 1, 21400]
+    assert run.metrics["wall_s"][:2].tolist() == [0, 30]
+    assert run.metrics["train/loss"][:2].tolist() == [11.090355, 10.5]
+    assert run.metrics["tokens"][-1] == 21400 * 524288
+    (judged,) = document.judge_folder(tmp_path, log_format="nanochat").sets
+    assert "0.8142 bits/byte" in judged.verdict.headline
+
+
+def test_a_nanochat_log_that_breaks_off(tmp_path: Path) -> None:
+    (tmp_path / "d20.txt").write_text(NANOCHAT.rsplit("Step 21400", 1)[0])
+    (run,) = load(tmp_path, "nanochat")
+    assert (run.state, run.reason) == ("interrupted", "the log ends at step 1 of 21400")
+
+
+HISTORY = """\
+_step,iter,_runtime,train/loss,val/loss,final-val/loss,tokens,lr
+0,0,1.5,10.9,10.9,,0,0.0
+1,100,11.5,5.1,,,51200,0.001
+2,200,21.5,4.1,4.2,,102400,0.001
+3,300,31.5,3.9,,4.0,153600,0.0001
+"""
+
+
+def test_history_as_csv_with_the_last_loss_in_its_own_column(tmp_path: Path) -> None:
+    """As epfml's benchmark logs it: iter is the step, and the last evaluation is final-val/loss."""
+    (tmp_path / "adamw.csv").write_text(HISTORY)
+    (run,) = load(tmp_path, "wandb")
+    assert run.metrics["step"].tolist() == [0, 100, 200, 300], "of the trainer, not of W&B's log"
+    assert (run.final_loss, run.fact("tokens"), run.fact("wall_s"), run.fact("lr")) == (
+        4.0,
+        153600,
+        31.5,
+        0.001,
+    )
+
+
+def test_history_and_config_as_json(tmp_path: Path) -> None:
+    """As marin's runs come out of the API: a nested configuration, and evaluations in eval/paloma/c4_en/loss."""
+    rows = [
+        {"_step": 0, "train/loss": 11.0},
+        {"_step": 500, "train/loss": 3.6, "eval/paloma/c4_en/loss": 3.5, "eval/loss": 9.9},
+        {"_step": 1000, "train/loss": 3.2, "eval/paloma/c4_en/loss": "NaN"},
+    ]
+    config = {
+        "optimizer": {"value": {"type": "muon", "learning_rate": 0.004}},
+        "trainer": {"value": {"seed": 3}},
+    }
+    for seed, value in ((3, "NaN"), (4, 3.1)):
+        rows[-1]["eval/paloma/c4_en/loss"] = value
+        config["trainer"]["value"] = {"seed": seed, "num_train_steps": 1000}
+        (tmp_path / f"run{seed}.json").write_text(json.dumps({"config": config, "history": rows}))
+    diverged, finished = load(tmp_path, "wandb")
+    assert (diverged.state, finished.state) == ("diverged", "finished")
+    assert (finished.optimizer, finished.seed, finished.has_seed, finished.final_loss) == (
+        "muon",
+        4,
+        True,
+        3.1,
+    )
+    assert finished.summary["settings"]["optimizer.learning_rate"] == 0.004
+    assert any("not from eval/loss" in note for note in finished.notes)
+
+
+def test_seeds_that_an_export_states_pair(tmp_path: Path) -> None:
+    lines = ["Name,optimizer,seed,step,val_loss"]
+    for optimizer, end in (("adamw", 3.3), ("muon", 3.2)):
+        for seed, shift in ((5, 0.0), (6, 0.2), (7, 0.1)):
+            lines += [
+                f"{optimizer}-{seed},{optimizer},{seed},{step},{end + shift + seed / 1e4}"
+                for step in (50, 100)
+            ]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    (only,) = document.to_json(document.judge_folder(tmp_path, log_format="wandb"))["comparison"]["sets"]
+    assert only["seeds"] == [5, 6, 7]
+    assert [pair["test"] for pair in only["pairs"]] == ["paired t"]
+
+
+def test_a_panels_csv_has_a_column_for_each_run(tmp_path: Path) -> None:
+    text = (
+        '"Step","sumo-1 - val/loss","sumo-1 - val/loss__MIN","sumo-1 - val/loss__MAX","sumo-2 - val/loss"\n'
+    )
+    text += '"100","5.5","5.4","5.6","5.7"\n"200","4.5","4.5","4.5",""\n"300","","","","4.9"\n'
+    (tmp_path / "sumo").mkdir()
+    (tmp_path / "sumo" / "panel.csv").write_text(text)
+    first, second = load(tmp_path, "wandb")
+    assert (first.where, first.final_loss) == ("sumo/panel.csv (sumo-1)", 4.5)
+    assert second.metrics["step"].tolist() == [100, 300]
+
+
+def test_summary_of_epfmls_benchmark(tmp_path: Path) -> None:
+    history = [{"iter": 256, "tokens": 100, "val_loss": 5.6}, {"iter": 512, "tokens": 200, "val_loss": 5.1}]
+    arguments = {"opt": "soap", "seed": 1, "lr": 0.001, "iterations": 512, "data_seed": 9}
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"eval_history": history, "args": arguments, "val_loss": [5.6]})
+    )
+    (run,) = load(tmp_path, "wandb")
+    assert (run.optimizer, run.seed, run.final_loss, run.state) == ("soap", 1, 5.1, "finished")
+    assert "data_seed" not in run.summary["settings"]
+
+
+def test_a_table_without_losses_or_steps_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Name,accuracy\nx,0.5\n")
+    (tmp_path / "b.json").write_text("{broken")
+    remarks: list[str] = []
+    assert loading.load(tmp_path, "wandb", remarks, []) == []
+    assert len(remarks) == 2
+
+
+@pytest.mark.parametrize("text", ["inf", "nan"])
+def test_a_loss_that_is_not_finite(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(f"step,val/loss\n1,3.0\n2,{text}\n")
+    (run,) = load(tmp_path, "wandb")
+    assert run.state == "diverged"
+    assert math.isnan(run.final_loss)
