@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 GPU_CHECK ?=
 AUDIT ?=
+TRACK3 ?=
 
-.PHONY: help setup quickstart check product-lint unit test test-full test-gpu gpu-check docs docs-check lint format bench certify audit faults study reconstruct lock sbom vulnerabilities clean
+.PHONY: help setup quickstart check product-lint unit test test-full test-gpu gpu-check docs results docs-check lint format bench certify audit faults study reconstruct lock sbom vulnerabilities clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -66,6 +67,9 @@ gpu-check: setup ## prove on one GPU what CPUs cannot, in 12 minutes at most; re
 
 docs: $(DOCS)/.installed ## build the documentation and the API reference into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+results: setup ## compute docs/RESULTS.md from docs/results/; TRACK3=FOLDER first reads the logs of track 3 there
+	$(BIN)/python -m analysis.results $(if $(TRACK3),--track3 $(TRACK3))
 
 docs-check: setup ## test the commands, links, examples and pictures of the documentation
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_notebook.py tests/optimizers/test_use_elsewhere.py

@@ -172,7 +172,7 @@ def _find_copies(arm: str, members: Sequence[Entry], findings: list[Finding]) ->
         for j in order[:place]:
             if members[j].copy_of is None and rows[i] <= rows[j] and (len(rows[i]) > 1 or timed):
                 members[i].copy_of = members[j]
-                pairs.append((members[i].where, members[j].where))
+                pairs.append((_short(members[i]), _short(members[j])))
                 break
     if pairs:
         text = listing([f"{copy} repeats {original}" for copy, original in pairs])
@@ -182,6 +182,11 @@ def _find_copies(arm: str, members: Sequence[Entry], findings: list[Finding]) ->
                 f"{arm} holds {plural(len(pairs), 'log')} twice: {text}. Copies do not count.",
             )
         )
+
+
+def _short(entry: Entry) -> str:
+    """Return the place within the arm's folder."""
+    return entry.where.removeprefix(f"{entry.arm}/")
 
 
 def _find_copies_elsewhere(found: Iterable[Entry], findings: list[Finding]) -> None:

@@ -19,8 +19,8 @@ def test_welch_has_the_error_rate_that_it_states_where_spreads_differ() -> None:
     """4 and 12 runs with spreads 3:1: Welch keeps 5 %; the pooled t-test, which assumes equal spreads, does not."""
     sims = 600
     a, b = RNG.normal(0, 3, (sims, 4)), RNG.normal(0, 1, (sims, 12))
-    rejected = [statistics.welch(_ragged(x, y)).p[0] < 0.05 for x, y in zip(a, b, strict=True)]
-    pooled = stats.ttest_ind(a, b, axis=1)[1] < 0.05
+    rejected = [float(statistics.welch(_ragged(x, y)).p[0]) < 0.05 for x, y in zip(a, b, strict=True)]
+    pooled = np.asarray(stats.ttest_ind(a, b, axis=1)[1], float) < 0.05
     assert abs(np.mean(rejected) - 0.05) < 4 * math.sqrt(0.05 * 0.95 / sims)
     assert np.mean(pooled) > 0.15, "the control"
 

@@ -65,8 +65,8 @@ def test_a_log_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     (tmp_path / "a" / "3.txt").write_text((tmp_path / "a" / "1.txt").read_text().splitlines()[-1] + "\n")
     runs, findings = load(tmp_path)
     assert codes(findings) == ["duplicate_log"]
-    assert "a/2.txt repeats a/0.txt" in findings[0].message
-    assert "a/3.txt repeats a/1.txt" in findings[0].message
+    assert "2.txt repeats 0.txt" in findings[0].message
+    assert "3.txt repeats 1.txt" in findings[0].message
     (judged,) = document.judge_folder(tmp_path, log_format="track3").sets
     (arm,) = judged.comparison.arms
     assert len(runs) == 4

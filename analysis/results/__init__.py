@@ -1,0 +1,1 @@
+"""docs/RESULTS.md: measured results, computed from the summaries in docs/results/."""
