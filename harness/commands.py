@@ -219,12 +219,16 @@ COMMANDS: dict[str, Command] = {
     "paper": Command(
         "analysis.paper.command:main",
         "compare a published table with predicted and measured values",
-        "[TABLE] [runs=DIR]",
+        "[TABLE | sumo_theory] [runs=DIR …]",
         (
             ("", "list the available tables"),
             ("sumo_table3", "memory counted with optbench's optimizers, perplexities from runs/sumo_table3"),
             ("sumo_table3 runs=runs/mine --out runs/paper", "from finished runs elsewhere, written as files"),
             ("sumo_table9 --commands", "the commands of the missing runs"),
+            (
+                "sumo_theory --out runs/paper",
+                "SUMO's lemmas, and its figures from the runs in runs/sumo_theory",
+            ),
         ),
         (
             Option(("--list",), "list the available tables"),
@@ -232,9 +236,14 @@ COMMANDS: dict[str, Command] = {
                 ("--commands",),
                 "print the commands of the missing runs, with the paper's protocol, instead of the table",
             ),
-            Option(("--out",), "write TABLE.json, TABLE.md and TABLE.csv there", "DIR", "--out runs/paper"),
+            Option(
+                ("--out",),
+                "write TABLE.json, TABLE.md and TABLE.csv there (of sumo_theory: .json, .md and .html)",
+                "DIR",
+                "--out runs/paper",
+            ),
         ),
-        values="analysis.paper.tables:names",
+        values="analysis.paper.command:names",
     ),
     "certify": Command(
         "harness.verify.command:main",

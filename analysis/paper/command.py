@@ -1,4 +1,4 @@
-"""`optbench paper TABLE`: a published table next to the predicted and the measured values."""
+"""`optbench paper TABLE`: a published table next to predicted and measured values; or SUMO's lemmas and figures."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ from harness.visible import visible
 
 AGREES, DISAGREES = 0, 1
 KEYS = ("runs",)
+THEORY = "sumo_theory"
+"""Name that takes the place of a table: SUMO's lemmas and figures."""
+THEORY_TITLE = "lemmas 3.1 and 3.2, figures 1 and 2: simulated, and on moments of real runs"
+
+
+def names() -> list[str]:
+    """Return what the command takes: the tables, and SUMO's theory."""
+    return [*tables.names(), THEORY]
 
 
 @dataclass(frozen=True)
@@ -27,14 +35,14 @@ class PaperRequest:
 
     Attributes:
         table: name of a table; None: list all tables.
-        runs: folder of finished runs; None: no run is looked at.
+        runs: folders of finished runs, of which a table takes at most one; empty: no run is looked at.
         out: folder for files; None: none are written.
         commands: the commands of the missing runs instead of the table.
         as_json: one JSON document.
     """
 
     table: str | None
-    runs: Path | None = None
+    runs: tuple[Path, ...] = ()
     out: Path | None = None
     commands: bool = False
     as_json: bool = False
@@ -44,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
     """Fill a table, print it and write its files; without a table, list all tables.
 
     Returns:
-        0: every value is within the table's tolerance. 1: a predicted or measured value is not, whether the reason
-        is known or not. ``--list`` and ``--commands`` return 0.
+        0: every value is within the table's tolerance, and every check of the theory's page passed. 1: a predicted or
+        measured value is not, whether the reason is known or not. ``--list`` and ``--commands`` return 0.
 
     Raises:
         InputError: bad input, of the command line or in a table's file.
@@ -56,11 +64,13 @@ def main(argv: Sequence[str]) -> int:
         return AGREES
     if request.out is not None:
         atomic.check_folder("--out", request.out, fix="--out runs/paper")
+    if request.table == THEORY:
+        return _show_theory(request)
     # These imports take a second, which an invalid argument does not need.
     from analysis.paper import outputs
     from analysis.paper.filling import fill
 
-    filled = fill(request.table, request.runs)
+    filled = fill(request.table, request.runs[0] if request.runs else None)
     if request.out is not None:
         for path in outputs.write(filled, request.out):
             print(visible(path), file=sys.stderr)
@@ -76,6 +86,26 @@ def main(argv: Sequence[str]) -> int:
     return DISAGREES if filled.disagrees else AGREES
 
 
+def _show_theory(request: PaperRequest) -> int:
+    """Compute SUMO's lemmas and figures, print them and write their files."""
+    from analysis.paper.theory import findings, report
+
+    if request.commands:
+        commands = [{"command": command, "cells": ["Figures 1 and 2"]} for command in findings.COMMANDS]
+        lines = "\n".join(findings.COMMANDS)
+        print(json_document(table=THEORY, commands=commands) if request.as_json else lines)
+        return AGREES
+    theory = findings.compute(request.runs)
+    if request.out is not None:
+        for path in report.write(theory, request.out):
+            print(visible(path), file=sys.stderr)
+    if request.as_json:
+        print(json_document(**report.document(theory)))
+    else:
+        report.show(theory, sys.stdout)
+    return AGREES if theory.passed else DISAGREES
+
+
 def _print_list(as_json: bool) -> None:
     loaded = {name: tables.load(name) for name in tables.names()}
     if as_json:
@@ -83,12 +113,14 @@ def _print_list(as_json: bool) -> None:
             {"name": name, "title": table.title, "source": table.source.model_dump()}
             for name, table in loaded.items()
         ]
-        print(json_document(tables=rows))
+        theory = {"name": THEORY, "title": THEORY_TITLE}
+        print(json_document(tables=rows, analyses=[theory]))
         return
     rows = [
         [name, f"arXiv {table.source.arxiv}, Table {table.source.table}", table.title]
         for name, table in loaded.items()
     ]
+    rows.append([THEORY, "arXiv 2505.24749", THEORY_TITLE])
     print_table(TextTable(["table", "source", "of"], rows), sys.stdout)
     print("optbench paper TABLE: published, predicted, measured")
 
@@ -103,8 +135,8 @@ def parse(argv: Sequence[str]) -> PaperRequest:
     """
     arguments = command_line.parse("paper", argv)
     options, names = arguments.options, arguments.names
-    values = dict(argument.split("=", 1) for argument in arguments.overrides)
-    for key, value in values.items():
+    values = [argument.split("=", 1) for argument in arguments.overrides]
+    for key, value in values:
         if key not in KEYS:
             guess = closest(key, KEYS)
             raise InputError(key, value, "is for an unknown key", allowed=KEYS, fix=f"{guess or 'runs'}=DIR")
@@ -116,10 +148,16 @@ def parse(argv: Sequence[str]) -> PaperRequest:
         fix = f"optbench paper {names[0]}"
         raise InputError("paper", " ".join(names), "is not one table", allowed=usage, fix=fix)
     (name,) = names
-    tables.load(name)
+    if name != THEORY:
+        if closest(name, known := [*tables.names(), THEORY]) == THEORY:
+            raise InputError("paper", name, "is not a table", allowed=known, fix=f"optbench paper {THEORY}")
+        tables.load(name)
+        if len(values) > 1:
+            fix = f"runs={values[0][1]}"
+            raise InputError("runs", " ".join(v for _, v in values), "is more than one folder", fix=fix)
     return PaperRequest(
         name,
-        runs=_runs_folder(name, values.get("runs")),
+        runs=_runs_folders(name, [value for _, value in values]),
         out=_out_folder(options.out),
         commands=options.commands,
         as_json=options.json,
@@ -138,16 +176,16 @@ def _refuse_more(arguments: command_line.Arguments) -> None:
         raise InputError("paper", " ".join(more), "and the list of tables exclude each other", fix=fix)
 
 
-def _runs_folder(name: str, value: str | None) -> Path | None:
-    if value is None:
+def _runs_folders(name: str, values: Sequence[str]) -> tuple[Path, ...]:
+    if not values:
         # The printed commands put their runs there.
         default = Path("runs") / name
-        return default if default.is_dir() else None
-    folder = Path(value)
-    if not value or not folder.is_dir():
-        allowed = "a folder with run folders below it"
-        raise InputError("runs", value or "nothing", "is not a folder", allowed=allowed)
-    return folder
+        return (default,) if default.is_dir() else ()
+    for value in values:
+        if not value or not Path(value).is_dir():
+            allowed = "a folder with run folders below it"
+            raise InputError("runs", value or "nothing", "is not a folder", allowed=allowed)
+    return tuple(Path(value) for value in values)
 
 
 def _out_folder(value: str | None) -> Path | None:

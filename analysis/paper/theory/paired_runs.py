@@ -1,0 +1,96 @@
+"""Figure 2, exact factors against Newton-Schulz: pairs of runs that differ in the orthogonalizer alone.
+
+Both runs of a pair have the same seed, hence the same initial weights and batches, and the same options, also the same
+learning rate. The intervals are t-intervals over seeds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis.comparison.statistics import Interval, interval
+from analysis.paper.theory.run_moments import is_exact, scale_of, takes_newton_schulz
+from analysis.runs.measure import LOSS
+from analysis.runs.run import LoadedRun
+
+DIFFERENT = ("name", "orthogonalizer", "orthogonalizer_steps", "orthogonalizer_dtype")
+"""Options in which the runs of a pair may differ; all others, the learning rate among them, are equal."""
+
+
+class RunPair(NamedTuple):
+    """Two runs that differ in the orthogonalizer."""
+
+    exact: LoadedRun
+    newton_schulz: LoadedRun
+
+
+class PairedRow(NamedTuple):
+    """Validation losses of all pairs of one scale and setting after one step.
+
+    Attributes:
+        scale: of the runs.
+        lr: peak learning rate of the matrix rule.
+        step: of the evaluation.
+        is_last: it is the last one.
+        exact, newton_schulz: mean loss over the seeds, nats per token.
+        difference: of newton_schulz - exact over the seeds.
+    """
+
+    scale: str
+    lr: float
+    step: int
+    is_last: bool
+    exact: float
+    newton_schulz: float
+    difference: Interval
+
+
+def pairs(runs: Sequence[LoadedRun]) -> list[RunPair]:
+    """Return the pairs of finished runs; of several equal runs the first."""
+    exact = {_setting(run): run for run in reversed(runs) if run.finished and is_exact(run)}
+    other = {_setting(run): run for run in reversed(runs) if run.finished and takes_newton_schulz(run)}
+    return [RunPair(exact[key], other[key]) for key in reversed(exact) if key in other]
+
+
+def _setting(run: LoadedRun) -> tuple[str, int, str]:
+    options = {key: value for key, value in run.optimizer_config.items() if key not in DIFFERENT}
+    return run.comparison_key, run.seed, repr(sorted(options.items()))
+
+
+def paired_rows(found: Sequence[RunPair]) -> list[PairedRow]:
+    """Return the losses of all pairs after each step in which all of them were evaluated."""
+    groups: dict[tuple[str, float, str], list[RunPair]] = defaultdict(list)
+    for pair in found:
+        key, _, options = _setting(pair.exact)
+        # Seeds of one setting are replicates of each other.
+        groups[scale_of(pair.exact), float(pair.exact.optimizer_config["lr"]), key + options].append(pair)
+    rows = []
+    for (scale, lr, _), group in groups.items():
+        curves = [(evaluations(pair.exact), evaluations(pair.newton_schulz)) for pair in group]
+        steps = sorted(set.intersection(*(set(curve) for both in curves for curve in both)))
+        for step in steps:
+            exact, other = (np.array([both[i][step] for both in curves]) for i in (0, 1))
+            row = PairedRow(
+                scale,
+                lr,
+                step,
+                step == steps[-1],
+                float(exact.mean()),
+                float(other.mean()),
+                interval(other - exact),
+            )
+            rows.append(row)
+    return rows
+
+
+def evaluations(run: LoadedRun) -> dict[int, float]:
+    """Return step → validation loss of the steps with an evaluation."""
+    steps, losses = run.metrics.get("step"), run.metrics.get(LOSS.key)
+    if steps is None or losses is None:
+        return {}
+    known = np.isfinite(losses)
+    return {int(step): float(value) for step, value in zip(steps[known], losses[known], strict=True)}
