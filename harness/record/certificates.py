@@ -65,6 +65,9 @@ CROSSED = ("sumo", "muon", "adamw")
 TASKS = ("classify", "answer")
 """Tasks other than pretraining: variants of cells."""
 
+ADAPTERS = ("lora",)
+"""Adapters, which are trained in place of the weights: variants of cells."""
+
 _NUMBERS = ("float", "int", "betas")
 UNCERTIFIED_OPTIONS = (
     *("rank", "max_side", "aux_lr", "orthogonalizer_dtype", "gram_dtype", "rounding", "seed"),
@@ -89,8 +92,8 @@ class Cell:
         clipping: "on": `MAX_NORM` bites in every step; "off".
         world_size: processes.
         variant: "", "split" (``engine.optimizer_work=split``), "dwh" (the exact factor of CUDA), "columns" (sharded
-            along axis 1), a task other than pretraining, or several, separated by ", ". "gram": the factor of CPUs, in
-            the reference of a "dwh" cell.
+            along axis 1), a task other than pretraining, an adapter, or several, separated by ", ". "gram": the factor
+            of CPUs, in the reference of a "dwh" cell.
         options: optimizer options that differ from the preset's, ``key=value`` separated by spaces, in order.
         control: name of the defect that is put in (`harness.verify.controls`); "": none.
         is_peer: another implementation, shown next to ours and never counted.
@@ -182,6 +185,7 @@ def cell_of(config: RunConfig) -> Cell:
         ("dwh", _has_the_factor_of_cuda(config)),
         ("columns", config.engine.shard_axis == 1),
         (config.task.name, config.task.name != "pretrain"),
+        (config.model.adapter or "", config.model.adapter is not None),
     )
     return Cell(
         rule=config.optimizer.target or config.optimizer.name,
@@ -328,7 +332,7 @@ def _cover(cell: Cell, certified: Mapping[str, Any]) -> tuple[list[str], list[st
     """Return the keys of cells that cover one together, and what none covers.
 
     Needed are: its rule in its class of layouts; its setting of the engine, under any rule; each of its variants on the
-    engine; its task, and each of its options, in the class of layouts, also where a preset has that value.
+    engine; its task, its adapter and each of its options, in the class of layouts, also where a preset has that value.
     """
     known = {key: _of(entry) for key, entry in certified.items()}
     setting = (cell.engine, cell.dtype, cell.accumulation, cell.clipping)
@@ -340,8 +344,8 @@ def _cover(cell: Cell, certified: Mapping[str, Any]) -> tuple[list[str], list[st
         (" × ".join(map(str, setting)), lambda c: (c.engine, c.dtype, c.accumulation, c.clipping) == setting),
     ]
     for variant in filter(None, cell.variant.split(", ")):
-        if variant in TASKS:
-            # What a task changes is the loss, which a layout receives in the same way on every engine of its class.
+        if variant in (*TASKS, *ADAPTERS):
+            # A task changes the loss, an adapter the weights: what a layout receives alike on all engines of its class.
             needed.append((f"{variant} × {LAYOUTS[cell.engine]}", lambda c, v=variant: c.variant == v))
             continue
         needed.append(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.record.certificates import CERTIFIED_VALUES, TASKS, Cell
+from harness.record.certificates import ADAPTERS, CERTIFIED_VALUES, TASKS, Cell
 from harness.verify import task_rows
 from optimizers import presets
 
@@ -126,7 +126,8 @@ def reference_of(cell: Cell) -> Cell:
 
     For the exact factor of CUDA it has that of CPUs, at the same cut.
     """
-    variant = "gram" if cell.variant == "dwh" else task_of(cell)
+    learned = ", ".join(filter(None, (task_of(cell), adapter_of(cell))))
+    variant = "gram" if cell.variant == "dwh" else learned
     return Cell(
         _rule(cell),
         "single",
@@ -141,6 +142,11 @@ def reference_of(cell: Cell) -> Cell:
 def task_of(cell: Cell) -> str:
     """Return what a cell learns besides next tokens: "classify" or "answer"; empty: it pretrains."""
     return next((word for word in cell.variant.split(", ") if word in TASKS), "")
+
+
+def adapter_of(cell: Cell) -> str:
+    """Return the adapter that is trained in place of the weights; empty: none."""
+    return next((word for word in cell.variant.split(", ") if word in ADAPTERS), "")
 
 
 def raises_cut(cell: Cell) -> bool:
@@ -218,6 +224,9 @@ def overrides(cell: Cell, runs_dir: str, orthogonalizer_dtype: str = "float32") 
         f"optimizer={rule}",
         f"optimizer.lr={_LR.get(rule, _OTHER_LR)}",
     ]
+    if adapter_of(cell):
+        # B starts as zero, so the first gradients are small: with this factor clipping bites in all of them.
+        words += [f"model.adapter={adapter_of(cell)}", "model.lora.rank=8", "model.lora.alpha=128"]
     if cell.variant == "dwh":
         words.append("optimizer.orthogonalizer=dwh")
     if cell.engine == "hsdp":

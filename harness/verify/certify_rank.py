@@ -197,7 +197,9 @@ def figures(done: Trained, build: Build, reference: Path | None, cell: Cell | No
 def _replay(done: Trained, build: Build) -> tuple[float, str, Any, dict[str, Tensor]]:
     """Return the replay error, its parameter, the optimizer of the replay, and its weights."""
     recorder = done.recorder
-    optimizer, weights = replayed(build, recorder.start, recorder.gradients, done.factor)
+    optimizer, weights = replayed(
+        build, recorder.start, recorder.gradients, done.factor, trained=recorder.trained
+    )
     return *update_error(recorder.start, recorder.end, weights), optimizer, weights
 
 
@@ -212,7 +214,9 @@ def _replay_floor(
         return None
     recorder, floor = done.recorder, 0.0
     for seed in range(MOST_REPLAYS):
-        one = rounding_error(build, recorder.start, recorder.gradients, done.factor, replay, seed)
+        one = rounding_error(
+            build, recorder.start, recorder.gradients, done.factor, replay, seed, recorder.trained
+        )
         floor = max(floor, one)
         if error <= replay_bound(cell, floor):
             break

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from harness.errors import InputError, closest
 from harness.record.certificates import (
+    ADAPTERS,
     CROSSED,
     ENGINES,
     TASKS,
@@ -150,15 +151,15 @@ def _edges() -> list[Cell]:
 
 
 def _task_cells() -> Iterator[Cell]:
-    """Yield cells in which every task meets every class of layouts, and every rule of `_TASK_RULES`.
+    """Yield cells in which every task and adapter meets every class of layouts, and every rule of `_TASK_RULES`.
 
     They accumulate: the loss of a task is a mean over examples or tokens of which ranks and micro-batches have
     unequal numbers.
     """
-    for shift, task in enumerate(TASKS):
+    for shift, variant in enumerate((*TASKS, *ADAPTERS)):
         for number, engine in enumerate(("ddp", "fsdp2", "zero1", "zero2", "zero3")):
             rule = _TASK_RULES[(number + shift) % len(_TASK_RULES)]
-            yield Cell(rule, engine, accumulation=2, variant=task)
+            yield Cell(rule, engine, accumulation=2, variant=variant)
 
 
 def _on_cuda(all_rules: bool) -> Iterator[Cell]:
@@ -249,7 +250,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "accumulation": tuple(map(str, ACCUMULATIONS)),
     "clipping": CLIPPINGS,
     "world_size": ("1", "2", "3", "4"),
-    "variant": ("split", "dwh", "columns", *TASKS),
+    "variant": ("split", "dwh", "columns", *TASKS, *ADAPTERS),
 }
 
 

@@ -258,8 +258,10 @@ or choices of columns need the latter; wrong gradients show in their first step.
 _FLOORS = "Cells above {bound}, which are judged by the error of the same replay in fp32, on whole matrices:"
 
 _TASKS = """\
-Cells that learn classes or answers from generated rows instead of next tokens, with two micro-batches in each step. The
-loss is a mean over examples or over the tokens of answers, of which ranks and micro-batches hold unequal numbers."""
+Cells that learn classes or answers from generated rows instead of next tokens, or that train adapters (`lora`), with
+two micro-batches in each step. The loss of a task is a mean over examples or over the tokens of answers, of which ranks
+and micro-batches hold unequal numbers. Frozen weights are no part of an optimizer; the factors A and B of an adapter
+take its rule."""
 
 _ON_CUDA = f"""\
 Rules that leave the exact factor to the device take `gram` on CPUs and `dwh` on CUDA. These cells run `dwh`, which
@@ -299,8 +301,8 @@ def _with_floors(results: Sequence[Result]) -> list[str]:
 
 
 def _with_tasks(results: Sequence[Result]) -> list[str]:
-    """Return the section on tasks other than pretraining; nothing where no such cell was run."""
-    known = [r for r in results if cells.task_of(r.cell)]
+    """Return the section on other tasks than pretraining and on adapters; nothing where no such cell was run."""
+    known = [r for r in results if cells.task_of(r.cell) or cells.adapter_of(r.cell)]
     if not known:
         return []
     figures = "replay_error", "end_to_end_error", "delivery_error"
@@ -308,8 +310,8 @@ def _with_tasks(results: Sequence[Result]) -> list[str]:
         [r.cell.variant, r.cell.rule, r.cell.engine, *(_figure(r, key) for key in figures), _word(r)[0]]
         for r in known
     ]
-    head = ["task", "rule", "engine", "replay error", "end-to-end error", "first gradients", "verdict"]
-    return ["## Classification and answers", _TASKS, _table(head, rows)]
+    head = ["cell", "rule", "engine", "replay error", "end-to-end error", "first gradients", "verdict"]
+    return ["## Classification, answers and adapters", _TASKS, _table(head, rows)]
 
 
 def _on_cuda(results: Sequence[Result]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ def replayed(
     gradients: Sequence[Weights],
     factor: Factor,
     dtype: torch.dtype = torch.float64,
+    trained: Container[str] | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Train unsharded copies of the weights on recorded gradients; each step continues from the replay's own weights.
 
@@ -31,12 +32,13 @@ def replayed(
         gradients: of each step, name → gradient that it received.
         factor: learning-rate schedule of the run.
         dtype: of weights, gradients and therefore all state.
+        trained: names of the weights that are not frozen, which the optimizer gets; None: all.
 
     Returns:
         The optimizer, and the weights after the last step.
     """
     named = [(name, nn.Parameter(weight.to(dtype, copy=True))) for name, weight in start.items()]
-    optimizer = build(named)
+    optimizer = build([(name, p) for name, p in named if trained is None or name in trained])
     for step, received in enumerate(gradients):
         for name, parameter in named:
             parameter.grad = received[name].to(dtype, copy=True) if name in received else None
@@ -57,6 +59,7 @@ def rounding_error(
     factor: Factor,
     reference: Weights,
     seed: int,
+    trained: Container[str] | None = None,
 ) -> float:
     """Return the largest error of a parameter that fp32 makes by itself: without an engine, on whole matrices.
 
@@ -67,13 +70,14 @@ def rounding_error(
         factor: as in `replayed`.
         reference: weights after the replay in fp64.
         seed: 0: the gradients as they are; else of signs with which each element is moved by one ulp.
+        trained: as in `replayed`.
     """
     generator = torch.Generator().manual_seed(seed)
     moved = [
         {name: _moved(tensor, generator) if seed else tensor for name, tensor in received.items()}
         for received in gradients
     ]
-    _, weights = replayed(build, start, moved, factor, torch.float32)
+    _, weights = replayed(build, start, moved, factor, torch.float32, trained)
     return update_error(start, weights, reference)[0]
 
 

@@ -107,6 +107,7 @@ class StepRecorder:
 
     Attributes:
         gradients: per step, parameter name → unsharded gradient; on rank 0 only.
+        trained: names of the parameters that are not frozen.
         weights: steps done → name → unsharded fp32 weight, before the first step, after ``kept`` and after the last; on
             rank 0 only.
         grad_norms: per step, the global norm before clipping that the engine reports.
@@ -119,6 +120,10 @@ class StepRecorder:
         self._run, self._source = run, gradients
         self._kept = {kept, run.config.steps}
         self.gradients: list[dict[str, Tensor]] = []
+        # Asked of the model, so that a parameter which an engine loses is missed.
+        self.trained = {
+            name.removeprefix("module.") for name, p in run.engine.model.named_parameters() if p.requires_grad
+        }
         self.weights: dict[int, dict[str, Tensor]] = {0: run.engine.full_weights()}
         self.grad_norms: list[float] = []
         self.orthogonalized: list[dict[str, int]] = []

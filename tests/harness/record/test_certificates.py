@@ -136,6 +136,14 @@ def test_a_task_needs_a_cell_of_its_own_in_its_class_of_layouts(tmp_path: Path) 
     assert (found["passed"], found["coverage"], found["replay_error"]) == (True, "pairwise", 3e-6)
 
 
+def test_an_adapter_needs_a_cell_of_its_own_in_its_class_of_layouts(tmp_path: Path) -> None:
+    run = config(tmp_path, "optimizer=sumo", "engine=zero0", "world_size=2", "model.adapter=lora")
+    plain = green(Cell("sumo", "ddp")), green(Cell("muon", "zero0"))
+    assert certificates.of_run(run, document(*plain))["reason"] == "uncertified: lora × replicated"
+    found = certificates.of_run(run, document(*plain, green(Cell("adamw", "ddp", variant="lora"), 3e-6)))
+    assert (found["passed"], found["coverage"], found["replay_error"]) == (True, "pairwise", 3e-6)
+
+
 def test_a_value_that_no_cell_has_is_not_covered(tmp_path: Path) -> None:
     cell = green(Cell("soap", "single", world_size=1))
     words = ("optimizer=soap", "world_size=1")

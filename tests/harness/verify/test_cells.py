@@ -13,7 +13,7 @@ import pytest
 
 from harness.config import checks, compose
 from harness.errors import InputError
-from harness.record.certificates import CROSSED, ENGINES, TASKS, Cell
+from harness.record.certificates import ADAPTERS, CROSSED, ENGINES, TASKS, Cell
 from harness.verify import cells, grid, task_rows
 from optimizers import presets
 
@@ -124,15 +124,15 @@ def test_the_factor_of_cuda_is_measured_against_that_of_cpus() -> None:
     assert not cells.raises_cut(Cell("sumo", "fsdp2"))
 
 
-def test_every_task_meets_every_layout_and_rules_of_every_kind() -> None:
-    found = [cell for cell in grid.pairwise() if cells.task_of(cell)]
-    for task in TASKS:
-        own = [cell for cell in found if cell.variant == task]
+def test_every_task_and_adapter_meets_every_layout_and_rules_of_every_kind() -> None:
+    found = [cell for cell in grid.pairwise() if cells.task_of(cell) or cells.adapter_of(cell)]
+    for variant in (*TASKS, *ADAPTERS):
+        own = [cell for cell in found if cell.variant == variant]
         assert {cell.engine for cell in own} == {"ddp", "fsdp2", "zero1", "zero2", "zero3"}
         assert {cell.rule for cell in own} == {"adamw", "sumo", "muon", "galore"}
         # A mean over micro-batches of unequal size is what could go wrong.
         assert {cell.accumulation for cell in own} == {2}
-        assert {cells.reference_of(cell).variant for cell in own} == {task}
+        assert {cells.reference_of(cell).variant for cell in own} == {variant}
     chosen = grid.select(["variant=answer", "engine=zero3"])
     assert chosen == [c for c in found if (c.engine, c.variant) == ("zero3", "answer")]
 

@@ -35,6 +35,21 @@ def test_a_replay_is_the_oracle_on_the_recorded_gradients() -> None:
     assert torch.equal(start["norm.weight"], torch.ones(16)), "the recorded weights are not stepped"
 
 
+def test_frozen_weights_stay_and_are_no_part_of_the_optimizer() -> None:
+    start = {"layers.0.w": torch.ones(4, 4), "layers.1.w": torch.ones(4, 4)}
+    gradients = [{"layers.1.w": torch.eye(4)}]
+    optimizer, found = replayed(
+        of_preset("muon", {"lr": 0.1, "weight_decay": 0.5}),
+        start,
+        gradients,
+        lambda step: 1.0,
+        trained={"layers.1.w"},
+    )
+    assert [route.name for route in optimizer.routes] == ["layers.1.w"]
+    assert torch.equal(found["layers.0.w"], start["layers.0.w"].double())
+    assert not torch.equal(found["layers.1.w"], start["layers.1.w"].double())
+
+
 def test_errors_are_of_the_change_not_of_the_weight() -> None:
     start = {"a": torch.full((3,), 100.0), "b": torch.zeros(2)}
     reference = {"a": start["a"] + torch.tensor([3.0, 4.0, 0.0]), "b": torch.tensor([1.0, 0.0])}
