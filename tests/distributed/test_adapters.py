@@ -104,7 +104,7 @@ def test_engines_train_the_weights_of_one_process(
     assert adapter_error(reference, (before, after)) < TOLERANCE
 
 
-@pytest.mark.parametrize("rule", ["adamw", "sumo"])
+@pytest.mark.parametrize("rule", [pytest.param("adamw", marks=pytest.mark.slow), "sumo"])
 def test_control_lost_gradients_are_caught(
     rule: str, corpus: Path, tmp_path: Path, two_ranks: RankPool
 ) -> None:

@@ -52,8 +52,18 @@ def _mean_per_rank(run: Run) -> None:
     loader.loss_tokens = own_tokens
 
 
-@pytest.mark.parametrize("mode", ["packed", "padded"])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+QUICK = {("sumo", "padded"), ("galore", "packed"), ("muon", "padded"), ("adamw", "packed")}
+"""Every rule once, each way of the data twice; the other pairs are slow."""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=[] if (name, mode) in QUICK else pytest.mark.slow)
+        for name in OPTIMIZERS
+        for mode in ("packed", "padded")
+    ],
+)
 def test_one_process_equals_two_equals_accumulation(
     name: str, mode: str, corpus: Path, tmp_path: Path, two_ranks: RankPool
 ) -> None:

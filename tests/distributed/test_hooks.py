@@ -72,9 +72,18 @@ def test_control_without_the_option_it_goes_elsewhere(hook: str) -> None:
     assert distance(bare, expected) > BOUNDS.get(hook, 1e-2)
 
 
-@pytest.mark.parametrize(("before", "after"), [("zero1", "fsdp2"), ("fsdp2", "zero3"), ("split", "single")])
+MOVES = [("zero1", "fsdp2"), ("fsdp2", "zero3"), ("split", "single")]
+KEPT = [("sumo", "hyperball"), ("adamw", "fixed"), ("muon", "average"), ("galore", "bf16")]
+
+
 @pytest.mark.parametrize(
-    ("preset", "hook"), [("sumo", "hyperball"), ("adamw", "fixed"), ("muon", "average"), ("galore", "bf16")]
+    ("preset", "hook", "before", "after"),
+    [
+        # Every option moves one way each time, and every way has an option.
+        pytest.param(*kept, *move, marks=[] if place == number % len(MOVES) else pytest.mark.slow)
+        for number, kept in enumerate(KEPT)
+        for place, move in enumerate(MOVES)
+    ],
 )
 def test_a_state_goes_on_elsewhere(
     two_ranks: RankPool, preset: str, hook: str, before: str, after: str

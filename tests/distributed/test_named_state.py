@@ -103,10 +103,19 @@ def start() -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
+MOVES = [("zero1", "fsdp2"), ("fsdp2", "zero3"), ("split", "zero1"), ("zero3", "single")]
+QUICK: dict[str, tuple[str, str]] = dict(zip(("galore", "muon", "adamw"), MOVES))
+"""SUMO moves every way; each of the others one way, and the rest of its ways are slow."""
+
+
 @pytest.mark.parametrize(
-    ("before", "after"), [("zero1", "fsdp2"), ("fsdp2", "zero3"), ("split", "zero1"), ("zero3", "single")]
+    ("preset", "before", "after"),
+    [
+        pytest.param(preset, *move, marks=[] if QUICK.get(preset, move) == move else pytest.mark.slow)
+        for preset in ("sumo", *QUICK)
+        for move in MOVES
+    ],
 )
-@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "adamw"])
 def test_a_state_goes_on_elsewhere(
     two_ranks: RankPool, four_ranks: RankPool, preset: str, before: str, after: str
 ) -> None:

@@ -112,16 +112,32 @@ def whole(results: list[dict[str, Any]]) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["zero1", "zero3"])
-@pytest.mark.parametrize("preset", list(PRESETS))
+BOTH = ("sumo", "galore", "muon", "adamw")
+"""Presets that both ways to cut are tried on every time: one per family. Of the others the second one is slow."""
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [
+        pytest.param(preset, kind, marks=[] if kind == "zero3" or preset in BOTH else pytest.mark.slow)
+        for preset in PRESETS
+        for kind in ("zero1", "zero3")
+    ],
+)
 def test_two_ranks_equal_one_process(two_ranks: RankPool, preset: str, kind: str) -> None:
     more = SMALL if "rank" in PRESETS[preset] else {}
     found = whole(two_ranks.run(partitioned, preset, kind, more))
     assert worst(found, alone(preset, SHAPES, **more), SHAPES) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["zero1", "zero3"])
-@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "adamw"])
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [
+        pytest.param(preset, kind, marks=[] if kind == "zero1" or preset == "sumo" else pytest.mark.slow)
+        for preset in BOTH
+        for kind in ("zero1", "zero3")
+    ],
+)
 def test_four_ranks(four_ranks: RankPool, preset: str, kind: str) -> None:
     more = SMALL if "rank" in PRESETS[preset] else {}
     found = whole(four_ranks.run(partitioned, preset, kind, more))

@@ -122,8 +122,18 @@ def worst(found: list[torch.Tensor], expected: list[torch.Tensor], shapes: list[
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("preset", list(PRESETS))
+FAMILIES = ("sumo", "galore", "muon", "adamw")
+
+
+@pytest.mark.parametrize(
+    ("preset", "axis"),
+    [
+        # Rows of every preset are cut in the next test, over four ranks.
+        pytest.param(preset, axis, marks=[] if axis or preset in FAMILIES else pytest.mark.slow)
+        for preset in PRESETS
+        for axis in (0, 1)
+    ],
+)
 def test_two_ranks_equal_one_process(two_ranks: RankPool, preset: str, axis: int) -> None:
     results = two_ranks.run(sharded, preset, EVEN, axis, 1, {})
     expected = alone(preset, EVEN)
@@ -140,7 +150,10 @@ def test_uneven_and_empty_shards(four_ranks: RankPool, preset: str) -> None:
         assert worst(result["weights"], expected, UNEVEN) < TOLERANCE
 
 
-@pytest.mark.parametrize("preset", ["sumo", "galore", "muon", "lion", "soap", "dion2", "adamw"])
+@pytest.mark.parametrize(
+    "preset",
+    [*FAMILIES, *(pytest.param(preset, marks=pytest.mark.slow) for preset in ("lion", "soap", "dion2"))],
+)
 def test_replicas_of_shards(four_ranks: RankPool, preset: str) -> None:
     """HSDP: two replicas of two shards."""
     results = four_ranks.run(sharded, preset, EVEN, 0, 2, {})

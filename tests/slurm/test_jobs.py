@@ -19,6 +19,8 @@ from tests.slurm.conftest import Lab
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(420)]
 WAIT_S = 240
+STEPS = 160
+"""Of a run that is to be pushed aside: the scheduler takes 2 s, this run 10 s and more."""
 QUIET = ("eval.every=null", "moments.every=null", "optimizer=galore", "optimizer.rank=8", "engine.threads=1")
 
 
@@ -42,7 +44,7 @@ def _state(lab: Lab, job: str) -> str:
 
 
 def test_two_nodes_pushed_aside_go_on_and_end_as_if_nothing_had_been(lab: Lab, tmp_path: Path) -> None:
-    words = lab.words(*QUIET, "steps=240", "checkpoint.every=1000", f"runs_dir={tmp_path}", "name=cut")
+    words = lab.words(*QUIET, f"steps={STEPS}", "checkpoint.every=1000", f"runs_dir={tmp_path}", "name=cut")
     more = ["cluster.nodes=2", "cluster.preflight.enabled=true", "cluster.preflight.min_gb_per_s=0"]
     queued = lab.submit(*words, *more, "--then", f"report {tmp_path / 'default'}")
     run = tmp_path / "default" / "cut"
@@ -53,7 +55,7 @@ def test_two_nodes_pushed_aside_go_on_and_end_as_if_nothing_had_been(lab: Lab, t
     assert _events(run) == ["started", "requeued", "started", "finished"]
     assert "preflight: node2: 0 GPUs" in _output(run)
     (resumed,) = json.loads((run / "summary.json").read_text())["resumed_from"]
-    assert 0 < resumed < 240
+    assert 0 < resumed < STEPS
     assert json.loads((run / "summary.json").read_text())["world_size"] == 4
     (report, _) = queued["then"][0].values()
     assert _state(lab, report) == "COMPLETED"
@@ -63,16 +65,16 @@ def test_two_nodes_pushed_aside_go_on_and_end_as_if_nothing_had_been(lab: Lab, t
         "world_size=4",
     ]
     assert Training(whole, 4, tmp_path / "whole.txt").wait(WAIT_S) == [0, 0, 0, 0]
-    assert_same(run.parent / "whole", run, 240)
+    assert_same(run.parent / "whole", run, STEPS)
 
 
 def test_of_a_grid_only_the_row_that_was_killed_is_queued_again(lab: Lab, tmp_path: Path) -> None:
-    words = ["compare", "galore", "adamw", "seeds=2", "group=grid"]
+    words = ["compare", "galore", "adamw", "muon", "seeds=1", "group=grid"]
     words += lab.words(f"runs_dir={tmp_path}", "galore.rank=4")
     words += ["cluster.processes=1", "cluster.cpus=1", "cluster.throttle=3"]
     queued = lab.submit(*words)
-    group, killed = tmp_path / "grid", tmp_path / "grid" / "galore-seed1"
-    assert [row["name"] for row in queued["rows"]][1:3] == ["adamw-seed0", "galore-seed1"]
+    group, killed = tmp_path / "grid", tmp_path / "grid" / "muon-seed0"
+    assert [row["name"] for row in queued["rows"]] == ["galore-seed0", "adamw-seed0", "muon-seed0"]
     # A second job for a row that waits or runs: it must wait, and then find nothing to do.
     second = lab.slurm.submit("--array=0", queued["script"])
     lab.slurm.until(lambda: _training_of(killed) is not None, WAIT_S, "the row to be killed")
@@ -80,20 +82,20 @@ def test_of_a_grid_only_the_row_that_was_killed_is_queued_again(lab: Lab, tmp_pa
     _state(lab, queued["then"][0]["job"])
     assert (group / "report.html").exists(), "the report runs although a row failed"
     found = lab.status(tmp_path)
-    assert {run["state"] for name, run in found.items() if name != "galore-seed1"} == {"finished"}
-    assert found["galore-seed1"]["state"] == "failed"
-    assert "code 137" in found["galore-seed1"]["reason"]
+    assert {run["state"] for name, run in found.items() if name != killed.name} == {"finished"}
+    assert found[killed.name]["state"] == "failed"
+    assert "code 137" in found[killed.name]["reason"]
     _state(lab, str(second))
     assert len(status(group / "galore-seed0")["attempts"]) == 1
     grid = (group / "slurm" / "grid.jsonl").read_text()
     again = lab.submit(*words)
-    assert again["rows"] == [{"row": 2, "name": "galore-seed1"}]
+    assert again["rows"] == [{"row": 2, "name": killed.name}]
     assert {row["reason"] for row in again["skipped"]} == {"finished"}
-    assert len(again["skipped"]) == 3
+    assert len(again["skipped"]) == 2
     assert (group / "slurm" / "grid.jsonl").read_text() == grid
     assert lab.submit(*words)["rows"] == [], "a row that waits or runs is not queued twice"
     _state(lab, again["then"][0]["job"])
-    assert lab.status(tmp_path)["galore-seed1"]["state"] == "finished"
+    assert lab.status(tmp_path)[killed.name]["state"] == "finished"
 
 
 def _training_of(run: Path) -> int | None:
@@ -153,6 +155,7 @@ def test_a_node_that_goes_down_and_a_run_that_is_cancelled(lab: Lab, tmp_path: P
     assert lab.status(tmp_path)["run"]["state"] == "cancelled"
 
 
+@pytest.mark.slow  # trains until Slurm looks at its clock, which it does once a minute
 def test_the_time_limit_ends_with_a_checkpoint_and_the_cap_with_a_word(lab: Lab, tmp_path: Path) -> None:
     words = lab.words(
         *QUIET, "steps=100000", "schedule=constant", "checkpoint.every=null", f"runs_dir={tmp_path}"

@@ -89,7 +89,7 @@ def test_two_processes_train_what_one_trains(
     assert [row["val/loss"] for row in first.rows] == [row["val/loss"] for row in second.rows]
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.slow), "zero2"])
 def test_overlapped_reductions_in_small_buckets_train_what_one_process_trains(
     engine: str, corpus: Path, tmp_path: Path, two_ranks: RankPool, alone: Callable[..., Trained]
 ) -> None:
@@ -280,7 +280,7 @@ def test_four_processes_with_uneven_rows(
     check_equal(alone(*uneven), four_ranks.run(_ranked, words)[0])
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_tied_embeddings_and_checkpointed_activations(
     engine: str, corpus: Path, tmp_path: Path, two_ranks: RankPool, alone: Callable[..., Trained]
 ) -> None:
@@ -316,8 +316,18 @@ def test_one_process_needs_no_launcher(
 
 
 # The polar factor of a moment divides its rounding by the moment's small singular values: measured 1.1e-5 at most.
-@pytest.mark.parametrize("engine", ["fsdp2", "zero0", "zero2", "zero3"])
-@pytest.mark.parametrize("optimizer", ["sumo", "adamw"])
+@pytest.mark.parametrize(
+    ("optimizer", "engine"),
+    [
+        pytest.param(
+            optimizer,
+            engine,
+            marks=[] if (optimizer == "sumo") == (engine in ("fsdp2", "zero3")) else pytest.mark.slow,
+        )
+        for optimizer in ("sumo", "adamw")
+        for engine in ("fsdp2", "zero0", "zero2", "zero3")
+    ],
+)
 def test_our_optimizers_find_their_matrices(
     optimizer: str,
     engine: str,
@@ -394,7 +404,17 @@ NAN += [
 NAN += [("fsdp2-fp16", ("engine=fsdp2", "precision=fp16"))]
 
 
-@pytest.mark.parametrize("words", [words for _, words in NAN], ids=[name for name, _ in NAN])
+# Once for each code that looks: of shards, of each stage's flat slices, of autocast and of a loss scale.
+QUICK_NAN = ("fsdp2", "zero1", "zero2", "zero3", "zero2-bf16", "fsdp2-fp16")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=name, marks=[] if name in QUICK_NAN else pytest.mark.slow)
+        for name, words in NAN
+    ],
+)
 def test_a_nan_on_one_process_masks_the_step_on_all(
     words: tuple[str, ...], corpus: Path, tmp_path: Path, two_ranks: RankPool
 ) -> None:
@@ -439,8 +459,15 @@ def test_bf16_is_the_same_on_engines_that_accumulate_in_fp32(
         assert update_error(runs["fsdp2"][:2], runs[engine][:2]) < 5e-3, engine
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero0"])
-@pytest.mark.parametrize("precision", ["fp16", "bf16_pure"])
+@pytest.mark.parametrize(
+    ("precision", "engine"),
+    [
+        ("fp16", "fsdp2"),
+        ("bf16_pure", "zero0"),
+        pytest.param("fp16", "zero0", marks=pytest.mark.slow),
+        pytest.param("bf16_pure", "fsdp2", marks=pytest.mark.slow),
+    ],
+)
 def test_other_precisions_where_weights_are_whole_or_sharded(
     precision: str,
     engine: str,
@@ -479,7 +506,7 @@ def _with_fast_growing_loss_scale(rank: int, words: list[str]) -> Trained:
         accelerator.is_fp16_supported, deepspeed_config.effective = supported, effective
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_a_growing_loss_scale_does_not_scale_the_gradient(
     engine: str, corpus: Path, tmp_path: Path, two_ranks: RankPool, alone: Callable[..., Trained]
 ) -> None:
