@@ -36,8 +36,6 @@ TRAINED_TOLERANCE = 1e-9
 """Tolerance of residual and margin at a trained network, relative to the training set's, times max(1, radius)."""
 SMALL_PART = 0.05
 """Share of W₁ that may lie along the directions of an alternative that explains a trained network."""
-FACTOR_TOLERANCE = 1e-9
-"""Tolerance of the polar factor of a trained network's gradient, whose small singular values amplify rounding."""
 
 
 @dataclass(frozen=True)
@@ -190,48 +188,18 @@ def merge(point: KktPoint) -> Alternative | None:
     )
 
 
-def muon_family(point: KktPoint, seed: int) -> Alternative | None:
-    """Return X' = D⁺APBᵀ, other images that give W₁ the same orthogonalized gradient (two-layer networks).
+def controls(point: KktPoint, seed: int, radii: Sequence[float] = ()) -> list[Alternative]:
+    """Return sets that must fail: random splits that break patterns, and a small one that moves margins alone.
 
-    The first layer's u is U₁ = D X with D_ji = λᵢyᵢvⱼg_ij; Muon's KKT condition reads only its polar factor
-    A Bᵀ (U₁ = A S Bᵀ). Every P ≻ 0 in place of S gives an X' with the same factor, for the gates of X. Rows
-    of D⁺ without a multiplier are 0: there X stays. None beyond two layers.
+    Args:
+        radii: further radii, those of the sets that must pass.
     """
-    if point.network.depth != 2 or point.task != "binary":
-        return None
-    factor = first_layer_factor(point)
-    rank = factor_rank(point)
-    a, sigma, b = torch.linalg.svd(factor @ point.x, full_matrices=False)
-    a, b = a[:, :rank], b[:rank]
-    generator = torch.Generator().manual_seed(seed)
-    g = torch.randn(rank, rank, generator=generator, dtype=point.x.dtype)
-    # A random positive definite P with the size of S: mostly S itself, bent by a Wishart matrix.
-    root = sigma[:rank].sqrt()
-    p = root.unsqueeze(1) * (0.5 * torch.eye(rank, dtype=g.dtype) + 0.5 * g @ g.T / rank) * root
-    x = torch.linalg.pinv(factor) @ (a @ p @ b)
-    unused = point.lambdas == 0
-    x = torch.where(unused.unsqueeze(1), point.x, x)
-    every = torch.arange(len(x))
-    return Alternative("muon_family", None, x, point.labels, point.lambdas, every, _nowhere(point))
-
-
-def first_layer_factor(point: KktPoint) -> Tensor:
-    """Return D (h, n) of a two-layer network, D_ji = λᵢyᵢvⱼg_ij, with U₁ = D X."""
-    gates = forward(point.network, point.x).gates[0]
-    back = (point.lambdas * point.labels).unsqueeze(1) * point.network.weights[1] * gates
-    return back.T
-
-
-def factor_rank(point: KktPoint) -> int:
-    """Return the rank of U₁ = D X with numpy's cut."""
-    return int(torch.linalg.matrix_rank(first_layer_factor(point) @ point.x))
-
-
-def controls(point: KktPoint, seed: int) -> list[Alternative]:
-    """Return sets that must fail: a random split that breaks patterns, and a small one that moves margins alone."""
     everywhere = torch.eye(point.x.shape[1], dtype=point.x.dtype)
     directions = _random(point, everywhere, seed)
-    return [split(point, "random_split", radius, directions, is_control=True) for radius in CONTROL_RADII]
+    return [
+        split(point, "random_split", radius, directions, is_control=True)
+        for radius in sorted({*CONTROL_RADII, *radii})
+    ]
 
 
 BY_RADIUS: tuple[Callable[[KktPoint, float, int], Alternative | None], ...] = (
@@ -288,7 +256,6 @@ class VerifiedAlternative:
         slackness: max μ_k|margin − 1|/Σμ.
         nn_distance: least distance of a point to a training image. nn_train_to_alt, nn_alt_to_train: medians.
             hausdorff: between the two sets.
-        factor_error: max|msign(DX′) − msign(DX)| of the Muon family, else None.
         tolerance: of the residual.
         passed: the set explains the weights as the training set does.
     """
@@ -312,22 +279,17 @@ class VerifiedAlternative:
     nn_train_to_alt: float
     nn_alt_to_train: float
     hausdorff: float
-    factor_error: float | None
     tolerance: float
     passed: bool
 
 
-def build_alternatives(
-    point: KktPoint, radii: Sequence[float], seed: int, with_muon: bool
-) -> list[Alternative]:
+def build_alternatives(point: KktPoint, radii: Sequence[float], seed: int) -> list[Alternative]:
     """Return the training set, every alternative that data and weights allow, and the controls, in this order."""
     sets: list[Alternative | None] = [original(point)]
     for radius in radii:
         sets += [make(point, radius, seed) for make in BY_RADIUS]
     sets += [merge(point), margin_split(point, seed)]
-    if with_muon:
-        sets.append(muon_family(point, seed))
-    return [a for a in sets if a is not None] + controls(point, seed)
+    return [a for a in sets if a is not None] + controls(point, seed, radii)
 
 
 def verify(point: KktPoint, alternative: Alternative, is_exact: bool) -> VerifiedAlternative:
@@ -368,7 +330,6 @@ def verify(point: KktPoint, alternative: Alternative, is_exact: bool) -> Verifie
         nn_train_to_alt=float(to_alternative.median()),
         nn_alt_to_train=float(to_train.median()),
         hausdorff=hausdorff(alternative.x, point.x),
-        factor_error=_factor_error(point, alternative) if alternative.kind == "muon_family" else None,
         tolerance=(EXACT_TOLERANCE if is_exact else TRAINED_TOLERANCE) * reach,
         passed=False,
     )
@@ -376,8 +337,6 @@ def verify(point: KktPoint, alternative: Alternative, is_exact: bool) -> Verifie
 
 
 def _passes(row: VerifiedAlternative, is_exact: bool, reach: float) -> bool:
-    if row.factor_error is not None:
-        return row.factor_error <= FACTOR_TOLERANCE
     if is_exact:
         return row.residual <= row.tolerance and row.margin_min >= 1 - MARGIN_TOLERANCE * reach
     return (
@@ -396,14 +355,3 @@ def _residual(point: KktPoint, network: Network, of: Alternative, inherit: bool 
         return multipliers.residual(point.task, network, of.x, of.labels, of.lambdas)
     gates = [g[of.parents] for g in forward(point.network, point.x).gates]
     return multipliers.residual(point.task, network, of.x, of.labels, of.lambdas, inherited(gates))
-
-
-def _factor_error(point: KktPoint, alternative: Alternative) -> float:
-    d = first_layer_factor(point)
-    one, other = (_exact_polar(d @ x, factor_rank(point)) for x in (alternative.x, point.x))
-    return float((one - other).abs().max())
-
-
-def _exact_polar(matrix: Tensor, rank: int) -> Tensor:
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank] @ v[:rank]

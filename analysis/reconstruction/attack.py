@@ -1,9 +1,9 @@
 """The KKT attack: find (x, λ) whose Σ λᵢcᵢ∇_θΦ(xᵢ) is θ. It sees weights and declared priors, nothing else.
 
-Haim et al. 2022 (arXiv 2206.07758) minimize ‖θ − Σ λᵢyᵢ∇_θΦ(xᵢ)‖² with gates σ(αh) in the backward pass and
-5·Σ relu(λ_min − λ)²; Buzaglo et al. 2023 (arXiv 2307.01827) bring the multiclass and the regression term. Here
-residuals are K = ‖θ − u‖²/‖θ‖² without the public code's factor 1/m, and the norm-matched objective is 1 − a
-(`geometry`). All grid points with equally many candidates run in one batch.
+Haim et al. 2022 (arXiv 2206.07758) minimize ‖θ − (1/m) Σ λᵢyᵢ∇_θΦ(xᵢ)‖² with gates σ(αh) in the backward pass and
+5·Σ relu(λ_min − λ)²; Buzaglo et al. 2023 (arXiv 2307.01827) bring the multiclass term. Here λ includes the factor
+1/m, residuals are K = ‖θ − u‖²/‖θ‖², and the norm-matched objective is 1 − a (`geometry`). Problems with equally many
+candidates run in one batch, whichever networks they attack. All tensors are float64.
 """
 
 from __future__ import annotations
@@ -18,9 +18,21 @@ from torch import Tensor
 
 from analysis.reconstruction import geometry
 from analysis.reconstruction.geometry import Geometry
-from analysis.reconstruction.network import Network, factors, forward, kkt_coefficients, recomputed, smoothed
+from analysis.reconstruction.network import (
+    Network,
+    factors,
+    forward,
+    kkt_coefficients,
+    recomputed,
+    smoothed,
+    stacked,
+)
 
-BOX_WEIGHT, RADIUS_WEIGHT, LAMBDA_WEIGHT = 1.0, 1.0, 5.0
+BOX_WEIGHT, LAMBDA_WEIGHT = 1.0, 5.0
+BATCH = 16
+"""Most problems of a batch: beyond it a core gains nothing."""
+BATCH_NUMBERS = 2**24
+"""Most parameters and activations of the networks of a batch together."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +40,11 @@ class AttackPrior:
     """What the attacker claims to know. Everything here is declared, nothing is read from the training set.
 
     Attributes:
-        kind: "none"; "box": pixels stay in [low, high]; "radius": ‖x‖ stays at the initial radius; "offset":
-            candidates start around `center`.
+        kind: "none"; "box": pixels stay in [low, high]; "offset": candidates start around `center`; "pca": candidates
+            stay in `center` + span of `basis`.
         typical_norm: of an image of this kind, in the network's coordinates.
         low, high, center: (d,), in the network's coordinates.
+        basis: (k, d) orthonormal rows, or None.
     """
 
     kind: str
@@ -39,6 +52,7 @@ class AttackPrior:
     low: Tensor
     high: Tensor
     center: Tensor
+    basis: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,11 @@ class GridPoint:
         alpha: sharpness of the smoothed gates.
         lambda_min: the least λ that is not penalized.
         lambda_init: λ starts uniform in [0, lambda_init].
-        radius: initial ‖x‖ over `Prior.typical_norm`.
+        radius: initial ‖x‖ over `AttackPrior.typical_norm`.
         candidates: m; their labels are spread evenly over the classes.
         lr: of x and λ at the first step, times max(1, radius) for x.
         seed: of the initial x and λ.
+        weights: "margin" or "raw", the scale of the network that is attacked.
     """
 
     alpha: float
@@ -62,17 +77,19 @@ class GridPoint:
     candidates: int
     lr: float
     seed: int
+    weights: str = "margin"
 
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """What all grid points share.
+    """What all problems share.
 
     Attributes:
         task: one of `network.TASKS`.
         labels: the classes' labels, e.g. (1, -1).
         steps: of the attack.
-        method: "adam" with a cosine schedule, or "sgd": momentum 0.9 at a constant rate (as published).
+        balance: "relative": K + 5·Σ relu(λ_min − λ)²; "public": ‖θ − u‖² + 5·Σ relu(m(λ_min − λ))², as in the public
+            code, whose λ is m times ours.
         geometry: of the objective 1 − a; None: the published ℓ2 residual.
         level: candidates are also kept as they were when K first fell to it.
     """
@@ -80,9 +97,28 @@ class AttackSettings:
     task: str
     labels: tuple[float, ...]
     steps: int
-    method: str
+    balance: str
     geometry: Geometry | None
     level: float
+
+
+@dataclass(frozen=True)
+class InitialValues:
+    """Where an attack starts in place of random candidates: x (m, d), labels (m,), lambdas (m,)."""
+
+    x: Tensor
+    labels: Tensor
+    lambdas: Tensor
+
+
+@dataclass(frozen=True)
+class AttackProblem:
+    """A network under attack, what the attacker claims to know, the grid point, and declared starts if any."""
+
+    network: Network
+    prior: AttackPrior
+    point: GridPoint
+    start: InitialValues | None = None
 
 
 @dataclass(frozen=True)
@@ -112,40 +148,35 @@ class Candidates:
     history_steps: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class InitialValues:
-    """Given initial values in place of random ones: x (m, d), labels (m,), λ (m,). For the oracle baseline."""
-
-    x: Tensor
-    labels: Tensor
-    lambdas: Tensor
-
-
 def run(
-    network: Network,
-    prior: AttackPrior,
-    points: Sequence[GridPoint],
+    problems: Sequence[AttackProblem],
     settings: AttackSettings,
-    start: InitialValues | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidates]:
-    """Attack at every grid point; results in the order of the points.
+    """Attack the network of each problem; results are in the problems' order.
 
     Args:
-        network: the weights, float64, detached.
-        prior: what the attacker knows.
-        points: grid points; those with equal `candidates` share a batch.
-        settings: what they share.
-        start: initial values for all points.
-        progress: called with (step, steps) four times a batch.
+        problems: networks of one architecture; none or all of them with starts of the same labels.
+        progress: takes (step, steps) of a batch now and then.
     """
-    order = sorted(range(len(points)), key=lambda i: points[i].candidates)
     results: dict[int, Candidates] = {}
-    for _, batch in groupby(order, key=lambda i: points[i].candidates):
-        indices = list(batch)
-        candidates = _Batch(network, prior, [points[i] for i in indices], settings, start).run(progress)
-        results.update(zip(indices, candidates))
-    return [results[i] for i in range(len(points))]
+    order = sorted(range(len(problems)), key=lambda i: problems[i].point.candidates)
+    for _, group in groupby(order, key=lambda i: problems[i].point.candidates):
+        indices = list(group)
+        size = _batch_size(problems[indices[0]])
+        for first in range(0, len(indices), size):
+            chunk = indices[first : first + size]
+            found = _Batch([problems[i] for i in chunk], settings).run(progress)
+            results.update(zip(chunk, found, strict=True))
+    return [results[i] for i in range(len(problems))]
+
+
+def _batch_size(problem: AttackProblem) -> int:
+    """Return how many problems of this size run together; it depends on the sizes alone, so that a rerun is equal."""
+    network = problem.network
+    units = sum(w.shape[0] + w.shape[1] for w in network.weights)
+    numbers = sum(p.numel() for p in network.parameters) + problem.point.candidates * units
+    return max(1, min(BATCH, BATCH_NUMBERS // numbers))
 
 
 def spread_labels(labels: Sequence[float], candidates: int) -> Tensor:
@@ -156,46 +187,56 @@ def spread_labels(labels: Sequence[float], candidates: int) -> Tensor:
 
 
 class _Batch:
-    """Grid points with equally many candidates, as tensors (B, m, d) and (B, m)."""
+    """Problems with equally many candidates, as tensors (B, m, d) and (B, m)."""
 
-    def __init__(
-        self,
-        network: Network,
-        prior: AttackPrior,
-        points: Sequence[GridPoint],
-        settings: AttackSettings,
-        start: InitialValues | None,
-    ) -> None:
-        self.network, self.prior, self.points, self.settings = network, prior, points, settings
+    def __init__(self, problems: Sequence[AttackProblem], settings: AttackSettings) -> None:
+        self.problems, self.settings = problems, settings
+        self.points = points = [p.point for p in problems]
+        self.network = stacked([p.network for p in problems])
+        start = problems[0].start
         self.labels = start.labels if start else spread_labels(settings.labels, points[0].candidates)
         self.alpha = _column([p.alpha for p in points]).unsqueeze(-1)
         self.lambda_min = _column([p.lambda_min for p in points])
-        self.radii = _column([p.radius * prior.typical_norm for p in points])
-        self.scale = network.squared_norm
-        self.size = geometry.norm(settings.geometry or Geometry("l2"), network)
+        self.squared_norm = torch.tensor([p.network.squared_norm for p in problems], dtype=torch.float64)
+        chosen = settings.geometry or Geometry("l2")
+        self.size = torch.stack([geometry.norm(chosen, p.network) for p in problems])
+        priors = [p.prior for p in problems]
+        self.low, self.high, self.center = (
+            torch.stack([getattr(prior, name) for prior in priors]).unsqueeze(1)
+            for name in ("low", "high", "center")
+        )
+        bases = [prior.basis for prior in priors if prior.basis is not None]
+        self.basis = torch.stack(bases) if bases else None
         rates = _column([p.lr for p in points])
         self.x_rate = (rates * _column([max(1.0, p.radius) for p in points])).unsqueeze(-1)
         self.lambda_rate = rates
-        self.x, self.lambdas = self._initial(start)
+        self.x, self.lambdas = self._initial()
 
-    def _initial(self, start: InitialValues | None) -> tuple[Tensor, Tensor]:
-        if start is not None:
-            rows = len(self.points)
-            return start.x.expand(rows, -1, -1).clone(), start.lambdas.expand(rows, -1).clone()
-        xs, lambdas = [], []
-        for point in self.points:
+    def _initial(self) -> tuple[Tensor, Tensor]:
+        starts = [p.start for p in self.problems if p.start is not None]
+        if starts:
+            x, lambdas = torch.stack([s.x for s in starts]), torch.stack([s.lambdas for s in starts])
+            return self._inside(x), lambdas
+        xs, lambda_rows = [], []
+        for problem in self.problems:
+            point, prior = problem.point, problem.prior
             generator = torch.Generator().manual_seed(point.seed)
-            shape = (point.candidates, self.prior.low.numel())
+            shape = (point.candidates, prior.low.numel())
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
-            x = x / x.norm(dim=1, keepdim=True) * (point.radius * self.prior.typical_norm)
-            xs.append(x + self.prior.center if self.prior.kind == "offset" else x)
+            x = x / x.norm(dim=1, keepdim=True) * (point.radius * prior.typical_norm)
+            xs.append(x + prior.center if prior.kind == "offset" else x)
             uniform = torch.rand(point.candidates, generator=generator, dtype=torch.float64)
-            spread = 2 * uniform - 1 if self.settings.task == "regression" else uniform
-            lambdas.append(spread * point.lambda_init)
-        return torch.stack(xs), torch.stack(lambdas)
+            lambda_rows.append(uniform * point.lambda_init)
+        return self._inside(torch.stack(xs)), torch.stack(lambda_rows)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """Return x (B, m, d) projected onto the affine space of the prior, if it declares one."""
+        if self.basis is None:
+            return x
+        return self.center + (x - self.center) @ self.basis.mT @ self.basis
 
     def run(self, progress: Callable[[int, int], None] | None) -> list[Candidates]:
-        """Take all steps of all grid points of the batch."""
+        """Take all steps of all problems of the batch."""
         steps = self.settings.steps
         every = max(1, steps // 60)
         history: list[Tensor] = []
@@ -223,40 +264,40 @@ class _Batch:
         return self._found(reached, x_at_level, history, at)
 
     def _loss(self) -> tuple[Tensor, Tensor]:
-        """Return (objective, K) of each grid point, (B,)."""
+        """Return (objective, K) of each problem, (B,)."""
         passed = forward(self.network, self.x, smoothed(self.alpha))
         c = kkt_coefficients(self.settings.task, passed.outputs, self.labels)
         u = factors(self.network, passed, self.lambdas.unsqueeze(-1) * c)
-        residual = geometry.squared_distance(self.network, u, self.scale) / self.scale
-        loss = residual
+        squared = geometry.squared_distance(self.network, u, self.squared_norm)
+        residual = squared / self.squared_norm
+        is_public = self.settings.balance == "public"
+        loss = squared if is_public else residual
         if self.settings.geometry is not None:
             loss = 1 - geometry.alignment(self.settings.geometry, self.network, u, self.size)
-        if self.settings.task != "regression":
-            loss = loss + LAMBDA_WEIGHT * (self.lambda_min - self.lambdas).relu().square().sum(-1)
-        return loss + self._prior_loss(), residual
+        short = (self.lambda_min - self.lambdas).relu()
+        if is_public:
+            short = short * self.lambdas.shape[-1]
+        return loss + LAMBDA_WEIGHT * short.square().sum(-1) + self._prior_loss(), residual
 
     def _prior_loss(self) -> Tensor | float:
-        if self.prior.kind == "box":
-            outside = (self.x - self.prior.high).relu().square() + (self.prior.low - self.x).relu().square()
-            return BOX_WEIGHT * outside.sum((-2, -1))
-        if self.prior.kind == "radius":
-            return RADIUS_WEIGHT * (self.x.norm(dim=-1) - self.radii).square().sum(-1)
-        return 0.0
+        if self.problems[0].prior.kind != "box":
+            return 0.0
+        outside = (self.x - self.high).relu().square() + (self.low - self.x).relu().square()
+        return BOX_WEIGHT * outside.sum((-2, -1))
 
     def _step(self, step: int, slopes: Sequence[Tensor], moments: list[Tensor]) -> None:
+        """Take one step of Adam with a cosine schedule."""
+        decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / self.settings.steps))
         pairs = zip(
             (self.x, self.lambdas), slopes, (moments[:2], moments[2:]), (self.x_rate, self.lambda_rate)
         )
         for value, slope, (first, second), rate in pairs:
-            if self.settings.method == "sgd":
-                first.mul_(0.9).add_(slope)
-                value.sub_(rate * first)
-                continue
             first.lerp_(slope, 0.1)
             second.mul_(0.999).addcmul_(slope, slope, value=0.001)
-            decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / self.settings.steps))
             root = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
             value.sub_(rate * (decay / (1 - 0.9**step)) * first / root)
+        if self.basis is not None:
+            self.x.copy_(self._inside(self.x))
 
     @torch.no_grad()
     def _found(
@@ -269,8 +310,8 @@ class _Batch:
             c = kkt_coefficients(self.settings.task, passed.outputs, self.labels)
             u = factors(self.network, passed, lambdas.unsqueeze(-1) * c)
             norm_geometry = self.settings.geometry or Geometry("l2")
-            residual = geometry.squared_distance(self.network, u, self.scale) / self.scale
-            measured.append((residual, geometry.alignment(norm_geometry, self.network, u)))
+            residual = geometry.squared_distance(self.network, u, self.squared_norm) / self.squared_norm
+            measured.append((residual, geometry.alignment(norm_geometry, self.network, u, self.size)))
         (residual, aligned), (hard, _) = measured
         return [
             Candidates(

@@ -30,7 +30,7 @@ class KktCertificate:
         residual: ε = ‖θ − Σ λᵢcᵢ∇Φ‖/‖θ‖ with the network's gates and the best λ ≥ 0; for ReLU networks it stays
             high however long one trains, because images sit on kinks.
         residual_clarke, residual_clarke_upper, clarke_violation, kinks, pairs: see `multipliers.ClarkeFit`;
-            None beyond two layers.
+            None beyond two layers, and where the fit would take over 1 GiB.
         slackness: max λᵢ(margin − 1)/Σλ: 0 where only images on the margin have a multiplier.
         squared_norm: ‖θ‖². identity_error: |‖θ‖² − L·Σλᵢ·marginᵢ|/‖θ‖²: Euler's identity at stationarity.
         lambda_sum, support: Σλ, and how many λ exceed 1e-9 of the largest.
@@ -110,10 +110,9 @@ def certify(
         name: for the error.
 
     Raises:
-        InputError: see `separated`. Regression is exempt: it has no margin, and is certified as it is.
+        InputError: see `separated`.
     """
-    is_margin = task != "regression"
-    margin = separated(task, network, x, labels, name) if is_margin else 1.0
+    margin = separated(task, network, x, labels, name)
     unit = network.scaled(margin ** (-1 / network.depth))
     fit = multipliers.fit(task, unit, x, labels)
     values = kkt_coefficients(task, outputs(unit, x), labels).mul(outputs(unit, x)).sum(-1)
@@ -130,7 +129,7 @@ def certify(
     sizes = Counter(_group_keys(unit, x, labels)).values()
     change = network.weights[0] - initial.weights[0] if initial is not None else None
     return KktCertificate(
-        margin_min=margin if is_margin else multipliers.least_margin(task, network, x, labels),
+        margin_min=margin,
         margin_max=float(values.max()),
         normalized_margin=margin / network.squared_norm ** (network.depth / 2),
         residual=fit.residual,
@@ -139,7 +138,7 @@ def certify(
         clarke_violation=clarke.violation if clarke else None,
         kinks=clarke.kinks if clarke else None,
         pairs=clarke.pairs if clarke else None,
-        slackness=float((fit.lambdas * (values - 1)).abs().max()) / max(total, 1e-300) if is_margin else 0.0,
+        slackness=float((fit.lambdas * (values - 1)).abs().max()) / max(total, 1e-300),
         squared_norm=unit.squared_norm,
         identity_error=abs(unit.squared_norm - unit.depth * float(fit.lambdas @ values)) / unit.squared_norm,
         lambda_sum=float(fit.lambdas.sum()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from analysis.reconstruction import config as configuration
@@ -30,7 +31,15 @@ def _precheck(config: ReconstructionConfig) -> None:
 
     if config.checkpoint is None:
         seed = None if config.mode == "fixture" else config.data_seed
-        samples.load(config.data, config.data_path, config.classes, config.per_class, seed, config.offset)
+        samples.load(
+            config.data,
+            config.data_path,
+            config.classes,
+            config.per_class,
+            seed,
+            config.offset,
+            config.dimension,
+        )
 
 
 def _run(config: ReconstructionConfig, *, is_json: bool) -> int:
@@ -53,7 +62,6 @@ def _run(config: ReconstructionConfig, *, is_json: bool) -> int:
     if is_json:
         print(json_document(**results.document()))
     else:
-        report.show(results, for_tables())
-        print(report.headline(results))
+        report.show(results, sys.stdout)
         print(files[0])
     return code

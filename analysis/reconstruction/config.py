@@ -18,24 +18,36 @@ from optimizers.presets import names
 STAGES = ("victim", "certificate", "alternatives", "attack")
 PLACES = {"out", "overwrite", "wandb", "stages"}
 """Keys that change where results go, not what they are."""
-FIXTURE_DEFAULTS: Mapping[str, Any] = {"classes": [0, 4], "per_class": 15, "attack.steps": 0}
-"""Defaults of mode=fixture: the pair of the documentation, and no attack unless steps are set."""
+FIXTURE_DEFAULTS: Mapping[str, Any] = {
+    "classes": [0, 4],
+    "per_class": 15,
+    "attack.steps": 0,
+    "radius": [1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6],
+}
+"""Defaults of mode=fixture: the pair and radii of the documentation, and no attack unless steps are set."""
 Positive = Annotated[float, Field(gt=0)]
 
 
 class AttackKeys(TypedKeys):
-    """The attack's grid: every combination of alpha, lambda_min, radius, candidates, lr and seeds is one point."""
+    """The attack's grid: a point per weights and alpha, lambda_min, radius, candidates, lr and seed."""
 
     steps: int = Field(default=3000, ge=0)
     """steps of the attack; 0: no attack"""
-    method: Literal["adam", "sgd"] = "adam"
-    """adam: cosine schedule; sgd: momentum 0.9, as published"""
     objective: Literal["l2", "matched", "both"] = "both"
     """l2: the published residual; matched: alignment in the optimizer's own norm"""
     geometry: Literal["auto", "l2", "spectral", "linf", "hybrid"] = "auto"
     """norm of the matched objective; auto: the optimizer's own"""
-    alpha: list[Positive] = Field(default_factory=lambda: [50.0], min_length=1)
-    """sharpness of the smoothed ReLU"""
+    weights: list[Literal["margin", "raw"]] = Field(
+        default_factory=lambda: ["margin"],  # pyright: ignore[reportArgumentType]
+        min_length=1,
+    )
+    """margin: the network scaled to a least margin of 1; raw: as trained"""
+    alpha: list[Positive] = Field(default_factory=lambda: [300.0], min_length=1)
+    """sharpness of the smoothed ReLU at a least margin of 1"""
+    alpha_raw: list[Positive] = Field(default_factory=lambda: [50.0], min_length=1)
+    """the same on raw weights, where a larger margin sharpens every gate"""
+    balance: Literal["relative", "public"] = "relative"
+    """relative: ‖θ−u‖²/‖θ‖² against the penalty on λ; public: ‖θ−u‖², another balance for each ‖θ‖"""
     lambda_min: list[Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: [0.005], min_length=1)
     """least λ (no factor 1/m: the published 0.5 is 0.5/m here)"""
     lambda_init: float = Field(default=0.2, gt=0)
@@ -48,12 +60,14 @@ class AttackKeys(TypedKeys):
     """of x and λ, times max(1, radius) for x"""
     seeds: int = Field(default=1, ge=1)
     """initial values per grid point"""
-    prior: Literal["none", "box", "radius", "offset"] = "none"
-    """box: pixels in [−1, 1]; radius: ‖x‖ held at the initial radius; offset: start around it"""
+    prior: Literal["none", "box", "offset", "pca"] = "none"
+    """box: pixels in [−1, 1]; offset: start around it; pca: stay in the span of public images' components"""
+    components: int = Field(default=16, ge=1)
+    """principal components of the public images (prior=pca)"""
     offset: float = 0.0
     """the pixel offset that the attacker believes in (prior=offset, box)"""
     level: float = Field(default=1e-2, gt=0)
-    """candidates are also scored when K first falls to this"""
+    """K at which the table of equal fits scores the candidates"""
 
 
 class ReconstructionWandb(TypedKeys):
@@ -72,20 +86,22 @@ class ReconstructionConfig(job_keys.JobKeys):
 
     mode: Literal["fixture", "victim"] = "victim"
     """fixture: a network in closed form; victim: trained"""
-    data: Literal["digits", "mnist", "cifar10"] = "digits"
-    """digits need no file"""
+    data: Literal["digits", "mnist", "cifar10", "sphere"] = "digits"
+    """digits need no file; sphere: random unit vectors, labelled by the sign of the first coordinate"""
     data_path: str | None = None
     """file or folder of mnist or cifar10"""
+    dimension: int = Field(default=784, ge=2)
+    """of the space of data=sphere"""
     classes: str | list[int] = "odd_even"
-    """odd_even, vehicles_animals, or class numbers: [0,4]"""
+    """odd_even, vehicles_animals, hemispheres, or class numbers: [0,4]"""
     per_class: int = Field(default=5, ge=1)
     """training images of each class"""
     data_seed: int = Field(default=0, ge=0)
-    """of the permutation that chooses the images (victim)"""
+    """of the permutation that chooses the first set of images (victim)"""
+    data_sets: int = Field(default=1, ge=1)
+    """sets of images, the replicates of every interval"""
     offset: float = 0.0
     """secret offset added to every pixel"""
-    task: Literal["auto", "binary", "multiclass", "regression"] = "auto"
-    """auto: by the classes"""
     width: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [400], min_length=1)
     """units of the hidden layers"""
     bias: bool = False
@@ -98,12 +114,10 @@ class ReconstructionConfig(job_keys.JobKeys):
     """training steps of victims"""
     checkpoints: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
     """steps to look at; null: steps/30, steps/5, steps"""
-    margins: list[Positive] = Field(default_factory=list)
-    """further checkpoints: when the least margin first reaches these"""
     seed: int = Field(default=0, ge=0)
     """first seed of victims and attacks"""
     seeds: int = Field(default=1, ge=1)
-    """victims per optimizer"""
+    """victims per optimizer and set of images"""
     radius: list[Positive] = Field(default_factory=lambda: [1.0, 10.0, 1000.0], min_length=1)
     """radii of splits"""
     neurons: int = Field(default=8, ge=2)
@@ -194,9 +208,7 @@ def _check_combinations(config: ReconstructionConfig) -> None:
     if config.checkpoint is not None and config.mode == "fixture":
         raise InputError("checkpoint", config.checkpoint, "has no place in mode=fixture", fix="mode=victim")
     several = isinstance(config.classes, list) and len(config.classes) > 2
-    if several and config.task in ("binary", "regression"):
-        raise InputError("task", config.task, "takes two classes", fix="task=multiclass")
-    if not several and config.task == "multiclass":
-        raise InputError("task", "multiclass", "takes three or more classes", fix="classes=[0,1,2]")
-    if config.mode == "fixture" and (several or config.task not in ("auto", "binary") or config.offset):
+    if config.mode == "fixture" and (several or config.offset):
         raise InputError("mode", "fixture", "takes two classes, no offset", fix="classes=[0,4]")
+    if config.data_sets > 1 and (config.checkpoint is not None or config.mode == "fixture"):
+        raise InputError("data_sets", config.data_sets, "needs victims to train on each", fix="data_sets=1")

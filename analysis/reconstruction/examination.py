@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -14,14 +14,17 @@ import torch
 from analysis.formatting import to_jsonable
 from analysis.reconstruction import alternatives, attack, certificate, multipliers, scoring, susceptibility
 from analysis.reconstruction.alternatives import KktPoint
-from analysis.reconstruction.attack import AttackPrior, AttackSettings, Candidates, GridPoint
+from analysis.reconstruction.attack import AttackPrior, AttackProblem, AttackSettings, Candidates, GridPoint
 from analysis.reconstruction.config import ReconstructionConfig
 from analysis.reconstruction.geometry import Geometry, best_alignment
-from analysis.reconstruction.network import label_margins, outputs
+from analysis.reconstruction.network import Network, label_margins, outputs
 from analysis.reconstruction.scoring import Score, Target, score
 from analysis.reconstruction.subjects import ImageSet, JobFolder, Subject, TableRow
+from harness.errors import InputError
 
 HELDOUT_DRAWS, OTHER_DRAWS = 30, 10
+ORACLE = "oracle"
+"""Name of the attack that starts at the training images, among objectives."""
 AT_LEVEL = {
     "nn_top5_at_level": "nn_top5",
     "nn_top5_margin_at_level": "nn_top5_margin",
@@ -33,21 +36,40 @@ AT_LEVEL = {
 def grid(config: ReconstructionConfig, images: int) -> list[GridPoint]:
     """Return every grid point of the attack on a number of images, in a fixed order."""
     a = config.attack
-    every = itertools.product(a.alpha, a.lambda_min, a.radius, a.candidates, a.lr, range(a.seeds))
+    scales = [
+        (weights, alpha)
+        for weights in a.weights
+        for alpha in (a.alpha if weights == "margin" else a.alpha_raw)
+    ]
+    every = itertools.product(scales, a.lambda_min, a.radius, a.candidates, a.lr, range(a.seeds))
     return [
-        GridPoint(alpha, low, a.lambda_init, radius, max(2, round(ratio * images)), lr, config.seed + seed)
-        for alpha, low, radius, ratio, lr, seed in every
+        GridPoint(
+            alpha, low, a.lambda_init, radius, max(2, round(ratio * images)), lr, config.seed + seed, weights
+        )
+        for (weights, alpha), low, radius, ratio, lr, seed in every
     ]
 
 
 def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
-    """Return what the attacker declares: never the training images; the typical norm is that of public ones."""
+    """Return what the attacker declares: never the training images; norm and components are those of public ones.
+
+    Raises:
+        InputError: more principal components than the public images have.
+    """
     a = config.attack
     d = images.x.shape[1]
     ones = torch.ones(d, dtype=torch.float64)
     # Without a public pool: a uniform pixel in [−1, 1] has variance 1/3.
     typical = float(images.heldout.norm(dim=1).mean()) if len(images.heldout) else (d / 3) ** 0.5
-    return AttackPrior(a.prior, typical, a.offset - ones, a.offset + ones, a.offset * ones)
+    center, basis = a.offset * ones, None
+    if a.prior == "pca":
+        most = min(images.heldout.shape) - 1
+        if a.components > most:
+            key, reason = "attack.components", "are more than the public images have"
+            raise InputError(key, a.components, reason, allowed=f"1 to {most}", fix=f"{key}={most}")
+        center = images.heldout.mean(0)
+        basis = torch.linalg.svd(images.heldout - center, full_matrices=False)[2][: a.components]
+    return AttackPrior(a.prior, typical, a.offset - ones, a.offset + ones, center, basis)
 
 
 @dataclass(frozen=True)
@@ -66,12 +88,17 @@ class Examination:
     subject: Subject
     folder: JobFolder
 
-    def certificate_rows(self) -> list[TableRow]:
-        """Return the one row of the table `certificate`.
+    def check(self) -> None:
+        """Refuse a network that does not separate its images, for which no theorem says anything.
 
         Raises:
-            InputError: the network did not separate its images.
+            InputError: the least margin is not above 0.
         """
+        images, subject = self.images, self.subject
+        certificate.separated(images.task, subject.network, images.x, images.labels, subject.key)
+
+    def certificate_rows(self) -> list[TableRow]:
+        """Return the one row of the table `certificate`."""
         images, subject = self.images, self.subject
         figures = certificate.certify(
             images.task,
@@ -84,11 +111,6 @@ class Examination:
             subject.key,
         )
         return [self._row(**asdict(figures))]
-
-    @property
-    def makes_alternatives(self) -> bool:
-        """Return False in regression: other training sets are built at a least margin of 1, which it has not."""
-        return "alternatives" in self.config.stages and self.images.task != "regression"
 
     @cached_property
     def kkt_point(self) -> KktPoint:
@@ -105,9 +127,8 @@ class Examination:
     def alternative_rows(self) -> list[TableRow]:
         """Return the rows of the table `alternatives`, and write the sets themselves to the folder."""
         config, subject = self.config, self.subject
-        with_muon = subject.hybrid.norm == "hybrid"
         rows, arrays = [], {}
-        for other in alternatives.build_alternatives(self.kkt_point, config.radius, config.seed, with_muon):
+        for other in alternatives.build_alternatives(self.kkt_point, config.radius, config.seed):
             if other.kind != "original":
                 rows.append(self._row(**asdict(alternatives.verify(self.kkt_point, other, subject.is_exact))))
             name = other.kind if other.radius is None else f"{other.kind}_{other.radius:g}"
@@ -138,26 +159,59 @@ class Examination:
         """Return the stored candidates of an attack, or None before it."""
         return self.folder.candidates(f"{self.subject.key}-{objective}")
 
-    def attack_rows(self, progress: Callable[[int, int], None] | None = None) -> list[TableRow]:
-        """Return the rows of the table `attack`: each grid point, then the baselines."""
+    def attacked(self, weights: str) -> Network:
+        """Return the network as the attack gets it: raw, or scaled to a least margin of 1.
+
+        The gates σ(αh) of raw weights are the sharper the larger the margin, so that one α is another attack on each
+        network. Scaling uses one number of the training set, its least margin, in place of a search over α.
+        """
         images, network = self.images, self.subject.network
-        truth = {
-            alpha: susceptibility.true_residual(images.task, network, images.x, images.labels, alpha)
-            for alpha in self.config.attack.alpha
-        }
-        points = grid(self.config, len(images.x))
-        known = prior(self.config, images)
+        if weights == "raw":
+            return network
+        margin = multipliers.least_margin(images.task, network, images.x, images.labels)
+        return network.scaled(margin ** (-1 / network.depth))
+
+    def problems(self, objective: str) -> list[AttackProblem]:
+        """Return an attack per grid point; for `ORACLE` the one that starts at the training images."""
+        known = prior(self.config, self.images)
+        points = grid(self.config, len(self.images.x))
+        if objective == ORACLE:
+            first, a = points[0], self.config.attack
+            point, start = susceptibility.oracle(self.target, first.alpha, a.lambda_init, self.config.seed)
+            point = replace(point, weights=first.weights)
+            return [AttackProblem(self.attacked(first.weights), known, point, start)]
+        networks = {weights: self.attacked(weights) for weights in self.config.attack.weights}
+        return [AttackProblem(networks[point.weights], known, point) for point in points]
+
+    def settings(self, objective: str) -> AttackSettings:
+        """Return what all attacks with this objective share, on any set of images and step of one optimizer."""
+        a, labels = self.config.attack, tuple(self.images.samples.names)
+        geometry = None if objective == ORACLE else self.objectives[objective]
+        return AttackSettings(self.images.task, labels, a.steps, a.balance, geometry, a.level)
+
+    def keep(self, objective: str, candidates: Sequence[Candidates]) -> None:
+        """Store what the attacks of `problems` found."""
+        self.folder.keep_candidates(f"{self.subject.key}-{objective}", candidates)
+
+    def attack_rows(self) -> list[TableRow]:
+        """Return the rows of the table `attack` from stored candidates: each grid point, then the baselines."""
+        points = grid(self.config, len(self.images.x))
+        truth = {(p.weights, p.alpha): self._true_residual(p) for p in points}
         rows: list[TableRow] = []
         for objective, geometry in self.objectives.items():
-            candidates = self.candidates(objective)
-            if candidates is None:
-                candidates = attack.run(network, known, points, self._settings(geometry), progress=progress)
-                self.folder.keep_candidates(f"{self.subject.key}-{objective}", candidates)
+            candidates = self.candidates(objective) or []
             best = self._true_alignment(geometry or Geometry("l2"))
-            rows += [self._attack_row(objective, c, truth[c.point.alpha], best) for c in candidates]
+            rows += [
+                self._attack_row(objective, c, truth[c.point.weights, c.point.alpha], best)
+                for c in candidates
+            ]
             if len(candidates) > 1:
                 rows.append(self._pooled_row(objective, candidates))
-        return rows + self._baseline_rows(known, points, truth)
+        return rows + self._baseline_rows(points, truth[points[0].weights, points[0].alpha])
+
+    def _true_residual(self, point: GridPoint) -> float:
+        images, network = self.images, self.attacked(point.weights)
+        return susceptibility.true_residual(images.task, network, images.x, images.labels, point.alpha)
 
     def match_rows(self) -> list[TableRow]:
         """Return a row per training image: how well the attack of least initial radius and least K found it."""
@@ -187,12 +241,14 @@ class Examination:
     def _row(self, **columns: Any) -> TableRow:
         subject = self.subject
         return to_jsonable(
-            {"optimizer": subject.optimizer, "seed": subject.seed, "step": subject.step, **columns}
+            {
+                "optimizer": subject.optimizer,
+                "data_set": subject.data_set,
+                "seed": subject.seed,
+                "step": subject.step,
+                **columns,
+            }
         )
-
-    def _settings(self, geometry: Geometry | None) -> AttackSettings:
-        a, labels = self.config.attack, tuple(self.images.samples.names)
-        return AttackSettings(self.images.task, labels, a.steps, a.method, geometry, a.level)
 
     def _true_alignment(self, geometry: Geometry) -> float:
         """Return the best alignment of the training images in a norm, with the network's own gates."""
@@ -213,9 +269,13 @@ class Examination:
         is_better_aligned = candidates.alignment > true_alignment
         return self._row(
             kind="attack",
+            margin_min=multipliers.least_margin(
+                self.images.task, self.subject.network, self.images.x, self.images.labels
+            ),
             objective=objective,
             prior=self.config.attack.prior,
             radius=point.radius,
+            weights=point.weights,
             alpha=point.alpha,
             lambda_min=point.lambda_min,
             candidates=point.candidates,
@@ -244,39 +304,41 @@ class Examination:
             **asdict(figures),
         )
 
-    def _baseline_rows(
-        self, known: AttackPrior, points: Sequence[GridPoint], truth: dict[float, float]
-    ) -> list[TableRow]:
+    def _baseline_rows(self, points: Sequence[GridPoint], truth: float) -> list[TableRow]:
         images, target, seed = self.images, self.target, self.config.seed
+        typical = prior(self.config, images).typical_norm
         sizes = [point.candidates for point in points]
         rows = []
         # More candidates are nearer by chance alone: baselines for every number, and for the pool of all.
         for count in sorted({*sizes, sum(sizes)}):
             labels = attack.spread_labels(tuple(images.samples.names), count)
             scores = {
-                "gaussian": susceptibility.gaussians(target, labels, known.typical_norm, OTHER_DRAWS, seed),
+                "gaussian": susceptibility.gaussians(target, labels, typical, OTHER_DRAWS, seed),
                 "pair_means": susceptibility.pair_means(target, count, OTHER_DRAWS, seed),
             }
             if len(images.heldout):
+                pool, pool_labels = images.heldout, images.heldout_labels
                 scores["heldout"] = susceptibility.heldout(
-                    target, images.heldout, images.heldout_labels, labels, HELDOUT_DRAWS, seed
+                    target, pool, pool_labels, labels, HELDOUT_DRAWS, seed
                 )
             rows += [
                 self._row(kind=kind, candidates=count, **_means(draws)) for kind, draws in scores.items()
             ]
-        alpha, lambda_init = self.config.attack.alpha[0], self.config.attack.lambda_init
-        oracle = susceptibility.oracle(target, known, self._settings(None), alpha, lambda_init, seed)
-        figures, _ = score(target, oracle.x, oracle.labels)
-        oracle_row = self._row(
-            kind="oracle",
-            candidates=len(images.x),
-            alpha=alpha,
-            residual=oracle.residual,
-            residual_hard=oracle.hard_residual,
-            residual_true=truth[alpha],
-            **asdict(figures),
-        )
-        return [*rows, oracle_row]
+        for oracle in self.candidates(ORACLE) or []:
+            figures, _ = score(target, oracle.x, oracle.labels)
+            rows.append(
+                self._row(
+                    kind=ORACLE,
+                    candidates=len(images.x),
+                    weights=oracle.point.weights,
+                    alpha=oracle.point.alpha,
+                    residual=oracle.residual,
+                    residual_hard=oracle.hard_residual,
+                    residual_true=truth,
+                    **asdict(figures),
+                )
+            )
+        return rows
 
 
 def _means(scores: Sequence[Score]) -> dict[str, float]:

@@ -79,7 +79,9 @@ def alignment(
     return inner / (size * dual(geometry, network, u)).clamp_min(torch.finfo(inner.dtype).tiny)
 
 
-def squared_distance(network: Network, u: Sequence[GradientFactor], total: float | None = None) -> Tensor:
+def squared_distance(
+    network: Network, u: Sequence[GradientFactor], total: Tensor | float | None = None
+) -> Tensor:
     """Return ‖θ − u‖² (…), expanded: rounding is 1e-16 of ‖θ‖², far below any residual of an attack.
 
     Args:
@@ -156,7 +158,7 @@ def best_alignment(
         return alignment(norm_geometry, network, u, size)
 
     best = float(value(start))
-    if norm_geometry.norm == "l2" or task == "regression":
+    if norm_geometry.norm == "l2":
         return best
     share = start.clamp_min(0) / start.clamp_min(0).sum().clamp_min(1e-300)
     uniform = torch.full_like(share, 1 / len(share))

@@ -1,7 +1,8 @@
-"""λ from weights and images: non-negative least squares, with fixed gates and with Clarke gates."""
+"""λ from weights and images: non-negative least squares in fp64, with fixed gates and with Clarke gates."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,11 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from analysis.reconstruction.network import (
+    ForwardPass,
     Gates,
+    GradientFactor,
     Network,
+    factors,
     flat,
     forward,
     kkt_coefficients,
@@ -23,11 +27,13 @@ from analysis.reconstruction.network import (
 
 KINK = 1e-3
 """A pre-activation this near 0 (network scaled to a least margin of 1) lies on a kink."""
+CLARKE_NUMBERS = 2**27
+"""Most entries of the matrix of the Clarke fit, 1 GiB in fp64."""
 
 
 @dataclass(frozen=True)
 class MultiplierFit:
-    """min over λ (≥ 0 unless regression) of ‖θ − u(λ)‖.
+    """min over λ ≥ 0 of ‖θ − u(λ)‖.
 
     Attributes:
         lambdas: (n,).
@@ -38,40 +44,83 @@ class MultiplierFit:
     residual: float
 
 
-def gradients(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = recomputed) -> Tensor:
-    """Return the rows ∇_θ⟨cᵢ, Φ(xᵢ)⟩, (n, p)."""
-    c = kkt_coefficients(task, forward(network, x, gates).outputs, labels)
-    return per_sample(network, x, c, gates)
-
-
 def fit(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = recomputed) -> MultiplierFit:
-    """Return the best λ for these images, by non-negative least squares (regression: least squares).
+    """Return the best λ ≥ 0 for these images, from the n × n Gram matrix of their gradients.
+
+    With a gradient of layer l as δᵢaᵢᵀ, the Gram matrix is Σ_l δδᵀ ∘ aaᵀ: no (n, p) matrix is formed. The Gram matrix
+    squares the condition number, so λ on the support is refined once by the residual θ − u itself, in fp64.
 
     Args:
         x: (n, d) float64. labels: (n,).
         gates: of the residual; the network's own, inherited ones, or smoothed.
     """
-    columns = gradients(task, network, x, labels, gates).detach().numpy().T
-    theta = flat(network.parameters).numpy()
-    lambdas = solve(columns, theta, is_free=task == "regression")
-    gap = np.linalg.norm(theta - columns @ lambdas) / np.linalg.norm(theta)
-    return MultiplierFit(torch.from_numpy(lambdas), float(gap))
+    with torch.no_grad():
+        passed = forward(network, x, gates)
+        c = kkt_coefficients(task, passed.outputs, labels)
+        single = factors(network, passed, c)
+        products = gram(single)
+        target = _inner(network.matrices, single)
+        lambdas = torch.from_numpy(_nonnegative(products.numpy(), target.numpy()))
+        support = lambdas > 0
+        left = _left(network, passed, lambdas.unsqueeze(-1) * c)
+        # On the support the least-squares conditions are linear; a step that makes a λ negative is not taken.
+        slope = _inner(left, single)[support].unsqueeze(-1)
+        refined = lambdas.clone()
+        if bool(support.any()):
+            refined[support] += torch.linalg.lstsq(
+                products[support][:, support], slope, driver="gelsd"
+            ).solution[:, 0]
+        total = network.squared_norm**0.5
+        sizes = [_size(left)]
+        if bool((refined >= 0).all()):
+            sizes.append(_size(_left(network, passed, refined.unsqueeze(-1) * c)))
+    if len(sizes) == 2 and sizes[1] <= sizes[0]:
+        return MultiplierFit(refined, sizes[1] / total)
+    return MultiplierFit(lambdas, sizes[0] / total)
 
 
 def residual(
     task: str, network: Network, x: Tensor, labels: Tensor, lambdas: Tensor, gates: Gates = recomputed
 ) -> float:
     """Return ‖θ − Σ λᵢ∇⟨cᵢ, Φ(xᵢ)⟩‖/‖θ‖ for given λ (n,)."""
-    theta = flat(network.parameters)
-    gap = theta - lambdas @ gradients(task, network, x, labels, gates)
-    return float(gap.norm() / theta.norm())
+    passed = forward(network, x, gates)
+    c = kkt_coefficients(task, passed.outputs, labels)
+    return _size(_left(network, passed, lambdas.unsqueeze(-1) * c)) / network.squared_norm**0.5
 
 
-def solve(columns: np.ndarray, target: np.ndarray, is_free: bool = False) -> np.ndarray:
-    """Return argmin_{λ ≥ 0} ‖target − columns·λ‖ for columns (p, n); `is_free` allows λ of any sign."""
-    if is_free:
-        return np.linalg.lstsq(columns, target, rcond=None)[0]
-    # The triangular factor has n rows in place of p; nothing is squared.
+def gram(single: Sequence[GradientFactor]) -> Tensor:
+    """Return ⟨∇ᵢ, ∇ⱼ⟩ over all parameters, (n, n), for gradients δᵢaᵢᵀ of n images in each layer: Σ_l δδᵀ ∘ aaᵀ."""
+    return torch.stack([(f.delta @ f.delta.T) * (f.inputs @ f.inputs.T) for f in single]).sum(0)
+
+
+def _inner(matrices: Sequence[Tensor], single: Sequence[GradientFactor]) -> Tensor:
+    """Return ⟨matrices, gradient of image i⟩ for each image, (n,)."""
+    parts = [((f.delta @ m) * f.inputs).sum(-1) for m, f in zip(matrices, single, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def _left(network: Network, passed: ForwardPass, coefficients: Tensor) -> list[Tensor]:
+    """Return θ − u as matrices, for coefficients λᵢcᵢ (n, k)."""
+    u = factors(network, passed, coefficients)
+    return [m - factor.product() for m, factor in zip(network.matrices, u, strict=True)]
+
+
+def _size(matrices: Sequence[Tensor]) -> float:
+    return float(sum(m.square().sum() for m in matrices)) ** 0.5
+
+
+def _nonnegative(products: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return argmin_{λ ≥ 0} λᵀGλ − 2bᵀλ, as least squares with a root of G; directions of rounding are left out."""
+    values, vectors = np.linalg.eigh(products)
+    kept = values > values[-1] * len(products) * np.finfo(float).eps
+    root = np.sqrt(values[kept])
+    columns = root[:, None] * vectors[:, kept].T
+    return solve(columns, (vectors[:, kept].T @ target) / root)
+
+
+def solve(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return argmin_{λ ≥ 0} ‖target − columns·λ‖ for columns (p, n)."""
+    # The triangular factor has at most n rows in place of p; nothing is squared.
     q, r = np.linalg.qr(columns)
     scale = np.abs(r).max() or 1.0
     solution, _ = nnls(r / scale, q.T @ target, maxiter=max(300, 30 * columns.shape[1]))
@@ -99,6 +148,8 @@ class ClarkeFit:
 def clarke(network: Network, x: Tensor, labels: Tensor) -> ClarkeFit | None:
     """Return the Clarke residual of a two-layer network with one output; None for others, where gates multiply.
 
+    Each kinked pair is a column of its own, so that networks with more than `CLARKE_NUMBERS` entries get None, too.
+
     At a kink wⱼ·xᵢ + bⱼ = 0 the subdifferential of relu is [0, 1], so the multiplier of xᵢ in row j of W₁ may be
     any number of [0, λᵢ].
 
@@ -110,6 +161,8 @@ def clarke(network: Network, x: Tensor, labels: Tensor) -> ClarkeFit | None:
         return None
     h = forward(network, x).hidden[0]
     kinked = h.abs() < KINK
+    if (len(x) + int(kinked.sum())) * sum(p.numel() for p in network.parameters) > CLARKE_NUMBERS:
+        return None
     gates = ((h > 0) & ~kinked).to(h.dtype)
     # Rows of λ: kinked pairs off in W₁ and b (they have columns of their own); relu(h) as it is in the head.
     base = per_sample(network, x, labels.unsqueeze(-1), lambda h_, layer: (h_.relu(), gates)).numpy()

@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 
 Gates = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(pre-activations (…, n, h), layer from 0) → (activations, gates), both of the pre-activations' shape."""
-TASKS = ("binary", "multiclass", "regression")
+TASKS = ("binary", "multiclass")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Network:
     """Φ(x) = W_L·relu(… relu(W₁x + b)): of degree L in its parameters, which needs biases past layer 1 absent.
 
     Attributes:
-        weights: (h₁, d), (h₂, h₁), …, (k, h): float64.
+        weights: (h₁, d), (h₂, h₁), …, (k, h): float64. Several networks of one shape have a leading dimension.
         bias: (h₁,) of the first layer, or None.
     """
 
@@ -43,7 +43,7 @@ class Network:
     @property
     def matrices(self) -> tuple[Tensor, ...]:
         """`parameters`, the bias as a column."""
-        return self.weights if self.bias is None else (*self.weights, self.bias.unsqueeze(1))
+        return self.weights if self.bias is None else (*self.weights, self.bias.unsqueeze(-1))
 
     @property
     def squared_norm(self) -> float:
@@ -63,6 +63,13 @@ class Network:
     def with_first(self, weight: Tensor) -> Network:
         """Return the network with another first-layer weight."""
         return replace(self, weights=(weight, *self.weights[1:]))
+
+
+def stacked(networks: Sequence[Network]) -> Network:
+    """Return networks of one shape as one with a leading dimension, which broadcasts over x (…, n, d)."""
+    weights = tuple(torch.stack(layer) for layer in zip(*(n.weights for n in networks), strict=True))
+    biases = [n.bias for n in networks if n.bias is not None]
+    return Network(weights, torch.stack(biases) if biases else None)
 
 
 def recomputed(h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +135,7 @@ def forward(network: Network, x: Tensor, gates: Gates = recomputed) -> ForwardPa
     for layer, weight in enumerate(network.weights[:-1]):
         h = inputs[-1] @ weight.mT
         if layer == 0 and network.bias is not None:
-            h = h + network.bias
+            h = h + network.bias.unsqueeze(-2)
         activation, gate = gates(h, layer)
         inputs.append(activation)
         gate_values.append(gate)
@@ -228,29 +235,22 @@ def kkt_coefficients(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
     """Return cᵢ (…, n, k) of the stationarity condition.
 
     Binary (Haim et al. 2022): yᵢ. Multiclass (Buzaglo et al. 2023): the label's unit vector less that of the
-    strongest other class. Regression (same): 1, and λ may have any sign.
+    strongest other class.
 
     Args:
         task: one of `TASKS`.
         outputs: Φ (…, n, k); no derivative passes through the choice of the strongest class.
-        labels: (n,): ±1, class numbers, or targets.
+        labels: (n,): ±1, or class numbers.
     """
     if task == "binary":
         return labels.to(outputs.dtype).unsqueeze(-1).expand_as(outputs)
-    if task == "regression":
-        return torch.ones_like(outputs)
     own = one_hot(labels.long(), outputs.shape[-1]).to(outputs.dtype).expand_as(outputs)
     rival = outputs.detach().masked_fill(own.bool(), -torch.inf).argmax(-1)
     return own - one_hot(rival, outputs.shape[-1]).to(outputs.dtype)
 
 
 def label_margins(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the margins (…, n): yΦ, or the label's output less the strongest other one.
-
-    Regression has no margin: there it is −|Φ − y|, at most 0.
-    """
-    if task == "regression":
-        return -(outputs.squeeze(-1) - labels).abs()
+    """Return the margins (…, n): yΦ, or the label's output less the strongest other one."""
     return (kkt_coefficients(task, outputs, labels) * outputs).sum(-1)
 
 
@@ -258,12 +258,10 @@ def output_descent(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
     """Return −∂loss/∂Φ (n, k) of the training loss.
 
     Binary: log Σᵢ exp(−yᵢΦᵢ); multiclass: log Σᵢ Σ_{j≠yᵢ} exp(Φⱼ − Φ_{yᵢ}): the logarithm of the sum never
-    underflows, where plain logits do past a margin of 100. Regression: ½ Σ (Φ − y)².
+    underflows, where plain logits do past a margin of 100.
     """
     if task == "binary":
         return (labels * torch.softmax(-labels * outputs.squeeze(-1), 0)).unsqueeze(-1)
-    if task == "regression":
-        return labels.unsqueeze(-1) - outputs
     own = one_hot(labels.long(), outputs.shape[-1]).bool()
     gaps = (outputs - outputs[own].unsqueeze(-1)).masked_fill(own, -torch.inf)
     share = torch.softmax(gaps.flatten(), 0).view_as(outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,22 +49,27 @@ def load(
     per_class: int,
     seed: int | None,
     offset: float = 0.0,
+    dimension: int = 784,
 ) -> SampleSet:
     """Choose a training set.
 
     Args:
-        data: "digits" (scikit-learn's 8×8 digits, in its wheel), "mnist", "cifar10".
+        data: "digits" (scikit-learn's 8×8 digits, in its wheel), "mnist", "cifar10", "sphere" (see `_sphere`).
         path: of the file or folder; None for digits.
         classes: "odd_even", "vehicles_animals" (CIFAR-10), or class numbers: two of them are +1 and −1 in this
             order, more are a multiclass problem.
         per_class: images of each class.
         seed: of the permutation that decides which; None: the first ones, in the data's order.
         offset: added to every pixel of training and public images after the mean was subtracted.
+        dimension: of the space of a sphere.
 
     Raises:
         InputError: unknown class, or more images asked for than there are.
     """
-    images, digits, shape = _raw(data, path)
+    if data == "sphere":
+        images, digits, shape = _sphere(dimension, 2 * (per_class + HELDOUT_PER_CLASS) * 2, seed or 0)
+    else:
+        images, digits, shape = _raw(data, path)
     groups = _groups(data, classes, sorted({int(v) for v in digits}))
     order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
     train_rows, labels, spare, spare_labels = [], [], [], []
@@ -80,7 +86,8 @@ def load(
         spare.append(rows[per_class : per_class + HELDOUT_PER_CLASS])
         spare_labels.append(np.full(len(spare[-1]), label))
     train = images[np.concatenate(train_rows)]
-    mean = train.mean(0)
+    # Points of a sphere stay on it.
+    mean = np.zeros(train.shape[1]) if data == "sphere" else train.mean(0)
     return SampleSet(
         images=train - mean + offset,
         labels=np.concatenate(labels),
@@ -91,6 +98,15 @@ def load(
         shape=shape,
         names={label: name for label, (name, _) in groups.items()},
     )
+
+
+def _sphere(dimension: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Return uniform points of S^(d−1), classes 1 and 0 by the sign of the first coordinate, and a shape to draw."""
+    points = np.random.default_rng([seed, dimension]).standard_normal((count, dimension))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    side = math.isqrt(dimension)
+    shape = (side, side) if side**2 == dimension else (1, dimension)
+    return points, (points[:, 0] > 0).astype(int), shape
 
 
 def _raw(data: str, path: str | None) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
@@ -106,13 +122,15 @@ def _raw(data: str, path: str | None) -> tuple[np.ndarray, np.ndarray, tuple[int
 
 def _groups(data: str, classes: str | list[int], known: list[int]) -> dict[float, tuple[str, list[int]]]:
     """Return label → (name, the data's class numbers)."""
-    if classes == "odd_even" and data != "cifar10":
+    if classes == "hemispheres" and data == "sphere":
+        return {1.0: ("first coordinate +", [1]), -1.0: ("first coordinate −", [0])}
+    if classes == "odd_even" and data in ("digits", "mnist"):
         odd, even = [k for k in known if k % 2], [k for k in known if k % 2 == 0]
         return {1.0: ("odd", odd), -1.0: ("even", even)}
     if classes == "vehicles_animals" and data == "cifar10":
         vehicles = [0, 1, 8, 9]
         return {1.0: ("vehicles", vehicles), -1.0: ("animals", [k for k in known if k not in vehicles])}
-    default = "vehicles_animals" if data == "cifar10" else "odd_even"
+    default = {"cifar10": "vehicles_animals", "sphere": "hemispheres"}.get(data, "odd_even")
     allowed = f"{default}, or two or more of {', '.join(map(str, known))}, as in classes=[0,4]"
     if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) != len(classes):
         raise InputError("classes", classes, allowed=allowed, fix=f"classes={default}")

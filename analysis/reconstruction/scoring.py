@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.ndimage import uniform_filter
+from scipy.ndimage import correlate1d, uniform_filter
 from torch import Tensor
 
 from analysis.reconstruction.network import Network, label_margins, outputs
@@ -53,9 +54,11 @@ class Score:
             median of all. nn_top5_margin, nn_median_margin: after every candidate was moved along its ray onto
             the margin (a bias-free network fixes only λx).
         ncc_top5: mean of the five best normalized cross-correlations.
-        ssim_top5, good, good_share: SSIM of the best buddies after the vote and a stretch to [0, 1], as
-            published: mean of the five best; how many exceed 0.4; their share of the training images.
-        dssim_top5: (1 − SSIM)/2 of the same.
+        buddies_published, ssim_top5_published, good_published: images with a candidate of their own; mean of the five
+            best SSIM; images whose SSIM exceeds 0.4. See `matches` for what is published.
+        buddies_mutual, ssim_top5_mutual, good_mutual: the same with `mutual_matches`.
+        hits_10, hits_25, hits_50: share of training images with a candidate within 10, 25, 50 % of the image's norm,
+            the candidate on the margin.
         in_box: share of candidate pixels inside [−1, 1].
     """
 
@@ -64,10 +67,15 @@ class Score:
     nn_top5_margin: float
     nn_median_margin: float
     ncc_top5: float
-    ssim_top5: float
-    dssim_top5: float
-    good: int
-    good_share: float
+    buddies_published: int
+    ssim_top5_published: float
+    good_published: int
+    buddies_mutual: int
+    ssim_top5_mutual: float
+    good_mutual: int
+    hits_10: float
+    hits_25: float
+    hits_50: float
     in_box: float
 
 
@@ -77,8 +85,9 @@ class Matches:
 
     Attributes:
         image: (n, d): the vote's mean of candidates, in the network's coordinates.
-        ncc: (n,). ssim: (n,), −1 for those that are not best buddies. buddies: (n,) bool.
-        candidate: (n,) index of the candidate of highest NCC.
+        ncc: (n,) of the best candidate of all. ssim: (n,), −1 for images without a candidate of their own.
+        buddies: (n,) bool: which images have one.
+        candidate: (n,) index of the candidate that is matched.
     """
 
     image: Tensor
@@ -89,33 +98,37 @@ class Matches:
 
 
 def score(target: Target, x: Tensor, labels: Tensor) -> tuple[Score, Matches]:
-    """Compare candidates x (m, d) with labels (m,) with the training images."""
+    """Compare candidates x (m, d) with labels (m,) with the training images; the matches are the published ones."""
     raw, _ = nearest(target.x, x)
     scaled, _ = nearest(target.x, on_margin(target, x, labels))
-    matched = matches(target, x)
-    best = _top(matched.ssim)
-    good = int((matched.ssim > GOOD_SSIM).sum())
+    published, mutual = matches(target, x), mutual_matches(target, x)
+    relative = scaled / target.x.norm(dim=1)
     figures = Score(
         nn_top5=-_top(-raw),
         nn_median=float(raw.median()),
         nn_top5_margin=-_top(-scaled),
         nn_median_margin=float(scaled.median()),
-        ncc_top5=_top(matched.ncc),
-        ssim_top5=best,
-        dssim_top5=(1 - best) / 2,
-        good=good,
-        good_share=good / len(target.x),
+        ncc_top5=_top(published.ncc),
+        buddies_published=int(published.buddies.sum()),
+        ssim_top5_published=_top(published.ssim),
+        good_published=int((published.ssim > GOOD_SSIM).sum()),
+        buddies_mutual=int(mutual.buddies.sum()),
+        ssim_top5_mutual=_top(mutual.ssim),
+        good_mutual=int((mutual.ssim > GOOD_SSIM).sum()),
+        hits_10=_share(relative, 0.1),
+        hits_25=_share(relative, 0.25),
+        hits_50=_share(relative, 0.5),
         in_box=float((x.abs() <= 1).double().mean()),
     )
-    return figures, matched
+    return figures, published
 
 
 def on_margin(target: Target, x: Tensor, labels: Tensor) -> Tensor:
     """Move candidates along their rays to the victim's least margin γ: x·γ/margin(x) where margin(x) > 0.
 
-    Exact without a bias, where Φ is of degree 1 in x; with one, and in regression, they stay.
+    Exact without a bias, where Φ is of degree 1 in x; with one, they stay.
     """
-    if target.network.bias is not None or target.task == "regression":
+    if target.network.bias is not None:
         return x
     least = label_margins(target.task, outputs(target.network, target.x), target.labels).min()
     own = label_margins(target.task, outputs(target.network, x), labels)
@@ -124,20 +137,57 @@ def on_margin(target: Target, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def matches(target: Target, x: Tensor) -> Matches:
-    """Match candidates to training images by best buddies, vote and SSIM (after the public code of Haim et al. 2022).
+    """Match candidates to training images by best buddies, vote and SSIM as Haim et al. 2022 publish it.
 
-    The distance is the squared difference of standardized images over their size, 2(1 − NCC). A candidate may
-    serve only the training image that it is nearest to; candidates within 1.1 of the best distance vote.
+    The distance is the squared difference of standardized images over their size, 2(1 − NCC). A candidate belongs to
+    the training image that it is nearest to. Among its own candidates an image takes the best, and all within 1.1 of
+    its distance vote. SSIM: Gaussian window of 3 pixels, the reconstruction stretched to [0, 1], the truth as it is.
+    The public code searches CIFAR-10 at half size; here the search is at full size. An image without a candidate of
+    its own gets −1, where the public code compares an arbitrary one.
+    """
+    similarity = correlations(target.x, x)
+    distance = (2 * (1 - similarity)).clamp_min(0)
+    belongs = distance.argmin(dim=0) == torch.arange(len(target.x)).unsqueeze(1)
+    own = distance.masked_fill(~belongs, torch.inf)
+    best = own.min(dim=1)
+    buddies = best.values.isfinite()
+    voters = (own <= VOTE * best.values.unsqueeze(1)) & belongs
+    return _matched(target, x, similarity, voters, buddies, best.indices, ssim_published)
+
+
+def mutual_matches(target: Target, x: Tensor) -> Matches:
+    """Match more strictly: the candidate that is best of *all* must be nearest to this image, and all candidates vote.
+
+    SSIM: uniform 3 × 3 window inside the image, both images stretched to [0, 1], so that scale and offset do not count.
     """
     similarity = correlations(target.x, x)
     distance = (2 * (1 - similarity)).clamp_min(0)
     best = distance.min(dim=1)
-    voters = (distance <= VOTE * best.values.unsqueeze(1)).double()
-    image = voters @ x / voters.sum(1, keepdim=True)
-    own = distance.argmin(dim=0)
-    buddies = own[best.indices] == torch.arange(len(target.x))
-    values = [_ssim(target, i, image[i]) if buddies[i] else -1.0 for i in range(len(target.x))]
-    return Matches(image, similarity.amax(1), torch.tensor(values, dtype=x.dtype), buddies, best.indices)
+    voters = distance <= VOTE * best.values.unsqueeze(1)
+    buddies = distance.argmin(dim=0)[best.indices] == torch.arange(len(target.x))
+    return _matched(target, x, similarity, voters, buddies, best.indices, _stretched_ssim)
+
+
+def _matched(
+    target: Target,
+    x: Tensor,
+    similarity: Tensor,
+    voters: Tensor,
+    buddies: Tensor,
+    candidate: Tensor,
+    compare: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> Matches:
+    weight = voters.to(x.dtype)
+    # An image without voters is drawn as its best candidate of all.
+    lone = ~voters.any(1)
+    weight[lone, similarity.argmax(1)[lone]] = 1.0
+    image = weight @ x / weight.sum(1, keepdim=True)
+    values = np.full(len(target.x), -1.0)
+    if bool(buddies.any()) and min(target.shape[-2:]) >= WINDOW:
+        rows = buddies.nonzero()[:, 0].tolist()
+        made, truth = (np.stack([target.pixels(of[i]) for i in rows]) for of in (image, target.x))
+        values[rows] = compare(made, truth)
+    return Matches(image, similarity.amax(1), torch.from_numpy(values).to(x.dtype), buddies, candidate)
 
 
 def stretched(image: np.ndarray) -> np.ndarray:
@@ -146,31 +196,53 @@ def stretched(image: np.ndarray) -> np.ndarray:
     return (image - low) / (high - low) if high > low else np.zeros_like(image)
 
 
-def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the structural similarity (Wang et al. 2004) of images in [0, 1], (h, w) or (channels, h, w).
+def ssim_published(reconstructions: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """Return the SSIM of the public code, (n,): reconstructions alone are stretched, Gaussian window of 3, σ = 1.5.
 
-    The window is uniform, 3×3.
-
-    Means are over windows that lie inside the image; constants 0.01² and 0.03²; biased moments.
+    As kornia's: borders reflected, the mean over all pixels and channels. Images are (n, h, w) or (n, channels, h, w).
     """
-    c1, c2 = 0.01**2, 0.03**2
-    planes_a, planes_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    values = []
-    for p, q in zip(planes_a, planes_b):
-        mp, mq, pp, qq, pq = (_window(v) for v in (p, q, p * p, q * q, p * q))
-        vp, vq, cov = pp - mp * mp, qq - mq * mq, pq - mp * mq
-        top = (2 * mp * mq + c1) * (2 * cov + c2)
-        values.append((top / ((mp * mp + mq * mq + c1) * (vp + vq + c2))).mean())
-    return float(np.mean(values))
+    weights = np.exp(-0.5 * (np.arange(-1.0, 2.0) / 1.5) ** 2)
+    weights /= weights.sum()
+
+    def window(planes: np.ndarray) -> np.ndarray:
+        rows = correlate1d(planes, weights, axis=-1, mode="mirror")
+        return correlate1d(rows, weights, axis=-2, mode="mirror")
+
+    return _ssim(_all_stretched(reconstructions), truths, window)
 
 
-def _window(plane: np.ndarray) -> np.ndarray:
+def _stretched_ssim(reconstructions: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    return ssim(_all_stretched(reconstructions), _all_stretched(truths))
+
+
+def _all_stretched(images: np.ndarray) -> np.ndarray:
+    return np.stack([stretched(image) for image in images])
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the structural similarity (Wang et al. 2004), (n,), of images in [0, 1] with a uniform 3 × 3 window.
+
+    Means are over windows that lie inside the image. Images are (n, h, w) or (n, channels, h, w).
+    """
     edge = WINDOW // 2
-    return uniform_filter(plane, WINDOW)[edge:-edge, edge:-edge]
+
+    def window(planes: np.ndarray) -> np.ndarray:
+        return uniform_filter(planes, WINDOW, axes=(-2, -1))[..., edge:-edge, edge:-edge]
+
+    return _ssim(a, b, window)
 
 
-def _ssim(target: Target, index: int, image: Tensor) -> float:
-    return ssim(stretched(target.pixels(target.x[index])), stretched(target.pixels(image)))
+def _ssim(a: np.ndarray, b: np.ndarray, window: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return the mean SSIM over windows and channels, (n,), in fp64; constants 0.01², 0.03²; biased moments."""
+    c1, c2 = 0.01**2, 0.03**2
+    mp, mq, pp, qq, pq = (window(v) for v in (a, b, a * a, b * b, a * b))
+    vp, vq, cov = pp - mp * mp, qq - mq * mq, pq - mp * mq
+    top = (2 * mp * mq + c1) * (2 * cov + c2)
+    return (top / ((mp * mp + mq * mq + c1) * (vp + vq + c2))).reshape(len(a), -1).mean(1)
+
+
+def _share(distances: Tensor, limit: float) -> float:
+    return float((distances <= limit).double().mean())
 
 
 def _top(values: Tensor) -> float:

@@ -41,7 +41,7 @@ _ARRAYS = ("x", "labels", "lambdas", "at_level", "history", "history_steps")
 _NUMBERS = ("level_step", "residual", "hard_residual", "alignment")
 """Fields of `Candidates` that are stored as arrays, and as numbers."""
 TableRow = dict[str, Any]
-TABLES = ("certificate", "alternatives", "attack", "susceptibility")
+TABLES = ("certificate", "alternatives", "attack", "susceptibility", "paired", "duplicates")
 
 
 def check_folder(config: ReconstructionConfig) -> None:
@@ -212,7 +212,7 @@ class Subject:
     """One checkpoint to examine.
 
     Attributes:
-        optimizer, seed, step: of the training. The closed form and external checkpoints have step 0.
+        optimizer, data_set, seed, step: of the training. The closed form and external checkpoints have step 0.
         network: weights at this step.
         initial: weights before training, or None.
         hybrid: the norm in which a step of its optimizer is a ball.
@@ -221,6 +221,7 @@ class Subject:
     """
 
     optimizer: str
+    data_set: int
     seed: int
     step: int
     network: Network
@@ -232,12 +233,12 @@ class Subject:
     @property
     def key(self) -> str:
         """Name of the subject in files."""
-        return f"{self.optimizer}-seed{self.seed}-step{self.step}"
+        return f"{self.optimizer}-set{self.data_set}-seed{self.seed}-step{self.step}"
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Training images, their labels and the public pool as float64 tensors, and the task."""
+    """Training images, their labels and the public pool as float64 tensors, the task, and the number of the set."""
 
     samples: SampleSet
     task: str
@@ -245,10 +246,11 @@ class ImageSet:
     labels: Tensor
     heldout: Tensor
     heldout_labels: Tensor
+    data_set: int = 0
 
 
-def load(config: ReconstructionConfig) -> tuple[ImageSet, Network | None]:
-    """Return the images, and the external network if the configuration names one.
+def load(config: ReconstructionConfig) -> tuple[list[ImageSet], Network | None]:
+    """Return the sets of images, and the external network if the configuration names one.
 
     Raises:
         InputError: see `samples.load` and `external`.
@@ -256,12 +258,21 @@ def load(config: ReconstructionConfig) -> tuple[ImageSet, Network | None]:
     if config.checkpoint is not None and config.batch is not None:
         network = external.network(config.checkpoint)
         d, k = network.weights[0].shape[1], network.weights[-1].shape[0]
-        return _images(config, external.samples(config.batch, d, k)), network
-    seed = None if config.mode == "fixture" else config.data_seed
-    dataset = samples.load(
-        config.data, config.data_path, config.classes, config.per_class, seed, config.offset
-    )
-    return _images(config, dataset), None
+        return [_images(external.samples(config.batch, d, k), 0)], network
+    found = []
+    for number in range(config.data_seed, config.data_seed + config.data_sets):
+        seed = None if config.mode == "fixture" else number
+        dataset = samples.load(
+            config.data,
+            config.data_path,
+            config.classes,
+            config.per_class,
+            seed,
+            config.offset,
+            config.dimension,
+        )
+        found.append(_images(dataset, number))
+    return found, None
 
 
 def subjects(
@@ -271,7 +282,7 @@ def subjects(
     folder: JobFolder,
     say: Callable[[str], None],
 ) -> Iterator[Subject]:
-    """Yield every checkpoint; victims are trained, or taken from the folder, on the way.
+    """Yield every checkpoint on one set of images; victims are trained, or taken from the folder, on the way.
 
     Raises:
         InputError: options that an optimizer does not have, weights that diverged.
@@ -279,10 +290,10 @@ def subjects(
     if config.mode == "fixture":
         closed = closed_form.build(images.samples.images, images.samples.labels, config.neurons)
         hybrid = Geometry("l2")
-        yield Subject(FIXTURE, 0, 0, closed.network, None, hybrid, closed.lambdas, is_exact=True)
+        yield Subject(FIXTURE, 0, 0, 0, closed.network, None, hybrid, closed.lambdas, is_exact=True)
         return
     if network is not None:
-        yield Subject(EXTERNAL, 0, 0, network, None, Geometry("l2"))
+        yield Subject(EXTERNAL, 0, 0, 0, network, None, Geometry("l2"))
         return
     settings = {name: _options(config, name) for name in config.optimizer}
     for seed in range(config.seed, config.seed + config.seeds):
@@ -303,7 +314,7 @@ def _victim(
         images.x.shape[1], tuple(config.width), images.samples.outputs, config.bias, config.init_scale
     )
     start = victim.initial(shape, seed)
-    key = f"{name}-seed{seed}"
+    key = f"{name}-set{images.data_set}-seed{seed}"
     checkpoints = folder.checkpoints(key)
     if checkpoints is None:
         if "victim" not in config.stages:
@@ -315,13 +326,15 @@ def _victim(
             )
         say(f"training {key}: {config.steps_to_keep[-1]} steps")
         trained = victim.train(
-            name, settings, start, images.x, images.labels, images.task, config.steps_to_keep, config.margins
+            name, settings, start, images.x, images.labels, images.task, config.steps_to_keep
         )
         checkpoints = [VictimCheckpoint(0, start), *trained]
         folder.keep_checkpoints(key, checkpoints)
     hybrid = victim.step_geometry(name, settings, start)
     for checkpoint in checkpoints[1:]:
-        yield Subject(name, seed, checkpoint.step, checkpoint.network, checkpoints[0].network, hybrid)
+        yield Subject(
+            name, images.data_set, seed, checkpoint.step, checkpoint.network, checkpoints[0].network, hybrid
+        )
 
 
 def _options(config: ReconstructionConfig, name: str) -> dict[str, object]:
@@ -334,10 +347,8 @@ def _options(config: ReconstructionConfig, name: str) -> dict[str, object]:
         ) from None
 
 
-def _images(config: ReconstructionConfig, dataset: SampleSet) -> ImageSet:
-    task = config.task
-    if task == "auto":
-        task = "binary" if dataset.outputs == 1 else "multiclass"
+def _images(dataset: SampleSet, number: int) -> ImageSet:
+    task = "binary" if dataset.outputs == 1 else "multiclass"
     arrays = (dataset.images, dataset.labels, dataset.heldout, dataset.heldout_labels)
     x, labels, heldout, heldout_labels = (torch.from_numpy(a) for a in arrays)
-    return ImageSet(dataset, task, x, labels, heldout, heldout_labels)
+    return ImageSet(dataset, task, x, labels, heldout, heldout_labels, number)

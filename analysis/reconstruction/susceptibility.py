@@ -6,17 +6,19 @@ and the training set's own residual tells what recovery would look like.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import sem
 from scipy.stats import t as student
 from torch import Tensor
 
-from analysis.reconstruction import attack, multipliers
-from analysis.reconstruction.attack import AttackPrior, AttackSettings, GridPoint, InitialValues
+from analysis.reconstruction import multipliers
+from analysis.reconstruction.attack import GridPoint, InitialValues
 from analysis.reconstruction.network import Network, smoothed
 from analysis.reconstruction.scoring import Score, Target, score
 from analysis.reconstruction.subjects import TableRow
@@ -28,30 +30,138 @@ SCOPE = (
 MEASURES = ("nn_top5", "nn_top5_margin", "ncc_top5")
 ORACLE_LAMBDA_MIN = 1e-3
 ORACLE_LR = 0.005
+_Group = tuple[str, str, str, str, float]
+"""Optimizer, objective, scale of the weights, prior, initial radius of an attack."""
 
 
 def rows(attack: Sequence[TableRow]) -> list[TableRow]:
-    """Return a row per optimizer, step, objective and attacker's radius, from the rows of the table `attack`.
+    """Return a row per optimizer, step, objective, scale of the weights and attacker's radius.
 
-    Of the grid points of one victim and initial value, the attacker's own criterion (least K, or greatest
-    alignment) chooses; the training images do not. Advantage = (held out − attack)/held out for distances, and
-    (attack − held out)/(1 − held out) for NCC: 0 is chance, 1 is the image itself. The interval is Student's, 95 %,
-    over victims' seeds; None for one seed. `beats_truth`: share of attacks that fit the weights better than the
-    training images themselves, by the objective.
+    The means and Student's 95 % intervals (fp64) are over sets of images; victims and attacks on one set are averaged
+    first, and one set has no interval. `beats_truth`: share of attacks that fit the weights better than the training
+    images themselves, by the objective.
+
+    Args:
+        attack: rows of the table `attack`.
+    """
+    out = []
+    for (group, step), sets in _by_set(attack).items():
+        optimizer, objective, weights, prior, radius = group
+        row: TableRow = {
+            "optimizer": optimizer,
+            "step": step,
+            "objective": objective,
+            "weights": weights,
+            "prior": prior,
+            "radius": radius,
+            "data_sets": len(sets),
+            "seeds": min(int(values["victims"]) for values in sets.values()),
+        }
+        for name in MEASURES:
+            mean, half = interval([values[f"advantage_{name}"] for values in sets.values()])
+            row |= {f"advantage_{name}": mean, f"half_width_{name}": half}
+        out.append(row | {"beats_truth": float(np.mean([values["beats_truth"] for values in sets.values()]))})
+    return out
+
+
+def paired(attack: Sequence[TableRow]) -> list[TableRow]:
+    """Return differences within sets of images: last against first step, and each pair of optimizers at the end.
+
+    Student's paired 95 % interval (fp64) is over sets, none for one set. Training compares the figures themselves;
+    optimizers are compared by their advantages. `leaks_more`: sets in which the first member of the pair (the later
+    step, the first optimizer) is recovered better.
+
+    Args:
+        attack: rows of the table `attack`.
+    """
+    by_group: dict[_Group, dict[int, dict[int, dict[str, float]]]] = defaultdict(dict)
+    for (group, step), sets in _by_set(attack).items():
+        by_group[group][step] = sets
+    out = []
+    for group, steps in by_group.items():
+        first, last = min(steps), max(steps)
+        if first < last:
+            for name in MEASURES[1:]:
+                label = f"{group[0]}: step {last} − {first}"
+                out.append(_pair("training", label, group, name, name, steps[last], steps[first]))
+    groups = list(by_group)
+    for one, other in itertools.combinations(groups, 2):
+        if one[0] != other[0] and one[1:] == other[1:]:
+            for name in MEASURES[1:]:
+                label, key = f"{one[0]} − {other[0]}", f"advantage_{name}"
+                ends = (by_group[one][max(by_group[one])], by_group[other][max(by_group[other])])
+                out.append(_pair("optimizers", label, one, name, key, *ends))
+    return [row for row in out if row is not None]
+
+
+def _pair(
+    contrast: str,
+    label: str,
+    group: _Group,
+    measure: str,
+    key: str,
+    one: Mapping[int, Mapping[str, float]],
+    other: Mapping[int, Mapping[str, float]],
+) -> TableRow | None:
+    common = sorted(set(one) & set(other))
+    if not common:
+        return None
+    a, b = (np.array([values[k][key] for k in common]) for values in (one, other))
+    mean, half = interval(list(a - b))
+    nearer_is_less = not key.startswith("advantage") and not measure.startswith("ncc")
+    return {
+        "contrast": contrast,
+        "pair": label,
+        "objective": group[1],
+        "weights": group[2],
+        "prior": group[3],
+        "radius": group[4],
+        "measure": measure,
+        "first": float(a.mean()),
+        "second": float(b.mean()),
+        "difference": mean,
+        "half_width": half,
+        "data_sets": len(common),
+        "leaks_more": int((a < b).sum() if nearer_is_less else (a > b).sum()),
+    }
+
+
+def _by_set(attack: Sequence[TableRow]) -> dict[tuple[_Group, int], dict[int, dict[str, float]]]:
+    """Return (group, step) → set of images → means over its victims and attacks.
+
+    Of the grid points of one victim and initial value, the attacker's own criterion (least K, or greatest alignment)
+    chooses; the training images do not.
     """
     chance: dict[tuple[object, ...], TableRow] = {}
-    groups: dict[tuple[object, ...], dict[int, dict[int, TableRow]]] = defaultdict(lambda: defaultdict(dict))
+    chosen: dict[tuple[_Group, int, int], dict[tuple[int, int], TableRow]] = defaultdict(dict)
     for row in attack:
-        where = (row["optimizer"], row["step"], row["seed"], row["candidates"])
         if row["kind"] == "heldout":
-            chance[where] = row
+            chance[_victim(row)] = row
         if row["kind"] == "attack":
-            key = (row["optimizer"], row["step"], row["objective"], row["prior"], row["radius"])
-            seeds = groups[key][row["seed"]]
-            before = seeds.get(row["attack_seed"])
-            if before is None or _is_better(row, before):
-                seeds[row["attack_seed"]] = row
-    return [row for key, by_seed in groups.items() if (row := _row(key, by_seed, chance)) is not None]
+            group = (row["optimizer"], row["objective"], row["weights"], row["prior"], row["radius"])
+            runs = chosen[group, row["step"], row["data_set"]]
+            run = (row["seed"], row["attack_seed"])
+            if run not in runs or _is_better(row, runs[run]):
+                runs[run] = row
+    out: dict[tuple[_Group, int], dict[int, dict[str, float]]] = defaultdict(dict)
+    for (group, step, data_set), runs in chosen.items():
+        values: dict[str, list[float]] = defaultdict(list)
+        for row in runs.values():
+            base = chance.get(_victim(row))
+            if base is None:
+                continue
+            values["beats_truth"].append(row["beats_truth"])
+            for name in MEASURES:
+                values[name].append(row[name])
+                values[f"advantage_{name}"].append(advantage(name, row[name], chance_level(name, base)))
+        if values:
+            means = {key: float(np.mean(group_values)) for key, group_values in values.items()}
+            out[group, step][data_set] = {**means, "victims": len({seed for seed, _ in runs})}
+    return out
+
+
+def _victim(row: TableRow) -> tuple[object, ...]:
+    return (row["optimizer"], row["step"], row["data_set"], row["seed"], row["candidates"])
 
 
 def _is_better(row: TableRow, than: TableRow) -> bool:
@@ -60,42 +170,18 @@ def _is_better(row: TableRow, than: TableRow) -> bool:
     return row["alignment"] > than["alignment"]
 
 
-def _row(
-    key: tuple[object, ...],
-    by_seed: dict[int, dict[int, TableRow]],
-    chance: dict[tuple[object, ...], TableRow],
-) -> TableRow | None:
-    optimizer, step, objective, prior, radius = key
-    advantages: dict[str, list[float]] = {name: [] for name in MEASURES}
-    beats = []
-    for seed, runs in by_seed.items():
-        for name in MEASURES:
-            values = []
-            for row in runs.values():
-                base = chance.get((optimizer, step, seed, row["candidates"]))
-                if base is not None:
-                    values.append(advantage(name, row[name], base[name]))
-            if values:
-                advantages[name].append(float(np.mean(values)))
-        beats += [row["beats_truth"] for row in runs.values()]
-    if not advantages[MEASURES[0]]:
-        return None
-    out: TableRow = {
-        "optimizer": optimizer,
-        "step": step,
-        "objective": objective,
-        "prior": prior,
-        "radius": radius,
-        "seeds": len(by_seed),
-    }
-    for name in MEASURES:
-        mean, half = interval(advantages[name])
-        out |= {f"advantage_{name}": mean, f"half_width_{name}": half}
-    return {**out, "beats_truth": float(np.mean(beats))}
+def chance_level(name: str, heldout_row: TableRow) -> float:
+    """Return what held-out images get by chance; on the margin, the nearer of the images as they are and rescaled.
+
+    Rescaling moves held-out images away from the training images, so rescaled ones alone would flatter an attack.
+    """
+    if name == "nn_top5_margin":
+        return min(heldout_row["nn_top5"], heldout_row["nn_top5_margin"])
+    return heldout_row[name]
 
 
 def advantage(name: str, value: float, chance: float) -> float:
-    """Return how far a value lies from chance to perfect: 0 is what held-out images get, 1 is the image itself."""
+    """Return how far a value is from chance to perfect: 0 is what held-out images get, 1 is the image itself."""
     if name.startswith("ncc"):
         return (value - chance) / (1 - chance)
     return (chance - value) / chance
@@ -106,8 +192,7 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, float(student.ppf(0.975, len(values) - 1)) * error
+    return mean, float(student.ppf(0.975, len(values) - 1) * sem(values))
 
 
 def heldout(
@@ -161,15 +246,41 @@ def pair_means(target: Target, count: int, draws: int, seed: int) -> list[Score]
     return scores
 
 
+def duplicate_rows(attack: Sequence[TableRow]) -> list[TableRow]:
+    """Return how often a training image has a candidate nearly equal to it, by attacks and by chance.
+
+    A row per optimizer, step, kind (attack, held-out images, Gaussians), objective, weights and radius: means over
+    sets of images of the shares within 10, 25 and 50 % of the image's norm, with Student's 95 % half widths.
+    """
+    groups: dict[tuple[Any, ...], dict[int, list[TableRow]]] = defaultdict(lambda: defaultdict(list))
+    for row in attack:
+        if row["kind"] in ("attack", "heldout", "gaussian"):
+            key = tuple(row.get(k) for k in ("optimizer", "step", "kind", "objective", "weights", "radius"))
+            groups[*key, row["candidates"]][row["data_set"]].append(row)
+    sizes = {key[-1] for key in groups if key[2] == "attack"}
+    out = []
+    for (optimizer, step, kind, objective, weights, radius, count), sets in groups.items():
+        # The pool of all grid points has baselines of its own, which no single attack compares with.
+        if count not in sizes:
+            continue
+        row: TableRow = {
+            "optimizer": optimizer, "step": step, "kind": kind, "objective": objective, "weights": weights,
+            "radius": radius, "candidates": count, "data_sets": len(sets),
+        }  # fmt: skip
+        for name in ("hits_10", "hits_25", "hits_50"):
+            mean, half = interval([float(np.mean([r[name] for r in group])) for group in sets.values()])
+            row |= {name: mean, f"half_width_{name}": half}
+        out.append(row)
+    return out
+
+
 def true_residual(task: str, network: Network, x: Tensor, labels: Tensor, alpha: float) -> float:
     """Return K of the training set itself at the same smoothing with the best λ: what recovery would look like."""
     return multipliers.fit(task, network, x, labels, smoothed(alpha)).residual ** 2
 
 
-def oracle(
-    target: Target, prior: AttackPrior, settings: AttackSettings, alpha: float, lambda_init: float, seed: int
-) -> attack.Candidates:
-    """Run the attack from the training images with random λ: the practical ceiling.
+def oracle(target: Target, alpha: float, lambda_init: float, seed: int) -> tuple[GridPoint, InitialValues]:
+    """Return an attack that starts at the training images with random λ: the practical ceiling.
 
     It drifts off, because for finitely trained weights the truth is not a minimizer of the smoothed objective.
     """
@@ -177,7 +288,4 @@ def oracle(
     n = len(target.x)
     lambdas = lambda_init * torch.rand(n, generator=generator, dtype=torch.float64)
     point = GridPoint(alpha, ORACLE_LAMBDA_MIN, lambda_init, 1.0, n, ORACLE_LR, seed)
-    (candidates,) = attack.run(
-        target.network, prior, [point], settings, InitialValues(target.x, target.labels, lambdas)
-    )
-    return candidates
+    return point, InitialValues(target.x, target.labels, lambdas)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import optimizers
 from analysis.reconstruction.geometry import Geometry
-from analysis.reconstruction.network import Network, combination, forward, label_margins, output_descent
+from analysis.reconstruction.network import Network, combination, forward, output_descent
 from harness.errors import InputError
 
 GD = "gd"
@@ -101,7 +101,6 @@ def train(
     labels: Tensor,
     task: str,
     checkpoints: Sequence[int],
-    margins: Sequence[float] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[VictimCheckpoint]:
     """Train and yield checkpoints in order.
@@ -112,7 +111,6 @@ def train(
         start: initial weights; not changed.
         x: (n, d). labels: (n,).
         checkpoints: steps at which to keep the weights; the last one ends the training.
-        margins: least margins at the first reaching of which to keep them, too.
         progress: called with (step, steps) about twenty times.
 
     Raises:
@@ -123,7 +121,6 @@ def train(
         tuple(parameters[: start.depth]), parameters[start.depth] if start.bias is not None else None
     )
     advance = _gd(network, settings) if optimizer == GD else _built(optimizer, settings, network)
-    margins_due = sorted(margins)
     last = max(checkpoints)
     every = max(1, last // 20)
     due = set(checkpoints)
@@ -132,20 +129,11 @@ def train(
             passed = forward(network, x)
             descent = combination(network, passed, output_descent(task, passed.outputs, labels))
             advance(step, descent)
-        reached = (
-            bool(margins_due) and float(label_margins(task, passed.outputs, labels).min()) >= margins_due[0]
-        )
-        if step in due or reached:
+        if step in due:
             if not all(bool(torch.isfinite(p).all()) for p in parameters):
                 raise InputError(
                     "lr", settings["lr"], f"made {optimizer} diverge by step {step}", fix="a smaller lr"
                 )
-            while (
-                margins_due
-                and reached
-                and float(label_margins(task, passed.outputs, labels).min()) >= margins_due[0]
-            ):
-                margins_due.pop(0)
             yield VictimCheckpoint(step, network.copied())
         if progress and step % every == 0:
             progress(step, last)

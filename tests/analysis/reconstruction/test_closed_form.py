@@ -79,6 +79,17 @@ def test_splits_of_any_radius_explain_the_same_weights(radius: float) -> None:
         assert row.passed
 
 
+def test_controls_fail_at_every_radius_at_which_splits_pass() -> None:
+    """Random directions lose the margin from the first step and explode, where exact splits are flat."""
+    radii = [1.0, 10.0, 1e3, 1e6]
+    rows = [_verified(made) for made in alternatives.controls(exact_problem(), 0, radii)]
+    assert [row.radius for row in rows] == [0.05, 1.0, 10.0, 100.0, 1e3, 1e6]
+    assert not any(row.passed for row in rows)
+    assert all(row.margin_min < 1 - 1e-3 for row in rows)
+    assert rows[-1].residual > 1e4
+    assert rows[-1].margin_min < -1e4
+
+
 def test_a_lopsided_split() -> None:
     problem = exact_problem()
     directions = problem.span.outside[:1].expand(30, -1)
@@ -101,7 +112,7 @@ def test_a_class_merges_to_one_point() -> None:
 
 
 def test_random_directions_must_fail() -> None:
-    broken, shifted = (_verified(made) for made in alternatives.controls(exact_problem(), 0))
+    shifted, broken = (_verified(made) for made in alternatives.controls(exact_problem(), 0))
     assert broken.residual > 1
     assert broken.margin_min < 0
     assert shifted.residual <= 1e-12

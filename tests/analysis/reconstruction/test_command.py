@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.reconstruction import alternatives, config, examination, job, subjects
+from analysis.reconstruction import alternatives, config, examination, job, samples, subjects
+from analysis.reconstruction.network import outputs
 from harness import cli
 from harness.config.typed_keys import keys_of
 from harness.errors import InputError
@@ -29,18 +30,6 @@ SMALL = (
     "attack.steps=40",
     "wandb.mode=disabled",
 )
-
-
-def test_a_regression_has_attacks_and_no_alternatives(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, found = run_json(capsys, *SMALL[:-1], "task=regression")
-    assert code == 0
-    assert found["alternatives"] == []
-    # No margin: it is minus the largest error there.
-    assert all(row["margin_min"] < 0 for row in found["certificate"])
-    assert found["attack"]
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
@@ -76,7 +65,7 @@ def test_a_job_writes_its_files_and_takes_them_up_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "job"
-    words = (*SMALL, f"out={out}", "attack.radius=0.1,3", "seeds=2")
+    words = (*SMALL, f"out={out}", "attack.radius=0.1,3", "attack.weights=margin,raw", "data_sets=2")
     code, first = run_json(capsys, *words)
     assert code == 0
     # After one step nothing is separated: said, and no certificate claimed.
@@ -85,12 +74,21 @@ def test_a_job_writes_its_files_and_takes_them_up_again(
     assert "no certificate is claimed" in first["warnings"][0]
     kinds = {row["kind"] for row in first["attack"]}
     assert kinds == {"attack", "pooled", "heldout", "gaussian", "pair_means", "oracle"}
-    assert {row["seeds"] for row in first["susceptibility"]} == {2}
+    assert {(row["data_sets"], row["seeds"]) for row in first["susceptibility"]} == {(2, 1)}
+    assert {row["weights"] for row in first["susceptibility"]} == {"margin", "raw"}
+    assert {row["data_set"] for row in first["certificate"]} == {0, 1}
     assert all(row["half_width_nn_top5"] is not None for row in first["susceptibility"])
-    for name in ("certificate", "alternatives", "attack", "susceptibility"):
+    for name in ("certificate", "alternatives", "attack", "susceptibility", "paired", "duplicates"):
         frame = pd.read_parquet(out / f"{name}.parquet")
-        assert len(frame) == len(first[name]) == len(pd.read_csv(out / f"{name}.csv"))
-    assert "not about language models" in (out / "report.html").read_text()
+        assert len(frame) == len(first[name])
+        # One separated step and one optimizer make no pair; an empty table has no columns.
+        assert (name == "paired") == (len(frame) == 0)
+        if len(frame):
+            assert len(pd.read_csv(out / f"{name}.csv")) == len(frame)
+    page = (out / "report.html").read_text()
+    assert "not about language models" in page
+    assert "does it depend on training time or optimizer?" in page
+    assert len(page.encode()) < 1_500_000
     assert len(list((out / "images").glob("*.png"))) == 2
     # The second time nothing is computed anew, and the tables are the same.
     stamps = {
@@ -103,7 +101,7 @@ def test_a_job_writes_its_files_and_takes_them_up_again(
     assert again == first
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
     # A lost part is computed again from the candidates that are there: the same rows.
-    (out / "parts" / "gd-seed0-step300-attack.json").unlink()
+    (out / "parts" / "gd-set0-seed0-step300-attack.json").unlink()
     assert run_json(capsys, *words)[1] == first
     with pytest.raises(InputError, match=r"out: .* another configuration \(it differs in steps\)"):
         subjects.check_folder(
@@ -122,7 +120,7 @@ def test_same_seed_same_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_stages_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (*SMALL, f"out={tmp_path / 'job'}")
-    with pytest.raises(InputError, match="needs the victim gd-seed0"):
+    with pytest.raises(InputError, match="needs the victim gd-set0-seed0"):
         job.run(config.load([*words, "stages=attack"]), lambda line: None)
     victim = run_json(capsys, *words, "stages=victim")[1]
     assert victim["certificate"] == victim["alternatives"] == victim["attack"] == []
@@ -184,7 +182,9 @@ def test_a_checkpoint_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["muon.lrr=3", "optimizer=muon"], r"muon\.lrr: 3 .*did you mean muon\.lr|muon\.lrr: 3"),
         (["adamw.lr=1"], "adamw: .* is for an optimizer that is not trained"),
         (["attack.radius=-1"], "attack.radius: .*numbers > 0"),
-        (["classes=0,1,2", "task=binary"], "task: binary takes two classes"),
+        (["data=sphere"], r"classes: odd_even is wrong.*fix: classes=hemispheres"),
+        (["mode=fixture", "data_sets=2"], "data_sets: 2 needs victims to train on each"),
+        (["attack.weights=unit"], "attack.weights: .*margin, raw|attack.weights: unit"),
         (["checkpoint=w.pt"], "checkpoint: w.pt needs batch=FILE"),
         (["optimizer=gd", "gd.lr=1e-9", "steps=2", "attack.steps=1"], "no certificate is claimed"),
         (["gd.lr=1e300", "optimizer=gd", "steps=30"], "not all finite|diverge|no certificate"),
@@ -217,10 +217,52 @@ def test_a_control_that_passes_is_the_answer_no(
 def test_experiments_are_valid() -> None:
     for name in ("reconstruct_digits", "reconstruct_optimizers", "reconstruct_fixture"):
         assert config.load([f"experiment={name}"]).classes
-    made = config.load(["experiment=reconstruct_digits", "seeds=1"])
-    assert (made.seeds, made.optimizer) == (1, ["gd", "muon"])
+    made = config.load(["experiment=reconstruct_digits", "data_sets=1"])
+    assert (made.data_sets, made.optimizer) == (1, ["gd", "muon"])
     points = examination.grid(made, 10)
     assert [p.radius for p in points] == [0.1, 1.0, 3.0]
+    both = config.load(
+        ["attack.weights=margin,raw", "attack.alpha=100", "attack.alpha_raw=7", "attack.radius=1"]
+    )
+    assert [(p.weights, p.alpha) for p in examination.grid(both, 10)] == [("margin", 100.0), ("raw", 7.0)]
+
+
+def test_the_attacked_network_has_a_least_margin_of_1(tmp_path: Path) -> None:
+    """Unless raw weights are asked for; three layers with a bias, where the degree is 3."""
+    words = [
+        "width=40,30",
+        "bias=true",
+        "init_scale=0.1",
+        "steps=600",
+        "checkpoints=600",
+        "optimizer=gd",
+        "per_class=3",
+    ]
+    made = config.load([*words, f"out={tmp_path / 'job'}"])
+    sets, _ = subjects.load(made)
+    folder = subjects.JobFolder(made)
+    (subject,) = subjects.subjects(made, sets[0], None, folder, lambda line: None)
+    found = examination.Examination(made, sets[0], subject, folder)
+    margins = {
+        weights: float((outputs(found.attacked(weights), sets[0].x)[:, 0] * sets[0].labels).min())
+        for weights in ("margin", "raw")
+    }
+    assert margins["margin"] == pytest.approx(1, abs=1e-12)
+    assert margins["raw"] > 2
+    assert found.problems("l2")[0].network.squared_norm == found.attacked("margin").squared_norm
+
+
+def test_points_of_a_sphere() -> None:
+    held = samples.load("sphere", None, "hemispheres", 50, 3, 0.0, 36)
+    np.testing.assert_allclose(np.linalg.norm(held.images, axis=1), 1, rtol=1e-14)
+    assert ((held.images[:, 0] > 0) == (held.labels > 0)).all()
+    assert held.images.shape == (100, 36)
+    assert held.shape == (6, 6)
+    assert not held.mean.any()
+    # Public points are other points.
+    assert np.abs(held.images @ held.heldout.T).max() < 1 - 1e-6
+    other = samples.load("sphere", None, "hemispheres", 50, 4, 0.0, 36)
+    assert np.abs(held.images - other.images).max() > 0.1
 
 
 def test_bad_words_are_answered_without_torch() -> None:
@@ -260,7 +302,7 @@ def test_an_interrupted_job_says_that_it_can_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(examination.Examination, "attack_rows", interrupted)
+    monkeypatch.setattr(examination.Examination, "keep", interrupted)
     words = [*SMALL, f"out={tmp_path / 'job'}"]
     assert cli.main(["reconstruct", *words]) == 75
     assert "the same command resumes" in capsys.readouterr().err

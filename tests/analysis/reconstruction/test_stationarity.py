@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor, nn
 
+from analysis.reconstruction import multipliers
 from analysis.reconstruction.network import (
     Network,
     combination,
+    factors,
     flat,
     forward,
     inherited,
@@ -191,17 +195,13 @@ def test_coefficients_of_the_tasks() -> None:
     c = kkt_coefficients("multiclass", out, labels)
     assert c.tolist() == [[0, -1, 1], [1, 0, -1]]
     torch.testing.assert_close(label_margins("multiclass", out, labels), torch.tensor([-1.0, 0.1]).double())
-    assert kkt_coefficients("regression", out[:, :1], labels).tolist() == [[1], [1]]
     for task, values in (
         ("binary", torch.tensor([1.0, -1.0])),
         ("multiclass", labels),
-        ("regression", labels),
     ):
         start = out.clone() if task == "multiclass" else out[:, :1].clone()
         start.requires_grad_(True)
-        if task == "regression":
-            loss = 0.5 * (start[:, 0] - values).square().sum()
-        elif task == "binary":
+        if task == "binary":
             loss = torch.logsumexp(-values * start[:, 0], 0)
         else:
             gaps = start - start.gather(1, values.long().unsqueeze(1))
@@ -211,3 +211,34 @@ def test_coefficients_of_the_tasks() -> None:
         torch.testing.assert_close(
             output_descent(task, start.detach(), values.double()), -slope, rtol=0, atol=1e-12
         )
+
+
+@pytest.mark.parametrize(("widths", "bias"), [((6, 9, 1), False), ((6, 8, 7, 3), True)])
+@pytest.mark.parametrize("alpha", [None, 5.0])
+def test_multipliers_from_the_factored_gram_are_those_of_the_full_gradients(
+    widths: tuple[int, ...], bias: bool, alpha: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: scipy's non-negative least squares on the (p, n) gradients, which `fit` must not form."""
+    task = "binary" if widths[-1] == 1 else "multiclass"
+    gates = recomputed if alpha is None else smoothed(alpha)
+    network = _random(widths, bias)
+    x, _ = _inputs(12, widths[0], 1)
+    passed = forward(network, x, gates)
+    labels = passed.outputs[:, 0].sign() if task == "binary" else passed.outputs.argmax(-1).double()
+    c = kkt_coefficients(task, passed.outputs, labels)
+    dense = per_sample(network, x, c, gates).numpy().T
+    theta = flat(network.parameters).numpy()
+    expected, gap = scipy.optimize.nnls(dense, theta)
+    gram = multipliers.gram(factors(network, passed, c)).numpy()
+    np.testing.assert_allclose(gram, dense.T @ dense, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(multipliers, "per_sample", None)
+    found = multipliers.fit(task, network, x, labels, gates)
+    assert found.residual == pytest.approx(gap / np.linalg.norm(theta), rel=1e-10)
+    np.testing.assert_allclose(found.lambdas.numpy(), expected, atol=1e-8)
+    assert 0 < int((found.lambdas > 0).sum()) < 12
+    # Control: without the bias' or the head's factor it is another matrix.
+    part = multipliers.gram(factors(network, passed, c)[:-1]).numpy()
+    assert np.abs(part - dense.T @ dense).max() > 1e-2
+    # Least squares on the support: nothing left along any gradient that is used.
+    left = theta - dense @ found.lambdas.numpy()
+    assert np.abs(dense.T @ left)[found.lambdas.numpy() > 0].max() < 1e-12 * np.linalg.norm(theta) ** 2

@@ -8,7 +8,7 @@ import torch
 from analysis.reconstruction import alternatives, certificate, multipliers, victim
 from analysis.reconstruction.alternatives import KktPoint
 from analysis.reconstruction.geometry import Geometry, polar
-from analysis.reconstruction.network import Network, kkt_coefficients, outputs
+from analysis.reconstruction.network import Network
 from analysis.reconstruction.victim import Architecture
 from harness.errors import InputError
 from optimizers import OptionError
@@ -110,29 +110,6 @@ def test_adam_has_far_alternatives_along_dead_pixels_only() -> None:
     assert accepted.margin_min > 0.9
 
 
-def test_muon_family() -> None:
-    """X' = D⁺APBᵀ: the same orthogonalized gradient from other images."""
-    data = digits(5)
-    problem = _problem(trained("muon_svd", 5, 400, (300,))[-1].network, data)
-    # Rank 9 of 10 images (they are centred): with one multiplier per image D has rank 10.
-    positive = KktPoint(**{**problem.__dict__, "lambdas": torch.linspace(0.5, 1.5, 10, dtype=torch.float64)})
-    made = alternatives.muon_family(positive, 0)
-    assert made is not None
-    d = alternatives.first_layer_factor(positive)
-    gap = (made.x - positive.x).norm() / positive.x.norm()
-    assert float(gap) > 0.1
-    assert float((_polar(d @ made.x, 9) - _polar(d @ positive.x, 9)).abs().max()) <= 1e-12
-    # Control: without P in the middle, any other images have another factor.
-    moved = positive.x + 0.1 * (made.x - positive.x).roll(1, 0)
-    assert float((_polar(d @ moved, 9) - _polar(d @ positive.x, 9)).abs().max()) > 1e-3
-    assert alternatives.verify(positive, made, is_exact=False).passed
-
-
-def _polar(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank] @ v[:rank]
-
-
 def test_the_polar_factor_is_scipys() -> None:
     from scipy.linalg import polar as oracle
 
@@ -153,19 +130,6 @@ def test_same_seed_same_weights() -> None:
     assert not torch.equal(found[0].weights[0], found[2].weights[0])
 
 
-def test_checkpoints_by_margin() -> None:
-    data = digits(5)
-    settings = victim.resolve_options("gd", {})
-    kept = list(
-        victim.train("gd", settings, start(100), data.x, data.labels, "binary", [400], margins=[1.0, 5.0])
-    )
-    found = [multipliers.least_margin("binary", c.network, data.x, data.labels) for c in kept]
-    assert [c.step for c in kept] == sorted(c.step for c in kept)
-    assert len(kept) == 3
-    assert found[0] == pytest.approx(1.25, abs=0.25)
-    assert found[1] == pytest.approx(5.5, abs=0.5)
-
-
 @pytest.mark.parametrize("optimizer", ["gd", "adamw", "muon", "galore"])
 def test_three_classes_and_three_layers(optimizer: str) -> None:
     from analysis.reconstruction import samples
@@ -180,23 +144,6 @@ def test_three_classes_and_three_layers(optimizer: str) -> None:
     assert row.residual_clarke is None
     # Euler's identity holds at any degree once λ is the least-squares one: ⟨θ, u⟩ = ‖u‖².
     assert row.identity_error == pytest.approx(row.residual**2, abs=1e-8)
-
-
-def test_regression_at_its_stationary_point() -> None:
-    """With weight decay θ = Σ λᵢ∇Φ, λ = (y − Φ)/decay of any sign: the term of Buzaglo et al."""
-    data = digits(5)
-    begin = victim.initial(Architecture(64, (30,), 1, False, 0.1), 0)
-    settings = victim.resolve_options("gd", {"lr": 0.1, "weight_decay": 0.05})
-    (last,) = victim.train("gd", settings, begin, data.x, data.labels, "regression", [20_000])
-    fit = multipliers.fit("regression", last.network, data.x, data.labels)
-    expected = (data.labels - outputs(last.network, data.x)[:, 0]) / 0.05
-    # The steps have a length of lr/‖θ‖²·|gradient|: what is left of the gradient after 20,000 of them.
-    assert fit.residual < 0.03
-    moved = kkt_coefficients("regression", outputs(last.network, data.x), data.labels)
-    assert bool((moved == 1).all())
-    used = expected.abs() > 0.05 * expected.abs().max()
-    torch.testing.assert_close(fit.lambdas[used], expected[used], rtol=0.1, atol=0)
-    assert float(fit.lambdas.min()) < 0 < float(fit.lambdas.max())
 
 
 def test_what_does_not_separate_gets_no_certificate() -> None:
