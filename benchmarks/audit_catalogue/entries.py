@@ -14,6 +14,28 @@ FACTS = ("state bytes", "weight decay", "host syncs", "keeps gradients", "bf16 p
 """Checks whose measurement is of interest although nothing is wrong."""
 
 
+@dataclass(frozen=True)
+class EarlierAudit:
+    """Sources of the audit whose entries hold, because a later change cannot alter them.
+
+    Attributes:
+        difference: from the present audit, a clause that follows "it".
+        altered: in a reason of an entry that the change may alter, which is measured again.
+    """
+
+    difference: str
+    altered: str
+
+
+EARLIER: Mapping[str, EarlierAudit] = {
+    "5e801b90": EarlierAudit(
+        "judged no cell whose weights have the bits of the reference where rounding alone could move them by an "
+        "update; such a cell was refused as *not judged*, so that all other verdicts are the same in both versions",
+        "not judged",
+    )
+}
+"""Digest → version of the audit whose entries are not measured again."""
+
 UNAVAILABLE: Mapping[str, str] = {
     "dion": "it is not in the package index",
     "emerging-optimizers 0.3.0": "it needs Python 3.12 or newer; torch and DeepSpeed are audited on 3.11",
@@ -55,6 +77,13 @@ class Entry:
     def is_measured(self) -> bool:
         """Return True if it was audited, or cannot be."""
         return bool(self.error or self.cells) or self.passed is not None
+
+    def holds(self, core: str) -> bool:
+        """Return True if an audit with sources of this digest would find the same."""
+        if self.core == core:
+            return True
+        earlier = EARLIER.get(self.core)
+        return earlier is not None and not any(earlier.altered in reason for reason in self.reasons)
 
     def take(self, report: Mapping[str, Any]) -> None:
         """Take over what a report of `optbench audit --json` says; what it lacks stays as it is.

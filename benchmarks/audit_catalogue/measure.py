@@ -41,7 +41,7 @@ Say = Callable[[Entry, int, int], None]
 
 
 def core() -> str:
-    """Return a digest of the sources that decide what is found; entries of another one are measured again."""
+    """Return a digest of the sources that decide what is found; `Entry.holds` says which entries it leaves valid."""
     folder = Path(cells.__file__).parent
     files = sorted(file for pattern in _CORE for file in folder.glob(f"{pattern}.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
@@ -57,7 +57,7 @@ def measure(
     has_checks: bool = True,
     cell_s: float = CELL_S,
 ) -> dict[str, str]:
-    """Measure what the entries lack, and again what other sources measured.
+    """Measure what the entries lack, and again those that do not hold under the present sources.
 
     Args:
         known: target → entry; new and changed ones are put in. What there is no time for stays there, empty.
@@ -87,7 +87,7 @@ def measure(
                 known.setdefault(target.name, Entry(target.name))
             for number, target in enumerate(members, 1):
                 entry = known[target.name]
-                if entry.core != now:
+                if not entry.holds(now):
                     entry = Entry(target.name, core=now)
                 lacking = [cell for cell in selected if cell.label not in entry.cells]
                 lacks_checks = has_checks and entry.passed is None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.audit_catalogue.entries import UNAVAILABLE, Entry
+from benchmarks.audit_catalogue.entries import EARLIER, UNAVAILABLE, Entry
 from benchmarks.audit_catalogue.special import RANKED, REMARKS, UNDERSTATED
 from harness.verify.audit.pages import legend, table_text
 from harness.verify.audit.tables import MISSING, Table
@@ -152,6 +152,9 @@ def _origin(entries: Sequence[Entry]) -> str:
         (main, _), *others = by_size
         sentences.append(f"{_version(main).capitalize()} measured every row, except:")
         sentences += [f"{_version(core)} measured {', '.join(names)}." for core, names in others]
+    sentences += [
+        f"{_version(core).capitalize()} {EARLIER[core].difference}." for core in cores if core in EARLIER
+    ]
     waiting = Counter(package_of(entry) for entry in entries if not entry.is_measured)
     if waiting:
         counts = ", ".join(f"{count} of {package}" for package, count in waiting.items())

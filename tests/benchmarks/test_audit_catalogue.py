@@ -225,6 +225,25 @@ def test_only_what_an_entry_lacks_or_an_older_audit_measured_is_measured(
     assert RECORDED == [("pkg.A", 1, True), ("pkg.A", 1, False)]
 
 
+def test_entries_of_an_earlier_audit_hold_unless_the_change_may_alter_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    earlier = entries.EarlierAudit("saw less", "not judged")
+    monkeypatch.setattr(entries, "EARLIER", {"old": earlier})
+    monkeypatch.setattr(page, "EARLIER", {"old": earlier})
+    plain, unsure = Entry("pkg.A", core="old"), Entry("pkg.B", core="old")
+    plain.take(report())
+    unsure.take(report())
+    unsure.reasons["refused: not judged, because nothing is shown"] = ["ddp"]
+    assert plain.holds("old")
+    assert plain.holds("new")
+    assert not unsure.holds("new")
+    assert not Entry("pkg.C", core="older").holds("new")
+    assert not Entry("pkg.D").holds("new")
+    text = page.text([plain])
+    assert "digest `old` measured every row. The audit whose sources have the digest `old` saw less." in text
+
+
 def test_digest_of_the_audit_changes_with_its_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,7 @@ def judge(
     leaving = _first_leaving(data.start, trajectory.made, expected)
     verdict: Verdict = "safe"
     reason = ""
-    unjudged = _unjudged(expected)
+    unjudged = _unjudged(trajectory.made, expected)
     if late:
         step, name, what = late
         leaving, reason = (step, name), what
@@ -181,13 +181,35 @@ def _ratio(error: float, bound: float) -> float:
     return error / bound if bound else math.inf
 
 
-def _unjudged(expected: Reference) -> dict[str, float]:
+def _unjudged(made: Sequence[Whole], expected: Reference) -> dict[str, float]:
     """Return name → smallest bound, 0 for one that never moves, of each parameter whose error would not show."""
     smallest = {}
     for name in expected.bounds[-1]:
+        if _is_reproduced(name, made, expected):
+            continue
         moving = [bounds[name] for bounds in expected.bounds if bounds[name]]
         smallest[name] = min(moving, default=0.0)
     return {name: bound for name, bound in smallest.items() if not 0 < bound < SEES_NOTHING}
+
+
+def _is_reproduced(name: str, made: Sequence[Whole], expected: Reference) -> bool:
+    """Return True if a parameter moves to the bits of the reference in every step, and a twin has others.
+
+    However wide the bound is (an update below half an ulp of bf16 weights moves few of them), a change as small as one
+    ulp of the gradients would have shown.
+    """
+    moves = any(
+        bool((steps[name].double() != expected.start[name].double()).any()) for steps in expected.steps
+    )
+    shows_an_ulp = any(floors[name] for floors in expected.floors)
+    return (
+        moves
+        and shows_an_ulp
+        and all(
+            torch.equal(weights[name].double(), steps[name].double())
+            for weights, steps in zip(made, expected.steps)
+        )
+    )
 
 
 def _why(unjudged: Mapping[str, float]) -> str:

@@ -34,6 +34,13 @@ class Elementwise(Rule):
         return gradient / (gradient.abs() + 1e-8)
 
 
+class Sign(Rule):
+    """The sign of the gradient, which no rounding changes."""
+
+    def change(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+
 class Rowwise(Rule):
     def change(self, gradient: Tensor) -> Tensor:
         return gradient / (gradient.norm(dim=-1, keepdim=True) + 1e-8)
@@ -122,6 +129,29 @@ class RankDependent(Rule):
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(group["lr"] * p.grad * torch.rand(p.shape, generator=generator))
+
+
+class Momentum(Rule):
+    """A sum of gradients with momentum 0.9."""
+
+    def factor(self) -> float:
+        """Return the factor on the learning rate."""
+        return 1.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    moment = self.state[p].setdefault("moment", torch.zeros_like(p)).mul_(0.9).add_(p.grad)
+                    p.sub_(self.factor() * group["lr"] * moment)
+
+
+class Halved(Momentum):
+    """Half the updates where there are several processes."""
+
+    def factor(self) -> float:
+        return 0.5 if dist.is_initialized() and dist.get_world_size() > 1 else 1.0
 
 
 class Counting(Rule):

@@ -116,6 +116,39 @@ def test_what_cannot_be_seen_is_not_safe(target: Target) -> None:
     assert report.reason.startswith("not judged, because nothing is shown")
 
 
+COARSE = given("even", is_coarse=True)
+DDP_BF16 = EngineCell("ddp", variant="bf16", dtype="bf16_pure")
+
+
+def in_bf16(target: Target, other: Target | None = None) -> CellReport:
+    """Judge bf16 weights that ``other``, or else the target itself, trained."""
+    made = oracle.train(other or target, COARSE.start, COARSE.gradients, torch.bfloat16)
+    run = Trajectory([dict(row) for row in COARSE.gradients], made)
+    return judge(DDP_BF16, target, COARSE, run, ELEMENTWISE)
+
+
+def test_equal_bits_are_safe_where_an_ulp_of_the_gradients_changes_some() -> None:
+    """Updates of 1e-4 are below half an ulp of most bf16 weights, so that every bound is above a whole update."""
+    report = in_bf16(Target("torch.optim.AdamW", {"lr": 1e-4}))
+    assert (report.verdict, report.replay_error) == ("safe", 0.0), report.reason
+    expected = oracle.reference(
+        Target("torch.optim.AdamW", {"lr": 1e-4}), COARSE.start, COARSE.gradients, torch.bfloat16
+    )
+    assert min(min(bounds.values()) for bounds in expected.bounds) > judging.SEES_NOTHING
+
+
+def test_below_rounding_other_bits_are_not_safe() -> None:
+    report = in_bf16(Target("torch.optim.AdamW", {"lr": 1e-4}), Target("torch.optim.AdamW", {"lr": 1.1e-4}))
+    assert report.verdict == "refused"
+    assert report.replay_error
+    assert "rounding alone may move" in report.reason
+
+
+def test_equal_bits_show_nothing_where_an_ulp_of_the_gradients_changes_none() -> None:
+    """A sign of momentum does not see rounding, so that its bits would also be equal after an error."""
+    assert in_bf16(Target(f"{RULES}.Sign", {"lr": 1e-4})).verdict == "refused"
+
+
 def test_parameters_that_are_not_judged_are_named() -> None:
     """Twins differ by more than an update in one parameter; another one never moves."""
     expected = oracle.reference(ADAMW, DATA.start, DATA.gradients)
