@@ -12,6 +12,7 @@ from harness.verify.watch.claims import SCALES, Claim
 from harness.verify.watch.explain import Explanation
 from harness.verify.watch.recording import ParameterRecord, StepFacts
 from harness.verify.watch.spectral import SMOOTH, UNKNOWN
+from harness.verify.watch.subspaces import shard_ranks
 from optimizers.routing import Route
 
 DEFECTS: Mapping[str, str] = {
@@ -27,6 +28,7 @@ DEFECTS: Mapping[str, str] = {
     "clipping after orthogonalization": "the update was clipped instead of the gradient",
     "micro-batch momentum": "momentum and Newton–Schulz advance with every micro-batch",
     "unsynchronized basis, replicas": "replicas hold different weights",
+    "unsynchronized basis, shards": "the shards of a matrix are projected on subspaces of their own",
     "smooth cut": "singular directions near the cut are damped instead of kept or dropped",
     "clipping forgotten": "the gradient norm exceeds the clipping bound when the optimizer receives it",
     "gradients halved": "the gradient is averaged more than once",
@@ -227,11 +229,29 @@ def _of_parameter(p: Parameter, whole: Whole, shrink: Sequence[float] | None) ->
 
 
 def _unexplained(p: Parameter) -> tuple[str, str]:
+    """Return the name of an update that no known rule gives."""
     e = p.explanation
+    ranks = shard_ranks(_first_update(p), p.record.shards, e.rounding)
+    if ranks is not None and ranks.has_own_subspaces:
+        slices = ", ".join(str(rank) for rank in ranks.slices)
+        return (
+            "unsynchronized basis, shards",
+            f"the slices of the first update have rank {slices}, the whole update has rank {ranks.whole}",
+        )
     return (
         "unexplained update",
         f"nearest: {e.detail.removeprefix('no known rule (nearest: ').removesuffix(')')}, {e.residual:.0%} left over",
     )
+
+
+def _first_update(p: Parameter) -> torch.Tensor:
+    """Return the first change that is not zero, without the weight decay that the group claims; in fp64."""
+    decoupled = p.claim.decay if p.claim.is_decoupled is not False else 0.0
+    for before, after, settings in zip(p.record.weights, p.record.weights[1:], p.record.settings):
+        decay = (settings.number("lr", default=0.0) or 0.0) * decoupled
+        if not torch.equal(before, after):
+            return after.double() - before.double() * (1.0 - decay)
+    return torch.zeros(p.record.shape, dtype=torch.float64)
 
 
 def _of_matrix(p: Parameter, whole: Whole) -> Iterable[tuple[str, str]]:

@@ -42,11 +42,13 @@ def kind(found: Profile) -> str | None:
     if found.mixed > MIXED:
         return None
     values, images = found.values, found.images.clamp(1e-6, 1 - 1e-6)
-    # From f = σ²/(σ² + c²): c² = σ²(1 - f)/f, one and the same for all σ that are damped visibly.
-    damped = (images > 0.05) & (images < 0.95)
+    # Relative to the image of σ = 1, f = σ²(1 + c²)/(σ² + c²). So b = σ²(1/f - 1)/(1 - σ²) = c²/(1 + c²) is one and the
+    # same for all σ that are damped visibly.
+    damped = (images > 0.05) & (images < 0.95) & (values < 1)
     if int(damped.sum()) >= 2:
-        cuts = (values.square() * (1 - images) / images)[damped]
-        cut = cuts.median()
+        squares = values.square()
+        b = (squares * (1 / images - 1) / (1 - squares))[damped].median()
+        cut = b / (1 - b)
         expected = values.square() / (values.square() + cut)
         expected = expected / expected.max()
         if float((expected - found.images).abs().max()) < LIKE:

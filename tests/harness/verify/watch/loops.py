@@ -17,13 +17,13 @@ WIDTH, BATCH, UPDATES = 24, 32, 4
 class Net(nn.Module):
     """An embedding, a fused QKV, two ordinary matrices, a norm and a head; no two shapes are alike."""
 
-    def __init__(self, width: int = WIDTH) -> None:
+    def __init__(self, width: int = WIDTH, hidden: int = 52) -> None:
         super().__init__()
         self.embed = nn.Embedding(16, width)
         self.num_heads, self.embed_dim = 2, width
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.up = nn.Linear(width, 52, bias=False)
-        self.down = nn.Linear(52, width, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
         self.norm = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, 16, bias=False)
 
