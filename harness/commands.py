@@ -437,9 +437,9 @@ COMMANDS: dict[str, Command] = {
         values="harness.completion:SHELLS",
     ),
     "submit": Command(
-        "analysis.compare.submit_command:main",
-        "submit a run, a comparison or another command as SLURM jobs",
-        "[train|compare|COMMAND] [its arguments] [cluster=NAME] [cluster.key=value …]",
+        "analysis.submit.command:main",
+        "submit a run, a comparison, a study or another command as SLURM jobs",
+        "[train|compare|sweep|COMMAND] [its arguments] [cluster=NAME] [cluster.key=value …]",
         (
             ("model=llama_60m optimizer=sumo cluster=generic_gpu --dry-run", "print the script"),
             ("model=llama_1b engine=fsdp2 cluster.nodes=4 cluster.time=12h", "one run on four nodes"),
@@ -447,10 +447,15 @@ COMMANDS: dict[str, Command] = {
                 "compare adamw sumo seeds=3 cluster.throttle=4",
                 "an array, one row per run, and the report after it",
             ),
+            (
+                "sweep adamw sumo trials=5 cluster.throttle=8",
+                "an array of trials, and what follows from them",
+            ),
             ("margin optimizer=gd,sumo --after 12", "any other command, after job 12"),
         ),
         (
             Option(_DRY_RUN, "print the script, queue nothing"),
+            Option(("--next",), "of a sweep: queue what follows its trials, without repeating failed ones"),
             Option(
                 ("--after",), "begin when these jobs have ended", "JOB,…", "--after 12", is_repeatable=True
             ),

@@ -80,6 +80,6 @@ def within_arms(pairs: Sequence[tuple[ArrayLike, ArrayLike]]) -> Correlation:
             freedom += len(table) - 1
     if freedom < 4:
         return Correlation(freedom, math.nan, math.nan, math.nan)
-    r = float(stats.pearsonr(np.concatenate(first), np.concatenate(second))[0])
+    r = float(np.corrcoef(np.concatenate(first), np.concatenate(second))[0, 1])
     half = float(stats.norm.ppf(0.975)) / math.sqrt(freedom + 1 - 3)
     return Correlation(freedom, r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half))

@@ -69,9 +69,7 @@ def read(argv: Sequence[str]) -> Study:
             others, an option that is both fixed and tuned, or several values of a key that is not tunable.
     """
     arguments = command_line.parse("sweep", argv)
-    options, words = arguments.options, arguments.rest
-    for name in _values(words, "study"):
-        words = read_study_file(name, [word for word in words if not word.startswith("study=")])
+    options, words = arguments.options, expanded(arguments.rest)
     labels = [word for word in words if "=" not in word]
     own = {key: _whole(words, key) for key in ("trials", "extend", "seed")}
     shared, tuned = _spaces(labels, [word for word in words if word.partition("=")[0] not in _OWN])
@@ -94,6 +92,17 @@ def read(argv: Sequence[str]) -> Study:
         tune_by=_tune_by(words),
         dry_run=options.dry_run,
     )
+
+
+def expanded(words: Sequence[str]) -> list[str]:
+    """Return the words with those of the study file in place of ``study=NAME``.
+
+    Raises:
+        InputError: as `read_study_file`.
+    """
+    for name in _values(words, "study"):
+        words = read_study_file(name, [word for word in words if not word.startswith("study=")])
+    return list(words)
 
 
 def _values(words: Sequence[str], key: str) -> list[str]:

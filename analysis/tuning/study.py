@@ -26,7 +26,8 @@ from harness.record import folder as run_folder
 
 NOTHING_FINITE = 1
 """Exit code: an optimizer has no trial with a finite loss."""
-Say = Callable[[str], None]
+Make = Callable[[Sequence[str]], Prepared]
+"""Composes and checks the run of some overrides."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,30 @@ class Tuning:
 
     Attributes:
         home: folder of the comparison, with the ledger.
+        trials_home: folder of the trials.
         trials: planned so far.
     """
 
-    def __init__(self, study: Study, trainer: sessions.Trainer) -> None:
+    def __init__(self, study: Study, trainer: sessions.Trainer, make: Make | None = None) -> None:
         """Compose and check every trial; nothing is started.
 
         Args:
             study: optimizers, search spaces and budget.
             trainer: trains the runs.
+            make: composes and checks a run; None: as it will run on this machine.
 
         Raises:
             InputError: the first error in any of them.
         """
         self._study, self._trainer = study, trainer
-        self.trials = plan_trials(study, trainer.say)
+        self._make = make or (lambda words: prepare(words, say=trainer.say, writes_folder=False))
+        self.trials = plan_trials(study, self._make)
         if study.tune_by == "metric" and self.trials[0].run.config.task.name == "pretrain":
             raise InputError(
                 "tune_by", "metric", "needs a task with a metric", allowed="loss", fix="tune_by=loss"
             )
-        self._trials_folder = self.trials[0].run.folder.parent
-        self.home: Path = self._trials_folder.with_name(study.plan.group)
+        self.trials_home = self.trials[0].run.folder.parent
+        self.home: Path = self.trials_home.with_name(study.plan.group)
         self._read_ledger()
 
     def arms(self) -> list[TunedArm]:
@@ -88,26 +92,42 @@ class Tuning:
         # Another command may have changed this group since this one was checked.
         self._read_ledger()
         session = self._session(self.trials)
-        self.home.mkdir(parents=True, exist_ok=True)
-        self._trials_folder.mkdir(parents=True, exist_ok=True)
-        marker = {"schema_version": LEDGER_SCHEMA_VERSION, "study": self._study.plan.group}
-        atomic.write_json(self._trials_folder / TRIALS, marker)
+        self.make_folders()
         if self._train(session) == ExitCode.RESUMABLE:
             return ExitCode.RESUMABLE
         for _ in range(self._study.extend):
-            more = self._plan_extension()
+            more = self.extend()
             if not more:
                 break
-            self.trials += more
             if self._train(self._session(more)) == ExitCode.RESUMABLE:
                 return ExitCode.RESUMABLE
         return ExitCode.DONE
+
+    def make_folders(self) -> None:
+        """Make the folders of the study, and mark that of the trials as such."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.trials_home.mkdir(parents=True, exist_ok=True)
+        marker = {"schema_version": LEDGER_SCHEMA_VERSION, "study": self._study.plan.group}
+        atomic.write_json(self.trials_home / TRIALS, marker)
 
     def confirm(self) -> tuple[int, ComparisonPlan]:
         """Train the best setting of every optimizer on fresh seeds.
 
         Returns:
             Exit code (0; 3: a run failed or diverged; 75: interrupted), and the plan of the comparison.
+        """
+        plan, runs = self.plan_confirmation()
+        session = sessions.Session(runs, self._trainer, group=plan.group)
+        return session.train(), plan
+
+    def plan_confirmation(self, *, writes: bool = True) -> tuple[ComparisonPlan, list[Prepared]]:
+        """Plan the runs of the best settings on fresh seeds.
+
+        Args:
+            writes: write their identities into the ledger, and archive runs of a setting that is no longer the best.
+
+        Returns:
+            The plan of the comparison and its runs, in the order of training.
         """
         plan = self._study.plan
         numbers = {arm.label: arm.best for arm in self.arms() if arm.best is not None}
@@ -118,13 +138,14 @@ class Tuning:
             if arm.label in numbers
         ]
         plan = replace(plan, arms=best)
-        runs = sessions.prepare_runs(plan, self._trainer.say)
+        runs = [self._make(plan.overrides(arm, seed)) for seed in plan.seeds for arm in plan.arms]
+        if not writes:
+            return plan, runs
         self._archive_outdated(runs, [identity for known in self._confirmed.values() for identity in known])
         count = len(best)
         self._confirmed = {arm.label: [run.identity for run in runs[i::count]] for i, arm in enumerate(best)}
         self.write_ledger()
-        session = sessions.Session(runs, self._trainer, group=plan.group)
-        return session.train(), plan
+        return plan, runs
 
     def write_ledger(self) -> None:
         """Write the ledger; it keeps optimizers that an earlier command tuned in this group."""
@@ -188,8 +209,8 @@ class Tuning:
             runs, self._trainer, group=plan.group, is_over=sessions.has_ended, steps_later=later
         )
 
-    def _plan_extension(self) -> list[PlannedTrial]:
-        """Plan one more trial for every optimizer if a best one is on an edge or an optimizer has none; else none.
+    def extend(self) -> list[PlannedTrial]:
+        """Add one more trial for every optimizer if a best one is on an edge or an optimizer has none; else none.
 
         After a failed trial the budgets are unequal, which more trials would not correct.
         """
@@ -211,13 +232,14 @@ class Tuning:
                 arm,
                 len(tuned.trials) + 1,
                 next_setting(tuned, self.trials),
-                self._trainer.say,
+                self._make,
                 added=True,
             )
             for arm, tuned in zip(self._study.plan.arms, arms, strict=True)
         ]
         earlier = [t.identity for arm in self._earlier for t in arm.trials if t.added]
         self._archive_outdated([trial.run for trial in more], earlier)
+        self.trials += more
         return more
 
     def _archive_outdated(self, runs: Sequence[Prepared], own: Sequence[str]) -> None:
@@ -237,7 +259,7 @@ def with_values(arm: ArmSpec, values: Values) -> ArmSpec:
     return ArmSpec(arm.label, (*kept, *own))
 
 
-def plan_trials(study: Study, say: Say) -> list[PlannedTrial]:
+def plan_trials(study: Study, make: Make) -> list[PlannedTrial]:
     """Plan the trials of all search spaces, with the optimizers taking turns.
 
     Raises:
@@ -245,14 +267,14 @@ def plan_trials(study: Study, say: Say) -> list[PlannedTrial]:
     """
     points = {arm.label: _points(study, arm) for arm in study.plan.arms}
     return [
-        plan_trial(study, arm, number, points[arm.label][number - 1], say)
+        plan_trial(study, arm, number, points[arm.label][number - 1], make)
         for number in range(1, study.trials + 1)
         for arm in study.plan.arms
     ]
 
 
 def plan_trial(
-    study: Study, arm: ArmSpec, number: int, values: Values, say: Say, *, added: bool = False
+    study: Study, arm: ArmSpec, number: int, values: Values, make: Make, *, added: bool = False
 ) -> PlannedTrial:
     """Compose and check one trial.
 
@@ -261,7 +283,7 @@ def plan_trial(
     """
     spec = with_values(arm, values)
     own = [f"seed={study.seed}", f"group={study.trials_group}", f"name={arm.label}-trial{number}"]
-    run = prepare([*study.plan.shared, *spec.overrides, *own], say=say, writes_folder=False)
+    run = make([*study.plan.shared, *spec.overrides, *own])
     return PlannedTrial(arm.label, number, values, run, added)
 
 

@@ -262,6 +262,22 @@ def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: Su
     return queued
 
 
+def busy_runs(home: Path) -> dict[str, str]:
+    """Return name → job of the runs of a group's grid that wait or run."""
+    submission = Submission(home)
+    rows = grid.read(submission.path / grid.FILE)
+    names = {row.row: row.name for row in rows}
+    return {names[row]: job for row, job in _busy(submission, rows).items()}
+
+
+def submitted_runs(home: Path) -> set[tuple[str, str]]:
+    """Return name and identity of each run of a group's grid that was queued at least once."""
+    submission = Submission(home)
+    queued = {row for entry in submission.jobs() for row in entry.rows}
+    rows = grid.read(submission.path / grid.FILE)
+    return {(row.name, row.identity) for row in rows if row.row in queued}
+
+
 def _busy(submission: Submission, rows: Sequence[GridRow]) -> dict[int, str]:
     """Return row number → job that waits for the row or runs it, among the jobs submitted here."""
     tasks = {entry.task(row): row for entry in submission.jobs() for row in entry.rows}

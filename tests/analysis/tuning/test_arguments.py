@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import sessions, submit_command
+from analysis.compare import sessions
 from analysis.compare.progress import Verbosity
 from analysis.tuning import arguments
 from analysis.tuning.space import Axis
@@ -127,11 +127,6 @@ def test_no_torch_is_imported_and_no_scipy_before_it_is_needed() -> None:
     for module, package in (("study", "'torch'"), ("arguments", "'scipy'")):
         done = subprocess.run([sys.executable, "-c", code.format(module, package)], check=False)
         assert done.returncode == 0
-
-
-def test_a_sweep_is_no_job_of_slurm() -> None:
-    with pytest.raises(InputError, match=r"submit: sweep chooses its last runs.*fix: optbench sweep"):
-        submit_command.main(["sweep", "adamw", "sumo", "--dry-run"])
 
 
 def test_the_loss_selects_unless_a_task_has_a_metric_that_is_asked_for() -> None:

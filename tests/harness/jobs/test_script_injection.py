@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from analysis.compare import submit_command
+from analysis.submit import command as submit_command
 from harness.config import cluster
 from harness.config.cluster import ClusterConfig
 from harness.errors import InputError

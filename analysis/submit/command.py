@@ -1,6 +1,6 @@
-"""`optbench submit`: submit a run, a comparison or another command as SLURM jobs. Torch-free.
+"""`optbench submit`: submit a run, a comparison, a tuning study or another command as SLURM jobs. Torch-free.
 
-It is not in `harness/jobs`, because the arms of a comparison are defined in this package.
+It is not in `harness/jobs`, because comparisons and studies are defined in `analysis`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from harness.output import json_document
 from harness.record import folder as run_folder
 from harness.redaction import redact_argv
 
-_NOT_AS_JOB = ("submit", "status", "list", "show", "doctor", "completion", "sweep")
+_NOT_AS_JOB = ("submit", "status", "list", "show", "doctor", "completion")
+_GRIDS = ("train", "compare", "sweep")
+"""Commands whose runs are jobs; every other command is one job of its own."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,18 @@ class _SubmitArguments:
     as_json: bool
     after: tuple[str, ...]
     then: tuple[tuple[str, ...], ...]
+    follows: bool
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``optbench submit [COMMAND] [its arguments] [cluster=NAME] [cluster.key=value] [--dry-run] [--json]``.
 
-    Without a command: ``train``. ``compare`` becomes an array with one row per run, and a report after it; every other
-    command one job on one node.
+    Without a command: ``train``. ``compare`` becomes an array with one row per run, and a report after it; ``sweep`` an
+    array of its trials, and a job after it that queues what follows from their results; every other command one job on
+    one node.
 
     Returns:
-        0: queued (or shown, or nothing to do).
+        0: queued (or shown, or nothing to do). 1: no trial of a sweep ended with a finite loss.
 
     Raises:
         InputError: bad input, here or for SLURM; nothing was queued.
@@ -67,6 +71,14 @@ def main(argv: Sequence[str]) -> int:
         queued = submit.train(submitted.overrides, request)
     elif submitted.command == "compare":
         queued = _compare(submitted.overrides, request)
+    elif submitted.command == "sweep":
+        from analysis.submit import sweep
+
+        queued = sweep.queue(
+            submitted.overrides, submitted.cluster_overrides, request, follows=submitted.follows
+        )
+        if queued is None:
+            return sweep.NOTHING_FINITE
     else:
         home = Path("runs") / f"{submitted.command}-{datetime.now():%Y%m%d-%H%M%S}"
         queued = submit.command([submitted.command, *submitted.overrides], home, request)
@@ -105,7 +117,11 @@ def _parse(argv: Sequence[str]) -> _SubmitArguments:
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
         command, *rest = rest
         _check_command(command)
-    if command in ("train", "compare"):
+    if options.next and command != "sweep":
+        raise InputError(
+            "--next", command, "follows the trials of a sweep", fix="optbench submit sweep … --next"
+        )
+    if command in _GRIDS:
         for argument in rest:
             if argument.startswith("--"):
                 raise command_line.unknown_option("submit", argument)
@@ -118,17 +134,12 @@ def _parse(argv: Sequence[str]) -> _SubmitArguments:
         as_json=options.json,
         after=tuple(job for value in options.after for job in _jobs(value)),
         then=tuple(map(_then, options.then)),
+        follows=options.next,
     )
 
 
 def _check_command(name: str) -> None:
     allowed = [name for name in COMMANDS if name not in _NOT_AS_JOB]
-    if name == "sweep":
-        reason = "chooses its last runs by its first ones, and runs on one machine"
-        fix = (
-            "optbench sweep … in a job of yours (the same command resumes it), then optbench submit compare …"
-        )
-        raise InputError("submit", name, reason, fix=fix)
     if name not in allowed:
         guess = closest(name, allowed)
         fix = f"optbench submit {guess} …" if guess else "optbench submit compare adamw sumo"
@@ -154,7 +165,7 @@ def _then(value: str) -> tuple[str, ...]:
     if not command:
         raise InputError("--then", value, "names no command", fix="--then 'margin optimizer=gd,adam'")
     _check_command(command[0])
-    if command[0] in ("train", "compare"):
+    if command[0] in _GRIDS:
         fix = "submit it by itself, with --after JOB"
         raise InputError("--then", value, "is not a command of one node", fix=fix)
     return tuple(command)

@@ -1,0 +1,1 @@
+"""`optbench submit`: runs, comparisons, tuning studies and other commands as SLURM jobs."""
