@@ -388,6 +388,19 @@ COMMANDS: dict[str, Command] = {
         ),
         keys="analysis.reconstruction.config:help_text",
     ),
+    "memorize": Command(
+        "analysis.memorization.command:main",
+        "measure what the models of several optimizers memorize",
+        "RUN_OR_GROUP … [key=value …]",
+        (
+            ("runs/memorization", "exposure of canaries, extraction, membership, at equal validation loss"),
+            ("runs/memorization/sumo-seed0 checkpoints=last", "the last checkpoint of one run"),
+            ("runs/memorization reference=runs/other/mine", "membership also against a reference model"),
+        ),
+        (Option(("--out",), "write there instead of the folder of the runs", "DIR", "--out runs/memorize"),),
+        (("RUN_OR_GROUP", "a run folder with checkpoints, or a folder of such runs"),),
+        keys="analysis.memorization.config:help_text",
+    ),
     "export": Command(
         "harness.export:main",
         "write trained weights as a Hugging Face model folder",

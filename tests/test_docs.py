@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from analysis.margin import config as margin_config
+from analysis.memorization import config as memorization_config
 from analysis.reconstruction import config
 from analysis.tuning import arguments as study_arguments
 from harness.commands import COMMANDS
@@ -53,6 +54,7 @@ OURS = [
 COMPANIONS: dict[str, Callable[[list[str]], object]] = {
     "margin": margin_config.load,
     "reconstruct": config.load,
+    "memorize": memorization_config.load,
 }
 """Commands with keys of their own → what reads those keys."""
 

@@ -1,0 +1,1 @@
+"""What a language model memorizes, by optimizer: canaries, verbatim extraction, membership (`optbench memorize`)."""

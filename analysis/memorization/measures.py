@@ -1,0 +1,218 @@
+"""Everything that is measured on one checkpoint, kept in a file so that an interrupted job goes on where it ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from analysis.comparison.statistics import interval
+from analysis.memorization import exposure, extraction, membership
+from analysis.memorization.config import MemorizeConfig
+from analysis.memorization.membership import Separation
+from analysis.memorization.runs import MeasuredRun
+from analysis.memorization.windows import CorpusView, Rows, token_log_probs
+from harness import export
+from harness.checkpoint import store
+from harness.errors import InputError
+from harness.files import atomic
+
+Floats = NDArray[np.float64]
+Result = dict[str, Any]
+VERSION = 1
+"""Raised when the same checkpoint would give other numbers: kept results of another version are measured again."""
+FEWEST_HELD_OUT = 8
+
+
+class Measurer:
+    """Measure checkpoints of runs on one corpus.
+
+    Args:
+        view: the corpus.
+        config: what to measure.
+        cache: folder for the result of each checkpoint.
+
+    Raises:
+        InputError: ``reference`` holds no checkpoint, or one of another tokenizer.
+    """
+
+    def __init__(self, view: CorpusView, config: MemorizeConfig, cache: Path) -> None:
+        self._view, self._config, self._cache = view, config, cache
+        if config.prefix + config.continuation > view.seq_len + 1:
+            value, room = config.prefix + config.continuation, view.seq_len + 1
+            reason = f"with continuation is {value} tokens, and rows of these runs hold {room}"
+            raise InputError(
+                "prefix", config.prefix, reason, fix=f"prefix={room // 2} continuation={room // 2}"
+            )
+        self._reference = None if config.reference is None else _Reference(config.reference, view)
+        self._validation = view.validation_rows(config.windows)
+        groups = len({canary.copies for canary in view.inserted}) or 1
+        # As many as a number of copies has, from canaries in no document: they show the level of chance.
+        self._controls = view.held_out[: max(FEWEST_HELD_OUT, len(view.inserted) // groups)]
+
+    def measure(self, run: MeasuredRun, step: int, checkpoint: Path) -> Result:
+        """Return the result of one checkpoint, from its file if it has one."""
+        kept = self._cache / f"{run.run.folder.name}-step{step}-{self._key(checkpoint)}.json"
+        try:
+            return json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            pass
+        began = time.process_time()
+        torch.manual_seed(0)
+        weights = export.choice(checkpoint, None)
+        model = export.load(checkpoint, run.config, weights)
+        result = {
+            "optimizer": run.arm,
+            "rank": run.rank,
+            "seed": run.seed,
+            "step": step,
+            "run": run.run.where,
+            **self.of_model(model, self._view.training_rows(run.config, step, self._config.windows)),
+        }
+        passes = step * run.config.batch_size * run.config.seq_len / self._view.corpus.train_tokens
+        result |= {"epochs": passes, "cpu_s": time.process_time() - began}
+        self._cache.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(kept, result)
+        return result
+
+    def of_model(self, model: nn.Module, training: Rows) -> Result:
+        """Return all measures of a model.
+
+        Args:
+            model: in evaluation mode.
+            training: rows that it was trained on.
+
+        Raises:
+            InputError: fewer than two training rows.
+        """
+        if len(training.ids) < 2:
+            reason = "has seen fewer than two rows without canaries; measure a later checkpoint"
+            raise InputError("memorize", len(training.ids), reason, fix="checkpoints=last")
+        seen, unseen = token_log_probs(model, training), token_log_probs(model, self._validation)
+        return {
+            "val_loss": float(-unseen.mean()),
+            "train_loss": float(-seen.mean()),
+            **self._canaries(model),
+            "extraction": self._extraction(model, training),
+            "membership": self._membership(seen, unseen, training),
+        }
+
+    def _canaries(self, model: nn.Module) -> Result:
+        view = self._view
+        if not view.inserted:
+            return {"exposure": [], "canaries": []}
+        chosen = [*self._controls, *view.inserted]
+        scores = exposure.secret_scores(model, view.encoder, chosen, view.held_out)
+        bits = exposure.exposures(scores.own, scores.others)
+        canaries = [
+            {"name": c.name, "copies": c.copies, "exposure": float(b), "extracted": bool(e)}
+            for c, b, e in zip(chosen, bits, scores.is_extracted)
+        ]
+        groups = []
+        for copies in sorted({canary.copies for canary in chosen}):
+            of_group = np.array([canary.copies == copies for canary in chosen])
+            found = interval(bits[of_group])
+            groups.append(
+                {
+                    "copies": copies,
+                    "mean": found.mean,
+                    "low": _bound(found.mean - found.half_width),
+                    "high": _bound(found.mean + found.half_width),
+                    "canaries": int(of_group.sum()),
+                    "extracted": float(scores.is_extracted[of_group].mean()),
+                }
+            )
+        return {"exposure": groups, "canaries": canaries}
+
+    def _extraction(self, model: nn.Module, training: Rows) -> Result:
+        shape = (self._config.prefix, self._config.continuation)
+        few = [
+            Rows(*(part[: self._config.extracted] for part in rows)) for rows in (training, self._validation)
+        ]
+        seen, unseen = (extraction.extract(model, rows, *shape) for rows in few)
+        return extraction.describe(seen, unseen, *shape)
+
+    def _membership(self, seen: Floats, unseen: Floats, training: Rows) -> Result:
+        share = self._config.min_k
+        scores = {
+            "loss": (seen.mean(1), unseen.mean(1)),
+            "min_k": (membership.min_k_scores(seen, share), membership.min_k_scores(unseen, share)),
+        }
+        if self._reference is not None:
+            losses = self._reference.losses(training), self._reference.losses(self._validation)
+            scores["reference"] = (seen.mean(1) + losses[0], unseen.mean(1) + losses[1])
+        found = {name: _describe(membership.separation(*pair)) for name, pair in scores.items()}
+        return {**found.pop("loss"), **found, "members": len(seen), "others": len(unseen)}
+
+    def _key(self, checkpoint: Path) -> str:
+        manifest = (checkpoint / store.MANIFEST).read_bytes()
+        keys = self._config.model_dump(exclude={"val_loss", "checkpoints"})
+        reference = None if self._reference is None else self._reference.checksum
+        text = json.dumps([VERSION, keys, reference], sort_keys=True).encode()
+        return hashlib.sha256(text + manifest).hexdigest()[:12]
+
+
+class _Reference:
+    """The losses of a reference model, computed once per row."""
+
+    def __init__(self, place: str, view: CorpusView) -> None:
+        from harness import data
+        from harness.config import compose
+
+        source = export.find(Path(place))
+        config = compose.load_file(source.folder / store.CONFIG)
+        if config.task.name != "pretrain":
+            raise InputError(
+                "reference", place, f"has task={config.task.name}", allowed="a run with task=pretrain"
+            )
+        corpus = data.prepare(config.data)
+        if corpus.tokenizer_sha256 != view.corpus.tokenizer_sha256:
+            reason = "has another tokenizer, so that its losses are those of other tokens"
+            raise InputError(
+                "reference", place, reason, fix="data.tokenizer=FOLDER of the measured runs, and train"
+            )
+        self._model = export.load(source.folder, config, export.choice(source.folder, None))
+        self._known: dict[bytes, float] = {}
+        self.checksum = hashlib.sha256((source.folder / store.MANIFEST).read_bytes()).hexdigest()
+
+    def losses(self, rows: Rows) -> Floats:
+        """Return the mean loss of each row, nats/token: (rows,) float64."""
+        names = [row.tobytes() for row in rows.labels]
+        new = np.array([name not in self._known for name in names])
+        if new.any():
+            chosen = Rows(*(part[new] for part in rows))
+            losses = -token_log_probs(self._model, chosen).mean(1)
+            self._known |= dict(zip((name for name, is_new in zip(names, new) if is_new), losses.tolist()))
+        return np.array([self._known[name] for name in names])
+
+
+def _describe(found: Separation) -> dict[str, float]:
+    return {"auc": found.auc, "low": found.low, "high": found.high, "tpr_at_1_fpr": found.tpr}
+
+
+def _bound(value: float) -> float | None:
+    """Return the end of an interval within the possible exposures; None without an interval."""
+    most = exposure.largest(exposure.ALTERNATIVES)
+    return min(max(value, 0.0), most) if math.isfinite(value) else None
+
+
+def measure_all(measured: list[MeasuredRun], measurer: Measurer, say: Callable[[str], None]) -> list[Result]:
+    """Return a result per checkpoint, in the order of the runs and steps."""
+    results = []
+    total = sum(len(run.checkpoints) for run in measured)
+    for run in measured:
+        for step, folder in run.checkpoints:
+            results.append(measurer.measure(run, step, folder))
+            say(
+                f"{len(results)}/{total}: {run.run.where}, step {step}: val/loss {results[-1]['val_loss']:.4f}"
+            )
+    return results

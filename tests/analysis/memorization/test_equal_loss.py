@@ -1,0 +1,105 @@
+"""Comparison at equal validation loss: interpolation, the common range, paired tests, the dose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis.memorization import equal_loss
+
+
+def result(
+    optimizer: str, seed: int, step: int, loss: float, bits: float, rank: int | None = None
+) -> dict[str, Any]:
+    canaries = [{"name": n, "copies": 1, "exposure": bits + d} for n, d in (("A", -0.5), ("B", 0.5))]
+    return {
+        "optimizer": optimizer,
+        "seed": seed,
+        "step": step,
+        "rank": rank,
+        "val_loss": loss,
+        "exposure": [{"copies": 0, "mean": 1.4}, {"copies": 1, "mean": bits}],
+        "canaries": canaries,
+        "membership": {"auc": 0.5, "min_k": {"auc": 0.5}},
+        "extraction": {"difference": {"tokens_right": 0.0}},
+    }
+
+
+def line_of(optimizer: str, seed: int, slope: float, rank: int | None = None) -> list[dict[str, Any]]:
+    """Checkpoints with exposure = slope · (6 − loss), at losses that differ between optimizers."""
+    shift = 0.1 * len(optimizer) + 0.01 * seed
+    losses = [6.0 - shift, 5.0 - shift, 4.5 - shift, 4.0 - shift]
+    return [result(optimizer, seed, i, loss, slope * (6 - loss), rank) for i, loss in enumerate(losses)]
+
+
+def entry(found: list[dict[str, Any]], measure: str = "exposure_1") -> dict[str, Any]:
+    return next(e for e in found if e["measure"] == measure)
+
+
+def test_a_curve_is_linear_between_checkpoints_and_ends_at_the_lowest_loss() -> None:
+    rows = [
+        result("a", 0, s, loss, bits)
+        for s, loss, bits in ((1, 5.0, 1), (2, 4.0, 3), (3, 4.2, 9), (4, 3.9, 4))
+    ]
+    (curve,) = equal_loss.run_curves(rows)
+    (measure, *_) = equal_loss.measures(rows)
+    assert curve.losses.tolist() == [5.0, 4.0, 3.9]
+    assert curve.at(4.25, measure.value) == pytest.approx(2.5)
+    assert curve.at(3.9, measure.value) == 4.0
+    assert np.isnan([curve.at(loss, measure.value) for loss in (3.8, 5.1)]).all()
+
+
+def test_optimizers_on_one_line_do_not_differ_at_equal_loss_though_they_do_at_equal_steps() -> None:
+    rows = [r for name in ("a", "muon") for seed in range(4) for r in line_of(name, seed, 2.0)]
+    found = entry(equal_loss.compare(rows, None))
+    assert found["val_loss"] == pytest.approx(4.0 - 0.1)
+    (pair,) = found["pairs"]
+    assert pair["difference"] == pytest.approx(0, abs=1e-12)
+    assert pair["p"] in (None, 1.0)
+    last = {
+        name: [r["exposure"][1]["mean"] for r in rows if r["optimizer"] == name and r["step"] == 3]
+        for name in ("a", "muon")
+    }
+    assert np.mean(last["muon"]) > np.mean(last["a"]) + 0.5
+
+
+def test_a_difference_at_equal_loss_has_the_p_value_of_a_paired_t_test() -> None:
+    slopes = {"a": [2.0, 2.2, 1.9, 2.1, 2.05], "b": [3.0, 3.3, 2.8, 3.2, 2.9]}
+    rows = [
+        r for name in slopes for seed, slope in enumerate(slopes[name]) for r in line_of(name, seed, slope)
+    ]
+    found = equal_loss.compare(rows, [4.5, 4.2, 9.0])
+    assert {e["val_loss"] for e in found} == {4.5, 4.2}
+    at = entry(found)
+    values = {name: np.array(slopes[name]) * 1.5 for name in slopes}
+    arms = {arm["optimizer"]: arm["mean"] for arm in at["optimizers"]}
+    assert arms == pytest.approx({name: v.mean() for name, v in values.items()})
+    (pair,) = at["pairs"]
+    assert pair["p"] == pytest.approx(stats.ttest_rel(values["a"], values["b"]).pvalue)
+    # Two levels × four measures × one pair; the measures that do not vary count, too.
+    ps = [p["p"] for e in found for p in e["pairs"]]
+    assert len(ps) == 8
+    assert pair["p_holm"] >= pair["p"]
+    difference = (values["a"] - values["b"]).mean()
+    assert pair["canaries_low"] == pytest.approx(difference) == pair["canaries_high"]
+
+
+def test_runs_that_never_had_the_same_loss_are_not_compared() -> None:
+    rows = [result("a", 0, s, loss, 1) for s, loss in ((1, 6.0), (2, 5.0))]
+    rows += [result("b", 0, s, loss, 1) for s, loss in ((1, 4.0), (2, 3.0))]
+    assert equal_loss.compare(rows, None) == []
+
+
+def test_the_dose_is_the_slope_per_doubling_of_the_rank() -> None:
+    rows = []
+    for rank in (4, 8, 16):
+        for seed in range(3):
+            bits = 1.0 + 0.25 * np.log2(rank) + 0.01 * seed
+            label = f"sumo (rank={rank})"
+            rows += [result(label, seed, s, loss, bits, rank) for s, loss in ((1, 6.0), (2, 5.0))]
+    found = equal_loss.dose(rows, 5.5)[0]
+    assert (found["optimizer"], found["ranks"], found["seeds"]) == ("sumo", [4, 8, 16], 3)
+    assert found["per_doubling"] == pytest.approx(0.25)
