@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from analysis.formatting import listing, plural
+from analysis.formatting import listing, plural, significant
 from analysis.reconstruction.config import ReconstructionConfig
 from analysis.reconstruction.page_tables import with_interval
 from analysis.reconstruction.subjects import TableRow
@@ -109,8 +109,8 @@ def _alternatives(config: ReconstructionConfig, rows: Sequence[TableRow]) -> str
     refused = sum(not row["passed"] for row in controls)
     start = "No: " if config.mode == "fixture" and good else ""
     return (
-        f"{start}{len(good)} other training sets explain the weights, the farthest {far:.3g} away from any training "
-        f"image; {refused} of {len(controls)} controls are refused."
+        f"{start}{len(good)} other training sets explain the weights, the farthest {significant(far)} away from any "
+        f"training image; {refused} of {len(controls)} controls are refused."
     )
 
 

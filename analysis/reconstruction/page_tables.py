@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from analysis.formatting import significant
 from analysis.reconstruction.subjects import TableRow
 from analysis.text_tables import TextTable
 
@@ -23,7 +24,7 @@ KINDS = {
     "heldout": "held-out images",
     "gaussian": "Gaussians",
     "pair_means": "means of pairs of training images",
-    "oracle": "attack started at the training images",
+    "oracle": "attack from the training images",
 }
 ALTERNATIVE_KINDS = {
     "null_split": "split orthogonal to all images",
@@ -131,19 +132,18 @@ def _susceptibility(rows: Sequence[TableRow]) -> TextTable:
 def _duplicates(rows: Sequence[TableRow]) -> TextTable:
     shown = [
         [
-            row["optimizer"],
-            cell(row["step"]),
+            _network(row),
             KINDS[row["kind"]],
-            "–" if row["objective"] is None else f"{ATTACKS[row['objective']]}, {row['weights']}",
-            cell(row["radius"]),
+            _attack_name(row["objective"], row["weights"], row["radius"]),
             *(with_interval(row[f"hits_{t}"], row[f"half_width_hits_{t}"]) for t in (10, 25, 50)),
         ]
         for row in rows
+        if row["kind"] != "gaussian"
     ]
-    heads = ["optimizer", "step", "candidates", "attack, weights", "radius", "within 10 %", "25 %", "50 %"]
+    heads = ["network", "candidates", "attack, weights, radius", "within 10 %", "25 %", "50 %"]
     caption = (
         "Share of training images that a candidate equals up to 10, 25 and 50 % of the image's norm, candidates on the "
-        "margin. Held-out images and Gaussians, as many, show how much of it is chance."
+        "margin. As many held-out images show how much of it is chance."
     )
     return TextTable(heads, shown, "How often a candidate equals a training image", caption)
 
@@ -159,25 +159,41 @@ def _attacks(rows: Sequence[TableRow]) -> TextTable:
         "good_published",
         "good_mutual",
     )
-    shown = [
-        [
-            key[0],
-            cell(key[1]),
-            KINDS[key[2]],
-            "–" if key[3] is None else f"{ATTACKS[key[3]]}, {key[4] or 'all'}",
-            cell(key[5]),
-            *(cell(means[name]) for name in figures),
-        ]
-        for key, means in _means(rows, keys, figures)
-    ]
-    heads = ["optimizer", "step", "candidates", "attack, weights", "radius", "K", "K of the truth", "distance",
-             "on the margin", "correlation", "SSIM > 0.4, published", "mutual"]  # fmt: skip
+    sizes = {row["candidates"] for row in rows if row["kind"] == "attack"}
+    shown = []
+    for key, means in _means(rows, keys, figures):
+        optimizer, step, kind, objective, weights, radius, candidates = key
+        # Baselines of the size of the pool are in the files.
+        if kind in ("heldout", "gaussian", "pair_means") and candidates not in sizes:
+            continue
+        shown.append(
+            [
+                _network({"optimizer": optimizer, "step": step}),
+                KINDS[kind],
+                _attack_name(objective, weights, radius),
+                *(cell(means[name]) for name in figures[:5]),
+                f"{cell(means['good_published'])}, {cell(means['good_mutual'])}",
+            ]
+        )
+    heads = ["network", "candidates", "attack, weights, radius", "K", "K of the truth", "distance", "on margin",
+             "correlation", "SSIM > 0.4"]  # fmt: skip
     caption = (
         "Means over sets and victims. K: relative squared residual. Distance, correlation: of the five best-matched "
         "images. SSIM: number of images above 0.4, matched as published (best of the candidates nearest to the image, "
         "Gaussian window) and mutually (best of all candidates, both images stretched)."
     )
     return TextTable(heads, shown, "Attacks and baselines", caption)
+
+
+def _network(row: TableRow) -> str:
+    return f"{row['optimizer']}, step {row['step']}" if row["step"] else row["optimizer"]
+
+
+def _attack_name(objective: str | None, weights: str | None, radius: float | None) -> str:
+    if objective is None:
+        return "–"
+    parts = [ATTACKS[objective], weights or "all", "" if radius is None else f"{radius:g}"]
+    return ", ".join(part for part in parts if part)
 
 
 def _equal_fit(rows: Sequence[TableRow]) -> TextTable:
@@ -203,7 +219,7 @@ def _equal_fit(rows: Sequence[TableRow]) -> TextTable:
 
 def _certificates(rows: Sequence[TableRow]) -> TextTable:
     shown = [
-        [f"{optimizer}, step {step}", *(cell(means[name]) for name in _CERTIFICATE)]
+        [_network({"optimizer": optimizer, "step": step}), *(cell(means[name]) for name in _CERTIFICATE)]
         for (optimizer, step), means in _means(rows, ("optimizer", "step"), tuple(_CERTIFICATE))
     ]
     caption = (
@@ -225,16 +241,16 @@ def _alternatives(rows: Sequence[TableRow]) -> TextTable:
         )
         groups[key].append(row)
     shown = []
-    for (optimizer, step, kind, radius), own in groups.items():
+    for (_, _, kind, radius), own in groups.items():
         passed = sum(row["passed"] for row in own)
         shown.append(
             [
-                f"{optimizer}, step {step}" if step else optimizer,
+                _network(own[0]),
                 ALTERNATIVE_KINDS[kind],
                 "–" if radius is None else f"{radius:,.6g}",
                 cell(max(row["residual_projected"] for row in own)),
                 cell(min(row["margin_projected"] for row in own)),
-                cell(min(row["nn_distance"] for row in own)),
+                significant(min(row["nn_distance"] for row in own)),
                 f"{passed} of {len(own)}",
             ]
         )
