@@ -93,11 +93,15 @@ def _optimizers(rows: Sequence[TableRow]) -> str:
         # Both measures must agree.
         if set(verdicts) in ({"more"}, {"less"}):
             one, other = pair.split(" − ")
-            clear.append(f"{one} more than {other}" if verdicts[0] == "more" else f"{other} more than {one}")
+            clear.append(
+                f"{one} leaks more than {other}"
+                if verdicts[0] == "more"
+                else f"{other} leaks more than {one}"
+            )
     if not clear:
         return "No two optimizers differ clearly in distance and correlation."
     rest = "" if len(clear) == len(by_pair) else "; other pairs are open"
-    return f"In distance and correlation, {listing(clear)} leaks on {SCALES[weights]}{rest}."
+    return f"In distance and correlation, {listing(clear)}, on {SCALES[weights]}{rest}."
 
 
 def _alternatives(config: ReconstructionConfig, rows: Sequence[TableRow]) -> str:

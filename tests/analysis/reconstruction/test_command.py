@@ -41,7 +41,7 @@ def test_the_fixture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, found = run_json(capsys, "mode=fixture", "classes=0,4", "per_class=15", "radius=100")
+    code, found = run_json(capsys, "mode=fixture", "classes=0,4", "per_class=15", "radius=1,100")
     assert code == 0
     assert found["schema_version"] == 1
     assert all(
@@ -56,6 +56,11 @@ def test_the_fixture(
         if not row["is_control"]:
             assert row["residual"] <= 1e-12 * max(1, row["radius"] or 0)
             assert row["nn_distance"] >= 0.5 * (row["radius"] or 0)
+    # The page draws the theorem: residual and margin over the radius, exact splits and controls.
+    (page,) = (tmp_path / "runs").rglob("report.html")
+    assert all(f"theorem-{name}" in page.read_text() for name in ("residual", "margin"))
+    controls = sorted(row["radius"] for row in found["alternatives"] if row["is_control"])
+    assert controls == [0.05, 1, 100]
     # Another radius in the same place is another job with a folder of its own.
     assert run_json(capsys, "mode=fixture", "radius=7")[0] == 0
     assert len(list((tmp_path / "runs" / "reconstruction").iterdir())) == 2
