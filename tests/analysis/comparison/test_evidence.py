@@ -17,7 +17,7 @@ RNG = np.random.default_rng(7)
 
 def test_welch_has_the_error_rate_that_it_states_where_spreads_differ() -> None:
     """4 and 12 runs with spreads 3:1: Welch keeps 5 %; the pooled t-test, which assumes equal spreads, does not."""
-    sims = 600
+    sims = 300
     a, b = RNG.normal(0, 3, (sims, 4)), RNG.normal(0, 1, (sims, 12))
     rejected = [float(statistics.welch(_ragged(x, y)).p[0]) < 0.05 for x, y in zip(a, b, strict=True)]
     pooled = np.asarray(stats.ttest_ind(a, b, axis=1)[1], float) < 0.05
@@ -58,11 +58,11 @@ def test_runs_needed_is_the_fewest() -> None:
 
 def test_the_pooled_deviation_covers_the_truth() -> None:
     covered = 0
-    for _ in range(400):
+    for _ in range(200):
         found = seed_noise.pooled([RNG.normal(mean, 2.0, n) for mean, n in ((0, 3), (9, 5), (-4, 1), (2, 8))])
         assert found.freedom == 13
         covered += found.low <= 2.0 <= found.high
-    assert abs(covered / 400 - 0.95) < 4 * math.sqrt(0.05 * 0.95 / 400)
+    assert abs(covered / 200 - 0.95) < 4 * math.sqrt(0.05 * 0.95 / 200)
     # The control: deviations around one mean for all arms are far off.
     assert np.std(np.concatenate([RNG.normal(mean, 2.0, 50) for mean in (0, 9, -4)]), ddof=1) > 4
 

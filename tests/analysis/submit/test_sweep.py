@@ -74,7 +74,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
 def words(tmp_path: Path) -> list[str]:
     small = [word for word in SMALL if not word.startswith("world_size")]
     middles = ["adamw.lr=0.004", "sumo.lr=0.016"]
-    return ["adamw", "sumo", "trials=3", "seeds=2", f"runs_dir={tmp_path / 'runs'}", *small, *middles]
+    return ["adamw", "sumo", "trials=3", "seeds=1", f"runs_dir={tmp_path / 'runs'}", *small, *middles]
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_trials_then_an_extension_then_the_best_on_fresh_seeds(
     train(third)
     last = call(capsys, *following(third))
     assert last["folder"] == str(tmp_path / "runs" / "g")
-    assert names(last) == [f"{arm}-seed{seed}" for seed in (1, 2) for arm in ("adamw", "sumo")]
+    assert names(last) == [f"{arm}-seed1" for arm in ("adamw", "sumo")]
     assert [Path(job["script"]).stem for job in last["then"]] == ["report", "margin"]
     ledger = json.loads((tmp_path / "runs" / "g" / "tuning.json").read_text())
     best = {arm["label"]: arm["trials"][arm["best"] - 1]["values"]["lr"] for arm in ledger["arms"]}
@@ -173,7 +173,7 @@ def test_a_failed_trial_is_repeated_by_the_user_and_not_by_the_job(
     train(first, fate={"sumo-trial2": "failed"})
     (Path(first["folder"]) / "sumo-trial2" / "DONE").unlink()
     last = call(capsys, *following(first))
-    assert names(last) == [f"{arm}-seed{seed}" for seed in (1, 2) for arm in ("adamw", "sumo")]
+    assert names(last) == [f"{arm}-seed1" for arm in ("adamw", "sumo")]
     repeated = call(capsys, *words, "group=g", *CLUSTER)
     assert names(repeated) == ["sumo-trial2"]
 
@@ -217,7 +217,7 @@ def test_a_study_file_that_is_edited_after_it_was_queued(
         call(capsys, "study=mine", *others, "group=g", *CLUSTER)
     assert {p: p.read_bytes() for p in Path(first["folder"]).rglob("summary.json")} == before
     last = call(capsys, *following(first))
-    assert len(last["rows"]) == 4
+    assert len(last["rows"]) == 2
 
 
 def test_the_group_of_a_sweep_without_one_is_pinned(
