@@ -7,7 +7,7 @@ GPU_CHECK ?=
 AUDIT ?=
 TRACK3 ?=
 
-.PHONY: help setup quickstart check product-lint unit test test-full test-gpu gpu-check docs results docs-check lint format bench certify audit faults study reconstruct lock sbom vulnerabilities clean
+.PHONY: help setup quickstart check product-lint unit test test-full test-gpu gpu-check docs results docs-check lint format bench certify audit faults study reconstruct memorization lock sbom vulnerabilities clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -112,6 +112,10 @@ study: setup ## tune the quickstart's four optimizers with equal budgets, then c
 reconstruct: setup ## reconstruct training images from weights: 18 victims' checkpoints, 81 attacks (5 to 10 minutes)
 	$(BIN)/optbench reconstruct mode=fixture out=runs/reconstruction/fixture
 	$(BIN)/optbench reconstruct experiment=reconstruct_digits out=runs/reconstruction/digits
+
+memorization: setup ## train AdamW, Muon, GaLore and SUMO at three ranks on text with canaries, tuned alike, five seeds; compare what they memorize (hours; resumable)
+	$(BIN)/optbench sweep study=memorization group=memorization
+	$(BIN)/optbench memorize runs/memorization
 
 lock: $(TOOLS)/.installed ## rewrite the lock files from pyproject.toml; UPGRADE=--upgrade takes newer versions
 	$(TOOLS)/bin/python .ci/lock.py $(UPGRADE)

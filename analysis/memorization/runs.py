@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from analysis.comparison.sets import ComparisonSet, group_into_sets
 from analysis.memorization.windows import CorpusView
-from analysis.runs import loading
+from analysis.runs import loading, tuning_ledger
 from analysis.runs.run import LoadedRun
 from harness import data
 from harness.checkpoint import store
@@ -58,6 +58,10 @@ def find(places: Sequence[Path], say: Say, *, last_only: bool) -> tuple[Comparis
         InputError: no run, runs of several comparisons or of a task, or no checkpoint.
     """
     loaded = [run for place in places for run in loading.load(place) if not run.is_external]
+    remarks: list[str] = []
+    loaded = tuning_ledger.without_trials(loaded, remarks)
+    for remark in remarks:
+        say(f"left out: {remark}")
     sets = group_into_sets(loaded)
     if not sets:
         raise InputError("memorize", places[0], "holds no run", fix="optbench memorize runs/GROUP")
