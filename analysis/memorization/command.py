@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted; the same command goes on with the next checkpoint")
         return ExitCode.RESUMABLE
-    job = outputs.judge(comparison.title, request.config, view, results)
+    job = outputs.judge(comparison, request.config, view, results)
     files = outputs.write(job, request.out)
     if request.as_json:
         print(json_document(**outputs.document(job)))

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from analysis import formatting
+from analysis.comparison.sets import ComparisonSet
 from analysis.formatting import listing, p_value, plural, significant, to_jsonable
 from analysis.memorization import equal_loss, exposure, plots
 from analysis.memorization.config import MemorizeConfig
@@ -38,6 +40,7 @@ class Memorization:
         results: one per checkpoint.
         comparison: as `equal_loss.compare`.
         dose: as `equal_loss.dose`.
+        costs: final loss, speed and memory of each optimizer, as `_costs`.
         checks: "name", "passed" and "detail" each.
         notes: what a reader must know before believing a number.
     """
@@ -47,6 +50,7 @@ class Memorization:
     results: Rows
     comparison: Rows
     dose: Rows
+    costs: Rows
     checks: Rows
     notes: Sequence[str]
 
@@ -56,14 +60,33 @@ class Memorization:
         return all(check["passed"] for check in self.checks)
 
 
-def judge(title: str, config: MemorizeConfig, view: CorpusView, results: Rows) -> Memorization:
+def judge(runs: ComparisonSet, config: MemorizeConfig, view: CorpusView, results: Rows) -> Memorization:
     """Compare the results of all checkpoints and check the null."""
     comparison = equal_loss.compare(results, config.val_loss)
     levels = [entry["val_loss"] for entry in comparison]
-    doses = equal_loss.dose(results, min(levels)) if levels else []
     return Memorization(
-        title, config, results, comparison, doses, check_null(results), _notes(config, view, results)
+        title=runs.title,
+        config=config,
+        results=results,
+        comparison=comparison,
+        dose=equal_loss.dose(results, min(levels)) if levels else [],
+        costs=_costs(runs),
+        checks=check_null(results),
+        notes=_notes(config, view, results),
     )
+
+
+def _costs(runs: ComparisonSet) -> list[dict[str, Any]]:
+    """Return what `optbench compare` reports of each optimizer, means over its finished runs; NaN where unknown."""
+    return [
+        {
+            "optimizer": arm.label,
+            "final_val_loss": arm.final.mean,
+            "tokens_per_s": arm.mean("tokens_per_s"),
+            "peak_memory_bytes": arm.mean("memory_bytes", runs.peak_kind),
+        }
+        for arm in runs.arms
+    ]
 
 
 def check_null(results: Rows) -> list[dict[str, Any]]:
@@ -162,6 +185,12 @@ def tables(job: Memorization) -> list[TextTable]:
         entries = [entry for entry in job.comparison if entry["val_loss"] == level]
         names = [arm["optimizer"] for arm in entries[0]["optimizers"]]
         rows = [[entry["title"], *(_with_interval(arm) for arm in entry["optimizers"])] for entry in entries]
+        costs = {cost["optimizer"]: cost for cost in job.costs}
+        rows += [
+            ["final validation loss", *(formatting.loss(costs[name]["final_val_loss"]) for name in names)],
+            ["tokens per second", *(significant(costs[name]["tokens_per_s"]) for name in names)],
+            ["peak memory", *(formatting.size(costs[name]["peak_memory_bytes"]) for name in names)],
+        ]
         title = f"Memorization at validation loss {level:.4f}"
         shown.append(TextTable(["measure", *names], rows, title, "Mean over seeds [95 % interval]."))
     pairs = [(entry, pair) for entry in job.comparison for pair in entry["pairs"]]
@@ -222,7 +251,7 @@ def _last_checkpoints(results: Rows) -> TextTable:
 
 
 def document(job: Memorization) -> dict[str, Any]:
-    """Return the JSON document: `{"runs": […], "comparison": […], "dose", "checks", "notes"}`."""
+    """Return the JSON document: `{"runs": […], "comparison": […], "dose", "costs", "checks", "notes"}`."""
     return to_jsonable(
         {
             "question": QUESTION,
@@ -231,6 +260,7 @@ def document(job: Memorization) -> dict[str, Any]:
             "runs": list(job.results),
             "comparison": list(job.comparison),
             "dose": list(job.dose),
+            "costs": list(job.costs),
             "checks": list(job.checks),
             "notes": list(job.notes),
         }

@@ -93,6 +93,8 @@ def test_results_are_kept_and_json_is_the_contract(
     assert {"copies", "mean", "low", "high"} <= set(printed["runs"][0]["exposure"][0])
     assert {"auc", "low", "high"} <= set(printed["runs"][0]["membership"])
     assert printed["comparison"]
+    assert printed["costs"][0]["tokens_per_s"] > 0
+    assert printed["costs"][0]["final_val_loss"] == pytest.approx(printed["runs"][-1]["val_loss"], rel=1e-5)
 
 
 def view_of(run: Trained) -> tuple[windows.CorpusView, Any]:
