@@ -361,11 +361,17 @@ COMMANDS: dict[str, Command] = {
     "margin": Command(
         "analysis.margin.command:main",
         "measure how slowly training reaches its robustness margin",
-        "[mode=toy|flow|mlp|head] [key=value …] [NAME.option=value …]",
+        "[mode=toy|flow|disks|mlp|head] [key=value …] [NAME.option=value …]",
         (
-            ("", "gradient descent on two neurons and two points: the gap closes as 1/ln t"),
-            ("optimizer=gd,adam,muon,sumo w=1,-3 b=0.5,0 steps=100000", "which optimizers are faster"),
-            ("mode=flow join_at=10000", "the same trajectory to flow time 1e300, checked against the steps"),
+            ("", "gradient descent on two neurons and two points, then its flow: the gap closes as 1/ln t"),
+            (
+                "optimizer=gd,adam,muon,sumo w=1,-3 b=0.5,0 steps=100000",
+                "which optimizers are faster in steps",
+            ),
+            (
+                "experiment=margin_starts",
+                "over random starts: which optimizer has the smaller gap at equal loss",
+            ),
             ("experiment=margin_inits", "many random starts; dead starts are counted"),
         ),
         (Option(("--out",), "write there instead of runs/margin/<name>", "DIR", "--out runs/margin/mine"),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from harness.errors import InputError
 from harness.files.paths import expand
 from harness.record import readers
 
-ROWS = 8
+TOKENS = 2048
+"""Held-out tokens to measure on, at most."""
 SEQ_LEN = 64
 
 
@@ -187,7 +189,7 @@ def _ours(path: Path, step: int, config: MarginConfig, say: Callable[[str], None
         raise UnreadableCheckpoint("checkpoints", path, f"is damaged: {error}") from None
     corpus = data.check(run_config.data, run_config.seq_len, 1, 1, None, say=say, trust_remote_code=trusted)
     validation = data.Validation(corpus, run_config.seq_len, run_config.data.mode)
-    ids, labels = validation.batch(0, min(ROWS, validation.length))
+    ids, labels = validation.batch(0, min(math.ceil(TOKENS / run_config.seq_len), validation.length))
     label = _label(path, config)
     return LoadedCheckpoint(step, label, model.eval(), torch.from_numpy(ids), torch.from_numpy(labels))
 
@@ -215,7 +217,7 @@ def _hugging_face(path: Path, step: int, config: MarginConfig) -> LoadedCheckpoi
     except (OSError, ValueError) as error:
         raise UnreadableCheckpoint("checkpoints", path, f"cannot be loaded: {_line(error)}") from None
     tokens = tokenizer(text_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
-    rows = min(ROWS, (len(tokens) - 1) // SEQ_LEN)
+    rows = min(TOKENS // SEQ_LEN, (len(tokens) - 1) // SEQ_LEN)
     if rows < 1:
         raise InputError("data", text_file, f"holds fewer than {SEQ_LEN + 1} tokens", allowed="a longer text")
     ids = tokens[: rows * SEQ_LEN].view(rows, SEQ_LEN)

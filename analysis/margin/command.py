@@ -53,6 +53,10 @@ def _run(config: MarginConfig, say: Callable[[str], None]) -> MarginReport:
         from analysis.margin import mlp
 
         return mlp.report(config, mlp.run_mlp(config, say))
+    if config.mode == "disks":
+        from analysis.margin import disks
+
+        return disks.report(config, disks.run_disks(config, say))
     if config.mode == "head":
         from analysis.margin import head
 

@@ -15,6 +15,8 @@ from optimizers.presets import names
 
 RANDOM_INITS = ("he", "gauss")
 LN_TAU_MAX = 300.0 * math.log(10.0)
+JOIN_AT = 100_000
+"""Steps of gradient descent before its flow, where neither mode nor steps are given."""
 Norm = Literal["l2", "linf"]
 
 
@@ -28,9 +30,10 @@ class MarginWandb(TypedKeys):
 class MarginConfig(job_keys.JobKeys):
     """Keys of one `optbench margin` job."""
 
-    mode: Literal["toy", "flow", "mlp", "head"] = "toy"
-    """toy: optimizer steps on a small ReLU net and two points; flow: gradient flow in log-time; mlp: a ReLU network
-    on digits; head: the last layer of checkpoints"""
+    mode: Literal["toy", "flow", "disks", "mlp", "head"] | None = None
+    """toy: optimizer steps on a small ReLU net and two points; flow: gradient flow in log-time; disks: wide nets on two
+    balls of points; mlp: a ReLU network on digits; head: predictions of checkpoints; null: flow after 100,000 steps
+    for gradient descent alone, else toy"""
     loss: Literal["exp", "logistic"] = "exp"
     """exp or logistic"""
     reduction: Literal["mean", "sum"] = "mean"
@@ -78,7 +81,7 @@ class MarginConfig(job_keys.JobKeys):
     bias: bool = False
     """mlp: whether it has biases"""
     max_samples: int = Field(default=100, ge=1)
-    """mlp: test points that are attacked and certified; head: tokens of the ℓ∞ margin"""
+    """mlp: test points that are attacked and certified"""
     norms: list[Norm] = Field(default_factory=lambda: ["l2", "linf"], min_length=1)
     """of perturbations: l2, linf; the first is the one of headline and plots"""
     certify: Literal["none", "ibp", "crown"] = "crown"
@@ -87,6 +90,10 @@ class MarginConfig(job_keys.JobKeys):
     """head: pattern of checkpoint folders, in quotes: "checkpoints='runs/GROUP/NAME/checkpoints/step_*'\""""
     optimizer_label: str | None = None
     """head: what trained them; null: as their config says"""
+    points: int = Field(default=20, ge=1)
+    """disks: points in each ball"""
+    radius: float = Field(default=0.5, ge=0)
+    """disks: of the balls, whose nearest points are -1 and 1 on the first axis"""
     name: str | None = None
     """of the folder; null: from mode and optimizers"""
     group: str = "margin"
@@ -120,7 +127,15 @@ def load(overrides: Sequence[str]) -> MarginConfig:
         InputError: an unknown key or experiment, or a value of the wrong kind.
     """
     prefixes = {"optimizer": "", **{name: name for name in (*REFERENCES, *names())}}
-    return job_keys.read(MarginConfig, overrides, command="margin", optimizers=prefixes)
+    config = job_keys.read(MarginConfig, overrides, command="margin", optimizers=prefixes)
+    if config.mode is not None:
+        return config
+    follows = config.optimizer == ["gd"] and config.steps is None and config.dtype == "float64"
+    if not follows:
+        return config.model_copy(update={"mode": "toy"})
+    # Many starts take flow from step 0: their dead are counted, and no learning rate is in the way.
+    join_at = JOIN_AT if config.join_at is None and config.runs == 1 else config.join_at
+    return config.model_copy(update={"mode": "flow", "join_at": join_at})
 
 
 def help_text() -> str:

@@ -24,7 +24,7 @@ from analysis.margin.input_margins import (
 )
 from analysis.margin.optimizer_specs import OptimizerSpec
 from analysis.margin.outputs import OBSERVED, MarginReport
-from analysis.margin.plots import LOG_STEP, NORM_SYMBOLS, axes, curves, log10_t, shown_runs
+from analysis.margin.plots import NORM_SYMBOLS, curves, shown_runs, step, step_axes
 from analysis.margin.steps import record_times
 from analysis.margin.toy import optimizers_of
 from analysis.margin.trajectory import MarginRun, TrajectoryRow, value_at_loss
@@ -48,6 +48,11 @@ ALPHAS = (0.5, 1.0)
 GEOMETRIES = {"norm_margin_l2": "Frobenius", "norm_margin_linf": "max", "norm_margin_spec": "spectral"}
 LOSSES = (-2.0, -5.0, -10.0, -20.0)
 """ln of the training loss at which attack radii are compared."""
+SCOPE = (
+    f"ReLU networks on 8 × 8 digits, {TRAIN} for training; margins of test points that are right. Optimizers are "
+    "compared at their default rates here, from one start each unless runs= says more; "
+    "the table has them at equal loss, too."
+)
 Say = Callable[[str], None]
 
 
@@ -266,7 +271,14 @@ def report(config: MarginConfig, runs: Sequence[MarginRun]) -> MarginReport:
     ]
     more = {"normalized_margins": own, **({"fits": fits} if fits else {})}
     return MarginReport(
-        runs, _notes(runs), _headline(config, runs), OBSERVED, table, _plots(config, runs), more
+        runs,
+        _notes(runs),
+        _headline(config, runs),
+        f"{SCOPE} {OBSERVED}",
+        table,
+        _plots(config, runs),
+        more,
+        question="Which optimizer's network on digits is harder to fool, and what is proved of it?",
     )
 
 
@@ -302,11 +314,14 @@ def _notes(runs: Sequence[MarginRun]) -> list[str]:
 
 def _headline(config: MarginConfig, runs: Sequence[MarginRun]) -> str:
     norm = config.norms[0]
+    # Margins of an optimizer that does not separate its data are those of easier points.
     shown = [
-        run for run in shown_runs(runs) if run.rows and run.rows[-1].get(f"upper_{norm}_q50") is not None
+        run
+        for run in shown_runs(runs)
+        if run.status == "ok" and run.rows[-1].get(f"upper_{norm}_q50") is not None
     ]
     if not shown:
-        return "No run classifies a point."
+        return "No run separates the training set."
     parts = [
         f"{run.optimizer} {significant(run.rows[-1][f'lower_{norm}_q50'])}–"
         f"{significant(run.rows[-1][f'upper_{norm}_q50'])}"
@@ -320,17 +335,19 @@ def _plots(config: MarginConfig, runs: Sequence[MarginRun]) -> list[Plot]:
     shown = [run for run in shown_runs(runs) if run.rows]
     plots = [_bands(shown, norm) for norm in config.norms]
     for key, norm_name in GEOMETRIES.items():
-        built = figure(
-            curves(shown, log10_t, lambda r, key=key: r.get(key)),
-            **axes(LOG_STEP, f"q_min / {norm_name} norms"),
-        )
+        traces = curves(shown, step, lambda r, key=key: r.get(key))
+        built = figure(traces, **step_axes(traces, f"q_min / {norm_name} norms"))
         plots.append(
             Plot(key, f"Normalized margin, {norm_name} norm of each layer", "Training set.", built, 300)
         )
     norm = config.norms[0]
     by_loss = curves(shown, lambda r: -r["log_loss"], lambda r: r.get(f"upper_{norm}_q50"))
     caption = "Optimizers lower the loss at different speeds; at equal loss that is taken out."
-    built = figure(by_loss, **axes("−ln training loss", "median attack radius"))
+    axes = {
+        "xaxis": {"title": {"text": "−ln training loss"}},
+        "yaxis": {"title": {"text": "median attack radius"}},
+    }
+    built = figure(by_loss, **axes)
     plots.append(Plot("by-loss", "Attack radius at equal loss", caption, built, 320))
     return plots
 
@@ -341,7 +358,7 @@ def _bands(runs: Sequence[MarginRun], norm: str) -> Plot:
         rows = [row for row in run.rows if row.get(f"upper_{norm}_q50") is not None and row["t"]]
         if not rows:
             continue
-        x = [log10_t(row) for row in rows]
+        x = [row["t"] for row in rows]
         low, high = ([row[f"{side}_{norm}_q50"] for row in rows] for side in ("lower", "upper"))
         outline = [*x, *x[::-1]]
         meta = {"arm": arm, "band": True}
@@ -351,10 +368,10 @@ def _bands(runs: Sequence[MarginRun], norm: str) -> Plot:
                 hoverinfo="skip", showlegend=False, meta=meta,
             )
         )  # fmt: skip
-    traces += curves(runs, log10_t, lambda r: r.get(f"upper_{norm}_q50"))
+    traces += curves(runs, step, lambda r: r.get(f"upper_{norm}_q50"))
     symbol = NORM_SYMBOLS[norm]
     caption = (
         "Lines: attack, an upper bound. Bands reach down to the certified radius. Medians over test points."
     )
-    built = figure(traces, **axes(LOG_STEP, f"{symbol} radius"))
+    built = figure(traces, **step_axes(traces, f"{symbol} radius"))
     return Plot(f"band-{norm}", f"Input margin, {symbol}", caption, built, 360)

@@ -34,6 +34,9 @@ OBSERVED = (
     "Observed, not proved. An attack radius is an upper bound of the margin, a certified radius a lower bound; "
     "the margin between them is unknown. With biases, norms or attention a normalized margin is a heuristic."
 )
+LOW, HIGH = (" q1", " low"), (" q3", " high")
+BOUNDS = (*LOW, *HIGH, " sd")
+"""Ends of the names of columns that another column shows beside it: quartiles, an interval, a standard deviation."""
 SHOWN_KEYS = ("t", "ln_tau", "gap", "margin")
 MANY = 20
 
@@ -49,6 +52,7 @@ class MarginReport:
         table: a row per optimizer; values are numbers or words.
         plots: of the report.
         more: further tables by name, each a list of rows.
+        question: that the headline answers.
     """
 
     runs: Sequence[MarginRun]
@@ -58,6 +62,7 @@ class MarginReport:
     table: Sequence[Mapping[str, Any]]
     plots: Sequence[Plot]
     more: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    question: str = ""
 
 
 def document(config: MarginConfig, report: MarginReport) -> dict[str, Any]:
@@ -134,12 +139,15 @@ def summary(config: MarginConfig, report: MarginReport) -> dict[str, Any]:
 
 def page(config: MarginConfig, report: MarginReport) -> str:
     """Return the content of report.html."""
-    tables = [TextTable(*cells(report.table))]
-    tables += [TextTable(*cells(rows), title=name.replace("_", " ")) for name, rows in report.more.items()]
+    tables = [_fitting(TextTable(*cells(report.table)))]
+    tables += [
+        _fitting(TextTable(*cells(rows), title=name.replace("_", " "))) for name, rows in report.more.items()
+    ]
     return job_page.render(
         command="margin",
         kicker="Robustness margin",
         title=config.mode,
+        question=report.question,
         headline=report.headline,
         scope=report.scope,
         notes=report.notes,
@@ -149,11 +157,16 @@ def page(config: MarginConfig, report: MarginReport) -> str:
     )
 
 
+def _fitting(table: TextTable) -> TextTable:
+    """Return the table turned where it is wider than high: a page is narrow and long."""
+    return table.transposed() if len(table.heads) > len(table.rows) + 1 else table
+
+
 def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return heads and cells of a readable table, without empty columns, with quartiles in brackets."""
+    """Return heads and cells of a readable table, without empty columns, with quartiles or intervals in brackets."""
     columns = [key for key in (rows[0] if rows else {}) if any(_text(row[key]) for row in rows)]
-    shown = [key for key in columns if not key.endswith((" q1", " q3"))]
-    return shown, [[_text(row[key]) + _quartiles(row, key) for key in shown] for row in rows]
+    shown = [key for key in columns if not key.endswith(BOUNDS)]
+    return shown, [[_text(row[key]) + _bounds(row, key) for key in shown] for row in rows]
 
 
 def counts(runs: Sequence[MarginRun]) -> dict[str, dict[str, int]]:
@@ -166,10 +179,18 @@ def counts(runs: Sequence[MarginRun]) -> dict[str, dict[str, int]]:
 
 
 def markdown(report: MarginReport) -> str:
-    """Return headline and tables as Markdown, and how many runs ended in each status."""
-    lines = [visible.markdown(report.headline), "", *markdown_lines(*cells(report.table))]
+    """Return question, headline and tables as Markdown, and how many runs ended in each status."""
+    main = _fitting(TextTable(*cells(report.table)))
+    lines = [*([visible.markdown(report.question), ""] if report.question else [])]
+    lines += [visible.markdown(report.headline), "", *markdown_lines(main.heads, main.rows)]
     for name, rows in report.more.items():
-        lines += ["", visible.markdown(f"{name.replace('_', ' ')}:"), "", *markdown_lines(*cells(rows))]
+        table = _fitting(TextTable(*cells(rows)))
+        lines += [
+            "",
+            visible.markdown(f"{name.replace('_', ' ')}:"),
+            "",
+            *markdown_lines(table.heads, table.rows),
+        ]
     lines.append("")
     for name, by_status in counts(report.runs).items():
         text = ", ".join(f"{n} {status}" for status, n in by_status.items())
@@ -189,8 +210,12 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _quartiles(row: Mapping[str, Any], key: str) -> str:
-    low, high = row.get(f"{key} q1"), row.get(f"{key} q3")
+def _bounds(row: Mapping[str, Any], key: str) -> str:
+    if row.get(f"{key} sd") is not None:
+        return f" ± {row[f'{key} sd']:.2g}"
+    low, high = (
+        next((row[key + b] for b in pair if row.get(key + b) is not None), None) for pair in (LOW, HIGH)
+    )
     return f" [{_text(low)}, {_text(high)}]" if low is not None and high is not None else ""
 
 

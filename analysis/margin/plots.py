@@ -10,13 +10,14 @@ import numpy as np
 import plotly.graph_objects as go
 
 from analysis.margin.trajectory import MarginRun, TrajectoryRow
-from analysis.pages.figures import GREY, MAX_POINTS, Plot, figure, line
+from analysis.pages.figures import GREY, MAX_POINTS, Plot, decades, figure, line
 
 LN10 = math.log(10.0)
-LOG_STEP = "log₁₀ step"
 NORM_SYMBOLS = {"l2": "ℓ2", "linf": "ℓ∞"}
 FEW = 5
 """So few points are marked: checkpoints, which a line alone would hide."""
+SMALLEST = 1e-13
+"""Gaps below this are rounding."""
 Value = Callable[[TrajectoryRow], float | None]
 
 
@@ -29,28 +30,19 @@ def shown_runs(runs: Sequence[MarginRun]) -> list[MarginRun]:
 
 def toy_plots(runs: Sequence[MarginRun]) -> list[Plot]:
     """Return all plots of the modes `toy` and `flow`."""
-    shown = shown_runs(runs)
-    plots = [
-        _margin(shown),
-        _inverse_gap(shown),
-        _product(shown),
-        _delta(shown),
-        _log_log(shown),
-        _by_loss(shown),
-    ]
-    constants = [
-        run.predicted for run in runs if run.predicted is not None and run.optimizer == runs[0].optimizer
-    ]
-    if len(constants) > 2:
-        plots.append(_histogram(runs[0].optimizer, constants))
+    shown = [run for run in shown_runs(runs) if run.rows]
+    if not shown:
+        return []
+    plots = [_inverse_gap(shown), _margin(shown), _delta(shown)]
+    if len(shown) > 1:
+        plots += [_log_log(shown), _by_loss(shown)]
+    plots.append(_constants(runs))
     return [plot for plot in plots if plot is not None]
 
 
-def log10_t(row: TrajectoryRow) -> float | None:
-    """Return log₁₀ of the step; None at the start."""
-    if row["t"] is None:
-        return None
-    return math.log10(row["t"]) if row["t"] > 0 else None
+def step(row: TrajectoryRow) -> float | None:
+    """Return the step; None at the start, which no logarithmic axis has."""
+    return row["t"] or None
 
 
 def curves(runs: Sequence[MarginRun], x: Value, y: Value) -> list[Any]:
@@ -64,7 +56,7 @@ def curves(runs: Sequence[MarginRun], x: Value, y: Value) -> list[Any]:
     return traces
 
 
-def _trace(arm: int, name: str, points: Sequence[tuple[float, float]], **more: Any) -> Any:
+def _trace(arm: int, name: str, points: Sequence[tuple[float, float]]) -> Any:
     keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), MAX_POINTS)).astype(int))
     return go.Scatter(
         x=[points[i][0] for i in keep],
@@ -74,7 +66,6 @@ def _trace(arm: int, name: str, points: Sequence[tuple[float, float]], **more: A
         line=line(arm),
         hovertemplate=f"{name}: %{{y:.5g}}<extra></extra>",
         meta={"arm": arm},
-        **more,
     )
 
 
@@ -92,105 +83,120 @@ def _level(value: float, text: str) -> dict[str, Any]:
     }
 
 
-def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
-    """Return the layout of both axes: titles, and more keys of the y axis."""
-    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, **more}}
+def log_axis(title: str, traces: Sequence[Any], axis: str) -> dict[str, Any]:
+    """Return the layout of a logarithmic axis over the values of traces."""
+    values = [value for trace in traces for value in getattr(trace, axis)]
+    return decades(title, min(values), max(values)) if values else {"title": {"text": title}}
+
+
+def step_axes(traces: Sequence[Any], y: str, **more: Any) -> dict[str, Any]:
+    """Return the layout of both axes: steps on a logarithmic one, the title and more keys of the other."""
+    return {"xaxis": log_axis("step", traces, "x"), "yaxis": {"title": {"text": y}, **more}}
+
+
+def _inverse_gap(runs: Sequence[MarginRun]) -> Plot:
+    def inverse(run: MarginRun) -> list[tuple[float, float]]:
+        # The start may be at the optimum: what comes before the largest gap would hide the line.
+        peak = run.facts.get("gap_peak_ln_tau")
+        late = [row for row in run.rows if peak is not None and row["ln_tau"] >= peak and row["t"]]
+        return [(row["t"], 1.0 / row["gap"]) for row in late if row["gap"] > 1e-9 and row["f_min"] > 0.0]
+
+    points = {arm: inverse(run) for arm, run in enumerate(runs)}
+    traces = [_trace(arm, runs[arm].optimizer, pairs) for arm, pairs in points.items() if pairs]
+    top = 0.0
+    for arm, run in enumerate(runs):
+        if run.optimizer != "gd" or not points[arm]:
+            continue
+        top = max(top, max(y for _, y in points[arm]))
+        if run.predicted:
+            (x, y), first = points[arm][-1], points[arm][0][0]
+            start = max(first, x**0.05)
+            fitted = f", fitted {run.rate.constant:.4g}" if run.rate.constant else ""
+            traces.append(
+                go.Scatter(
+                    x=[start, x], y=[y - math.log(x / start) / run.predicted, y], mode="lines", hoverinfo="skip",
+                    name=f"slope 1/C, C = {run.predicted:.4g} predicted{fitted}",
+                    line={"color": GREY, "dash": "dot", "width": 1.6},
+                )
+            )  # fmt: skip
+    scale = {"range": [0.0, 1.15 * top]} if top else {}
+    caption = (
+        "From the largest gap on. A rate of 1/ln t is a straight line here, with slope 1/C per e-fold of steps; a "
+        "power of t leaves the plot at once."
+    )
+    return Plot(
+        "inverse-gap",
+        "1/gap against ln t",
+        caption,
+        figure(traces, **step_axes(traces, "1 / gap", **scale)),
+        380,
+    )
 
 
 def _margin(runs: Sequence[MarginRun]) -> Plot:
     best = float(runs[0].facts["margin_opt"])
-    built = figure(
-        curves(runs, log10_t, lambda r: r["margin"]), **axes(LOG_STEP, "margin"), **_level(best, "optimum")
-    )
+    traces = curves(runs, step, lambda r: r["margin"])
+    built = figure(traces, **step_axes(traces, "margin"), **_level(best, "optimum"))
     caption = (
         "Exact distance from the points to the decision boundary. A margin that falls first is not an error."
     )
-    return Plot("margin", "Margin", caption, built, 360)
-
-
-def _inverse_gap(runs: Sequence[MarginRun]) -> Plot:
-    def inverse(row: TrajectoryRow) -> float | None:
-        return 1.0 / row["gap"] if row["gap"] > 1e-9 and row["f_min"] > 0.0 else None
-
-    traces = curves(runs, log10_t, inverse)
-    slow = [run for run in runs if run.optimizer == "gd"]
-    for run in slow:
-        x, y = log10_t(run.rows[-1]), inverse(run.rows[-1])
-        if run.predicted and x is not None and y is not None:
-            ends = (max(0.0, x - 0.6 * x), x)
-            line_y = [y - (x - end) * LN10 / run.predicted for end in ends]
-            traces.append(
-                go.Scatter(
-                    x=ends, y=line_y, mode="lines", name=f"slope 1/C, C = {run.predicted:.4g}", hoverinfo="skip",
-                    line={"color": GREY, "dash": "dot", "width": 1.6},
-                )
-            )  # fmt: skip
-    top = max((v for run in slow for row in run.rows if (v := inverse(row)) is not None), default=None)
-    scale = {"range": [0.0, 1.5 * top]} if top and len(runs) > 1 else {}
-    built = figure(traces, **axes(LOG_STEP, "1 / gap", **scale))
-    caption = "A rate of 1/ln t is a straight line here, with slope 1/C per e-fold; a power of t bends upwards at once."
-    return Plot("inverse-gap", "1/gap against ln t", caption, built, 360)
-
-
-def _product(runs: Sequence[MarginRun]) -> Plot:
-    def product(row: TrajectoryRow) -> float | None:
-        t = log10_t(row)
-        return row["gap"] * t * LN10 if t else None
-
-    built = figure(curves(runs, log10_t, product), **axes(LOG_STEP, "gap · ln t"))
-    caption = (
-        "Tends to C under gradient descent, but only as fast as 1/ln t itself: read C off the slope above."
-    )
-    return Plot("product", "gap · ln t", caption, built, 300)
+    return Plot("margin", "Margin", caption, built, 340)
 
 
 def _delta(runs: Sequence[MarginRun]) -> Plot | None:
-    traces = curves(runs, log10_t, lambda r: r.get("delta_b"))
+    traces = curves(runs, step, lambda r: r.get("delta_b"))
     if not traces:
         return None
     first = next((run for run in runs if run.optimizer in ("gd", "adam", "adamw") and run.predicted), None)
     level = _level(float(first.predicted), f"C = {first.predicted:.4g}") if first and first.predicted else {}
-    built = figure(traces, **axes(LOG_STEP, "|b₂ − b₁|"), **level)
     caption = (
-        "Sign and spectral descent do not change the difference of the biases; gradient descent moves it to C. "
-        "Adam does, too, once gradients are smaller than its ε."
+        "The gap is |b₂ − b₁|/(w₁ − w₂). Sign and spectral descent do not change the difference of the biases; "
+        "gradient descent moves it to C, which may be more or less. Adam does, too, once gradients "
+        "are smaller than its ε."
     )
-    return Plot("delta-b", "Difference of the biases", caption, built, 340)
+    return Plot(
+        "delta-b", "Difference of the biases", caption,
+        figure(traces, **step_axes(traces, "|b₂ − b₁|"), **level), 340,
+    )  # fmt: skip
+
+
+def _small(row: TrajectoryRow) -> float | None:
+    return row["gap"] if row["gap"] > SMALLEST else None
 
 
 def _log_log(runs: Sequence[MarginRun]) -> Plot:
-    def small(row: TrajectoryRow) -> float | None:
-        return row["gap"] if row["gap"] > 1e-13 else None
-
-    built = figure(
-        curves(runs, log10_t, small), **axes(LOG_STEP, "gap", type="log", exponentformat="power", dtick=1)
-    )
-    return Plot("log-log", "Gap, both axes logarithmic", "A power of t is a straight line here.", built, 340)
+    traces = curves(runs, step, _small)
+    built = figure(traces, xaxis=log_axis("step", traces, "x"), yaxis=log_axis("gap", traces, "y"))
+    return Plot("log-log", "Gap over steps", "A power of t is a straight line here.", built, 340)
 
 
 def _by_loss(runs: Sequence[MarginRun]) -> Plot:
-    def height(row: TrajectoryRow) -> float | None:
-        return -row["log_loss"] if row["log_loss"] < 0.0 else None
-
-    def small(row: TrajectoryRow) -> float | None:
-        return row["gap"] if row["gap"] > 1e-13 else None
-
-    axes = {
-        "xaxis": {"title": {"text": "−ln loss"}, "type": "log"},
-        "yaxis": {"title": {"text": "gap"}, "type": "log"},
-    }
-    built = figure(curves(runs, height, small), **axes)
+    traces = curves(runs, lambda row: -row["log_loss"] if row["log_loss"] < 0.0 else None, _small)
+    built = figure(traces, xaxis=log_axis("−ln loss", traces, "x"), yaxis=log_axis("gap", traces, "y"))
     caption = (
-        "At equal loss gradient descent and its normalized form have the same gap: it only gets there sooner."
+        "At equal loss gradient descent and its normalized form have the same gap: it only gets there sooner. Which "
+        "other optimizer has the smaller gap depends on the start."
     )
     return Plot("by-loss", "Gap at equal loss", caption, built, 340)
 
 
-def _histogram(name: str, constants: Sequence[float]) -> Plot:
-    trace = go.Histogram(
-        x=list(constants), nbinsx=40, name=name, marker={"color": line(0)["color"]}, meta={"arm": 0}
+def _constants(runs: Sequence[MarginRun]) -> Plot | None:
+    """Return the distribution of the predicted constants over random starts; None for fewer than three."""
+    traces = []
+    for arm, name in enumerate(dict.fromkeys(run.optimizer for run in runs)):
+        values = sorted(run.predicted for run in runs if run.optimizer == name and run.predicted is not None)
+        if len(values) > 2:
+            shares = [(i + 1) / len(values) for i in range(len(values))]
+            traces.append(_trace(arm, f"{name} ({len(values)} starts)", list(zip(values, shares))))
+    if not traces:
+        return None
+    built = figure(
+        traces,
+        xaxis={"title": {"text": "constant C"}},
+        yaxis={"title": {"text": "share of starts with less"}},
     )
-    built = figure([trace], **axes("C", "runs that separate the points"), showlegend=False)
-    mean = float(np.mean(constants))
-    caption = f"{len(constants)} starts; mean {mean:.4f}, median {float(np.median(constants)):.4f}."
-    return Plot("constants", "C over random starts", caption, built, 300)
+    caption = (
+        "Predicted from the first state in which each neuron is active at one point alone: |w₁ + w₂ + b₂ − b₁|/2 for "
+        "gradient descent and its normalized form, |b₂ − b₁| for sign and spectral descent."
+    )
+    return Plot("constants", "Constants over random starts", caption, built, 320)

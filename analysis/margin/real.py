@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import optimizers
-from analysis.margin.net import Nets, ToyProblem
+from analysis.margin.net import Ascent, Nets, ToyProblem
 from analysis.margin.optimizer_specs import OptimizerSpec
 from harness.errors import InputError
 from optimizers.linalg.robust import full_precision
@@ -126,6 +126,7 @@ class TorchStepper:
             for run in range(start.runs)
         ]
         self._optimizers = [build(module, spec) for module in self._modules]
+        self._before: list[list[Tensor]] = []
 
     @property
     def nets(self) -> Nets:
@@ -136,15 +137,55 @@ class TorchStepper:
 
     def advance(self, first: int, last: int) -> None:
         """Take steps of every run."""
+        for _ in range(first, last):
+            self._step([[torch.zeros_like(p, dtype=torch.bool) for p in trained(m)] for m in self._modules])
+
+    def step_and_tell(self, t: int) -> Ascent:
+        """Take one step and tell the updates.
+
+        What the step before did not move takes this one from 0, where no rounding hides its update.
+        """
+        still = [
+            [p.detach() == old for p, old in zip(trained(module), last)]
+            for module, last in zip(self._modules, self._before)
+        ]
+        told = self._step(
+            still or [[torch.zeros_like(p, dtype=torch.bool) for p in trained(m)] for m in self._modules]
+        )
+        hidden, *output = (np.stack([run[i].numpy() for run in told], axis=-1) for i in range(len(told[0])))
+        return Ascent(hidden, output[0] if output else None)
+
+    def _step(self, from_zero: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Take a step of every run, marked weights from 0, and return the updates of each run's parameters."""
+        told, self._before = [], []
+        decay = 1.0 - self._spec.lr * self._spec.weight_decay
         with full_precision("cpu"):
-            for module, optimizer in zip(self._modules, self._optimizers):
-                for _ in range(first, last):
-                    optimizer.zero_grad(set_to_none=True)
-                    outputs = module(self._x)
-                    objective(outputs, self._y, self._problem, scale_free=self._spec.scale_free).backward()
-                    optimizer.step()
+            for module, optimizer, masks in zip(self._modules, self._optimizers, from_zero):
+                optimizer.zero_grad(set_to_none=True)
+                outputs = module(self._x)
+                objective(outputs, self._y, self._problem, scale_free=self._spec.scale_free).backward()
+                parameters = trained(module)
+                before = [p.detach().clone() for p in parameters]
+                with torch.no_grad():
+                    for p, mask in zip(parameters, masks):
+                        p[mask] = 0.0
+                optimizer.step()
+                updates = []
+                with torch.no_grad():
+                    for p, old, mask in zip(parameters, before, masks):
+                        updates.append(torch.where(mask, p, p - old))
+                        p[mask] = old[mask] * decay + p[mask]
+                self._before.append(before)
+                told.append(updates)
+        return told
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
         """Drop the runs that the mask does not mark."""
         self._modules = [module for module, is_kept in zip(self._modules, mask) if is_kept]
         self._optimizers = [optimizer for optimizer, is_kept in zip(self._optimizers, mask) if is_kept]
+        self._before = [before for before, is_kept in zip(self._before, mask) if is_kept]
+
+
+def trained(module: ToyModule) -> list[nn.Parameter]:
+    """Return the parameters that are trained: hidden, then v if it is."""
+    return [p for p in (module.hidden, module.output) if p.requires_grad]

@@ -1,7 +1,6 @@
-"""Optimizer steps on toy nets: which of three equal computations takes them, and what is recorded.
+"""Optimizer steps on toy nets: which of two equal computations takes them, and what is recorded.
 
-One fp64 run of two neurons on two points of the line takes `scalar`; everything that has a fast rule takes
-`rules`, many runs at once; the rest takes a torch optimizer on a module (`real`).
+What has a fast rule takes `rules`, many runs at once; the rest takes a torch optimizer on a module (`real`).
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.margin import scalar
-from analysis.margin.net import Nets, ToyProblem, ascent, is_dead
+from analysis.margin.net import Ascent, Nets, ToyProblem, ascent, is_dead
 from analysis.margin.optimizer_specs import OptimizerSpec
 from analysis.margin.rules import fast_rule, has_fast_rule
 
+OWN_ROUNDING = 1e4
+"""Updates below this many eps of a run's largest one are rounding of the rule itself, which second moments magnify."""
 ABORT_AT = 10_000
 """Steps after which random starts that do not separate the points are given up."""
 
@@ -44,8 +44,8 @@ class TrainResult:
     Attributes:
         snapshots: at the recorded steps.
         flags: run → (step, reason) from which its numbers mean nothing any more.
-        dead: runs given up at `ABORT_AT`.
-        computed_by: "scalar", "rules" or "optimizers".
+        dead: runs given up at `ABORT_AT`, or at an earlier end.
+        computed_by: "rules" or "optimizers".
     """
 
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -64,6 +64,12 @@ class Stepper(Protocol):
 
     def advance(self, first: int, last: int) -> None:
         """Take the steps first … last - 1."""
+        ...
+
+    def step_and_tell(self, t: int) -> Ascent:
+        """Take step t and return the updates before they were rounded into the weights, in shape of hidden and output.
+
+        Where an update is known only by what it does, any number that is 0 with it."""
         ...
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
@@ -95,8 +101,9 @@ def train(
         problem: what is minimized.
         optimizer: with its options.
         at: ascending steps to record; the first is 0.
-        gives_up: drop, after `ABORT_AT` steps, the runs of which a point is on the wrong side.
-        computed_by: "auto" or one of the three ways; every one that fits gives the same numbers.
+        gives_up: drop, after `ABORT_AT` steps, the runs of which a point is on the wrong side; fewer steps name them
+            at their end.
+        computed_by: "auto" or one of the two ways; both give the same numbers.
     """
     ids = np.arange(start.runs)
     stepper, name = _stepper(start.copy(), problem, optimizer, computed_by)
@@ -118,6 +125,8 @@ def train(
                 ids = ids[alive]
             if not len(ids):
                 break
+    if gives_up and len(ids) and done < ABORT_AT:
+        out.dead += ids[is_dead(stepper.nets, problem)].tolist()
     return out
 
 
@@ -129,20 +138,24 @@ def _one_watched_step(
     ids: NDArray[np.int64],
     out: TrainResult,
 ) -> None:
-    """Take one step, and flag runs in which rounding holds a weight whose gradient is not 0."""
-    before = stepper.nets.copy()
-    stepper.advance(t, t + 1)
-    pull = ascent(before, problem, scale_free=optimizer.scale_free)
-    pairs = [(before.hidden, stepper.nets.hidden, pull.hidden)]
-    if pull.output is not None:
-        pairs.append((before.output, stepper.nets.output, pull.output))
-    lost = np.zeros(len(ids), dtype=bool)
-    silent = np.ones(len(ids), dtype=bool)
-    for old, new, gradient in pairs:
+    """Take one step, and flag runs in which rounding holds a weight that the update would move.
+
+    The applied update is asked, not the gradient: a projection may leave a weight out, up to its own rounding.
+    """
+    # Runs that diverge are named by their last state.
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        before = stepper.nets.copy()
+        updates = stepper.step_and_tell(t)
+        pull = ascent(before, problem, scale_free=optimizer.scale_free)
+        lost = np.zeros(len(ids), dtype=bool)
+        silent = ~is_dead(before, problem)
         flat = (-1, len(ids))
-        lost |= ((old == new) & (gradient != 0.0)).reshape(flat).any(0)
-        silent &= (gradient == 0.0).reshape(flat).all(0)
-    silent &= ~is_dead(before, problem)
+        told = [np.abs(update.reshape(flat)) for update in updates if update is not None]
+        least = OWN_ROUNDING * np.finfo(before.hidden.dtype).eps * np.concatenate(told).max(0)
+        for old, new, update, gradient in zip(before, stepper.nets, updates, pull):
+            if update is not None and gradient is not None:
+                lost |= ((old == new) & (np.abs(update) > least)).reshape(flat).any(0)
+                silent &= (gradient == 0.0).reshape(flat).all(0)
     for mask, reason in (
         (lost, "an update is below half a unit in the last place"),
         (silent, "the gradient underflows to 0"),
@@ -156,42 +169,12 @@ def _stepper(
 ) -> tuple[Stepper, str]:
     shape = start.hidden.shape[0], start.hidden.shape[1]
     is_fast = has_fast_rule(optimizer, shape, train_output=problem.train_output)
-    is_small = scalar.fits(start, problem, optimizer.kind, optimizer.weight_decay)
-    if computed_by in ("auto", "scalar") and is_fast and is_small:
-        return _ScalarStepper(start, problem, optimizer), "scalar"
     if computed_by in ("auto", "rules") and is_fast:
         return _RuleStepper(start, problem, optimizer), "rules"
     # torch is imported here: the default job takes a second without it.
     from analysis.margin.real import TorchStepper
 
     return TorchStepper(start, problem, optimizer), "optimizers"
-
-
-class _ScalarStepper:
-    """`scalar` as a stepper."""
-
-    def __init__(self, start: Nets, problem: ToyProblem, optimizer: OptimizerSpec) -> None:
-        self._numbers = scalar.to_numbers(start)
-        self._advance = scalar.advance(
-            optimizer.kind, problem, optimizer.lr, optimizer.options, scale_free=optimizer.scale_free
-        )
-
-    @property
-    def nets(self) -> Nets:
-        """The weights of the one net."""
-        return scalar.to_net(self._numbers)
-
-    def advance(self, first: int, last: int) -> None:
-        """Take steps; where e^(-z) overflows the numbers become NaN, as in numpy."""
-        try:
-            self._numbers = self._advance(self._numbers, first, last)
-        except OverflowError:
-            self._numbers = scalar.LOST
-
-    def keep(self, mask: NDArray[np.bool_]) -> None:
-        """Drop the one run if the mask does not mark it."""
-        if not mask.all():
-            self._numbers = scalar.LOST
 
 
 class _RuleStepper:
@@ -204,16 +187,21 @@ class _RuleStepper:
 
     def advance(self, first: int, last: int) -> None:
         """Take steps, in place."""
+        for t in range(first, last):
+            self.step_and_tell(t)
+
+    def step_and_tell(self, t: int) -> Ascent:
+        """Take one step, in place; the rules count their steps themselves."""
         lr, decay = self._optimizer.lr, 1.0 - self._optimizer.lr * self._optimizer.weight_decay
         weights = [self.nets.hidden, self.nets.output] if self._problem.train_output else [self.nets.hidden]
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            for _ in range(first, last):
-                pull = ascent(self.nets, self._problem, scale_free=self._optimizer.scale_free)
-                updates = self._rule.update([-part for part in pull if part is not None])
-                for weight, update in zip(weights, updates):
-                    if decay != 1.0:
-                        weight *= decay
-                    weight -= lr * update
+            pull = ascent(self.nets, self._problem, scale_free=self._optimizer.scale_free)
+            updates = self._rule.update([-part for part in pull if part is not None])
+            for weight, update in zip(weights, updates):
+                if decay != 1.0:
+                    weight *= decay
+                weight -= lr * update
+        return Ascent(updates[0], updates[1] if len(updates) > 1 else None)
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
         """Drop runs, and the rule's state of them."""

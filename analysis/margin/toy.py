@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from analysis.margin.config import MarginConfig
 from analysis.margin.flow import flow
 from analysis.margin.net import Nets, ToyProblem
 from analysis.margin.optimizer_specs import OptimizerSpec, resolve_spec
+from analysis.margin.order import order_over_starts, sentence, share
 from analysis.margin.outputs import MarginReport
 from analysis.margin.plots import shown_runs, toy_plots
 from analysis.margin.points import parse_points
@@ -29,10 +30,15 @@ FIRST_DECADE = -2
 TABLE_STEPS = (10**3, 10**4, 10**5, 10**6)
 TABLE_LOSSES = (-5.0, -10.0, -20.0, -40.0)
 """ln of the loss at which optimizers are compared, next to equal steps."""
+ORDER_AT = -5.0
+"""ln of the loss at which gaps are compared start by start."""
+QUESTION = "How fast does training reach its largest margin, and does the optimizer change it?"
+CLASSES = {"log": "C/ln t", "power": "a power of t", "zero": "no gap", "undetermined": "not settled"}
+"""Rate class → what the table says."""
 PROVED = (
     "Proved by others for two ReLU neurons and two points: gradient descent reaches the optimum, at the rate 1/ln t "
     "exactly (arXiv 2603.02095). Derived here, and checked against steps: the constant C. All else on this page was "
-    "observed."
+    "observed, from the starts that this page names."
 )
 Say = Callable[[str], None]
 
@@ -235,8 +241,16 @@ def _step_of(log_t: float) -> float | None:
 
 def report(config: MarginConfig, runs: Sequence[MarginRun]) -> MarginReport:
     """Return the report of a toy or flow job."""
+    order = order_over_starts(runs, ORDER_AT) if config.runs > 1 else []
     return MarginReport(
-        runs, notes_on(runs), headline(runs), scope(config, runs), table(runs), toy_plots(runs)
+        runs,
+        notes_on(runs),
+        headline(runs) + sentence(order),
+        scope(config, runs),
+        table(runs),
+        toy_plots(runs),
+        {"order_over_starts": order} if order else {},
+        question=QUESTION,
     )
 
 
@@ -247,26 +261,34 @@ def table(runs: Sequence[MarginRun]) -> list[dict[str, Any]]:
     """
     rows = []
     for name in dict.fromkeys(run.optimizer for run in runs):
-        alive = [run for run in runs if run.optimizer == name and run.status in ("ok", "flat")]
+        own = [run for run in runs if run.optimizer == name]
+        alive = [run for run in own if run.status in ("ok", "flat")]
         classes = [run.rate.rate_class for run in alive]
+        most = max(sorted(set(classes)), key=classes.count) if classes else None
         ratios = [run.rate.constant / run.predicted for run in alive if run.rate.constant and run.predicted]
         row: dict[str, Any] = {
             "optimizer": name,
-            "runs": sum(run.optimizer == name for run in runs),
-            "separated": len(alive),
-            "rate_class": max(sorted(set(classes)), key=classes.count) if classes else None,
-            "C_predicted": _median([run.predicted for run in alive]),
-            "C_fit": _median([run.rate.constant for run in alive]),
-            "C_fit/C_predicted": _median(ratios),
+            **_shares("separated", len(alive), len(own)),
+            "rate": CLASSES[most] if most else None,
+            **_shares("of this rate", classes.count(most) if most else 0, len(alive)),
+            "C predicted": _median([run.predicted for run in alive]),
+            "C fitted": _median([run.rate.constant for run in alive]),
         }
+        row |= _spread("C fitted/predicted", ratios) if len(own) > 1 else {}
         for t in TABLE_STEPS:
-            row |= _spread(f"gap at {t:.0e}".replace("e+0", "e"), [_at_step(run.rows, t) for run in alive])
+            row |= _spread(f"gap at step {t:,}", [_at_step(run.rows, t) for run in alive])
         for level in TABLE_LOSSES:
             row |= _spread(
                 f"gap at ln L = {level:g}", [value_at_loss(run.rows, level, "gap") for run in alive]
             )
         rows.append(row)
     return rows
+
+
+def _shares(key: str, count: int, of: int) -> dict[str, float | None]:
+    """Return a share of random starts with its interval; None for one start, of which a share says nothing."""
+    values = share(count, of) if of > 1 else (None, None, None)
+    return dict(zip((key, f"{key} low", f"{key} high"), values))
 
 
 def notes_on(runs: Sequence[MarginRun]) -> list[str]:
@@ -293,22 +315,38 @@ def notes_on(runs: Sequence[MarginRun]) -> list[str]:
 
 def headline(runs: Sequence[MarginRun]) -> str:
     """Return a sentence: which optimizer closes the gap at which rate."""
-    rows = [row for row in table(runs) if row["separated"]]
+    rows = [row for row in table(runs) if row["rate"]]
     if not rows:
         return "No run separates the points."
-    by_class: dict[str, list[str]] = {}
+    by_rate: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_class.setdefault(row["rate_class"], []).append(row["optimizer"])
+        by_rate.setdefault(row["rate"], []).append(row)
     parts = []
     for kind, text in (
-        ("log", "gap as 1/ln t"),
-        ("power", "gap as a power of t"),
+        ("log", "the gap closes as C/ln t"),
+        ("power", "the gap closes as a power of t"),
         ("zero", "no gap"),
         ("undetermined", "no settled rate yet"),
     ):
-        if kind in by_class:
-            parts.append(f"{listing(by_class[kind])}: {text}")
+        if CLASSES[kind] in by_rate:
+            members = by_rate[CLASSES[kind]]
+            parts.append(
+                f"{listing([row['optimizer'] for row in members])}: {text}{_constants(kind, members)}"
+            )
     return "; ".join(parts) + "."
+
+
+def _constants(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the constants of one optimizer with the law C/ln t."""
+    if kind != "log" or len(rows) > 1:
+        return ""
+    (row,) = rows
+    ratio = row.get("C fitted/predicted")
+    if ratio is not None:
+        return f", fitted C over predicted {ratio:.4f} in the median"
+    if row["C predicted"] is None:
+        return f", C = {row['C fitted']:.4g} fitted"
+    return f", C = {row['C predicted']:.4g} predicted and {row['C fitted']:.5g} fitted"
 
 
 def scope(config: MarginConfig, runs: Sequence[MarginRun]) -> str:

@@ -177,12 +177,17 @@ def _weights(net: Nets, problem: ToyProblem) -> TrajectoryRow:
 
 
 def value_at_loss(rows: Sequence[TrajectoryRow], level: float, key: str) -> float | None:
-    """Return a value of the rows where ln L passes a level, interpolated in ln L between two states."""
+    """Return a value of the rows where ln L passes a level, interpolated in ln L between two states.
+
+    Gaps are interpolated by their inverse, which is affine in ln L once the start is forgotten.
+    """
     for before, after in pairwise(rows):
         high, low = before["log_loss"], after["log_loss"]
         if high > level >= low and before.get(key) is not None and after.get(key) is not None:
-            share = (high - level) / (high - low)
-            return before[key] + share * (after[key] - before[key])
+            share, first, second = (high - level) / (high - low), before[key], after[key]
+            if key == "gap" and min(first, second) > ZERO:
+                return 1.0 / (1.0 / first + share * (1.0 / second - 1.0 / first))
+            return first + share * (second - first)
     return None
 
 

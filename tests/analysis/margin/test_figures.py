@@ -10,7 +10,6 @@ import math
 import numpy as np
 import pytest
 
-from analysis.margin import head
 from analysis.margin.flow import separated_state
 from analysis.margin.net import Nets, ToyProblem, exact_margin, is_dead, log_loss
 from analysis.margin.points import pair
@@ -18,19 +17,30 @@ from analysis.margin.steps import train
 from analysis.margin.trajectory import classify
 from tests.analysis.margin.toys import I1, I2, A, flowed, gap, ln10, net, optimizer, states
 
-MILLION = [0, 1, 100, 10**3, 10**4, 10**5, 10**6]
+RECORDED = [0, 1, 100, 10**3, 10**4]
+
+
+def side_by_side(*starts: Nets) -> Nets:
+    """Several starts as the runs of one batch, in which a step costs little more than that of one."""
+    return Nets(*(np.concatenate(parts, axis=-1) for parts in zip(*starts)))
 
 
 @pytest.fixture(scope="module")
-def first() -> dict[int, Nets]:
-    """p = 2, q = 0.5 under gradient descent."""
-    return dict(zip(MILLION, states(net(*I1), MILLION)))
+def both() -> list[Nets]:
+    """p = 2, q = 0.5 and p = 1, q = 5 under gradient descent."""
+    return states(side_by_side(net(*I1), net([1.0, -5.0])), RECORDED)
 
 
 @pytest.fixture(scope="module")
-def second() -> dict[int, Nets]:
+def first(both: list[Nets]) -> dict[int, Nets]:
+    """p = 2, q = 0.5."""
+    return dict(zip(RECORDED, (state.one(0) for state in both)))
+
+
+@pytest.fixture(scope="module")
+def second(both: list[Nets]) -> dict[int, Nets]:
     """p = 1, q = 5."""
-    return dict(zip(MILLION, states(net([1.0, -5.0]), MILLION)))
+    return dict(zip(RECORDED, (state.one(1) for state in both)))
 
 
 def closed_gap(start: Nets, log_tau: float, problem: ToyProblem = A) -> float:
@@ -46,11 +56,10 @@ def test_1_gaps_of_gradient_descent(first: dict[int, Nets], second: dict[int, Ne
         100: 0.0621157172,
         10**3: 0.1408002738,
         10**4: 0.1224872910,
-        10**5: 0.0915364087,
     }
     for t, expected in ten_digits.items():
         assert gap(first[t]) == pytest.approx(expected, abs=1e-8)
-    eight_digits = {1: 0.00030086, 100: 0.02491545, 10**3: 0.10863800, 10**4: 0.19303964, 10**5: 0.19363746}
+    eight_digits = {1: 0.00030086, 100: 0.02491545, 10**3: 0.10863800, 10**4: 0.19303964}
     for t, expected in eight_digits.items():
         assert gap(second[t]) == pytest.approx(expected, abs=1e-7)
     # A learning rate that is 1 % off moves every gap by more than the tolerance.
@@ -59,12 +68,21 @@ def test_1_gaps_of_gradient_descent(first: dict[int, Nets], second: dict[int, Ne
 
 def test_2_gradient_descent_and_closed_form(first: dict[int, Nets], second: dict[int, Nets]) -> None:
     for found, start in ((first, net(*I1)), (second, net([1.0, -5.0]))):
-        for t, tolerance in ((10**4, 5e-5), (10**6, 5e-7)):
-            expected = closed_gap(start, math.log(0.01 * t))
-            assert gap(found[t]) == pytest.approx(expected, rel=tolerance)
-    hidden = first[10**6].hidden[..., 0]
-    assert abs(hidden[1, 1] - hidden[0, 1]) == pytest.approx(0.74971349, abs=1e-8)
-    assert hidden[0].sum() + hidden[1, 0] - hidden[1, 1] == pytest.approx(5.730e-4, rel=1e-3)
+        expected = closed_gap(start, math.log(100.0))
+        assert gap(found[10**4]) == pytest.approx(expected, rel=5e-5)
+
+
+@pytest.mark.slow
+def test_2_a_hundred_thousand_steps_of_gradient_descent() -> None:
+    at = [0, 10**5]
+    last = states(side_by_side(net(*I1), net([1.0, -5.0])), at)[-1]
+    for state, start, expected in zip(
+        (last.one(0), last.one(1)), (net(*I1), net([1.0, -5.0])), (0.0915364087, 0.19363746)
+    ):
+        assert gap(state) == pytest.approx(expected, abs=1e-7)
+        assert gap(state) == pytest.approx(closed_gap(start, math.log(1000.0)), rel=5e-6)
+    hidden = last.hidden[..., 0]
+    assert abs(hidden[1, 1] - hidden[0, 1]) == pytest.approx(0.7471, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +116,7 @@ def test_4_slopes_of_the_inverse_gap() -> None:
 
 
 def test_5_equal_starts_stay_at_the_optimum() -> None:
-    for state in [*states(net([1.3, -1.3]), [0, 10, 1000, 10**5]), *flowed(net([1.3, -1.3]), [2, 20, 200])]:
+    for state in [*states(net([1.3, -1.3]), [0, 10, 1000, 10**4]), *flowed(net([1.3, -1.3]), [2, 20, 200])]:
         assert abs(gap(state)) <= 1e-12
     assert gap(states(net([1.3, -1.3001]), [0, 1000])[-1]) > 1e-6
 
@@ -113,10 +131,10 @@ def test_6_the_gap_first_grows() -> None:
 
 
 def test_7_what_gradient_descent_conserves(first: dict[int, Nets]) -> None:
-    hidden = first[10**6].hidden[..., 0]
+    hidden = first[10**4].hidden[..., 0]
     assert hidden[0, 0] - hidden[0, 1] == pytest.approx(2.0, abs=1e-11)
     assert -hidden[1, 0] - hidden[1, 1] == pytest.approx(0.5, abs=1e-11)
-    assert hidden[0, 0] == pytest.approx(5.6, abs=0.1)  # while the weights themselves moved
+    assert hidden[0, 0] == pytest.approx(3.34, abs=0.02)  # while the weights themselves moved
 
 
 def test_8_flat_zones() -> None:
@@ -230,13 +248,12 @@ def test_13_the_starts_that_succeed_have_one_neuron_on_each_side() -> None:
     assert set(range(1000)) - set(stepped.dead) == set(np.flatnonzero((w[0] > 0.0) & (w[1] < 0.0)).tolist())
 
 
-@pytest.mark.parametrize(
-    ("w", "expected"), [((1, 1), 0.500991), ((-1, -1), 0.500991), ((-1, 1), 1.0), ((1, -1), 0.001989)]
-)
-def test_14_losses_of_dead_runs(w: tuple[float, float], expected: float) -> None:
-    last = states(net([float(n) for n in w]), [0, 10_000], lr=0.05)[-1]
-    assert math.exp(float(log_loss(last, A)[0])) == pytest.approx(expected, abs=1e-6)
-    assert bool(is_dead(last, A)[0]) == (expected > 0.5)
+def test_14_losses_of_dead_runs() -> None:
+    figures = {(1, 1): 0.500991, (-1, -1): 0.500991, (-1, 1): 1.0, (1, -1): 0.001989}
+    begun = side_by_side(*(net([float(n) for n in w]) for w in figures))
+    last = states(begun, [0, 10_000], lr=0.05)[-1]
+    assert np.exp(log_loss(last, A)) == pytest.approx(list(figures.values()), abs=1e-6)
+    assert is_dead(last, A).tolist() == [expected > 0.5 for expected in figures.values()]
 
 
 ROWS = {
@@ -248,35 +265,41 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_15_optimizers(name: str) -> None:
-    for start, expected, delta in zip((I1, I2), ROWS[name][:2], ROWS[name][2]):
-        _, early, late = states(net(*start), [0, 10**3, 10**5], name)
-        for state, figure in zip((early, late), expected):
-            if figure:
-                assert gap(state) == pytest.approx(figure, rel=1e-3)
-            else:
-                assert abs(gap(state)) <= 1e-12
-        hidden = late.hidden[..., 0]
-        assert abs(hidden[1, 1] - hidden[0, 1]) == pytest.approx(delta, abs=1e-4)
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_15_optimizers(name: str, late: bool) -> None:
+    """After 1,000 steps, and after 100,000."""
+    last = states(side_by_side(net(*I1), net(*I2)), [0, 10**5 if late else 10**3], name)[-1]
+    for run, expected in enumerate(ROWS[name][:2]):
+        figure, state = expected[late], last.one(run)
+        if figure:
+            assert gap(state) == pytest.approx(figure, rel=1e-3)
+        else:
+            assert abs(gap(state)) <= 1e-12
+        if late:
+            hidden = state.hidden[..., 0]
+            assert abs(hidden[1, 1] - hidden[0, 1]) == pytest.approx(ROWS[name][2][run], abs=1e-4)
 
 
 def test_15_muon_with_the_exact_factor_is_spectral_descent() -> None:
-    for start in (I1, I2):
-        by_muon, by_spectral = (
-            states(net(*start), [0, 10**4], name)[-1] for name in ("muon_svd", "spectral")
-        )
-        assert by_muon.hidden == pytest.approx(by_spectral.hidden, abs=1e-9)
+    begun = side_by_side(net(*I1), net(*I2))
+    by_muon, by_spectral = (states(begun, [0, 2000], name)[-1] for name in ("muon_svd", "spectral"))
+    assert by_muon.hidden == pytest.approx(by_spectral.hidden, abs=1e-9)
 
 
 def test_16_adam_turns_back_into_gradient_descent() -> None:
-    _, early, late, last = states(net(*I1), [0, 10**4, 10**5, 10**6], "adam")
+    _, early, late = states(net(*I1), [0, 10**4, 3 * 10**4], "adam")
     assert gap(early) == pytest.approx(1.8e-6, rel=0.05)
-    assert gap(late) > 1e3 * gap(early)
+    assert gap(late) == pytest.approx(1.06e-2, rel=0.01)
+    # Scale-free gradients are another optimizer: the second moment caps the growth of outputs.
+    assert gap(states_scale_free(10**4)) < 1e-3 * gap(late)
+
+
+@pytest.mark.slow
+def test_16_adam_ends_at_the_constant_of_gradient_descent() -> None:
+    late, last = states(net(*I1), [0, 10**5, 10**6], "adam")[1:]
     assert gap(late) == pytest.approx(0.02778, rel=1e-3)
     hidden = last.hidden[..., 0]
     assert abs(hidden[1, 1] - hidden[0, 1]) == pytest.approx(0.7485, abs=0.003)
-    # Scale-free gradients are another optimizer: the second moment caps the growth of outputs.
-    assert gap(states_scale_free(10**5)) < 1e-3 * gap(late)
 
 
 def states_scale_free(steps: int) -> Nets:
@@ -315,37 +338,3 @@ def test_18_more_dimensions() -> None:
     start = net([[1.2, 0.7, -0.3], [-0.4, 0.5, 0.9]])
     for state, expected in zip(flowed(start, [4.0, 30.0], problem), (0.04696039, 0.00587495)):
         assert gap(state, problem) == pytest.approx(expected, abs=1e-7)
-
-
-OWN = {
-    "l2": {"frobenius": 0.32546, "max": 1.06024, "spectral": 0.44856},
-    "sign": {"frobenius": 0.26355, "max": 1.56754, "spectral": 0.40894},
-    "spectral": {"frobenius": 0.28238, "max": 1.15432, "spectral": 0.52246},
-}
-
-
-def own_norm_problem() -> tuple[np.ndarray, np.ndarray]:
-    """30 points of 5 classes in R^12."""
-    rng = np.random.default_rng(0)
-    teacher, x = rng.normal(size=(5, 12)), rng.normal(size=(30, 12))
-    return x, (x @ teacher.T).argmax(1)
-
-
-def test_19_each_descent_wins_in_its_own_norm() -> None:
-    x, y = own_norm_problem()
-    found = head.own_norm_table({d: head.descend(x, y, 5, d, 300) for d in head.DESCENTS}, x, y)
-    assert head.wins_in_own_norm(found)
-    swapped = {"l2": found["sign"], "sign": found["l2"], "spectral": found["spectral"]}
-    assert not head.wins_in_own_norm(swapped)
-
-
-@pytest.mark.slow
-def test_19_values_after_30000_steps() -> None:
-    x, y = own_norm_problem()
-    found = head.own_norm_table({d: head.descend(x, y, 5, d, 30_000) for d in head.DESCENTS}, x, y)
-    assert head.wins_in_own_norm(found)
-    for descent, row in OWN.items():
-        for norm, expected in row.items():
-            # Steps of constant spectral norm chatter, which the largest entry shows most.
-            tolerance = 2e-3 if (descent, norm) == ("spectral", "max") else 1e-3
-            assert found[descent][norm] == pytest.approx(expected, rel=tolerance)
