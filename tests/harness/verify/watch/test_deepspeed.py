@@ -78,9 +78,9 @@ def trained(
     return report.is_right, [f.name for f in report.defects], details, {**scales, "text": str(report)}
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-)
+# DeepSpeed compiles Adam with g++ for its Muon, and its Newton–Schulz iteration with inductor: a minute on two cores.
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_built_in_muon_without_clipping(two_ranks: RankPool, stage: int) -> None:
     right, defects, details, facts = two_ranks.run(trained, stage, 0.0, "built-in")[0]
     assert defects == [], facts["text"]
@@ -88,6 +88,7 @@ def test_the_built_in_muon_without_clipping(two_ranks: RankPool, stage: int) -> 
     assert details["up.weight"].startswith("matrix: newton_schulz of momentum 0.95, nesterov")
 
 
+@pytest.mark.slow  # as above; test_defects.py has this clipping without DeepSpeed
 def test_the_built_in_muon_with_the_default_clipping_clips_the_update(two_ranks: RankPool) -> None:
     _, defects, _, facts = two_ranks.run(trained, 1, 1.0, "built-in")[0]
     assert defects == ["clipping after orthogonalization"], facts["text"]
