@@ -54,7 +54,7 @@ def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
     """Return what the attacker declares: never the training images; norm and components are those of public ones.
 
     Raises:
-        InputError: more principal components than the public images have.
+        InputError: no public images, or more principal components than they have.
     """
     a = config.attack
     d = images.x.shape[1]
@@ -63,6 +63,10 @@ def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
     typical = float(images.heldout.norm(dim=1).mean()) if len(images.heldout) else (d / 3) ** 0.5
     center, basis = a.offset * ones, None
     if a.prior == "pca":
+        if not len(images.heldout):
+            raise InputError(
+                "attack.prior", "pca", "needs public images", fix="`heldout` in the .npz of batch="
+            )
         most = min(images.heldout.shape) - 1
         if a.components > most:
             key, reason = "attack.components", "are more than the public images have"

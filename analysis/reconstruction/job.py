@@ -10,7 +10,7 @@ from typing import Any
 
 from analysis.reconstruction import attack, susceptibility
 from analysis.reconstruction.config import ReconstructionConfig
-from analysis.reconstruction.examination import ORACLE, Examination
+from analysis.reconstruction.examination import ORACLE, Examination, prior
 from analysis.reconstruction.subjects import (
     TABLES,
     ImageSet,
@@ -87,6 +87,7 @@ def run(config: ReconstructionConfig, say: Say) -> ReconstructionResults:
         InputError: bad input, or no checkpoint that separates its images.
     """
     sets, network = load(config)
+    prior(config, sets[0])  # refuses what the public images cannot give before anything is trained
     folder = JobFolder(config)
     results = ReconstructionResults(config, sets, folder)
     refusals: list[InputError] = []

@@ -189,6 +189,7 @@ def test_a_checkpoint_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["attack.radius=-1"], "attack.radius: .*numbers > 0"),
         (["data=sphere"], r"classes: odd_even is wrong.*fix: classes=hemispheres"),
         (["mode=fixture", "data_sets=2"], "data_sets: 2 needs victims to train on each"),
+        (["attack.prior=pca", "attack.components=64"], r"attack.components: 64 .*allowed: 1 to 63"),
         (["attack.weights=unit"], "attack.weights: .*margin, raw|attack.weights: unit"),
         (["checkpoint=w.pt"], "checkpoint: w.pt needs batch=FILE"),
         (["optimizer=gd", "gd.lr=1e-9", "steps=2", "attack.steps=1"], "no certificate is claimed"),
