@@ -8,9 +8,10 @@ The null distribution of the score comes from the twins: each is scored against 
 is placed in that sample by the same prediction interval.
 
 Twins of one process lack the rounding of an engine's own sums (`_SPREADS`), so a draw of it is added to each of their
-figures. Without it their scores would be close together wherever they lie below the least standard deviation, and any
-run that is a fraction of it away would be outside. Nothing is added to the run under test, which has the rounding of
-its engine already.
+figures, `_DRAWS` times: quantiles are averaged over the draws of those that a run is compared with, and each draw of a
+twin gives a score. Without draws their scores would be close together wherever they lie below the least standard
+deviation, and any run that is a fraction of it away would be outside; with a single draw, the null distribution would
+depend on it. Nothing is added to the run under test, which has the rounding of its engine already.
 
 Assumptions: a run under test that is right is exchangeable with these twins or closer to the run than they are, and
 both log-distances and scores are close to normal. No independence of steps or figures is assumed, because scores are
@@ -42,6 +43,8 @@ _SPREADS = {"weights": _LEAST_SPREAD, "loss": 2.0**-20, "gradient norm": 2.0**-1
 They are fp32 sums over many numbers, whose own order an engine chooses and the twins of one process do not vary. Under
 FSDP2, which adds up the norms of shards, gradient norms were 1e-6 to 2.5e-5 off those of one process (measured, 500,000
 parameters), more than in any twin."""
+_DRAWS = 8
+"""Draws of an engine's rounding for each twin."""
 _LARGEST = 37.0
 """Largest score; beyond it probabilities underflow."""
 
@@ -112,14 +115,18 @@ def judge(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory, alpha
     keys = list(tested)
     is_log = np.array([name == "weights" for name, _ in keys])
     least = np.array([_SPREADS[name] for name, _ in keys])
-    sample = np.array([[values[key] for key in keys] for values in null])
-    sample += least * np.random.default_rng(0).standard_normal(sample.shape)  # the same in every call
+    values = np.array([[figure[key] for key in keys] for figure in null])
+    noise = np.random.default_rng(0).standard_normal((_DRAWS, *values.shape))  # the same in every call
+    sample = values + least * noise
     z = _z_values(np.array([tested[key] for key in keys]), sample, is_log, least)
     score = float(z.max())
     scores = np.array(
-        [_z_values(row, np.delete(sample, i, axis=0), is_log, least).max() for i, row in enumerate(sample)]
+        [
+            _z_values(sample[:, i], np.delete(sample, i, axis=1), is_log, least).max(axis=-1)
+            for i in range(len(twins))
+        ]
     )
-    degrees, spread = len(scores) - 1, max(scores.std(ddof=1), 0.1) * math.sqrt(1 + 1 / len(scores))
+    degrees, spread = len(twins) - 1, max(scores.std(ddof=1), 0.1) * math.sqrt(1 + 1 / len(twins))
     p_value = float(stats.t.sf((score - scores.mean()) / spread, degrees))
     limit = float(scores.mean() + stats.t.isf(alpha, degrees) * spread)
     if p_value >= alpha:
@@ -136,18 +143,18 @@ def _z_values(tested: np.ndarray, sample: np.ndarray, is_log: np.ndarray, least:
     """Return each figure's standard normal quantile: of being larger for log-distances, of either sign for the others.
 
     Args:
-        tested: (figures,).
-        sample: (twins, figures).
+        tested: (…, figures).
+        sample: (draws, twins, figures); the quantiles are averaged over the draws.
         is_log: (figures,), which of them are log-distances.
         least: (figures,), least standard deviation.
     """
-    count = len(sample)
-    spread = np.maximum(sample.std(axis=0, ddof=1), least)
+    count = sample.shape[1]
+    spread = np.maximum(sample.std(axis=1, ddof=1), least)
     with np.errstate(invalid="ignore"):
-        t = (tested - sample.mean(axis=0)) / (spread * math.sqrt(1 + 1 / count))
+        t = (tested[..., None, :] - sample.mean(axis=1)) / (spread * math.sqrt(1 + 1 / count))
     t = np.where(np.isfinite(t), t, np.inf)
     p = stats.t.sf(np.where(is_log, t, np.abs(t)), count - 1) * np.where(is_log, 1, 2)
-    return np.minimum(stats.norm.isf(np.maximum(p, 1e-300)), _LARGEST)
+    return np.minimum(stats.norm.isf(np.maximum(p, 1e-300)), _LARGEST).mean(axis=-2)
 
 
 def _parameter(
