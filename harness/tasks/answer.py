@@ -36,8 +36,10 @@ class Answer:
         """Return the training examples in the order of the run; the loss is divided by tokens of answers."""
         order = Order(data.sha256, config.seed, len(data.train))
         collate = AnswerBatches(data.train, data.pad_id, config.seq_len)
-        share = config.batch_size // (config.world_size or 1)
-        return ExampleSamples(data.train, order, share, collate, answer_lengths(data.train))
+        micro = config.micro_batch_size or config.batch_size
+        return ExampleSamples(
+            data.train, order, config.batch_size, micro, collate, answer_lengths(data.train)
+        )
 
     def check(self, config: RunConfig, data: Examples) -> None:
         """Refuse answers that could not be generated or measured.

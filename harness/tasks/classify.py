@@ -35,8 +35,8 @@ class Classify:
     def samples(self, config: RunConfig, data: Examples) -> ExampleSamples:
         """Return the training examples in the order of the run."""
         order = Order(data.sha256, config.seed, len(data.train))
-        share = config.batch_size // (config.world_size or 1)
-        return ExampleSamples(data.train, order, share, Collate(data.train, data, config))
+        micro = config.micro_batch_size or config.batch_size
+        return ExampleSamples(data.train, order, config.batch_size, micro, Collate(data.train, data, config))
 
     def check(self, config: RunConfig, data: Examples) -> None:
         """Refuse data that cannot be learned from or measured, and a vocabulary larger than the model's.

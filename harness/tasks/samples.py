@@ -37,13 +37,14 @@ class MakeBatch(Protocol):
 class ExampleSamples:
     """The `Samples` of a run over examples, in a fresh permutation each epoch.
 
-    What a process adds up in a step is taken longest first, so that the rows of a micro-batch are alike and few are
-    padded. The samples of a step, and so its gradient, stay what they are.
+    The samples of a step are cut into micro-batches by length, so that few rows are padded. The cut depends on the step
+    and on ``micro_batch_size``, not on the number of processes; each process gets long and short micro-batches.
 
     Args:
         split: of the training data.
         order: of the run, over as many examples.
-        share: samples of one process in a step.
+        batch_size: samples of a step.
+        micro_batch_size: samples of a micro-batch, a divisor of ``batch_size``.
         collate: makes a micro-batch.
         loss_tokens: tokens with a loss of each example, ``(examples,)``; None: the loss is divided by examples.
 
@@ -55,22 +56,26 @@ class ExampleSamples:
         self,
         split: Split,
         order: Order,
-        share: int,
+        batch_size: int,
+        micro_batch_size: int,
         collate: MakeBatch,
         loss_tokens: NDArray[np.integer] | None = None,
     ) -> None:
         self.length = len(split)
-        self._order, self._share, self._collate = order, share, collate
+        self._order, self._collate = order, collate
+        self._batch_size, self._micro = batch_size, micro_batch_size
+        self._places = spread(batch_size // micro_batch_size)
         self._lengths, self._loss_tokens = split.lengths, loss_tokens
 
     def rows(self, first: int, count: int) -> tuple[np.ndarray, ...]:
         """Return the samples ``first`` … ``first + count - 1`` of the run, padded to the longest of them."""
-        begin = first // self._share * self._share
-        shares = -(-(first + count - begin) // self._share)
-        indices = self._order.take(begin, shares * self._share).reshape(shares, self._share)
+        begin = first // self._batch_size * self._batch_size
+        end = -(-(first + count) // self._batch_size) * self._batch_size
+        indices = self._order.take(begin, end - begin).reshape(-1, self._batch_size)
         longest_first = np.argsort(-self._lengths[indices], axis=1, kind="stable")
-        taken = np.take_along_axis(indices, longest_first, axis=1).reshape(-1)
-        return self._collate(taken[first - begin : first - begin + count].tolist())
+        by_length = np.take_along_axis(indices, longest_first, axis=1)
+        cut = by_length.reshape(len(indices), -1, self._micro)[:, self._places].reshape(-1)
+        return self._collate(cut[first - begin : first - begin + count].tolist())
 
     def loss_tokens(self, first: int, count: int) -> int:
         """Return the tokens with a loss of these samples, or their number."""
@@ -81,6 +86,15 @@ class ExampleSamples:
     def tokens(self, first: int, count: int) -> int:
         """Return the tokens of these samples, padding not included."""
         return int(self._lengths[self._order.take(first, count)].sum())
+
+
+def spread(count: int) -> list[int]:
+    """Return 0 … ``count - 1`` in the order of their reversed bits: each stretch holds small and large numbers.
+
+    Processes take stretches of it. With as many as a power of two, they also hold neighbours at the same time.
+    """
+    bits = max(count - 1, 0).bit_length()
+    return sorted(range(count), key=lambda number: int(f"{number:0{bits}b}"[::-1], 2) if bits else 0)
 
 
 def padded_length(longest: int, seq_len: int) -> int:

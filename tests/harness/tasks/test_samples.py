@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from harness.data import Order
-from harness.tasks.samples import ExampleSamples, batches_by_length, pad, padded_length
+from harness.tasks.samples import ExampleSamples, batches_by_length, pad, padded_length, spread
 
 
 class _Split:
@@ -25,14 +25,14 @@ class _Split:
         return np.array([len(self.ids(index)) for index in range(len(self))])
 
 
-def _samples(seed: int = 0, share: int = 1) -> ExampleSamples:
+def _samples(seed: int = 0, batch_size: int = 1, micro: int = 1) -> ExampleSamples:
     split = _Split()
 
     def collate(indices: Sequence[int]) -> tuple[np.ndarray, ...]:
         rows = [split.ids(index) for index in indices]
         return (pad(rows, padded_length(max(map(len, rows)), 64), -1),)
 
-    return ExampleSamples(split, Order("hash", seed, len(split)), share, collate)
+    return ExampleSamples(split, Order("hash", seed, len(split)), batch_size, micro, collate)
 
 
 def _shown(samples: ExampleSamples, cuts: Sequence[int]) -> list[int]:
@@ -56,16 +56,30 @@ def test_the_cut_into_micro_batches_changes_neither_samples_nor_counts() -> None
     assert samples.tokens(0, 100) == 2 * sum(index % 7 + 1 for index in range(50))
 
 
-def test_a_process_takes_its_part_of_a_step_longest_first_and_the_samples_of_the_step_stay() -> None:
+def test_a_step_is_cut_by_length_whatever_the_processes_and_holds_the_same_samples() -> None:
     in_order = _shown(_samples(), [96])
-    by_length = _shown(_samples(share=8), [4] * 24)
-    assert by_length == _shown(_samples(share=8), [8] * 12) == _shown(_samples(share=8), [96])
-    assert by_length != in_order
-    for begin in range(0, 96, 8):
-        share = by_length[begin : begin + 8]
-        assert sorted(share) == sorted(in_order[begin : begin + 8])
-        lengths = [index % 7 + 1 for index in share]
-        assert lengths == sorted(lengths, reverse=True)
+    # Micro-batches of 4 samples, read by 1, 2 and 4 processes.
+    cut = _shown(_samples(batch_size=16, micro=4), [4] * 24)
+    for share in (16, 8, 4):
+        assert _shown(_samples(batch_size=16, micro=4), [share] * (96 // share)) == cut
+    assert cut != in_order
+    for begin in range(0, 96, 16):
+        step = cut[begin : begin + 16]
+        assert sorted(step) == sorted(in_order[begin : begin + 16])
+        # The longest, the third, the second and the shortest four: two processes get one of either half.
+        parts = [[index % 7 + 1 for index in step[at : at + 4]] for at in range(0, 16, 4)]
+        assert min(parts[0]) >= max(parts[2])
+        assert min(parts[2]) >= max(parts[1])
+        assert min(parts[1]) >= max(parts[3])
+
+
+def test_numbers_are_spread_over_every_stretch() -> None:
+    assert [spread(count) for count in (1, 2, 3, 4)] == [[0], [0, 1], [0, 2, 1], [0, 2, 1, 3]]
+    for count in (5, 6, 12, 64):
+        places = spread(count)
+        assert sorted(places) == list(range(count))
+        half = count // 2
+        assert abs(sum(places[:half]) / half - (count - 1) / 2) < count / 6
 
 
 @pytest.mark.parametrize(
