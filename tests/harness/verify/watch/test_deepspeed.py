@@ -17,15 +17,12 @@ def trained(
     rank: int, stage: int, clip: float, optimizer: str, accumulation: int = 1
 ) -> tuple[bool | None, list[str], dict[str, str], dict[str, Any]]:
     """Train under DeepSpeed and `watch`; return verdict, defects, details and scales by parameter, on rank 0."""
-    import os
-
     from harness.audit import watch
     from harness.engines.deepspeed import _library
     from optimizers.layouts import deepspeed_binding
 
     deepspeed = _library()
     linear = torch.nn.functional.linear
-    os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     model = net()
     config: dict[str, Any] = {
@@ -72,7 +69,6 @@ def trained(
     finally:
         engine.destroy()
         torch.nn.functional.linear = linear
-        os.environ.pop("LOCAL_RANK", None)
     details = {p.name: f"{p.claim.kind}: {p.explanation.detail}" for p in report.parameters}
     scales = {p.name: [f.scales for f in p.explanation.fits] for p in report.parameters}
     return report.is_right, [f.name for f in report.defects], details, {**scales, "text": str(report)}
