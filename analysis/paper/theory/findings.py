@@ -37,17 +37,20 @@ TITLE = "SUMO's lemmas and figures, simulated and on moments of real runs"
 ARXIV = "2505.24749"
 TOLERANCE = 1e-9
 """By how much a simulation may differ from its closed form: both are fp64, over at most 800 steps."""
-COMMANDS = tuple(
-    f"optbench compare sumo sumo_ns5 seeds={seeds} model={model} steps={steps} batch_size={batch} seq_len=64 "
-    f"sumo.lr={lr} sumo_ns5.lr={lr} sumo.aux_lr={aux_lr} sumo_ns5.aux_lr={aux_lr} sumo.refresh_interval={period} "
-    f"sumo_ns5.refresh_interval={period} eval.every={every} eval.tokens={tokens} moments.every=10 "
-    f"checkpoint.every={every} checkpoint.keep=3 runs_dir=runs/sumo_theory group={model}"
-    for model, seeds, steps, batch, lr, aux_lr, period, every, tokens in (
-        ("llama_tiny", 6, 120, 8, "4e-3", "1.6e-2", 50, 40, 16384),
-        ("llama_9m", 2, 60, 4, "2e-3", "8e-3", 25, 20, 8192),
-    )
+_PROTOCOL = "steps=120 batch_size=8 seq_len=64 world_size=1 eval.every=40 eval.tokens=16384"
+_PROBED = "moments.every=10 checkpoint.every=40 checkpoint.keep=3"
+COMMANDS = (
+    f"optbench compare sumo sumo_ns5 seeds=6 model=llama_tiny {_PROTOCOL} {_PROBED} sumo.lr=4e-3 sumo_ns5.lr=4e-3 "
+    "sumo.aux_lr=1.6e-2 sumo_ns5.aux_lr=1.6e-2 sumo.refresh_interval=50 sumo_ns5.refresh_interval=50 "
+    "runs_dir=runs/sumo_theory group=llama_tiny",
+    f"optbench compare sumo seeds=6 model=llama_tiny {_PROTOCOL} checkpoint.every=null sumo.lr=3.6e-3 "
+    "sumo.aux_lr=1.6e-2 sumo.refresh_interval=50 runs_dir=runs/sumo_theory group=llama_tiny_shorter",
+    f"optbench compare sumo sumo_ns5 seeds=3 model=llama_9m {_PROTOCOL} {_PROBED} sumo.lr=2e-3 sumo_ns5.lr=2e-3 "
+    "sumo.aux_lr=8e-3 sumo_ns5.aux_lr=8e-3 sumo.refresh_interval=50 sumo_ns5.refresh_interval=50 "
+    "runs_dir=runs/sumo_theory group=llama_9m",
 )
-"""What makes the runs of the figures: two sizes, exact and Newton-Schulz factors at equal learning rates."""
+"""What makes the runs of the figures: two sizes at equal learning rates; and exact factors with steps of about the
+length that five Newton-Schulz steps give, 0.9."""
 
 
 class Check(NamedTuple):
@@ -389,9 +392,9 @@ def sentences(theory: Theory) -> list[str]:
                 else "no difference is shown"
             )
             found.append(
-                f"{row.scale}, lr {row.lr:g}, {plural(row.difference.n, 'paired seed')}: final validation loss "
-                f"{row.exact:.4f} exact, {row.newton_schulz:.4f} Newton–Schulz, difference "
-                f"{within(row.difference)}: {verdict}."
+                f"{row.scale}, {plural(row.difference.n, 'paired seed')}: final validation loss {row.exact:.4f} exact "
+                f"(lr {row.exact_lr:g}), {row.newton_schulz:.4f} Newton–Schulz (lr {row.newton_schulz_lr:g}), "
+                f"difference {within(row.difference)}: {verdict}."
             )
     return found
 

@@ -1,7 +1,8 @@
 """Figure 2, exact factors against Newton-Schulz: pairs of runs that differ in the orthogonalizer alone.
 
-Both runs of a pair have the same seed, hence the same initial weights and batches, and the same options, also the same
-learning rate. The intervals are t-intervals over seeds.
+Both runs of a pair have the same seed, hence the same initial weights and batches, and the same options. Pairs with
+different learning rates form rows of their own: five Newton-Schulz steps shorten the update, so that a difference at
+equal rates may be one of step length. The intervals are t-intervals over seeds.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from analysis.paper.theory.run_moments import is_exact, scale_of, takes_newton_s
 from analysis.runs.measure import LOSS
 from analysis.runs.run import LoadedRun
 
-DIFFERENT = ("name", "orthogonalizer", "orthogonalizer_steps", "orthogonalizer_dtype")
-"""Options in which the runs of a pair may differ; all others, the learning rate among them, are equal."""
+DIFFERENT = ("name", "orthogonalizer", "orthogonalizer_steps", "orthogonalizer_dtype", "lr")
+"""Options in which the runs of a pair may differ; all others are equal. The rates are stated with each row."""
 
 
 class RunPair(NamedTuple):
@@ -33,7 +34,7 @@ class PairedRow(NamedTuple):
 
     Attributes:
         scale: of the runs.
-        lr: peak learning rate of the matrix rule.
+        exact_lr, newton_schulz_lr: peak learning rates of the matrix rule.
         step: of the evaluation.
         is_last: it is the last one.
         exact, newton_schulz: mean loss over the seeds, nats per token.
@@ -41,7 +42,8 @@ class PairedRow(NamedTuple):
     """
 
     scale: str
-    lr: float
+    exact_lr: float
+    newton_schulz_lr: float
     step: int
     is_last: bool
     exact: float
@@ -50,33 +52,46 @@ class PairedRow(NamedTuple):
 
 
 def pairs(runs: Sequence[LoadedRun]) -> list[RunPair]:
-    """Return the pairs of finished runs; of several equal runs the first."""
-    exact = {_setting(run): run for run in reversed(runs) if run.finished and is_exact(run)}
-    other = {_setting(run): run for run in reversed(runs) if run.finished and takes_newton_schulz(run)}
-    return [RunPair(exact[key], other[key]) for key in reversed(exact) if key in other]
+    """Return the pairs of finished runs with equal seeds and settings; of several equal runs the first."""
+    finished = [run for run in runs if run.finished]
+    exact = {(_setting(run), run.seed, _lr(run)): run for run in reversed(finished) if is_exact(run)}
+    other = {
+        (_setting(run), run.seed, _lr(run)): run for run in reversed(finished) if takes_newton_schulz(run)
+    }
+    return [
+        RunPair(exact[key], other[other_key])
+        for key in reversed(exact)
+        for other_key in reversed(other)
+        if key[:2] == other_key[:2]
+    ]
 
 
-def _setting(run: LoadedRun) -> tuple[str, int, str]:
+def _setting(run: LoadedRun) -> str:
     options = {key: value for key, value in run.optimizer_config.items() if key not in DIFFERENT}
-    return run.comparison_key, run.seed, repr(sorted(options.items()))
+    return f"{run.comparison_key} {sorted(options.items())!r}"
+
+
+def _lr(run: LoadedRun) -> float:
+    return float(run.optimizer_config["lr"])
 
 
 def paired_rows(found: Sequence[RunPair]) -> list[PairedRow]:
     """Return the losses of all pairs after each step in which all of them were evaluated."""
-    groups: dict[tuple[str, float, str], list[RunPair]] = defaultdict(list)
+    groups: dict[tuple[str, float, float, str], list[RunPair]] = defaultdict(list)
     for pair in found:
-        key, _, options = _setting(pair.exact)
         # Seeds of one setting are replicates of each other.
-        groups[scale_of(pair.exact), float(pair.exact.optimizer_config["lr"]), key + options].append(pair)
+        place = (scale_of(pair.exact), _lr(pair.exact), _lr(pair.newton_schulz), _setting(pair.exact))
+        groups[place].append(pair)
     rows = []
-    for (scale, lr, _), group in groups.items():
+    for (scale, exact_lr, newton_schulz_lr, _), group in groups.items():
         curves = [(evaluations(pair.exact), evaluations(pair.newton_schulz)) for pair in group]
         steps = sorted(set.intersection(*(set(curve) for both in curves for curve in both)))
         for step in steps:
             exact, other = (np.array([both[i][step] for both in curves]) for i in (0, 1))
             row = PairedRow(
                 scale,
-                lr,
+                exact_lr,
+                newton_schulz_lr,
                 step,
                 step == steps[-1],
                 float(exact.mean()),

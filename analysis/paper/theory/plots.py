@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from analysis.pages.figures import GREY, Plot, colour, figure, line
 from analysis.paper.theory.findings import LINE_LABEL, Theory
+from analysis.paper.theory.paired_runs import PairedRow
 from analysis.paper.theory.polar_bound import ITERATIONS, MUON, SIDE, STEPS, bound, geometric
 from analysis.paper.theory.run_moments import LINE, error_of
 
@@ -165,12 +166,16 @@ def _errors(theory: Theory) -> Plot:
     return Plot("error", f"The error of {MUON.label}, five steps, on real moments", caption, built, 400)
 
 
+def _rates(row: PairedRow) -> tuple[float, float]:
+    return row.exact_lr, row.newton_schulz_lr
+
+
 def _paired(theory: Theory) -> Plot:
     traces = []
-    for arm, place in enumerate(dict.fromkeys((row.scale, row.lr) for row in theory.paired)):
-        rows = [row for row in theory.paired if (row.scale, row.lr) == place]
+    for arm, place in enumerate(dict.fromkeys((row.scale, *_rates(row)) for row in theory.paired)):
+        rows = [row for row in theory.paired if (row.scale, *_rates(row)) == place]
         steps = [row.step for row in rows]
-        name = f"{place[0].partition(',')[0]}, lr {place[1]:g}, {rows[0].difference.n} seeds"
+        name = f"{place[0].partition(',')[0]}, lr {place[2]:g} against {place[1]:g}, {rows[0].difference.n} seeds"
         traces.append(_curve(arm, name, steps, [row.difference.mean for row in rows], "lines+markers"))
         if all(math.isfinite(row.difference.half_width) for row in rows):
             low = [row.difference.mean - row.difference.half_width for row in rows]
@@ -190,8 +195,6 @@ def _paired(theory: Theory) -> Plot:
             )
     ends = [min(row.step for row in theory.paired), max(row.step for row in theory.paired)]
     traces.append(_grey("equal", ends, [0.0, 0.0]))
-    caption = (
-        "Newton–Schulz minus exact, same seed, batches and learning rate; mean and 95 % interval over seeds."
-    )
+    caption = "Newton–Schulz minus exact, same seed and batches; mean and 95 % interval over seeds."
     built = figure(traces, **_axes("step", "difference of validation loss, nats"))
     return Plot("paired", "Figure 2: five Newton–Schulz steps against the exact factor", caption, built, 360)

@@ -23,12 +23,13 @@ OTHER = EXACT | {"orthogonalizer": "newton_schulz"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[LoadedRun]:
-    """Three seeds of both factors, whose losses differ by 0.05 on average, and one run with another rate."""
+    """Three seeds of both factors, whose losses differ by 0.05; one run with another rate, and one without a pair."""
     root = tmp_path_factory.mktemp("runs")
     for seed in range(3):
         write(root, Recipe("sumo", seed=seed, end=3.4, noise=0.0, options=EXACT))
         write(root, Recipe("sumo_ns5", seed=seed, end=3.45, noise=0.0, options=OTHER))
-    write(root, Recipe("sumo_ns5", seed=3, options=OTHER, lr=2e-3))
+    write(root, Recipe("sumo_ns5", seed=2, options=OTHER, lr=2e-3), "twice-the-rate")
+    write(root, Recipe("sumo_ns5", seed=3, options=OTHER))
     return loading.load(root)
 
 
@@ -88,21 +89,20 @@ def test_a_moment_that_is_zero_has_no_error(runs: list[LoadedRun]) -> None:
     assert error_row(RealMoment(runs[0], 1, "layer", torch.zeros(3, 4))) is None
 
 
-def test_pairs_differ_in_the_factor_alone(runs: list[LoadedRun]) -> None:
+def test_pairs_differ_in_the_factor_and_in_a_rate_that_is_stated(runs: list[LoadedRun]) -> None:
     found = pairs(runs)
-    assert [(pair.exact.optimizer, pair.newton_schulz.optimizer) for pair in found] == [
-        ("sumo", "sumo_ns5")
-    ] * 3
-    assert [pair.exact.seed for pair in found] == [pair.newton_schulz.seed for pair in found]
-    rows = paired_rows(found)
-    last = rows[-1]
-    assert last.is_last
-    differences = [pair.newton_schulz.final_loss - pair.exact.final_loss for pair in found]
-    assert last.difference.n == 3
+    assert [pair.exact.optimizer for pair in found] == ["sumo"] * 4
+    assert [pair.newton_schulz.optimizer for pair in found] == ["sumo_ns5"] * 4
+    assert all(pair.exact.seed == pair.newton_schulz.seed for pair in found)
+    last, other = (row for row in paired_rows(found) if row.is_last)
+    assert (last.exact_lr, last.newton_schulz_lr, last.difference.n) == (1e-3, 1e-3, 3)
+    assert (other.exact_lr, other.newton_schulz_lr, other.difference.n) == (1e-3, 2e-3, 1)
+    equal = [pair for pair in found if pair.newton_schulz.optimizer_config["lr"] == 1e-3]
+    differences = [pair.newton_schulz.final_loss - pair.exact.final_loss for pair in equal]
     assert last.difference.mean == pytest.approx(np.mean(differences))
     # The synthetic curves tend to ends that are 0.05 apart, as exp(-6 t/T), without noise.
     assert last.difference.mean == pytest.approx(0.05 * (1 - np.exp(-6)), abs=1e-9)
-    assert last.exact == pytest.approx(np.mean([pair.exact.final_loss for pair in found]))
+    assert last.exact == pytest.approx(np.mean([pair.exact.final_loss for pair in equal]))
 
 
 def test_a_look_ahead_is_not_what_is_stored(runs: list[LoadedRun], tmp_path: Path) -> None:
