@@ -38,7 +38,7 @@ from optimizers import named_state
 
 BATCHES = 2
 """Next batches that are tried from each state."""
-VALIDATION_TOKENS = 4096
+VALIDATION_TOKENS = 2048
 MOST_PARAMETERS = 50_000_000
 """Larger models are left out: each state costs about ten passes over the validation tokens."""
 ARMS = ("exact", "newton_schulz", "shortened")
