@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 NAME = "sumo_theory"
 TITLE = "SUMO's lemmas and figures, simulated and on moments of real runs"
 ARXIV = "2505.24749"
+QUESTION = (
+    "Do SUMO's lemmas hold, and does the error of five Newton–Schulz steps come from the condition number?"
+)
 TOLERANCE = 1e-9
 """By how much a simulation may differ from its closed form: both are fp64, over at most 800 steps."""
 _PROTOCOL = "steps=120 batch_size=8 seq_len=64 world_size=1 eval.every=40 eval.tokens=16384"
