@@ -14,6 +14,7 @@ from scipy import stats
 from analysis.comparison.statistics import Interval, interval
 from analysis.formatting import plural, significant
 from analysis.paper.theory import moment_rank, polar_bound
+from analysis.paper.theory.arms import TheoryArm, arms_of, scale_of
 from analysis.paper.theory.moment_rank import RankRow
 from analysis.paper.theory.paired_runs import PairedRow, paired_rows, pairs
 from analysis.paper.theory.polar_bound import MUON, Band, BoundRow, BoundScan, RankFactor
@@ -27,6 +28,7 @@ from analysis.paper.theory.run_moments import (
     real_moments,
 )
 from analysis.runs import loading
+from analysis.runs.run import LoadedRun
 from harness.checkpoint.store import DamagedCheckpoint
 
 if TYPE_CHECKING:
@@ -71,26 +73,26 @@ class Check(NamedTuple):
 
 
 class ErrorSummary(NamedTuple):
-    """Medians over all moments of one scale and optimizer, with the interval of the rank correlation over runs.
+    """Figures over all moments of one arm; shares of the squared error are of its sum, and intervals are over seeds.
 
     Attributes:
-        scale, optimizer: of the runs.
+        arm: of the runs.
         runs, moments: how many.
         condition: quantile → κ.
         inside: share of the moments without a direction below the band.
         small: mean share of directions below the band.
         measured: median error.
         measured_low, measured_high: 5 % and 95 % quantiles.
-        small_energy: mean share of the squared error in directions below the band.
-        length: median share of the squared error that is a change of length.
+        small_energy: share of the squared error, summed over the moments, in directions below the band.
+        small_energy_runs: of each seed, with the interval over them.
+        length: share of the squared error, summed over the moments, that is a change of length.
         lifted: median error with those directions lifted to the band.
         replaced: condition number → median error with a geometric spectrum.
         rank_correlation: of error and κ over the moments of a run, over runs.
         deviation: largest difference of the measured error from the one of the singular values.
     """
 
-    scale: str
-    optimizer: str
+    arm: TheoryArm
     runs: int
     moments: int
     condition: dict[str, float]
@@ -100,6 +102,7 @@ class ErrorSummary(NamedTuple):
     measured_low: float
     measured_high: float
     small_energy: float
+    small_energy_runs: Interval
     length: float
     lifted: float
     replaced: dict[float, float]
@@ -111,15 +114,16 @@ class StepSummary(NamedTuple):
     """What an arm's step loses against the exact one, over seeds (each the mean over its states and batches).
 
     Attributes:
-        scale, split, arm: ``arm`` is newton_schulz or shortened.
+        arm, split: of the runs, and on what the loss is.
         states: checkpoints × batches.
         gain: mean of before - after with the exact factor, nats per token.
-        difference: of after(arm) - after(exact) over seeds; positive: the arm is worse.
-        beyond_length: of after(newton_schulz) - after(shortened); the same in both rows.
+        difference: of after(newton_schulz) - after(exact) over seeds; positive: it is worse.
+        shortened: of after(shortened) - after(exact).
+        beyond_length: of after(newton_schulz) - after(shortened).
         length: mean c.
     """
 
-    scale: str
+    arm: TheoryArm
     split: str
     states: int
     gain: float
@@ -138,11 +142,12 @@ class Theory:
         bounds, scans, rank_factor, band: Lemma 3.2.
         conditions: Figure 1(a).
         errors, error_summaries: of real moments.
-        spectra: scale → median σ_i/σ₁ over the moments of the last checkpoint, Figure 1(b).
+        spectra: arm → median σ_i/σ₁ over the moments of the last checkpoint, Figure 1(b).
         paired: Figure 2.
         steps: of one step from equal states.
         runs: folders that were searched.
-        runs_read: runs in them.
+        runs_read: finished runs in them.
+        scales: what was trained, a line for each scale.
         notes: what was left out.
     """
 
@@ -159,6 +164,7 @@ class Theory:
     steps: list[StepSummary] = field(default_factory=list)
     runs: list[Path] = field(default_factory=list)
     runs_read: int = 0
+    scales: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -231,26 +237,32 @@ def compute(folders: Sequence[Path]) -> Theory:
     # torch and transformers take seconds, which the lemmas do not need.
     from analysis.paper.theory import one_step
 
-    theory.conditions = condition_rows(finished)
+    arms = arms_of(finished)
+    theory.scales = scales(finished)
+    theory.conditions = condition_rows(finished, arms)
     for run in finished:
         try:
-            theory.errors += [row for moment in real_moments(run) if (row := error_row(moment)) is not None]
+            theory.errors += [
+                row
+                for moment in real_moments(run, arms[run.folder])
+                if (row := error_row(moment)) is not None
+            ]
         except DamagedCheckpoint as error:
             theory.notes.append(f"{run.where}: no moments are read: {error}")
         if not checkpoints_of(run):
             theory.notes.append(f"{run.where}: no checkpoint, so no moments (checkpoint.every=N)")
     theory.error_summaries = error_summaries(theory.errors)
     theory.spectra = spectra(theory.errors)
-    theory.paired = paired_rows(pairs(finished))
-    theory.steps = step_summaries(one_step.step_rows(finished, theory.notes))
+    theory.paired = paired_rows(pairs(finished), arms)
+    theory.steps = step_summaries(one_step.step_rows(finished, arms, theory.notes))
     return theory
 
 
 def error_summaries(errors: Sequence[ErrorRow]) -> list[ErrorSummary]:
-    """Return the medians by scale and optimizer."""
+    """Return the figures of each arm."""
     found = []
-    for place in dict.fromkeys((row.scale, row.optimizer) for row in errors):
-        rows = [row for row in errors if (row.scale, row.optimizer) == place]
+    for arm in dict.fromkeys(row.arm for row in errors):
+        rows = [row for row in errors if row.arm == arm]
         kappa = np.array([row.condition for row in rows])
         measured = np.array([row.measured for row in rows])
         # A run is a replicate; its moments at neighbouring steps are not independent of each other.
@@ -263,7 +275,7 @@ def error_summaries(errors: Sequence[ErrorRow]) -> list[ErrorSummary]:
                 correlations.append(float(result.statistic))
         found.append(
             ErrorSummary(
-                *place,
+                arm,
                 len(seeds),
                 len(rows),
                 {
@@ -275,8 +287,9 @@ def error_summaries(errors: Sequence[ErrorRow]) -> list[ErrorSummary]:
                 float(np.median(measured)),
                 float(np.quantile(measured, 0.05)),
                 float(np.quantile(measured, 0.95)),
-                float(np.mean([row.small_energy for row in rows])),
-                float(np.median([row.length for row in rows])),
+                pooled(rows, "small_energy"),
+                interval([pooled([r for r in rows if r.seed == seed], "small_energy") for seed in seeds]),
+                pooled(rows, "length"),
                 float(np.median([row.lifted for row in rows])),
                 {k: float(np.median([row.replaced[k] for row in rows])) for k in rows[0].replaced},
                 interval(correlations),
@@ -286,25 +299,52 @@ def error_summaries(errors: Sequence[ErrorRow]) -> list[ErrorSummary]:
     return found
 
 
+def pooled(rows: Sequence[ErrorRow], part: str) -> float:
+    """Return the share of a part ("small_energy" or "length") of the squared error, summed over moments."""
+    return sum(getattr(row, part) * row.total for row in rows) / sum(row.total for row in rows)
+
+
+def scales(runs: Sequence[LoadedRun]) -> list[str]:
+    """Return what the runs of each scale trained: parameters, data, precision, device and number of runs."""
+    found = []
+    for scale in dict.fromkeys(map(scale_of, runs)):
+        own = [run for run in runs if scale_of(run) == scale]
+        facts = [{str(run.summary.get(key)) for run in own} for key in ("precision", "device")]
+        parameters = {run.summary.get("parameters") for run in own} - {None}
+        size = "/".join(f"{count:,}" for count in sorted(parameters))
+        names = {str((run.config.get("data") or {}).get("name")) for run in own}
+        words = [f"{size} parameters" if size else "", *("/".join(sorted(fact)) for fact in (names, *facts))]
+        found.append(f"{scale} ({', '.join(word for word in words if word)}; {plural(len(own), 'run')})")
+    return found
+
+
+def scope(theory: Theory) -> str:
+    """Return what the page rests on."""
+    lemmas = "Lemmas: simulations and closed forms, fp64; the formula of Lemma 3.2 is reconstructed from its proof."
+    if not theory.scales:
+        return f"{lemmas} No run was read."
+    return f"{lemmas} Figures: {'; '.join(theory.scales)}. They say nothing about other sizes, data and settings."
+
+
 def spectra(errors: Sequence[ErrorRow]) -> dict[str, list[float]]:
-    """Return scale and optimizer → median of σ_i/σ₁ over the moments of the last checkpoint with the commonest rank."""
+    """Return arm → median of σ_i/σ₁ over the moments of the last checkpoint with the commonest rank."""
     found = {}
-    for place in dict.fromkeys((row.scale, row.optimizer) for row in errors):
-        rows = [row for row in errors if (row.scale, row.optimizer) == place]
+    for arm in dict.fromkeys(row.arm for row in errors):
+        rows = [row for row in errors if row.arm == arm]
         last = max(row.step for row in rows)
         rows = [row for row in rows if row.step == last]
         sides = [row.side for row in rows]
         side = max(set(sides), key=sides.count)
         values = np.array([row.values for row in rows if row.side == side])
-        found[f"{place[1]}, {place[0].partition(',')[0]}, step {last}"] = np.median(values, axis=0).tolist()
+        found[f"{arm.label}, step {last}"] = np.median(values, axis=0).tolist()
     return found
 
 
 def step_summaries(rows: Sequence[StepRow]) -> list[StepSummary]:
-    """Return the differences by scale and split, over seeds."""
+    """Return the differences by arm and split, over seeds."""
     found = []
-    for scale in dict.fromkeys(row.scale for row in rows):
-        own = [row for row in rows if row.scale == scale]
+    for arm in dict.fromkeys(row.arm for row in rows):
+        own = [row for row in rows if row.arm == arm]
         for split in own[0].before:
 
             def over_seeds(first: str, second: str, own: list[StepRow] = own, split: str = split) -> Interval:
@@ -316,7 +356,7 @@ def step_summaries(rows: Sequence[StepRow]) -> list[StepSummary]:
 
             found.append(
                 StepSummary(
-                    scale,
+                    arm,
                     split,
                     len(own),
                     float(np.mean([row.before[split] - row.after["exact"][split] for row in own])),
@@ -329,8 +369,10 @@ def step_summaries(rows: Sequence[StepRow]) -> list[StepSummary]:
     return found
 
 
-def within(value: Interval, digits: int = 2) -> str:
+def within(value: Interval, digits: int = 2, *, percent: bool = False) -> str:
     """Format mean and half width of the 95 % interval, with signs."""
+    if percent:
+        return f"{100 * value.mean:.1f} ± {100 * value.half_width:.1f} %"
     if not math.isfinite(value.mean):
         return "–"
     if not math.isfinite(value.half_width):
@@ -351,17 +393,27 @@ def headline(theory: Theory) -> str:
             f"Both lemmas hold under conditions that they do not state. Muon's five steps leave an error of up to "
             f"{band.largest_error:.2f} in every direction, whatever the condition number; no real moments were read."
         )
-    share = np.average(
-        [row.small_energy for row in theory.error_summaries],
-        weights=[row.moments for row in theory.error_summaries],
+    parts = "; ".join(
+        f"{row.arm.label} ({plural(row.runs, 'seed')}): {100 * row.small_energy:.1f} %"
+        + (f" (by seed {within(row.small_energy_runs, percent=True)})" if row.runs > 1 else "")
+        for row in theory.error_summaries
     )
-    total = sum(row.moments for row in theory.error_summaries)
-    source = "the coefficients" if share < 0.5 else "small singular values"
+    # The verdict of an arm is open where its seeds do not agree on a half.
+    verdicts = {_source(row) for row in theory.error_summaries}
+    source = verdicts.pop() if len(verdicts) == 1 else "the coefficients in some settings and not in others"
     return (
-        f"On {total:,} real moments {100 * share:.1f} % of the squared error of five Newton–Schulz steps is in "
-        f"directions below the coefficients' band, where alone a larger condition number can raise an error beyond "
-        f"{theory.band.largest_error:.2f}: the error comes mainly from {source}."
+        f"The error of five Newton–Schulz steps comes mainly from {source}. Share of the squared error in directions "
+        f"below the coefficients' band, where alone a larger condition number can raise an error beyond "
+        f"{theory.band.largest_error:.2f}: {parts}."
     )
+
+
+def _source(row: ErrorSummary) -> str:
+    share, half = row.small_energy, row.small_energy_runs.half_width
+    margin = half if math.isfinite(half) else 0.0
+    if abs(share - 0.5) <= margin:
+        return "neither part for certain"
+    return "the coefficients" if share < 0.5 else "small singular values, hence the condition number"
 
 
 def sentences(theory: Theory) -> list[str]:
@@ -370,7 +422,7 @@ def sentences(theory: Theory) -> list[str]:
     for row in theory.error_summaries:
         flat = ", ".join(f"{value:.2f} at κ = {kappa:g}" for kappa, value in row.replaced.items())
         found.append(
-            f"{row.scale}, {row.optimizer}: {row.moments:,} moments of {plural(row.runs, 'seed')}, κ "
+            f"{row.arm.label}: {row.moments:,} moments of {plural(row.runs, 'seed')}, κ "
             f"{significant(row.condition['5 %'])} to {significant(row.condition['95 %'])} (median "
             f"{significant(row.condition['median'])}); {100 * row.inside:.0f} % lie wholly inside the band. "
             f"Median error {row.measured:.3f}; {row.lifted:.3f} if every small direction is lifted into the band; with "
@@ -382,7 +434,7 @@ def sentences(theory: Theory) -> list[str]:
         beyond = "more" if step.beyond_length.mean > 0 else "less"
         verdict = "" if excludes_zero(step.beyond_length) else ", which these seeds do not tell from zero"
         found.append(
-            f"{step.scale}, one step from {step.states} states, loss on the {step.split}: the exact step gains "
+            f"{step.arm.label}, one step from {step.states} states, loss on the {step.split}: the exact step gains "
             f"{step.gain:.4f} nats; Newton–Schulz ends {within(step.difference)} nats from it, of which "
             f"{within(step.shortened)} is its length ({step.length:.2f} of the exact one); beyond that it loses "
             f"{beyond}: {within(step.beyond_length)}{verdict}."
@@ -395,7 +447,7 @@ def sentences(theory: Theory) -> list[str]:
                 else "no difference is shown"
             )
             found.append(
-                f"{row.scale}, {plural(row.difference.n, 'paired seed')}: final validation loss {row.exact:.4f} exact "
+                f"{row.arm.label}, {plural(row.difference.n, 'paired seed')}: final loss {row.exact:.4f} exact "
                 f"(lr {row.exact_lr:g}), {row.newton_schulz:.4f} Newton–Schulz (lr {row.newton_schulz_lr:g}), "
                 f"difference {within(row.difference)}: {verdict}."
             )

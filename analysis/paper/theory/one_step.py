@@ -13,7 +13,7 @@ Arithmetic is the rules' own, in fp32; losses are means over tokens, nats, in fp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import optimizers
+from analysis.paper.theory.arms import TheoryArm
 from analysis.paper.theory.polar_bound import STEPS
-from analysis.paper.theory.run_moments import checkpoints_of, is_exact, scale_of
+from analysis.paper.theory.run_moments import checkpoints_of, is_exact
 from analysis.runs.run import LoadedRun
 from harness import data, schedule
 from harness import model as models
@@ -51,13 +52,13 @@ class StepRow(NamedTuple):
     """The losses around one step from one state.
 
     Attributes:
-        scale, seed, step, batch: of the state, and which of the next batches gave the gradients.
+        arm, seed, step, batch: of the state, and which of the next batches gave the gradients.
         before: split → loss before the step; splits are ``batch`` (the gradients' own) and ``validation``.
         after: arm → split → loss after the step.
         length: mean over matrices of c.
     """
 
-    scale: str
+    arm: TheoryArm
     seed: int
     step: int
     batch: int
@@ -66,11 +67,12 @@ class StepRow(NamedTuple):
     length: float
 
 
-def step_rows(runs: list[LoadedRun], notes: list[str]) -> list[StepRow]:
+def step_rows(runs: Sequence[LoadedRun], arms: Mapping[Path, TheoryArm], notes: list[str]) -> list[StepRow]:
     """Take the steps from all checkpoints of runs with an exact factor.
 
     Args:
         runs: finished.
+        arms: run folder → arm (`arms_of`).
         notes: receives a line for each run that is left out.
     """
     rows = []
@@ -79,7 +81,7 @@ def step_rows(runs: list[LoadedRun], notes: list[str]) -> list[StepRow]:
             continue
         for step, folder in checkpoints_of(run):
             try:
-                rows += list(steps_from(folder, step, scale_of(run), run.seed))
+                rows += list(steps_from(folder, step, arms[run.folder], run.seed))
             except (DamagedCheckpoint, TooLarge) as error:
                 notes.append(f"{run.where}: no steps are taken from step {step}: {error}")
                 break
@@ -90,13 +92,13 @@ class TooLarge(Exception):
     """A model has more parameters than is tried here."""
 
 
-def steps_from(folder: Path, step: int, scale: str, seed: int) -> Iterator[StepRow]:
+def steps_from(folder: Path, step: int, arm: TheoryArm, seed: int) -> Iterator[StepRow]:
     """Yield a row for each of the next batches of a checkpoint.
 
     Args:
         folder: of the checkpoint.
         step: steps taken.
-        scale, seed: of its run.
+        arm, seed: of its run.
 
     Raises:
         TooLarge: more than `MOST_PARAMETERS`.
@@ -130,14 +132,14 @@ def steps_from(folder: Path, step: int, scale: str, seed: int) -> Iterator[StepR
             splits = {"batch": rows, "validation": held_out}
             take = _stepper(config, model, start, _gradients(config, model, start, rows), saved, step)
             before = _losses(model, start, splits)
-            weights, length = arms(take, start, config.optimizer.options)
-            after = {arm: _losses(model, w, splits) for arm, w in weights.items()}
-            yield StepRow(scale, seed, step, batch, before, after, length)
+            weights, length = three_steps(take, start, config.optimizer.options)
+            after = {name: _losses(model, w, splits) for name, w in weights.items()}
+            yield StepRow(arm, seed, step, batch, before, after, length)
     finally:
         saved.close()
 
 
-def arms(take: Step, start: Weights, options: Mapping[str, Any]) -> tuple[dict[str, Weights], float]:
+def three_steps(take: Step, start: Weights, options: Mapping[str, Any]) -> tuple[dict[str, Weights], float]:
     """Return the weights after each arm's step, and the mean length c of the approximate factor along the exact one.
 
     Args:

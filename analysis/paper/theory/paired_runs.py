@@ -8,13 +8,15 @@ equal rates may be one of step length. The intervals are t-intervals over seeds.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from analysis.comparison.statistics import Interval, interval
-from analysis.paper.theory.run_moments import is_exact, scale_of, takes_newton_schulz
+from analysis.paper.theory.arms import TheoryArm, setting_key
+from analysis.paper.theory.run_moments import is_exact, takes_newton_schulz
 from analysis.runs.measure import LOSS
 from analysis.runs.run import LoadedRun
 
@@ -30,10 +32,10 @@ class RunPair(NamedTuple):
 
 
 class PairedRow(NamedTuple):
-    """Validation losses of all pairs of one scale and setting after one step.
+    """Validation losses of all pairs of one setting after one step.
 
     Attributes:
-        scale: of the runs.
+        arm: of the exact runs.
         exact_lr, newton_schulz_lr: peak learning rates of the matrix rule.
         step: of the evaluation.
         is_last: it is the last one.
@@ -41,7 +43,7 @@ class PairedRow(NamedTuple):
         difference: of newton_schulz - exact over the seeds.
     """
 
-    scale: str
+    arm: TheoryArm
     exact_lr: float
     newton_schulz_lr: float
     step: int
@@ -54,9 +56,13 @@ class PairedRow(NamedTuple):
 def pairs(runs: Sequence[LoadedRun]) -> list[RunPair]:
     """Return the pairs of finished runs with equal seeds and settings; of several equal runs the first."""
     finished = [run for run in runs if run.finished]
-    exact = {(_setting(run), run.seed, _lr(run)): run for run in reversed(finished) if is_exact(run)}
+    exact = {
+        (setting_key(run, DIFFERENT), run.seed, _lr(run)): run for run in reversed(finished) if is_exact(run)
+    }
     other = {
-        (_setting(run), run.seed, _lr(run)): run for run in reversed(finished) if takes_newton_schulz(run)
+        (setting_key(run, DIFFERENT), run.seed, _lr(run)): run
+        for run in reversed(finished)
+        if takes_newton_schulz(run)
     }
     return [
         RunPair(exact[key], other[other_key])
@@ -66,32 +72,26 @@ def pairs(runs: Sequence[LoadedRun]) -> list[RunPair]:
     ]
 
 
-def _setting(run: LoadedRun) -> str:
-    options = {key: value for key, value in run.optimizer_config.items() if key not in DIFFERENT}
-    return f"{run.comparison_key} {sorted(options.items())!r}"
-
-
 def _lr(run: LoadedRun) -> float:
     return float(run.optimizer_config["lr"])
 
 
-def paired_rows(found: Sequence[RunPair]) -> list[PairedRow]:
+def paired_rows(found: Sequence[RunPair], arms: Mapping[Path, TheoryArm]) -> list[PairedRow]:
     """Return the losses of all pairs after each step in which all of them were evaluated."""
-    groups: dict[tuple[str, float, float, str], list[RunPair]] = defaultdict(list)
+    groups: dict[tuple[TheoryArm, TheoryArm], list[RunPair]] = defaultdict(list)
     for pair in found:
         # Seeds of one setting are replicates of each other.
-        place = (scale_of(pair.exact), _lr(pair.exact), _lr(pair.newton_schulz), _setting(pair.exact))
-        groups[place].append(pair)
+        groups[arms[pair.exact.folder], arms[pair.newton_schulz.folder]].append(pair)
     rows = []
-    for (scale, exact_lr, newton_schulz_lr, _), group in groups.items():
+    for (arm, _), group in groups.items():
         curves = [(evaluations(pair.exact), evaluations(pair.newton_schulz)) for pair in group]
         steps = sorted(set.intersection(*(set(curve) for both in curves for curve in both)))
         for step in steps:
             exact, other = (np.array([both[i][step] for both in curves]) for i in (0, 1))
             row = PairedRow(
-                scale,
-                exact_lr,
-                newton_schulz_lr,
+                arm,
+                _lr(group[0].exact),
+                _lr(group[0].newton_schulz),
                 step,
                 step == steps[-1],
                 float(exact.mean()),

@@ -82,14 +82,10 @@ def _bounds() -> Plot:
 
 
 def _series(theory: Theory) -> list[tuple[str, list[Any]]]:
-    """Return the name of each scale and optimizer, and its rows of `theory.conditions`."""
-    places = dict.fromkeys((row.scale, row.optimizer) for row in theory.conditions)
+    """Return the name of each arm, and its rows of `theory.conditions`."""
     return [
-        (
-            f"{optimizer}, {scale.partition(',')[0]}",
-            [row for row in theory.conditions if (row.scale, row.optimizer) == (scale, optimizer)],
-        )
-        for scale, optimizer in places
+        (arm.label, [row for row in theory.conditions if row.arm == arm])
+        for arm in dict.fromkeys(row.arm for row in theory.conditions)
     ]
 
 
@@ -141,15 +137,15 @@ def _spectra(theory: Theory) -> Plot:
 
 def _errors(theory: Theory) -> Plot:
     traces = []
-    for arm, place in enumerate(dict.fromkeys((row.scale, row.optimizer) for row in theory.errors)):
-        rows = [row for row in theory.errors if (row.scale, row.optimizer) == place]
+    for arm, place in enumerate(dict.fromkeys(row.arm for row in theory.errors)):
+        rows = [row for row in theory.errors if row.arm == place]
         rows = rows[:: max(1, len(rows) // 300)]
         traces.append(
             go.Scatter(
                 x=[row.condition for row in rows],
                 y=[row.measured for row in rows],
                 mode="markers",
-                name=f"{place[1]}, {place[0].partition(',')[0]}",
+                name=place.label,
                 marker={"color": colour(arm), "size": 4},
                 meta={"arm": arm},
             )
@@ -172,10 +168,10 @@ def _rates(row: PairedRow) -> tuple[float, float]:
 
 def _paired(theory: Theory) -> Plot:
     traces = []
-    for arm, place in enumerate(dict.fromkeys((row.scale, *_rates(row)) for row in theory.paired)):
-        rows = [row for row in theory.paired if (row.scale, *_rates(row)) == place]
+    for arm, place in enumerate(dict.fromkeys((row.arm, *_rates(row)) for row in theory.paired)):
+        rows = [row for row in theory.paired if (row.arm, *_rates(row)) == place]
         steps = [row.step for row in rows]
-        name = f"{place[0].partition(',')[0]}, lr {place[2]:g} against {place[1]:g}, {rows[0].difference.n} seeds"
+        name = f"lr {place[2]:g} against {place[0].label}, {rows[0].difference.n} seeds"
         traces.append(_curve(arm, name, steps, [row.difference.mean for row in rows], "lines+markers"))
         if all(math.isfinite(row.difference.half_width) for row in rows):
             low = [row.difference.mean - row.difference.half_width for row in rows]

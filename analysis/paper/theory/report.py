@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,11 +16,6 @@ from harness import visible
 from harness.files import atomic
 from harness.output import json_document
 
-SCOPE = (
-    "Lemmas: simulations and closed forms in fp64. Figures: only the runs named below, small models on CPUs; they show "
-    "nothing about larger ones. The displayed formula of Lemma 3.2 is reconstructed from its proof."
-)
-
 
 def document(theory: Theory) -> dict[str, Any]:
     """Return the document of ``--json``; missing numbers are null."""
@@ -31,6 +26,7 @@ def document(theory: Theory) -> dict[str, Any]:
             "arxiv": findings.ARXIV,
             "question": findings.QUESTION,
             "sentence": findings.headline(theory),
+            "scope": findings.scope(theory),
             "sentences": findings.sentences(theory),
             "checks": [check._asdict() for check in theory.checks],
             "passed": theory.passed,
@@ -42,23 +38,12 @@ def document(theory: Theory) -> dict[str, Any]:
                 "band": theory.band._asdict(),
             },
             "figure_1": {
-                "condition_numbers": [row._asdict() for row in theory.conditions],
+                "condition_numbers": [_entry(row) for row in theory.conditions],
                 "spectra": theory.spectra,
             },
-            "figure_2": [{**row._asdict(), "difference": asdict(row.difference)} for row in theory.paired],
-            "errors": [
-                {**row._asdict(), "rank_correlation": asdict(row.rank_correlation)}
-                for row in theory.error_summaries
-            ],
-            "one_step": [
-                {
-                    **row._asdict(),
-                    **{
-                        key: asdict(getattr(row, key)) for key in ("difference", "shortened", "beyond_length")
-                    },
-                }
-                for row in theory.steps
-            ],
+            "figure_2": [_entry(row) for row in theory.paired],
+            "errors": [_entry(row) for row in theory.error_summaries],
+            "one_step": [_entry(row) for row in theory.steps],
             "runs": [folder.as_posix() for folder in theory.runs],
             "runs_read": theory.runs_read,
             "commands": list(findings.COMMANDS),
@@ -67,9 +52,20 @@ def document(theory: Theory) -> dict[str, Any]:
     )
 
 
+def _entry(row: Any) -> dict[str, Any]:
+    """Return a row with its arm's fields at the top, and intervals as objects."""
+    fields = row._asdict()
+    arm = fields.pop("arm")
+    return {
+        **arm._asdict(),
+        **{key: asdict(value) if is_dataclass(value) else value for key, value in fields.items()},
+    }
+
+
 def show(theory: Theory, stream: TextIO) -> None:
     """Print the sentences, the tables, and the checks."""
-    print(findings.headline(theory), file=stream)
+    for line in (findings.QUESTION, findings.headline(theory), findings.scope(theory)):
+        print(visible.visible(line), file=stream)
     print(file=stream)
     for sentence in findings.sentences(theory):
         print(f"- {visible.visible(sentence)}", file=stream)
@@ -92,7 +88,14 @@ def write(theory: Theory, folder: Path) -> list[Path]:
 
 def markdown(theory: Theory) -> str:
     """Return sentences and tables as Markdown."""
-    lines = [f"# {findings.TITLE}", "", visible.markdown(findings.headline(theory)), "", SCOPE, ""]
+    lines = [f"# {findings.TITLE}", "", visible.markdown(findings.QUESTION)]
+    lines += [
+        "",
+        visible.markdown(findings.headline(theory)),
+        "",
+        visible.markdown(findings.scope(theory)),
+        "",
+    ]
     lines += [f"- {visible.markdown(sentence)}" for sentence in findings.sentences(theory)]
     for table in tables(theory):
         lines += ["", f"## {visible.markdown(table.title)}", "", *markdown_lines(table.heads, table.rows)]
@@ -114,7 +117,7 @@ def page(theory: Theory) -> str:
         title=findings.NAME,
         question=findings.QUESTION,
         headline=findings.headline(theory),
-        scope=SCOPE,
+        scope=findings.scope(theory),
         notes=[*findings.sentences(theory), *_notes(theory)],
         tables=tables(theory),
         plots=all_plots(theory),
@@ -218,8 +221,7 @@ def _scan_table(theory: Theory) -> TextTable:
 def _condition_table(theory: Theory) -> TextTable:
     rows = [
         [
-            row.scale,
-            row.optimizer,
+            row.arm.label,
             str(row.step),
             str(row.matrices),
             significant(row.condition["median"]),
@@ -232,7 +234,6 @@ def _condition_table(theory: Theory) -> TextTable:
     ]
     heads = [
         "runs",
-        "optimizer",
         "step",
         "moments",
         "κ median",
@@ -246,10 +247,10 @@ def _condition_table(theory: Theory) -> TextTable:
 
 
 def _thinned(theory: Theory) -> Sequence[findings.ConditionRow]:
-    """Return about five steps of each scale and optimizer; the plot and the JSON document have all."""
+    """Return about five steps of each arm; the plot and the JSON document have all."""
     kept = []
-    for place in dict.fromkeys((row.scale, row.optimizer) for row in theory.conditions):
-        rows = [row for row in theory.conditions if (row.scale, row.optimizer) == place]
+    for arm in dict.fromkeys(row.arm for row in theory.conditions):
+        rows = [row for row in theory.conditions if row.arm == arm]
         stride = max(1, len(rows) // 5)
         kept += [row for i, row in enumerate(rows) if i % stride == 0 or i == len(rows) - 1]
     return kept
@@ -260,7 +261,7 @@ def _error_table(theory: Theory) -> TextTable:
     heads += ["lifted", "length, of error²", "correlation with κ"]
     rows = [
         [
-            f"{row.optimizer}, {row.scale.partition(',')[0]}",
+            row.arm.label,
             f"{row.moments} ({row.runs} seeds)",
             f"{significant(row.condition['5 %'])}–{significant(row.condition['95 %'])}",
             f"{100 * row.inside:.0f} %",
@@ -285,7 +286,7 @@ def _replaced_table(theory: Theory) -> TextTable:
     kappas = list(summaries[0].replaced) if summaries else []
     rows = [
         [
-            f"{row.optimizer}, {row.scale.partition(',')[0]}",
+            row.arm.label,
             f"{row.measured:.3f}",
             *(f"{row.replaced[k]:.3f}" for k in kappas),
         ]
@@ -309,7 +310,7 @@ def _step_table(theory: Theory) -> TextTable:
     ]
     rows = [
         [
-            row.scale.partition(",")[0],
+            row.arm.label,
             row.split,
             f"{row.states} ({row.difference.n} seeds)",
             f"{row.gain:.4f}",
@@ -330,7 +331,7 @@ def _step_table(theory: Theory) -> TextTable:
 def _paired_table(theory: Theory) -> TextTable:
     rows = [
         [
-            row.scale,
+            row.arm.label,
             f"{row.exact_lr:g}",
             f"{row.newton_schulz_lr:g}",
             str(row.difference.n),

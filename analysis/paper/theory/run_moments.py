@@ -14,16 +14,17 @@ measured factor, which the rule's own function computes in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from analysis.paper.theory.arms import TheoryArm
 from analysis.paper.theory.polar_bound import MUON, STEPS, Band, band, geometric
 from analysis.runs.run import LoadedRun
 from harness.checkpoint import store
@@ -41,18 +42,11 @@ REPLACED = (1.0, 10.0, 100.0, 1000.0)
 QUANTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 
 
-def scale_of(run: LoadedRun) -> str:
-    """Return model, steps and tokens per step of a run: what is equal among runs of one scale."""
-    model = run.config.get("model") or {}
-    keys = run.config
-    return f"{model.get('name')}, {keys.get('steps')} steps of {keys.get('batch_size')}×{keys.get('seq_len')}"
-
-
 class ConditionRow(NamedTuple):
-    """The condition numbers of one optimizer at one scale after one step, over matrices and seeds.
+    """The condition numbers of one arm after one step, over matrices and seeds.
 
     Attributes:
-        scale, optimizer: of the runs.
+        arm: of the runs.
         step: counted from 1.
         runs, matrices: how many moments there are: seeds, and moments over all of them.
         condition: quantile → condition number.
@@ -61,8 +55,7 @@ class ConditionRow(NamedTuple):
         polar_error: median ‖O - UVᵀ‖_F/√k of the applied factor; NaN where the rule applies none.
     """
 
-    scale: str
-    optimizer: str
+    arm: TheoryArm
     step: int
     runs: int
     matrices: int
@@ -72,39 +65,39 @@ class ConditionRow(NamedTuple):
     polar_error: float
 
 
-def condition_rows(runs: Sequence[LoadedRun]) -> list[ConditionRow]:
-    """Return Figure 1(a) of all runs with ``moments.parquet``: AdamW's elementwise moments of vectors are not in it."""
-    frames = [
-        run.moments.assign(scale=scale_of(run), optimizer=run.optimizer, run=str(run.folder))
-        for run in runs
-        if not run.moments.empty
-    ]
-    if not frames:
-        return []
-    moments = pd.concat(frames, ignore_index=True)
+def condition_rows(runs: Sequence[LoadedRun], arms: Mapping[Path, TheoryArm]) -> list[ConditionRow]:
+    """Return Figure 1(a) of all runs with ``moments.parquet``.
+
+    Args:
+        runs: finished.
+        arms: run folder → arm (`arms_of`).
+    """
     rows = []
-    for place, group in moments.groupby(["scale", "optimizer", "step"], sort=True):
-        scale, optimizer, step = _triple(place)
-        condition = group["condition_number"].dropna()
-        rows.append(
-            ConditionRow(
-                scale,
-                optimizer,
-                step,
-                int(group["run"].nunique()),
-                len(condition),
-                {name: float(condition.quantile(q)) for name, q in QUANTILES.items()},
-                float((condition > LINE).mean()),
-                float((1.0 - 1.0 / group["stable_rank"]).median()),
-                float(group["polar_error"].median()),
+    for arm in dict.fromkeys(arms.values()):
+        frames = [
+            run.moments.assign(run=str(run.folder))
+            for run in runs
+            if arms[run.folder] == arm and not run.moments.empty
+        ]
+        if not frames:
+            continue
+        moments = pd.concat(frames, ignore_index=True)
+        for step in sorted(moments["step"].unique()):
+            group = moments[moments["step"] == step]
+            condition = group["condition_number"].dropna()
+            rows.append(
+                ConditionRow(
+                    arm,
+                    int(step),
+                    int(group["run"].nunique()),
+                    len(condition),
+                    {name: float(condition.quantile(q)) for name, q in QUANTILES.items()},
+                    float((condition > LINE).mean()),
+                    float((1.0 - 1.0 / group["stable_rank"]).median()),
+                    float(group["polar_error"].median()),
+                )
             )
-        )
     return rows
-
-
-def _triple(place: Any) -> tuple[str, str, int]:
-    scale, optimizer, step = place
-    return str(scale), str(optimizer), int(step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +105,14 @@ class RealMoment:
     """A moment of a checkpoint, as what it is orthogonalized from.
 
     Attributes:
-        run: it is of.
+        arm, seed: of its run.
         step: steps taken.
         layer: parameter.
         matrix: (m, n), fp32 as stored.
     """
 
-    run: LoadedRun
+    arm: TheoryArm
+    seed: int
     step: int
     layer: str
     matrix: torch.Tensor
@@ -147,7 +141,7 @@ def orthogonalizes_its_moment(run: LoadedRun) -> bool:
     return "orthogonalizer" in options and options.get("nesterov") is False
 
 
-def real_moments(run: LoadedRun) -> Iterator[RealMoment]:
+def real_moments(run: LoadedRun, arm: TheoryArm) -> Iterator[RealMoment]:
     """Yield the moments of all hidden matrices of all checkpoints of a run.
 
     Raises:
@@ -162,7 +156,7 @@ def real_moments(run: LoadedRun) -> Iterator[RealMoment]:
                 moment = saved.whole(layer, "moment")
                 # AdamW's first moment of an embedding has the same kind; only matrices with a basis or a rule count.
                 if moment.ndim == 2 and (layer, "second_moment") not in saved:
-                    yield RealMoment(run, step, layer, moment.float())
+                    yield RealMoment(arm, run.seed, step, layer, moment.float())
         finally:
             saved.close()
 
@@ -171,7 +165,7 @@ class ErrorRow(NamedTuple):
     """The error of five Newton-Schulz steps on one moment, ‖·‖_F/√k, and what it consists of.
 
     Attributes:
-        scale, optimizer, seed, step, layer: of the moment.
+        arm, seed, step, layer: of the moment.
         side: k, directions above the cut.
         condition: κ.
         measured: by the rule's function, fp32.
@@ -184,8 +178,7 @@ class ErrorRow(NamedTuple):
         values: σ/σ₁, descending.
     """
 
-    scale: str
-    optimizer: str
+    arm: TheoryArm
     seed: int
     step: int
     layer: str
@@ -199,6 +192,11 @@ class ErrorRow(NamedTuple):
     lifted: float
     replaced: dict[float, float]
     values: Floats
+
+    @property
+    def total(self) -> float:
+        """Squared error ‖O_NS - UVᵀ‖²_F, summed over directions."""
+        return self.computed**2 * self.side
 
 
 def error_row(moment: RealMoment) -> ErrorRow | None:
@@ -218,9 +216,8 @@ def error_row(moment: RealMoment) -> ErrorRow | None:
     squares = (1.0 - p) ** 2
     is_small = s < place.start
     return ErrorRow(
-        scale_of(moment.run),
-        moment.run.optimizer,
-        moment.run.seed,
+        moment.arm,
+        moment.seed,
         moment.step,
         moment.layer,
         k,

@@ -12,6 +12,7 @@ import torch
 
 import optimizers
 from analysis.paper.theory import findings, one_step
+from analysis.paper.theory.arms import TheoryArm
 from analysis.paper.theory.one_step import StepRow
 from analysis.paper.theory.polar_bound import MUON
 from harness.checkpoint import files, store
@@ -22,6 +23,7 @@ from optimizers.named_state import StatePiece
 from tests.harness.running import small, write_documents
 
 STEPS = 3
+ARM = TheoryArm("tiny, 4 steps of 8×32", "sumo", "lr 0.01")
 
 
 def test_the_shortened_step_has_the_length_and_the_direction_that_it_says() -> None:
@@ -37,7 +39,7 @@ def test_the_shortened_step_has_the_length_and_the_direction_that_it_says() -> N
         optimizer.step()
         return {"w": parameter.detach().clone()}
 
-    weights, length = one_step.arms(take, start, {"residual": "sgd"})
+    weights, length = one_step.three_steps(take, start, {"residual": "sgd"})
     # In closed form: the moment is the projection on the four largest directions, whose factor is U₄V₄ᵀ; five steps
     # give U₄ p(s) V₄ᵀ, so that the length is the mean of p. The basis is randomized, with a small error.
     u, values, vh = torch.linalg.svd(gradient)
@@ -84,7 +86,7 @@ def checkpoint(tmp_path: Path) -> tuple[Path, Any, optimizers.Optimizer, Any]:
 
 def test_the_exact_step_is_that_of_the_run(checkpoint: tuple[Path, Any, optimizers.Optimizer, Any]) -> None:
     folder, config, optimizer, model = checkpoint
-    first, second = one_step.steps_from(folder, STEPS, "tiny", 7)
+    first, second = one_step.steps_from(folder, STEPS, ARM, 7)
     assert (first.seed, first.step, first.batch, second.batch) == (7, STEPS, 0, 1)
     # The live run goes on with the same batch.
     from harness import data, schedule
@@ -114,9 +116,9 @@ def test_a_large_model_is_left_out(
 ) -> None:
     monkeypatch.setattr(one_step, "MOST_PARAMETERS", 10)
     with pytest.raises(one_step.TooLarge, match="more than 10"):
-        next(one_step.steps_from(checkpoint[0], STEPS, "tiny", 0))
+        next(one_step.steps_from(checkpoint[0], STEPS, ARM, 0))
     # Nor is there a step after the last one.
-    assert list(one_step.steps_from(checkpoint[0], 4, "tiny", 0)) == []
+    assert list(one_step.steps_from(checkpoint[0], 4, ARM, 0)) == []
 
 
 def test_states_of_a_seed_are_no_replicates() -> None:
@@ -126,7 +128,7 @@ def test_states_of_a_seed_are_no_replicates() -> None:
             "newton_schulz": {"batch": 1.0 + worse},
             "shortened": {"batch": 1.25},
         }
-        return StepRow("tiny", seed, 40, batch, {"batch": 2.0}, after, 0.9)
+        return StepRow(ARM, seed, 40, batch, {"batch": 2.0}, after, 0.9)
 
     rows = [row(0, 0, 0.1), row(0, 1, 0.3), row(1, 0, 0.4), row(1, 1, 0.4)]
     (summary,) = findings.step_summaries(rows)

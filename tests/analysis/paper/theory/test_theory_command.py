@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shlex
 import sys
@@ -52,6 +53,8 @@ def test_without_runs_it_tells_how_to_make_them(lemmas: Theory, capsys: pytest.C
     printed = capsys.readouterr().out
     assert all(command in printed for command in findings.COMMANDS)
     assert "violated" in printed
+    assert printed.startswith(findings.QUESTION)
+    assert "No run was read" in printed
     assert main(["sumo_theory", "--commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == list(findings.COMMANDS)
@@ -91,6 +94,11 @@ def test_files_of_runs_without_checkpoints(
     text = Path("written/sumo_theory.md").read_text()
     assert "## Lemma 3.2: for which iteration it holds" in text
     assert "| cubic_gram |" in text
+    # The question comes before the answer, and the scope is that of the runs.
+    assert html.escape(findings.QUESTION) in page.replace("&#39;", "&#x27;")
+    assert text.index(findings.QUESTION) < text.index(document["sentence"])
+    assert document["scope"].count("llama_tiny, 200 steps of 16×128") == 1
+    assert "4 runs)" in document["scope"]
 
 
 @pytest.mark.parametrize(
