@@ -97,9 +97,9 @@ class ReconstructionConfig(job_keys.JobKeys):
     per_class: int = Field(default=5, ge=1)
     """training images of each class"""
     data_seed: int = Field(default=0, ge=0)
-    """of the permutation that chooses the first set of images (victim)"""
+    """of the permutation from which the sets of images are cut (victim)"""
     data_sets: int = Field(default=1, ge=1)
-    """sets of images, the replicates of every interval"""
+    """disjoint sets of images, the replicates of every interval"""
     offset: float = 0.0
     """secret offset added to every pixel"""
     width: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [400], min_length=1)

@@ -19,7 +19,7 @@ from analysis.reconstruction.config import ReconstructionConfig
 from analysis.reconstruction.geometry import Geometry, best_alignment
 from analysis.reconstruction.network import Network, label_margins, outputs
 from analysis.reconstruction.scoring import Score, Target, score
-from analysis.reconstruction.subjects import ImageSet, JobFolder, Subject, TableRow
+from analysis.reconstruction.subjects import ImageSet, JobFolder, Subject, TableRow, derived_seed
 from harness.errors import InputError
 
 HELDOUT_DRAWS, OTHER_DRAWS = 30, 10
@@ -33,8 +33,8 @@ AT_LEVEL = {
 """Column of the table `attack` → figure of the candidates when K first fell to the common level."""
 
 
-def grid(config: ReconstructionConfig, images: int) -> list[GridPoint]:
-    """Return every grid point of the attack on a number of images, in a fixed order."""
+def grid(config: ReconstructionConfig, images: int, data_set: int) -> list[GridPoint]:
+    """Return every grid point of the attack on a number of images, in a fixed order; each set has its own seeds."""
     a = config.attack
     scales = [
         (weights, alpha)
@@ -44,14 +44,23 @@ def grid(config: ReconstructionConfig, images: int) -> list[GridPoint]:
     every = itertools.product(scales, a.lambda_min, a.radius, a.candidates, a.lr, range(a.seeds))
     return [
         GridPoint(
-            alpha, low, a.lambda_init, radius, max(2, round(ratio * images)), lr, config.seed + seed, weights
+            alpha,
+            low,
+            a.lambda_init,
+            radius,
+            max(2, round(ratio * images)),
+            lr,
+            derived_seed(config.seed + seed, data_set, "attack"),
+            weights,
         )
         for (weights, alpha), low, radius, ratio, lr, seed in every
     ]
 
 
 def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
-    """Return what the attacker declares: never the training images; norm and components are those of public ones.
+    """Return what the attacker declares; norm and components are those of public images, moved by its `attack.offset`.
+
+    Neither the training images enter, nor their mean, nor the secret offset.
 
     Raises:
         InputError: no public images, or more principal components than they have.
@@ -60,19 +69,20 @@ def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
     d = images.x.shape[1]
     ones = torch.ones(d, dtype=torch.float64)
     # Without a public pool: a uniform pixel in [−1, 1] has variance 1/3.
-    typical = float(images.heldout.norm(dim=1).mean()) if len(images.heldout) else (d / 3) ** 0.5
+    public = torch.from_numpy(images.samples.public) + a.offset
+    typical = float(public.norm(dim=1).mean()) if len(public) else (d / 3) ** 0.5
     center, basis = a.offset * ones, None
     if a.prior == "pca":
-        if not len(images.heldout):
+        if not len(public):
             raise InputError(
                 "attack.prior", "pca", "needs public images", fix="`heldout` in the .npz of batch="
             )
-        most = min(images.heldout.shape) - 1
+        most = min(public.shape) - 1
         if a.components > most:
             key, reason = "attack.components", "are more than the public images have"
             raise InputError(key, a.components, reason, allowed=f"1 to {most}", fix=f"{key}={most}")
-        center = images.heldout.mean(0)
-        basis = torch.linalg.svd(images.heldout - center, full_matrices=False)[2][: a.components]
+        center = public.mean(0)
+        basis = torch.linalg.svd(public - center, full_matrices=False)[2][: a.components]
     return AttackPrior(a.prior, typical, a.offset - ones, a.offset + ones, center, basis)
 
 
@@ -178,10 +188,10 @@ class Examination:
     def problems(self, objective: str) -> list[AttackProblem]:
         """Return an attack per grid point; for `ORACLE` the one that starts at the training images."""
         known = prior(self.config, self.images)
-        points = grid(self.config, len(self.images.x))
+        points = grid(self.config, len(self.images.x), self.images.data_set)
         if objective == ORACLE:
             first, a = points[0], self.config.attack
-            point, start = susceptibility.oracle(self.target, first.alpha, a.lambda_init, self.config.seed)
+            point, start = susceptibility.oracle(self.target, first.alpha, a.lambda_init, first.seed)
             point = replace(point, weights=first.weights)
             return [AttackProblem(self.attacked(first.weights), known, point, start)]
         networks = {weights: self.attacked(weights) for weights in self.config.attack.weights}
@@ -199,7 +209,7 @@ class Examination:
 
     def attack_rows(self) -> list[TableRow]:
         """Return the rows of the table `attack` from stored candidates: each grid point, then the baselines."""
-        points = grid(self.config, len(self.images.x))
+        points = grid(self.config, len(self.images.x), self.images.data_set)
         truth = {(p.weights, p.alpha): self._true_residual(p) for p in points}
         rows: list[TableRow] = []
         for objective, geometry in self.objectives.items():
@@ -309,7 +319,8 @@ class Examination:
         )
 
     def _baseline_rows(self, points: Sequence[GridPoint], truth: float) -> list[TableRow]:
-        images, target, seed = self.images, self.target, self.config.seed
+        images, target = self.images, self.target
+        seed = derived_seed(self.config.seed, images.data_set, "baseline")
         typical = prior(self.config, images).typical_norm
         sizes = [point.candidates for point in points]
         rows = []

@@ -99,6 +99,7 @@ def samples(path: str, inputs: int, outputs: int) -> SampleSet:
     if not set(values) <= set(expected):
         raise InputError("batch", f"y {values[:5]}", "does not fit the outputs", allowed=str(expected))
     heldout = arrays.get("heldout", np.zeros((0, inputs)))
+    heldout = heldout.reshape(len(heldout), inputs).astype(np.float64)
     side = round(inputs**0.5)
     shape = tuple(int(v) for v in arrays["shape"]) if "shape" in arrays else (side, side)
     if int(np.prod(shape)) != inputs:
@@ -108,8 +109,10 @@ def samples(path: str, inputs: int, outputs: int) -> SampleSet:
     return SampleSet(
         images=x,
         labels=y,
-        heldout=heldout.reshape(len(heldout), inputs).astype(np.float64),
+        heldout=heldout,
         heldout_labels=arrays.get("heldout_y", np.zeros(len(heldout))).astype(np.float64),
+        # The batch's owner declares these as the attacker's, in the network's coordinates.
+        public=heldout,
         mean=np.zeros(inputs),
         offset=0.0,
         shape=shape,

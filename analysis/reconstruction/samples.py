@@ -16,11 +16,13 @@ HELDOUT_PER_CLASS = 200
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Rows are images; all of them had the training set's mean subtracted.
+    """Rows are images in the network's coordinates, with the training set's mean subtracted, except `public`.
 
     Attributes:
         images: (n, d) float64, class by class. labels: (n,): ±1, or class numbers, or ±1 as targets.
-        heldout: (k, d): images of the same classes that were not trained on. heldout_labels: (k,).
+        heldout: (k, d): images of the same classes that were not trained on, for scores. heldout_labels: (k,).
+        public: (k, d): the same images as an attacker has them, who knows neither `mean` nor `offset`: centred on
+            their own mean.
         mean: (d,) that was subtracted; the attacker does not know it.
         offset: what was added on top of it.
         shape: of an image.
@@ -31,6 +33,7 @@ class SampleSet:
     labels: np.ndarray
     heldout: np.ndarray
     heldout_labels: np.ndarray
+    public: np.ndarray
     mean: np.ndarray
     offset: float
     shape: tuple[int, ...]
@@ -50,6 +53,8 @@ def load(
     seed: int | None,
     offset: float = 0.0,
     dimension: int = 784,
+    data_set: int = 0,
+    data_sets: int = 1,
 ) -> SampleSet:
     """Choose a training set.
 
@@ -62,12 +67,16 @@ def load(
         seed: of the permutation that decides which; None: the first ones, in the data's order.
         offset: added to every pixel of training and public images after the mean was subtracted.
         dimension: of the space of a sphere.
+        data_set, data_sets: which of how many sets to cut from the permutation. Sets have no image in common, and
+            share the public pool, which follows them.
 
     Raises:
         InputError: unknown class, or more images asked for than there are.
     """
     if data == "sphere":
-        images, digits, shape = _sphere(dimension, 2 * (per_class + HELDOUT_PER_CLASS) * 2, seed or 0)
+        images, digits, shape = _sphere(
+            dimension, 2 * (data_sets * per_class + HELDOUT_PER_CLASS) * 2, seed or 0
+        )
     else:
         images, digits, shape = _raw(data, path)
     groups = _groups(data, classes, sorted({int(v) for v in digits}))
@@ -75,24 +84,34 @@ def load(
     train_rows, labels, spare, spare_labels = [], [], [], []
     for label, (name, members) in groups.items():
         rows = order[np.isin(digits[order], members)]
-        if len(rows) <= per_class:
+        used = data_sets * per_class
+        if len(rows) <= used:
             most = min(int(np.isin(digits, m).sum()) for _, m in groups.values()) - 1
+            times = f" for each of {data_sets} sets" if data_sets > 1 else ""
             reason = (
-                f"images of class {name} are not there with at least one held out ({len(rows)} in {data})"
+                f"images of class {name}{times} are not there with at least one held out "
+                f"({len(rows)} in {data})"
             )
+            if most < data_sets:
+                raise InputError("data_sets", data_sets, reason, allowed=f"1 to {most}", fix="data_sets=1")
+            most //= data_sets
             raise InputError("per_class", per_class, reason, allowed=f"1 to {most}", fix=f"per_class={most}")
-        train_rows.append(rows[:per_class])
+        train_rows.append(rows[data_set * per_class : (data_set + 1) * per_class])
         labels.append(np.full(per_class, label))
-        spare.append(rows[per_class : per_class + HELDOUT_PER_CLASS])
+        spare.append(rows[used : used + HELDOUT_PER_CLASS])
         spare_labels.append(np.full(len(spare[-1]), label))
     train = images[np.concatenate(train_rows)]
     # Points of a sphere stay on it.
-    mean = np.zeros(train.shape[1]) if data == "sphere" else train.mean(0)
+    public = images[np.concatenate(spare)]
+    mean, public_mean = (
+        np.zeros(train.shape[1]) if data == "sphere" else pool.mean(0) for pool in (train, public)
+    )
     return SampleSet(
         images=train - mean + offset,
         labels=np.concatenate(labels),
-        heldout=images[np.concatenate(spare)] - mean + offset,
+        heldout=public - mean + offset,
         heldout_labels=np.concatenate(spare_labels),
+        public=public - public_mean,
         mean=mean,
         offset=offset,
         shape=shape,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -249,6 +249,15 @@ class ImageSet:
     data_set: int = 0
 
 
+def derived_seed(seed: int, data_set: int, use: Literal["victim", "attack", "baseline"]) -> int:
+    """Return the seed of one use on one set of images, so that sets are independent replicates.
+
+    Without `use`, initial candidates would be parallel to the victim's initial weights.
+    """
+    entropy = (seed, data_set, ("victim", "attack", "baseline").index(use))
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
 def load(config: ReconstructionConfig) -> tuple[list[ImageSet], Network | None]:
     """Return the sets of images, and the external network if the configuration names one.
 
@@ -260,8 +269,8 @@ def load(config: ReconstructionConfig) -> tuple[list[ImageSet], Network | None]:
         d, k = network.weights[0].shape[1], network.weights[-1].shape[0]
         return [_images(external.samples(config.batch, d, k), 0)], network
     found = []
-    for number in range(config.data_seed, config.data_seed + config.data_sets):
-        seed = None if config.mode == "fixture" else number
+    seed = None if config.mode == "fixture" else config.data_seed
+    for number in range(config.data_sets):
         dataset = samples.load(
             config.data,
             config.data_path,
@@ -270,6 +279,8 @@ def load(config: ReconstructionConfig) -> tuple[list[ImageSet], Network | None]:
             seed,
             config.offset,
             config.dimension,
+            number,
+            config.data_sets,
         )
         found.append(_images(dataset, number))
     return found, None
@@ -313,7 +324,7 @@ def _victim(
     shape = Architecture(
         images.x.shape[1], tuple(config.width), images.samples.outputs, config.bias, config.init_scale
     )
-    start = victim.initial(shape, seed)
+    start = victim.initial(shape, derived_seed(seed, images.data_set, "victim"))
     key = f"{name}-set{images.data_set}-seed{seed}"
     checkpoints = folder.checkpoints(key)
     if checkpoints is None:

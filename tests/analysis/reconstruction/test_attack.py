@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 
@@ -193,7 +194,7 @@ def test_candidates_of_a_pca_prior_stay_in_the_components_of_public_images() -> 
     data, network = digits(5), trained("gd", 5, 400, (500,))[0].network
     images = ImageSet(data.samples, "binary", data.x, data.labels, data.heldout, data.heldout_labels)
     prior = examination.prior(config.load(["attack.prior=pca", "attack.components=8"]), images)
-    public = PCA(8, svd_solver="full").fit(data.heldout.numpy())
+    public = PCA(8, svd_solver="full").fit(data.samples.public)
     for start in (None, InitialValues(data.x, data.labels, torch.full((10,), 0.1, dtype=torch.float64))):
         (inside,) = _run(network, prior, [_point(candidates=10)], _settings(20), start)
         again = public.inverse_transform(public.transform(inside.x.numpy()))
@@ -322,19 +323,36 @@ def test_the_attack_cannot_reach_training_images_or_scores() -> None:
         assert word not in source
 
 
-def test_the_declared_prior_does_not_depend_on_the_training_images() -> None:
-    """The job's prior from other private images and the same public pool is the same."""
-    from analysis.reconstruction import config, examination
-    from analysis.reconstruction.subjects import ImageSet
+@pytest.mark.parametrize("kind", ["none", "box", "pca"])
+def test_the_declared_prior_does_not_depend_on_the_training_images(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other private images with another mean, or a secret offset, over the same public pool: the same prior."""
+    from analysis.reconstruction import config, examination, subjects
 
-    data = digits(5)
-    made = config.load(["attack.prior=box"])
-    images = ImageSet(data.samples, "binary", data.x, data.labels, data.heldout, data.heldout_labels)
-    other = replace(images, x=data.x * 7 + 1)
-    one, two = examination.prior(made, images), examination.prior(made, other)
-    assert one.typical_norm == two.typical_norm
-    assert torch.equal(one.low, two.low)
-    assert examination.prior(made, replace(images, heldout=data.heldout * 2)).typical_norm != one.typical_norm
+    def made(*words: str) -> AttackPrior:
+        keys = config.load([f"attack.prior={kind}", *words])
+        (images,), _ = subjects.load(keys)
+        return examination.prior(keys, images)
+
+    def same(one: AttackPrior, two: AttackPrior) -> bool:
+        return all(
+            torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+            for a, b in ((getattr(one, name), getattr(two, name)) for name in vars(one))
+        )
+
+    known = made()
+    assert same(known, made("offset=3"))
+    # Controls: what the attacker declares and what is public does change it.
+    assert not same(known, made("attack.offset=3"))
+    pixels, digit, shape = samples._raw("digits", None)
+    chosen = samples.load("digits", None, "odd_even", 5, 0)
+    private = np.abs(pixels[:, None] - (chosen.images + chosen.mean)[None]).max(-1).min(-1) < 1e-9
+    assert private.sum() == 10
+    for is_changed, remains in ((private, True), (~private, False)):
+        changed = np.where(is_changed[:, None], pixels**2 + 5 * np.arange(64), pixels)
+        monkeypatch.setattr(samples, "_raw", lambda *_, found=changed: (found, digit, shape))
+        assert same(known, made()) == remains
 
 
 def test_reconstructions_are_averages_of_their_group() -> None:

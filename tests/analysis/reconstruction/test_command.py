@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -225,12 +226,12 @@ def test_experiments_are_valid() -> None:
         assert config.load([f"experiment={name}"]).classes
     made = config.load(["experiment=reconstruct_digits", "data_sets=1"])
     assert (made.data_sets, made.optimizer) == (1, ["gd", "muon"])
-    points = examination.grid(made, 10)
+    points = examination.grid(made, 10, 0)
     assert [p.radius for p in points] == [0.1, 1.0, 3.0]
     both = config.load(
         ["attack.weights=margin,raw", "attack.alpha=100", "attack.alpha_raw=7", "attack.radius=1"]
     )
-    assert [(p.weights, p.alpha) for p in examination.grid(both, 10)] == [("margin", 100.0), ("raw", 7.0)]
+    assert [(p.weights, p.alpha) for p in examination.grid(both, 10, 0)] == [("margin", 100.0), ("raw", 7.0)]
 
 
 def test_the_attacked_network_has_a_least_margin_of_1(tmp_path: Path) -> None:
@@ -254,8 +255,29 @@ def test_the_attacked_network_has_a_least_margin_of_1(tmp_path: Path) -> None:
         for weights in ("margin", "raw")
     }
     assert margins["margin"] == pytest.approx(1, abs=1e-12)
-    assert margins["raw"] > 2
+    assert margins["raw"] > 1.5
     assert found.problems("l2")[0].network.squared_norm == found.attacked("margin").squared_norm
+
+
+def test_sets_of_images_are_independent_replicates(tmp_path: Path) -> None:
+    """Disjoint sets, a public pool that no set touches, and own seeds of weights and attacks for each."""
+    words = ["data_sets=3", "per_class=4", "optimizer=gd", "steps=1", "checkpoints=1", "width=6"]
+    made = config.load([*words, f"out={tmp_path / 'job'}"])
+    sets, _ = subjects.load(made)
+    pixels = [one.samples.images + one.samples.mean for one in sets]
+    pixels.append(sets[0].samples.heldout + sets[0].samples.mean)
+    for one, other in itertools.combinations(pixels, 2):
+        assert np.abs(one[:, None] - other[None]).max(-1).min() > 0.01
+    folder = subjects.JobFolder(made)
+    starts = [next(subjects.subjects(made, one, None, folder, lambda line: None)).initial for one in sets]
+    seeds = [examination.grid(made, 8, one.data_set)[0].seed for one in sets]
+    assert len({float(start.squared_norm) for start in starts if start}) == len(set(seeds)) == 3
+    # The weights' stream is not the candidates', or candidates would start parallel to the initial weights.
+    assert subjects.derived_seed(0, 1, "victim") != subjects.derived_seed(0, 1, "attack")
+    with pytest.raises(InputError, match=r"^per_class: 4 .*for each of 300 sets.*allowed: 1 to 2"):
+        subjects.load(config.load(["data_sets=300", "per_class=4"]))
+    with pytest.raises(InputError, match=r"^data_sets: 2000 .*allowed: 1 to"):
+        subjects.load(config.load(["data_sets=2000"]))
 
 
 def test_points_of_a_sphere() -> None:
