@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from analysis.comparison.statistics import ALPHA
 from analysis.formatting import listing, plural, significant
 from analysis.reconstruction.config import ReconstructionConfig
 from analysis.reconstruction.page_tables import with_interval
@@ -33,14 +34,17 @@ def scope(config: ReconstructionConfig) -> str:
 
 
 def answer(config: ReconstructionConfig, tables: Mapping[str, Sequence[TableRow]]) -> str:
-    """Return the result in a few sentences; an interval that contains 0 is called open."""
+    """Return the result in a few sentences; what is not significant after Holm's correction is called open."""
     sentences = [_alternatives(config, tables["alternatives"])]
     pairs = list(tables["paired"])
     if pairs:
         least = min(row["radius"] for row in pairs)
         pairs = [row for row in pairs if row["radius"] == least and row["objective"] == "l2"]
         sentences += [
-            _training([row for row in pairs if row["contrast"] == "training"]),
+            _training(
+                [row for row in pairs if row["contrast"] == "training"],
+                [row for row in pairs if row["contrast"] == "conventions"],
+            ),
             _optimizers([row for row in pairs if row["contrast"] == "optimizers"]),
         ]
     sentences.append(_wrong_radius(tables["attack"]))
@@ -48,14 +52,14 @@ def answer(config: ReconstructionConfig, tables: Mapping[str, Sequence[TableRow]
 
 
 def verdict(row: TableRow) -> str:
-    """Return "less", "more" or "open": how the first member of a pair is recovered, by the interval."""
-    if row["half_width"] is None or abs(row["difference"]) <= row["half_width"]:
+    """Return "less", "more" or "open": how the first member of a pair is recovered, by the p-value after Holm."""
+    if row["p_holm"] is None or row["p_holm"] > ALPHA:
         return "open"
-    is_distance = row["contrast"] == "training" and not row["measure"].startswith("ncc")
+    is_distance = row["contrast"] != "optimizers" and not row["measure"].startswith("ncc")
     return "less" if (row["difference"] > 0) == is_distance else "more"
 
 
-def _training(rows: Sequence[TableRow]) -> str:
+def _training(rows: Sequence[TableRow], conventions: Sequence[TableRow]) -> str:
     if not rows or rows[0]["half_width"] is None:
         return ""
     words = {"less": "recovered less", "more": "recovered more", "open": "open"}
@@ -72,12 +76,25 @@ def _training(rows: Sequence[TableRow]) -> str:
             ]
             parts.append(f"on {SCALES[weights]} {listing(figures)}")
         sentences.append(f"{pair}: {listing(parts)}.")
-        outcomes = {row["weights"]: set[tuple[str, str]]() for row in own}
-        for row in own:
-            outcomes[row["weights"]].add((row["measure"], verdict(row)))
-        if len({frozenset(outcome) for outcome in outcomes.values()}) > 1:
-            sentences.append("The outcome depends on the scale of the weights under attack.")
-    return " ".join(sentences)
+        sentences.append(_convention(own, [row for row in conventions if row["pair"] == pair]))
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _convention(training: Sequence[TableRow], conventions: Sequence[TableRow]) -> str:
+    """Say whether the effect of training depends on the scale of the weights: by its own test, not by two verdicts."""
+    if not conventions:
+        return ""
+    figures = listing(
+        [
+            f"{NAMES[row['measure']]} {with_interval(row['difference'], row['half_width'])}"
+            for row in conventions
+        ]
+    )
+    if any(verdict(row) != "open" for row in conventions):
+        return f"The outcome depends on the scale of the weights under attack (raw − scaled: {figures})."
+    clear = {row["weights"] for row in training if verdict(row) != "open"}
+    start = "Significant under one convention only; the" if len(clear) == 1 else "The"
+    return f"{start} difference of the conventions is open (raw − scaled: {figures})."
 
 
 def _optimizers(rows: Sequence[TableRow]) -> str:

@@ -39,6 +39,7 @@ def _precheck(config: ReconstructionConfig) -> None:
             seed,
             config.offset,
             config.dimension,
+            data_sets=config.data_sets,
         )
 
 

@@ -166,8 +166,11 @@ class Examination:
     def target(self) -> Target:
         """Training images, network and pixel mean that candidates are scored against."""
         images = self.images
-        mean = torch.from_numpy(images.samples.mean)
-        return Target(images.task, self.subject.network, images.x, images.labels, mean, images.samples.shape)
+        samples = images.samples
+        mean = torch.from_numpy(samples.mean)
+        return Target(
+            images.task, self.subject.network, images.x, images.labels, mean, samples.shape, samples.offset
+        )
 
     def candidates(self, objective: str) -> list[Candidates] | None:
         """Return the stored candidates of an attack, or None before it."""
@@ -245,7 +248,7 @@ class Examination:
                     image=i,
                     margin=float(margins[i]) / float(margins.min()),
                     ncc=float(matches.ncc[i]),
-                    ssim=float(matches.ssim[i]),
+                    ssim=float(matches.ssim[i]) if self.target.has_pixels else None,
                     is_buddy=bool(matches.buddies[i]),
                 )
                 for i in range(len(margins))
@@ -356,5 +359,7 @@ class Examination:
         return rows
 
 
-def _means(scores: Sequence[Score]) -> dict[str, float]:
-    return {f.name: fmean(getattr(score, f.name) for score in scores) for f in fields(Score)}
+def _means(scores: Sequence[Score]) -> dict[str, float | None]:
+    """Return the mean of each figure; None for one that these images do not have."""
+    values = {f.name: [getattr(score, f.name) for score in scores] for f in fields(Score)}
+    return {name: None if None in found else fmean(found) for name, found in values.items()}

@@ -106,11 +106,12 @@ def samples(path: str, inputs: int, outputs: int) -> SampleSet:
         raise InputError(
             "batch", f"shape {shape}", f"has not {inputs} pixels", fix="shape=(h, w) in the .npz"
         )
+    heldout_labels = _pool_labels(arrays, len(heldout), expected)
     return SampleSet(
         images=x,
         labels=y,
         heldout=heldout,
-        heldout_labels=arrays.get("heldout_y", np.zeros(len(heldout))).astype(np.float64),
+        heldout_labels=heldout_labels,
         # The batch's owner declares these as the attacker's, in the network's coordinates.
         public=heldout,
         mean=np.zeros(inputs),
@@ -118,6 +119,31 @@ def samples(path: str, inputs: int, outputs: int) -> SampleSet:
         shape=shape,
         names={label: f"{label:+g}" for label in expected},
     )
+
+
+def _pool_labels(arrays: Mapping[str, np.ndarray], count: int, expected: list[float]) -> np.ndarray:
+    """Return the labels of the public images, (count,): held-out images are drawn by class, so each must occur.
+
+    Raises:
+        InputError: no labels, labels that do not fit, or a class without an image.
+    """
+    if not count:
+        return np.zeros(0)
+    fix = "one label per image of heldout, as in y"
+    if "heldout_y" not in arrays:
+        raise InputError("batch", f"heldout ({count} images)", "has no heldout_y", fix=fix)
+    labels = arrays["heldout_y"].astype(np.float64).reshape(-1)
+    if expected == [1.0, -1.0] and set(labels) <= {0.0, 1.0}:
+        labels = 2 * labels - 1
+    if len(labels) != count or not set(labels) <= set(expected):
+        reason = f"does not fit the {count} images of heldout"
+        raise InputError("batch", f"heldout_y ({len(labels)})", reason, allowed=str(expected), fix=fix)
+    missing = [label for label in expected if label not in labels]
+    if missing:
+        reason = "has no image of this class, which every draw of held-out images needs"
+        fix = "heldout with an image of every class, or without heldout"
+        raise InputError("batch", f"heldout_y {missing[0]:+g}", reason, fix=fix)
+    return labels
 
 
 def _state(path: Path) -> Mapping[str, Tensor]:

@@ -53,6 +53,7 @@ def page_tables(tables: Mapping[str, Sequence[TableRow]]) -> list[TextTable]:
     attack = tables["attack"]
     found = [
         _paired(tables["paired"], "training", "Trained longer"),
+        _paired(tables["paired"], "conventions", "Trained longer: raw against scaled weights"),
         _paired(tables["paired"], "optimizers", "Optimizer against optimizer"),
         _susceptibility(tables["susceptibility"]),
         _duplicates(tables["duplicates"]),
@@ -79,15 +80,15 @@ def with_interval(mean: float, half: float | None) -> str:
 
 
 def _paired(rows: Sequence[TableRow], contrast: str, title: str) -> TextTable:
+    what = {
+        "training": "Distances and correlations themselves.",
+        "conventions": "What training changes on raw weights less what it changes on scaled weights.",
+        "optimizers": "Advantages over held-out images: 0 is chance, 1 the image itself.",
+    }
     caption = (
         "Differences within sets of images with Student's paired 95 % interval over sets. A longer distance and a "
-        "lower correlation mean less recovery. "
-        + (
-            "Distances and correlations themselves; whether training protects may depend on the scale of the attacked "
-            "weights, see both rows."
-            if contrast == "training"
-            else "Advantages over held-out images: 0 is chance, 1 the image itself."
-        )
+        "lower correlation mean less recovery. p: paired t-test, after Holm's correction for the rows of one attack. "
+        + what[contrast]
     )
     shown = [
         [
@@ -97,12 +98,22 @@ def _paired(rows: Sequence[TableRow], contrast: str, title: str) -> TextTable:
             MEASURES[row["measure"]],
             f"{row['first']:.3f}, {row['second']:.3f}",
             with_interval(row["difference"], row["half_width"]),
+            cell(row["p_holm"]),
             f"{row['leaks_more']} of {row['data_sets']}",
         ]
         for row in rows
         if row["contrast"] == contrast
     ]
-    heads = ["pair", "attack, weights", "radius", "measure", "means", "difference", "first leaks more"]
+    heads = [
+        "pair",
+        "attack, weights",
+        "radius",
+        "measure",
+        "means",
+        "difference",
+        "p (Holm)",
+        "first leaks more",
+    ]
     return TextTable(heads, shown, title, caption)
 
 

@@ -172,7 +172,7 @@ def _fit_over_radius(rows: Sequence[TableRow], names: Sequence[str]) -> Plot | N
 
 
 def _ssim(matches: Sequence[TableRow], names: Sequence[str]) -> Plot | None:
-    shown = [row for row in matches if row["is_buddy"]]
+    shown = [row for row in matches if row["is_buddy"] and row["ssim"] is not None]
     if not shown:
         return None
     traces = []

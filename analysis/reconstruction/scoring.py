@@ -20,6 +20,8 @@ GOOD_SSIM = 0.4
 """SSIM above which a reconstruction counts as good, as published."""
 WINDOW = 3
 """Pixels of the SSIM window: 8×8 images are too small for the usual 7 or 11."""
+ROUNDING = 1e-9
+"""Of pixels, by subtracting and adding the mean and the offset in fp64."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Target:
         task: one of `network.TASKS`.
         network: the victim; margins put candidates on the margin.
         x: (n, d) training images, labels (n,), in the network's coordinates.
-        mean: (d,) that makes pixels of them. shape: of an image.
+        mean, offset: x + mean − offset are pixels, mean (d,). shape: of an image.
     """
 
     task: str
@@ -39,10 +41,17 @@ class Target:
     labels: Tensor
     mean: Tensor
     shape: tuple[int, ...]
+    offset: float = 0.0
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether the training images are pixels in [0, 1], which published SSIM presupposes."""
+        pixels = self.x + self.mean - self.offset
+        return bool(((pixels >= -ROUNDING) & (pixels <= 1 + ROUNDING)).all())
 
     def pixels(self, x: Tensor) -> np.ndarray:
         """Return one image of the network's coordinates (d,) as pixels of its shape."""
-        return (x + self.mean).numpy().reshape(self.shape)
+        return (x + self.mean - self.offset).numpy().reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,8 @@ class Score:
             the margin (a bias-free network fixes only λx).
         ncc_top5: mean of the five best normalized cross-correlations.
         buddies_published, ssim_top5_published, good_published: images with a candidate of their own; mean of the five
-            best SSIM; images whose SSIM exceeds 0.4. See `matches` for what is published.
+            best SSIM; images whose SSIM exceeds 0.4. See `matches` for what is published. None for SSIM of training
+            images that are not pixels in [0, 1] (points of a sphere, a batch of one's own).
         buddies_mutual, ssim_top5_mutual, good_mutual: the same with `mutual_matches`.
         hits_10, hits_25, hits_50: share of training images with a candidate within 10, 25, 50 % of the image's norm,
             the candidate on the margin.
@@ -68,8 +78,8 @@ class Score:
     nn_median_margin: float
     ncc_top5: float
     buddies_published: int
-    ssim_top5_published: float
-    good_published: int
+    ssim_top5_published: float | None
+    good_published: int | None
     buddies_mutual: int
     ssim_top5_mutual: float
     good_mutual: int
@@ -110,8 +120,8 @@ def score(target: Target, x: Tensor, labels: Tensor) -> tuple[Score, Matches]:
         nn_median_margin=float(scaled.median()),
         ncc_top5=_top(published.ncc),
         buddies_published=int(published.buddies.sum()),
-        ssim_top5_published=_top(published.ssim),
-        good_published=int((published.ssim > GOOD_SSIM).sum()),
+        ssim_top5_published=_top(published.ssim) if target.has_pixels else None,
+        good_published=int((published.ssim > GOOD_SSIM).sum()) if target.has_pixels else None,
         buddies_mutual=int(mutual.buddies.sum()),
         ssim_top5_mutual=_top(mutual.ssim),
         good_mutual=int((mutual.ssim > GOOD_SSIM).sum()),

@@ -7,6 +7,7 @@ and the training set's own residual tells what recovery would look like.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from scipy.stats import sem
 from scipy.stats import t as student
 from torch import Tensor
 
+from analysis.comparison.statistics import holm, pairwise
 from analysis.reconstruction import multipliers
 from analysis.reconstruction.attack import GridPoint, InitialValues
 from analysis.reconstruction.network import Network, smoothed
@@ -65,11 +67,15 @@ def rows(attack: Sequence[TableRow]) -> list[TableRow]:
 
 
 def paired(attack: Sequence[TableRow]) -> list[TableRow]:
-    """Return differences within sets of images: last against first step, and each pair of optimizers at the end.
+    """Return differences within sets of images, of three contrasts.
 
-    Student's paired 95 % interval (fp64) is over sets, none for one set. Training compares the figures themselves;
-    optimizers are compared by their advantages. `leaks_more`: sets in which the first member of the pair (the later
-    step, the first optimizer) is recovered better.
+    `training`: last against first step. `conventions`: that difference on raw weights against the one on scaled
+    weights, so that "the outcome depends on the scale" is a test of its own. `optimizers`: each pair at the end.
+
+    Student's paired 95 % interval and the p-value of the paired t-test (fp64) are over sets, none for one set;
+    `p_holm` corrects for all tests of one contrast at one objective, prior and radius. Training compares the figures
+    themselves, optimizers are compared by their advantages. `leaks_more`: sets in which the first member of the pair
+    (the later step, raw weights, the first optimizer) is recovered better.
 
     Args:
         attack: rows of the table `attack`.
@@ -85,13 +91,40 @@ def paired(attack: Sequence[TableRow]) -> list[TableRow]:
                 label = f"{group[0]}: step {last} − {first}"
                 out.append(_pair("training", label, group, name, name, steps[last], steps[first]))
     groups = list(by_group)
+    for raw in groups:
+        scaled = (*raw[:2], "margin", *raw[3:])
+        if raw[2] == "raw" and scaled in by_group and len(by_group[raw]) > 1:
+            first, last = min(by_group[raw]), max(by_group[raw])
+            label = f"{raw[0]}: step {last} − {first}"
+            changes = [_changes(by_group[group][last], by_group[group][first]) for group in (raw, scaled)]
+            both = (*raw[:2], "raw − margin", *raw[3:])
+            out += [_pair("conventions", label, both, name, name, *changes) for name in MEASURES[1:]]
     for one, other in itertools.combinations(groups, 2):
         if one[0] != other[0] and one[1:] == other[1:]:
             for name in MEASURES[1:]:
                 label, key = f"{one[0]} − {other[0]}", f"advantage_{name}"
                 ends = (by_group[one][max(by_group[one])], by_group[other][max(by_group[other])])
                 out.append(_pair("optimizers", label, one, name, key, *ends))
-    return [row for row in out if row is not None]
+    return _with_holm([row for row in out if row is not None])
+
+
+def _changes(
+    last: Mapping[int, Mapping[str, float]], first: Mapping[int, Mapping[str, float]]
+) -> dict[int, dict[str, float]]:
+    """Return set of images → change of each measure by training."""
+    return {k: {name: last[k][name] - first[k][name] for name in MEASURES} for k in set(last) & set(first)}
+
+
+def _with_holm(rows: list[TableRow]) -> list[TableRow]:
+    families: dict[tuple[object, ...], list[TableRow]] = defaultdict(list)
+    for row in rows:
+        families[row["contrast"], row["objective"], row["prior"], row["radius"]].append(row)
+    for family in families.values():
+        # Differences that cannot be tested are NaN for Holm, which counts them, and missing in the table.
+        adjusted = holm([math.nan if row["p"] is None else row["p"] for row in family])
+        for row, p in zip(family, adjusted, strict=True):
+            row["p_holm"] = None if math.isnan(p) else float(p)
+    return rows
 
 
 def _pair(
@@ -107,7 +140,8 @@ def _pair(
     if not common:
         return None
     a, b = (np.array([values[k][key] for k in common]) for values in (one, other))
-    mean, half = interval(list(a - b))
+    test = pairwise(np.stack([a, b]))
+    half, p = (None if math.isnan(v) else float(v) for v in (test.half_width[0], test.p[0]))
     nearer_is_less = not key.startswith("advantage") and not measure.startswith("ncc")
     return {
         "contrast": contrast,
@@ -119,8 +153,9 @@ def _pair(
         "measure": measure,
         "first": float(a.mean()),
         "second": float(b.mean()),
-        "difference": mean,
+        "difference": float(test.mean[0]),
         "half_width": half,
+        "p": p,
         "data_sets": len(common),
         "leaks_more": int((a < b).sum() if nearer_is_less else (a > b).sum()),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from scipy.stats import t as student
 
 from analysis.reconstruction import answers, config, page_tables
 
@@ -16,9 +17,12 @@ EMPTY: dict[str, list[dict[str, Any]]] = {
 def _pair(
     contrast: str, pair: str, weights: str, measure: str, difference: float, half: float | None
 ) -> dict[str, Any]:
+    # Eight sets: the p-value that belongs to the interval.
+    p = None if half is None else 2 * float(student.sf(abs(difference) / half * student.ppf(0.975, 7), 7))
     return {
         "contrast": contrast, "pair": pair, "objective": "l2", "weights": weights, "prior": "none", "radius": 0.1,
         "measure": measure, "first": 1.0, "second": 1.0 - difference, "difference": difference, "half_width": half,
+        "p": p, "p_holm": p,
         "data_sets": 8, "leaks_more": 3,
     }  # fmt: skip
 
@@ -35,15 +39,22 @@ def _pair(
         ("optimizers", "ncc_top5", 0.5, None, "open"),
     ],
 )
-def test_a_verdict_needs_an_interval_without_0(
+def test_a_verdict_needs_significance_after_holm(
     contrast: str, measure: str, difference: float, half: float | None, expected: str
 ) -> None:
-    assert answers.verdict(_pair(contrast, "a − b", "margin", measure, difference, half)) == expected
+    row = _pair(contrast, "a − b", "margin", measure, difference, half)
+    assert answers.verdict(row) == expected
+    assert answers.verdict({**row, "p_holm": 0.06}) == "open"
 
 
-def _training(raw_correlation: float) -> dict[str, list[dict[str, Any]]]:
+def _training(raw_correlation: float, half_of_difference: float = 0.1) -> dict[str, list[dict[str, Any]]]:
+    label = "gd: step 10 − 1"
     rows = [
-        _pair("training", "gd: step 10 − 1", weights, measure, value, 0.1)
+        _pair("conventions", label, "raw − margin", "nn_top5_margin", 0.04, 0.1),
+        _pair("conventions", label, "raw − margin", "ncc_top5", raw_correlation, half_of_difference),
+    ]
+    rows += [
+        _pair("training", label, weights, measure, value, 0.1)
         for weights, measure, value in (
             ("margin", "nn_top5_margin", 0.01),
             ("margin", "ncc_top5", 0.0),
@@ -56,12 +67,24 @@ def _training(raw_correlation: float) -> dict[str, list[dict[str, Any]]]:
 
 def test_the_answer_says_where_the_convention_decides() -> None:
     keys = config.load(["data_sets=8", "attack.weights=margin,raw"])
-    depends = "The outcome depends on the scale of the weights under attack."
+    depends = "The outcome depends on the scale of the weights under attack"
     assert depends in answers.answer(keys, _training(-0.3))
     assert "on raw weights distance open (0.050 ± 0.100) and correlation recovered less" in answers.answer(
         keys, _training(-0.3)
     )
     assert depends not in answers.answer(keys, _training(-0.05))
+    # Two verdicts differ, but not significantly: correlation −0.036 ± 0.029 on raw, −0.005 ± 0.041 on scaled weights.
+    rows = [
+        _pair("training", "gd: step 10 − 1", "margin", "ncc_top5", -0.005, 0.041),
+        _pair("training", "gd: step 10 − 1", "raw", "ncc_top5", -0.036, 0.029),
+        _pair("conventions", "gd: step 10 − 1", "raw − margin", "ncc_top5", -0.031, 0.050),
+    ]
+    found = answers.answer(keys, {**EMPTY, "paired": rows})
+    assert depends not in found
+    assert found.endswith(
+        "Significant under one convention only; the difference of the conventions is open "
+        "(raw − scaled: correlation -0.031 ± 0.050)."
+    )
     # One set of images has no interval, and the answer no verdict.
     rows = [{**row, "half_width": None} for row in _training(-0.3)["paired"]]
     assert answers.answer(keys, {**EMPTY, "paired": rows}) == "Certificates only."
@@ -86,7 +109,16 @@ def test_an_optimizer_leaks_more_only_if_both_measures_agree() -> None:
 
 
 def test_tables_of_readers_name_pairs_and_intervals() -> None:
-    (table,) = page_tables.page_tables(_training(-0.3))
+    table, conventions = page_tables.page_tables(_training(-0.3))
     assert table.title == "Trained longer"
-    assert table.rows[3][1:] == ["ℓ2, raw", "0.1", "correlation", "1.000, 1.300", "-0.300 ± 0.100", "3 of 8"]
+    assert conventions.title == "Trained longer: raw against scaled weights"
+    assert table.rows[3][1:] == [
+        "ℓ2, raw",
+        "0.1",
+        "correlation",
+        "1.000, 1.300",
+        "-0.300 ± 0.100",
+        "0.000195",
+        "3 of 8",
+    ]
     assert page_tables.with_interval(0.5, None) == "0.500"

@@ -83,7 +83,15 @@ def test_batches(tmp_path: Path) -> None:
     found = external.samples(path, 4, 1)
     assert found.labels.tolist() == [-1, 1, -1, 1, 1, -1]
     assert found.images.shape == (6, 4)
+    pool = np.ones((4, 2, 2))
+    np.savez(path, x=x, y=[0, 1] * 3, heldout=pool, heldout_y=[0, 1, 1, 0])
+    assert external.samples(path, 4, 1).heldout_labels.tolist() == [-1, 1, 1, -1]
+    fits = {"x": x, "y": [-1, 1] * 3, "heldout": pool}
     for arrays, reason in (
+        (fits, "heldout .*has no heldout_y"),
+        ({**fits, "heldout_y": [1] * 4}, r"heldout_y -1 has no image of this class"),
+        ({**fits, "heldout_y": [1, -1]}, r"heldout_y .*does not fit the 4 images"),
+        ({**fits, "heldout_y": [1, -1, 3, 1]}, r"heldout_y .*does not fit"),
         ({"x": x}, "has no y"),
         ({"x": x, "y": [0, 1]}, "does not fit"),
         ({"x": x * np.inf, "y": [0, 1] * 3}, "finite"),

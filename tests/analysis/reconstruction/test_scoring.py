@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,25 @@ def test_the_training_images_score_best() -> None:
     assert worse.ncc_top5 < 0.9
     assert worse.nn_top5 > 0.5
     assert worse.hits_10 == 0
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5, 3.0])
+def test_published_ssim_of_images_with_themselves_at_any_offset(offset: float) -> None:
+    """The secret offset is taken off before SSIM; truths that fill [0, 1] have exactly 1."""
+    network = trained("gd", 5, 400, (500,))[0].network
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(np.stack([scoring.stretched(image) for image in rng.random((10, 64))]))
+    mean = pixels.mean(0)
+    target = Target("binary", network, pixels - mean + offset, digits(5).labels, mean, (8, 8), offset)
+    figures, _ = score(target, target.x, target.labels)
+    assert figures.ssim_top5_published == pytest.approx(1, abs=1e-9)
+    assert figures.good_published == 10
+    if offset:
+        # Control: with the offset left in they are no pixels, and published SSIM is not defined.
+        figures, found = score(replace(target, offset=0.0), target.x, target.labels)
+        assert figures.ssim_top5_published is None
+        assert figures.good_published is None
+        assert float(found.ssim.max()) < 0.9
 
 
 def test_distances_are_scipys() -> None:
@@ -235,6 +255,7 @@ def test_paired_differences_are_scipys_over_sets_of_images() -> None:
         assert (low, high) == (pytest.approx(expected.low), pytest.approx(expected.high))
         assert row["data_sets"] == 8
     assert trend["pair"] == "gd: step 1000 − 10"
+    assert trend["p"] == pytest.approx(ttest_rel(late, early).pvalue)
     assert trend["leaks_more"] == sum(a < b for a, b in zip(late, early))
     assert pair["leaks_more"] == sum(a < b for a, b in zip(late, muon))
     # Control: pairing matters; two unpaired samples have another interval.
@@ -243,6 +264,42 @@ def test_paired_differences_are_scipys_over_sets_of_images() -> None:
     one = [row for row in rows if row["data_set"] == 0]
     assert all(row["half_width"] is None for row in susceptibility.paired(one))
     assert all(row["half_width_nn_top5"] is None for row in susceptibility.rows(one))
+
+
+def test_the_difference_of_the_conventions_is_tested_within_sets() -> None:
+    """Oracles: scipy's one-sample test of (last − first) on raw less that on scaled weights; Holm by statsmodels."""
+    from statsmodels.stats.multitest import multipletests
+
+    rng = np.random.default_rng(1)
+    shared = rng.normal(0, 0.3, 8)
+    values = {(w, step): 1 + shared + rng.normal(0, 0.05, 8) for w in ("margin", "raw") for step in (10, 90)}
+    values["raw", 90] += 0.2
+    rows = []
+    for k in range(8):
+        for (weights, step), of in values.items():
+            rows += [
+                _heldout_row(k, step=step),
+                {**_attack_row(k, float(of[k]), step=step), "weights": weights},
+            ]
+    found = susceptibility.paired(rows)
+    (row,) = (r for r in found if r["contrast"] == "conventions" and r["measure"] == "nn_top5_margin")
+    raw, scaled = (values[w, 90] - values[w, 10] for w in ("raw", "margin"))
+    expected = ttest_1samp(raw - scaled, 0)
+    interval = expected.confidence_interval(0.95)
+    assert row["p"] == pytest.approx(expected.pvalue)
+    assert row["difference"] + row["half_width"] == pytest.approx(interval.high)
+    assert (row["first"], row["second"]) == (pytest.approx(raw.mean()), pytest.approx(scaled.mean()))
+    assert row["leaks_more"] == int((raw < scaled).sum())
+    training = [r for r in found if r["contrast"] == "training"]
+    assert len(training) == 4
+    tested = [r for r in training if r["p"] is not None]
+    # Four tests of one contrast, whether or not each can be computed.
+    padded = [r["p"] for r in tested] + [1.0] * (4 - len(tested))
+    holm = multipletests(padded, method="holm")[1][: len(tested)]
+    assert [r["p_holm"] for r in tested] == [pytest.approx(p) for p in holm]
+    # Only one scale of the weights: no such contrast.
+    only = susceptibility.paired([r for r in rows if r["kind"] == "heldout" or r["weights"] == "raw"])
+    assert {r["contrast"] for r in only} == {"training"}
 
 
 def test_duplicates_are_counted_next_to_chance() -> None:
