@@ -44,7 +44,7 @@ def completed(line: str) -> list[str]:
         ("optbench paper sumo_table3", ["sumo_table3"]),
         ("optbench paper --li", ["--list"]),
         ("optbench train --js", ["--json"]),
-        ("optbench report --", ["--out", "--figures", "--wandb", "--export", "--json"]),
+        ("optbench report --", ["--format", "--out", "--figures", "--wandb", "--export", "--json"]),
         ("optbench completion z", ["zsh"]),
         ("optbench report ru", []),
         ("optbench train nothing_like_it", []),

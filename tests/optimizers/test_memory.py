@@ -100,7 +100,7 @@ def test_transients_do_not_grow_with_the_number_of_stacks(monkeypatch: pytest.Mo
     # Negative control: one stack for all of a shape grows with the model.
     monkeypatch.setattr(batches, "BATCH_BYTES", {"cpu": 1 << 30, "cuda": 0})
     whole = measure("sumo", many, 8, CPU)["ordinary"]
-    assert whole > 3 * measure("sumo", few, 8, CPU)["ordinary"]
+    assert whole > 2.5 * measure("sumo", few, 8, CPU)["ordinary"]
 
 
 def test_a_subspace_step_holds_at_most_a_quarter_more_than_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:

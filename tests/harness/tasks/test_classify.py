@@ -69,7 +69,8 @@ def test_gradients_are_those_of_transformers_own_loss_of_each_example_alone(
     expected = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-9, name
+        # The gradient of a bias is a sum of terms of up to 0.5 that nearly cancel: fp32 leaves 1e-8 of them.
+        assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-8, name
 
 
 def _error(reference: Trained, other: Trained) -> float:
