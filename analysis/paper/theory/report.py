@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from analysis.comparison.statistics import Interval
 from analysis.formatting import significant, to_jsonable
 from analysis.paper.theory import findings, polar_bound
 from analysis.paper.theory.findings import Theory, within
@@ -58,7 +59,7 @@ def _entry(row: Any) -> dict[str, Any]:
     arm = fields.pop("arm")
     return {
         **arm._asdict(),
-        **{key: asdict(value) if is_dataclass(value) else value for key, value in fields.items()},
+        **{key: asdict(value) if isinstance(value, Interval) else value for key, value in fields.items()},
     }
 
 
