@@ -28,6 +28,7 @@ from analysis.paper.theory.run_moments import (
     real_moments,
 )
 from analysis.runs import loading
+from analysis.runs.reading import number
 from analysis.runs.run import LoadedRun
 from harness.checkpoint.store import DamagedCheckpoint
 
@@ -270,9 +271,9 @@ def error_summaries(errors: Sequence[ErrorRow]) -> list[ErrorSummary]:
         seeds = sorted({row.seed for row in rows})
         for seed in seeds:
             own = [row for row in rows if row.seed == seed]
-            if len(own) > 2:
-                result = stats.spearmanr([r.condition for r in own], [r.measured for r in own])
-                correlations.append(float(result.statistic))
+            if len(own) > 2 and len({r.condition for r in own}) > 1 and len({r.measured for r in own}) > 1:
+                ranks = stats.spearmanr([r.condition for r in own], [r.measured for r in own])
+                correlations.append(float(np.asarray(ranks)[0]))
         found.append(
             ErrorSummary(
                 arm,
@@ -310,8 +311,8 @@ def scales(runs: Sequence[LoadedRun]) -> list[str]:
     for scale in dict.fromkeys(map(scale_of, runs)):
         own = [run for run in runs if scale_of(run) == scale]
         facts = [{str(run.summary.get(key)) for run in own} for key in ("precision", "device")]
-        parameters = {run.summary.get("parameters") for run in own} - {None}
-        size = "/".join(f"{count:,}" for count in sorted(parameters))
+        parameters = {number(run.summary.get("parameters")) for run in own}
+        size = "/".join(f"{count:,.0f}" for count in sorted(parameters) if math.isfinite(count))
         names = {str((run.config.get("data") or {}).get("name")) for run in own}
         words = [f"{size} parameters" if size else "", *("/".join(sorted(fact)) for fact in (names, *facts))]
         found.append(f"{scale} ({', '.join(word for word in words if word)}; {plural(len(own), 'run')})")

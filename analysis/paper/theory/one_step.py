@@ -180,6 +180,7 @@ def _stepper(
             lr=section.lr,
             **{**section.options, **overrides},
         )
+        assert isinstance(optimizer, optimizers.Optimizer)
         named_state.load(optimizer, saved.facts[0]["optimizer"]["steps"], saved.read)
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name].clone() if name in gradients else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def all_plots(theory: Theory) -> list[Plot]:
     return plots
 
 
-def _curve(arm: int, name: str, x: Sequence[float], y: Sequence[float], mode: str = "lines") -> Any:
+def _curve(arm: int, name: str, x: Iterable[float], y: Iterable[float], mode: str = "lines") -> Any:
     return go.Scatter(
         x=list(x),
         y=list(y),
@@ -42,7 +42,7 @@ def _curve(arm: int, name: str, x: Sequence[float], y: Sequence[float], mode: st
     )
 
 
-def _grey(name: str, x: Sequence[float], y: Sequence[float]) -> Any:
+def _grey(name: str, x: Iterable[float], y: Iterable[float]) -> Any:
     style = {"color": GREY, "dash": "dot", "width": 1.6}
     return go.Scatter(x=list(x), y=list(y), mode="lines", name=name, line=style, hoverinfo="skip")
 
@@ -59,7 +59,7 @@ def _rank(theory: Theory) -> Plot:
     for arm, row in enumerate(theory.ranks):
         sign = ">" if row.holds else "≤"
         name = f"{row.layer}, ηλ₁ = {row.smallest:.2g}, β = {row.beta:g} (1 − ηλ₁ {sign} β)"
-        traces.append(_curve(arm, name, *zip(*row.curve, strict=True)))
+        traces.append(_curve(arm, name, [t for t, _ in row.curve], [share for _, share in row.curve]))
     caption = (
         "Simulated gradient descent on a reversible layer, fp64. Where 1 − ηλ₁ ≤ β the moment keeps its shape, "
         "whatever the lemma says."

@@ -119,7 +119,7 @@ def one_large(kappa: float, side: int = SIDE) -> Floats:
     return np.array([1.0] + [1.0 / kappa] * (side - 1))
 
 
-SPECTRA: dict[str, Callable[[float], Floats]] = {
+SPECTRA: dict[str, Callable[..., Floats]] = {
     "geometric": geometric,
     "one small": one_small,
     "one large": one_large,

@@ -82,22 +82,32 @@ def condition_rows(runs: Sequence[LoadedRun], arms: Mapping[Path, TheoryArm]) ->
         if not frames:
             continue
         moments = pd.concat(frames, ignore_index=True)
-        for step in sorted(moments["step"].unique()):
-            group = moments[moments["step"] == step]
-            condition = group["condition_number"].dropna()
+        steps, folders = moments["step"].to_numpy(), moments["run"].to_numpy()
+        kappa, stable, error = (
+            moments[name].to_numpy(float) for name in ("condition_number", "stable_rank", "polar_error")
+        )
+        for step in np.unique(steps):
+            at = steps == step
+            condition = kappa[at & np.isfinite(kappa)]
             rows.append(
                 ConditionRow(
                     arm,
                     int(step),
-                    int(group["run"].nunique()),
+                    len(set(folders[at])),
                     len(condition),
-                    {name: float(condition.quantile(q)) for name, q in QUANTILES.items()},
-                    float((condition > LINE).mean()),
-                    float((1.0 - 1.0 / group["stable_rank"]).median()),
-                    float(group["polar_error"].median()),
+                    {name: _quantile(condition, q) for name, q in QUANTILES.items()},
+                    float(np.mean(condition > LINE)) if condition.size else math.nan,
+                    _quantile(1.0 - 1.0 / stable[at & (stable > 0)], 0.5),
+                    _quantile(error[at], 0.5),
                 )
             )
     return rows
+
+
+def _quantile(values: Floats, share: float) -> float:
+    """Return a quantile of the finite values; NaN without any."""
+    kept = values[np.isfinite(values)]
+    return float(np.quantile(kept, share)) if kept.size else math.nan
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,6 +65,7 @@ def checkpoint(tmp_path: Path) -> tuple[Path, Any, optimizers.Optimizer, Any]:
     optimizer = optimizers.build(
         "sumo", model.named_parameters(), modules=model, lr=config.optimizer.lr, **config.optimizer.options
     )
+    assert isinstance(optimizer, optimizers.Optimizer)
     for _ in range(STEPS):
         for parameter in model.parameters():
             parameter.grad = 0.01 * torch.randn_like(parameter)

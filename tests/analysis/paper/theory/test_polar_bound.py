@@ -75,7 +75,7 @@ def test_the_band_of_muon() -> None:
     # No spectrum with a κ up to the limit has a direction below the band, whatever its shape.
     limit = band.largest_kappa(32)
     for spectrum in polar_bound.SPECTRA.values():
-        values = spectrum(limit * (1 - 1e-9), 32)
+        values = spectrum(limit * (1 - 1e-9), side=32)
         assert MUON.scaled(values).min() >= band.start * (1 - 1e-9)
         assert MUON.direction_errors(values, 5).max() <= band.largest_error + 1e-6
     # The limit is attained by the spectrum that is flat but for one direction.
