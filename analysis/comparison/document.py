@@ -200,7 +200,7 @@ def _set(judged: JudgedSet) -> dict[str, Any]:
                 for k, (i, j) in enumerate(tests.pairs)
             ],
             **(
-                {"track3": [track3.judge_arm(arm) for arm in comparison.arms if arm.finished]}
+                {"track3": [track3.judge_arm(arm) for arm in comparison.arms]}
                 if comparison.key == "log:track3"
                 else {}
             ),

@@ -35,6 +35,9 @@ class RuleResult:
     """Outcome of the rule for one sample of losses, and of the t-test that estimates the deviation instead."""
 
     n: int
+    """Runs with a finite loss, of which the figures are."""
+    diverged: int
+    """Runs without one: with any of them the rule is not passed."""
     mean: float
     margin: float
     """(target − mean)·√n."""
@@ -47,7 +50,12 @@ class RuleResult:
 
 
 def rule(
-    losses: ArrayLike, target: float = TARGET, sigma: float = SIGMA, margin: float = MARGIN
+    losses: ArrayLike,
+    target: float = TARGET,
+    sigma: float = SIGMA,
+    margin: float = MARGIN,
+    *,
+    diverged: int = 0,
 ) -> RuleResult:
     """Apply the rule to the losses of runs at one step.
 
@@ -56,6 +64,7 @@ def rule(
         target: to be reached.
         sigma: standard deviation of a run that is taken as known.
         margin: least (target − mean)·√n that passes.
+        diverged: runs of the same sample without a finite loss at this step.
     """
     values = np.asarray(losses, float)
     n = len(values)
@@ -65,7 +74,8 @@ def rule(
     varies = n > 1 and float(np.ptp(values)) > 0
     p_t = _p_value(values, target) if varies else math.nan
     # Losses have five digits: a margin of 0.004 less rounding passes.
-    return RuleResult(n, mean, scaled, z, float(stats.norm.sf(z)), scaled >= margin - 1e-12, p_t)
+    passed = not diverged and scaled >= margin - 1e-12
+    return RuleResult(n, diverged, mean, scaled, z, float(stats.norm.sf(z)), passed, p_t)
 
 
 def _p_value(values: NDArray[np.float64], target: float) -> float:
@@ -74,7 +84,7 @@ def _p_value(values: NDArray[np.float64], target: float) -> float:
 
 
 def first_passing_step(curves: Sequence[tuple[ArrayLike, ArrayLike]], target: float = TARGET) -> float:
-    """Return the first step at which all runs have a loss and their mean passes the rule; NaN if none does.
+    """Return the first step at which all runs have a finite loss and their mean passes the rule; NaN if none does.
 
     Args:
         curves: steps and losses of each run.
@@ -92,8 +102,11 @@ def first_passing_step(curves: Sequence[tuple[ArrayLike, ArrayLike]], target: fl
 
 
 def judge_arm(arm: Arm) -> dict[str, float | int | bool | str]:
-    """Return the rule's outcome at the last step of an arm, and the first step that passes, for the JSON document."""
-    finished = arm.finished
-    result = rule([run.final_loss for run in finished])
-    curves = [(run.metrics["step"], run.metrics["val/loss"]) for run in finished]
+    """Return the rule's outcome at the last step of an arm, and the first step that passes, for the JSON document.
+
+    A run that diverged has no loss at the last step, so that the arm does not pass there, whatever the others' mean is.
+    """
+    diverged = [run for run in arm.runs if run.state == "diverged"]
+    result = rule([run.final_loss for run in arm.finished], diverged=len(diverged))
+    curves = [(run.metrics["step"], run.metrics["val/loss"]) for run in (*arm.finished, *diverged)]
     return {"arm": arm.label, **vars(result), "first_passing_step": first_passing_step(curves)}

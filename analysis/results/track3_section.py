@@ -13,6 +13,7 @@ from scipy import stats
 
 from analysis.comparison import seed_noise, statistics, track3
 from analysis.comparison.seed_noise import Spread
+from analysis.results import track3_summary
 from analysis.results.prediction import Correlation, rank_correlation, within_arms
 
 Floats = NDArray[np.float64]
@@ -24,7 +25,7 @@ DIFFERENCES = (0.0005, 0.001, 0.002, 0.005)
 def render(summary: Mapping[str, Any]) -> str:
     """Return the section as Markdown."""
     arms: Arms = summary["arms"]
-    samples = {arm["arm"]: _values(arm, "final") for arm in arms}
+    samples = {arm["arm"]: _known(_values(arm, "final")) for arm in arms}
     wide = seed_noise.wide_arms(samples)
     alike = [arm for arm in arms if arm["arm"] not in wide]
     noise = seed_noise.pooled([samples[arm["arm"]] for arm in alike])
@@ -39,11 +40,13 @@ def render(summary: Mapping[str, Any]) -> str:
     return environment.get_template("track3.md.j2").render(
         {key: summary[key] for key in ("source", "model", "runs", "copies", "folders")},
         files=len(summary["files"]),
-        used=sum(map(len, samples.values())),
+        used=sum(len(arm["runs"]) for arm in arms),
+        diverged=sum(arm["diverged"] for arm in arms),
         arms=len(arms),
         target=track3.TARGET,
         sigma=track3.SIGMA,
         margin=track3.MARGIN,
+        near=f"{track3_summary.NEAR:.0%}",
         noise=_noise(alike, summary["shares"], noise),
         wide="; ".join(
             f"{name} ({ratio:.1f} times the others, p {_p(p)})" for name, (ratio, p) in wide.items()
@@ -52,8 +55,8 @@ def render(summary: Mapping[str, Any]) -> str:
         rejected="rejected" if equal_p < statistics.ALPHA else "not rejected",
         equal_p=_p(equal_p),
         needed=_needed(noise),
-        prediction=_prediction(arms, summary["shares"], summary["steps"]),
-        within=_within(arms, summary["shares"]),
+        prediction=_prediction(alike, summary["shares"], summary["steps"]),
+        within=_within(alike, arms, summary["shares"]),
         findings=_findings(summary),
         submissions=_submissions(arms),
     )
@@ -62,7 +65,7 @@ def render(summary: Mapping[str, Any]) -> str:
 def _noise(arms: Arms, shares: Sequence[float], end: Spread) -> str:
     rows = []
     for i, share in enumerate(shares):
-        samples = [values[np.isfinite(values)] for arm in arms for values in [_values(arm, "at_share", i)]]
+        samples = [_known(_values(arm, "at_share", i)) for arm in arms]
         rows.append((f"{share:.0%} of the run", seed_noise.pooled(samples)))
     rows.append(("the end", end))
     return _table(
@@ -116,17 +119,17 @@ def _prediction(arms: Arms, shares: Sequence[float], steps: Sequence[int]) -> st
     )
 
 
-def _within(arms: Arms, shares: Sequence[float]) -> str:
-    pairs = [
-        [(_values(arm, "at_share", i), _values(arm, "final")) for arm in arms] for i in range(len(shares))
-    ]
-    return _table(
-        ("figure of a run", "correlation with its final loss"),
-        [
-            (f"loss at {share:.0%}", _shown(within_arms(of_arms), "degrees of freedom"))
-            for share, of_arms in zip(shares, pairs, strict=True)
-        ],
-    )
+def _within(alike: Arms, arms: Arms, shares: Sequence[float]) -> str:
+    """Return the correlations over the arms whose runs vary alike, and over all arms next to them."""
+
+    def shown(chosen: Arms, i: int) -> str:
+        pairs = [(_values(arm, "at_share", i), _values(arm, "final")) for arm in chosen]
+        return _shown(within_arms(pairs), "degrees of freedom")
+
+    heads = ("figure of a run", "correlation with its final loss", "with the arms that are left out")
+    rows = [(f"loss at {share:.0%}", shown(alike, i), shown(arms, i)) for i, share in enumerate(shares)]
+    columns = 2 if len(alike) == len(arms) else 3
+    return _table(heads[:columns], [row[:columns] for row in rows])
 
 
 def _findings(summary: Mapping[str, Any]) -> str:
@@ -138,14 +141,14 @@ def _findings(summary: Mapping[str, Any]) -> str:
 def _submissions(arms: Arms) -> str:
     rows = []
     for arm in sorted(arms, key=lambda arm: (arm["first_passing_step"] or math.inf, arm["arm"])):
-        finals = _values(arm, "final")
-        found, rule = statistics.interval(finals), track3.rule(finals)
+        finals = _known(_values(arm, "final"))
+        found, rule = statistics.interval(finals), track3.rule(finals, diverged=arm["diverged"])
         spread = (f"{found.half_width:.4f}", f"{found.sd:.5f}") if found.n > 1 else ("–", "–")
-        margin = f"{rule.margin:.4f}{'' if rule.passed else ' (fails)'}".replace("-", "−")
+        mean = f"{found.mean:.4f}" if found.n else "–"
+        margin = f"{rule.margin:.4f}".replace("-", "−") if found.n else "–"
+        margin += "" if rule.passed else f" (fails{f', {rule.diverged} diverged' if rule.diverged else ''})"
         step = "–" if arm["first_passing_step"] is None else f"{arm['first_passing_step']:,}"
-        rows.append(
-            (arm["arm"], str(found.n), f"{arm['last_step']:,}", f"{found.mean:.4f}", *spread, margin, step)
-        )
+        rows.append((arm["arm"], str(len(arm["runs"])), f"{arm['last_step']:,}", mean, *spread, margin, step))
     return _table(
         ("arm", "runs", "last step", "mean", "±", "deviation", "margin at the end", "first step"), rows
     )
@@ -155,6 +158,10 @@ def _values(arm: Mapping[str, Any], key: str, index: int | None = None) -> Float
     """Return a figure of each run, NaN where it is not known."""
     found = [run[key] if index is None else run[key][index] for run in arm["runs"]]
     return np.array([math.nan if value is None else value for value in found], float)
+
+
+def _known(values: Floats) -> Floats:
+    return values[np.isfinite(values)]
 
 
 def _means(arms: Arms, key: str, index: int | None = None) -> list[float]:

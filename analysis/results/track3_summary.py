@@ -7,6 +7,8 @@ logs can check it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from analysis.comparison import track3
 from analysis.runs.logs import loading
 from analysis.runs.logs.loading import Entry, Finding
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SHARES = (0.25, 0.5, 0.75)
-"""Parts of a run, of its own last step, at which its loss is recorded."""
+"""Parts of a run, of its own last step, near which its loss is recorded."""
+NEAR = 0.05
+"""Farthest that an evaluation is from such a part, as a share of the last step."""
 STEPS = (750, 1500, 2250)
 """Steps at which the losses of runs of different lengths are recorded."""
 Floats = NDArray[np.float64]
@@ -64,15 +68,19 @@ def _label(entry: Entry) -> str:
 def _arm(label: str, members: list[Entry]) -> dict[str, Any]:
     curves = [_curve(entry) for entry in members]
     passing = track3.first_passing_step(curves)
+    last = max(entry.log.last_step for entry in members)
+    near = [_nearest([steps for steps, _ in curves], share, last) for share in SHARES]
     return {
         "arm": label,
-        "last_step": int(members[0].log.last_step),
+        "last_step": int(last),
         "first_passing_step": None if math.isnan(passing) else int(passing),
+        "diverged": sum(entry.log.diverged for entry in members),
+        "share_steps": [None if math.isnan(step) else int(step) for step in near],
         "runs": [
             {
                 "file": entry.where,
-                "final": float(losses[-1]),
-                "at_share": [_rounded(_at(steps, losses, share * steps[-1])) for share in SHARES],
+                "final": None if entry.log.diverged else float(losses[-1]),
+                "at_share": [_rounded(_at(steps, losses, step)) for step in near],
                 "at_step": [_rounded(_at(steps, losses, step)) for step in STEPS],
                 "reaches_target": _rounded(_reaches(steps, losses), 1),
             }
@@ -82,15 +90,32 @@ def _arm(label: str, members: list[Entry]) -> dict[str, Any]:
 
 
 def _curve(entry: Entry) -> tuple[Floats, Floats]:
+    """Return the steps with a finite loss and these losses; empty for a run that never had one."""
     losses = entry.log.columns["val/loss"]
     finite = np.isfinite(losses)
     return entry.log.columns["step"][finite], losses[finite]
 
 
 def _at(steps: Floats, losses: Floats, step: float) -> float:
-    """Return the loss at a step, interpolated linearly; NaN outside of the evaluations and for a single one."""
-    inside = len(steps) > 1 and steps[0] <= step <= steps[-1]
-    return float(np.interp(step, steps, losses)) if inside else math.nan
+    """Return the loss of the evaluation at a step; NaN without one.
+
+    A loss between two evaluations is not interpolated: the mean of two varies less than either.
+    """
+    found = np.flatnonzero(steps == step)
+    return float(losses[found[0]]) if len(found) else math.nan
+
+
+def _nearest(steps: Sequence[Floats], share: float, last: float) -> float:
+    """Return the step nearest to a share of the run at which all runs of an arm were evaluated; NaN if none is near.
+
+    Runs without a finite loss have no part in it.
+    """
+    known = [own for own in steps if len(own)]
+    common = reduce(np.intersect1d, known) if known else np.empty(0)
+    distance = np.abs(common - share * last)
+    if not len(common) or distance.min() > NEAR * last:
+        return math.nan
+    return float(common[np.argmin(distance)])
 
 
 def _reaches(steps: Floats, losses: Floats) -> float:

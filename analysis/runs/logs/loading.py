@@ -205,10 +205,10 @@ def _find_copies_elsewhere(found: Iterable[Entry], findings: list[Finding]) -> N
 def _separate_settings(arm: str, members: Sequence[Entry], findings: list[Finding]) -> None:
     """Give runs whose settings differ options of their own, by which they become arms of their own."""
     originals = [entry for entry in members if entry.copy_of is None]
-    settings = [
-        {**entry.log.settings, "last_step": entry.log.last_step, "steps_planned": entry.log.planned}
-        for entry in originals
-    ]
+    settings = [{**entry.log.settings, "steps_planned": entry.log.planned} for entry in originals]
+    if FORMATS[originals[0].log.provenance.format].ends_early:
+        for entry, own in zip(originals, settings, strict=True):
+            own["last_step"] = _intended_end(entry, originals)
     keys = dict.fromkeys(key for entry in settings for key in entry if key != "run")
     varied = [key for key in keys if len({_text(entry.get(key)) for entry in settings}) > 1]
     if not varied:
@@ -223,6 +223,18 @@ def _separate_settings(arm: str, members: Sequence[Entry], findings: list[Findin
     findings.append(
         Finding("mixed_settings", f"{arm} holds runs of {len(groups)} settings ({text}). Each is an arm.")
     )
+
+
+def _intended_end(entry: Entry, members: Sequence[Entry]) -> float:
+    """Return the last step of a run, or where it diverged that of the first run of its kind that goes as far."""
+    if not entry.log.diverged:
+        return entry.log.last_step
+    ends = [
+        other.log.last_step
+        for other in members
+        if not other.log.diverged and other.log.planned == entry.log.planned
+    ]
+    return min((end for end in ends if end >= entry.log.last_step), default=entry.log.last_step)
 
 
 def _find_repeated_seeds(arm: str, members: Sequence[Entry], findings: list[Finding]) -> None:

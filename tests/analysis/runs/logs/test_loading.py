@@ -140,6 +140,20 @@ def test_runs_without_seeds_are_compared_with_welchs_test(tmp_path: Path) -> Non
     assert not any(w["code"] == "missing_seed" for w in found["warnings"])
 
 
+def test_a_run_that_diverged_fails_the_rule_of_track_3(tmp_path: Path) -> None:
+    write_arm(tmp_path / "a", [3.27, 3.271])
+    write_arm(tmp_path / "b", [3.27, 3.271])
+    text = track3_log(3.272, seconds=0.8)
+    (tmp_path / "b" / "2.txt").write_text(text.replace("val_loss:3.27200", "val_loss:nan"))
+    # One that ends where it diverged is a run of the same setting.
+    early = track3_log(3.272, steps=(0, 100, 200), seconds=0.9)
+    (tmp_path / "b" / "3.txt").write_text(early.replace("val_loss:3.27200", "val_loss:nan"))
+    (only,) = document.to_json(document.judge_folder(tmp_path, log_format="track3"))["comparison"]["sets"]
+    rows = {row["arm"]: (row["n"], row["diverged"], row["passed"]) for row in only["track3"]}
+    assert rows == {"a": (2, 0, True), "b": (2, 2, False)}
+    assert [row["first_passing_step"] for row in only["track3"]] == [300, None]
+
+
 def test_the_command_prints_the_document_and_writes_nothing_among_the_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
