@@ -296,6 +296,12 @@ def unequal_budgets(comparison: ComparisonSet) -> list[str]:
     return differences
 
 
+def unstated_workload(comparison: ComparisonSet) -> str:
+    """Return what external logs do not state of their workload, as a clause; empty if nothing is lacking."""
+    lacking = {run.unstated for run in comparison.runs if run.unstated}
+    return f"the logs do not state their {max(lacking, key=len)}" if lacking else ""
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one mapping with dotted keys."""
     leaves: dict[str, Any] = {}

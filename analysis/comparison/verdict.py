@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis import formatting
 from analysis.comparison import statistics
-from analysis.comparison.sets import ComparisonSet, unequal_budgets
+from analysis.comparison.sets import ComparisonSet, unequal_budgets, unstated_workload
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,8 @@ def _missing(comparison: ComparisonSet) -> list[str]:
 def _unequal(comparison: ComparisonSet) -> list[str]:
     """Return the reasons that make the means incomparable."""
     reasons = unequal_budgets(comparison)
+    if unstated := unstated_workload(comparison):
+        reasons.append(unstated)
     best = comparison.arms[comparison.ranked()[0]]
     if best.final.mean >= comparison.entropy:
         reasons.append(

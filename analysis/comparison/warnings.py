@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from analysis.comparison import seed_noise
-from analysis.comparison.sets import Arm, ComparisonSet, unequal_budgets
+from analysis.comparison.sets import Arm, ComparisonSet, unequal_budgets, unstated_workload
 from analysis.formatting import grouped, listing, p_value, plural, significant
 from analysis.formatting import loss as loss_text
 from analysis.runs.measure import FRACTION
@@ -288,6 +288,9 @@ def _machines(comparison: ComparisonSet) -> Iterable[ReportWarning]:
 
 
 def _external(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    if len(comparison.arms) > 1 and (unstated := unstated_workload(comparison)):
+        text = f"Nothing says that the runs have one workload: {unstated}. No verdict is given."
+        yield ReportWarning("unknown_workload", text)
     if all(run.comparison_key.startswith("log:") for run in comparison.runs):
         text = "Read from public logs. That data, model and evaluation are the same is not checked."
         yield ReportWarning("foreign", text, severe=False)

@@ -44,6 +44,8 @@ class LoadedRun:
     """Read from a table of another trainer; what it states about data and budget is not checked."""
     has_seed: bool = True
     """False where ``seed`` is only the run's number, by which runs of two arms cannot be paired."""
+    unstated: str = ""
+    """What of model and data an external log does not state, so that its results cannot be compared; else empty."""
     predictions: Predictions | None = None
     """Per-example results of the last evaluation; None without them."""
     tuning: TunedArm | None = None

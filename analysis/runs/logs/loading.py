@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.formatting import listing, plural
-from analysis.runs.logs import nanochat, track3, wandb_export
+from analysis.runs.logs import nanochat, track3, wandb_export, workload
 from analysis.runs.logs.log_run import LogRun, Reader, read_file
 from analysis.runs.run import LoadedRun
 from harness.errors import InputError
@@ -33,7 +33,7 @@ class LogFormat(NamedTuple):
     reader: Reader
     suffixes: tuple[str, ...]
     model: str = ""
-    """Name of the model, where the format fixes it."""
+    """Name of the model, where the format fixes the workload."""
     ends_early: bool = False
     """A log that ends before the announced number of steps is a whole run."""
 
@@ -99,10 +99,11 @@ def entries(
     found: list[Entry] = []
     for path in _files(root, FORMATS[name], remarks):
         found += _read(path, root, name, remarks, findings, every_run)
-    arms: dict[str, list[Entry]] = {}
+    arms: dict[tuple[str, str], list[Entry]] = {}
     for entry in found:
-        arms.setdefault(entry.arm, []).append(entry)
-    for arm, members in arms.items():
+        # Runs on other models or data are no repetitions, whatever their folder is.
+        arms.setdefault((entry.arm, _text(workload.settings_of(entry.log.settings))), []).append(entry)
+    for (arm, _), members in arms.items():
         _find_copies(arm, members, findings)
         _separate_settings(arm, members, findings)
         _find_repeated_seeds(arm, members, findings)
@@ -290,12 +291,14 @@ def _loaded(entry: Entry, number: int, name: str) -> LoadedRun:
     if math.isfinite(log.planned) and not kind.ends_early:
         summary["steps_planned"] = log.planned
     state, reason = _state(log, ends_early=kind.ends_early)
+    stated = workload.settings_of(log.settings)
+    lacking = "" if kind.model else workload.missing(log.settings)
     return LoadedRun(
         folder=source.path,
         where=entry.where,
         config={
             "optimizer": {"name": entry.arm, **options},
-            **({"model": {"name": kind.model}} if kind.model else {}),
+            **({"model": {"name": kind.model}} if kind.model else workload.titles(log.settings)),
         },
         summary=summary,
         status={},
@@ -305,10 +308,11 @@ def _loaded(entry: Entry, number: int, name: str) -> LoadedRun:
         moments=pd.DataFrame(),
         state=state,
         reason=reason,
-        comparison_key=f"log:{name}",
+        comparison_key=":".join(["log", name, *([_text(stated)] if stated and not kind.model else [])]),
         notes=list(log.notes),
         is_external=True,
         has_seed=log.seed is not None,
+        unstated=lacking,
     )
 
 

@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from analysis.runs.logs.log_run import LogRun, Provenance, to_columns
+from analysis.runs.logs.workload import names_workload
 from harness.record.tables import parse_value
 
 SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -133,7 +134,8 @@ def _with_config(run: LogRun, config: Row) -> LogRun:
     settings = {
         key: value
         for key, value in config.items()
-        if isinstance(value, bool | int | float | str) and not NOT_SETTINGS.search(key)
+        if isinstance(value, bool | int | float | str)
+        and (names_workload(key) or not NOT_SETTINGS.search(key))
     }
     optimizer = _first(config, OPTIMIZERS)
     return replace(
@@ -191,7 +193,8 @@ def _run(
     config: dict[str, Any] = {}
     for row in rows:
         step = _number(_first(row, columns["step"]))
-        config |= {key: row[key] for key in (*OPTIMIZERS, *SEEDS) if row.get(key) not in (None, "")}
+        stated = (key for key in row if key in OPTIMIZERS or key in SEEDS or names_workload(key))
+        config |= {key: row[key] for key in stated if row.get(key) not in (None, "")}
         if not (math.isfinite(step) and step >= 0):
             continue
         values = {}
@@ -209,7 +212,10 @@ def _run(
     return LogRun(
         to_columns(by_step),
         provenance,
-        {"run": name} if name else {},
+        {
+            **({"run": name} if name else {}),
+            **{key: value for key, value in config.items() if names_workload(key)},
+        },
         optimizer=str(optimizer) if optimizer else None,
         seed=_seed(_first(config, SEEDS)),
         diverged=bool(losses) and not math.isfinite(losses[-1]),

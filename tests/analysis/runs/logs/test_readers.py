@@ -110,6 +110,67 @@ def test_seeds_that_an_export_states_pair(tmp_path: Path) -> None:
     assert [pair["test"] for pair in only["pairs"]] == ["paired t"]
 
 
+def _table(workloads: dict[str, dict[str, str]], gap: float = 0.2) -> str:
+    """Three runs for each optimizer with model and data of its own; the second one ends lower by ``gap``."""
+    lines = ["Name,optimizer,seed,step,val_loss,model,dataset"]
+    for shift, (optimizer, workload) in enumerate(workloads.items()):
+        for seed, noise in ((5, 0.0), (6, 0.02), (7, 0.01)):
+            end = 3.3 - gap * shift + noise + seed * shift / 1e4
+            lines += [
+                f"{optimizer}-{seed},{optimizer},{seed},{step},{end},{workload['model']},{workload['dataset']}"
+                for step in (50, 100)
+            ]
+    return "\n".join(lines)
+
+
+SMALL, LARGE = {"model": "130m", "dataset": "fineweb"}, {"model": "1b", "dataset": "c4"}
+
+
+def test_runs_on_other_models_and_data_are_not_compared(tmp_path: Path) -> None:
+    """The control: on one workload the same losses name a winner."""
+    kinds = []
+    for name, workloads in (("one", [SMALL, SMALL]), ("two", [SMALL, LARGE])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "runs.csv").write_text(
+            _table(dict(zip(("adamw", "muon"), workloads, strict=True)))
+        )
+        found = document.judge_folder(tmp_path / name, log_format="wandb")
+        kinds.append([judged.verdict.kind for judged in found.sets])
+    assert kinds == [["winner"], ["one_arm", "one_arm"]]
+    assert ["130m" in judged.comparison.title for judged in found.sets].count(True) == 1
+    assert "no conclusion is drawn across sets" in found.sentence
+
+
+def test_no_verdict_where_model_or_data_are_not_stated(tmp_path: Path) -> None:
+    text = _table({key: {"model": "130m", "dataset": ""} for key in ("adamw", "muon")})
+    (tmp_path / "runs.csv").write_text(text)
+    (judged,) = document.judge_folder(tmp_path, log_format="wandb").sets
+    assert judged.verdict.kind == "withheld"
+    assert "the logs do not state their data" in judged.verdict.headline
+    (warning,) = (warning for warning in judged.warnings if warning.code == "unknown_workload")
+    assert warning.severe
+
+
+def test_workloads_of_an_export_are_those_of_the_profiles(tmp_path: Path) -> None:
+    """Configurations with numbers of layers in place of a name of the model."""
+    for layers in (4, 8):
+        for optimizer, rate in (("adamw", 1.0), ("muon", 2.0)):
+            config = {
+                "optimizer": {"type": optimizer},
+                "model": {"num_layers": layers},
+                "data": {"name": "c4"},
+            }
+            history = [{"step": step, "val/loss": 5 - rate * step / 100} for step in (0, 50, 100)]
+            path = tmp_path / f"{optimizer}{layers}.json"
+            path.write_text(json.dumps({"config": config, "history": history}))
+    found = document.to_json(document.judge_folder(tmp_path, log_format="wandb"))["comparison"]["profiles"]
+    assert [sorted(row["ratios"]) for row in found["submissions"]] == [
+        pytest.approx([2, 2]),
+        pytest.approx([1, 1]),
+    ]
+    assert sorted("num_layers=8" in title for title in found["workloads"]) == [False, True]
+
+
 def test_a_panels_csv_has_a_column_for_each_run(tmp_path: Path) -> None:
     text = (
         '"Step","sumo-1 - val/loss","sumo-1 - val/loss__MIN","sumo-1 - val/loss__MAX","sumo-2 - val/loss"\n'
