@@ -88,17 +88,18 @@ class Trainer:
 
 
 @contextmanager
-def lock_group(group: Path) -> Iterator[None]:
+def lock_group(group: Path, timeout: float = 0) -> Iterator[None]:
     """Hold a lock on a group, so that no other command trains its runs at the same time.
 
     Args:
         group: folder of the group; it need not exist.
+        timeout: how long to wait for the lock, s.
 
     Raises:
         InputError: another command holds the lock.
     """
     group.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(group.with_name(f".{group.name}.lock"), timeout=0)
+    lock = filelock.FileLock(group.with_name(f".{group.name}.lock"), timeout=timeout)
     try:
         lock.acquire()
     except filelock.Timeout as error:

@@ -49,12 +49,19 @@ def main(argv: Sequence[str]) -> int:
     one node.
 
     Returns:
-        0: queued (or shown, or nothing to do). 1: no trial of a sweep ended with a finite loss.
+        0: queued (or shown, or nothing to do). 1: no trial of a sweep ended with a finite loss. 75: trials of a sweep
+        were cancelled or interrupted, so that nothing follows yet.
 
     Raises:
         InputError: bad input, here or for SLURM; nothing was queued.
     """
     submitted = _parse(argv)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        print(text, file=sys.stderr, flush=True)
+
     # Check all of them now: the script of a later job is written after the first job is queued.
     scripts.check_words([argument for command in (argv, *submitted.then) for argument in command])
     request = SubmitRequest(
@@ -63,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         after=submitted.after,
         then=submitted.then,
         dry_run=submitted.dry_run,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=say,
     )
     if not submitted.dry_run:
         slurm.require()
@@ -77,8 +84,10 @@ def main(argv: Sequence[str]) -> int:
         queued = sweep.queue(
             submitted.overrides, submitted.cluster_overrides, request, follows=submitted.follows
         )
-        if queued is None:
-            return sweep.NOTHING_FINITE
+        if isinstance(queued, int):
+            if submitted.as_json:
+                _show_nothing(submitted, said[-1])
+            return queued
     else:
         home = Path("runs") / f"{submitted.command}-{datetime.now():%Y%m%d-%H%M%S}"
         queued = submit.command([submitted.command, *submitted.overrides], home, request)
@@ -169,6 +178,14 @@ def _then(value: str) -> tuple[str, ...]:
         fix = "submit it by itself, with --after JOB"
         raise InputError("--then", value, "is not a command of one node", fix=fix)
     return tuple(command)
+
+
+def _show_nothing(submitted: _SubmitArguments, reason: str) -> None:
+    print(
+        json_document(
+            dry_run=submitted.dry_run, job=None, reason=reason, folder=None, rows=[], skipped=[], then=[]
+        )
+    )
 
 
 def _show(queued: Queued, submitted: _SubmitArguments) -> None:

@@ -78,7 +78,7 @@ class Tuning:
             )
         self.trials_home = self.trials[0].run.folder.parent
         self.home: Path = self.trials_home.with_name(study.plan.group)
-        self._read_ledger()
+        self.read_ledger()
 
     def arms(self) -> list[TunedArm]:
         """Return the current result of every optimizer, read from the run folders."""
@@ -90,7 +90,7 @@ class Tuning:
     def tune(self) -> int:
         """Train the trials, and add more while a best one is on an edge; return 0, or 75 if interrupted."""
         # Another command may have changed this group since this one was checked.
-        self._read_ledger()
+        self.read_ledger()
         session = self._session(self.trials)
         self.make_folders()
         if self._train(session) == ExitCode.RESUMABLE:
@@ -139,13 +139,28 @@ class Tuning:
         ]
         plan = replace(plan, arms=best)
         runs = [self._make(plan.overrides(arm, seed)) for seed in plan.seeds for arm in plan.arms]
-        if not writes:
-            return plan, runs
-        self._archive_outdated(runs, [identity for known in self._confirmed.values() for identity in known])
-        count = len(best)
-        self._confirmed = {arm.label: [run.identity for run in runs[i::count]] for i, arm in enumerate(best)}
-        self.write_ledger()
+        if writes:
+            self.record_confirmation(plan, runs)
         return plan, runs
+
+    def record_confirmation(self, plan: ComparisonPlan, runs: Sequence[Prepared]) -> None:
+        """Write the identities of the runs of `plan_confirmation`, and archive those that they replace."""
+        self._archive_outdated(runs, [identity for known in self._confirmed.values() for identity in known])
+        count = len(plan.arms)
+        self._confirmed = {
+            arm.label: [run.identity for run in runs[i::count]] for i, arm in enumerate(plan.arms)
+        }
+        self.write_ledger()
+
+    def archive_confirmation(self) -> None:
+        """Archive all runs of the arms on fresh seeds, for a study that is to be repeated."""
+        for place in self._confirmation_folders():
+            if place.exists():
+                run_folder.archive(place)
+
+    def _confirmation_folders(self) -> list[Path]:
+        plan = self._study.plan
+        return [self.home / f"{arm.label}-seed{seed}" for arm in plan.arms for seed in plan.seeds]
 
     def write_ledger(self) -> None:
         """Write the ledger; it keeps optimizers that an earlier command tuned in this group."""
@@ -177,7 +192,7 @@ class Tuning:
             return ExitCode.RUN_FAILED
         return NOTHING_FINITE if any(arm.best is None for arm in arms) else ExitCode.DONE
 
-    def _read_ledger(self) -> None:
+    def read_ledger(self) -> None:
         """Read what earlier commands tuned in this group."""
         self._earlier = tuning_ledger.read(self.home)
         self._confirmed: dict[str, list[str]] = {arm.label: list(arm.confirmed) for arm in self._earlier}
@@ -186,12 +201,7 @@ class Tuning:
     def _check_home(self) -> None:
         """Refuse a group in which another command has runs of the same names, before the trials are trained."""
         own = {identity for known in self._confirmed.values() for identity in known}
-        places = [
-            self.home / f"{arm.label}-seed{s}"
-            for arm in self._study.plan.arms
-            for s in self._study.plan.seeds
-        ]
-        for place in places:
+        for place in self._confirmation_folders():
             existing = reading.mapping(place / "status.json", []).get("identity")
             if existing is not None and existing not in own and not self.trials[0].run.config.overwrite:
                 reason = f"already has {place} of another command, which this comparison would replace"

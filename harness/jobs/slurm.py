@@ -155,6 +155,19 @@ def tasks(jobs: Sequence[str]) -> dict[str, ArrayTask]:
     return {job: known[job] for job in jobs if job in known}
 
 
+def require_answer(jobs: Sequence[str]) -> None:
+    """Check that SLURM answers for jobs; one that it no longer knows has ended.
+
+    Raises:
+        InputError: `scontrol` fails otherwise.
+    """
+    for number in sorted({job.partition("_")[0] for job in jobs if is_job(job)}, key=int):
+        done = _call("scontrol", "--all", "show", "job", "-o", number)
+        if done.returncode and "Invalid job id" not in done.stderr:
+            reason = f"does not say whether job {number} has ended ({_line(done.stderr)})"
+            raise InputError("submit", "scontrol", reason, fix="the same command again, when SLURM answers")
+
+
 def _tasks_of_line(line: str) -> dict[str, ArrayTask]:
     facts = dict(re.findall(r"(\w+)=(\S*)", line))
     reason = facts.get("Reason", "None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -189,7 +190,11 @@ def sweep(
     )
     text = scripts.render("sweep", job, request.cluster)
     queued = Queued(home.absolute(), script, text, rows=wanted, skipped=skipped)
-    if request.dry_run or not wanted:
+    if request.dry_run:
+        return queued
+    if not wanted:
+        own = {busy[places[row.name]] for row in rows if places[row.name] in busy}
+        _follow(queued, submission, sorted(own), request)
         return queued
     _try_out(queued, request)
     submission.prepare(request.cluster)
@@ -251,23 +256,79 @@ def _queue(queued: Queued, submission: Submission, kind: Kind | str, request: Su
         request.say(
             f"warning: job {queued.job} is queued, but could not be recorded ({error.strerror or error})"
         )
+    _add_followers(queued, submission, (queued.job,), request)
+    return queued
+
+
+def _follow(queued: Queued, submission: Submission, jobs: Sequence[str], request: SubmitRequest) -> None:
+    """Queue the commands after jobs that wait or run, where none waits: the command that queued them may have died."""
+    entries = [entry for entry in submission.jobs() if entry.kind not in ("train", "sweep")]
+    # A follower that was requeued is no follower of the jobs that it waits for now.
+    entries = [entry for entry in entries if entry.job != os.environ.get("SLURM_JOB_ID")]
+    alive = {job for job, task in slurm.tasks([entry.job for entry in entries]).items() if not task.is_over}
+    waiting = [_words_of(Path(entry.script)) for entry in entries if entry.job in alive]
+    missing = [
+        words
+        for words in request.then
+        if _words_in(_analysis(words, submission, request).text) not in waiting
+    ]
+    if jobs and missing:
+        numbers = tuple(dict.fromkeys(job.partition("_")[0] for job in jobs))
+        _add_followers(queued, submission, numbers, replace(request, then=tuple(missing)))
+
+
+def _words_of(script: Path) -> str:
+    try:
+        return _words_in(script.read_text(encoding="utf-8"))
+    except OSError:
+        return ""
+
+
+def _words_in(text: str) -> str:
+    """Return the part of a rendered script that holds the command's words."""
+    return text.partition("words=(\n")[2].partition("\n)")[0]
+
+
+def _add_followers(
+    queued: Queued, submission: Submission, jobs: tuple[str, ...], request: SubmitRequest
+) -> None:
     for words in request.then:
         # afterany: also if a run failed; the report says so.
-        one = replace(request, after=(queued.job,), then=())
+        one = replace(request, after=jobs, then=())
         follower = _queue(_analysis(words, submission, one), submission, words[0], one)
         assert follower.job is not None
         queued.then.append((follower.job, str(follower.script)))
     if queued.then:
         atomic.write_text(submission.path / DEPENDENTS, "".join(f"{job}\n" for job, _ in queued.then))
-    return queued
 
 
-def busy_runs(home: Path) -> dict[str, str]:
-    """Return name → job of the runs of a group's grid that wait or run."""
+def busy_runs(home: Path, *, must_know: bool = False) -> dict[str, str]:
+    """Return name → job of the runs of a group's grid that wait or run.
+
+    Args:
+        home: the group's folder.
+        must_know: raise an error where SLURM does not answer, in place of taking the jobs as ended.
+
+    Raises:
+        InputError: with ``must_know``.
+    """
     submission = Submission(home)
     rows = grid.read(submission.path / grid.FILE)
     names = {row.row: row.name for row in rows}
+    if must_know:
+        slurm.require_answer([entry.job for entry in submission.jobs()])
     return {names[row]: job for row, job in _busy(submission, rows).items()}
+
+
+def check_rows(rows: Sequence[GridRow], home: Path) -> None:
+    """Check that no run of a group's grid waits or runs with other words than these; nothing is written.
+
+    Raises:
+        InputError: one does.
+    """
+    submission = Submission(home)
+    before = grid.read(submission.path / grid.FILE)
+    grid.merged(before, rows, list(_busy(submission, before)))
 
 
 def submitted_runs(home: Path) -> set[tuple[str, str]]:

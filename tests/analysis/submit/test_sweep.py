@@ -1,6 +1,6 @@
 """`optbench submit sweep`: which arrays are queued after which results. SLURM is a list of what was queued; the runs
 of an array are written by a stand-in whose loss is a parabola in the logarithm of the learning rate. The same with a
-real slurmctld: tests/slurm/test_jobs.py."""
+real slurmctld: tests/slurm/test_sweeps.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import shlex
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from analysis.compare import sessions
 from analysis.submit import command
 from analysis.tuning import command as sweep_command
 from harness.config import compose, sources
@@ -58,6 +60,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     monkeypatch.setattr(slurm, "try_out", lambda *_: None)
     monkeypatch.setattr(slurm, "submit", made.submit)
     monkeypatch.setattr(slurm, "tasks", made.tasks)
+    monkeypatch.setattr(slurm, "require_answer", lambda _: None)
     known: dict[str, sources.Composed] = {}
 
     def composed(selections: dict[str, str]) -> sources.Composed:
@@ -80,8 +83,7 @@ def words(tmp_path: Path) -> list[str]:
 def call(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
     capsys.readouterr()
     assert command.main(["sweep", *words, "--json"]) == code
-    out = capsys.readouterr().out
-    return json.loads(out) if out else {}
+    return json.loads(capsys.readouterr().out)
 
 
 def train(
@@ -158,12 +160,123 @@ def test_the_same_command_queues_nothing_twice_and_next_waits_for_the_trials(
     queue: Queue, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = call(capsys, *words, "group=g", *CLUSTER)
-    queue.alive = {"100"}
+    queue.alive = {"100", "101"}
     again = call(capsys, *words, "group=g", *CLUSTER)
-    assert (again["job"], len(again["skipped"])) == (None, 6)
-    with pytest.raises(InputError, match="is too early: 6 trials wait or run"):
-        call(capsys, *following(first))
+    assert (again["job"], len(again["skipped"]), again["then"]) == (None, 6, [])
+    early = call(capsys, *following(first))
+    assert (early["job"], early["then"]) == (None, [])
     assert len(queue.jobs) == 2
+
+
+def test_trials_that_wait_or_run_without_a_job_after_them_get_one(
+    queue: Queue, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the job after them is the one that asks, requeued."""
+    first = call(capsys, *words, "group=g", *CLUSTER)
+    queue.alive = {"100"}
+    again = call(capsys, *following(first))
+    assert (again["job"], [job["job"] for job in again["then"]]) == (None, ["102"])
+    assert following(again) == following(first)
+    assert queue.jobs[-1][2] == ("--dependency=afterany:100",)
+    queue.alive = {"100", "102"}
+    monkeypatch.setenv("SLURM_JOB_ID", "102")
+    assert [job["job"] for job in call(capsys, *following(first))["then"]] == ["103"]
+
+
+def test_trials_that_were_cancelled_or_interrupted_are_not_taken_as_failed(
+    queue: Queue, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = call(capsys, *words, "group=g", *CLUSTER)
+    ended = dict(first, rows=first["rows"][:3])
+    train(ended, fate={names(ended)[2]: "interrupted"})
+    (Path(first["folder"]) / names(ended)[2] / "DONE").unlink(missing_ok=True)
+    stopped = call(capsys, *following(first), code=75)
+    assert stopped["job"] is None
+    assert "4 trials without a result" in stopped["reason"]
+    assert len(queue.jobs) == 2
+    _, continued = stopped["reason"].split("This continues: ")
+    more = call(capsys, *shlex.split(continued)[3:])
+    assert len(more["rows"]) == 4
+
+
+def test_another_study_of_the_group_that_trains_does_not_hold_this_one(
+    queue: Queue, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = call(capsys, *words, "extend=0", "group=g", *CLUSTER)
+    train(first)
+    call(capsys, "galore", *words[2:5], *[w for w in words[5:] if "sumo" not in w and "adamw" not in w],
+         "galore.lr=0.01", "group=g", *CLUSTER)  # fmt: skip
+    queue.alive = {"102"}
+    assert names(call(capsys, *following(first))) == ["adamw-seed1", "sumo-seed1"]
+
+
+def test_best_settings_that_train_are_neither_archived_nor_lose_their_place_in_the_ledger(
+    queue: Queue, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = call(capsys, *words, "extend=0", "group=g", *CLUSTER)
+    train(first)
+    last = call(capsys, *following(first))
+    home = tmp_path / "runs" / "g"
+    before = json.loads((home / "tuning.json").read_text())["arms"]
+    train(last)
+    queue.alive = {last["job"]}
+    # One more trial is better, so that another setting is the best one.
+    BETTER = {"adamw": 0.016, "sumo": 0.064}
+    for trial in ("adamw-trial1", "adamw-trial2", "adamw-trial3"):
+        path = home.with_name("g-trials") / trial / "summary.json"
+        summary = json.loads(path.read_text())
+        rate = float(summary.get("lr") or 0.004)
+        summary["val/loss"] = summary["final_val_loss"] = 3.0 + abs(math.log2(rate / BETTER["adamw"]))
+        path.write_text(json.dumps(summary))
+    with pytest.raises(InputError, match="waits or runs with other arguments"):
+        call(capsys, *following(first))
+    after = json.loads((home / "tuning.json").read_text())["arms"]
+    assert [arm["confirmed"] for arm in after] == [arm["confirmed"] for arm in before]
+    assert not [path for path in home.iterdir() if "replaced" in path.name]
+
+
+def test_a_study_that_is_overwritten_trains_its_best_settings_again(
+    queue: Queue, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = call(capsys, *words, "extend=0", "group=g", *CLUSTER)
+    train(first)
+    train(call(capsys, *following(first)))
+    again = call(capsys, *words, "extend=0", "group=g", "overwrite=true", *CLUSTER)
+    assert len(again["rows"]) == 6
+    train(again)
+    assert names(call(capsys, *following(again))) == ["adamw-seed1", "sumo-seed1"]
+
+
+def test_the_job_after_the_trials_waits_for_the_groups_lock(
+    queue: Queue,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = call(capsys, *words, "extend=0", "group=g", *CLUSTER)
+    train(first)
+    waits: list[float] = []
+    lock = sessions.lock_group
+
+    def noted(group: Path, timeout: float = 0) -> Any:
+        waits.append(timeout)
+        return lock(group, 0)
+
+    monkeypatch.setattr(sessions, "lock_group", noted)
+    call(capsys, *following(first))
+    call(capsys, *words, "extend=0", "group=g", *CLUSTER)
+    assert waits[0] > 60
+    assert waits[1] == 0
+
+
+def test_slurm_that_does_not_answer_is_no_end_of_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"12": "Invalid job id specified", "13": "Unable to contact slurm controller"}
+    failed = lambda *words: subprocess.CompletedProcess(words, 1, "", answers[words[-1]])  # noqa: E731
+    monkeypatch.setattr(slurm, "_call", failed)
+    slurm.require_answer(["12_0"])
+    with pytest.raises(InputError, match="job 13 has ended"):
+        slurm.require_answer(["12", "13_4"])
 
 
 def test_a_failed_trial_is_repeated_by_the_user_and_not_by_the_job(
