@@ -97,6 +97,8 @@ def merged(old: Sequence[GridRow], new: Sequence[GridRow], busy: Sequence[int]) 
         if number == len(rows):
             rows.append(numbered)
             continue
+        if number in busy and _sorted(rows[number]) == _sorted(numbered):
+            continue  # in another order, such as of the job after the trials of a sweep
         if number in busy and rows[number] != numbered:
             reason = "waits or runs with other arguments"
             raise InputError(
@@ -107,6 +109,10 @@ def merged(old: Sequence[GridRow], new: Sequence[GridRow], busy: Sequence[int]) 
             )
         rows[number] = numbered
     return rows
+
+
+def _sorted(row: GridRow) -> GridRow:
+    return replace(row, words=tuple(sorted(row.words)))
 
 
 def write(path: Path, rows: Sequence[GridRow]) -> None:
