@@ -47,7 +47,7 @@ class Document:
     sets: list[JudgedSet]
     remarks: list[str] = field(default_factory=list)
     """One line for each file below the folder that is not in the report."""
-    findings: list[logs.Finding] = field(default_factory=list)
+    findings: list[logs.LogFinding] = field(default_factory=list)
     """What is wrong with the logs of other programs as evidence."""
     log_format: str | None = None
     """The format of `analysis.runs.logs` that was read; None: run folders and tables."""
@@ -93,7 +93,7 @@ def judge_folder(folder: str | Path, *, public: bool = False, log_format: str | 
     """
     root = Path(folder)
     remarks: list[str] = []
-    findings: list[logs.Finding] = []
+    findings: list[logs.LogFinding] = []
     if log_format is not None:
         runs = logs.load(root, log_format, remarks, findings)
     else:

@@ -22,7 +22,7 @@ WIDE = 0.01
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedSpread:
     """A standard deviation with its degrees of freedom and its 95 % interval; NaN without degrees of freedom."""
 
     sd: float
@@ -31,15 +31,17 @@ class Spread:
     high: float
 
 
-def pooled(samples: Sequence[ArrayLike], confidence: float = 0.95) -> Spread:
+def pooled(samples: Sequence[ArrayLike], confidence: float = 0.95) -> SeedSpread:
     """Return the standard deviation within samples, pooled over them, with its χ² interval."""
     arrays = [np.asarray(sample, float) for sample in samples]
     freedom = sum(max(len(sample) - 1, 0) for sample in arrays)
     if not freedom:
-        return Spread(math.nan, 0, math.nan, math.nan)
+        return SeedSpread(math.nan, 0, math.nan, math.nan)
     squares = sum(float(((sample - sample.mean()) ** 2).sum()) for sample in arrays if len(sample) > 1)
     low, high = stats.chi2.ppf([(1 + confidence) / 2, (1 - confidence) / 2], freedom)
-    return Spread(math.sqrt(squares / freedom), freedom, math.sqrt(squares / low), math.sqrt(squares / high))
+    return SeedSpread(
+        math.sqrt(squares / freedom), freedom, math.sqrt(squares / low), math.sqrt(squares / high)
+    )
 
 
 def equal_spreads(samples: Sequence[ArrayLike]) -> float:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from analysis.comparison import seed_noise, statistics, track3
-from analysis.comparison.seed_noise import Spread
+from analysis.comparison.seed_noise import SeedSpread
 from analysis.results import track3_summary
 from analysis.results.prediction import Correlation, rank_correlation, within_arms
 
@@ -62,7 +62,7 @@ def render(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _noise(arms: Arms, shares: Sequence[float], end: Spread) -> str:
+def _noise(arms: Arms, shares: Sequence[float], end: SeedSpread) -> str:
     rows = []
     for i, share in enumerate(shares):
         samples = [_known(_values(arm, "at_share", i)) for arm in arms]
@@ -74,7 +74,7 @@ def _noise(arms: Arms, shares: Sequence[float], end: Spread) -> str:
     )
 
 
-def _needed(noise: Spread) -> str:
+def _needed(noise: SeedSpread) -> str:
     return _table(
         (
             "difference (nats/token)",

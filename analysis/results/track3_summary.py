@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from analysis.comparison import track3
 from analysis.runs.logs import loading
-from analysis.runs.logs.loading import Entry, Finding
+from analysis.runs.logs.loading import Entry, LogFinding
 
 SCHEMA_VERSION = 2
 SHARES = (0.25, 0.5, 0.75)
@@ -36,7 +36,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         InputError: no such folder.
     """
     remarks: list[str] = []
-    findings: list[Finding] = []
+    findings: list[LogFinding] = []
     pairs = loading.entries(folder, "track3", remarks, findings, every_run=True)
     files = {entry.where.split(" (")[0]: entry.log.provenance.sha256 for entry, _ in pairs}
     arms: dict[str, list[Entry]] = {}

@@ -48,7 +48,7 @@ BITS = "bits_per_byte"
 
 
 @dataclass(frozen=True)
-class Finding:
+class LogFinding:
     """Something in the logs that changes what their mean says."""
 
     code: str
@@ -71,7 +71,7 @@ class Entry:
 
 
 def load(
-    root: Path, name: str, remarks: list[str], findings: list[Finding], *, every_run: bool = False
+    root: Path, name: str, remarks: list[str], findings: list[LogFinding], *, every_run: bool = False
 ) -> list[LoadedRun]:
     """Load all logs of one format below ``root``.
 
@@ -91,7 +91,7 @@ def load(
 
 
 def entries(
-    root: Path, name: str, remarks: list[str], findings: list[Finding], every_run: bool
+    root: Path, name: str, remarks: list[str], findings: list[LogFinding], every_run: bool
 ) -> list[tuple[Entry, int]]:
     """Return the runs in the order of their files, each with a number that only its copies share; see `load`."""
     if not root.is_dir():
@@ -133,7 +133,7 @@ def _natural(text: str) -> list[tuple[int, int, str]]:
 
 
 def _read(
-    path: Path, root: Path, name: str, remarks: list[str], findings: list[Finding], every_run: bool
+    path: Path, root: Path, name: str, remarks: list[str], findings: list[LogFinding], every_run: bool
 ) -> list[Entry]:
     relative = path.relative_to(root)
     where = relative.as_posix()
@@ -150,7 +150,7 @@ def _read(
     if len(logs) > 1 and not all(named):
         kept = "all of them count" if every_run else "the last one counts, as in its last line"
         findings.append(
-            Finding("several_runs", f"{where} holds {len(logs)} runs (its steps begin anew); {kept}.")
+            LogFinding("several_runs", f"{where} holds {len(logs)} runs (its steps begin anew); {kept}.")
         )
         chosen = list(enumerate(logs, 1)) if every_run else [(len(logs), logs[-1])]
         return [Entry(log, log.optimizer or folder, f"{where} (run {number})") for number, log in chosen]
@@ -160,7 +160,7 @@ def _read(
     ]
 
 
-def _find_copies(arm: str, members: Sequence[Entry], findings: list[Finding]) -> None:
+def _find_copies(arm: str, members: Sequence[Entry], findings: list[LogFinding]) -> None:
     """Mark each run whose rows are all in another run of the arm as a copy of it.
 
     Equal losses prove nothing for one row, because losses have five digits: a single row must also have equal seconds.
@@ -178,7 +178,7 @@ def _find_copies(arm: str, members: Sequence[Entry], findings: list[Finding]) ->
     if pairs:
         text = listing([f"{copy} repeats {original}" for copy, original in pairs])
         findings.append(
-            Finding(
+            LogFinding(
                 "duplicate_log",
                 f"{arm} holds {plural(len(pairs), 'log')} twice: {text}. Copies do not count.",
             )
@@ -190,7 +190,7 @@ def _short(entry: Entry) -> str:
     return entry.where.removeprefix(f"{entry.arm}/")
 
 
-def _find_copies_elsewhere(found: Iterable[Entry], findings: list[Finding]) -> None:
+def _find_copies_elsewhere(found: Iterable[Entry], findings: list[LogFinding]) -> None:
     """Name files with equal content in different arms; which arm they belong to cannot be known, so both count."""
     by_content: dict[str, dict[str, str]] = {}
     for entry in found:
@@ -200,10 +200,10 @@ def _find_copies_elsewhere(found: Iterable[Entry], findings: list[Finding]) -> N
         # Named runs of one file are of different arms by themselves.
         if len(arms) > 1 and len({where.split(" (")[0] for where in arms.values()}) > 1:
             text = f"{listing(list(arms.values()))} have the same content, and both count."
-            findings.append(Finding("duplicate_log", text))
+            findings.append(LogFinding("duplicate_log", text))
 
 
-def _separate_settings(arm: str, members: Sequence[Entry], findings: list[Finding]) -> None:
+def _separate_settings(arm: str, members: Sequence[Entry], findings: list[LogFinding]) -> None:
     """Give runs whose settings differ options of their own, by which they become arms of their own."""
     originals = [entry for entry in members if entry.copy_of is None]
     settings = [{**entry.log.settings, "steps_planned": entry.log.planned} for entry in originals]
@@ -222,7 +222,7 @@ def _separate_settings(arm: str, members: Sequence[Entry], findings: list[Findin
         groups.setdefault(label, []).append(entry.where)
     text = "; ".join(f"{label}: {plural(len(runs), 'run')}" for label, runs in groups.items())
     findings.append(
-        Finding("mixed_settings", f"{arm} holds runs of {len(groups)} settings ({text}). Each is an arm.")
+        LogFinding("mixed_settings", f"{arm} holds runs of {len(groups)} settings ({text}). Each is an arm.")
     )
 
 
@@ -238,7 +238,7 @@ def _intended_end(entry: Entry, members: Sequence[Entry]) -> float:
     return min((end for end in ends if end >= entry.log.last_step), default=entry.log.last_step)
 
 
-def _find_repeated_seeds(arm: str, members: Sequence[Entry], findings: list[Finding]) -> None:
+def _find_repeated_seeds(arm: str, members: Sequence[Entry], findings: list[LogFinding]) -> None:
     """Name different runs of one setting that state the same seed: only one of them can count in a pair."""
     places: dict[tuple[int, str], list[str]] = {}
     for entry in members:
@@ -247,7 +247,7 @@ def _find_repeated_seeds(arm: str, members: Sequence[Entry], findings: list[Find
     for (seed, _), runs in places.items():
         if len(runs) > 1:
             text = f"{arm} holds {len(runs)} different runs with seed {seed} ({listing(runs)}); one of them counts."
-            findings.append(Finding("duplicate_seed", text))
+            findings.append(LogFinding("duplicate_seed", text))
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from analysis.comparison import document
 from analysis.report.command import main, parse
 from analysis.runs.logs import loading
-from analysis.runs.logs.loading import Finding
+from analysis.runs.logs.loading import LogFinding
 from analysis.runs.run import LoadedRun
 from harness.errors import InputError
 from tests.analysis.runs.logs.synthetic import track3_log, write_arm
@@ -24,12 +24,12 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here")
 
 def load(
     root: Path, name: str = "track3", *, every_run: bool = False
-) -> tuple[list[LoadedRun], list[Finding]]:
-    findings: list[Finding] = []
+) -> tuple[list[LoadedRun], list[LogFinding]]:
+    findings: list[LogFinding] = []
     return loading.load(root, name, [], findings, every_run=every_run), findings
 
 
-def codes(findings: list[Finding]) -> list[str]:
+def codes(findings: list[LogFinding]) -> list[str]:
     return [finding.code for finding in findings]
 
 
