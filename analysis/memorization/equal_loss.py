@@ -18,6 +18,10 @@ from analysis.comparison.statistics import interval
 
 Floats = NDArray[np.float64]
 Result = Mapping[str, Any]
+PRIMARY = ("exposure_1", "exposure_4")
+"""Measures whose differences are tested: secrets that training holds once and a few times. Others are descriptive."""
+BASELINE = "adamw"
+"""Preset that every other optimizer is tested against. Pairs without it are descriptive."""
 
 
 class MemorizationMeasure(NamedTuple):
@@ -27,11 +31,13 @@ class MemorizationMeasure(NamedTuple):
         key: in the JSON document.
         title: in tables and plots, with its unit.
         value: reads it from a result.
+        is_chance: what the measure is of a model that saw nothing, which says nothing about optimizers.
     """
 
     key: str
     title: str
     value: Callable[[Result], float]
+    is_chance: bool = False
 
 
 class RunCurve(NamedTuple):
@@ -39,12 +45,14 @@ class RunCurve(NamedTuple):
 
     Attributes:
         optimizer, seed: of the run.
+        preset: that the optimizer's label belongs to.
         losses: (points,) strictly falling, nats/token.
         results: one per point.
     """
 
     optimizer: str
     seed: int
+    preset: str
     losses: Floats
     results: tuple[Result, ...]
 
@@ -68,6 +76,11 @@ def measures(results: Sequence[Result]) -> list[MemorizationMeasure]:
         title = "membership AUC, reference"
         found.append(
             MemorizationMeasure("reference_auc", title, lambda r: r["membership"]["reference"]["auc"])
+        )
+    if all(result["membership"].get("chance") for result in results):
+        title = "membership AUC of a bigram model that saw neither (chance)"
+        found.append(
+            MemorizationMeasure("chance_auc", title, lambda r: r["membership"]["chance"]["auc"], True)
         )
     title = "tokens right, training minus validation"
     found.append(
@@ -93,20 +106,26 @@ def run_curves(results: Sequence[Result]) -> list[RunCurve]:
                 best = result["val_loss"]
                 kept.append(result)
         losses = np.array([result["val_loss"] for result in kept])
-        found.append(RunCurve(optimizer, seed, losses, tuple(kept)))
+        found.append(RunCurve(optimizer, seed, kept[0]["preset"], losses, tuple(kept)))
     return found
 
 
 def common_range(curves: Sequence[RunCurve]) -> tuple[float, float] | None:
     """Return the lowest and highest validation loss that every run has passed; None without such a range."""
-    low, high = max(c.losses[-1] for c in curves), min(c.losses[0] for c in curves)
+    low, high = limiting(curves).losses[-1], min(c.losses[0] for c in curves)
     return (float(low), float(high)) if low <= high else None
+
+
+def limiting(curves: Sequence[RunCurve]) -> RunCurve:
+    """Return the run whose lowest validation loss is the highest: all others are compared at that loss."""
+    return max(curves, key=lambda curve: curve.losses[-1])
 
 
 def compare(results: Sequence[Result], levels: Sequence[float] | None) -> list[dict[str, Any]]:
     """Compare optimizers at equal validation loss.
 
-    p-values are of paired t-tests over common seeds, adjusted by Holm over all pairs, measures and levels.
+    p-values are of paired t-tests over common seeds. Planned are pairs with `BASELINE` in the measures of `PRIMARY`;
+    "p_holm" is adjusted by Holm over these, at all levels, and None for every other pair.
     ``canaries_low`` and ``canaries_high`` are a 95 % t-interval of the difference over canaries, paired by canary, each
     averaged over the common seeds.
 
@@ -126,13 +145,19 @@ def compare(results: Sequence[Result], levels: Sequence[float] | None) -> list[d
         [reached[0]] if levels is None else [level for level in levels if reached[0] <= level <= reached[1]]
     )
     names = list(dict.fromkeys(curve.optimizer for curve in curves))
+    baselines = {curve.optimizer for curve in curves if curve.preset == BASELINE}
     seeds = sorted({curve.seed for curve in curves})
     entries = [
         _entry(curves, names, seeds, level, measure) for level in used for measure in measures(results)
     ]
-    pairs = [pair for entry in entries for pair in entry["pairs"]]
-    adjusted = statistics.holm([math.nan if pair["p"] is None else pair["p"] for pair in pairs])
-    for pair, p in zip(pairs, adjusted):
+    planned = []
+    for entry in entries:
+        for pair in entry["pairs"]:
+            with_baseline = (pair["a"] in baselines) != (pair["b"] in baselines)
+            pair |= {"planned": with_baseline and entry["measure"] in PRIMARY, "p_holm": None}
+            planned += [pair] if pair["planned"] else []
+    adjusted = statistics.holm([math.nan if pair["p"] is None else pair["p"] for pair in planned])
+    for pair, p in zip(planned, adjusted):
         pair["p_holm"] = _number(p)
     return entries
 
@@ -157,7 +182,7 @@ def _entry(
         )
     tests = statistics.pairwise(table)
     pairs = []
-    for index, (i, j) in enumerate(tests.pairs):
+    for index, (i, j) in enumerate([] if measure.is_chance else tests.pairs):
         mean, half = float(tests.mean[index]), float(tests.half_width[index])
         pair = {
             "a": names[i],
@@ -220,7 +245,7 @@ def dose(results: Sequence[Result], level: float) -> list[dict[str, Any]]:
             continue
         seeds = [s for s in sorted({s for _, s in by_run}) if all((label, s) in by_run for label in labels)]
         x = np.log2([ranks[label] for label in labels])
-        for measure in measures(results):
+        for measure in (m for m in measures(results) if not m.is_chance):
             slopes = [
                 np.polyfit(x, [by_run[l, s].at(level, measure.value) for l in labels], 1)[0] for s in seeds
             ]

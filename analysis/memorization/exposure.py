@@ -23,6 +23,7 @@ from harness.data.tokenizer import Encoder
 Floats = NDArray[np.float64]
 ALTERNATIVES = forms.HELD_OUT - 1
 """Secrets that each canary's own is ranked among, so that the largest exposure is 7 bits."""
+DRAWS = 100_000
 
 
 class SecretScores(NamedTuple):
@@ -54,6 +55,19 @@ def of_random_guesses(alternatives: int) -> tuple[float, float]:
     """Return mean and standard deviation of the exposure where the rank is uniform, in bits."""
     values = np.log2(alternatives + 1.0) - np.log2(np.arange(1, alternatives + 2, dtype=float))
     return float(values.mean()), float(values.std())
+
+
+def band_of_random_guesses(alternatives: int, canaries: int) -> tuple[float, float]:
+    """Return what the mean exposure of some canaries with uniform, independent ranks leaves once in a thousand times.
+
+    The quantiles at 0.05 % and 99.95 % are of `DRAWS` simulated means. Canaries whose ranks are among the same secrets
+    vary less, so that they leave it less often.
+    """
+    values = np.log2(alternatives + 1.0) - np.log2(np.arange(1, alternatives + 2, dtype=float))
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(alternatives + 1, size=(DRAWS, canaries))].mean(1)
+    low, high = np.quantile(means, [0.0005, 0.9995])
+    return float(low), float(high)
 
 
 def null_secrets(canary: Canary, held_out: Sequence[Canary]) -> list[str]:

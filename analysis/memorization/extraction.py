@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
 
-from analysis.comparison.statistics import interval
+from analysis.memorization import clusters
+from analysis.memorization.clusters import ClusteredMean, clustered_mean
 from analysis.memorization.windows import Rows, greedy_continuations
 
 Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
 
 
 def extract(model: nn.Module, rows: Rows, prefix: int, length: int) -> Floats:
@@ -26,33 +28,41 @@ def extract(model: nn.Module, rows: Rows, prefix: int, length: int) -> Floats:
     return (continuations == true).mean(1)
 
 
-def describe(training: Floats, validation: Floats, prefix: int, length: int) -> dict[str, Any]:
+def describe(
+    training: tuple[Floats, Ids], validation: tuple[Floats, Ids], prefix: int, length: int
+) -> dict[str, Any]:
     """Return shares of right tokens and of whole continuations in both splits, and their difference.
 
-    Intervals are 95 %: of t over rows (Welch's for the difference), and Wilson's for whole continuations.
+    Intervals are 95 %: of t over documents (Welch's for the difference), and Wilson's over rows for whole ones.
+
+    Args:
+        training, validation: share of right tokens of each row, and its document.
+        prefix, length: as given to `extract`.
     """
-    test = stats.ttest_ind(training, validation, equal_var=False)
-    varies = np.ptp(training) > 0 or np.ptp(validation) > 0
-    difference = float(training.mean() - validation.mean())
-    ends = test.confidence_interval(0.95) if varies else (difference, difference)
+    means = clustered_mean(*training), clustered_mean(*validation)
+    difference, half = clusters.difference(*means)
     return {
         "prefix": prefix,
         "continuation": length,
-        "train": _split(training),
-        "validation": _split(validation),
-        "difference": {"tokens_right": difference, "low": float(ends[0]), "high": float(ends[1])},
+        "train": _split(training[0], means[0]),
+        "validation": _split(validation[0], means[1]),
+        "difference": {
+            "tokens_right": difference,
+            "low": difference - half,
+            "high": difference + half,
+        },
     }
 
 
-def _split(shares: Floats) -> dict[str, Any]:
-    found = interval(shares)
+def _split(shares: Floats, found: ClusteredMean) -> dict[str, Any]:
     whole = int((shares == 1.0).sum())
     ends = stats.binomtest(whole, len(shares)).proportion_ci(method="wilson")
     return {
         "rows": len(shares),
         "tokens_right": found.mean,
-        "low": max(0.0, found.mean - found.half_width),
-        "high": min(1.0, found.mean + found.half_width),
+        "documents": found.clusters,
+        "low": float(np.maximum(0.0, found.mean - found.half_width)),
+        "high": float(np.minimum(1.0, found.mean + found.half_width)),
         "whole": whole / len(shares),
         "whole_low": float(ends.low),
         "whole_high": float(ends.high),

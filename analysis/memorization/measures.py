@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from analysis.comparison.statistics import interval
-from analysis.memorization import exposure, extraction, membership
+from analysis.formatting import to_jsonable
+from analysis.memorization import chance, exposure, extraction, membership
 from analysis.memorization.config import MemorizeConfig
 from analysis.memorization.membership import Separation
 from analysis.memorization.runs import MeasuredRun
-from analysis.memorization.windows import CorpusView, Rows, token_log_probs
+from analysis.memorization.windows import CorpusView, Rows, spread, token_log_probs
 from harness import export
 from harness.checkpoint import store
 from harness.errors import InputError
@@ -28,9 +29,10 @@ from harness.files import atomic
 
 Floats = NDArray[np.float64]
 Result = dict[str, Any]
-VERSION = 1
+VERSION = 2
 """Raised when the same checkpoint would give other numbers: kept results of another version are measured again."""
-FEWEST_HELD_OUT = 8
+FEWEST_HELD_OUT = 32
+"""Controls, of which a check in either direction is possible: the mean of eight can hardly be too low."""
 
 
 class Measurer:
@@ -60,7 +62,23 @@ class Measurer:
         self._controls = view.held_out[: max(FEWEST_HELD_OUT, len(view.inserted) // groups)]
 
     def measure(self, run: MeasuredRun, step: int, checkpoint: Path) -> Result:
-        """Return the result of one checkpoint, from its file if it has one."""
+        """Return the result of one checkpoint, its numbers from its file if it has one.
+
+        The file holds what follows from the checkpoint alone. Label and place of the run depend on the other runs.
+        """
+        passes = step * run.config.batch_size * run.config.seq_len / self._view.corpus.train_tokens
+        return {
+            "optimizer": run.arm,
+            "preset": run.optimizer,
+            "rank": run.rank,
+            "seed": run.seed,
+            "step": step,
+            "epochs": passes,
+            "run": run.run.where,
+            **self._numbers(run, step, checkpoint),
+        }
+
+    def _numbers(self, run: MeasuredRun, step: int, checkpoint: Path) -> Result:
         kept = self._cache / f"{run.run.folder.name}-step{step}-{self._key(checkpoint)}.json"
         try:
             return json.loads(kept.read_text(encoding="utf-8"))
@@ -68,18 +86,9 @@ class Measurer:
             pass
         began = time.process_time()
         torch.manual_seed(0)
-        weights = export.choice(checkpoint, None)
-        model = export.load(checkpoint, run.config, weights)
-        result = {
-            "optimizer": run.arm,
-            "rank": run.rank,
-            "seed": run.seed,
-            "step": step,
-            "run": run.run.where,
-            **self.of_model(model, self._view.training_rows(run.config, step, self._config.windows)),
-        }
-        passes = step * run.config.batch_size * run.config.seq_len / self._view.corpus.train_tokens
-        result |= {"epochs": passes, "cpu_s": time.process_time() - began}
+        model = export.load(checkpoint, run.config, export.choice(checkpoint, None))
+        training = self._view.training_rows(run.config, step, self._config.windows)
+        result = to_jsonable(self.of_model(model, training)) | {"cpu_s": time.process_time() - began}
         self._cache.mkdir(parents=True, exist_ok=True)
         atomic.write_json(kept, result)
         return result
@@ -135,10 +144,10 @@ class Measurer:
 
     def _extraction(self, model: nn.Module, training: Rows) -> Result:
         shape = (self._config.prefix, self._config.continuation)
-        few = [
-            Rows(*(part[: self._config.extracted] for part in rows)) for rows in (training, self._validation)
-        ]
-        seen, unseen = (extraction.extract(model, rows, *shape) for rows in few)
+        most = self._config.extracted
+        # Training rows are in random order, validation rows in that of the split.
+        few = training.some(slice(most)), self._validation.some(spread(len(self._validation.ids), most))
+        seen, unseen = ((extraction.extract(model, rows, *shape), rows.documents) for rows in few)
         return extraction.describe(seen, unseen, *shape)
 
     def _membership(self, seen: Floats, unseen: Floats, training: Rows) -> Result:
@@ -150,8 +159,18 @@ class Measurer:
         if self._reference is not None:
             losses = self._reference.losses(training), self._reference.losses(self._validation)
             scores["reference"] = (seen.mean(1) + losses[0], unseen.mean(1) + losses[1])
-        found = {name: _describe(membership.separation(*pair)) for name, pair in scores.items()}
-        return {**found.pop("loss"), **found, "members": len(seen), "others": len(unseen)}
+        documents = training.documents, self._validation.documents
+        found = {name: _describe(membership.separation(*pair, *documents)) for name, pair in scores.items()}
+        by_chance = chance.separation_by_chance(self._view, training, self._validation)
+        return {
+            **found.pop("loss"),
+            **found,
+            "chance": None if by_chance is None else _describe(by_chance),
+            "members": len(seen),
+            "others": len(unseen),
+            "member_documents": len(np.unique(documents[0])),
+            "other_documents": len(np.unique(documents[1])),
+        }
 
     def _key(self, checkpoint: Path) -> str:
         manifest = (checkpoint / store.MANIFEST).read_bytes()
@@ -189,8 +208,7 @@ class _Reference:
         names = [row.tobytes() for row in rows.labels]
         new = np.array([name not in self._known for name in names])
         if new.any():
-            chosen = Rows(*(part[new] for part in rows))
-            losses = -token_log_probs(self._model, chosen).mean(1)
+            losses = -token_log_probs(self._model, rows.some(new)).mean(1)
             self._known |= dict(zip((name for name, is_new in zip(names, new) if is_new), losses.tolist()))
         return np.array([self._known[name] for name in names])
 

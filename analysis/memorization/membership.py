@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from analysis.memorization.clusters import clustered_mean
+
 Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
 FALSE_POSITIVES = 0.01
 
 
@@ -24,7 +27,8 @@ class Separation(NamedTuple):
 
     Attributes:
         auc: area under the ROC curve; 0.5: not at all.
-        low, high: 95 % interval (DeLong's variance, on the logit scale); both are `auc` where that is 0 or 1.
+        low, high: 95 % interval (variance over documents, on the logit scale); both are `auc` where that is 0 or 1, NaN
+            where the rows of a group are of one document.
         tpr: share of members found at a false positive rate of at most 1 %.
     """
 
@@ -34,13 +38,18 @@ class Separation(NamedTuple):
     tpr: float
 
 
-def separation(members: Floats, others: Floats) -> Separation:
+def separation(
+    members: Floats, others: Floats, member_documents: Ids | None = None, other_documents: Ids | None = None
+) -> Separation:
     """Return how well a score tells members from others; fp64.
 
-    The variance is that of DeLong, DeLong and Clarke-Pearson (Biometrics 44 (1988) 837-845), from midranks.
+    The components of the variance are those of DeLong, DeLong and Clarke-Pearson (Biometrics 44 (1988) 837-845), from
+    midranks; they are summed by document, since rows of a document resemble each other (Obuchowski, Biometrics 53
+    (1997) 567-578).
 
     Args:
         members, others: scores of at least two rows each.
+        member_documents, other_documents: document of each row; None: every row is of its own.
     """
     scores = np.concatenate([members, others])
     is_member = np.repeat([1, 0], [len(members), len(others)])
@@ -51,7 +60,11 @@ def separation(members: Floats, others: Floats) -> Separation:
     # Share of the other class that each row beats, ties as halves.
     above = (ranks[: len(members)] - stats.rankdata(members)) / len(others)
     below = 1.0 - (ranks[len(members) :] - stats.rankdata(others)) / len(members)
-    variance = np.var(above, ddof=1) / len(members) + np.var(below, ddof=1) / len(others)
+    documents = [
+        np.arange(len(part)) if given is None else given
+        for part, given in ((above, member_documents), (below, other_documents))
+    ]
+    variance = sum(clustered_mean(part, given).variance for part, given in zip((above, below), documents))
     if not 0.0 < auc < 1.0:
         return Separation(auc, auc, auc, tpr)
     half = float(stats.norm.ppf(0.975)) * math.sqrt(variance) / (auc * (1.0 - auc))

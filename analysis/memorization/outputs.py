@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from harness.files import atomic
 from harness.output import json_document
 
 ALPHA = 0.05
-CHECK_QUANTILE = 3.29
-"""Standard deviations of a check's band: one in a thousand correct measurements is outside."""
 QUESTION = "Does the optimizer change what the language model memorizes?"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -94,16 +91,20 @@ def check_null(results: Rows) -> list[dict[str, Any]]:
     known = [r for r in results if r["exposure"]]
     if not known:
         return []
-    expected, sd = exposure.of_random_guesses(exposure.ALTERNATIVES)
+    expected, _ = exposure.of_random_guesses(exposure.ALTERNATIVES)
     names = [c["name"] for c in known[0]["canaries"] if not c["copies"]]
     # One model at a time; averaged over models, since checkpoints of a run and runs of a corpus resemble each other.
     table = [[c["exposure"] for c in r["canaries"] if not c["copies"]] for r in known]
-    mean, half = float(np.mean(table)), CHECK_QUANTILE * sd / math.sqrt(len(names))
-    detail = f"{mean:.2f} bits on average, of chance {expected:.2f} ± {half:.2f} ({len(names)} canaries)"
+    mean = float(np.mean(table))
+    low, high = exposure.band_of_random_guesses(exposure.ALTERNATIVES, len(names))
+    detail = (
+        f"{mean:.2f} bits on average, of chance {expected:.2f}, in 999 of 1,000 cases {low:.2f} to {high:.2f} "
+        f"({len(names)} canaries)"
+    )
     return [
         {
             "name": "held-out canaries are exposed as by chance",
-            "passed": abs(mean - expected) <= half,
+            "passed": low <= mean <= high,
             "detail": detail,
         }
     ]
@@ -132,6 +133,13 @@ def _notes(config: MemorizeConfig, view: CorpusView, results: Rows) -> list[str]
             notes.append(
                 f"val_loss={text} left out: every run passed {reached[0]:.4f} to {reached[1]:.4f} only."
             )
+    if reached is not None:
+        worst = equal_loss.limiting(curves)
+        notes.append(
+            f"The lowest loss to compare at is {reached[0]:.4f}, that of {worst.optimizer}, seed {worst.seed}: "
+            "of all runs it came down least."
+        )
+        notes += _design(equal_loss.compare(results, config.val_loss))
     seeds = min(
         (sum(c.optimizer == name for c in curves) for name in {c.optimizer for c in curves}), default=0
     )
@@ -142,25 +150,40 @@ def _notes(config: MemorizeConfig, view: CorpusView, results: Rows) -> list[str]
     return notes
 
 
+def _design(comparison: Rows) -> list[str]:
+    """Return which pairs are tested."""
+    planned = sum(pair["planned"] for entry in comparison for pair in entry["pairs"])
+    if planned:
+        return [
+            f"Tested are {plural(planned, 'planned difference')}: to {equal_loss.BASELINE}, in exposure ×1 and ×4. "
+            "All others are descriptive: their intervals are single ones of 95 %, some of which exclude 0 by chance."
+        ]
+    return [f"Nothing is tested: planned are differences to {equal_loss.BASELINE} in exposure ×1 and ×4."]
+
+
 def headline(job: Memorization) -> str:
-    """Return the answer in a sentence: which differences at equal loss are larger than chance explains."""
-    pairs = [(entry, pair) for entry in job.comparison for pair in entry["pairs"]]
+    """Return the answer in a sentence: which planned differences at equal loss are larger than chance explains."""
+    pairs = [(entry, pair) for entry in job.comparison for pair in entry["pairs"] if pair["planned"]]
     if not pairs:
-        return "No comparison: see the notes."
+        return "Not tested: no planned comparison; see the notes."
+    if all(pair["p"] is None for _, pair in pairs):
+        if all(pair["seeds"] < 2 for _, pair in pairs):
+            return "Not tested: one seed."
+        return "Not tested: the differences do not vary between seeds."
     found = [(e, p) for e, p in pairs if p["p_holm"] is not None and p["p_holm"] < ALPHA]
     level = significant(min(entry["val_loss"] for entry in job.comparison), 4)
     if not found:
         return (
-            f"At validation loss {level}, none of {plural(len(pairs), 'difference')} between optimizers is larger than "
-            "chance explains; that does not show that there is none."
+            f"At validation loss {level}, none of {plural(len(pairs), 'planned difference')} between optimizers is "
+            "larger than chance explains; that does not show that there is none."
         )
     parts = []
     for entry, pair in sorted(found, key=lambda item: item[1]["p_holm"])[:3]:
         more, less = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
         parts.append(f"{more} above {less} in {entry['title']} by {significant(abs(pair['difference']))}")
     return (
-        f"At equal validation loss ({level}), {len(found)} of {plural(len(pairs), 'difference')} between optimizers "
-        f"are larger than chance explains (Holm, 5 %); the clearest: {'; '.join(parts)}."
+        f"At equal validation loss ({level}), {len(found)} of {plural(len(pairs), 'planned difference')} between "
+        f"optimizers are larger than chance explains (Holm, 5 %); the clearest: {'; '.join(parts)}."
     )
 
 
@@ -207,7 +230,7 @@ def tables(job: Memorization) -> list[TextTable]:
             for entry, pair in pairs
         ]
         heads = ["measure", "pair", "difference [over seeds]", "[over canaries]", "seeds", "p (Holm)"]
-        caption = "Paired by seed; p adjusted over all rows of this table."
+        caption = "Paired by seed; p adjusted over the planned pairs. Rows without p are descriptive."
         shown.append(TextTable(heads, rows, "Differences", caption))
     if job.dose:
         rows = [
@@ -227,7 +250,14 @@ def _last_checkpoints(results: Rows) -> TextTable:
         last[result["optimizer"], result["seed"]] = result
     copies = [group["copies"] for group in results[0]["exposure"]]
     heads = ["run", "step", "epochs", "val loss", "train loss", *(f"exposure ×{n}" for n in copies)]
-    heads += ["AUC", "TPR at 1 % FPR", "tokens right, train", "validation", "whole rows, train"]
+    heads += [
+        "AUC",
+        "AUC of a bigram model (chance)",
+        "TPR at 1 % FPR",
+        "tokens right, train",
+        "validation",
+        "whole rows, train",
+    ]
     rows = []
     for (name, seed), r in last.items():
         found, member = r["extraction"], r["membership"]
@@ -240,13 +270,19 @@ def _last_checkpoints(results: Rows) -> TextTable:
                 f"{r['train_loss']:.4f}",
                 *(_with_interval(group) for group in r["exposure"]),
                 _with_interval({**member, "mean": member["auc"]}),
+                "–"
+                if not (by_chance := member["chance"])
+                else _with_interval({**by_chance, "mean": by_chance["auc"]}),
                 f"{member['tpr_at_1_fpr']:.3f}",
                 f"{found['train']['tokens_right']:.3f}",
                 f"{found['validation']['tokens_right']:.3f}",
                 f"{found['train']['whole']:.3f}",
             ]
         )
-    caption = "At equal steps, not at equal loss. ×0: canaries in no document, the level of chance."
+    caption = (
+        "At equal steps, not at equal loss. ×0: canaries in no document, the level of chance. The bigram model saw no "
+        "row: what it separates is how easy the documents are."
+    )
     return TextTable(heads, rows, "Last checkpoint of each run", caption).transposed()
 
 

@@ -21,7 +21,7 @@ def all_plots(results: Rows, comparison: Rows) -> list[Plot]:
     """Return a plot per measure over the validation loss, the first measure over epochs, and the dose."""
     curves = equal_loss.run_curves(results)
     measures = equal_loss.measures(results)
-    plots = [_over_loss(curves, measure) for measure in measures]
+    plots = [_over_loss(curves, measure) for measure in measures if not measure.is_chance]
     plots.append(_over_epochs(results, measures[0]))
     dose = _over_rank(results, comparison)
     return plots if dose is None else [*plots, dose]

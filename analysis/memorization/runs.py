@@ -47,7 +47,7 @@ class MeasuredRun(NamedTuple):
 
 
 def find(places: Sequence[Path], say: Say, *, last_only: bool) -> tuple[ComparisonSet, list[MeasuredRun]]:
-    """Return the runs below some folders that have valid checkpoints, in the order of their arms.
+    """Return the finished runs below some folders that have valid checkpoints, in the order of their arms.
 
     Args:
         places: run folders, or folders of runs.
@@ -55,7 +55,7 @@ def find(places: Sequence[Path], say: Say, *, last_only: bool) -> tuple[Comparis
         last_only: keep the last checkpoint of each run alone.
 
     Raises:
-        InputError: no run, runs of several comparisons or of a task, or no checkpoint.
+        InputError: no run, runs of several comparisons or of a task, no finished run, or no checkpoint.
     """
     loaded = [run for place in places for run in loading.load(place) if not run.is_external]
     remarks: list[str] = []
@@ -72,6 +72,11 @@ def find(places: Sequence[Path], say: Say, *, last_only: bool) -> tuple[Comparis
     found = []
     for arm in sets[0].arms:
         for run in arm.runs:
+            if not run.finished:
+                # Its last checkpoint would set the loss at which all others are compared.
+                why = f", {run.reason}" if run.reason else ""
+                say(f"left out: {run.where} has not finished with a finite result ({run.state}{why})")
+                continue
             checkpoints = _checkpoints(run.folder, say)
             if not checkpoints:
                 say(f"left out: {run.where} has no valid checkpoint")
@@ -84,7 +89,7 @@ def find(places: Sequence[Path], say: Say, *, last_only: bool) -> tuple[Comparis
                 MeasuredRun(arm.label, rank if is_rank else None, arm.optimizer, run, config, tuple(used))
             )
     if not found:
-        reason = "holds no checkpoint to measure"
+        reason = "holds no checkpoint of a finished run"
         raise InputError(
             "memorize", places[0], reason, fix="checkpoint.every=50 checkpoint.keep=100, and train"
         )

@@ -28,11 +28,18 @@ class Rows(NamedTuple):
     Attributes:
         indices: (rows,) in the split.
         ids, labels: (rows, seq_len) tokens, and the token that follows each.
+        documents, last_documents: (rows,) of the corpus, in which the row begins and ends.
     """
 
     indices: Ids
     ids: Ids
     labels: Ids
+    documents: Ids
+    last_documents: Ids
+
+    def some(self, chosen: Any) -> Rows:
+        """Return the rows that an index selects."""
+        return Rows(*(part[chosen] for part in self))
 
 
 class CorpusView:
@@ -74,19 +81,30 @@ class CorpusView:
         eligible[batches.order.take(0, min(step * config.batch_size, batches.length))] = True
         eligible[self._with_canaries[self._with_canaries < batches.length]] = False
         order = np.random.default_rng(SEED).permutation(batches.length)
-        return self._rows(
-            np.asarray(self.corpus.tokens())[: self.corpus.train_tokens], order[eligible[order]][:count]
-        )
+        return self._rows(0, order[eligible[order]][:count])
 
     def validation_rows(self, count: int) -> Rows:
-        """Return the first rows of the validation split, at most ``count``: those of evaluations."""
+        """Return rows at equal distances over the whole validation split, at most ``count``."""
         length = Validation(self.corpus, self.seq_len, "packed").length
-        tokens = np.asarray(self.corpus.tokens())[self.corpus.train_tokens :]
-        return self._rows(tokens, np.arange(min(count, length), dtype=np.int64))
+        return self._rows(self.corpus.train_tokens, spread(length, count))
 
-    def _rows(self, tokens: NDArray[Any], indices: Ids) -> Rows:
-        block = tokens[indices[:, None] * self.seq_len + np.arange(self.seq_len + 1)].astype(np.int64)
-        return Rows(indices, block[:, :-1], block[:, 1:])
+    def _rows(self, start: int, indices: Ids) -> Rows:
+        """Return the rows of the split that begins at token ``start``."""
+        first = start + indices * self.seq_len
+        places = first[:, None] + np.arange(self.seq_len + 1)
+        block = np.asarray(self.corpus.tokens())[places].astype(np.int64)
+        bounds = np.asarray(self.corpus.boundaries())
+        documents = [
+            np.searchsorted(bounds, position, side="right") - 1 for position in (first, first + self.seq_len)
+        ]
+        return Rows(indices, block[:, :-1], block[:, 1:], *documents)
+
+
+def spread(length: int, count: int) -> Ids:
+    """Return at most ``count`` different numbers below ``length``, at equal distances."""
+    if count >= length:
+        return np.arange(length, dtype=np.int64)
+    return np.linspace(0, length - 1, count).round().astype(np.int64)
 
 
 _NONE = np.empty(0, dtype=np.int64)

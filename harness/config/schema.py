@@ -95,7 +95,7 @@ class ModelConfig(TypedKeys):
 class CanaryConfig(TypedKeys):
     """Sentences with random secrets in the training documents, for `optbench memorize`."""
 
-    count: int = Field(default=0, ge=0)
+    count: int = Field(default=0, ge=0, le=10_000)
     """Canaries that are inserted into training documents, never into validation; 0: none."""
     copies: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 4, 16, 64], min_length=1)
     """Numbers of copies, which the canaries take in turn: of eight, two each have 1, 4, 16 and 64."""

@@ -7,8 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from analysis.memorization import equal_loss
+
+ARMS = {
+    "adamw": 0.0,
+    "muon": 1.0,
+    "galore": 0.0,
+    "sumo (rank=4)": 0.3,
+    "sumo (rank=16)": 0.0,
+    "sumo (rank=64)": 0.5,
+}
 
 
 def result(
@@ -17,6 +27,7 @@ def result(
     canaries = [{"name": n, "copies": 1, "exposure": bits + d} for n, d in (("A", -0.5), ("B", 0.5))]
     return {
         "optimizer": optimizer,
+        "preset": optimizer.partition(" (")[0],
         "seed": seed,
         "step": step,
         "rank": rank,
@@ -67,7 +78,7 @@ def test_optimizers_on_one_line_do_not_differ_at_equal_loss_though_they_do_at_eq
 
 
 def test_a_difference_at_equal_loss_has_the_p_value_of_a_paired_t_test() -> None:
-    slopes = {"a": [2.0, 2.2, 1.9, 2.1, 2.05], "b": [3.0, 3.3, 2.8, 3.2, 2.9]}
+    slopes = {"adamw": [2.0, 2.2, 1.9, 2.1, 2.05], "b": [3.0, 3.3, 2.8, 3.2, 2.9]}
     rows = [
         r for name in slopes for seed, slope in enumerate(slopes[name]) for r in line_of(name, seed, slope)
     ]
@@ -78,12 +89,12 @@ def test_a_difference_at_equal_loss_has_the_p_value_of_a_paired_t_test() -> None
     arms = {arm["optimizer"]: arm["mean"] for arm in at["optimizers"]}
     assert arms == pytest.approx({name: v.mean() for name, v in values.items()})
     (pair,) = at["pairs"]
-    assert pair["p"] == pytest.approx(stats.ttest_rel(values["a"], values["b"]).pvalue)
-    # Two levels × four measures × one pair; the measures that do not vary count, too.
-    ps = [p["p"] for e in found for p in e["pairs"]]
-    assert len(ps) == 8
-    assert pair["p_holm"] >= pair["p"]
-    difference = (values["a"] - values["b"]).mean()
+    assert pair["p"] == pytest.approx(stats.ttest_rel(values["adamw"], values["b"]).pvalue)
+    # Two levels × one primary measure × one pair with AdamW; the slopes have one p at both levels.
+    planned = [p for e in found for p in e["pairs"] if p["planned"]]
+    assert [p["p_holm"] for p in planned] == pytest.approx([2 * pair["p"]] * 2)
+    assert {p["p_holm"] for e in found for p in e["pairs"] if not p["planned"]} == {None}
+    difference = (values["adamw"] - values["b"]).mean()
     assert pair["canaries_low"] == pytest.approx(difference) == pair["canaries_high"]
 
 
@@ -103,3 +114,40 @@ def test_the_dose_is_the_slope_per_doubling_of_the_rank() -> None:
     found = equal_loss.dose(rows, 5.5)[0]
     assert (found["optimizer"], found["ranks"], found["seeds"]) == ("sumo", [4, 8, 16], 3)
     assert found["per_doubling"] == pytest.approx(0.25)
+
+
+def test_holm_counts_the_contrasts_with_adamw_in_the_primary_measures_alone() -> None:
+    rng = np.random.default_rng(0)
+    slopes = {name: 2.0 + shift + 0.1 * rng.normal(size=5) for name, shift in ARMS.items()}
+    rows = [
+        r for name in slopes for seed, slope in enumerate(slopes[name]) for r in line_of(name, seed, slope)
+    ]
+    found = equal_loss.compare(rows, [4.5])
+    pairs = [(e["measure"], p) for e in found for p in e["pairs"]]
+    planned = [p for measure, p in pairs if p["planned"]]
+    assert len(planned) == 5
+    assert all((p["a"] == "adamw") != (p["b"] == "adamw") for p in planned)
+    expected = multipletests([p["p"] for p in planned], method="holm")[1]
+    assert [p["p_holm"] for p in planned] == pytest.approx(expected)
+    assert min(expected) < 0.05
+    # Control: over all pairs and measures, five seeds show nothing of the same data.
+    everything = multipletests([1.0 if p["p"] is None else p["p"] for _, p in pairs] * 2, method="holm")[1]
+    assert min(everything) > min(expected)
+
+
+def test_the_run_that_came_down_least_sets_the_level() -> None:
+    rows = [r for name in ("adamw", "muon") for seed in range(3) for r in line_of(name, seed, 2.0)]
+    curves = equal_loss.run_curves(rows)
+    worst = equal_loss.limiting(curves)
+    reached = equal_loss.common_range(curves)
+    assert reached is not None
+    assert (worst.optimizer, worst.seed, worst.losses[-1]) == ("muon", 0, reached[0])
+
+
+def test_the_level_of_chance_is_a_row_and_no_hypothesis() -> None:
+    rows = [r for name in ("adamw", "muon") for seed in range(3) for r in line_of(name, seed, 2.0)]
+    for row in rows:
+        row["membership"] = {**row["membership"], "chance": {"auc": 0.45}}
+    found = entry(equal_loss.compare(rows, None), "chance_auc")
+    assert [arm["mean"] for arm in found["optimizers"]] == pytest.approx([0.45, 0.45])
+    assert found["pairs"] == []

@@ -113,3 +113,16 @@ def test_an_extracted_secret_is_the_greedy_one() -> None:
     scores = exposure.secret_scores(model, encoder, [first, second], canaries.held_out(config))
     assert scores.is_extracted.tolist() == [True, False]
     assert exposure.exposures(scores.own, scores.others)[0] == 7.0
+
+
+def test_the_band_of_the_null_holds_999_of_1000_means() -> None:
+    low, high = exposure.band_of_random_guesses(127, 32)
+    bits = math.log2(128) - np.log2(np.arange(1, 129))
+    means = bits[np.random.default_rng(7).integers(128, size=(200_000, 32))].mean(1)
+    # 100 expected on each side, with a standard deviation of 10, and 14 for the quantile itself.
+    for outside in ((means < low).sum(), (means > high).sum()):
+        assert 30 < outside < 170
+    assert 0.6 < low < 0.9
+    # Control: of eight canaries, the normal band at 3.29 standard deviations has no lower end.
+    mean, sd = exposure.of_random_guesses(127)
+    assert mean - 3.29 * sd / math.sqrt(8) < 0 < exposure.band_of_random_guesses(127, 8)[0]

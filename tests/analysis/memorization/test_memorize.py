@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.memorization import measures, outputs, runs, windows
+from analysis.memorization import exposure, measures, outputs, runs, windows
 from analysis.memorization.config import MemorizeConfig
+from harness import export
 from harness import model as models
 from harness.cli import main
 from harness.config import compose
@@ -52,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Traine
 
 @pytest.fixture(scope="module")
 def document(run: Trained) -> dict[str, Any]:
-    assert main(["memorize", str(run.group), "windows=16", *KEYS[1:]]) == 0
+    assert main(["memorize", str(run.group), "windows=32", *KEYS[1:]]) == 0
     return json.loads((run.group / "memorize.json").read_text())
 
 
@@ -64,14 +66,17 @@ def test_a_trained_model_exposes_what_it_saw_often(document: dict[str, Any], run
     assert by_copies[40]["low"] > by_copies[1]["high"]
     assert by_copies[40]["low"] > by_copies[0]["high"]
     assert all(check["passed"] for check in document["checks"])
-    # 16 rows of 32 tokens are the evaluation of the run.
-    logged = [
-        json.loads(line) for line in (run.group / "muon-seed3" / "metrics.jsonl").read_text().splitlines()
+    # More windows than the validation split has rows: all of them.
+    view, config = view_of(run)
+    checkpoint = run.group / "muon-seed3" / "checkpoints" / "step_00000120"
+    model = export.load(checkpoint, config, export.choice(checkpoint, None))
+    validation = np.asarray(view.corpus.tokens())[view.corpus.train_tokens :]
+    rows = [
+        torch.from_numpy(validation[i : i + 33].astype(np.int64)) for i in range(0, len(validation) - 32, 32)
     ]
-    losses = {row["step"]: row["val/loss"] for row in logged if "val/loss" in row}
-    assert [r["val_loss"] for r in document["runs"]] == pytest.approx(
-        [losses[s] for s in (40, 80, 120)], rel=1e-5
-    )
+    losses = [float(model(row[None], labels=row[None]).loss.detach()) for row in rows]
+    assert last["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert last["membership"]["others"] == len(rows)
     assert (run.group / "memorize.html").stat().st_size < 1_500_000
     assert "Does the optimizer change" in (run.group / "memorize.md").read_text()
 
@@ -81,12 +86,12 @@ def test_results_are_kept_and_json_is_the_contract(
 ) -> None:
     kept = sorted((run.group / "memorize").iterdir())
     for path in kept:
-        path.write_text(path.read_text().replace('"seed": 3', '"seed": 4'))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"cpu_s": 4321}))
     capsys.readouterr()
-    assert main(["memorize", str(run.group), "windows=16", *KEYS[1:], "--json"]) == 0
+    assert main(["memorize", str(run.group), "windows=32", *KEYS[1:], "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     # The marks show that nothing was measured again.
-    assert [r["seed"] for r in printed["runs"]] == [4, 4, 4]
+    assert [r["cpu_s"] for r in printed["runs"]] == [4321, 4321, 4321]
     assert {"optimizer", "seed", "step", "val_loss", "exposure", "extraction", "membership"} <= set(
         printed["runs"][0]
     )
@@ -94,7 +99,43 @@ def test_results_are_kept_and_json_is_the_contract(
     assert {"auc", "low", "high"} <= set(printed["runs"][0]["membership"])
     assert printed["comparison"]
     assert printed["costs"][0]["tokens_per_s"] > 0
-    assert printed["costs"][0]["final_val_loss"] == pytest.approx(printed["runs"][-1]["val_loss"], rel=1e-5)
+    assert printed["costs"][0]["final_val_loss"] == pytest.approx(printed["runs"][-1]["val_loss"], rel=0.01)
+
+
+def test_labels_are_those_of_the_present_set_though_numbers_are_kept(
+    run: Trained, document: dict[str, Any]
+) -> None:
+    """An arm that is added between two calls gives the first one a longer label."""
+    assert document["runs"][0]["optimizer"] == "muon"
+    other = run.group / "muon-other"
+    shutil.copytree(run.group / "muon-seed3", other)
+    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("lr: 0.02", "lr: 0.03"))
+    try:
+        assert main(["memorize", str(run.group), "windows=32", *KEYS[1:]]) == 0
+    finally:
+        shutil.rmtree(other)
+    both = json.loads((run.group / "memorize.json").read_text())
+    labels = [r["optimizer"] for r in both["runs"]]
+    assert labels == ["muon (lr=0.02)"] * 3 + ["muon (lr=0.03)"] * 3
+    assert [cost["optimizer"] for cost in both["costs"]] == sorted(set(labels))
+    same = [{k: v for k, v in r.items() if k != "optimizer"} for r in document["runs"]]
+    # The kept numbers, whatever the arm is called now.
+    assert [r["membership"] for r in both["runs"][:3]] == [r["membership"] for r in same]
+    assert "muon (lr=0.03)" in (run.group / "memorize.md").read_text()
+
+
+def test_a_run_that_did_not_finish_sets_no_level(run: Trained) -> None:
+    other = run.group / "muon-broken"
+    shutil.copytree(run.group / "muon-seed3", other)
+    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("lr: 0.02", "lr: 0.03"))
+    summary = json.loads((other / "summary.json").read_text())
+    said: list[str] = []
+    for state in ("diverged", "failed"):
+        (other / "summary.json").write_text(json.dumps(summary | {"state": state}))
+        _, found = runs.find([run.group], said.append, last_only=True)
+        assert [measured.run.folder.name for measured in found] == ["muon-seed3"]
+        assert any("muon-broken" in line and state in line for line in said)
+    shutil.rmtree(other)
 
 
 def view_of(run: Trained) -> tuple[windows.CorpusView, Any]:
@@ -152,12 +193,35 @@ def test_a_corpus_with_canaries_in_the_wrong_place_is_refused(
 
 def test_a_null_that_is_known_fails_the_check() -> None:
     def result(bits: float) -> dict[str, Any]:
-        canary = [{"name": f"n{i}", "copies": 0, "exposure": bits, "extracted": False} for i in range(8)]
+        canary = [{"name": f"n{i}", "copies": 0, "exposure": bits, "extracted": False} for i in range(32)]
         return {"exposure": [{"copies": 0}], "canaries": canary}
 
     assert outputs.check_null([result(1.4), result(1.5)])[0]["passed"]
     assert not outputs.check_null([result(5.0)])[0]["passed"]
+    # Alternatives that were trained on, each after every name, leave the secrets of the null behind.
+    losses = np.random.default_rng(0).normal(size=(32, 128))
+    for gain, passes in ((0.0, True), (1.5, False)):
+        bits = exposure.exposures(losses[:, 0], losses[:, 1:] - gain)
+        found = outputs.check_null([result(float(bits.mean()))])[0]
+        assert found["passed"] is passes, found
     assert outputs.check_null([{"exposure": [], "canaries": []}]) == []
+
+
+def test_one_seed_is_not_tested() -> None:
+    def headline(*p: float | None) -> str:
+        pairs = [
+            {"a": "adamw", "b": "muon", "difference": 1.0, "planned": True, "p": x, "p_holm": x, "seeds": 1}
+            for x in p
+        ]
+        entry = {"val_loss": 4.0, "title": "exposure", "pairs": pairs}
+        fields = {"results": [], "dose": [], "costs": [], "checks": [], "notes": []}
+        return outputs.headline(
+            outputs.Memorization(title="t", config=MemorizeConfig(), comparison=[entry], **fields)
+        )
+
+    assert headline(None, None) == "Not tested: one seed."
+    assert "none of 2 planned differences" in headline(None, 0.6)
+    assert "1 of 2 planned differences" in headline(0.6, 0.01)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ def refusal(words: tuple[str, ...]) -> str:
             ("data.canaries.seed=1",),
             "data.canaries.count: 0 inserts no canaries, and their other keys are set",
         ),
+        (
+            ("data.canaries.count=10001",),
+            "data.canaries.count: 10001 is wrong; allowed: a whole number ≥ 0 and ≤ 10000",
+        ),
         (("data.canaries.count=3",), "less than one for each of the 4 data.canaries.copies"),
         (
             ("data.canaries={count:4,copies:[2,1,2]}",),
