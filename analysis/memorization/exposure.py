@@ -26,6 +26,10 @@ ALTERNATIVES = forms.HELD_OUT - 1
 DRAWS = 100_000
 
 
+class NotFinite(ValueError):
+    """A model has losses that are no numbers, as after a divergence."""
+
+
 class SecretScores(NamedTuple):
     """A model's view of the secrets of some canaries.
 
@@ -46,7 +50,12 @@ def exposures(own: Floats, others: Floats) -> Floats:
     Args:
         own: (canaries,) losses of the secrets.
         others: (canaries, N) losses of the alternatives.
+
+    Raises:
+        NotFinite: a loss is NaN, which would rank first, or infinite.
     """
+    if not (np.isfinite(own).all() and np.isfinite(others).all()):
+        raise NotFinite("losses of canaries are not finite")
     below = (others < own[:, None]).sum(1) + 0.5 * (others == own[:, None]).sum(1)
     return np.log2(others.shape[1] + 1.0) - np.log2(1.0 + below)
 

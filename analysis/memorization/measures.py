@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from analysis.memorization import chance, exposure, extraction, membership
 from analysis.memorization.config import MemorizeConfig
 from analysis.memorization.membership import Separation
 from analysis.memorization.runs import MeasuredRun
-from analysis.memorization.windows import CorpusView, Rows, spread, token_log_probs
+from analysis.memorization.windows import CorpusView, Rows, occurrences, spread, token_log_probs
 from harness import export
 from harness.checkpoint import store
 from harness.errors import InputError
@@ -33,6 +33,10 @@ VERSION = 2
 """Raised when the same checkpoint would give other numbers: kept results of another version are measured again."""
 FEWEST_HELD_OUT = 32
 """Controls, of which a check in either direction is possible: the mean of eight can hardly be too low."""
+
+
+class TooFewRows(ValueError):
+    """A checkpoint has seen fewer than two rows without canaries."""
 
 
 class Measurer:
@@ -86,9 +90,15 @@ class Measurer:
             pass
         began = time.process_time()
         torch.manual_seed(0)
-        model = export.load(checkpoint, run.config, export.choice(checkpoint, None))
         training = self._view.training_rows(run.config, step, self._config.windows)
-        result = to_jsonable(self.of_model(model, training)) | {"cpu_s": time.process_time() - began}
+        model = export.load(checkpoint, run.config, export.choice(checkpoint, None))
+        try:
+            numbers = self.of_model(model, training)
+        except exposure.NotFinite as error:
+            reason = f"cannot be measured: {error}"
+            fix = "leave out the run, or delete the checkpoint"
+            raise InputError("memorize", checkpoint, reason, fix=fix) from error
+        result = to_jsonable(numbers) | {"cpu_s": time.process_time() - began}
         self._cache.mkdir(parents=True, exist_ok=True)
         atomic.write_json(kept, result)
         return result
@@ -101,12 +111,14 @@ class Measurer:
             training: rows that it was trained on.
 
         Raises:
-            InputError: fewer than two training rows.
+            TooFewRows: fewer than two training rows.
+            NotFinite: a loss is not finite.
         """
         if len(training.ids) < 2:
-            reason = "has seen fewer than two rows without canaries; measure a later checkpoint"
-            raise InputError("memorize", len(training.ids), reason, fix="checkpoints=last")
+            raise TooFewRows
         seen, unseen = token_log_probs(model, training), token_log_probs(model, self._validation)
+        if not (np.isfinite(seen).all() and np.isfinite(unseen).all()):
+            raise exposure.NotFinite("losses of rows are not finite")
         return {
             "val_loss": float(-unseen.mean()),
             "train_loss": float(-seen.mean()),
@@ -194,20 +206,35 @@ class _Reference:
                 "reference", place, f"has task={config.task.name}", allowed="a run with task=pretrain"
             )
         corpus = data.prepare(config.data)
+        self._place = place
+        if corpus.sha256 == view.corpus.sha256:
+            self._refuse("was trained on the same corpus: it saw the training rows")
         if corpus.tokenizer_sha256 != view.corpus.tokenizer_sha256:
             reason = "has another tokenizer, so that its losses are those of other tokens"
             raise InputError(
                 "reference", place, reason, fix="data.tokenizer=FOLDER of the measured runs, and train"
             )
         self._model = export.load(source.folder, config, export.choice(source.folder, None))
+        self._tokens = np.asarray(corpus.tokens())[: corpus.train_tokens]
         self._known: dict[bytes, float] = {}
         self.checksum = hashlib.sha256((source.folder / store.MANIFEST).read_bytes()).hexdigest()
 
+    def _refuse(self, reason: str) -> NoReturn:
+        fix = "a run on other text, with data.tokenizer=FOLDER of the measured runs"
+        raise InputError("reference", self._place, reason, fix=fix)
+
     def losses(self, rows: Rows) -> Floats:
-        """Return the mean loss of each row, nats/token: (rows,) float64."""
+        """Return the mean loss of each row, nats/token: (rows,) float64.
+
+        Raises:
+            InputError: the reference model was trained on one of the rows.
+        """
         names = [row.tobytes() for row in rows.labels]
         new = np.array([name not in self._known for name in names])
         if new.any():
+            found = sum(len(occurrences(self._tokens, row)) > 0 for row in rows.labels[new])
+            if found:
+                self._refuse(f"was trained on {found} of {int(new.sum())} rows that are measured")
             losses = -token_log_probs(self._model, rows.some(new)).mean(1)
             self._known |= dict(zip((name for name, is_new in zip(names, new) if is_new), losses.tolist()))
         return np.array([self._known[name] for name in names])
@@ -224,13 +251,23 @@ def _bound(value: float) -> float | None:
 
 
 def measure_all(measured: list[MeasuredRun], measurer: Measurer, say: Callable[[str], None]) -> list[Result]:
-    """Return a result per checkpoint, in the order of the runs and steps."""
-    results = []
+    """Return a result per checkpoint that can be measured, in the order of the runs and steps.
+
+    Raises:
+        InputError: none can be, or a loss is not finite.
+    """
+    results: list[Result] = []
     total = sum(len(run.checkpoints) for run in measured)
-    for run in measured:
-        for step, folder in run.checkpoints:
+    places = [(run, step, folder) for run in measured for step, folder in run.checkpoints]
+    for number, (run, step, folder) in enumerate(places, 1):
+        where = f"{number}/{total}: {run.run.where}, step {step}"
+        try:
             results.append(measurer.measure(run, step, folder))
-            say(
-                f"{len(results)}/{total}: {run.run.where}, step {step}: val/loss {results[-1]['val_loss']:.4f}"
-            )
+        except TooFewRows:
+            say(f"{where}: left out: it has seen fewer than two rows without canaries")
+            continue
+        say(f"{where}: val/loss {results[-1]['val_loss']:.4f}")
+    if not results:
+        reason = "holds no checkpoint that has seen two rows without canaries"
+        raise InputError("memorize", measured[0].run.folder, reason, fix="more steps")
     return results

@@ -114,11 +114,13 @@ def _notes(config: MemorizeConfig, view: CorpusView, results: Rows) -> list[str]
     notes = []
     if not view.inserted:
         notes.append("No exposure: these runs were trained without canaries (data.canaries.count).")
-    cut = int(view.cut_copies.sum())
-    if cut:
-        total = sum(canary.copies for canary in view.inserted)
+    if view.cut_copies.any():
+        parts = []
+        for copies in sorted({canary.copies for canary in view.inserted}):
+            of_group = np.array([canary.copies == copies for canary in view.inserted])
+            parts.append(f"{view.cut_copies[of_group].sum()} of {copies * of_group.sum()} at ×{copies}")
         notes.append(
-            f"{cut} of {total} copies of canaries are cut by the end of a row, for all optimizers alike."
+            f"Copies of canaries that no row holds whole, for all optimizers alike: {listing(parts)}."
         )
     curves = equal_loss.run_curves(results)
     reached = equal_loss.common_range(curves)

@@ -52,7 +52,7 @@ class CorpusView:
     Attributes:
         encoder: the tokenizer.
         inserted, held_out: canaries; empty without `data.canaries`.
-        cut_copies: (canaries,) copies that are cut by the end of a row, so that no pass sees them whole.
+        cut_copies: (canaries,) copies that no row holds whole: cut by the end of a row, or behind the last full row.
 
     Raises:
         InputError: rows that are padded, canaries that are not where they belong: in validation, or another number of
@@ -71,7 +71,10 @@ class CorpusView:
         spans = [
             (found // self.seq_len, (found + n - 1) // self.seq_len) for found, n in zip(places, lengths)
         ]
-        self.cut_copies = np.array([int((first != last).sum()) for first, last in spans], dtype=np.int64)
+        rows = (corpus.train_tokens - 1) // self.seq_len
+        self.cut_copies = np.array(
+            [cut_copies(found, n, self.seq_len, rows) for found, n in zip(places, lengths)], dtype=np.int64
+        )
         self._with_canaries = np.unique(np.concatenate([*(np.concatenate(span) for span in spans), _NONE]))
 
     def training_rows(self, config: RunConfig, step: int, count: int) -> Rows:
@@ -98,6 +101,20 @@ class CorpusView:
             np.searchsorted(bounds, position, side="right") - 1 for position in (first, first + self.seq_len)
         ]
         return Rows(indices, block[:, :-1], block[:, 1:], *documents)
+
+
+def cut_copies(places: Ids, length: int, seq_len: int, rows: int) -> int:
+    """Return how many copies no row holds whole.
+
+    Args:
+        places: position of the first token of each copy in the training split.
+        length: tokens of a copy.
+        seq_len: of a row, whose last label is the first token of the next row.
+        rows: full rows of the split.
+    """
+    first = places // seq_len
+    last = (places + length - 2) // seq_len
+    return int(((first != last) | (first >= rows)).sum())
 
 
 def spread(length: int, count: int) -> Ids:

@@ -207,6 +207,55 @@ def test_a_null_that_is_known_fails_the_check() -> None:
     assert outputs.check_null([{"exposure": [], "canaries": []}]) == []
 
 
+def test_a_checkpoint_that_saw_too_little_is_left_out(
+    run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (measured,) = runs.find([run.group], print, last_only=False)
+    view = runs.open_corpus([measured], print)
+    whole = view.training_rows
+    monkeypatch.setattr(
+        view, "training_rows", lambda config, step, count: whole(config, step, 1 if step == 40 else count)
+    )
+    measurer = measures.Measurer(view, MemorizeConfig(extracted=8, prefix=8, continuation=8), tmp_path)
+    monkeypatch.setattr(measurer, "_extraction", lambda *_: {})
+    monkeypatch.setattr(measurer, "_canaries", lambda *_: {"exposure": [], "canaries": []})
+    said: list[str] = []
+    found = measures.measure_all([measured], measurer, said.append)
+    assert [result["step"] for result in found] == [80, 120]
+    assert "step 40: left out: it has seen fewer than two rows" in said[0]
+    early = measured._replace(checkpoints=measured.checkpoints[:1])
+    with pytest.raises(InputError, match="holds no checkpoint that has seen two rows"):
+        measures.measure_all([early], measurer, said.append)
+
+
+def test_losses_that_are_not_finite_name_the_checkpoint(
+    run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (measured,) = runs.find([run.group], print, last_only=True)
+    view = runs.open_corpus([measured], print)
+
+    def broken(*_: Any) -> Any:
+        model = models.build(measured.config.model, seed=7).eval()
+        next(iter(model.parameters())).data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(export, "load", broken)
+    measurer = measures.Measurer(view, MemorizeConfig(prefix=8, continuation=8), tmp_path)
+    with pytest.raises(InputError, match=r"step_00000120.*losses of rows are not finite"):
+        measures.measure_all([measured], measurer, print)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(exposure.NotFinite):
+        exposure.exposures(np.array([np.nan]), np.zeros((1, 3)))
+
+
+def test_copies_that_no_row_holds_whole() -> None:
+    # Rows of 10: tokens 0 … 10, 10 … 20; the third begins at 20 and is not full. A copy has 4 tokens.
+    whole = [0, 6, 7, 10, 17]
+    cut = [8, 9, 18, 20, 23]
+    assert [windows.cut_copies(np.array([p]), 4, 10, 2) for p in whole] == [0] * 5
+    assert [windows.cut_copies(np.array([p]), 4, 10, 2) for p in cut] == [1] * 5
+
+
 def test_one_seed_is_not_tested() -> None:
     def headline(*p: float | None) -> str:
         pairs = [
@@ -248,12 +297,21 @@ def test_bad_input_is_named(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_reference_model_takes_out_what_is_easy(run: Trained, tmp_path: Path) -> None:
+def test_a_reference_model_takes_out_what_is_easy(
+    run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, (measured,) = runs.find([run.group], print, last_only=True)
     view = runs.open_corpus([measured], print)
     early = run.group / "muon-seed3" / "checkpoints" / "step_00000040"
     config = MemorizeConfig(windows=32, extracted=4, prefix=8, continuation=8, reference=str(early))
-    torch.manual_seed(0)
+    with pytest.raises(InputError, match="was trained on the same corpus: it saw the training rows"):
+        measures.Measurer(view, config, tmp_path)
+    # The same rows in a corpus of another identity, as without canaries.
+    monkeypatch.setattr(view.corpus, "sha256", "another")
+    with pytest.raises(InputError, match=r"was trained on \d+ of \d+ rows that are measured"):
+        measures.Measurer(view, config, tmp_path).measure(measured, 40, early)
+    # As if it had been trained on other text.
+    monkeypatch.setattr(measures, "occurrences", lambda *_: [])
     found = measures.Measurer(view, config, tmp_path).measure(measured, 40, early)
     # Against itself, every score is 0.
     assert found["membership"]["reference"]["auc"] == 0.5
