@@ -77,4 +77,5 @@ def separation_by_chance(view: CorpusView, training: Rows, validation: Rows) -> 
         model = Bigrams(documents, view.corpus.vocab_size)
         for part, rows, kept in zip(scores, (training, validation), chosen):
             part[kept] = model.log_probs(rows.ids[kept], rows.labels[kept]).mean(1)
-    return separation(*scores, training.documents, validation.documents)
+    members, others = scores
+    return separation(members, others, training.documents, validation.documents)

@@ -172,7 +172,10 @@ class Measurer:
             losses = self._reference.losses(training), self._reference.losses(self._validation)
             scores["reference"] = (seen.mean(1) + losses[0], unseen.mean(1) + losses[1])
         documents = training.documents, self._validation.documents
-        found = {name: _describe(membership.separation(*pair, *documents)) for name, pair in scores.items()}
+        found = {
+            name: _describe(membership.separation(members, others, *documents))
+            for name, (members, others) in scores.items()
+        }
         by_chance = chance.separation_by_chance(self._view, training, self._validation)
         return {
             **found.pop("loss"),

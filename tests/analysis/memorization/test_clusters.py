@@ -40,7 +40,9 @@ def test_the_interval_of_the_area_covers_it_where_rows_share_a_document() -> Non
             shift + (rng.normal(size=40)[documents] + rng.normal(size=320)) / np.sqrt(2)
             for shift in (0.5, 0.0)
         ]
-        found, of_rows = separation(*groups, documents, documents), separation(*groups)
+        first, second = groups
+        found = separation(first, second, documents, documents)
+        of_rows = separation(first, second)
         covered += found.low <= 0.638163 <= found.high  # Φ(0.5/√2)
         naive += of_rows.low <= 0.638163 <= of_rows.high
     # Binomial with p = .95: 80 draws have a standard deviation of 2.4 %.

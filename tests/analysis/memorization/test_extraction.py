@@ -20,7 +20,7 @@ class Counting(LlamaForCausalLM):
     """Says t + 1 after t."""
 
     def forward(self, *args: Any, **keys: Any) -> Any:
-        out = super().forward(*args, **keys)
+        out: Any = super().forward(*args, **keys)
         ids = args[0] if args else keys["input_ids"]
         after = (ids[:, -out.logits.shape[1] :] + 1) % VOCABULARY
         out.logits = out.logits + 1e3 * torch.nn.functional.one_hot(after, VOCABULARY)
