@@ -71,7 +71,7 @@ def _default_folder(config: MarginConfig) -> Path:
     fixed = {key: tuple(getattr(config, key)) for key in ("optimizer", "hidden", "norms")}
     content = ", ".join(f"{key}={value!r}" for key, value in {**config.settings(), **fixed}.items())
     digest = hashlib.sha256(f"Settings({content})".encode()).hexdigest()[:6]
-    name = config.name or "-".join([config.mode, *config.optimizer[:4], digest])
+    name = config.name or "-".join([config.mode or "toy", *config.optimizer[:4], digest])
     return Path(config.runs_dir) / config.group / name
 
 

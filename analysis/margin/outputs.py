@@ -146,7 +146,7 @@ def page(config: MarginConfig, report: MarginReport) -> str:
     return job_page.render(
         command="margin",
         kicker="Robustness margin",
-        title=config.mode,
+        title=config.mode or "toy",
         question=report.question,
         headline=report.headline,
         scope=report.scope,
@@ -166,7 +166,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     """Return heads and cells of a readable table, without empty columns, with quartiles or intervals in brackets."""
     columns = [key for key in (rows[0] if rows else {}) if any(_text(row[key]) for row in rows)]
     shown = [key for key in columns if not key.endswith(BOUNDS)]
-    return shown, [[_text(row[key]) + _bounds(row, key) for key in shown] for row in rows]
+    return shown, [[_with_bounds(row, key) for key in shown] for row in rows]
 
 
 def counts(runs: Sequence[MarginRun]) -> dict[str, dict[str, int]]:
@@ -210,13 +210,17 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _bounds(row: Mapping[str, Any], key: str) -> str:
-    if row.get(f"{key} sd") is not None:
-        return f" ± {row[f'{key} sd']:.2g}"
+def _with_bounds(row: Mapping[str, Any], key: str) -> str:
+    """Return the text of a value, to three digits where bounds or a standard deviation stand beside it."""
+    sd = row.get(f"{key} sd")
+    if sd is not None:
+        return f"{row[key]:.3g} ± {sd:.2g}"
     low, high = (
-        next((row[key + b] for b in pair if row.get(key + b) is not None), None) for pair in (LOW, HIGH)
+        next((row[key + b] for b in ends if row.get(key + b) is not None), None) for ends in (LOW, HIGH)
     )
-    return f" [{_text(low)}, {_text(high)}]" if low is not None and high is not None else ""
+    if low is None or high is None:
+        return _text(row[key])
+    return f"{row[key]:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _text(value: Any) -> str:

@@ -29,6 +29,8 @@ MAX_POINTS = 400
 """Most points of a curve: more than a plot of half a wide screen has pixels."""
 MOST_DECADES = 10
 """Most powers of ten that are marked on an axis."""
+NICE = (1, 2, 5, 10, 20, 30, 50, 100)
+"""Decades between two marks; fp64 has 632."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ def decades(title: str, low: float, high: float) -> dict[str, Any]:
     """Return the layout of a logarithmic axis from `low` to `high` (both > 0) whose ticks are powers of ten alone."""
     first, last = math.log10(low), math.log10(high)
     room = 0.02 * max(last - first, 1.0)
-    each = max(1, math.ceil((last - first) / MOST_DECADES))
+    each = next(n for n in NICE if n * MOST_DECADES >= last - first)
     return {
         "title": {"text": title},
         "type": "log",

@@ -58,7 +58,9 @@ def test_the_question_stands_above_the_answer() -> None:
     assert '<p class="detail">' not in page(go.Scatter(x=[1], y=[1]))
 
 
-@pytest.mark.parametrize(("low", "high", "each"), [(1.0, 1e5, 1), (1e-4, 1e9, 2), (1.0, 1e300, 30)])
+@pytest.mark.parametrize(
+    ("low", "high", "each"), [(1.0, 1e5, 1), (1e-4, 1e9, 2), (1.0, 1e300, 30), (1.0, 1e303, 50)]
+)
 def test_ticks_are_powers_of_ten_and_few(low: float, high: float, each: int) -> None:
     axis = decades("step", low, high)
     assert (axis["type"], axis["dtick"]) == ("log", each)
