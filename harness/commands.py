@@ -457,7 +457,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "submit": Command(
         "analysis.submit.command:main",
-        "submit a run, a comparison, a study or another command as SLURM jobs",
+        "submit a run, a comparison, a study or any command to SLURM",
         "[train|compare|sweep|COMMAND] [its arguments] [cluster=NAME] [cluster.key=value …]",
         (
             ("model=llama_60m optimizer=sumo cluster=generic_gpu --dry-run", "print the script"),
