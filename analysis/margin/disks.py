@@ -19,9 +19,9 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import nn
 
+from analysis.comparison.statistics import interval
 from analysis.formatting import listing
 from analysis.margin.config import MarginConfig
 from analysis.margin.input_margins import attack, certified_radius
@@ -75,7 +75,7 @@ def run_disks(config: MarginConfig, say: Say) -> list[MarginRun]:
             rng = np.random.default_rng([config.seed, number])
             points = balls(config.points, config.dim, config.radius, rng)
             runs += [_wide(config, spec, points, rng, number), _partner(config, spec, points, rng, number)]
-        last = [run.rows[-1]["share"] for run in runs if run.optimizer == spec.name]
+        last = [_last(run, "share") for run in runs if run.optimizer == spec.name]
         say(f"{spec.name}: {config.runs} runs, {np.mean(last):.3f} of the largest margin by the attack")
     return runs
 
@@ -164,30 +164,33 @@ def report(config: MarginConfig, runs: Sequence[MarginRun]) -> MarginReport:
     parts = []
     for name in config.optimizer:
         wide, partner = (
-            [run for run in runs if run.optimizer == label and run.status == "ok"]
-            for label in (name, f"{name}, {PARTNER}")
+            [run for run in runs if run.optimizer == label] for label in (name, f"{name}, {PARTNER}")
         )
-        for place in range(len(wide[0].rows) if wide else 0):
-            row: dict[str, Any] = {"optimizer": name, "step": wide[0].rows[place]["t"]}
+        steps = max(([row["t"] for row in run.rows] for run in wide), key=len, default=[])
+        for place, at in enumerate(steps):
+            row: dict[str, Any] = {"optimizer": name, "step": at}
             row |= _spread("wide net, attack", wide, place, "share")
             row |= _spread("wide net, certified", wide, place, "share_lower")
             row |= _spread(PARTNER, partner, place, "share")
+            row["wide nets that separate"] = _separate(wide, place)
+            row[f"{PARTNER} that separate"] = _separate(partner, place)
             row |= _spread("ln loss, wide", wide, place, "log_loss")
             row |= _spread(f"ln loss, {PARTNER}", partner, place, "log_loss")
             table.append(row)
-        if not wide:
+        if not steps:
             continue
         last = table[-1]
         parts.append(
             f"{name}: {last['wide net, certified']:.0%} to {last['wide net, attack']:.0%}, "
-            f"{PARTNER} {last[PARTNER]:.0%}"
+            f"{PARTNER} {last[PARTNER]:.0%} ({last['wide nets that separate']} and "
+            f"{last[f'{PARTNER} that separate']} of {len(wide)} separate)"
         )
         differences.append({"optimizer": name, **_paired(wide, partner)})
     headline = (
         f"Share of the largest margin after {config.steps or STEPS:,} steps, wide net between certificate and attack: "
         f"{listing(parts)}."
         if parts
-        else "No wide net separates the balls."
+        else "Every wide net diverged."
     )
     scope = (
         f"{config.runs} runs, each with its own points ({config.points} in each of two balls of radius "
@@ -196,31 +199,48 @@ def report(config: MarginConfig, runs: Sequence[MarginRun]) -> MarginReport:
         "between the certificate and the attack. No theorem covers the wide net: all of this was observed."
     )
     failed = sum(run.status != "ok" for run in runs)
-    notes = [f"{failed} of {len(runs)} nets do not separate their points, and are left out"] if failed else []
+    notes = (
+        [f"{failed} of {len(runs)} nets do not separate their points; their share counts as 0"]
+        if failed
+        else []
+    )
     return MarginReport(
         runs, notes, headline, scope, table, [_plot(config, table)] if table else [],
         {"wide_net_less_two_neurons_at_the_end": differences} if differences else {}, question=QUESTION,
     )  # fmt: skip
 
 
+def _last(run: MarginRun, key: str) -> float:
+    """Return a share at the end; 0 if the net does not separate its points or has diverged."""
+    return max(0.0, run.rows[-1][key]) if run.status == "ok" else 0.0
+
+
 def _spread(label: str, runs: Sequence[MarginRun], place: int, key: str) -> dict[str, float | None]:
-    values = [run.rows[place][key] for run in runs]
+    """Return mean and standard deviation over runs; a net that does not separate, or has diverged, has a share of 0.
+
+    A loss is over the nets that have not diverged.
+    """
+    values = [run.rows[place][key] for run in runs if place < len(run.rows)]
+    if key != "log_loss":
+        values = [max(0.0, value) for value in values] + [0.0] * (len(runs) - len(values))
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {label: float(np.mean(values)) if values else None, f"{label} sd": sd}
 
 
+def _separate(runs: Sequence[MarginRun], place: int) -> int:
+    return sum(place < len(run.rows) and run.rows[place]["margin"] > 0.0 for run in runs)
+
+
 def _paired(wide: Sequence[MarginRun], partner: Sequence[MarginRun]) -> dict[str, float | None]:
-    """Return the mean difference of shares over runs and its 95 % t-interval, by certificate and by attack."""
-    others = {run.run: run.rows[-1]["share"] for run in partner}
+    """Return the mean difference of shares over all runs and its 95 % t-interval, by certificate and by attack."""
+    others = {run.run: run for run in partner}
     row: dict[str, float | None] = {}
     for label, key in (("by the certificate", "share_lower"), ("by the attack", "share")):
-        values = [run.rows[-1][key] - others[run.run] for run in wide if run.run in others]
-        half = None
-        if len(values) > 1:
-            half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-        mean = float(np.mean(values)) if values else None
-        low, high = (None, None) if half is None or mean is None else (mean - half, mean + half)
-        row |= {label: mean, f"{label} low": low, f"{label} high": high}
+        found = interval([_last(run, key) - _last(others[run.run], "share") for run in wide])
+        low, high = (
+            (found.mean - found.half_width, found.mean + found.half_width) if found.n > 1 else (None, None)
+        )
+        row |= {label: found.mean, f"{label} low": low, f"{label} high": high}
     return row
 
 

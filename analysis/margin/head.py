@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
+from analysis.comparison.statistics import ALPHA, pairwise
 from analysis.formatting import listing, significant
 from analysis.margin.checkpoints import (
     LoadedCheckpoint,
@@ -41,10 +40,13 @@ Say = Callable[[str], None]
 def run_head(config: MarginConfig, say: Say) -> list[MarginRun]:
     """Measure checkpoints: one run per optimizer label, a row per checkpoint.
 
+    Facts of a run: `paired_at`, the last step of which all optimizers have a checkpoint, and its `windows`; or None.
+
     Raises:
         InputError: bad input; checkpoints whose held-out tokens differ, which no comparison can be made on.
     """
     runs: dict[str, MarginRun] = {}
+    measured: dict[str, dict[float, dict[str, list[float]]]] = {}
     tokens: tuple[str, Tensor] | None = None
     for number, path in (checkpoints := find_checkpoints(config, say)):
         try:
@@ -62,8 +64,13 @@ def run_head(config: MarginConfig, say: Say) -> list[MarginRun]:
             continue
         run = runs.setdefault(loaded.optimizer, MarginRun(loaded.optimizer, 0, "ok"))
         run.rows.append(row)
-        run.facts |= {"dtype": "float64", "checkpoints": len(run.rows), "windows": by_window}
+        run.facts |= {"dtype": "float64", "checkpoints": len(run.rows)}
+        measured.setdefault(loaded.optimizer, {})[row["t"]] = by_window
         say(f"{path.name}: accuracy {row['accuracy']:.3f}")
+    common = set.intersection(*(set(steps) for steps in measured.values())) if measured else set()
+    for name, run in runs.items():
+        at = max(common, default=None)
+        run.facts |= {"paired_at": at, "windows": None if at is None else measured[name][at]}
     return list(runs.values())
 
 
@@ -96,37 +103,42 @@ def measure(loaded: LoadedCheckpoint, config: MarginConfig) -> tuple[TrajectoryR
     return row, by_window
 
 
-def _with_interval(key: str, values: np.ndarray) -> dict[str, float]:
-    """Return the median over (windows, tokens) and its 95 % bootstrap interval over windows."""
+def _with_interval(key: str, values: np.ndarray) -> dict[str, float | None]:
+    """Return the median over (windows, tokens) and its 95 % bootstrap interval over windows; None below two windows."""
+    if len(values) < 2:
+        return {key: float(np.nanmedian(values)), f"{key} low": None, f"{key} high": None}
     rng = np.random.default_rng(0)
     medians = [np.nanmedian(values[rng.integers(0, len(values), len(values))]) for _ in range(RESAMPLED)]
     low, high = np.quantile(medians, (0.025, 0.975))
     return {key: float(np.nanmedian(values)), f"{key} low": float(low), f"{key} high": float(high)}
 
 
-def paired_differences(
-    by_window: Mapping[str, Sequence[float]],
-) -> list[dict[str, Any]]:
-    """Return a row per pair of optimizers: mean difference over windows and its 95 % t-interval.
+def paired_differences(by_window: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Return a row per pair of optimizers: mean difference over windows, its 95 % t-interval, and Holm's p-value.
+
+    Fewer than two windows have no interval and no p-value. `verdict` is from the p-value adjusted for all pairs.
 
     Args:
         by_window: optimizer → the mean of each window, the same windows for all.
     """
+    if len(by_window) < 2:
+        return []
+    names = list(by_window)
+    tests = pairwise(list(by_window.values()))
     rows = []
-    for first, second in itertools.combinations(by_window, 2):
-        difference = np.subtract(by_window[first], by_window[second])
-        mean = float(difference.mean())
-        half = 0.0
-        if len(difference) > 1:
-            half = float(stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference))
-        rows.append(
-            {
-                "difference": f"{first} − {second}",
-                "mean signed margin": mean,
-                "mean signed margin low": mean - half,
-                "mean signed margin high": mean + half,
-            }
-        )
+    for k, (first, second) in enumerate(tests.pairs):
+        mean, half = float(tests.mean[k]), float(tests.half_width[k])
+        row: dict[str, Any] = {
+            "difference": f"{names[first]} − {names[second]}",
+            "mean signed margin": mean,
+            "mean signed margin low": mean - half,
+            "mean signed margin high": mean + half,
+            "p": float(tests.p[k]),
+            "p_holm": float(tests.p_holm[k]),
+        }
+        row = {key: None if value != value else value for key, value in row.items()}
+        settled = row["p_holm"] is not None and row["p_holm"] < ALPHA
+        rows.append({**row, "verdict": ("larger" if mean > 0.0 else "smaller") if settled else "not settled"})
     return rows
 
 
@@ -134,11 +146,14 @@ def report(config: MarginConfig, runs: Sequence[MarginRun]) -> MarginReport:
     """Return the report of mode `head`."""
     norm = config.norms[0]
     symbol = NORM_SYMBOLS[norm]
-    pairs = paired_differences({run.optimizer: run.facts["windows"][norm] for run in runs})
+    at = runs[0].facts["paired_at"]
+    pairs = (
+        [] if at is None else paired_differences({run.optimizer: run.facts["windows"][norm] for run in runs})
+    )
     last = {run.optimizer: run.rows[-1] for run in runs}
     parts = [
-        f"{name} {significant(row['margin'])} [{significant(row[f'head_{norm} low'])}, "
-        f"{significant(row[f'head_{norm} high'])}] (step {row['t']:g}, {row['accuracy']:.0%} of the tokens right)"
+        f"{name} {significant(row['margin'])}{_interval(row, norm)} "
+        f"(step {row['t']:g}, {row['accuracy']:.0%} of the tokens right)"
         for name, row in last.items()
     ]
     headline = f"Median signed {symbol} margin of the head, relative to the feature: {listing(parts)}."
@@ -155,13 +170,24 @@ def report(config: MarginConfig, runs: Sequence[MarginRun]) -> MarginReport:
         traces = curves(runs, step, lambda r: r["margin"])
         built = figure(traces, **step_axes(traces, "signed margin / ‖feature‖"))
         plots.append(Plot("head", f"Signed {symbol} margin of the head", "Median over tokens.", built, 320))
-    more = {f"differences_on_the_same_tokens_{norm}": pairs} if pairs else {}
+    more = {f"differences_on_the_same_tokens_{norm}": [{"step": at, **row} for row in pairs]} if pairs else {}
     few = counted["windows"] < WINDOWS
     notes = [f"only {counted['windows']} windows are held out; {WINDOWS} are wanted"] if few else []
+    if len(runs) > 1 and at is None:
+        notes.append("the optimizers have no step in common, so that no two of them are compared")
+    elif any(row["t"] != at for row in last.values()):
+        notes.append(
+            f"the last checkpoints are of different steps; pairs of optimizers are compared at step {at:g}"
+        )
     return MarginReport(
         runs, notes, headline, scope, [_table_row(config, name, row) for name, row in last.items()], plots, more,
         question=QUESTION,
     )  # fmt: skip
+
+
+def _interval(row: Mapping[str, Any], norm: str) -> str:
+    low, high = row[f"head_{norm} low"], row[f"head_{norm} high"]
+    return "" if low is None else f" [{significant(low)}, {significant(high)}]"
 
 
 def _table_row(config: MarginConfig, name: str, row: TrajectoryRow) -> dict[str, Any]:

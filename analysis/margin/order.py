@@ -31,6 +31,8 @@ def share(count: int, of: int) -> tuple[float, float, float]:
 def order_over_starts(runs: Sequence[MarginRun], level: float) -> list[dict[str, Any]]:
     """Return a row per pair of optimizers and subset of the starts that both separate.
 
+    Shares are of the starts from which the two differ by over 1 %; "equal to 1 %" is the share of the others.
+
     Args:
         runs: of all optimizers from the same random starts.
         level: ln of the loss at which gaps are compared.
@@ -60,18 +62,21 @@ def _row(
     known = [(a, b) for a, b in gaps if a is not None and b is not None]
     if len(known) < FEWEST:
         return None
-    equal = [math.isclose(a, b, rel_tol=EQUAL, abs_tol=1e-12) for a, b in known]
-    smaller = sum(a < b for (a, b), same in zip(known, equal) if not same)
     row: dict[str, Any] = {"gap at equal loss": label, "of the starts": words, "starts": len(known)}
-    row |= _interval(f"share at ln L = {level:g}", smaller, len(known))
-    row["equal to 1 %"] = sum(equal) / len(known)
+    row |= _counted(f"share at ln L = {level:g}", "equal to 1 %", known)
     constants = [(a.predicted, b.predicted) for a, b in pairs]
     predicted = [(a, b) for a, b in constants if a is not None and b is not None]
-    by_constants = sum(a < b and not math.isclose(a, b, rel_tol=EQUAL) for a, b in predicted)
-    key = "share by the constants"
     row["starts with constants"] = len(predicted)
-    empty = {key: None, f"{key} low": None, f"{key} high": None}
-    return row | (_interval(key, by_constants, len(predicted)) if predicted else empty)
+    return row | _counted("share by the constants", "constants equal to 1 %", predicted)
+
+
+def _counted(key: str, ties: str, values: Sequence[tuple[float, float]]) -> dict[str, float | None]:
+    """Return the share of pairs whose first is smaller, with interval, of those that differ; and the share of ties."""
+    apart = [(a, b) for a, b in values if not math.isclose(a, b, rel_tol=EQUAL, abs_tol=1e-12)]
+    tied = 1.0 - len(apart) / len(values) if values else None
+    if not apart:
+        return {key: None, f"{key} low": None, f"{key} high": None, ties: tied}
+    return {**_interval(key, sum(a < b for a, b in apart), len(apart)), ties: tied}
 
 
 def _interval(key: str, count: int, of: int) -> dict[str, float]:
@@ -80,12 +85,28 @@ def _interval(key: str, count: int, of: int) -> dict[str, float]:
 
 
 def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the order of the first pair that is not equal from most starts, in words."""
-    row = next((row for row in rows if row["equal to 1 %"] < 0.5), None)
-    if row is None:
+    """Return in words whether the order depends on the start.
+
+    It does if a pair of optimizers has both orders; otherwise the one order of the first pair is named. Pairs that are
+    equal from most starts are passed over.
+    """
+    shares = [next(key for key in row if key.startswith("share at")) for row in rows]
+    differing = [
+        (row, key) for row, key in zip(rows, shares) if row["equal to 1 %"] < 0.5 and row[key] is not None
+    ]
+    if not differing:
         return ""
-    key = next(key for key in row if key.startswith("share at"))
+    row, key = next(((r, k) for r, k in differing if 0.0 < r[k] < 1.0), differing[0])
+    untied = round(row["starts"] * (1.0 - row["equal to 1 %"]))
+    label, words = row["gap at equal loss"], row["of the starts"]
+    interval = f"[{row[f'{key} low']:.0%}, {row[f'{key} high']:.0%}]"
+    if 0.0 < row[key] < 1.0:
+        return (
+            f" At equal loss the order depends on the start: {label} from {row[key]:.0%} {interval} of the {untied} "
+            f"starts {words} where the two differ by over 1 %."
+        )
+    label = label if row[key] == 1.0 else " less than ".join(reversed(label.split(" less than ")))
     return (
-        f" At equal loss the order depends on the start: {row['gap at equal loss']} from {row[key]:.0%} "
-        f"[{row[f'{key} low']:.0%}, {row[f'{key} high']:.0%}] of the {row['starts']} starts {row['of the starts']}."
+        f" At equal loss these starts give one order: {label} from all {untied} starts {words} where the two "
+        "differ by over 1 %; another law of starts may give the other."
     )

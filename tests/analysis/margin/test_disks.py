@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from analysis.margin import disks
 from analysis.margin.config import load
 from analysis.margin.net import exact_margin
 from analysis.margin.points import pair
+from analysis.margin.trajectory import MarginRun
 from tests.analysis.margin.toys import I1, I2, A, net, random_net, states
 
 
@@ -71,9 +75,41 @@ def test_runs_differ_in_points_and_weights_and_are_reported_with_their_spread() 
     partner = next(run for run in runs if run.optimizer == "gd, two neurons")
     assert partner.facts["margin_opt"] == wide[0].facts["margin_opt"]
     report = disks.report(config, runs)
-    ok = [run.rows[-1]["share"] for run in wide if run.status == "ok"]
+    shares = [run.rows[-1]["share"] if run.status == "ok" else 0.0 for run in wide]
     last = [row for row in report.table if row["optimizer"] == "gd"][-1]
-    assert last["wide net, attack"] == pytest.approx(np.mean(ok))
-    assert last["wide net, attack sd"] == pytest.approx(np.std(ok, ddof=1))
+    assert last["wide net, attack"] == pytest.approx(np.mean(shares))
+    assert last["wide net, attack sd"] == pytest.approx(np.std(shares, ddof=1))
     (row, _) = report.more["wide_net_less_two_neurons_at_the_end"]
     assert row["by the certificate"] <= row["by the attack"]
+
+
+def test_nets_that_do_not_separate_count_as_zero() -> None:
+    def made(name: str, shares: list[list[float]], statuses: list[str]) -> list[MarginRun]:
+        rows: list[list[Any]] = [
+            [
+                {"t": 10.0**k, "margin": s, "share": s, "share_lower": 0.5 * s, "log_loss": -s}
+                for k, s in enumerate(of_run)
+            ]
+            for of_run in shares
+        ]
+        return [MarginRun(name, n, status, rows=rows[n]) for n, status in enumerate(statuses)]
+
+    # The second net does not separate, the third diverges after its first state: neither makes the mean larger.
+    runs = made("gd", [[0.2, 0.8], [0.0, 0.0], [0.4]], ["ok", "not_separated", "diverged"])
+    runs += made("gd, two neurons", [[0.5, 0.9], [0.5, 0.7], [0.3, -0.2]], ["ok", "ok", "not_separated"])
+    report = disks.report(load(["mode=disks", "runs=3", "steps=10", "optimizer=gd"]), runs)
+    first, last = report.table
+    assert first["wide net, attack"] == pytest.approx(0.6 / 3)
+    assert last["wide net, attack"] == pytest.approx(0.8 / 3)
+    assert last["two neurons"] == pytest.approx(1.6 / 3)
+    assert (last["wide nets that separate"], last["two neurons that separate"]) == (1, 2)
+    assert last["ln loss, wide"] == pytest.approx(-0.4)
+    (row,) = report.more["wide_net_less_two_neurons_at_the_end"]
+    differences = np.array([0.8, 0.0, 0.0]) - np.array([0.9, 0.7, 0.0])
+    expected = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert row["by the attack"] == pytest.approx(differences.mean())
+    assert (row["by the attack low"], row["by the attack high"]) == pytest.approx(
+        (expected.low, expected.high)
+    )
+    assert report.notes == ["3 of 6 nets do not separate their points; their share counts as 0"]
+    assert "1 and 2 of 3 separate" in report.headline

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from torch import nn
 
 from analysis.margin import checkpoints, command, head, mlp, robustness
@@ -133,6 +134,74 @@ def test_paired_differences_are_those_of_the_paired_t_test() -> None:
     assert interval[0] > 0.0
     unpaired = stats.ttest_ind(by_window["a"], by_window["b"]).confidence_interval(0.95)
     assert unpaired.low < 0.0
+
+
+def test_verdicts_on_many_pairs_are_adjusted_by_holms_method() -> None:
+    rng = np.random.default_rng(3)
+    by_window = {
+        name: rng.normal(shift, 1.0, 64).tolist() for name, shift in zip("abcd", (0.0, 0.0, 0.4, 3.0))
+    }
+    rows = head.paired_differences(by_window)
+    oracle = [
+        stats.ttest_rel(by_window[a], by_window[b]).pvalue for a, b in ("ab", "ac", "ad", "bc", "bd", "cd")
+    ]
+    assert [row["p"] for row in rows] == pytest.approx(oracle, rel=1e-9)
+    adjusted = multipletests(oracle, method="holm")[1]
+    assert [row["p_holm"] for row in rows] == pytest.approx(list(adjusted), rel=1e-9)
+    for row in rows:
+        if row["p_holm"] >= 0.05:
+            assert row["verdict"] == "not settled"
+        else:
+            assert row["verdict"] == ("larger" if row["mean signed margin"] > 0.0 else "smaller")
+    # Each p below 0.05 would be a verdict without the adjustment; at least one is none with it.
+    assert any(row["p"] < 0.05 and row["verdict"] == "not settled" for row in rows)
+    assert {row["verdict"] for row in rows} >= {"not settled", "smaller"}
+
+
+def test_one_window_has_no_interval() -> None:
+    (row,) = head.paired_differences({"a": [1.0], "b": [0.5]})
+    assert row["mean signed margin"] == 0.5
+    ends = ("mean signed margin low", "mean signed margin high", "p", "p_holm")
+    assert [row[key] for key in ends] == [None] * 4
+    assert row["verdict"] == "not settled"
+    one = head._with_interval("x", np.array([[1.0, 2.0, 4.0]]))  # pyright: ignore[reportPrivateUsage]
+    assert one == {"x": 2.0, "x low": None, "x high": None}
+    assert head.paired_differences({"a": [1.0, 2.0]}) == []
+
+
+def test_optimizers_are_paired_at_their_last_common_step(
+    tmp_path: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [(step, our_checkpoint(tmp_path / "run", config, step, seed=step)) for step in (5, 20)]
+    steps = [*found, found[0]]
+    genuine = checkpoints.load_checkpoint
+    monkeypatch.setattr(head, "find_checkpoints", lambda *_: steps)
+    seen: list[str] = []
+
+    def labelled(*args: Any) -> checkpoints.LoadedCheckpoint:
+        seen.append("sumo" if len(seen) == 2 else "muon")
+        return genuine(*args)._replace(optimizer=seen[-1])
+
+    monkeypatch.setattr(head, "load_checkpoint", labelled)
+    margin_config = load(["mode=head", "norms=l2"])
+    runs = head.run_head(margin_config, quiet)
+    assert [[row["t"] for row in run.rows] for run in runs] == [[5.0, 20.0], [5.0]]
+    assert [run.facts["paired_at"] for run in runs] == [5.0, 5.0]
+    report = head.report(margin_config, runs)
+    (row,) = report.more["differences_on_the_same_tokens_l2"]
+    # The same weights on the same windows: step 20 against step 5 would differ.
+    assert (row["step"], row["mean signed margin"], row["verdict"]) == (5.0, 0.0, "not settled")
+    assert "pairs of optimizers are compared at step 5" in report.notes[-1]
+    seen.clear()
+    steps[:] = [found[0], found[1], found[1]][::2]
+    monkeypatch.setattr(
+        head,
+        "load_checkpoint",
+        lambda path, step, *rest: genuine(path, step, *rest)._replace(optimizer=str(step)),
+    )
+    apart = head.report(margin_config, head.run_head(margin_config, quiet))
+    assert apart.more == {}
+    assert "no step in common" in apart.notes[-1]
 
 
 def our_checkpoint(folder: Path, config: Any, step: int, seed: int) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.margin.config import load
-from analysis.margin.order import order_over_starts, share
+from analysis.margin.order import order_over_starts, sentence, share
 from analysis.margin.toy import run_toy
 from analysis.margin.trajectory import MarginRun, value_at_loss
 
@@ -87,3 +87,32 @@ def test_intervals_are_exact() -> None:
         for p, ks in ((low, range(65, 101)), (high, range(66)))
     ]
     assert tails == pytest.approx([0.025, 0.025], rel=1e-6)
+
+
+def test_a_law_of_starts_with_one_order_does_not_say_that_the_order_depends(runs: list[MarginRun]) -> None:
+    assert "the order depends on the start: gd less than sign" in sentence(order_over_starts(runs, LEVEL))
+    # Biases of 0 stay 0 under sign descent, so that its gap is the smaller one from every start.
+    rows = order_over_starts(run(["runs=60", "init=he"]), LEVEL)
+    assert rows[0]["share at ln L = -5"] == 0.0
+    said = sentence(rows)
+    assert "depends" not in said
+    assert f"one order: sign less than gd from all {rows[0]['starts']} starts" in said
+    assert sentence([]) == ""
+
+
+def test_ties_are_counted_apart() -> None:
+    def at(optimizer: str, gaps: list[float]) -> list[MarginRun]:
+        return [
+            MarginRun(optimizer, n, "ok", rows=[{"t": t, "log_loss": -t, "gap": gap} for t in (1.0, 9.0)])
+            for n, gap in enumerate(gaps)
+        ]
+
+    # 10 ties, 6 starts of the one order, 4 of the other.
+    mine, theirs = [1.0] * 20, [1.001] * 10 + [1.5] * 6 + [0.5] * 4
+    (row,) = order_over_starts([*at("a", mine), *at("b", theirs)], LEVEL)
+    assert (row["starts"], row["equal to 1 %"]) == (20, 0.5)
+    found = [row[f"share at ln L = -5{end}"] for end in ("", " low", " high")]
+    assert found == pytest.approx(share(6, 10))
+    (row,) = order_over_starts([*at("a", mine), *at("b", mine)], LEVEL)
+    assert (row["share at ln L = -5"], row["equal to 1 %"]) == (None, 1.0)
+    assert sentence([row]) == ""
