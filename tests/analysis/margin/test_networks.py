@@ -137,7 +137,7 @@ def test_paired_differences_are_those_of_the_paired_t_test() -> None:
 
 
 def test_verdicts_on_many_pairs_are_adjusted_by_holms_method() -> None:
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(1)
     by_window = {
         name: rng.normal(shift, 1.0, 64).tolist() for name, shift in zip("abcd", (0.0, 0.0, 0.4, 3.0))
     }
@@ -146,8 +146,8 @@ def test_verdicts_on_many_pairs_are_adjusted_by_holms_method() -> None:
         stats.ttest_rel(by_window[a], by_window[b]).pvalue for a, b in ("ab", "ac", "ad", "bc", "bd", "cd")
     ]
     assert [row["p"] for row in rows] == pytest.approx(oracle, rel=1e-9)
-    adjusted = multipletests(oracle, method="holm")[1]
-    assert [row["p_holm"] for row in rows] == pytest.approx(list(adjusted), rel=1e-9)
+    adjusted = np.asarray(multipletests(oracle, method="holm")[1])
+    assert [row["p_holm"] for row in rows] == pytest.approx(adjusted.tolist(), rel=1e-9)
     for row in rows:
         if row["p_holm"] >= 0.05:
             assert row["verdict"] == "not settled"
