@@ -30,6 +30,7 @@ def test_the_training_images_score_best() -> None:
     assert figures.nn_top5 == 0
     assert figures.ncc_top5 == pytest.approx(1, abs=1e-12)
     # Only the reconstruction is stretched to [0, 1], as published; the truth may not reach both ends.
+    assert figures.ssim_top5_published is not None
     assert figures.ssim_top5_published > 0.98
     assert figures.ssim_top5_mutual == pytest.approx(1, abs=1e-9)
     assert figures.good_published == figures.good_mutual == figures.buddies_published == 10
@@ -147,6 +148,7 @@ def test_a_candidate_serves_one_training_image() -> None:
     blur = target.x.mean(0, keepdim=True) + target.x[:1]
     figures, found = score(target, blur.repeat(20, 1), torch.ones(20, dtype=torch.float64))
     assert int(found.buddies.sum()) <= 1
+    assert figures.good_published is not None
     assert max(figures.good_published, figures.good_mutual, figures.buddies_mutual) <= 1
 
 
@@ -284,7 +286,7 @@ def test_the_difference_of_the_conventions_is_tested_within_sets() -> None:
     found = susceptibility.paired(rows)
     (row,) = (r for r in found if r["contrast"] == "conventions" and r["measure"] == "nn_top5_margin")
     raw, scaled = (values[w, 90] - values[w, 10] for w in ("raw", "margin"))
-    expected = ttest_1samp(raw - scaled, 0)
+    expected: Any = ttest_1samp(raw - scaled, 0)
     interval = expected.confidence_interval(0.95)
     assert row["p"] == pytest.approx(expected.pvalue)
     assert row["difference"] + row["half_width"] == pytest.approx(interval.high)
@@ -295,7 +297,8 @@ def test_the_difference_of_the_conventions_is_tested_within_sets() -> None:
     tested = [r for r in training if r["p"] is not None]
     # Four tests of one contrast, whether or not each can be computed.
     padded = [r["p"] for r in tested] + [1.0] * (4 - len(tested))
-    holm = multipletests(padded, method="holm")[1][: len(tested)]
+    adjusted: Any = multipletests(padded, method="holm")[1]
+    holm = adjusted[: len(tested)]
     assert [r["p_holm"] for r in tested] == [pytest.approx(p) for p in holm]
     # Only one scale of the weights: no such contrast.
     only = susceptibility.paired([r for r in rows if r["kind"] == "heldout" or r["weights"] == "raw"])
