@@ -281,12 +281,7 @@ def power(n: int, difference: float, sd: float, alpha: float = ALPHA) -> float:
         return 0.0
     if sd == 0:
         return 1.0
-    shift = abs(difference) / sd * math.sqrt(n)
-    critical = float(stats.t.ppf(1 - alpha / 2, n - 1))
-    upper = float(stats.nct.sf(critical, n - 1, shift))
-    lower = float(stats.nct.cdf(-critical, n - 1, shift))
-    # scipy's noncentral t gives NaN far in the lower tail, where the probability is nil.
-    return upper + (lower if math.isfinite(lower) else 0.0)
+    return _power_of_t(abs(difference) / sd * math.sqrt(n), n - 1, alpha)
 
 
 def power_of_two_samples(n: int, difference: float, sd: float, alpha: float = ALPHA) -> float:
@@ -302,9 +297,14 @@ def power_of_two_samples(n: int, difference: float, sd: float, alpha: float = AL
         return 0.0
     if sd == 0:
         return 1.0
-    shift, freedom = abs(difference) / sd * math.sqrt(n / 2), 2 * (n - 1)
+    return _power_of_t(abs(difference) / sd * math.sqrt(n / 2), 2 * (n - 1), alpha)
+
+
+def _power_of_t(shift: float, freedom: int, alpha: float) -> float:
+    """Return the power of a two-sided t-test whose statistic is noncentral t with ``shift``."""
     critical = float(stats.t.ppf(1 - alpha / 2, freedom))
     lower = float(stats.nct.cdf(-critical, freedom, shift))
+    # scipy's noncentral t gives NaN far in the lower tail, where the probability is nil.
     return float(stats.nct.sf(critical, freedom, shift)) + (lower if math.isfinite(lower) else 0.0)
 
 

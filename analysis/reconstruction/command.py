@@ -30,17 +30,7 @@ def _precheck(config: ReconstructionConfig) -> None:
     from analysis.reconstruction import samples
 
     if config.checkpoint is None:
-        seed = None if config.mode == "fixture" else config.data_seed
-        samples.load(
-            config.data,
-            config.data_path,
-            config.classes,
-            config.per_class,
-            seed,
-            config.offset,
-            config.dimension,
-            data_sets=config.data_sets,
-        )
+        samples.of_config(config)
 
 
 def _run(config: ReconstructionConfig, *, is_json: bool) -> int:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis.reconstruction.image_files import read
 from harness.errors import InputError
+
+if TYPE_CHECKING:
+    from analysis.reconstruction.config import ReconstructionConfig
 
 HELDOUT_PER_CLASS = 200
 
@@ -43,6 +47,26 @@ class SampleSet:
     def outputs(self) -> int:
         """k, the network's outputs: 1 for ±1 labels, else one per class."""
         return 1 if set(self.names) == {1.0, -1.0} else len(self.names)
+
+
+def of_config(config: ReconstructionConfig, data_set: int = 0) -> SampleSet:
+    """Return one training set of a configuration; the fixture's is the first rows of each class.
+
+    Raises:
+        InputError: see `load`.
+    """
+    seed = None if config.mode == "fixture" else config.data_seed
+    return load(
+        config.data,
+        config.data_path,
+        config.classes,
+        config.per_class,
+        seed,
+        config.offset,
+        config.dimension,
+        data_set,
+        config.data_sets,
+    )
 
 
 def load(

@@ -262,28 +262,14 @@ def load(config: ReconstructionConfig) -> tuple[list[ImageSet], Network | None]:
     """Return the sets of images, and the external network if the configuration names one.
 
     Raises:
-        InputError: see `samples.load` and `external`.
+        InputError: see `samples.of_config` and `external`.
     """
     if config.checkpoint is not None and config.batch is not None:
         network = external.network(config.checkpoint)
         d, k = network.weights[0].shape[1], network.weights[-1].shape[0]
         return [_images(external.samples(config.batch, d, k), 0)], network
-    found = []
-    seed = None if config.mode == "fixture" else config.data_seed
-    for number in range(config.data_sets):
-        dataset = samples.load(
-            config.data,
-            config.data_path,
-            config.classes,
-            config.per_class,
-            seed,
-            config.offset,
-            config.dimension,
-            number,
-            config.data_sets,
-        )
-        found.append(_images(dataset, number))
-    return found, None
+    sets = [_images(samples.of_config(config, number), number) for number in range(config.data_sets)]
+    return sets, None
 
 
 def subjects(

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import formatting
-from analysis.runs.reading import Columns
+from analysis.runs.reading import Columns, to_columns
 from analysis.runs.run import LoadedRun
 from harness.files.bounded import UnreadableFile
 from harness.record.schema import METRICS, STATES
@@ -166,7 +166,7 @@ def _file_notes(keys: Iterable[str], complaints: list[str]) -> list[str]:
 
 def _build_run(key: tuple[str, int], rows: _RunRows, path: Path, where: str, notes: list[str]) -> LoadedRun:
     optimizer, seed = key
-    metrics = _columns(rows.rows)
+    metrics = to_columns(rows.rows)
     facts = {k: v for k, v in rows.facts.items() if k not in (*NAMES, "options")}
     summary = {"optimizer": optimizer, "seed": seed, **_last(metrics), **facts}
     rates = metrics.get("lr")
@@ -196,15 +196,6 @@ def _build_run(key: tuple[str, int], rows: _RunRows, path: Path, where: str, not
         run.notes.append(f"{formatting.plural(rows.repeated, 'step')} logged twice; the later row is used")
     _set_state(run, rows.rows)
     return run
-
-
-def _columns(rows: Mapping[float, Mapping[str, float]]) -> Columns:
-    if not rows:
-        return {}
-    steps = sorted(rows)
-    keys = sorted({key for row in rows.values() for key in row})
-    columns = {key: np.array([rows[step].get(key, math.nan) for step in steps]) for key in keys}
-    return {"step": np.array(steps, float), **columns}
 
 
 def _last(metrics: Columns) -> dict[str, float]:

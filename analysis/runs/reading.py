@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,16 @@ def metrics(path: Path, notes: list[str]) -> Columns:
     if repeated:
         notes.append(f"{repeated} steps were logged twice; the later row is used")
     return _columns([by_step[step] for step in sorted(by_step)], notes)
+
+
+def to_columns(rows: Mapping[float, Mapping[str, float]]) -> Columns:
+    """Return rows by step as columns that rise with the step, NaN where a row lacks a key."""
+    if not rows:
+        return {}
+    steps = sorted(rows)
+    keys = sorted({key for row in rows.values() for key in row})
+    columns = {key: np.array([rows[step].get(key, math.nan) for step in steps]) for key in keys}
+    return {"step": np.array(steps, float), **columns}
 
 
 def _columns(table: Sequence[MetricRow], notes: list[str]) -> Columns:

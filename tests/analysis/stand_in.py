@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
+from harness.config import compose, sources
 from harness.jobs import outcome
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
@@ -53,3 +58,27 @@ class Launcher:
         folder = synthetic.write(run.folder.parent, recipe, run.folder.name)
         status = json.loads((folder / "status.json").read_text())
         (folder / "status.json").write_text(json.dumps({**status, "identity": run.identity}))
+
+
+def parabola(best: Mapping[str, float]) -> Callable[[Prepared], float]:
+    """Return a final loss that is a parabola in the logarithm of the learning rate, lowest at ``best`` of a preset."""
+
+    def loss(run: Prepared) -> float:
+        rate = run.config.optimizer.lr
+        assert rate is not None
+        return 3.0 + 0.2 * math.log2(rate / best[run.config.optimizer.name]) ** 2
+
+    return loss
+
+
+def keep_compositions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge each selection of shipped files once: that is most of what a stand-in's run takes."""
+    known: dict[str, sources.Composed] = {}
+
+    def composed(selections: dict[str, str]) -> sources.Composed:
+        key = repr(selections)
+        if key not in known:
+            known[key] = sources.compose(selections)
+        return copy.deepcopy(known[key])
+
+    monkeypatch.setattr(compose, "compose", composed)

@@ -87,13 +87,3 @@ def read_file(path: Path, name: str, reader: Reader) -> list[LogRun]:
     content = bounded.read_bytes(path, LIMIT)
     provenance = Provenance(path, hashlib.sha256(content).hexdigest(), len(content), name)
     return reader(content.decode("utf-8", "replace"), provenance)
-
-
-def to_columns(rows: Mapping[float, Mapping[str, float]]) -> Columns:
-    """Return rows by step as columns that rise with the step, NaN where a row lacks a key."""
-    if not rows:
-        return {}
-    steps = sorted(rows)
-    keys = sorted({key for row in rows.values() for key in row})
-    columns = {key: np.array([rows[step].get(key, math.nan) for step in steps]) for key in keys}
-    return {"step": np.array(steps, float), **columns}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 
-from analysis.runs.logs.log_run import LogRun, Provenance, to_columns
+from analysis.runs.logs.log_run import LogRun, Provenance
 from analysis.runs.logs.track3 import NUMBER
+from analysis.runs.reading import to_columns
 
 _EVALUATION = re.compile(rf"^Step (\d+) \| Validation bpb: ({NUMBER})(?=\s|$)", re.IGNORECASE)
 _STEP = re.compile(rf"^step (\d+)/(\d+) \([\d.]+%\) \| loss: ({NUMBER}) \|", re.IGNORECASE)

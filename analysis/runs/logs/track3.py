@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 
-from analysis.runs.logs.log_run import LogRun, Provenance, to_columns
+from analysis.runs.logs.log_run import LogRun, Provenance
+from analysis.runs.reading import to_columns
 
 BATCH_TOKENS = 524_288
 """Tokens of a step, 8 × 64 × 1024, which the rules of the benchmark fix."""

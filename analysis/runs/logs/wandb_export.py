@@ -21,8 +21,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from analysis.runs.logs.log_run import LogRun, Provenance, to_columns
+from analysis.runs.logs.log_run import LogRun, Provenance
 from analysis.runs.logs.workload import names_workload
+from analysis.runs.reading import to_columns
 from harness.record.tables import parse_value
 
 SPELLINGS: dict[str, tuple[str, ...]] = {

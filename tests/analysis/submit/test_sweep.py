@@ -4,7 +4,6 @@ real slurmctld: tests/slurm/test_sweeps.py."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shlex
@@ -19,21 +18,15 @@ import pytest
 from analysis.compare import sessions
 from analysis.submit import command
 from analysis.tuning import command as sweep_command
-from harness.config import compose, sources
 from harness.errors import InputError
 from harness.jobs import grid, slurm, submit
 from harness.jobs.submit import SubmitRequest
 from harness.preparation import Prepared
-from tests.analysis.stand_in import SMALL, Launcher
+from tests.analysis.stand_in import SMALL, Launcher, keep_compositions, parabola
 
 BEST = {"adamw": 0.004, "sumo": 0.064}
+TUNABLE = parabola(BEST)
 CLUSTER = ["cluster=local_ci", "cluster.processes=1"]
-
-
-def parabola(run: Prepared) -> float:
-    rate = run.config.optimizer.lr
-    assert rate is not None
-    return 3.0 + 0.2 * math.log2(rate / BEST[run.config.optimizer.name]) ** 2
 
 
 @dataclass
@@ -61,15 +54,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     monkeypatch.setattr(slurm, "submit", made.submit)
     monkeypatch.setattr(slurm, "tasks", made.tasks)
     monkeypatch.setattr(slurm, "require_answer", lambda _: None)
-    known: dict[str, sources.Composed] = {}
-
-    def composed(selections: dict[str, str]) -> sources.Composed:
-        key = repr(selections)
-        if key not in known:
-            known[key] = sources.compose(selections)
-        return copy.deepcopy(known[key])
-
-    monkeypatch.setattr(compose, "compose", composed)
+    keep_compositions(monkeypatch)
     return made
 
 
@@ -87,7 +72,9 @@ def call(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict
 
 
 def train(
-    queued: dict[str, Any], end: Callable[[Prepared], float] = parabola, fate: dict[str, Any] | None = None
+    queued: dict[str, Any],
+    end: Callable[[Prepared], float] = TUNABLE,
+    fate: dict[str, Any] | None = None,
 ) -> None:
     """Do what the array does: train its rows."""
     launcher = Launcher(end=end, fate=fate or {})

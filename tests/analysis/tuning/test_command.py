@@ -4,7 +4,6 @@ Runs are trained by a stand-in for the launcher whose final loss is a parabola i
 all else is real. One test trains real runs, and stops one of them with a signal.
 """
 
-import copy
 import json
 import math
 import os
@@ -21,38 +20,24 @@ from analysis.pages import screenshot
 from analysis.report import command as report_command
 from analysis.runs import tuning_ledger
 from analysis.tuning import command
-from harness.config import compose, derived_defaults, sources
+from harness.config import derived_defaults
 from harness.errors import InputError
 from harness.jobs import launch
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
-from tests.analysis.stand_in import SMALL, Launcher
+from tests.analysis.stand_in import SMALL, Launcher, keep_compositions, parabola
 
 BEST = {"adamw": 0.004, "sumo": 0.064, "muon": 0.02}
 """Learning rate with the lowest loss: AdamW's is the middle of its ladder, SUMO's two steps above it."""
-
-
-def parabola(run: Prepared) -> float:
-    rate = run.config.optimizer.lr
-    assert rate is not None
-    return 3.0 + 0.2 * math.log2(rate / BEST[run.config.optimizer.name]) ** 2
+TUNABLE = parabola(BEST)
 
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
-    fake = Launcher(end=parabola)
+    fake = Launcher(end=TUNABLE)
     monkeypatch.setattr(launch, "start", fake.start)
     monkeypatch.setattr(screenshot, "browser", lambda: None)
-    # The files of a test do not change, and merging them is most of what a stand-in's run takes.
-    known: dict[str, sources.Composed] = {}
-
-    def composed(selections: dict[str, str]) -> sources.Composed:
-        key = repr(selections)
-        if key not in known:
-            known[key] = sources.compose(selections)
-        return copy.deepcopy(known[key])
-
-    monkeypatch.setattr(compose, "compose", composed)
+    keep_compositions(monkeypatch)
     return fake
 
 
