@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -72,16 +73,14 @@ class RankPool:
         self.world_size = world_size
         self._preload, self._grace_s = preload, grace_s
         self._folder, self._start = folder, start
-        self._starts = 0
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
         self._open()
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._starts += 1
-        # A new group must not find the keys of an earlier one.
-        store = self._folder / f"store{self._starts}"
+        # A new group must not find the keys of an earlier one, of this pool or of another in the folder.
+        store = self._folder / f"store-{uuid.uuid4().hex}"
         context = _preloaded(self._preload)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def pool(tmp_path: Path) -> Iterator[RankPool]:
     made = RankPool(2, tmp_path / "pool")
     yield made
     made.close()
+
+
+def test_a_second_pool_in_a_folder_finds_no_keys_of_the_first(tmp_path: Path) -> None:
+    for _ in range(2):
+        with closing(RankPool(2, tmp_path / "pool")) as made:
+            assert made.run(f"{HERE}:share", 5) == [(0, 15.0), (1, 15.0)]
 
 
 def test_answers_come_by_rank_and_an_exception_everywhere_leaves_the_pool_usable(
