@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass, field
 
 from analysis.runs.logs.log_run import LogRun, Provenance
 from analysis.runs.logs.track3 import NUMBER
@@ -23,15 +24,20 @@ _BEGINS = re.compile(r"^(?:Step \d+ \| Validation bpb|step \d+/\d+ \()")
 
 
 def read(text: str, provenance: Provenance) -> list[LogRun]:
-    """Return the run of one log; empty if no line of it is a step or an evaluation."""
-    rows: dict[float, dict[str, float]] = {}
-    planned, batch, notes = math.nan, math.nan, []
+    """Return the runs of one log; empty if no line of it is a step or an evaluation.
+
+    A step 0 after later ones begins another run. Other steps that come again are those of a run that was resumed: the
+    later row counts.
+    """
+    runs: list[_Run] = []
+    batch, notes = math.nan, []
     for number, line in enumerate(text.splitlines(), 1):
         if evaluation := _EVALUATION.match(line):
-            rows.setdefault(float(evaluation[1]), {})["val/bits_per_byte"] = float(evaluation[2])
+            row = _row(runs, float(evaluation[1]), batch, notes)
+            row["val/bits_per_byte"] = float(evaluation[2])
         elif step := _STEP.match(line):
-            planned = float(step[2])
-            row = rows.setdefault(float(step[1]), {})
+            row = _row(runs, float(step[1]), batch, notes)
+            runs[-1].planned = float(step[2])
             row["train/loss"] = float(step[3])
             if seconds := _SECONDS.search(line):
                 row["wall_s"] = 60 * float(seconds[1])
@@ -40,14 +46,47 @@ def read(text: str, provenance: Provenance) -> list[LogRun]:
         elif total := _BATCH.match(line):
             batch = float(total[1].replace(",", ""))
         elif _BEGINS.match(line):
-            notes.append(f"line {number} is not read: {line[:60]!r}")
-    if not rows:
-        return []
-    settings = {"steps_planned": planned}
-    if math.isfinite(batch):
-        settings["batch_tokens"] = batch
-        for step, row in rows.items():
-            row["tokens"] = step * batch
-    bits = [row["val/bits_per_byte"] for _, row in sorted(rows.items()) if "val/bits_per_byte" in row]
-    diverged = bool(bits) and not math.isfinite(bits[-1])
-    return [LogRun(to_columns(rows), provenance, settings, planned, diverged=diverged, notes=tuple(notes))]
+            (runs[-1].notes if runs else notes).append(f"line {number} is not read: {line[:60]!r}")
+    return [run.as_log(provenance) for run in runs]
+
+
+@dataclass
+class _Run:
+    """A run whose lines are being read."""
+
+    batch: float
+    notes: list[str]
+    rows: dict[float, dict[str, float]] = field(default_factory=dict)
+    planned: float = math.nan
+    last: float = -1.0
+
+    def as_log(self, provenance: Provenance) -> LogRun:
+        settings = {"steps_planned": self.planned}
+        if math.isfinite(self.batch):
+            settings["batch_tokens"] = self.batch
+            for step, row in self.rows.items():
+                row["tokens"] = step * self.batch
+        bits = [
+            row["val/bits_per_byte"] for _, row in sorted(self.rows.items()) if "val/bits_per_byte" in row
+        ]
+        return LogRun(
+            to_columns(self.rows),
+            provenance,
+            settings,
+            self.planned,
+            diverged=bool(bits) and not math.isfinite(bits[-1]),
+            notes=tuple(self.notes),
+        )
+
+
+def _row(runs: list[_Run], step: float, batch: float, notes: list[str]) -> dict[str, float]:
+    """Return the row of a step of the run that the log is in."""
+    if not runs or (step == 0 and runs[-1].last > 0):
+        runs.append(_Run(batch, [] if runs else notes))
+    run = runs[-1]
+    if step < run.last:
+        run.notes.append(
+            f"the run goes on from step {step:g} after step {run.last:g}; the later rows are used"
+        )
+    run.last = step
+    return run.rows.setdefault(step, {})

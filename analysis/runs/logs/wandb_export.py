@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from analysis.formatting import plural
 from analysis.runs.logs.log_run import LogRun, Provenance
 from analysis.runs.logs.workload import names_workload
 from analysis.runs.reading import to_columns
@@ -112,10 +113,15 @@ def _rows(history: Any) -> list[Row]:
 
 
 def _with_final(run: LogRun, summary: Row) -> LogRun:
-    """Return the run with the loss of its summary at the summary's step, where the history was thinned out."""
+    """Return the run with the loss of its summary at the summary's step, where the history was thinned out.
+
+    A run whose summary states a loss that is not finite diverged, whatever the history has kept.
+    """
     step = _number(_first(summary, SPELLINGS["step"]))
-    values = {key: _number(_first(summary, SPELLINGS[key])) for key in ("val/loss", "val/bits_per_byte")}
-    values = {key: value for key, value in values.items() if math.isfinite(value)}
+    stated = {key: _first(summary, SPELLINGS[key]) for key in ("val/loss", "val/bits_per_byte")}
+    values = {key: _number(value) for key, value in stated.items() if _is_number(value)}
+    if not all(map(math.isfinite, values.values())):
+        return replace(run, diverged=True)
     if not values or not step >= run.last_step:
         return run
     rows = _by_step(run)
@@ -192,6 +198,7 @@ def _run(
 ) -> LogRun | None:
     by_step: dict[float, dict[str, float]] = {}
     config: dict[str, Any] = {}
+    changed: set[float] = set()
     for row in rows:
         step = _number(_first(row, columns["step"]))
         stated = (key for key in row if key in OPTIMIZERS or key in SEEDS or names_workload(key))
@@ -205,7 +212,15 @@ def _run(
             text = _first(row, kept)
             if key != "step" and text is not None:
                 values[key] = _number(text)
-        by_step.setdefault(step, {}).update(values)
+        known = by_step.setdefault(step, {})
+        if any(known.get(key, values[key]) != values[key] for key in values.keys() & LOSSES):
+            changed.add(step)
+        known.update(values)
+    if changed:
+        notes = (
+            *notes,
+            f"{plural(len(changed), 'step')} logged twice with another loss; the later row is used",
+        )
     if not any(key in row for row in by_step.values() for key in LOSSES):
         return None
     optimizer = _first(config, OPTIMIZERS)
@@ -253,9 +268,14 @@ def _first(row: Row, keys: Iterable[str]) -> Any:
     return next((row[key] for key in keys if row.get(key) not in (None, "")), None)
 
 
-def _number(value: Any) -> float:
+def _is_number(value: Any) -> bool:
+    """Return True for numbers and their texts, NaN and infinities included."""
     parsed = parse_value(value) if isinstance(value, str) else value
-    return float(parsed) if isinstance(parsed, int | float) and not isinstance(parsed, bool) else math.nan
+    return isinstance(parsed, int | float) and not isinstance(parsed, bool)
+
+
+def _number(value: Any) -> float:
+    return float(parse_value(value) if isinstance(value, str) else value) if _is_number(value) else math.nan
 
 
 def _seed(value: Any) -> int | None:

@@ -47,6 +47,22 @@ def test_a_nanochat_log_that_breaks_off(tmp_path: Path) -> None:
     assert (run.state, run.reason) == ("interrupted", "the log ends at step 1 of 21400")
 
 
+def test_a_nanochat_file_of_two_runs_and_one_of_a_resumed_run(tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "both.log").write_text(NANOCHAT + NANOCHAT.replace("0.8142", "0.9"))
+    findings: list[loading.LogFinding] = []
+    runs = loading.load(tmp_path / "two", "nanochat", [], findings, every_run=True)
+    assert [run.final(run.measure) for run in runs] == [0.8142, 0.9]
+    assert [finding.code for finding in findings] == ["several_runs"]
+
+    again = NANOCHAT.splitlines(keepends=True)[-2:]
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / "one.log").write_text(NANOCHAT + again[0] + again[1].replace("0.8142", "0.8"))
+    (run,) = load(tmp_path / "resumed", "nanochat")
+    assert run.final(run.measure) == 0.8
+    assert any("goes on from step 1 after step 21400" in note for note in run.notes)
+
+
 HISTORY = """\
 _step,iter,_runtime,train/loss,val/loss,final-val/loss,tokens,lr
 0,0,1.5,10.9,10.9,,0,0.0
@@ -94,6 +110,33 @@ def test_history_and_config_as_json(tmp_path: Path) -> None:
     )
     assert finished.summary["settings"]["optimizer.learning_rate"] == 0.004
     assert any("not from eval/loss" in note for note in finished.notes)
+
+
+@pytest.mark.parametrize(("last", "state"), [("NaN", "diverged"), (3.3, "finished"), ("n/a", "finished")])
+def test_the_loss_of_a_summary_counts_where_the_history_was_thinned_out(
+    last: str | float, state: str, tmp_path: Path
+) -> None:
+    """The control: a text that is no number says nothing."""
+    run = {
+        "config": {"optimizer": "muon", "num_train_steps": 500},
+        "history": [{"_step": 0, "val/loss": 9.0}, {"_step": 500, "val/loss": 3.4}],
+        "summary": {"_step": 500, "val/loss": last},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (loaded,) = load(tmp_path, "wandb")
+    assert loaded.state == state
+    if state == "finished":
+        assert loaded.final_loss == (3.4 if last == "n/a" else last)
+
+
+def test_a_step_that_is_logged_twice_with_another_loss_is_named(tmp_path: Path) -> None:
+    lines = ["step,val_loss", "0,9.0", "100,3.4", "0,9.1", "100,3.2"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    (run,) = load(tmp_path, "wandb")
+    assert any("2 steps logged twice with another loss" in note for note in run.notes)
+    (tmp_path / "rows.csv").write_text("\n".join([*lines[:3], *lines[1:3]]))
+    (run,) = load(tmp_path, "wandb")
+    assert not any("logged twice" in note for note in run.notes)
 
 
 def test_seeds_that_an_export_states_pair(tmp_path: Path) -> None:
