@@ -35,8 +35,9 @@ def test_trials_that_were_pushed_aside_then_the_comparison_and_its_report(lab: L
         "lr=0.001,0.004",
         "galore.rank=4",
     ]
+    # So many steps that the first trial still trains when the more important job comes.
     words += lab.words(
-        f"runs_dir={tmp_path}", "steps=60", "eval.every=null", "moments.every=null", "engine.threads=1"
+        f"runs_dir={tmp_path}", "steps=400", "eval.every=null", "moments.every=null", "engine.threads=1"
     )
     words += ["cluster.processes=1", "cluster.cpus=1", "cluster.throttle=2"]
     queued = lab.submit(*words)
