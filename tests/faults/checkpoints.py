@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,35 @@ def wait_for_step(run: Path, step: int, said: Path | None = None) -> None:
         step: steps done.
         said: file of its output, for the message where it does not.
     """
-    until = time.monotonic() + 90
-    while time.monotonic() < until:
-        try:
-            if status(run)["step"] >= step:
-                return
-        except (OSError, ValueError):
-            pass  # not there yet
-        time.sleep(0.01)
-    text = said.read_text()[-2000:] if said is not None and said.exists() else ""
-    raise AssertionError(f"the run did not get to step {step}: {text}")
+    _wait(lambda: status(run)["step"] >= step, f"get to step {step}", said)
+
+
+def wait_for_checkpoint(run: Path, step: int, said: Path | None = None) -> None:
+    """Until a checkpoint of that step or a later one has its name.
+
+    A step that is done says nothing of this: a checkpoint is written while training goes on, and what is in the middle
+    of it when a run fails or is killed is discarded.
+
+    Args:
+        run: its folder.
+        step: of the checkpoint.
+        said: file of its output, for the message where it does not.
+    """
+    _wait(lambda: max(Store(run).steps(), default=0) >= step, f"have a checkpoint of step {step}", said)
 
 
 def status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
+
+
+def _wait(reached: Callable[[], bool], what: str, said: Path | None) -> None:
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        try:
+            if reached():
+                return
+        except (OSError, ValueError):
+            pass  # its files are not there yet
+        time.sleep(0.01)
+    text = said.read_text()[-2000:] if said is not None and said.exists() else ""
+    raise AssertionError(f"the run did not {what}: {text}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.preparation import prepare
-from tests.faults.checkpoints import assert_same, assert_whole, status, wait_for_step
+from tests.faults.checkpoints import assert_same, assert_whole, status, wait_for_checkpoint, wait_for_step
 from tests.faults.forked import Training, trained
 from tests.harness.running import small
 
@@ -89,7 +89,7 @@ def test_older_checkpoints_outlive_a_disk_that_fills_up(corpus: Path, tmp_path: 
     words = small(corpus, tmp_path, *ENDLESS, "checkpoint.every=4", "checkpoint.keep=1")
     run = tmp_path / "default" / "run"
     first = Training(words, 1, tmp_path / "first.txt")
-    wait_for_step(run, 12, first.output)
+    wait_for_checkpoint(run, 8, first.output)
     first.kill(signal.SIGKILL)
     first.wait()
     before = assert_whole(run)
@@ -121,7 +121,7 @@ def test_a_corpus_that_is_cut_short_stops_the_run_and_says_which(corpus: Path, t
     assert trained([*words[:-2], "name=whole", words[-1]], 1, tmp_path / "whole.txt") == [0]
     training = Training(words, 1, tmp_path / "said.txt")
     run = tmp_path / "default" / "run"
-    wait_for_step(run, 5, training.output)
+    wait_for_checkpoint(run, 3, training.output)
     (tokens,) = cache.glob("*/tokens.bin")
     shutil.copy(tokens, tmp_path / "kept")
     os.truncate(tokens, tokens.stat().st_size // 2)
@@ -151,7 +151,7 @@ def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(
     )
     training = Training(words, 2, tmp_path / "said.txt")
     run = tmp_path / "default" / "run"
-    wait_for_step(run, 5, training.output)
+    wait_for_checkpoint(run, 3, training.output)
     begin = time.monotonic()
     training.kill(signal.SIGSTOP, ranks=[1])
     training.processes[0].join(30)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.checkpoints import assert_same, assert_whole, status, wait_for_step
+from tests.faults.checkpoints import assert_same, assert_whole, status, wait_for_checkpoint, wait_for_step
 from tests.faults.forked import Training, import_once, trained
 from tests.harness.running import small
 
@@ -81,7 +81,7 @@ def test_a_second_signal_ends_a_run_that_hangs_and_harms_no_checkpoint(corpus: P
     command = [sys.executable, "-m", "harness.cli", "train", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = tmp_path / "default" / "run"
-    wait_for_step(run, 6)
+    wait_for_checkpoint(run, 4)
     (stuck,) = [
         p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "optbench-rank1"
     ]
