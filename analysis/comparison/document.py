@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.comparison import profiles, results_table, track3
+from analysis.comparison import memorization, profiles, results_table, track3
 from analysis.comparison.results_table import ResultsRow, ResultsTable
 from analysis.comparison.sets import ComparisonSet, group_into_sets
 from analysis.comparison.statistics import RESOLUTION
@@ -109,7 +109,9 @@ def judge_folder(folder: str | Path, *, public: bool = False, log_format: str | 
         provenance = {place: redact_paths(record) for place, record in provenance.items()}
         remarks = redact_paths(remarks)
     order = list(dict.fromkeys(name for record in provenance.values() for name in record["optimizers"]))
-    sets = [_judge_set(comparison, provenance) for comparison in group_into_sets(runs, order)]
+    found = group_into_sets(runs, order)
+    memorization.attach(found, places, remarks)
+    sets = [_judge_set(comparison, provenance) for comparison in found]
     return Document(root, runs, sets, remarks, findings, log_format)
 
 
@@ -204,6 +206,7 @@ def _set(judged: JudgedSet) -> dict[str, Any]:
                 if comparison.key == "log:track3"
                 else {}
             ),
+            "memorization": None if comparison.memorization is None else comparison.memorization.model_dump(),
             "table": {
                 "columns": [asdict(column) for column in judged.table.columns],
                 "rows": [_row(row) for row in judged.table.rows],

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from analysis import formatting
+from analysis.comparison import memorization
 from analysis.comparison.examples import ExampleResults
+from analysis.comparison.memorization import SetMemorization
 from analysis.comparison.sets import Arm, ComparisonSet
 from analysis.comparison.warnings import lr_standing
 from analysis.runs.measure import FRACTION, Measure, loss_beside
@@ -174,6 +176,30 @@ def columns_of(measure: Measure) -> list[ResultsColumn]:
     ]
 
 
+def _memorization_column(found: SetMemorization) -> ResultsColumn:
+    """Return the column of what models of equal validation loss memorized."""
+    at = f"at val loss {formatting.loss(found.val_loss)}"
+    shared = "at one validation loss for all, mean over seeds ± 95 % (optbench memorize)"
+    if found.copies is None:
+        meaning = f"how well its loss tells a training row, {shared}; its level of chance is in memorize.md"
+        return ResultsColumn("memorization", "membership AUC", at, meaning, _COST)
+    times = "once" if found.copies == 1 else f"{found.copies} times"
+    meaning = (
+        f"exposure of random secrets that training text holds {times}, {shared}; 1.4 bits: chance; 7: most"
+    )
+    return ResultsColumn("memorization", f"exposure ×{found.copies}", f"bits {at}", meaning, _COST)
+
+
+def _memorization_cell(found: SetMemorization, label: str) -> ResultsCell:
+    of_arm = found.means.get(label)
+    if of_arm is None or of_arm.mean is None:
+        return _number_cell(math.nan)
+    half = math.nan if of_arm.high is None else of_arm.high - of_arm.mean
+    text = formatting.significant(of_arm.mean)
+    text += f" ± {formatting.significant(half, 2)}" if math.isfinite(half) else ""
+    return ResultsCell(text, of_arm.mean)
+
+
 def build(comparison: ComparisonSet) -> ResultsTable:
     """Build the table of one set: a row per arm, best mean first, and a row per unfinished run.
 
@@ -185,6 +211,12 @@ def build(comparison: ComparisonSet) -> ResultsTable:
     rows_of = {
         index: {**_arm(comparison, comparison.arms[index]), **_result(comparison, index)} for index in order
     }
+    memorized = comparison.memorization
+    if memorized is not None:
+        # Before the certificate, next to speed and memory.
+        columns = [*columns[:-1], _memorization_column(memorized), columns[-1]]
+        for index, cells in rows_of.items():
+            cells["memorization"] = _memorization_cell(memorized, comparison.arms[index].label)
     rows = []
     for index, cells in rows_of.items():
         arm = comparison.arms[index]
@@ -201,6 +233,12 @@ def build(comparison: ComparisonSet) -> ResultsTable:
         notes.append(_worth(comparison.examples, measure))
     if math.isfinite(comparison.entropy):
         notes.append(f"unigram entropy of the corpus: {formatting.loss(comparison.entropy)} nats/token")
+    if memorized is not None and memorized.unmeasured:
+        which = formatting.listing(memorized.unmeasured)
+        notes.append(
+            f"memorization of {which} is not shown: {memorization.FILE} is of older runs; "
+            "optbench memorize measures these"
+        )
     sources: dict[str, list[str]] = {}
     for index in order:
         if (source := rows_of[index]["lr_source"].text) not in ("given", formatting.MISSING):

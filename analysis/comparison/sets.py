@@ -20,6 +20,7 @@ from analysis.runs.run import LoadedRun
 from harness.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
+    from analysis.comparison.memorization import SetMemorization
     from analysis.runs.tuning_ledger import TunedArm
 
 
@@ -87,6 +88,8 @@ class ComparisonSet:
     """Kind of memory that optimizers are compared by: training's peak, or the whole run's where a run lacks that."""
     target: float = math.nan
     """Worst mean result among the arms that learned something; NaN without a finished arm."""
+    memorization: SetMemorization | None = None
+    """What `optbench memorize` found about these runs (`memorization.attach`); None where it was not run."""
     replaced: list[str] = field(default_factory=list)
     """One line for each run that is not used because another one has the same arm and seed."""
 

@@ -21,7 +21,7 @@ from analysis.margin.checkpoints import (
 from analysis.margin.config import MarginConfig
 from analysis.margin.outputs import OBSERVED, MarginReport
 from analysis.margin.plots import NORM_SYMBOLS, curves, step, step_axes
-from analysis.margin.robustness import embedding_radii, head_margins, windows
+from analysis.margin.robustness import embedding_radii, head_margins, median_over_windows, windows
 from analysis.margin.trajectory import MarginRun, TrajectoryRow
 from analysis.pages.figures import Plot, figure
 from harness.errors import InputError
@@ -30,8 +30,6 @@ from optimizers.linalg.robust import full_precision
 
 WINDOW, WINDOWS = 32, 64
 """Tokens of a window, and how many are attacked. Intervals are over windows, whose tokens depend on each other."""
-RESAMPLED = 2000
-"""Bootstrap samples of an interval."""
 QUESTION = "How far must a feature or an input move before the language model predicts another token?"
 
 Say = Callable[[str], None]
@@ -105,12 +103,9 @@ def measure(loaded: LoadedCheckpoint, config: MarginConfig) -> tuple[TrajectoryR
 
 def _with_interval(key: str, values: np.ndarray) -> dict[str, float | None]:
     """Return the median over (windows, tokens) and its 95 % bootstrap interval over windows; None below two windows."""
-    if len(values) < 2:
-        return {key: float(np.nanmedian(values)), f"{key} low": None, f"{key} high": None}
-    rng = np.random.default_rng(0)
-    medians = [np.nanmedian(values[rng.integers(0, len(values), len(values))]) for _ in range(RESAMPLED)]
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return {key: float(np.nanmedian(values)), f"{key} low": float(low), f"{key} high": float(high)}
+    found = median_over_windows(values)
+    low, high = (None if math.isnan(end) else end for end in (found.low, found.high))
+    return {key: found.median, f"{key} low": low, f"{key} high": high}
 
 
 def paired_differences(by_window: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:

@@ -14,9 +14,11 @@ the same tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from analysis.margin.input_margins import Effort, attack
@@ -28,6 +30,27 @@ EFFORT = Effort(deepfool_steps=6, rounds=3, pgd_steps=8, segment=14)
 """Of the embedding attack: each of its evaluations is a pass through the model."""
 AT_ONCE = 256
 """Tokens whose distances to all classes are computed at once."""
+RESAMPLED = 2000
+"""Bootstrap samples of an interval."""
+
+
+class MedianInterval(NamedTuple):
+    """A median and its 95 % interval; NaN ends for fewer than two windows."""
+
+    median: float
+    low: float
+    high: float
+
+
+def median_over_windows(values: NDArray[np.floating]) -> MedianInterval:
+    """Return the median over (windows, tokens), NaN left out, and its bootstrap interval over windows."""
+    median = float(np.nanmedian(values))
+    if len(values) < 2:
+        return MedianInterval(median, np.nan, np.nan)
+    rng = np.random.default_rng(0)
+    medians = [np.nanmedian(values[rng.integers(0, len(values), len(values))]) for _ in range(RESAMPLED)]
+    low, high = np.quantile(medians, (0.025, 0.975))
+    return MedianInterval(median, float(low), float(high))
 
 
 def windows(ids: Tensor, length: int, most: int) -> Tensor:

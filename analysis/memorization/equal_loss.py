@@ -86,7 +86,16 @@ def measures(results: Sequence[Result]) -> list[MemorizationMeasure]:
     found.append(
         MemorizationMeasure("extraction", title, lambda r: r["extraction"]["difference"]["tokens_right"])
     )
+    for key, title in (
+        ("head_margin", "signed head margin (of the feature's norm)"),
+        ("embedding_radius", "embedding radius, upper bound (of an embedding's norm)"),
+    ):
+        found.append(MemorizationMeasure(key, title, _robustness(key)))
     return found
+
+
+def _robustness(key: str) -> Callable[[Result], float]:
+    return lambda result: result["robustness"][key]["median"]
 
 
 def _exposure(copies: int) -> Callable[[Result], float]:

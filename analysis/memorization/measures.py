@@ -17,7 +17,7 @@ from torch import nn
 
 from analysis.comparison.statistics import interval
 from analysis.formatting import to_jsonable
-from analysis.memorization import chance, exposure, extraction, membership
+from analysis.memorization import chance, exposure, extraction, membership, robustness
 from analysis.memorization.config import MemorizeConfig
 from analysis.memorization.membership import Separation
 from analysis.memorization.runs import MeasuredRun
@@ -29,7 +29,7 @@ from harness.files import atomic
 
 Floats = NDArray[np.float64]
 Result = dict[str, Any]
-VERSION = 2
+VERSION = 3
 """Raised when the same checkpoint would give other numbers: kept results of another version are measured again."""
 FEWEST_HELD_OUT = 32
 """Controls, of which a check in either direction is possible: the mean of eight can hardly be too low."""
@@ -125,6 +125,7 @@ class Measurer:
             **self._canaries(model),
             "extraction": self._extraction(model, training),
             "membership": self._membership(seen, unseen, training),
+            "robustness": robustness.describe(model, self._validation),
         }
 
     def _canaries(self, model: nn.Module) -> Result:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from analysis import formatting
+from analysis.comparison.memorization import FILE
 from analysis.comparison.sets import ComparisonSet
 from analysis.formatting import listing, p_value, plural, significant, to_jsonable
 from analysis.memorization import equal_loss, exposure, plots
@@ -33,6 +34,7 @@ class Memorization:
 
     Attributes:
         title: model, budget and data of the runs.
+        key: that all runs share (`ComparisonSet.key`).
         config: the keys.
         results: one per checkpoint.
         comparison: as `equal_loss.compare`.
@@ -43,6 +45,7 @@ class Memorization:
     """
 
     title: str
+    key: str
     config: MemorizeConfig
     results: Rows
     comparison: Rows
@@ -63,6 +66,7 @@ def judge(runs: ComparisonSet, config: MemorizeConfig, view: CorpusView, results
     levels = [entry["val_loss"] for entry in comparison]
     return Memorization(
         title=runs.title,
+        key=runs.key,
         config=config,
         results=results,
         comparison=comparison,
@@ -259,10 +263,13 @@ def _last_checkpoints(results: Rows) -> TextTable:
         "tokens right, train",
         "validation",
         "whole rows, train",
+        "signed head margin",
+        "embedding radius",
+        "validation tokens right, where these were measured",
     ]
     rows = []
     for (name, seed), r in last.items():
-        found, member = r["extraction"], r["membership"]
+        found, member, robust = r["extraction"], r["membership"], r["robustness"]
         rows.append(
             [
                 f"{name}, seed {seed}",
@@ -279,6 +286,11 @@ def _last_checkpoints(results: Rows) -> TextTable:
                 f"{found['train']['tokens_right']:.3f}",
                 f"{found['validation']['tokens_right']:.3f}",
                 f"{found['train']['whole']:.3f}",
+                *(
+                    _with_interval({**robust[key], "mean": robust[key]["median"]})
+                    for key in ("head_margin", "embedding_radius")
+                ),
+                f"{robust['tokens_right']:.3f}",
             ]
         )
     caption = (
@@ -289,12 +301,16 @@ def _last_checkpoints(results: Rows) -> TextTable:
 
 
 def document(job: Memorization) -> dict[str, Any]:
-    """Return the JSON document: `{"runs": […], "comparison": […], "dose", "costs", "checks", "notes"}`."""
+    """Return the JSON document: `{"runs": […], "comparison": […], "dose", "costs", "checks", "notes"}`.
+
+    `analysis.comparison.memorization` reads "comparison_key", "comparison" and "costs".
+    """
     return to_jsonable(
         {
             "question": QUESTION,
             "answer": headline(job),
             "rests_on": scope(job),
+            "comparison_key": job.key,
             "runs": list(job.results),
             "comparison": list(job.comparison),
             "dose": list(job.dose),
@@ -335,7 +351,7 @@ def write(job: Memorization, folder: Path) -> list[Path]:
     """Write memorize.json, memorize.md and memorize.html; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {"json": json_document(**document(job)), "md": markdown(job), "html": page(job)}
-    paths = [folder / f"memorize.{kind}" for kind in contents]
+    paths = [folder / Path(FILE).with_suffix(f".{kind}") for kind in contents]
     for path, content in zip(paths, contents.values()):
         atomic.write_text(path, content)
     return paths

@@ -36,6 +36,7 @@ def result(
         "canaries": canaries,
         "membership": {"auc": 0.5, "min_k": {"auc": 0.5}},
         "extraction": {"difference": {"tokens_right": 0.0}},
+        "robustness": {"head_margin": {"median": bits / 10}, "embedding_radius": {"median": bits / 20}},
     }
 
 

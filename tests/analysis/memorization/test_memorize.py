@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.comparison.document import judge_folder
 from analysis.memorization import exposure, measures, outputs, runs, windows
 from analysis.memorization.config import MemorizeConfig
 from harness import export
@@ -77,6 +78,8 @@ def test_a_trained_model_exposes_what_it_saw_often(document: dict[str, Any], run
     losses = [float(model(row[None], labels=row[None]).loss.detach()) for row in rows]
     assert last["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert last["membership"]["others"] == len(rows)
+    assert last["robustness"]["embedding_radius"]["low"] > 0.0
+    assert {"head_margin", "embedding_radius"} <= {entry["measure"] for entry in document["comparison"]}
     assert (run.group / "memorize.html").stat().st_size < 1_500_000
     assert "Does the optimizer change" in (run.group / "memorize.md").read_text()
 
@@ -99,6 +102,10 @@ def test_results_are_kept_and_json_is_the_contract(
     assert {"auc", "low", "high"} <= set(printed["runs"][0]["membership"])
     assert printed["comparison"]
     assert printed["costs"][0]["tokens_per_s"] > 0
+    # The report of the same runs shows it.
+    (judged,) = judge_folder(run.group).sets
+    (exposed,) = [e["optimizers"][0]["mean"] for e in printed["comparison"] if e["measure"] == "exposure_1"]
+    assert judged.table.rows[0].cells["memorization"].value == exposed
     assert printed["costs"][0]["final_val_loss"] == pytest.approx(printed["runs"][-1]["val_loss"], rel=0.01)
 
 
@@ -265,7 +272,7 @@ def test_one_seed_is_not_tested() -> None:
         entry = {"val_loss": 4.0, "title": "exposure", "pairs": pairs}
         fields = {"results": [], "dose": [], "costs": [], "checks": [], "notes": []}
         return outputs.headline(
-            outputs.Memorization(title="t", config=MemorizeConfig(), comparison=[entry], **fields)
+            outputs.Memorization(title="t", key="k", config=MemorizeConfig(), comparison=[entry], **fields)
         )
 
     assert headline(None, None) == "Not tested: one seed."
