@@ -6,8 +6,10 @@ TORCH_INDEX ?=
 GPU_CHECK ?=
 AUDIT ?=
 TRACK3 ?=
+STUDIES ?=
+MINUTES ?=
 
-.PHONY: help setup quickstart check product-lint unit test test-full test-gpu gpu-check docs results docs-check lint format bench certify audit faults study reconstruct memorization lock sbom vulnerabilities clean
+.PHONY: help setup quickstart check product-lint unit test test-full test-gpu gpu-check docs results docs-check lint format bench certify audit faults study studies reconstruct memorization lock sbom vulnerabilities clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -68,8 +70,8 @@ gpu-check: setup ## prove on one GPU what CPUs cannot, in 12 minutes at most; re
 docs: $(DOCS)/.installed ## build the documentation and the API reference into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
-results: setup ## compute docs/RESULTS.md from docs/results/; TRACK3=FOLDER first reads the logs of track 3 there
-	$(BIN)/python -m analysis.results $(if $(TRACK3),--track3 $(TRACK3))
+results: setup ## compute docs/RESULTS.md from docs/results/; STUDIES=FOLDER first reads our run folders there, TRACK3=FOLDER the logs of track 3
+	$(BIN)/python -m analysis.results $(if $(STUDIES),--studies $(STUDIES)) $(if $(TRACK3),--track3 $(TRACK3))
 
 docs-check: setup ## test the commands, links, examples and pictures of the documentation
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_notebook.py tests/optimizers/test_use_elsewhere.py
@@ -108,6 +110,10 @@ audit: setup ## audit every optimizer of torch, pytorch_optimizer and others on 
 
 study: setup ## tune the quickstart's four optimizers with equal budgets, then compare on fresh seeds (32 to 40 runs)
 	$(BIN)/optbench sweep study=quickstart group=study
+
+studies: setup ## run the studies of docs/RESULTS.md (4 to 5 hours on 2 cores; MINUTES=60 stops after an hour; goes on where it ended), then the page
+	$(BIN)/python -m analysis.results.studies --runs $(or $(STUDIES),runs/studies) $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m analysis.results --studies $(or $(STUDIES),runs/studies)
 
 reconstruct: setup ## reconstruct training images from weights: 18 victims' checkpoints, 81 attacks (5 to 10 minutes)
 	$(BIN)/optbench reconstruct mode=fixture out=runs/reconstruction/fixture

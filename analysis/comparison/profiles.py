@@ -10,7 +10,7 @@ submissions: adding one changes every score, and few workloads say little, whate
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,11 +71,18 @@ def scores(ratios: ArrayLike, max_ratio: float = MAX_RATIO) -> Floats:
     return ((max_ratio - clipped) / (max_ratio - 1)).mean(axis=1)
 
 
-def compare_sets(sets: Sequence[ComparisonSet], axis: str = "steps") -> Profiles | None:
+def compare_sets(
+    sets: Sequence[ComparisonSet], axis: str = "steps", only: Collection[str] | None = None
+) -> Profiles | None:
     """Take each set as a workload and each optimizer as a submission, at its best arm of a set.
 
     The target of a workload is `ComparisonSet.target`, the worst mean of its arms; an arm reaches it where its mean
     curve does, as in the table of the report.
+
+    Args:
+        sets: the workloads.
+        axis: ``steps`` or ``seconds``.
+        only: optimizers to compare; None: all.
 
     Returns:
         None with fewer than two sets or two optimizers.
@@ -83,7 +90,7 @@ def compare_sets(sets: Sequence[ComparisonSet], axis: str = "steps") -> Profiles
     times: dict[str, dict[int, float]] = {}
     for index, comparison in enumerate(sets):
         for arm in comparison.arms:
-            if arm.curve is not None:
+            if arm.curve is not None and (only is None or arm.optimizer in only):
                 reached = arm.curve.first_reaching(comparison.target, axis, comparison.measure.sign)
                 best = times.setdefault(arm.optimizer, {})
                 best[index] = min(best.get(index, math.inf), reached if reached > 0 else math.inf)

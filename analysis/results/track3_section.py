@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from scipy import stats
 
 from analysis.comparison import seed_noise, statistics, track3
 from analysis.comparison.seed_noise import SeedSpread
 from analysis.results import track3_summary
+from analysis.results.markdown import render as render_template
+from analysis.results.markdown import table
 from analysis.results.prediction import Correlation, rank_correlation, within_arms
 
 Floats = NDArray[np.float64]
@@ -30,14 +31,7 @@ def render(summary: Mapping[str, Any]) -> str:
     alike = [arm for arm in arms if arm["arm"] not in wide]
     noise = seed_noise.pooled([samples[arm["arm"]] for arm in alike])
     equal_p = seed_noise.equal_spreads([samples[arm["arm"]] for arm in alike])
-    environment = Environment(
-        loader=PackageLoader("analysis.results"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown of numbers and of names of folders
-    )
-    return environment.get_template("track3.md.j2").render(
+    values = dict(
         {key: summary[key] for key in ("source", "model", "runs", "copies", "folders")},
         files=len(summary["files"]),
         used=sum(len(arm["runs"]) for arm in arms),
@@ -60,6 +54,7 @@ def render(summary: Mapping[str, Any]) -> str:
         findings=_findings(summary),
         submissions=_submissions(arms),
     )
+    return render_template("track3.md.j2", values)
 
 
 def _noise(arms: Arms, shares: Sequence[float], end: SeedSpread) -> str:
@@ -68,14 +63,14 @@ def _noise(arms: Arms, shares: Sequence[float], end: SeedSpread) -> str:
         samples = [_known(_values(arm, "at_share", i)) for arm in arms]
         rows.append((f"{share:.0%} of the run", seed_noise.pooled(samples)))
     rows.append(("the end", end))
-    return _table(
+    return table(
         ("at", "degrees of freedom", "deviation", "95 % interval"),
         [(name, str(at.freedom), f"{at.sd:.5f}", f"{at.low:.5f} to {at.high:.5f}") for name, at in rows],
     )
 
 
 def _needed(noise: SeedSpread) -> str:
-    return _table(
+    return table(
         (
             "difference (nats/token)",
             "runs of each arm",
@@ -104,7 +99,7 @@ def _prediction(arms: Arms, shares: Sequence[float], steps: Sequence[int]) -> st
     ends, reached = _means(arms, "final"), _means(arms, "reaches_target")
     by_share = [rank_correlation(_means(arms, "at_share", i), ends) for i in range(len(shares))]
     by_step = [rank_correlation(_means(arms, "at_step", i), reached) for i in range(len(steps))]
-    return _table(
+    return table(
         ("figure in progress", "figure predicted", "rank correlation"),
         [
             *(
@@ -129,7 +124,7 @@ def _within(alike: Arms, arms: Arms, shares: Sequence[float]) -> str:
     heads = ("figure of a run", "correlation with its final loss", "with the arms that are left out")
     rows = [(f"loss at {share:.0%}", shown(alike, i), shown(arms, i)) for i, share in enumerate(shares)]
     columns = 2 if len(alike) == len(arms) else 3
-    return _table(heads[:columns], [row[:columns] for row in rows])
+    return table(heads[:columns], [row[:columns] for row in rows])
 
 
 def _findings(summary: Mapping[str, Any]) -> str:
@@ -149,7 +144,7 @@ def _submissions(arms: Arms) -> str:
         margin += "" if rule.passed else f" (fails{f', {rule.diverged} diverged' if rule.diverged else ''})"
         step = "–" if arm["first_passing_step"] is None else f"{arm['first_passing_step']:,}"
         rows.append((arm["arm"], str(len(arm["runs"])), f"{arm['last_step']:,}", mean, *spread, margin, step))
-    return _table(
+    return table(
         ("arm", "runs", "last step", "mean", "±", "deviation", "margin at the end", "first step"), rows
     )
 
@@ -181,8 +176,3 @@ def _count(n: int | None) -> str:
 
 def _p(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
