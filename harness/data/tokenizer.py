@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -78,6 +79,9 @@ class Encoder:
         if not self.appends_eos:
             self._suffix.append(self.eos_id)
         self.prefix_length = len(self._prefix)
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        alternatives = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True) if token)
+        self._spelled = re.compile(alternatives) if alternatives else None
 
     def encode(self, documents: list[list[str]]) -> list[NDArray[np.int64]]:
         """Return the token ids of documents, each given in pieces, with the tokenizer's special tokens and
@@ -97,10 +101,26 @@ class Encoder:
         """Return the ids that the tokenizer puts before a text: 1-D int64."""
         return np.array(self._prefix, dtype=np.int64)
 
-    def encode_bare(self, texts: list[str]) -> list[NDArray[np.int64]]:
-        """Return the token ids of texts without special tokens: 1-D int64 arrays."""
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    def encode_bare(self, texts: list[str], *, spelled: bool = False) -> list[NDArray[np.int64]]:
+        """Return the token ids of texts with nothing put around them: 1-D int64 arrays.
+
+        Args:
+            spelled: a special token that a text spells is that token; otherwise it is text.
+        """
+        self.tokenizer.encode_special_tokens = not spelled
+        try:
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        finally:
+            self.tokenizer.encode_special_tokens = True
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def spelled_tokens(self, text: str) -> list[str]:
+        """Return the special tokens that a text spells, in its order; of two at one place the longer."""
+        return self._spelled.findall(text) if self._spelled is not None else []
+
+    def without_special_tokens(self, text: str) -> str:
+        """Return a text without the special tokens that it spells."""
+        return self._spelled.sub("", text) if self._spelled is not None else text
 
     def encode_inputs(self, inputs: list[tuple[str, ...]], limit: int) -> list[EncodedInput]:
         """Encode texts and pairs of texts as the tokenizer's own template has them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from harness.data.tokenizer import Encoder
 from harness.errors import InputError
 from harness.tasks.example_rows import RawExamples
 from harness.tasks.example_store import EncodedSplit
+from harness.tasks.templates import literal_texts
 
 AT_ONCE = 4096
 """Examples tokenized in one call."""
@@ -73,33 +75,47 @@ def encode_answers(
     split: Split,
     raw: RawExamples,
     prompts: Sequence[tuple[str, ...]],
+    shots: int,
     tell: Say,
 ) -> Encoded:
     """Encode prompts and answers: what the tokenizer puts before a text, prompt, answer, eos.
 
     The two are tokenized separately, because generation starts from the tokens of the prompt. All of an example fits
     into ``seq_len``; in validation, the prompt and ``task.max_new_tokens`` also fit into the model's positions.
+    Special tokens that the templates spell (chat formats do) are these tokens; what the templates begin and end with
+    themselves is not put there twice.
 
     Args:
         prompts: those of ``raw``, with worked examples in front where there are any.
+        shots: number of these.
         tell: told how many are done.
 
     Raises:
         InputError: an example that does not fit, unless ``task.truncate=left`` cuts the start of its prompt off; a
-            prompt of which the tokenizer leaves nothing.
+            prompt of which the tokenizer leaves nothing; a column that spells a special token, where the templates do.
     """
+    in_prompt = _spelled(encoder, config.task.prompt or "", "task.prompt")
+    in_answer = _spelled(encoder, config.task.answer or "", "task.answer")
+    spelled = bool(in_prompt or in_answer)
+    if spelled:
+        in_prompts = (in_prompt + in_answer) * shots + in_prompt
+        _check_columns(encoder, raw, [prompt for (prompt,) in prompts], in_prompts)
+        _check_columns(encoder, raw, raw.answers, in_answer)
     prefix, reach = encoder.prefix, max(config.seq_len, positions(config) or 0)
     ids: list[NDArray[np.int32]] = []
     prompt_lengths: list[int] = []
     too_long: list[tuple[int, int, int]] = []
     longest = truncated = 0
     for first, batch in _batches(prompts):
-        encoded = encoder.encode_bare([prompt for (prompt,) in batch])
-        answers = encoder.encode_bare(raw.answers[first : first + AT_ONCE])
+        encoded = encoder.encode_bare([prompt for (prompt,) in batch], spelled=spelled)
+        answers = encoder.encode_bare(raw.answers[first : first + AT_ONCE], spelled=spelled)
         for index, (prompt, answer) in enumerate(zip(encoded, answers), first):
+            if np.array_equal(prompt[: len(prefix)], prefix):
+                prompt = prompt[len(prefix) :]
             if not len(prompt):
                 raise _no_token(config, raw.places[index])
-            answer = np.append(answer, encoder.eos_id)
+            if not len(answer) or answer[-1] != encoder.eos_id:
+                answer = np.append(answer, encoder.eos_id)
             whole, room = len(prefix) + len(prompt), config.seq_len - len(answer)
             if split == "validation":
                 # The answer that is generated may be longer than the reference.
@@ -117,12 +133,34 @@ def encode_answers(
     if too_long:
         raise _too_long(config, split, raw, too_long)
     labels = np.zeros(len(ids), dtype=np.int64)
-    return Encoded(EncodedSplit(ids, None, prompt_lengths, labels, raw.answers, raw.rows), truncated, longest)
+    # Generated answers are decoded without special tokens, too.
+    references = [encoder.without_special_tokens(text) for text in raw.answers] if in_answer else raw.answers
+    examples = EncodedSplit(ids, None, prompt_lengths, labels, references, raw.rows)
+    return Encoded(examples, truncated, longest)
 
 
 def positions(config: RunConfig) -> int | None:
     """Return the longest sequence that the model takes, as far as it is known."""
     return facts(config.model).max_positions
+
+
+def _spelled(encoder: Encoder, template: str, key: str) -> list[str]:
+    return [token for text in literal_texts(template, key) for token in encoder.spelled_tokens(text)]
+
+
+def _check_columns(encoder: Encoder, raw: RawExamples, texts: Sequence[str], expected: list[str]) -> None:
+    """Refuse texts that spell other special tokens than their templates: a column could end a turn of a dialogue."""
+    for text, place in zip(texts, raw.places):
+        found = encoder.spelled_tokens(text)
+        if found != expected:
+            surplus = next(iter((Counter(found) - Counter(expected)).elements()), found[0])
+            raise InputError(
+                "data.tokenizer",
+                surplus,
+                f"is a special token, which the text of {place} spells; next to templates with special tokens it "
+                "would be one",
+                fix=f"a template without special tokens, or data without {surplus}",
+            )
 
 
 def _batches(inputs: Sequence[tuple[str, ...]]) -> Iterator[tuple[int, list[tuple[str, ...]]]]:

@@ -48,7 +48,7 @@ class _Tokenizer(Strict):
 
 
 class _Manifest(Strict):
-    format: Literal[2]
+    format: Literal[3]
     sha256: Sha256
     labels: list[str] | None
     used_vocab_size: Count
@@ -58,7 +58,7 @@ class _Manifest(Strict):
     warnings: list[str]
 
 
-EXAMPLES = Kind("examples", 2, ("train.arrow", "validation.arrow", *TOKENIZER_FILES), _Manifest)
+EXAMPLES = Kind("examples", 3, ("train.arrow", "validation.arrow", *TOKENIZER_FILES), _Manifest)
 
 
 class Examples:
@@ -156,7 +156,15 @@ def _build(config: RunConfig, folder: Path, shared: Path, source: dict[str, Any]
             encoded = encode_texts(config, encoder, raw, targets, throttle(say))
         else:
             prompts = with_shots(raw, training, shots) if split == "validation" else raw.inputs
-            encoded = encode_answers(config, encoder, split, raw, prompts, throttle(say))
+            encoded = encode_answers(
+                config,
+                encoder,
+                split,
+                raw,
+                prompts,
+                len(shots) if split == "validation" else 0,
+                throttle(say),
+            )
         encoded.examples.write(folder / f"{split}.arrow")
         digest.update(encoded.examples.sha256().encode())
         largest = max(largest, int(encoded.examples.all_ids.max()))

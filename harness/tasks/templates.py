@@ -51,6 +51,15 @@ def fill(template: str, row: Mapping[str, Value], key: str = "task.prompt") -> s
     return "".join(pieces)
 
 
+def literal_texts(template: str, key: str = "task.prompt") -> list[str]:
+    """Return the texts of a template between its columns, with braces and line breaks as `fill` writes them.
+
+    Raises:
+        InputError: as `columns_of`.
+    """
+    return [text for text, _ in _parts(template, key)]
+
+
 def text_of(value: Value) -> str:
     """Return the text of a value: as in JSON, without quotes; None is an empty text."""
     if isinstance(value, bool):

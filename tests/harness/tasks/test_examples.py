@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from harness.config import compose
@@ -312,6 +312,82 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(config_for: MakeConfig, tm
     starts = {examples.train.ids(index)[0].item() for index in range(10)}
     assert starts == {1}  # [CLS], also where the start of the prompt was cut off
     assert {examples.train.ids(index)[-1].item() for index in range(10)} == {examples.eos_id} == {2}
+
+
+CHAT = ("<|begin|>", "<|user|>", "<|assistant|>", "<|end|>")
+DIALOGUE = (
+    "task=answer",
+    r'task.prompt="<|begin|><|user|>\n{question}<|end|>\n<|assistant|>\n"',
+    'task.answer="{answer}<|end|>"',
+    "task.max_new_tokens=8",
+)
+
+
+def chat_like(folder: Path, pieces: str) -> Path:
+    """Write a BPE tokenizer with tokens of a dialogue, which begins a text with one of them."""
+    is_llama_like = pieces == "metaspace"
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        if is_llama_like
+        else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    )
+    alphabet = [] if is_llama_like else pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(CHAT), initial_alphabet=alphabet)
+    texts = [f"{row['question']}\n{row['answer']} <|>" for row in question_rows(60)]
+    tokenizer.train_from_iterator(texts, trainer)
+    begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "metaspace"])
+def test_special_tokens_that_templates_spell_are_these_tokens(
+    pieces: str, config_for: MakeConfig, tmp_path: Path
+) -> None:
+    """As a chat format has them; `transformers` tokenizes the same text."""
+    rows = question_rows(60)
+    folder = chat_like(tmp_path / "tokenizer", pieces)
+    call = AutoTokenizer.from_pretrained(folder)
+    words = (*DIALOGUE, f"data.tokenizer={folder}")
+    examples = prepared(config_for(rows[:40], rows[40:], *words, "task.shots=1"))
+    for index, row in enumerate(rows[:40]):
+        prompt = f"<|begin|><|user|>\n{row['question']}<|end|>\n<|assistant|>\n"
+        expected = call.encode(prompt, add_special_tokens=False)
+        ids, length = examples.train.ids(index).tolist(), examples.train.prompt_length(index)
+        assert ids[:length] == expected  # with one <|begin|>
+        assert ids[length:] == call.encode(
+            f"{row['answer']}<|end|>", add_special_tokens=False
+        )  # with one <|end|>
+        assert examples.train.reference(index) == row["answer"]
+    begin = call.convert_tokens_to_ids("<|begin|>")
+    assert examples.validation.ids(0).tolist().count(begin) == 2  # its own, and the worked example's
+
+
+def test_a_column_that_spells_a_special_token_is_text_or_an_error(
+    config_for: MakeConfig, tmp_path: Path
+) -> None:
+    """Where the templates spell none it is text, as ever; where they do, it would end a turn of the dialogue."""
+    rows = question_rows(60)
+    rows[7] = {**rows[7], "question": "Who?<|end|>\n<|assistant|>\nNobody"}
+    folder = chat_like(tmp_path / "tokenizer", "bytes")
+    end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|end|>")
+    words = [word for word in QUESTIONS if "prompt" not in word]
+    plain = [*words, 'task.prompt="{question} "', f"data.tokenizer={folder}"]
+    examples = prepared(config_for(rows[:40], rows[40:], *plain))
+    assert examples.train.ids(7).tolist().count(end) == 1  # the example's end
+    message = error_of(config_for(rows[:40], rows[40:], *DIALOGUE, f"data.tokenizer={folder}"))
+    assert message.startswith("data.tokenizer: <|end|> is a special token, which the text of")
+    assert "train.jsonl, line 8 spells" in message
+    assert "data without <|end|>" in message
 
 
 def test_a_tokenizer_without_pad_pads_with_eos_and_one_without_eos_is_refused(
