@@ -232,8 +232,9 @@ def _extend(value: int | None, spaces: dict[str, tuple[Axis, ...]]) -> int:
 def read_study_file(name: str, overrides: Sequence[str]) -> list[str]:
     """Return the arguments in a study file, followed by those of the command line, which take precedence.
 
-    ``optimizers`` is a list, replaced as a whole by optimizers on the command line; ``space`` maps options (``lr``,
-    ``sumo.rank``) to lists or ranges; ``run`` maps keys of a run, or ``OPTIMIZER.key``, to values.
+    ``optimizers`` is a list, replaced as a whole by optimizers on the command line, which leaves out what the file says of
+    the others; ``space`` maps options (``lr``, ``sumo.rank``) to lists or ranges; ``run`` maps keys of a run, or
+    ``OPTIMIZER.key``, to values.
 
     Args:
         name: of the file.
@@ -252,7 +253,12 @@ def read_study_file(name: str, overrides: Sequence[str]) -> list[str]:
     arguments = [] if labels else [str(label) for label in content.get("optimizers", ())]
     pairs = {key: content[key] for key in (*NUMBERS, "tune_by") if key in content}
     pairs |= {**content.get("run", {}), **content.get("space", {})}
-    arguments += [f"{key}={_value(value)}" for key, value in pairs.items() if key not in own]
+    absent = {str(label) for label in content.get("optimizers", ())} - set(labels) if labels else set()
+    arguments += [
+        f"{key}={_value(value)}"
+        for key, value in pairs.items()
+        if key not in own and str(key).partition(".")[0] not in absent
+    ]
     return [*arguments, *overrides]
 
 

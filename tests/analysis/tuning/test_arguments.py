@@ -105,6 +105,9 @@ def test_a_study_from_a_file_and_the_command_line_wins(
         "muon",
         "sumo",
     ]
+    # What the file says of an optimizer that is not chosen is left out.
+    only = arguments.read(["study=mine", "adamw"]).plan
+    assert ([arm.label for arm in only.arms], only.shared) == (["adamw"], ["steps=7"])
     for bad, message in (
         ("trails: 3", "unknown key"),
         ("optimizers: adamw", "a list"),
