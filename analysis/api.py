@@ -57,10 +57,10 @@ def train(*overrides: str, progress: bool = True, **keys: Any) -> pd.DataFrame:
     """
     arguments_ = [*overrides, *_overrides(keys)]
     verbosity = Verbosity.NORMAL if progress else Verbosity.QUIET
-    with sessions.Trainer(as_json=False, verbosity=verbosity) as trainer:
-        run = prepare(arguments_, say=trainer.say, writes_folder=False)
-        session = sessions.Session([run], trainer, group=run.config.group)
-        session.train()
+    trainer = sessions.Trainer(as_json=False, verbosity=verbosity)
+    run = prepare(arguments_, say=trainer.say, writes_folder=False)
+    session = sessions.Session([run], trainer, group=run.config.group)
+    session.train()
     if session.refusals:
         raise session.refusals[0]
     (read,) = loading.load(run.folder)

@@ -122,6 +122,7 @@ COMMANDS: dict[str, Command] = {
         (
             ("trials=N", "settings for every optimizer (5, or the length of a list)"),
             ("seed=K, seeds=N", "seed of the trials (0); the comparison runs seeds K+1 to K+N (3 seeds)"),
+            ("concurrency=N", "train N runs side by side on this machine's CPUs (1)"),
             (
                 "extend=N",
                 "while a best setting is on an edge: up to N more trials for every optimizer (2; own space: 0)",

@@ -14,6 +14,7 @@ from harness.errors import InputError, closest
 from harness.redaction import redact_argv
 from optimizers import presets
 
+MOST_SIDE_BY_SIDE = 64
 DEFAULT_SEEDS = 3
 """Two seeds give a test with one degree of freedom; three are the fewest that can detect a large difference."""
 
@@ -39,6 +40,8 @@ class ComparisonPlan:
     """Command line that repeats the comparison."""
     as_json: bool
     verbosity: Verbosity = Verbosity.NORMAL
+    concurrency: int = 1
+    """Runs that train side by side on this machine."""
 
     def overrides(self, arm: ArmSpec, seed: int) -> list[str]:
         """Return the overrides of one run."""
@@ -49,8 +52,9 @@ class ComparisonPlan:
 def plan(argv: Sequence[str], command: str = "compare") -> ComparisonPlan:
     """Parse the arguments of ``optbench compare``, or of another ``command`` with the same grammar.
 
-    ``NAME`` is an arm; ``seeds=N`` runs the seeds ``seed``, ``seed`` + 1, …; ``NAME.key=value`` sets an
-    optimizer option for that arm only (``NAME.name=PRESET`` or ``NAME.target=import.path`` makes NAME a label);
+    ``NAME`` is an arm; ``seeds=N`` runs the seeds ``seed``, ``seed`` + 1, …; ``concurrency=N`` trains N runs side by
+    side on this machine; ``NAME.key=value`` sets an optimizer option for that arm only (``NAME.name=PRESET`` or
+    ``NAME.target=import.path`` makes NAME a label);
     ``preset=NAME`` is ``experiment=NAME``; everything else applies to all runs.
 
     Raises:
@@ -74,7 +78,7 @@ def plan(argv: Sequence[str], command: str = "compare") -> ComparisonPlan:
         label, _, option = key.partition(".")
         if option and label in own:
             own[label][option] = value
-        elif key in ("seeds", "seed", "group"):
+        elif key in ("seeds", "seed", "group", "concurrency"):
             if own_keys.get(key, value) != value:
                 raise InputError(key, value, f"was already set to {own_keys[key]}")
             own_keys[key] = value
@@ -88,6 +92,7 @@ def plan(argv: Sequence[str], command: str = "compare") -> ComparisonPlan:
         command=shlex.join(["optbench", command, *redact_argv(arguments.rest)]),
         as_json=arguments.options.json,
         verbosity=verbosity(arguments.options),
+        concurrency=_concurrency(own_keys.get("concurrency", "1")),
     )
 
 
@@ -137,6 +142,25 @@ def _arm(label: str, options: Mapping[str, str], command: str) -> ArmSpec:
         raise InputError(key, name, "is not an optimizer", allowed=presets.names(), fix=fix)
     rest = [f"optimizer.{key}={value}" for key, value in options.items() if key not in ("name", "target")]
     return ArmSpec(label, (*overrides, *rest))
+
+
+def _concurrency(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if not 1 <= value <= MOST_SIDE_BY_SIDE:
+        allowed = f"runs side by side: 1 to {MOST_SIDE_BY_SIDE}"
+        raise InputError("concurrency", text or "nothing", allowed=allowed, fix="concurrency=2")
+    return value
+
+
+def refuse_concurrency(plan: ComparisonPlan) -> None:
+    """Refuse runs side by side where jobs of a cluster train them.
+
+    Raises:
+        InputError: ``concurrency`` is set.
+    """
+    if plan.concurrency > 1:
+        reason = "is for runs on this machine: jobs of an array run side by side by themselves"
+        raise InputError("concurrency", plan.concurrency, reason, fix="cluster.throttle=8 limits the jobs")
 
 
 def _seeds(values: Mapping[str, str]) -> list[int]:

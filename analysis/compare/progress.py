@@ -11,7 +11,7 @@ import time
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -36,8 +36,17 @@ class Verbosity(IntEnum):
     """Also the output of each run."""
 
 
+class _Current(NamedTuple):
+    """A run that is being trained: its label, folder and steps, and the step that its folder had at first."""
+
+    label: str
+    folder: Path
+    steps: int
+    first: int
+
+
 class SessionProgress:
-    """Progress of runs that are trained one after the other.
+    """Progress of runs that are trained one after the other, or side by side in threads.
 
     Args:
         steps: total of all runs.
@@ -55,7 +64,7 @@ class SessionProgress:
         self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
         self._began = time.monotonic()
         self._done = 0
-        self._current: tuple[str, Path, int, int] | None = None
+        self._current: dict[int, _Current] = {}
         self._over = threading.Event()
         self._bar: Progress | None = None
         if verbosity is Verbosity.NORMAL and _is_live(self._console):
@@ -91,29 +100,28 @@ class SessionProgress:
             steps: of the run.
         """
         label = f"[{number}/{self._runs}] {folder.name}"
-        self._current = (label, folder, steps, _step(folder))
+        self._current[number] = _Current(label, folder, steps, _step(folder))
         if self._verbosity is Verbosity.VERBOSE:
             self._print(label)
         if self._bar is not None:
-            self._bar.update(self._task, description=visible(label), text="starting")
+            self._bar.update(self._task, description=visible(self._label()), text="starting")
 
-    def end(self, result: str, *, is_finished: bool) -> None:
-        """Show how the run ended.
+    def end(self, number: int, result: str, *, is_finished: bool) -> None:
+        """Show how a run ended.
 
         Args:
+            number: as for `begin`.
             result: state, time and loss, or the reason for its end.
             is_finished: True if it reached its last step.
         """
-        assert self._current is not None
-        label, _, steps, _ = self._current
-        self._current = None
-        self._done += steps
-        left = self._left(0)
+        ended = self._current.pop(number)
+        self._done += ended.steps
+        left = self._left(self._further())
         ending = f"; about {left} left" if left and self._verbosity is not Verbosity.QUIET else ""
         if not is_finished or self._verbosity is not Verbosity.QUIET:
-            self._print(f"{label}: {result}{ending}")
+            self._print(f"{ended.label}: {result}{ending}")
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, text="")
+            self._bar.update(self._task, completed=self._done, description=visible(self._label()), text="")
 
     def _print(self, line: str) -> None:
         self._console.print(visible(line), markup=False)
@@ -129,16 +137,26 @@ class SessionProgress:
     def _watch(self) -> None:
         assert self._bar is not None
         while not self._over.wait(POLL_S):
-            current = self._current
-            if current is None:
+            current = dict(self._current)
+            if not current:
                 continue
-            _, folder, steps, first = current
-            step = _step(folder)
-            # A run that restarts is below the step of its last attempt.
-            further = max(0, step - first) if step >= first else step
+            further = self._further()
             left = self._left(further)
-            text = f"step {step}/{steps}" + (f", about {left} left" if left else "")
+            steps = ", ".join(f"step {_step(run.folder)}/{run.steps}" for run in current.values())
+            text = steps + (f", about {left} left" if left else "")
             self._bar.update(self._task, completed=self._done + further, text=text)
+
+    def _label(self) -> str:
+        return ", ".join(run.label for run in dict(self._current).values())
+
+    def _further(self) -> int:
+        """Return the steps of the current runs since they began."""
+        total = 0
+        for run in dict(self._current).values():
+            step = _step(run.folder)
+            # A run that restarts is below the step of its last attempt.
+            total += step - run.first if step >= run.first else step
+        return total
 
 
 def _step(folder: Path) -> int:

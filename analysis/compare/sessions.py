@@ -1,4 +1,4 @@
-"""Train the runs of a comparison one after the other. Torch-free: runs train in other processes."""
+"""Train the runs of a comparison, one after the other or side by side. Torch-free: runs train in other processes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import filelock
 
+from analysis.compare import side_by_side
 from analysis.compare.arguments import ComparisonPlan
 from analysis.compare.progress import SessionProgress, Verbosity
 from analysis.formatting import listing
@@ -36,55 +37,45 @@ _MOST_KEPT = 64 * 1024
 
 
 class Trainer:
-    """Context of all sessions of a command: the output of the runs' processes is captured.
+    """How all sessions of a command train: what is printed, and how many runs at once.
 
     Attributes:
         as_json: standard output is reserved for one JSON document.
         verbosity: of the command.
-        output: receives the output of the runs' processes; None: they inherit this process' output.
+        concurrency: runs that train side by side.
     """
 
-    def __init__(self, *, as_json: bool, verbosity: Verbosity) -> None:
-        self.as_json, self.verbosity = as_json, verbosity
-        self.output: IO[Any] | None = sys.stderr if as_json else None
-        self._captured: IO[bytes] | None = None
-        self._stack = ExitStack()
+    def __init__(self, *, as_json: bool, verbosity: Verbosity, concurrency: int = 1) -> None:
+        self.as_json, self.verbosity, self.concurrency = as_json, verbosity, concurrency
 
-    def __enter__(self) -> Self:
-        if self.verbosity is not Verbosity.VERBOSE:
+    @contextmanager
+    def output(self) -> Iterator[IO[Any] | None]:
+        """Yield where the output of one run's processes goes; None: they inherit this process' output."""
+        if self.verbosity is Verbosity.VERBOSE:
+            yield sys.stderr if self.as_json else None
+        else:
             # Each run writes its own log.txt; this output is needed only of a process that dies.
-            self._captured = self.output = self._stack.enter_context(tempfile.TemporaryFile(buffering=0))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+            with tempfile.TemporaryFile(buffering=0) as file:
+                yield file
 
     def say(self, text: str) -> None:
         """Print a line, unless quiet: on standard output, or on standard error where that is for JSON."""
         if self.verbosity is not Verbosity.QUIET:
             print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
-    def printed(self) -> int:
-        """Return the number of captured bytes so far."""
-        return 0 if self._captured is None else os.fstat(self._captured.fileno()).st_size
 
-    def append_output_to_log(self, run: Prepared, start: int) -> None:
-        """Append the output since byte ``start`` to the run's log.txt, without lines that it already has."""
-        if self._captured is None:
-            return
-        # pread, because seek would move the position at which the processes write to the same open file.
-        size = max(0, self.printed() - start)
-        text = os.pread(
-            self._captured.fileno(), min(size, _MOST_KEPT), start + max(0, size - _MOST_KEPT)
-        ).decode(errors="replace")
-        log = run.folder / "log.txt"
-        known = set(log.read_text(errors="replace").splitlines()) if log.is_file() else set()
-        lines = [line for line in redact_text(text).splitlines() if line not in known]
-        if lines and run.folder.is_dir():
-            with log.open("a", encoding="utf-8") as file:
-                file.write("\n".join(["printed by the processes of this run:", *lines, ""]))
+def _append_to_log(output: IO[Any], run: Prepared) -> None:
+    """Append what the processes of a run printed to its log.txt, without lines that the log already has."""
+    size = os.fstat(output.fileno()).st_size
+    text = os.pread(output.fileno(), min(size, _MOST_KEPT), max(0, size - _MOST_KEPT)).decode(
+        errors="replace"
+    )
+    log = run.folder / "log.txt"
+    known = set(log.read_text(errors="replace").splitlines()) if log.is_file() else set()
+    lines = [line for line in redact_text(text).splitlines() if line not in known]
+    if lines and run.folder.is_dir():
+        with log.open("a", encoding="utf-8") as file:
+            file.write("\n".join(["printed by the processes of this run:", *lines, ""]))
 
 
 @contextmanager
@@ -118,7 +109,7 @@ def lock_group(group: Path, timeout: float = 0) -> Iterator[None]:
 
 
 class Session:
-    """Runs that are trained one after the other, except those that have ended already.
+    """Runs that are trained, except those that have ended already.
 
     Attributes:
         refusals: bad input that only the runs' own processes detected.
@@ -143,24 +134,25 @@ class Session:
             steps_later: steps of later sessions, for the estimate of the remaining time.
 
         Raises:
-            InputError: a folder that belongs to another run.
+            InputError: a folder that belongs to another run, or runs that do not fit side by side.
         """
         self._group, self._trainer, self._later = group, trainer, steps_later
-        self._pending: list[Prepared] = []
         self.refusals: list[InputError] = []
         is_over = is_over or is_done
         over: list[Prepared] = []
+        pending: list[Prepared] = []
         for run in runs:
-            (over if is_over(run) else self._pending).append(run)
+            (over if is_over(run) else pending).append(run)
         states = Counter(state_of(run) for run in over)
         if over:
             trainer.say(f"{listing([f'{n} {state}' for state, n in states.items()])}: not repeated")
-        for run in self._pending:
+        for run in pending:
             run_folder.check(run.folder, run.config, run.identity, run.shorter_runs)
+        self._pending = side_by_side.prepared(pending, trainer.concurrency)
 
     def train(self, after: Callable[[], None] = lambda: None) -> int:
         """Train the remaining runs, call ``after`` after each of them, and return the exit code."""
-        code = ExitCode.DONE
+        code, is_interrupted = ExitCode.DONE, False
         with SessionProgress(
             sum(run.config.steps for run in self._pending),
             len(self._pending),
@@ -168,39 +160,69 @@ class Session:
             to_stderr=self._trainer.as_json,
             steps_later=self._later,
         ) as progress:
-            for number, run in enumerate(self._pending, 1):
-                progress.begin(number, run.folder, run.config.steps)
-                ended, result = self._one(run)
+            train = self._in_turn if self._trainer.concurrency == 1 else self._side_by_side
+            for number, ended, result in train(progress):
                 after()
-                progress.end(result, is_finished=ended == ExitCode.DONE)
+                progress.end(number, result, is_finished=ended == ExitCode.DONE)
                 if ended == ExitCode.RESUMABLE:
-                    break
+                    is_interrupted = True
                 code = code or ended
-            else:
-                return code
+        if not is_interrupted:
+            return code
         group = shlex.quote(f"group={self._group}")
         self._trainer.say(f"interrupted: the same command with {group} resumes from here")
         return ExitCode.RESUMABLE
 
+    def _in_turn(self, progress: SessionProgress) -> Iterator[tuple[int, int, str]]:
+        """Train one run after the other until one is interrupted; yield number, exit code and end of each."""
+        for number, run in enumerate(self._pending, 1):
+            progress.begin(number, run.folder, run.config.steps)
+            code, result = self._one(run)
+            yield number, code, result
+            if code == ExitCode.RESUMABLE:
+                return
+
+    def _side_by_side(self, progress: SessionProgress) -> Iterator[tuple[int, int, str]]:
+        """Train several runs at once, and none that has not begun after a signal; yield as they end."""
+
+        def one(number: int, run: Prepared) -> tuple[int, int, str] | None:
+            if signals.received is not None:
+                return None
+            progress.begin(number, run.folder, run.config.steps)
+            return (number, *self._one(run))
+
+        pool = ThreadPoolExecutor(self._trainer.concurrency, thread_name_prefix="run")
+        with launch.ThreadSignals() as signals:
+            try:
+                tasks = [pool.submit(one, number, run) for number, run in enumerate(self._pending, 1)]
+                for task in as_completed(tasks):
+                    if (ended := task.result()) is not None:
+                        yield ended
+            finally:
+                # Runs that train end before this command does, also where writing the ledger failed.
+                pool.shutdown(cancel_futures=True)
+
     def _one(self, run: Prepared) -> tuple[int, str]:
         """Train one run; return its exit code and a description of its end."""
-        started, start = time.monotonic(), self._trainer.printed()
-        try:
-            outcome = launch.start(run, output=self._trainer.output)
-            state, reason = outcome.state, outcome.reason
-            is_refused = False
-        except InputError as error:
-            # Only the run's own processes detected it: this run is impossible, the others are not.
-            state, reason, is_refused = "failed", str(error), True
-            self.refusals.append(error)
-        except KeyboardInterrupt:
-            return ExitCode.RESUMABLE, "interrupted"
-        if not (run.folder / "status.json").is_file():
-            _record_failed_start(run, state, reason)
-        elif state == "failed" and not is_refused:
-            # The folder of a refused run may belong to another process: do not write to it.
-            self._trainer.append_output_to_log(run, start)
-            reason = f"{reason} ({run.folder / 'log.txt'})"
+        started = time.monotonic()
+        with self._trainer.output() as output:
+            try:
+                outcome = launch.start(run, output=output)
+                state, reason = outcome.state, outcome.reason
+                is_refused = False
+            except InputError as error:
+                # Only the run's own processes detected it: this run is impossible, the others are not.
+                state, reason, is_refused = "failed", str(error), True
+                self.refusals.append(error)
+            except KeyboardInterrupt:
+                return ExitCode.RESUMABLE, "interrupted"
+            if not (run.folder / "status.json").is_file():
+                _record_failed_start(run, state, reason)
+            elif state == "failed" and not is_refused:
+                # The folder of a refused run may belong to another process: do not write to it.
+                if self._trainer.verbosity is not Verbosity.VERBOSE and output is not None:
+                    _append_to_log(output, run)
+                reason = f"{reason} ({run.folder / 'log.txt'})"
         summary = reading.record(run.folder / "summary.json", Summary, [])
         measure = measure_of({}, summary)
         value = final_value(measure, summary)
@@ -218,12 +240,12 @@ def train(plan: ComparisonPlan) -> tuple[int, Path]:
     Raises:
         InputError: bad input of any arm; nothing was started.
     """
-    with Trainer(as_json=plan.as_json, verbosity=plan.verbosity) as trainer:
-        runs = prepare_runs(plan, trainer.say)
-        folder = runs[0].folder.parent
-        session = Session(runs, trainer, group=plan.group)
-        with lock_group(folder):
-            return session.train(), folder
+    trainer = Trainer(as_json=plan.as_json, verbosity=plan.verbosity, concurrency=plan.concurrency)
+    runs = prepare_runs(plan, trainer.say)
+    folder = runs[0].folder.parent
+    session = Session(runs, trainer, group=plan.group)
+    with lock_group(folder):
+        return session.train(), folder
 
 
 def write_provenance(folder: Path, plan: ComparisonPlan) -> None:

@@ -39,13 +39,13 @@ def main(argv: Sequence[str]) -> int:
     from harness.preparation import prepare
 
     plan = read.comparison
-    with sessions.Trainer(as_json=plan.as_json, verbosity=plan.verbosity) as trainer:
-        _export(read, trainer)
-        runs = [prepare(words, say=trainer.say, writes_folder=False) for words in read.runs()]
-        folder = runs[0].folder.parent
-        session = sessions.Session(runs, trainer, group=plan.group)
-        with sessions.lock_group(folder):
-            code = session.train()
+    trainer = sessions.Trainer(as_json=plan.as_json, verbosity=plan.verbosity, concurrency=plan.concurrency)
+    _export(read, trainer)
+    runs = [prepare(words, say=trainer.say, writes_folder=False) for words in read.runs()]
+    folder = runs[0].folder.parent
+    session = sessions.Session(runs, trainer, group=plan.group)
+    with sessions.lock_group(folder):
+        code = session.train()
     if not folder.is_dir():
         print("no run left a folder: there is nothing to report", file=sys.stderr)
         return code or ExitCode.RUN_FAILED

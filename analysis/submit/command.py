@@ -98,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
 def _compare(overrides: Sequence[str], request: SubmitRequest) -> Queued:
     """Check all runs, then queue them in the order of `optbench compare`."""
     plan = arguments.plan(overrides)
+    arguments.refuse_concurrency(plan)
     rows: list[GridRow] = []
     done: list[str] = []
     home, overwrite = Path(), False

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis.compare import sessions
+from analysis.compare.arguments import refuse_concurrency
 from analysis.compare.progress import Verbosity
 from analysis.formatting import count, listing, plural
 from analysis.report import tuning as tuning_report
@@ -59,6 +60,7 @@ def queue(
     """
     words = arguments.expanded(words)
     study = arguments.read(words)
+    refuse_concurrency(study.plan)
     kept: dict[Path, list[str]] = {}
 
     def make(overrides: Sequence[str]) -> Prepared:
@@ -67,32 +69,32 @@ def queue(
         return run
 
     # Standard output is for what was queued.
-    with sessions.Trainer(as_json=True, verbosity=Verbosity.NORMAL) as trainer:
-        tuning = Tuning(study, trainer, make)
-        patience = LOCK_WAIT_S if follows else 0
-        with nullcontext() if request.dry_run else sessions.lock_group(tuning.home, patience):
-            # Another command may have changed this group while this one waited.
-            tuning.read_ledger()
-            overwrites = tuning.trials[0].run.config.overwrite and not request.dry_run
-            if overwrites:
-                _check_idle(tuning, study)
-            pinned = [*_pinned(words, tuning), *cluster_words]
-            again = shlex.join(["optbench", "submit", "sweep", *pinned, *_spelled(request.then)])
-            trials = _open_trials(tuning, study, request, follows=follows, again=again)
-            if trials is None:
-                return ExitCode.RESUMABLE
-            if trials:
-                _say_cost(tuning, study, request)
-                after = ("submit", "sweep", *pinned, "--next", *_spelled(request.then))
-                one = replace(request, then=(after,))
-                queued = _queue([trial.run for trial in trials], kept, tuning.trials_home, one)
-                if not request.dry_run:
-                    tuning.make_folders()
-                    if overwrites and queued.job is not None:
-                        tuning.archive_confirmation()
-                    tuning.write_ledger()
-                return queued
-            return _confirm(tuning, kept, request)
+    trainer = sessions.Trainer(as_json=True, verbosity=Verbosity.NORMAL)
+    tuning = Tuning(study, trainer, make)
+    patience = LOCK_WAIT_S if follows else 0
+    with nullcontext() if request.dry_run else sessions.lock_group(tuning.home, patience):
+        # Another command may have changed this group while this one waited.
+        tuning.read_ledger()
+        overwrites = tuning.trials[0].run.config.overwrite and not request.dry_run
+        if overwrites:
+            _check_idle(tuning, study)
+        pinned = [*_pinned(words, tuning), *cluster_words]
+        again = shlex.join(["optbench", "submit", "sweep", *pinned, *_spelled(request.then)])
+        trials = _open_trials(tuning, study, request, follows=follows, again=again)
+        if trials is None:
+            return ExitCode.RESUMABLE
+        if trials:
+            _say_cost(tuning, study, request)
+            after = ("submit", "sweep", *pinned, "--next", *_spelled(request.then))
+            one = replace(request, then=(after,))
+            queued = _queue([trial.run for trial in trials], kept, tuning.trials_home, one)
+            if not request.dry_run:
+                tuning.make_folders()
+                if overwrites and queued.job is not None:
+                    tuning.archive_confirmation()
+                tuning.write_ledger()
+            return queued
+        return _confirm(tuning, kept, request)
 
 
 def _check_idle(tuning: Tuning, study: Study) -> None:

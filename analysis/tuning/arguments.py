@@ -232,8 +232,8 @@ def _extend(value: int | None, spaces: dict[str, tuple[Axis, ...]]) -> int:
 def read_study_file(name: str, overrides: Sequence[str]) -> list[str]:
     """Return the arguments in a study file, followed by those of the command line, which take precedence.
 
-    ``optimizers`` is a list, replaced as a whole by optimizers on the command line, which leaves out what the file says of
-    the others; ``space`` maps options (``lr``, ``sumo.rank``) to lists or ranges; ``run`` maps keys of a run, or
+    ``optimizers`` is a list, replaced as a whole by optimizers on the command line, which leaves out what the file says
+    of the others; ``space`` maps options (``lr``, ``sumo.rank``) to lists or ranges; ``run`` maps keys of a run, or
     ``OPTIMIZER.key``, to values.
 
     Args:

@@ -34,15 +34,17 @@ def main(argv: Sequence[str]) -> int:
     # Arguments are checked before the imports that take long.
     from analysis.tuning.study import Tuning
 
-    with sessions.Trainer(as_json=study.plan.as_json, verbosity=study.plan.verbosity) as trainer:
-        tuning = Tuning(study, trainer)
-        if study.dry_run:
-            _print_plan(study, tuning)
-            return 0
-        with sessions.lock_group(tuning.home):
-            code = _train(tuning)
-            _report(study, tuning)
-            return code
+    trainer = sessions.Trainer(
+        as_json=study.plan.as_json, verbosity=study.plan.verbosity, concurrency=study.plan.concurrency
+    )
+    tuning = Tuning(study, trainer)
+    if study.dry_run:
+        _print_plan(study, tuning)
+        return 0
+    with sessions.lock_group(tuning.home):
+        code = _train(tuning)
+        _report(study, tuning)
+        return code
 
 
 def _train(tuning: Tuning) -> int:

@@ -108,6 +108,15 @@ def needed_by(config: RunConfig, options: Mapping[str, Any], world_size: int, ch
     return needed_bytes(max(_peaks(config, options, world_size, choice)))
 
 
+def peak_bytes(config: RunConfig) -> float:
+    """Return the peak of a checked run's tensors on each process, without the margin of devices, bytes."""
+    assert config.world_size is not None
+    assert config.micro_batch_size is not None
+    saves = config.model.activation_checkpointing == "full"
+    choice = Choice(config.engine.name, config.micro_batch_size, saves)
+    return max(_peaks(config, config.optimizer.options, config.world_size, choice))
+
+
 def _peaks(config: RunConfig, options: Mapping[str, Any], world_size: int, choice: Choice) -> Iterator[float]:
     """Yield the bytes of the start, of a step's forward and backward pass, and of a refresh."""
     shapes = facts(config.model)

@@ -132,6 +132,52 @@ def ignore_usr1() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+class ThreadSignals:
+    """Context manager that passes signals on to the runs of all threads; only the main thread can receive them.
+
+    Attributes:
+        received: the first signal that came.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._forwarders: list[SignalForwarder] = []
+        self._previous = {}
+
+    def __enter__(self) -> Self:
+        global _of_threads
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._forward) for number in handled_signals()}
+        _of_threads = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _of_threads
+        _of_threads = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def add(self, forwarder: SignalForwarder) -> None:
+        """Pass signals on to a run that is about to start, including one that came before."""
+        self._forwarders.append(forwarder)
+        if self.received is not None:
+            forwarder.forward(self.received, None)
+
+    def remove(self, forwarder: SignalForwarder) -> None:
+        """Forget a run that has ended."""
+        self._forwarders.remove(forwarder)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+        for forwarder in list(self._forwarders):
+            forwarder.forward(number, frame)
+
+
+_of_threads: ThreadSignals | None = None
+"""Receives the signals for runs that other threads than the main one start."""
+
+
 class SignalForwarder:
     """Context manager that passes signals on to the training processes as SIGTERM and lets them end by themselves.
 
@@ -152,14 +198,21 @@ class SignalForwarder:
         self._received_at = 0.0
         self._send: Callable[[signal.Signals], None] | None = None
         self._previous = {}
+        self._source: ThreadSignals | None = None
 
     def __enter__(self) -> Self:
-        # Other threads (of a notebook, a server) may not set handlers; signals then end this process as usual.
+        # Other threads may not set handlers. Without `ThreadSignals` (in a notebook, a server) signals end this process
+        # as usual.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._forward) for number in handled_signals()}
+            self._previous = {number: signal.signal(number, self.forward) for number in handled_signals()}
+        elif _of_threads is not None:
+            self._source = _of_threads
+            self._source.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._source is not None:
+            self._source.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -169,7 +222,8 @@ class SignalForwarder:
         if self.received is not None:
             send(signal.SIGTERM)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """Ask the processes of the run to end; kill them at a repetition."""
         passed_on = signal.SIGTERM
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), time.monotonic()

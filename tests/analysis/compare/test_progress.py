@@ -120,7 +120,7 @@ def test_the_live_line_follows_the_run(tmp_path: Path, monkeypatch: pytest.Monke
         end = time.monotonic() + 20
         while "step 40/150" not in buffer.getvalue() and time.monotonic() < end:
             time.sleep(0.02)
-        line.end("finished in 3 s", is_finished=True)
+        line.end(1, "finished in 3 s", is_finished=True)
     shown = buffer.getvalue()
     assert "[1/2] sumo-seed0" in shown
     assert "step 40/150, about" in shown
