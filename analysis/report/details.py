@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from analysis import formatting
+from analysis.comparison.profiles import Profiles
 from analysis.comparison.sets import Arm, ComparisonSet, flatten
 from analysis.report.moment_plots import block
 from analysis.runs.reading import number
@@ -18,6 +19,20 @@ LAST = 12
 """Evaluations that `last_evaluations` lists."""
 MOST = 3
 """Different values of one fact that `provenance` spells out."""
+
+
+def profiles(found: Profiles) -> TextTable:
+    """Return the ratio of each optimizer to the best one by workload, and its score, the highest score first."""
+    order = sorted(range(len(found.submissions)), key=lambda i: (-found.scores[i], found.submissions[i]))
+    rows = [
+        [
+            found.submissions[i],
+            f"{found.scores[i]:.3f}",
+            *(f"{ratio:.2f}" if math.isfinite(ratio) else "not reached" for ratio in found.ratios[i]),
+        ]
+        for i in order
+    ]
+    return TextTable(["optimizer", "score", *found.workloads], rows)
 
 
 def ownership(comparison: ComparisonSet) -> TextTable:

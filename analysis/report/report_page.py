@@ -47,8 +47,14 @@ def render(document: Document) -> str:
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     sections = [_section(judged, f"set{index}") for index, judged in enumerate(document.sets)]
     has_heat_map = any(section["heat"] for section in sections)
+    found = document.profiles
     return _render_template(
-        "report.html.j2", document=document, sections=sections, made=made, has_heat_map=has_heat_map
+        "report.html.j2",
+        document=document,
+        sections=sections,
+        made=made,
+        has_heat_map=has_heat_map,
+        profiles=None if found is None else details.profiles(found),
     )
 
 

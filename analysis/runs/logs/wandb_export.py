@@ -4,7 +4,7 @@
   that names the run (``Name``, ``run``), the rows of several runs.
 * Panel: a column for each run, ``RUN - val/loss``, next to those of its range (``…__MIN``, ``…__MAX``).
 * JSON with ``config``, ``summary`` and ``history`` of one run, or a list of such; also the ``summary.json`` that
-  epfml's llm-optimizer-benchmark writes (``args``, ``eval_history``).
+  epfml's llm-optimizer-benchmark writes (``args``, ``eval_history``), and exports without a history (`final_only`).
 
 Spellings of published projects (marin, epfml's benchmark, nanochat, Lightning) are in `SPELLINGS`; of several columns
 for one metric the first one of the list counts, and a note names it.
@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from analysis.formatting import plural
+from analysis.runs.logs import final_only
 from analysis.runs.logs.log_run import LogRun, Provenance
 from analysis.runs.logs.workload import names_workload
 from analysis.runs.reading import to_columns
@@ -64,7 +65,7 @@ def read(text: str, provenance: Provenance) -> list[LogRun]:
         return panel or _tabulated(rows, provenance, [])
     notes: list[str] = []
     documents = _documents(text, notes)
-    whole = [document for document in documents if _is_run(document)]
+    whole = [run for document in documents for run in final_only.with_history(document) if _is_run(run)]
     if whole:
         return [run for document in whole for run in _document(document, provenance)]
     return _tabulated(documents, provenance, notes)
@@ -97,7 +98,7 @@ def _document(document: Row, provenance: Provenance) -> list[LogRun]:
     # args are those of epfml's summary.json, whose evaluations have a plain val_loss.
     config = _flat(document.get("config") or document.get("args") or {})
     summary = document.get("summary")
-    runs = _tabulated(rows, provenance, [])
+    runs = _tabulated(rows, provenance, document.get("notes") or [])
     if isinstance(summary, Mapping) and runs:
         runs = [_with_final(runs[0], summary), *runs[1:]]
     return [_with_config(run, config) for run in runs]

@@ -99,6 +99,23 @@ def test_two_sets_get_two_verdicts_and_none_across(html: str) -> None:
     assert len(re.findall('class="verdict"', html)) == 2
 
 
+def test_the_sets_as_workloads_have_ratios_and_scores(found: Document, html: str) -> None:
+    text = html.split('id="profiles"')[1].split("</section>")[0]
+    profiles = found.profiles
+    assert profiles is not None
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert rows[0][:2] == ["optimizer", "score"]
+    scores = dict(zip(profiles.submissions, profiles.scores, strict=True))
+    assert [(row[0], row[1]) for row in rows[1:]] == [
+        (name, f"{score:.3f}") for name, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def test_one_set_is_no_workload_among_others(tmp_path: Path) -> None:
+    group = synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1], has_moments=False)
+    assert 'id="profiles"' not in report_page.render(document.judge_folder(group))
+
+
 def test_the_failed_run_is_a_row_and_a_warning(html: str) -> None:
     assert re.search(r"diverged at step 70</td>", html)
     assert "1 run diverged: muon (seed 2)." in html

@@ -251,3 +251,69 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, text: str) -> None:
     (run,) = load(tmp_path, "wandb")
     assert run.state == "diverged"
     assert math.isnan(run.final_loss)
+
+
+def run_info(bpb: float | None, seed_like: float = 1.0, **changes: object) -> dict[str, object]:
+    """A run in the form of marin's speedrun_results.json, with the keys that matter."""
+    info: dict[str, object] = {
+        "author": {"name": "A. Nonymous"},
+        "eval/paloma/c4_en/bpb": bpb,
+        "model_config": {"hidden_dim": 512, "num_layers": 6, "seq_len": 4096, "tokenizer": None},
+        "model_size": 154153472,
+        "resources": {"tpu_type": "v5litepod-64"},
+        "tokenized_dataset": "gs://bucket-eu/tokenized/subcache/fineweb-edu-10B-6fbcbb",
+        "total_tokens": 2599944192,
+        "train_config": {
+            "learning_rate": 0.02,
+            "num_train_steps": 4959,
+            "train_batch_size": 128,
+            "data_seed": None,
+            "optimizer_config": {"beta1": 0.9, "epsilon": 1e-20, "decay": None},
+        },
+        "training_time": 895.0 + seed_like,
+    }
+    return {"run_info": {**info, **changes}}
+
+
+def test_marins_results_have_the_last_evaluation_only(tmp_path: Path) -> None:
+    for arm, values in {"adamh": [1.177, 1.179], "muon": [1.160]}.items():
+        (tmp_path / arm).mkdir()
+        runs = [run_info(value, i) for i, value in enumerate(values)]
+        (tmp_path / arm / "speedrun_results.json").write_text(json.dumps({"runs": runs}))
+    elsewhere = {"tokenized_dataset": "/scratch/tokenized/fineweb-edu-10B-6fbcbb/"}
+    (tmp_path / "muon" / "again.json").write_text(json.dumps({"runs": [run_info(1.162, 9, **elsewhere)]}))
+    runs = load(tmp_path, "wandb")
+    assert [run.final(run.measure) for run in runs] == [1.177, 1.179, 1.162, 1.160]
+    assert {run.measure.name for run in runs} == {"bits_per_byte"}
+    first = runs[0]
+    assert (first.state, first.metrics["step"].tolist()) == ("finished", [4959])
+    assert (first.metrics["tokens"][0], first.metrics["wall_s"][0]) == (2599944192, 895.0)
+    assert "the export has only the last evaluation: there is no curve" in first.notes
+    (judged,) = document.judge_folder(tmp_path, log_format="wandb").sets
+    assert [arm.label for arm in judged.comparison.arms] == ["adamh", "muon"], (
+        "one workload, wherever the data are"
+    )
+    assert not judged.comparison.tests.paired
+
+
+def test_marins_results_of_another_tokenization_or_without_a_figure(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    other = {"tokenized_dataset": "gs://bucket/fineweb-edu-10B-ac65f6"}
+    (tmp_path / "a" / "x.json").write_text(json.dumps({"runs": [run_info(1.1), run_info(1.2, 2, **other)]}))
+    assert len(document.judge_folder(tmp_path, log_format="wandb").sets) == 2
+    (tmp_path / "a" / "x.json").write_text(json.dumps({"runs": [run_info(None)]}))
+    remarks: list[str] = []
+    assert loading.load(tmp_path, "wandb", remarks, []) == []
+    assert any("x.json" in remark for remark in remarks)
+
+
+def test_a_summary_without_history(tmp_path: Path) -> None:
+    config = {"model": {"hidden_dim": 8}, "data": "c4", "seed": 3, "optimizer": {"type": "muon"}}
+    summary = {"_step": 99, "eval/loss": 3.25, "train/loss": 3.1, "_runtime": 12.0}
+    (tmp_path / "tracker_metrics.jsonl").write_text(json.dumps({"config": config, "summary": summary}) + "\n")
+    (run,) = load(tmp_path, "wandb")
+    assert (run.optimizer, run.seed, run.final_loss, run.steps) == ("muon", 3, 3.25, 99)
+    summary["eval/loss"] = "NaN"
+    (tmp_path / "tracker_metrics.jsonl").write_text(json.dumps({"config": config, "summary": summary}) + "\n")
+    (run,) = load(tmp_path, "wandb")
+    assert run.state == "diverged"
