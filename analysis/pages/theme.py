@@ -49,16 +49,14 @@ def render(
         values: passed to the template, which also receives `policy`, `css`, `script`, `plotly`, `palettes`, `dashes`,
             `colours`.
     """
-    loader = ChoiceLoader([PackageLoader(package), PackageLoader("analysis.pages")])
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_finalized
-    )
+    environment = _environment(package)
 
     def raw(name: str) -> str:
-        return loader.get_source(environment, name)[0]
+        assert environment.loader is not None
+        return environment.loader.get_source(environment, name)[0]
 
     css = raw("report.css") + (raw(style) if style else "")
-    script, plotly = raw("report.js"), _plotly(whole=has_heat_map).replace("</script", "<\\/script")
+    script, plotly = raw("report.js"), _plotly(whole=has_heat_map)
     shared = {
         "policy": Markup(policy([plotly, script], [css, *_own_styles(plotly)])),
         "css": Markup(css),
@@ -69,6 +67,15 @@ def render(
         "colours": PALETTES["light"],
     }
     return environment.get_template(template).render(**shared, **values)
+
+
+@lru_cache
+def _environment(package: str) -> Environment:
+    """Return the templates of a package and of this one: compiled once, however many pages are rendered."""
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader("analysis.pages")])
+    return Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_finalized
+    )
 
 
 def policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
@@ -95,9 +102,13 @@ def has_heat_map(plots: Iterable[Plot]) -> bool:
     return any(trace["type"] not in BASIC_KINDS for plot in plots for trace in plot.figure["data"])
 
 
+@lru_cache(2)
 def _plotly(*, whole: bool) -> str:
-    """Return plotly.js: whole as the Python package has it, or its own bundle that draws scatter, bar and pie alone."""
-    return get_plotlyjs() if whole else BASIC.read_text(encoding="utf-8")
+    """Return plotly.js for a script element: whole as the Python package has it, or its own bundle that draws scatter,
+    bar and pie alone.
+    """
+    text = get_plotlyjs() if whole else BASIC.read_text(encoding="utf-8")
+    return text.replace("</script", "<\\/script")
 
 
 @lru_cache(2)

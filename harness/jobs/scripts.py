@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,8 +78,16 @@ def render(kind: Kind, job: Job, cluster: ClusterConfig, *, by_hand: bool = Fals
         InputError: a value that no script may hold: a control character, or a secret.
     """
     _check(job)
+    template = _environment(template_root()).get_template(f"{kind}.sbatch.j2")
+    text = template.render(job=job, cluster=_cluster_values(kind, cluster, by_hand=by_hand))
+    return _without_double_blanks(text)
+
+
+@lru_cache
+def _environment(root: Path) -> jinja2.Environment:
+    """Return the templates of a folder: compiled once, however many scripts are rendered."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template_root()),
+        loader=jinja2.FileSystemLoader(root),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -90,9 +99,7 @@ def render(kind: Kind, job: Job, cluster: ClusterConfig, *, by_hand: bool = Fals
     environment.filters["q"] = lambda value: shlex.quote(str(value))
     environment.filters["words"] = lambda values: shlex.join(map(str, values))
     environment.filters["inner"] = lambda text: text.replace("'", "'\\''")
-    template = environment.get_template(f"{kind}.sbatch.j2")
-    text = template.render(job=job, cluster=_cluster_values(kind, cluster, by_hand=by_hand))
-    return _without_double_blanks(text)
+    return environment
 
 
 def array_of(rows: Iterable[int], throttle: int | None) -> str:

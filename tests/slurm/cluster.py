@@ -154,8 +154,14 @@ class Cluster:
         """`scancel`."""
         self._call("scancel", *flags, str(job))
 
-    def until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float, what: str, every_s: float = 0.5) -> None:
         """Wait.
+
+        Args:
+            condition: to become true; it may start commands, so it is not asked without a pause.
+            timeout_s: the longest wait.
+            what: is waited for.
+            every_s: between two questions.
 
         Raises:
             TimeoutError: it did not come true; the message tells what, and how the queue stands.
@@ -164,7 +170,7 @@ class Cluster:
         while not condition():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no {what} within {timeout_s} s\n{self._call('squeue')}")
-            time.sleep(0.2)
+            time.sleep(every_s)
 
     def _call(self, *words: str) -> str:
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)

@@ -22,7 +22,7 @@ def _submitted(
     return state, output.read_text()
 
 
-def test_a_run_and_its_report_by_hand(lab: Lab, tmp_path: Path) -> None:
+def test_a_run_and_a_command_by_hand(lab: Lab, tmp_path: Path) -> None:
     words = [word for word in lab.words(f"runs_dir={tmp_path}", "name=hand") if "cluster" not in word]
     state, output = _submitted(lab, tmp_path / "train.out", "train.sbatch", *words)
     assert state == "COMPLETED", output
@@ -31,9 +31,11 @@ def test_a_run_and_its_report_by_hand(lab: Lab, tmp_path: Path) -> None:
     assert (facts["world_size"], facts["state"]) == (1, "finished")
     # Not submitted by optbench, and yet known to it.
     assert lab.status(tmp_path)["hand"]["job"] is not None
-    state, output = _submitted(lab, tmp_path / "report.out", "analysis.sbatch", "report", str(run.parent))
+    state, output = _submitted(
+        lab, tmp_path / "status.out", "analysis.sbatch", "status", str(tmp_path), "--json"
+    )
     assert state == "COMPLETED", output
-    assert (run.parent / "report.html").exists()
+    assert '"state": "finished"' in output
 
 
 def test_a_mistyped_key_fails_the_job_with_its_line(lab: Lab, tmp_path: Path) -> None:

@@ -107,15 +107,33 @@ def test_the_logistic_loss_far_out() -> None:
 SEEDS = {0: 0.012741, 3: 0.750307, 4: 0.000932, 13: 1.070001, 16: 0.000233, 18: 1.118173}
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_constants_are_read_at_the_first_separated_state(seed: int) -> None:
-    """w, b ~ N(0, 1): 18 of 24 starts die; for the others C of the state after 4e4 steps is that of the slope."""
-    rng = np.random.default_rng(seed)
-    start = net(rng.normal(0.0, 1.0, 2), rng.normal(0.0, 1.0, 2))
-    (_, end) = states(start, [0, 40_000 if seed in SEEDS else 10_000])
-    assert bool(is_dead(end, A)[0]) == (seed not in SEEDS)
-    if seed not in SEEDS:
-        return
+@pytest.fixture(scope="module")
+def normal_starts() -> Nets:
+    """w, b ~ N(0, 1) of 24 seeds, as one array of nets."""
+    generators = [np.random.default_rng(seed) for seed in range(24)]
+    starts = [net(rng.normal(0.0, 1.0, 2), rng.normal(0.0, 1.0, 2)) for rng in generators]
+    return Nets(*(np.concatenate(parts, axis=-1) for parts in zip(*starts)))
+
+
+def test_eighteen_of_24_starts_die(normal_starts: Nets) -> None:
+    (_, end) = states(normal_starts, [0, 10_000])
+    assert {int(seed) for seed in np.flatnonzero(~is_dead(end, A))} == set(SEEDS)
+
+
+@pytest.fixture(scope="module")
+def separated(normal_starts: Nets) -> dict[int, Nets]:
+    """Seed → its net after 4e4 steps."""
+    (_, end) = states(normal_starts.select(np.isin(np.arange(24), [*SEEDS])), [0, 40_000])
+    return {seed: end.one(place) for place, seed in enumerate(SEEDS)}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_constants_are_read_at_the_first_separated_state(
+    seed: int, normal_starts: Nets, separated: dict[int, Nets]
+) -> None:
+    """C of the state after 4e4 steps is that of the slope."""
+    end = separated[seed]
+    assert not is_dead(end, A)[0]
     state = separated_state(end, A, math.log(400.0))
     assert state is not None
     assert state.constant == pytest.approx(SEEDS[seed], abs=1e-6)
@@ -126,7 +144,7 @@ def test_constants_are_read_at_the_first_separated_state(seed: int) -> None:
     assert by_slope == pytest.approx(state.constant, rel=1e-6 if state.constant > 0.01 else 1e-4)
     if seed == 4:
         # At the start the formula is another one's: neurons that are on at both points shrink C first.
-        hidden = start.hidden[..., 0]
+        hidden = normal_starts.one(seed).hidden[..., 0]
         assert 0.5 * abs(hidden[:, 0].sum() + hidden[1, 1] - hidden[0, 1]) == pytest.approx(0.9155, abs=1e-4)
 
 

@@ -110,7 +110,7 @@ def local(rank: int, words: list[str]) -> tuple[dict[str, torch.Tensor], dict[st
         return weights(rank, words)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_two_processes_clip_as_one_does(
     corpus: Path, tmp_path: Path, two_ranks: RankPool, engine: str
 ) -> None:

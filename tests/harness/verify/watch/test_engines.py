@@ -54,7 +54,16 @@ def under_ddp(rank: int, defect: str) -> tuple[bool | None, list[str], dict[str,
     return result(report)
 
 
-@pytest.mark.parametrize("defect", ["", "gradients halved", "gradients summed", "gradients not reduced"])
+@pytest.mark.parametrize(
+    "defect",
+    [
+        "",
+        "gradients halved",
+        # The same measurement with another factor.
+        pytest.param("gradients summed", marks=pytest.mark.slow),
+        "gradients not reduced",
+    ],
+)
 def test_ddp(two_ranks: RankPool, defect: str) -> None:
     first, second = two_ranks.run(under_ddp, defect)
     if defect == "gradients not reduced":
@@ -114,7 +123,7 @@ def under_fsdp2(rank: int, kind: str) -> tuple[bool | None, list[str], dict[str,
     return result(report)
 
 
-@pytest.mark.parametrize("kind", ["torch", "muon", "sumo", "adamw"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("muon", marks=pytest.mark.slow), "sumo", "adamw"])
 def test_fsdp2(two_ranks: RankPool, kind: str) -> None:
     first, second = two_ranks.run(under_fsdp2, kind)
     assert first[:2] == (True, []), first
