@@ -101,6 +101,10 @@ COMMANDS: dict[str, Command] = {
             ("sumo galore sumo.rank=32 galore.rank=64", "options for one of them"),
         ),
         _VERBOSITY,
+        (
+            ("seed=K, seeds=N", "run the seeds K to K+N-1 (0, 3 seeds)"),
+            ("concurrency=N", "train N runs side by side on this machine's CPUs (1)"),
+        ),
         takes_keys=True,
         takes_optimizers=True,
     ),

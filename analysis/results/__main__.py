@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, summary in summaries.items():
         atomic.write_text(folder / f"{name}.json", to_text(summary))
     atomic.write_text(options.docs / PAGE, render(folder))
@@ -77,6 +77,9 @@ def _summarize_studies(runs: Path) -> dict[str, dict[str, Any]]:
     """
     present = [study.name for study in studies.STUDIES if (runs / study.name).is_dir()]
     ready = [name for name in present if any((runs / name).glob("*/summary.json"))]
+    for name in present:
+        if name not in ready:
+            print(f"{name}: no run on a fresh seed has ended, so that it has no section", file=sys.stderr)
     if not ready:
         known = [study.name for study in studies.STUDIES]
         raise InputError("--studies", runs, "holds no runs of a study", allowed=known, fix="make studies")

@@ -4,12 +4,14 @@
     python -m analysis.results.studies --runs runs/studies --minutes 60 # stops after an hour; the same command goes on
     python -m analysis.results.studies --dry-run                        # what they cost
 
-Each study is `optbench sweep study=NAME`, which does not repeat runs that have ended.
+Each study is `optbench sweep study=NAME`, which does not repeat runs that have ended. Runs have one thread each and
+train side by side, one for each core: the results do not depend on their number.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from pathlib import Path
 from analysis.formatting import seconds
 from harness.errors import ExitCode
 
+MOST_AT_ONCE = 8
+"""Runs side by side, where there are more cores."""
 WAIT_S = 120.0
 """Time for a study to end its run after the limit; then it is killed, and the run starts again later."""
 
@@ -32,7 +36,7 @@ class StudyPlan:
     Attributes:
         name: of its file in configs/study, of its group, and of its summary in docs/results.
         runs: trials and runs on fresh seeds, without added trials.
-        minutes: expected on two quiet cores, two runs side by side.
+        minutes: expected on two quiet cores.
         question: what it is for.
     """
 
@@ -70,6 +74,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"), help="folder of the runs")
     parser.add_argument("--only", nargs="+", choices=[study.name for study in STUDIES], metavar="STUDY")
     parser.add_argument("--minutes", type=float, help="stop after this long")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=_cores(),
+        help=f"runs side by side (one for each core, up to {MOST_AT_ONCE})",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only show the studies and what they cost")
     parser.add_argument("words", nargs="*", metavar="key=value", help="further words of optbench sweep")
     options = parser.parse_args(argv)
@@ -82,12 +92,18 @@ def main(argv: Sequence[str]) -> int:
         left = sum(later.minutes for later in chosen[index:])
         print(f"[{index + 1}/{len(chosen)}] {study.name}: {_left(chosen[:index], began, left)}", flush=True)
         limit = None if options.minutes is None else options.minutes * 60 - (time.monotonic() - began)
-        ended = _run(command(study.name, options.runs, options.words), limit)
+        words = [f"concurrency={options.concurrency}", *options.words]
+        ended = _run(command(study.name, options.runs, words), limit)
         if ended == ExitCode.RESUMABLE:
             print(f"stopped in {study.name}; the same command goes on from here", flush=True)
             return ended
         code = code or ended
     return code
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(cores, MOST_AT_ONCE)
 
 
 def _print_plan(chosen: Sequence[StudyPlan]) -> None:

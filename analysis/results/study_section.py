@@ -39,6 +39,12 @@ def head(summary: Summary, comparison: ComparisonSet) -> dict[str, Any]:
             f"No trial of {formatting.listing(lost)} ended with a finite loss: there is nothing to compare."
         )
     notes += [f"{line}." for line in comparison.replaced]
+    seeds = {arm.label: arm.final.n for arm in comparison.arms}
+    if len(set(seeds.values())) > 1:
+        counts = formatting.listing([f"{label} {count}" for label, count in seeds.items()])
+        notes.append(
+            f"Arms have unequal numbers of finished runs ({counts}): tests use the seeds that two arms share."
+        )
     unfinished = [f"{run.where} ({run.state})" for run in comparison.runs if not run.finished]
     if unfinished:
         notes.append(f"Not finished: {formatting.listing(unfinished)}.")
@@ -51,6 +57,7 @@ def head(summary: Summary, comparison: ComparisonSet) -> dict[str, Any]:
         "device": summary["device"],
         "versions": ", ".join(f"{key} {value}" for key, value in summary["packages"].items() if value),
         "per_parameter": f"{tokens / parameters:.2g}",
+        "passes": f"{tokens / (summary['train_tokens_available'] or math.nan):.2g}",
         "entropy": fixed(comparison.entropy),
         "verdict": judge(comparison).sentence,
         "notes": notes,

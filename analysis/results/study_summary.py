@@ -25,7 +25,7 @@ from harness.errors import InputError
 from harness.redaction import redact_paths
 
 SCHEMA_VERSION = 1
-FACTS = ("steps_planned", "parameters", "matrix_parameters", "unigram_entropy", "train_tokens_available")
+FACTS = ("steps_planned", "parameters", "unigram_entropy", "train_tokens_available")
 CURVE = {"step": "step", "tokens": "tokens", "loss": "val/loss"}
 MEMORY = ("weights", "gradients", "optimizer_state")
 

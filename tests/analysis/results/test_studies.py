@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -169,8 +170,28 @@ def test_runs_that_the_ledger_does_not_know_are_refused(tmp_path: Path) -> None:
         study_summary.summarize(folder, "budget_1")
 
 
+def test_an_arm_without_a_finite_trial_is_named_and_a_study_without_any_has_no_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = study(tmp_path / "runs", "budget_1", {"adamw": 3.6, "sumo": 3.4})
+    ledger = json.loads((folder / "tuning.json").read_text())
+    lost = {**ledger["arms"][0], "label": "galore", "optimizer": "galore", "best": None, "confirmed": []}
+    lost["trials"] = [{**trial, "state": "diverged", "loss": None} for trial in lost["trials"]]
+    ledger["arms"].append(lost)
+    (folder / "tuning.json").write_text(json.dumps(ledger))
+    all_lost = tmp_path / "runs" / "family_tiny"
+    all_lost.mkdir()
+    (all_lost / "tuning.json").write_text(json.dumps({**ledger, "arms": [lost]}))
+    text = page(tmp_path / "runs", tmp_path / "new" / "docs")
+    assert "No trial of galore ended with a finite loss" in text
+    assert row(text, "adamw")
+    assert "family_tiny: no run on a fresh seed has ended" in capsys.readouterr().err
+    assert "study=family_tiny" in text.split("## Length of training")[0]
+
+
 def test_unequal_tuning_edges_and_lost_arms_are_stated(tmp_path: Path) -> None:
     folder = study(tmp_path / "runs", "family_tiny", ENDS)
+    shutil.rmtree(folder / "sumo-seed5")
     ledger = json.loads((folder / "tuning.json").read_text())
     ledger["arms"][0]["trials"][4]["state"] = "failed"
     ledger["arms"][1]["edges"] = {"lr": "highest"}
@@ -178,6 +199,7 @@ def test_unequal_tuning_edges_and_lost_arms_are_stated(tmp_path: Path) -> None:
     text = page(tmp_path / "runs", tmp_path)
     assert "Tuning budgets are unequal (trials that ended: adamw 4, galore 5, sumo 5 and sumo_ns5 5)" in text
     assert "The best rate is on the edge of what was tried for galore (highest)" in text
+    assert "unequal numbers of finished runs (adamw 5, galore 5, sumo 4 and sumo_ns5 5)" in text
 
 
 @pytest.mark.parametrize("plan", studies.STUDIES, ids=lambda plan: plan.name)
@@ -196,7 +218,8 @@ def test_the_runner_goes_on_and_keeps_the_first_failure(
     started: list[list[str]] = []
     monkeypatch.setattr(studies, "_run", lambda words, limit: (started.append(words), next(codes))[1])
     only = ["budget_1", "budget_5", "budget_20"]
-    assert studies.main(["--runs", "here", "--only", *only]) == 3
+    assert studies.main(["--runs", "here", "--only", *only, "--concurrency", "2"]) == 3
+    assert all({"runs_dir=here", "concurrency=2"} <= set(words) for words in started)
     assert [words[1] for words in started] == [f"study={name}" for name in only]
     assert "[2/3] budget_5: about" in capsys.readouterr().out
     monkeypatch.setattr(studies, "_run", lambda words, limit: 75)
