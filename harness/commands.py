@@ -356,6 +356,12 @@ COMMANDS: dict[str, Command] = {
                 ("--replay",), "replay the first steps of run B on its engine instead of reading its record"
             ),
             Option(("--minutes",), "refuse to start twins that would take longer (30)", "M", "--minutes 30"),
+            Option(
+                ("--comparisons",),
+                "pairs that are read together, this one included (1)",
+                "K",
+                "--comparisons 12",
+            ),
             Option(("--force",), "compare runs of different experiments, which differ by more than rounding"),
         ),
         (

@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = command_line.parse("diverge", argv)
     twins = _whole(arguments, "twins", TWINS, FEWEST_TWINS)
     steps = _whole(arguments, "steps", STEPS, 1)
+    alpha = ALPHA / _whole(arguments, "comparisons", 1, 1)
     minutes = _minutes(arguments)
     path_a, path_b = _paths(arguments)
     a = sources.folder("RUN_A", path_a, steps)
@@ -65,12 +66,12 @@ def main(argv: Sequence[str]) -> int:
                 print(json_document(error={"key": "diverge", "message": str(error).splitlines()[0]}))
             print(error, file=sys.stderr, flush=True)
             return ExitCode.RUN_FAILED
-    own = judge(replayed.run, replayed.twins, a.trajectory, ALPHA / 2)
-    theirs = judge(replayed.run, replayed.twins, tested, ALPHA / 2)
+    own = judge(replayed.run, replayed.twins, a.trajectory, alpha / 2)
+    theirs = judge(replayed.run, replayed.twins, tested, alpha / 2)
     if arguments.options.json:
-        print(json_document(**content(own, theirs, replayed)))
+        print(json_document(**content(own, theirs, replayed, alpha)))
     else:
-        _show(own, theirs, replayed, for_tables())
+        _show(own, theirs, replayed, alpha, for_tables())
     return ExitCode.DONE if own.inside and theirs.inside else ExitCode.CHECK_FAILED
 
 
@@ -154,13 +155,14 @@ def pair_p_value(own: Verdict, theirs: Verdict) -> float:
     return min(1.0, 2 * min(own.p_value, theirs.p_value))
 
 
-def content(own: Verdict, theirs: Verdict, replayed: Replayed) -> dict[str, object]:
+def content(own: Verdict, theirs: Verdict, replayed: Replayed, alpha: float = ALPHA) -> dict[str, object]:
     """Return the JSON document's content: the verdict on the pair, and where the run that is outside leaves.
 
     Args:
-        own: on RUN_A against its replay, at `ALPHA` / 2.
-        theirs: on RUN_B against the same replay, at `ALPHA` / 2.
+        own: on RUN_A against its replay, at ``alpha`` / 2.
+        theirs: on RUN_B against the same replay, at ``alpha`` / 2.
         replayed: RUN_A and its twins.
+        alpha: share of right pairs that may be outside: `ALPHA` over the pairs that are read together (Bonferroni).
     """
     worst = theirs if own.inside else own
     last = max(replayed.growth)
@@ -174,13 +176,13 @@ def content(own: Verdict, theirs: Verdict, replayed: Replayed) -> dict[str, obje
         "amplification": replayed.growth[last],
         "amplification_per_step": replayed.growth[last] ** (1 / last),
         "run": "RUN_B" if own.inside else "RUN_A",
-        "alpha": ALPHA,
+        "alpha": alpha,
         "twins": len(replayed.twins),
         "steps": last,
     }
 
 
-def _show(own: Verdict, theirs: Verdict, replayed: Replayed, console: Console) -> None:
+def _show(own: Verdict, theirs: Verdict, replayed: Replayed, alpha: float, console: Console) -> None:
     table = Table(box=box.SIMPLE, highlight=False)
     for name in ("run", "verdict", "p-value", "first step", "figure", "parameter", "times the twins'"):
         table.add_column(name, overflow="fold")
@@ -201,6 +203,6 @@ def _show(own: Verdict, theirs: Verdict, replayed: Replayed, console: Console) -
     else:
         which = "RUN_B" if own.inside else "RUN_A"
         console.print(f"{which} differs from the replay of RUN_A by more than rounding does.")
-    console.print(f"p-value of the pair: {pair_p_value(own, theirs):.2g} (outside below {ALPHA:g})")
+    console.print(f"p-value of the pair: {pair_p_value(own, theirs):.2g} (outside below {alpha:.2g})")
     growth = f"one ulp grows {replayed.growth[last]:.3g} times in {last} steps"
     console.print(f"{len(replayed.twins)} twins; {growth}")

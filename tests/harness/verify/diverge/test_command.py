@@ -68,8 +68,9 @@ def test_the_p_value_of_the_pair_is_twice_the_smaller_one(smaller: float, togeth
         assert document["inside"] is (together >= ALPHA)
 
 
-def test_both_runs_are_judged_at_half_of_alpha(
-    replays: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("words", "pairs"), [([], 1), (["--comparisons=12"], 12)])
+def test_both_runs_are_judged_at_half_of_the_level_of_the_pair(
+    words: list[str], pairs: int, replays: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
 
@@ -79,8 +80,8 @@ def test_both_runs_are_judged_at_half_of_alpha(
 
     monkeypatch.setattr(command, "judge", record)
     a = run_folder(tmp_path / "a", *rows(train("adamw")))
-    assert cli.main(["diverge", str(a), str(a), "--steps=12"]) == 0
-    assert asked == [ALPHA / 2, ALPHA / 2]
+    assert cli.main(["diverge", str(a), str(a), "--steps=12", *words]) == 0
+    assert asked == [ALPHA / pairs / 2] * 2
 
 
 def test_a_run_that_its_own_replay_does_not_reproduce_is_named(
@@ -110,6 +111,7 @@ def test_runs_of_other_experiments_need_force(
         (["one"], "diverge: one needs two runs"),
         (["a", "b", "--twins=2"], "--twins: 2 is wrong; allowed: a whole number from 4 on"),
         (["a", "b", "--steps=0"], "--steps: 0 is wrong"),
+        (["a", "b", "--comparisons=0"], "--comparisons: 0 is wrong; allowed: a whole number from 1 on"),
         (["a", "b", "--minutes=x"], "--minutes: x is wrong"),
         (["a", "b"], "RUN_A: a does not exist"),
     ],
