@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.audit_catalogue.entries import EARLIER, UNAVAILABLE, Entry
-from benchmarks.audit_catalogue.special import RANKED, REMARKS, UNDERSTATED
+from benchmarks.audit_catalogue.special import NOTES, RANKED, REMARKS, UNDERSTATED
 from harness.verify.audit.pages import legend, table_text
 from harness.verify.audit.tables import MISSING, Table
 from optimizers import presets
@@ -47,7 +47,8 @@ def text(entries: Sequence[Entry]) -> str:
     for package in dict.fromkeys(map(package_of, audited)):
         own = [entry for entry in audited if package_of(entry) == package]
         title = next((entry.version for entry in own if entry.version), package)
-        parts += [f"### {title}", table_text(_engines(own))]
+        notes = [NOTES[package]] if package in NOTES else []
+        parts += [f"### {title}", *notes, table_text(_engines(own))]
     remarks = _remarks(audited)
     if remarks.rows:
         parts += ["## Remarks", _REMARKS, table_text(remarks)]

@@ -98,8 +98,22 @@ REMARKS: Mapping[str, str] = {
 """Optimizer → what a reader of its row should know."""
 
 
+EAGER = "heavyball"
+"""Package that is audited without its compilation (`benchmarks.audit_catalogue.eager_heavyball`)."""
+NOTES: Mapping[str, str] = {
+    EAGER: "It compiles its functions with torch.compile. On CPUs that takes minutes per optimizer and engine, so that "
+    "these rows are of the same functions without compilation (`heavyball.utils.compile_mode = None`). ADOPT and "
+    "AdEMAMix were also audited with it: all verdicts and checks are the same, except that the check *torch.compile*, "
+    "which compiles the whole step, then fails."
+}
+"""Package → how its rows were measured, where that is not plain."""
+
+
 def audited(target: Target) -> Target:
-    """Return what is audited in the place of a listed optimizer: itself, or a factory that gives ranks to matrices."""
+    """Return what is audited in the place of a listed optimizer: itself, without compilation, or with ranks."""
+    package, _, name = target.name.rpartition(".")
+    if package == EAGER:
+        return Target(f"benchmarks.audit_catalogue.eager_heavyball.{name}")
     options = RANKED.get(target.name)
     if options is None:
         return target

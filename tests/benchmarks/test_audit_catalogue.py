@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,21 @@ def test_rules_that_need_a_rank_are_audited_with_one() -> None:
     # Slices of ZeRO are no matrices.
     assert [group.get("rank") for group in target.load()([norm], **target.arguments).param_groups] == [None]
     assert special.audited(Target("torch.optim.AdamW")) == Target("torch.optim.AdamW")
+
+
+def test_a_package_that_compiles_itself_is_audited_without_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = types.ModuleType("heavyball")
+    vars(package).update(utils=types.SimpleNamespace(compile_mode="default"), AdamW=torch.optim.AdamW)
+    monkeypatch.setitem(sys.modules, "heavyball", package)
+    target = special.audited(Target("heavyball.AdamW"))
+    monkeypatch.delitem(sys.modules, target.name.rpartition(".")[0], raising=False)
+    assert target.load() is torch.optim.AdamW
+    assert package.utils.compile_mode is None
+    monkeypatch.delitem(sys.modules, target.name.rpartition(".")[0])
+    entry = Entry("heavyball.AdamW")
+    entry.take(report(version="heavyball 3.2.1"))
+    assert "compile_mode = None" in page.text([entry])
+    assert "compile_mode" not in page.text([Entry("pkg.Wild", cells=entry.cells)])
 
 
 class Recorded:
