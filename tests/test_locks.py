@@ -110,7 +110,18 @@ def test_the_installer_makes_pip_check_the_hashes(monkeypatch: pytest.MonkeyPatc
     assert {str(lock) for lock in LOCKS.values()} <= set(locked)
     # pip compiles nothing, then all cores compile everything.
     assert all("--no-compile" in command for command in commands if "install" in command)
-    assert commands[-1][1:6] == ["-m", "compileall", "-qq", "-j", "0"]
+    assert commands[-1][1:7] == ["-m", "compileall", "-qq", "-j", "0", "-x"]
+    passed_over = re.compile(commands[-1][7])
+    packages = "/v/lib/python3.11/site-packages"
+    for name in (
+        "pandas/tests/test_a.py",
+        "scipy/stats/tests/a.py",
+        "transformers/models/bert/modeling_bert.py",
+    ):
+        assert passed_over.search(f"{packages}/{name}"), name
+    for name in ("transformers/models/llama/a.py", "transformers/models/__init__.py", "torch/testing/a.py"):
+        assert not passed_over.search(f"{packages}/{name}"), name
+    assert not passed_over.search(f"{ROOT}/harness/cli.py")
 
 
 def test_the_installer_of_the_runtime_leaves_the_tools_out(

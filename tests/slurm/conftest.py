@@ -58,6 +58,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Iterat
         "PYTHONPATH": str(ROOT),
         "OPTBENCH_CACHE": str(session_cache),
         "GLOO_SOCKET_IFNAME": "lo",
+        # Reports without a picture: tests/analysis/report has a browser.
+        "CHROMIUM": "none",
     }
     with slurm:
         yield Lab(slurm, write_documents(folder), folder / "runs")

@@ -18,6 +18,7 @@ from harness.errors import InputError
 from harness.jobs import launch
 from tests.analysis import synthetic
 from tests.analysis.stand_in import SMALL, Launcher
+from tests.harness import warm
 
 
 @pytest.fixture
@@ -167,13 +168,12 @@ def test_the_commands_import_no_torch() -> None:
 
 
 @pytest.mark.launch
-def test_real_runs_end_in_a_report(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(screenshot, "browser", lambda: None)
+def test_real_runs_end_in_a_report(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHROMIUM", "none")
     small = [word.replace("seeds=2", "seeds=1").replace("steps=20", "steps=3") for word in words]
-    assert command.main([*small, "sumo.rank=16", "--json"]) == 0
-    data = json.loads(capfd.readouterr().out)
+    done = warm.run("compare", *small, "sumo.rank=16", "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
     assert [run["state"] for run in data["runs"]] == ["finished", "finished"]
     (comparison,) = data["comparison"]["sets"]
     assert comparison["verdict"]["kind"] == "one_seed"

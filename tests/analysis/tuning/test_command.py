@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from harness.jobs import launch
 from harness.jobs.outcome import RunOutcome
 from harness.preparation import Prepared
 from tests.analysis.stand_in import SMALL, Launcher, keep_compositions, parabola
+from tests.harness import warm
 
 BEST = {"adamw": 0.004, "sumo": 0.064, "muon": 0.02}
 """Learning rate with the lowest loss: AdamW's is the middle of its ladder, SUMO's two steps above it."""
@@ -286,29 +286,25 @@ def test_what_leaves_the_machine_names_none_of_its_places() -> None:
 
 
 @pytest.mark.launch
-def test_real_runs_one_of_them_stopped_by_a_signal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(screenshot, "browser", lambda: None)
+def test_real_runs_one_of_them_stopped_by_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHROMIUM", "none")
     runs = tmp_path / "runs"
     small = [word for word in SMALL if not word.startswith("steps")]
-    words = ["adamw", "lr=1e-3,4e-3", "seeds=1", "steps=40", "group=g", f"runs_dir={runs}", *small, "--json"]
-    words += ["eval.every=null", "moments.every=null", "log_every=1"]
+    words = ["sweep", "adamw", "lr=1e-3,4e-3", "seeds=1", "steps=24", "group=g", f"runs_dir={runs}", *small]
+    words += ["--json", "eval.every=null", "moments.every=null", "log_every=1"]
     second = runs / "g-trials" / "adamw-trial2" / "metrics.jsonl"
-
-    def stop() -> None:
-        while not (second.exists() and second.stat().st_size):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    watching = threading.Thread(target=stop, daemon=True)
-    watching.start()
-    assert command.main(words) == 75
-    watching.join()
-    (arm,) = json.loads(capfd.readouterr().out)["tuning"]["arms"]
+    command = warm.Command(*words)
+    until = time.monotonic() + warm.LIMIT_S
+    while not (second.exists() and second.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.02)
+    command.send_signal(signal.SIGTERM)
+    out, err = command.communicate()
+    assert command.returncode == 75, err
+    (arm,) = json.loads(out)["tuning"]["arms"]
     assert [trial["state"] for trial in arm["trials"]] == ["finished", "interrupted"]
-    assert command.main(words) == 0
-    document = json.loads(capfd.readouterr().out)
+    done = warm.run(*words)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
     (arm,) = document["tuning"]["arms"]
     assert [trial["state"] for trial in arm["trials"]] == ["finished", "finished"]
     assert all(math.isfinite(trial["loss"]) for trial in arm["trials"])
