@@ -125,37 +125,51 @@ def count_spikes(losses: ArrayLike) -> int:
     return int(is_high[0]) + int((is_high[1:] & ~is_high[:-1]).sum())
 
 
-def rate_range(rates: ArrayLike, losses: ArrayLike, tolerance: float = TOLERANCE) -> tuple[float, bool]:
-    """Return the width of the range of learning rates within ``tolerance`` of the best loss, and if it may be wider.
+@dataclass(frozen=True)
+class RateRange:
+    """How wide the range of learning rates within the tolerance of the best loss is, in factors of two.
+
+    Attributes:
+        width: linear between the tried rates; NaN if no loss is finite.
+        inner: from the lowest to the highest tried rate within the tolerance: it is at least as wide.
+        outer: between the next tried rates on both sides, which are outside: it is at most as wide. Infinite if nothing
+            was tried beyond.
+    """
+
+    width: float
+    inner: float
+    outer: float
+
+
+def rate_range(rates: ArrayLike, losses: ArrayLike, tolerance: float = TOLERANCE) -> RateRange:
+    """Return the range of learning rates around the best one whose loss is within ``tolerance`` of it.
 
     Args:
         rates: tried, in any order.
         losses: final ones; not finite where a trial diverged.
         tolerance: nats/token.
-
-    Returns:
-        Factors of two from the lowest to the highest rate around the best one, linear between the rates; True if the
-        range ends at a rate beyond which nothing was tried. NaN and False if no loss is finite.
     """
     order = np.argsort(np.asarray(rates, float))
     x, y = np.log2(np.asarray(rates, float)[order]), np.asarray(losses, float)[order]
     y = np.where(np.isfinite(y), y, np.inf)
     if not np.isfinite(y).any():
-        return math.nan, False
+        return RateRange(math.nan, math.nan, math.nan)
     best = int(np.argmin(y))
     limit = y[best] + tolerance
-    ends, is_open = [], False
+    width = inner = outer = 0.0
     for step, last in ((-1, 0), (1, len(x) - 1)):
         i = best
         while i != last and y[i + step] <= limit:
             i += step
+        reached = abs(x[i] - x[best])
+        inner += reached
         if i == last:
-            is_open = True
-            ends.append(x[i])
+            width, outer = width + reached, math.inf
         else:
+            gap = abs(x[i + step] - x[i])
             share = (limit - y[i]) / (y[i + step] - y[i]) if np.isfinite(y[i + step]) else 0.0
-            ends.append(x[i] + share * (x[i + step] - x[i]))
-    return float(ends[1] - ends[0]), is_open
+            width, outer = width + reached + share * gap, outer + reached + gap
+    return RateRange(float(width), float(inner), float(outer))
 
 
 def wider_range(
@@ -163,10 +177,10 @@ def wider_range(
 ) -> Estimate:
     """Return by how many factors of two the range of rates of ``first`` is wider than that of ``second``.
 
-    Each trial has one seed: the interval is the percentile one of trials with normal noise of the deviation ``sd``,
-    that of runs which differ in their seed. Trials of one seed in two arms vary together, so that it is rather too
-    wide. Where a range is only known to be at least as wide, the interval has no upper end (``first``) or no lower one
-    (``second``).
+    The value is that of the lines between the tried rates. Where a range ends between two of these is not known, and
+    each trial has one seed. So the lower bound is the 2.5 % quantile of the least difference, inner − outer, of trials
+    with normal noise of the deviation ``sd``, that of runs which differ in their seed; the upper bound likewise.
+    Differences below about twice the distance of the rates are therefore open.
 
     Args:
         first: rates and final losses of the trials.
@@ -175,20 +189,20 @@ def wider_range(
         tolerance: as for `rate_range`.
         resamples: of the bootstrap.
     """
-    found = [rate_range(*arm, tolerance) for arm in (first, second)]
-    value = found[0][0] - found[1][0]
+    value = rate_range(*first, tolerance).width - rate_range(*second, tolerance).width
     if not (math.isfinite(value) and math.isfinite(sd)):
         return Estimate(value, math.nan, math.nan, 1)
     rng = np.random.default_rng(SEED)
-    draws = np.empty(resamples)
+    draws = np.empty((resamples, 2))
     for i in range(resamples):
-        widths = [
+        noisy = [
             rate_range(
                 rates, np.asarray(losses, float) + rng.normal(0, sd, len(np.asarray(losses))), tolerance
-            )[0]
+            )
             for rates, losses in (first, second)
         ]
-        draws[i] = widths[0] - widths[1]
-    low, high = (float(bound) for bound in np.percentile(draws, [2.5, 97.5]))
-    is_open = [may_be_wider for _, may_be_wider in found]
-    return Estimate(value, -math.inf if is_open[1] else low, math.inf if is_open[0] else high, 1)
+        draws[i] = noisy[0].inner - noisy[1].outer, noisy[0].outer - noisy[1].inner
+    # Quantiles that are draws: between an infinite and a finite one there is nothing to interpolate.
+    low = float(np.percentile(draws[:, 0], 2.5, method="lower"))
+    high = float(np.percentile(draws[:, 1], 97.5, method="higher"))
+    return Estimate(value, low, high, 1)

@@ -113,10 +113,8 @@ def _stability(summary: Mapping[str, Any], sumo: Arm, other: Arm, sd: float) -> 
     spikes = claims.difference(_spikes(summary, other.label), _spikes(summary, sumo.label))
     ranges = [_trials(summary, arm.label) for arm in (sumo, other)]
     wider = claims.wider_range(ranges[0], ranges[1], sd)
-    each = [
-        f"{'at least ' if may_be_wider else ''}{width:.2f}"
-        for width, may_be_wider in (claims.rate_range(*r) for r in ranges)
-    ]
+    found = [claims.rate_range(*trials) for trials in ranges]
+    each = [f"{'at least ' if math.isinf(one.outer) else ''}{one.width:.2f}" for one in found]
     shown = _interval(wider, 2)
     return [
         ClaimRow(
