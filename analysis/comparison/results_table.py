@@ -194,7 +194,10 @@ def _memorization_cell(found: SetMemorization, label: str) -> ResultsCell:
     of_arm = found.means.get(label)
     if of_arm is None or of_arm.mean is None:
         return _number_cell(math.nan)
-    half = math.nan if of_arm.high is None else of_arm.high - of_arm.mean
+    half = math.nan
+    if of_arm.low is not None and of_arm.high is not None:
+        # One end of the interval may have been cut at the largest exposure.
+        half = max(of_arm.high - of_arm.mean, of_arm.mean - of_arm.low)
     text = formatting.significant(of_arm.mean)
     text += f" ± {formatting.significant(half, 2)}" if math.isfinite(half) else ""
     return ResultsCell(text, of_arm.mean)

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.comparison import statistics
-from analysis.comparison.statistics import interval
+from analysis.comparison.statistics import ExampleVariance, Pairwise, interval
+from analysis.memorization import exposure
 
 Floats = NDArray[np.float64]
 Result = Mapping[str, Any]
-PRIMARY = ("exposure_1", "exposure_4")
-"""Measures whose differences are tested: secrets that training holds once and a few times. Others are descriptive."""
 BASELINE = "adamw"
 """Preset that every other optimizer is tested against. Pairs without it are descriptive."""
 
@@ -32,12 +31,16 @@ class MemorizationMeasure(NamedTuple):
         title: in tables and plots, with its unit.
         value: reads it from a result.
         is_chance: what the measure is of a model that saw nothing, which says nothing about optimizers.
+        copies: of the canaries whose exposure it is; None for other measures.
+        limits: the least and largest value, at which intervals of means end.
     """
 
     key: str
     title: str
     value: Callable[[Result], float]
     is_chance: bool = False
+    copies: int | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
 
 class RunCurve(NamedTuple):
@@ -67,15 +70,22 @@ class RunCurve(NamedTuple):
 def measures(results: Sequence[Result]) -> list[MemorizationMeasure]:
     """Return the measures that all results have, exposures by copies first."""
     copies = [group["copies"] for group in results[0]["exposure"] if group["copies"]]
-    found = [MemorizationMeasure(f"exposure_{n}", f"exposure ×{n} (bits)", _exposure(n)) for n in copies]
-    found.append(MemorizationMeasure("auc", "membership AUC", lambda r: r["membership"]["auc"]))
+    bits, share = (0.0, exposure.largest(exposure.ALTERNATIVES)), (0.0, 1.0)
+    found = [
+        MemorizationMeasure(f"exposure_{n}", f"exposure ×{n} (bits)", _exposure(n), copies=n, limits=bits)
+        for n in copies
+    ]
+    found.append(MemorizationMeasure("auc", "membership AUC", lambda r: r["membership"]["auc"], limits=share))
+    title = "membership AUC, Min-K %"
     found.append(
-        MemorizationMeasure("min_k_auc", "membership AUC, Min-K %", lambda r: r["membership"]["min_k"]["auc"])
+        MemorizationMeasure("min_k_auc", title, lambda r: r["membership"]["min_k"]["auc"], limits=share)
     )
     if "reference" in results[0]["membership"]:
         title = "membership AUC, reference"
         found.append(
-            MemorizationMeasure("reference_auc", title, lambda r: r["membership"]["reference"]["auc"])
+            MemorizationMeasure(
+                "reference_auc", title, lambda r: r["membership"]["reference"]["auc"], limits=share
+            )
         )
     if all(result["membership"].get("chance") for result in results):
         title = "membership AUC of a bigram model that saw neither (chance)"
@@ -87,8 +97,8 @@ def measures(results: Sequence[Result]) -> list[MemorizationMeasure]:
         MemorizationMeasure("extraction", title, lambda r: r["extraction"]["difference"]["tokens_right"])
     )
     for key, title in (
-        ("head_margin", "signed head margin (of the feature's norm)"),
-        ("embedding_radius", "embedding radius, upper bound (of an embedding's norm)"),
+        ("head_margin", "signed head margin (share of the feature's norm)"),
+        ("embedding_radius", "embedding radius (share of an embedding's norm)"),
     ):
         found.append(MemorizationMeasure(key, title, _robustness(key)))
     return found
@@ -133,10 +143,10 @@ def limiting(curves: Sequence[RunCurve]) -> RunCurve:
 def compare(results: Sequence[Result], levels: Sequence[float] | None) -> list[dict[str, Any]]:
     """Compare optimizers at equal validation loss.
 
-    p-values are of paired t-tests over common seeds. Planned are pairs with `BASELINE` in the measures of `PRIMARY`;
-    "p_holm" is adjusted by Holm over these, at all levels, and None for every other pair.
-    ``canaries_low`` and ``canaries_high`` are a 95 % t-interval of the difference over canaries, paired by canary, each
-    averaged over the common seeds.
+    p-values are of paired t-tests. Planned are pairs with `BASELINE` in exposure, for each number
+    of copies; "p_holm" is adjusted by Holm over these, at all levels, and None for every other pair.
+    Intervals and p-values of differences in exposure are over seeds and canaries (`statistics.two_level`), those of
+    other measures over seeds, with the same rows for all.
 
     Args:
         results: of all checkpoints.
@@ -159,11 +169,12 @@ def compare(results: Sequence[Result], levels: Sequence[float] | None) -> list[d
     entries = [
         _entry(curves, names, seeds, level, measure) for level in used for measure in measures(results)
     ]
+    exposures = {measure.key for measure in measures(results) if measure.copies is not None}
     planned = []
     for entry in entries:
         for pair in entry["pairs"]:
             with_baseline = (pair["a"] in baselines) != (pair["b"] in baselines)
-            pair |= {"planned": with_baseline and entry["measure"] in PRIMARY, "p_holm": None}
+            pair |= {"planned": with_baseline and entry["measure"] in exposures, "p_holm": None}
             planned += [pair] if pair["planned"] else []
     adjusted = statistics.holm([math.nan if pair["p"] is None else pair["p"] for pair in planned])
     for pair, p in zip(planned, adjusted):
@@ -184,27 +195,30 @@ def _entry(
             {
                 "optimizer": name,
                 "mean": _number(found.mean),
-                "low": _number(found.mean - found.half_width),
-                "high": _number(found.mean + found.half_width),
+                "low": _number(max(found.mean - found.half_width, measure.limits[0])),
+                "high": _number(min(found.mean + found.half_width, measure.limits[1])),
                 "seeds": found.n,
             }
         )
     tests = statistics.pairwise(table)
+    if measure.copies is not None:
+        tests = statistics.with_examples(
+            tests, _canary_variance(curves, names, seeds, level, measure.copies, tests)
+        )
     pairs = []
     for index, (i, j) in enumerate([] if measure.is_chance else tests.pairs):
         mean, half = float(tests.mean[index]), float(tests.half_width[index])
-        pair = {
-            "a": names[i],
-            "b": names[j],
-            "difference": _number(mean),
-            "low": _number(mean - half),
-            "high": _number(mean + half),
-            "p": _number(tests.p[index]),
-            "seeds": int(tests.n[index]),
-        }
-        if measure.key.startswith("exposure_"):
-            pair |= _over_canaries(curves, (names[i], names[j]), level, int(measure.key.rpartition("_")[2]))
-        pairs.append(pair)
+        pairs.append(
+            {
+                "a": names[i],
+                "b": names[j],
+                "difference": _number(mean),
+                "low": _number(mean - half),
+                "high": _number(mean + half),
+                "p": _number(tests.p[index]),
+                "seeds": int(tests.n[index]),
+            }
+        )
     return {
         "val_loss": level,
         "measure": measure.key,
@@ -214,24 +228,27 @@ def _entry(
     }
 
 
-def _over_canaries(
-    curves: Sequence[RunCurve], names: tuple[str, str], level: float, copies: int
-) -> dict[str, float | None]:
-    by_run = {(curve.optimizer, curve.seed): curve for curve in curves}
-    common = [s for name, s in by_run if name == names[0] and (names[1], s) in by_run]
-    chosen = [c["name"] for c in curves[0].results[0]["canaries"] if c["copies"] == copies]
-    differences = []
-    for canary in chosen:
-        value = _of_canary(canary)
-        first, second = ([by_run[name, seed].at(level, value) for seed in common] for name in names)
-        differences.append(np.mean(np.subtract(first, second)) if common else math.nan)
-    found = interval(differences)
-    ends = found.mean - found.half_width, found.mean + found.half_width
-    return {"canaries_low": _number(ends[0]), "canaries_high": _number(ends[1])}
+def _canary_variance(
+    curves: Sequence[RunCurve], names: list[str], seeds: list[int], level: float, copies: int, tests: Pairwise
+) -> ExampleVariance:
+    """Return what the choice of canaries adds to the variance of each pair's difference, NaN for a single canary."""
+    count = sum(c["copies"] == copies for c in curves[0].results[0]["canaries"])
+    table = np.full((len(names), len(seeds), count), np.nan)
+    for curve in curves:
+        place = names.index(curve.optimizer), seeds.index(curve.seed)
+        table[place] = [curve.at(level, _of_canary(copies, number)) for number in range(count)]
+    shared, single = np.full((2, len(tests.pairs)), np.nan)
+    for index, (i, j) in enumerate(tests.pairs):
+        differences = table[i] - table[j]
+        differences = differences[np.isfinite(differences).all(1)]
+        if count > 1 and len(differences):
+            shared[index] = differences.mean(0).var(ddof=1) / count
+            single[index] = differences.var(1, ddof=1).mean() / count
+    return ExampleVariance(shared, single, count)
 
 
-def _of_canary(name: str) -> Callable[[Result], float]:
-    return lambda result: next(c["exposure"] for c in result["canaries"] if c["name"] == name)
+def _of_canary(copies: int, number: int) -> Callable[[Result], float]:
+    return lambda result: [c["exposure"] for c in result["canaries"] if c["copies"] == copies][number]
 
 
 def dose(results: Sequence[Result], level: float) -> list[dict[str, Any]]:

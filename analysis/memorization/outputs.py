@@ -161,10 +161,10 @@ def _design(comparison: Rows) -> list[str]:
     planned = sum(pair["planned"] for entry in comparison for pair in entry["pairs"])
     if planned:
         return [
-            f"Tested are {plural(planned, 'planned difference')}: to {equal_loss.BASELINE}, in exposure ×1 and ×4. "
+            f"Tested are {plural(planned, 'planned difference')}: to {equal_loss.BASELINE}, in exposure. "
             "All others are descriptive: their intervals are single ones of 95 %, some of which exclude 0 by chance."
         ]
-    return [f"Nothing is tested: planned are differences to {equal_loss.BASELINE} in exposure ×1 and ×4."]
+    return [f"Nothing is tested: planned are differences to {equal_loss.BASELINE} in exposure."]
 
 
 def headline(job: Memorization) -> str:
@@ -175,7 +175,9 @@ def headline(job: Memorization) -> str:
     if all(pair["p"] is None for _, pair in pairs):
         if all(pair["seeds"] < 2 for _, pair in pairs):
             return "Not tested: one seed."
-        return "Not tested: the differences do not vary between seeds."
+        return (
+            "Not tested: a single canary per number of copies, or differences that do not vary between seeds."
+        )
     found = [(e, p) for e, p in pairs if p["p_holm"] is not None and p["p_holm"] < ALPHA]
     level = significant(min(entry["val_loss"] for entry in job.comparison), 4)
     if not found:
@@ -189,7 +191,8 @@ def headline(job: Memorization) -> str:
         parts.append(f"{more} above {less} in {entry['title']} by {significant(abs(pair['difference']))}")
     return (
         f"At equal validation loss ({level}), {len(found)} of {plural(len(pairs), 'planned difference')} between "
-        f"optimizers are larger than chance explains (Holm, 5 %); the clearest: {'; '.join(parts)}."
+        f"optimizers {'is' if len(found) == 1 else 'are'} larger than chance explains (Holm, 5 %); "
+        f"the clearest: {'; '.join(parts)}."
     )
 
 
@@ -201,8 +204,8 @@ def scope(job: Memorization) -> str:
     kinds = f"canaries with {listing([str(n) for n in sorted(canaries)])} copies, " if canaries else ""
     return (
         f"{job.title}. {plural(len(curves), 'run')} over {plural(len(seeds), 'seed')}, {len(job.results)} checkpoints; "
-        f"{kinds}one set of canaries and one corpus. Intervals are 95 %: over seeds in "
-        "comparisons, over canaries or rows in a single checkpoint."
+        f"{kinds}one corpus. Intervals are 95 %: of optimizers over seeds, of differences in exposure over seeds and "
+        "canaries, of a single checkpoint over canaries or rows."
     )
 
 
@@ -222,21 +225,30 @@ def tables(job: Memorization) -> list[TextTable]:
         ]
         title = f"Memorization at validation loss {level:.4f}"
         shown.append(TextTable(["measure", *names], rows, title, "Mean over seeds [95 % interval]."))
-    pairs = [(entry, pair) for entry in job.comparison for pair in entry["pairs"]]
+    baselines = {r["optimizer"] for r in job.results if r["preset"] == equal_loss.BASELINE}
+    pairs = [
+        (entry, pair)
+        for entry in job.comparison
+        for pair in entry["pairs"]
+        if not baselines or {pair["a"], pair["b"]} & baselines
+    ]
     if pairs:
         rows = [
             [
                 entry["title"],
                 f"{pair['a']} − {pair['b']}",
                 _with_interval({**pair, "mean": pair["difference"]}),
-                _ends(pair.get("canaries_low"), pair.get("canaries_high")),
                 str(pair["seeds"]),
                 "–" if pair["p_holm"] is None else p_value(pair["p_holm"]),
             ]
             for entry, pair in pairs
         ]
-        heads = ["measure", "pair", "difference [over seeds]", "[over canaries]", "seeds", "p (Holm)"]
-        caption = "Paired by seed; p adjusted over the planned pairs. Rows without p are descriptive."
+        heads = ["measure", "pair", "difference [95 % interval]", "seeds", "p (Holm)"]
+        caption = (
+            "Paired by seed. Of exposures over seeds and canaries, which are both samples; of others over seeds, with "
+            "the same rows for all. p adjusted over the planned pairs; rows without p are descriptive. "
+            f"{FILE} has all pairs of optimizers."
+        )
         shown.append(TextTable(heads, rows, "Differences", caption))
     if job.dose:
         rows = [

@@ -95,8 +95,33 @@ def test_a_difference_at_equal_loss_has_the_p_value_of_a_paired_t_test() -> None
     planned = [p for e in found for p in e["pairs"] if p["planned"]]
     assert [p["p_holm"] for p in planned] == pytest.approx([2 * pair["p"]] * 2)
     assert {p["p_holm"] for e in found for p in e["pairs"] if not p["planned"]} == {None}
-    difference = (values["adamw"] - values["b"]).mean()
-    assert pair["canaries_low"] == pytest.approx(difference) == pair["canaries_high"]
+
+
+def of_canaries(optimizer: str, seed: int, exposures: np.ndarray) -> list[dict[str, Any]]:
+    rows = [result(optimizer, seed, step, loss, exposures.mean()) for step, loss in ((1, 5.0), (2, 4.0))]
+    for row in rows:
+        row["canaries"] = [{"name": str(n), "copies": 1, "exposure": e} for n, e in enumerate(exposures)]
+    return rows
+
+
+def test_seeds_and_canaries_are_both_samples() -> None:
+    """Seeds that agree on canaries which do not: a paired t-test over seeds alone would settle it."""
+    rng = np.random.default_rng(1)
+    of_canary, noise = rng.normal(0.3, 1.0, 8), rng.normal(0.0, 0.02, (4, 8))
+    rows = [r for seed in range(4) for r in of_canaries("adamw", seed, np.full(8, 3.0))]
+    rows += [r for seed in range(4) for r in of_canaries("muon", seed, 3.0 + of_canary + noise[seed])]
+    (pair,) = entry(equal_loss.compare(rows, None))["pairs"]
+    assert stats.ttest_1samp(noise.mean(1) + of_canary.mean(), 0.0)[1] < 0.001
+    # Nearly all of the variance is between canaries: their t-test.
+    over_canaries = stats.ttest_1samp(-of_canary - noise.mean(0), 0.0)
+    assert pair["p"] == pytest.approx(over_canaries[1], rel=0.01)
+    low, high = over_canaries.confidence_interval()
+    assert [pair["low"], pair["high"]] == pytest.approx([low, high], rel=0.01)
+    # A single canary shows nothing of others.
+    for row in rows:
+        row["canaries"] = row["canaries"][:1]
+    (pair,) = entry(equal_loss.compare(rows, None))["pairs"]
+    assert (pair["p"], pair["low"]) == (None, None)
 
 
 def test_runs_that_never_had_the_same_loss_are_not_compared() -> None:
@@ -117,7 +142,7 @@ def test_the_dose_is_the_slope_per_doubling_of_the_rank() -> None:
     assert found["per_doubling"] == pytest.approx(0.25)
 
 
-def test_holm_counts_the_contrasts_with_adamw_in_the_primary_measures_alone() -> None:
+def test_holm_counts_the_contrasts_with_adamw_in_exposure_alone() -> None:
     rng = np.random.default_rng(0)
     slopes = {name: 2.0 + shift + 0.1 * rng.normal(size=5) for name, shift in ARMS.items()}
     rows = [

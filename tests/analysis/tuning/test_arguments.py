@@ -125,6 +125,15 @@ def test_the_study_that_is_shipped_is_one() -> None:
     assert study.plan.shared == ["experiment=quickstart"]
 
 
+def test_the_study_of_memorization_compares_three_ranks_over_five_seeds_or_more() -> None:
+    study = arguments.read(["study=memorization"])
+    assert [arm.label for arm in study.plan.arms] == ["adamw", "muon", "galore", "sumo4", "sumo16", "sumo64"]
+    for arm in study.plan.arms[3:]:
+        assert {"optimizer=sumo", f"optimizer.rank={arm.label[4:]}"} <= set(arm.overrides)
+    assert len(study.plan.seeds) >= 5
+    assert study.seed not in study.plan.seeds
+
+
 def test_no_torch_is_imported_and_no_scipy_before_it_is_needed() -> None:
     code = "import sys, analysis.tuning.{}; sys.exit({} in sys.modules)"
     for module, package in (("study", "'torch'"), ("arguments", "'scipy'")):
