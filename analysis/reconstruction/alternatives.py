@@ -3,6 +3,10 @@
 Inside one activation pattern Φ and ∇_θΦ are affine in x. So a (label, pattern) group may be replaced by any
 points z_k of the same pattern with multipliers μ_k ≥ 0 where Σμ_k = Σλᵢ and Σμ_k z_k = Σλᵢxᵢ: the weights cannot
 tell. Splits (x → x + αν, x − βν with λβ/(α+β), λα/(α+β)) and merges are special cases.
+
+With more than two classes an image has a multiplier for each other class j, and the two sums must hold for each j. A
+split divides all multipliers of an image alike. A merge needs a point for each j, because an image's weight in the
+mean of one class is not its weight in another's.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from analysis.reconstruction import multipliers
 from analysis.reconstruction.certificate import Span, groups, project_out
 from analysis.reconstruction.network import (
     Network,
+    all_margins,
+    constraints,
     forward,
     inherited,
     input_gradients,
-    kkt_coefficients,
     label_margins,
     outputs,
 )
@@ -43,7 +48,7 @@ class KktPoint:
     """A network at a least margin of 1 with the images and multipliers that explain it.
 
     Attributes:
-        x: (n, d). labels: (n,). lambdas: (n,) ≥ 0.
+        x: (n, d). labels: (n,). lambdas: (n, r) ≥ 0, one for each of `network.constraints`.
         span: of x.
     """
 
@@ -62,7 +67,7 @@ class Alternative:
     Attributes:
         kind: name of the construction.
         radius: ‖αν‖ of a split; None where there is none.
-        x: (m, d). labels, lambdas: (m,).
+        x: (m, d). labels: (m,). lambdas: (m, r).
         parents: (m,): the image whose gates each point should have.
         basis: (k, d) orthonormal rows: the directions that points moved along where the weights should have no
             part in them; (0, d) where there are none.
@@ -142,17 +147,16 @@ def in_span_split(point: KktPoint, radius: float, seed: int) -> Alternative | No
 
 
 def margin_split(point: KktPoint, seed: int) -> Alternative | None:
-    """Split each image a little inside the span with ν ⊥ ∇ₓΦ, so that the margin stays, at any depth.
+    """Split each image a little inside the span with ν ⊥ ∇ₓ of each margin, so that all stay, at any depth.
 
     The step is half of what keeps the first layer's pattern along a random direction; None where no image can
     move (all on kinks in every direction).
     """
-    c = kkt_coefficients(point.task, outputs(point.network, point.x), point.labels)
-    slopes = input_gradients(point.network, point.x, c)
-    directions = _random(point, point.span.inside, seed)
-    unit = slopes / slopes.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    directions = directions - (directions * unit).sum(1, keepdim=True) * unit
-    directions = directions / directions.norm(dim=1, keepdim=True)
+    c = constraints(point.task, outputs(point.network, point.x), point.labels)
+    slopes = torch.stack([input_gradients(point.network, point.x, each) for each in c.unbind(1)], 1)
+    directions = _orthogonal(_random(point, point.span.inside, seed), slopes)
+    if directions is None:
+        return None
     radius = _pattern_radius(point, directions)
     if radius == 0:
         return None
@@ -160,22 +164,23 @@ def margin_split(point: KktPoint, seed: int) -> Alternative | None:
 
 
 def merge(point: KktPoint) -> Alternative | None:
-    """Merge each (label, pattern) group into its λ-weighted mean; None if every group is one image.
+    """Merge each (label, pattern) group into its λ-weighted means, one for each margin; None if nothing merges.
 
     Images without a multiplier are left out: they only had to lie beyond the margin.
     """
     number = groups(point.network, point.x, point.labels)
-    active = point.lambdas > 0
-    active_groups = number[active].unique()
-    if len(active_groups) == int(active.sum()):
-        return None
     points, lambdas, parents = [], [], []
-    for group in active_groups:
-        members = active & (number == group)
-        weight = point.lambdas * members
-        points.append(weight @ point.x / weight.sum())
-        lambdas.append(weight.sum())
-        parents.append(int(members.nonzero()[0]))
+    for group in number[(point.lambdas > 0).any(1)].unique():
+        for margin in range(point.lambdas.shape[1]):
+            weight = point.lambdas[:, margin] * (number == group)
+            if not bool(weight.any()):
+                continue
+            points.append(weight @ point.x / weight.sum())
+            lambdas.append(torch.zeros_like(point.lambdas[0]))
+            lambdas[-1][margin] = weight.sum()
+            parents.append(int(weight.nonzero()[0]))
+    if len(points) >= int((point.lambdas > 0).any(1).sum()):
+        return None
     index = torch.tensor(parents)
     return Alternative(
         "merge",
@@ -224,6 +229,16 @@ def _random(point: KktPoint, basis: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(len(point.x), basis.shape[0], generator=generator, dtype=point.x.dtype)
     return mixed / mixed.norm(dim=1, keepdim=True) @ basis
+
+
+def _orthogonal(directions: Tensor, slopes: Tensor) -> Tensor | None:
+    """Return unit vectors: directions (n, d) without their parts along slopes (n, r, d); None if nothing is left."""
+    basis = torch.linalg.svd(slopes, full_matrices=False)
+    # A margin that does not depend on the image along a direction has no slope to keep.
+    rows = basis.Vh * (basis.S[:, :1] * 1e-12 < basis.S).unsqueeze(-1)
+    left = directions - ((rows @ directions.unsqueeze(-1)) * rows).sum(1)
+    sizes = left.norm(dim=1, keepdim=True)
+    return left / sizes if bool((sizes > 1e-9).all()) else None
 
 
 def _pattern_radius(point: KktPoint, directions: Tensor) -> float:
@@ -306,6 +321,7 @@ def verify(point: KktPoint, alternative: Alternative, is_exact: bool) -> Verifie
     projected = project_out(point.network, alternative.basis)
     first = point.network.weights[0]
     margins = _margins(point, point.network, alternative)
+    every = all_margins(point.task, outputs(point.network, alternative.x), alternative.labels)
     to_train, _ = nearest(alternative.x, point.x)
     to_alternative, _ = nearest(point.x, alternative.x)
     reach = max(1.0, alternative.radius or 0.0)
@@ -325,7 +341,7 @@ def verify(point: KktPoint, alternative: Alternative, is_exact: bool) -> Verifie
         margin_max=float(margins.max()),
         margin_projected=float(_margins(point, projected, alternative).min()),
         margin_original_projected=float(_margins(point, projected, base).min()),
-        slackness=float((alternative.lambdas * (margins - 1)).abs().max()) / max(total, 1e-300),
+        slackness=float((alternative.lambdas * (every - 1)).abs().max()) / max(total, 1e-300),
         nn_distance=float(to_train.min()),
         nn_train_to_alt=float(to_alternative.median()),
         nn_alt_to_train=float(to_train.median()),

@@ -46,6 +46,7 @@ def answer(config: ReconstructionConfig, tables: Mapping[str, Sequence[TableRow]
                 [row for row in pairs if row["contrast"] == "conventions"],
             ),
             _optimizers([row for row in pairs if row["contrast"] == "optimizers"]),
+            _offsets([row for row in pairs if row["contrast"] == "offsets"]),
         ]
     sentences.append(_wrong_radius(tables["attack"]))
     return " ".join(sentence for sentence in sentences if sentence) or "Certificates only."
@@ -119,6 +120,22 @@ def _optimizers(rows: Sequence[TableRow]) -> str:
         return "No two optimizers differ clearly in distance and correlation."
     rest = "" if len(clear) == len(by_pair) else "; other pairs are open"
     return f"In distance and correlation, {listing(clear)}, on {SCALES[weights]}{rest}."
+
+
+def _offsets(rows: Sequence[TableRow]) -> str:
+    """Say what an attacker loses who believes in another offset than the first."""
+    if not rows or rows[0]["half_width"] is None:
+        return ""
+    words = {"less": "recovered less", "more": "recovered more", "open": "open"}
+    sentences = []
+    for pair, weights in dict.fromkeys((row["pair"], row["weights"]) for row in rows):
+        figures = [
+            f"{NAMES[row['measure']]} {words[verdict(row)]} ({with_interval(row['difference'], row['half_width'])})"
+            for row in rows
+            if (row["pair"], row["weights"]) == (pair, weights)
+        ]
+        sentences.append(f"{pair}, {SCALES[weights]}: {listing(figures)}.")
+    return " ".join(sentences)
 
 
 def _alternatives(config: ReconstructionConfig, rows: Sequence[TableRow]) -> str:

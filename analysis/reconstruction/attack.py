@@ -42,7 +42,7 @@ class AttackPrior:
     Attributes:
         kind: "none"; "box": pixels stay in [low, high]; "offset": candidates start around `center`; "pca": candidates
             stay in `center` + span of `basis`.
-        typical_norm: of an image of this kind, in the network's coordinates.
+        typical_norm: of an image of this kind, in the network's coordinates; "offset": of its distance from `center`.
         low, high, center: (d,), in the network's coordinates.
         basis: (k, d) orthonormal rows, or None.
     """
@@ -68,6 +68,7 @@ class GridPoint:
         lr: of x and λ at the first step, times max(1, radius) for x.
         seed: of the initial x and λ.
         weights: "margin" or "raw", the scale of the network that is attacked.
+        offset: of pixels, that the attacker believes in; `AttackPrior` is made for it.
     """
 
     alpha: float
@@ -78,6 +79,7 @@ class GridPoint:
     lr: float
     seed: int
     weights: str = "margin"
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)

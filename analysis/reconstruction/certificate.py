@@ -10,7 +10,7 @@ from torch import Tensor
 
 from analysis.reconstruction import multipliers
 from analysis.reconstruction.geometry import NORMS, Geometry, best_alignment
-from analysis.reconstruction.network import Network, forward, kkt_coefficients, outputs, patterns
+from analysis.reconstruction.network import Network, all_margins, forward, outputs, patterns
 from harness.errors import InputError
 
 DIRECTIONS = 16
@@ -31,8 +31,9 @@ class KktCertificate:
             high however long one trains, because images sit on kinks.
         residual_clarke, residual_clarke_upper, clarke_violation, kinks, pairs: see `multipliers.ClarkeFit`;
             None beyond two layers, and where the fit would take over 1 GiB.
-        slackness: max λᵢ(margin − 1)/Σλ: 0 where only images on the margin have a multiplier.
-        squared_norm: ‖θ‖². identity_error: |‖θ‖² − L·Σλᵢ·marginᵢ|/‖θ‖²: Euler's identity at stationarity.
+        slackness: max λ(margin − 1)/Σλ: 0 where only margins of 1 have a multiplier; with several classes an image
+            has one for each other class.
+        squared_norm: ‖θ‖². identity_error: |‖θ‖² − L·Σλ·margin|/‖θ‖²: Euler's identity at stationarity.
         lambda_sum, support: Σλ, and how many λ exceed 1e-9 of the largest.
         alignment_l2 … alignment_hybrid: best a found over λ ≥ 0 (`geometry`).
         outside, update_outside, update_dead: share of W₁, of W₁ − W₁(0), and of its dead-pixel columns
@@ -115,7 +116,7 @@ def certify(
     margin = separated(task, network, x, labels, name)
     unit = network.scaled(margin ** (-1 / network.depth))
     fit = multipliers.fit(task, unit, x, labels)
-    values = kkt_coefficients(task, outputs(unit, x), labels).mul(outputs(unit, x)).sum(-1)
+    values = all_margins(task, outputs(unit, x), labels)
     total = float(fit.lambdas.abs().sum())
     clarke = multipliers.clarke(unit, x, labels) if task == "binary" else None
     span = data_span(x)
@@ -130,7 +131,7 @@ def certify(
     change = network.weights[0] - initial.weights[0] if initial is not None else None
     return KktCertificate(
         margin_min=margin,
-        margin_max=float(values.max()),
+        margin_max=float(values.amin(1).max()),
         normalized_margin=margin / network.squared_norm ** (network.depth / 2),
         residual=fit.residual,
         residual_clarke=clarke.residual if clarke else None,
@@ -140,7 +141,8 @@ def certify(
         pairs=clarke.pairs if clarke else None,
         slackness=float((fit.lambdas * (values - 1)).abs().max()) / max(total, 1e-300),
         squared_norm=unit.squared_norm,
-        identity_error=abs(unit.squared_norm - unit.depth * float(fit.lambdas @ values)) / unit.squared_norm,
+        identity_error=abs(unit.squared_norm - unit.depth * float((fit.lambdas * values).sum()))
+        / unit.squared_norm,
         lambda_sum=float(fit.lambdas.sum()),
         support=int((fit.lambdas.abs() > 1e-9 * fit.lambdas.abs().max()).sum()),
         alignment_l2=aligned["l2"],

@@ -21,7 +21,7 @@ from harness.errors import InputError
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The network, its multipliers λ (n,) in the order of the images, and u₊, u₋ (d,)."""
+    """The network, its multipliers λ (n, 1) in the order of the images, and u₊, u₋ (d,)."""
 
     network: Network
     lambdas: Tensor
@@ -87,7 +87,7 @@ def build(images: np.ndarray, labels: np.ndarray, neurons: int) -> ClosedForm:
         head.append(sign * shares * root)
     network = Network((torch.from_numpy(np.vstack(rows)), torch.from_numpy(np.concatenate(head))[None, :]))
     directions = torch.from_numpy(vectors[0]), torch.from_numpy(vectors[1])
-    return ClosedForm(network, torch.from_numpy(lambdas), directions)
+    return ClosedForm(network, torch.from_numpy(lambdas).unsqueeze(1), directions)
 
 
 def _unfit(why: str) -> InputError:

@@ -29,7 +29,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class AttackKeys(TypedKeys):
-    """The attack's grid: a point per weights and alpha, lambda_min, radius, candidates, lr and seed."""
+    """The attack's grid: a point per weights and alpha, lambda_min, offset, radius, candidates, lr and seed."""
 
     steps: int = Field(default=3000, ge=0)
     """steps of the attack; 0: no attack"""
@@ -61,11 +61,11 @@ class AttackKeys(TypedKeys):
     seeds: int = Field(default=1, ge=1)
     """initial values per grid point"""
     prior: Literal["none", "box", "offset", "pca"] = "none"
-    """box: pixels in [−1, 1]; offset: start around it; pca: stay in the span of public images' components"""
+    """box: pixels in offset ± 1; offset: start around it; pca: stay in the span of public images' components"""
     components: int = Field(default=16, ge=1)
     """principal components of the public images (prior=pca)"""
-    offset: float = 0.0
-    """the pixel offset that the attacker believes in (prior=offset, box)"""
+    offset: list[float] = Field(default_factory=lambda: [0.0], min_length=1)
+    """pixel offsets that the attacker believes in; the others are compared with the first"""
     level: float = Field(default=1e-2, gt=0)
     """K at which the table of equal fits scores the candidates"""
 

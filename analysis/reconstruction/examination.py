@@ -41,7 +41,7 @@ def grid(config: ReconstructionConfig, images: int, data_set: int) -> list[GridP
         for weights in a.weights
         for alpha in (a.alpha if weights == "margin" else a.alpha_raw)
     ]
-    every = itertools.product(scales, a.lambda_min, a.radius, a.candidates, a.lr, range(a.seeds))
+    every = itertools.product(scales, a.lambda_min, a.offset, a.radius, a.candidates, a.lr, range(a.seeds))
     return [
         GridPoint(
             alpha,
@@ -52,13 +52,14 @@ def grid(config: ReconstructionConfig, images: int, data_set: int) -> list[GridP
             lr,
             derived_seed(config.seed + seed, data_set, "attack"),
             weights,
+            offset,
         )
-        for (weights, alpha), low, radius, ratio, lr, seed in every
+        for (weights, alpha), low, offset, radius, ratio, lr, seed in every
     ]
 
 
-def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
-    """Return what the attacker declares; norm and components are those of public images, moved by its `attack.offset`.
+def prior(config: ReconstructionConfig, images: ImageSet, offset: float) -> AttackPrior:
+    """Return what an attacker who believes in an offset declares: norm and components of public images moved by it.
 
     Neither the training images enter, nor their mean, nor the secret offset.
 
@@ -69,9 +70,12 @@ def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
     d = images.x.shape[1]
     ones = torch.ones(d, dtype=torch.float64)
     # Without a public pool: a uniform pixel in [−1, 1] has variance 1/3.
-    public = torch.from_numpy(images.samples.public) + a.offset
-    typical = float(public.norm(dim=1).mean()) if len(public) else (d / 3) ** 0.5
-    center, basis = a.offset * ones, None
+    centred = torch.from_numpy(images.samples.public)
+    public = centred + offset
+    # What starts around the offset has the same distance from it whatever the offset.
+    norms = (centred if a.prior == "offset" else public).norm(dim=1)
+    typical = float(norms.mean()) if len(public) else (d / 3) ** 0.5
+    center, basis = offset * ones, None
     if a.prior == "pca":
         if not len(public):
             raise InputError(
@@ -83,7 +87,7 @@ def prior(config: ReconstructionConfig, images: ImageSet) -> AttackPrior:
             raise InputError(key, a.components, reason, allowed=f"1 to {most}", fix=f"{key}={most}")
         center = public.mean(0)
         basis = torch.linalg.svd(public - center, full_matrices=False)[2][: a.components]
-    return AttackPrior(a.prior, typical, a.offset - ones, a.offset + ones, center, basis)
+    return AttackPrior(a.prior, typical, offset - ones, offset + ones, center, basis)
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,10 @@ class Examination:
             if other.kind != "original":
                 rows.append(self._row(**asdict(alternatives.verify(self.kkt_point, other, subject.is_exact))))
             name = other.kind if other.radius is None else f"{other.kind}_{other.radius:g}"
-            for part in ("x", "labels", "lambdas"):
-                arrays[f"{name}/{part}"] = getattr(other, part).numpy()
+            # Two classes have one multiplier per image, (m,); more have one per image and other class, (m, k − 1).
+            lambdas = other.lambdas.squeeze(1)
+            for part, values in (("x", other.x), ("labels", other.labels), ("lambdas", lambdas)):
+                arrays[f"{name}/{part}"] = values.numpy()
         self.folder.keep_arrays(subject.key, **arrays)
         return rows
 
@@ -190,15 +196,16 @@ class Examination:
 
     def problems(self, objective: str) -> list[AttackProblem]:
         """Return an attack per grid point; for `ORACLE` the one that starts at the training images."""
-        known = prior(self.config, self.images)
         points = grid(self.config, len(self.images.x), self.images.data_set)
         if objective == ORACLE:
             first, a = points[0], self.config.attack
             point, start = susceptibility.oracle(self.target, first.alpha, a.lambda_init, first.seed)
-            point = replace(point, weights=first.weights)
+            point = replace(point, weights=first.weights, offset=first.offset)
+            known = prior(self.config, self.images, first.offset)
             return [AttackProblem(self.attacked(first.weights), known, point, start)]
         networks = {weights: self.attacked(weights) for weights in self.config.attack.weights}
-        return [AttackProblem(networks[point.weights], known, point) for point in points]
+        priors = {offset: prior(self.config, self.images, offset) for offset in self.config.attack.offset}
+        return [AttackProblem(networks[point.weights], priors[point.offset], point) for point in points]
 
     def settings(self, objective: str) -> AttackSettings:
         """Return what all attacks with this objective share, on any set of images and step of one optimizer."""
@@ -292,6 +299,7 @@ class Examination:
             objective=objective,
             prior=self.config.attack.prior,
             radius=point.radius,
+            offset=point.offset,
             weights=point.weights,
             alpha=point.alpha,
             lambda_min=point.lambda_min,
@@ -324,7 +332,7 @@ class Examination:
     def _baseline_rows(self, points: Sequence[GridPoint], truth: float) -> list[TableRow]:
         images, target = self.images, self.target
         seed = derived_seed(self.config.seed, images.data_set, "baseline")
-        typical = prior(self.config, images).typical_norm
+        typical = prior(self.config, images, points[0].offset).typical_norm
         sizes = [point.candidates for point in points]
         rows = []
         # More candidates are nearer by chance alone: baselines for every number, and for the pool of all.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analysis.reconstruction.network import GradientFactor, Network, factors, forward, kkt_coefficients
+from analysis.reconstruction.network import GradientFactor, Network, constraints, factors, forward
 
 NORMS = ("l2", "spectral", "linf", "hybrid")
 STEPS = 200
@@ -147,21 +147,21 @@ def best_alignment(
 
     Args:
         x: (n, d). labels: (n,).
-        start: (n,) the least-squares λ.
+        start: (n, r) the least-squares λ, one per margin of `network.constraints`.
     """
     passed = forward(network, x)
-    c = kkt_coefficients(task, passed.outputs, labels)
+    c = constraints(task, passed.outputs, labels)
     size = norm(norm_geometry, network)
 
     def value(lambdas: Tensor) -> Tensor:
-        u = factors(network, passed, lambdas.unsqueeze(-1) * c)
+        u = factors(network, passed, (lambdas.unsqueeze(-1) * c).sum(1))
         return alignment(norm_geometry, network, u, size)
 
     best = float(value(start))
     if norm_geometry.norm == "l2":
         return best
     share = start.clamp_min(0) / start.clamp_min(0).sum().clamp_min(1e-300)
-    uniform = torch.full_like(share, 1 / len(share))
+    uniform = torch.full_like(share, 1 / share.numel())
     # A zero stays zero under multiplication: the least-squares start is mixed with a little of everything.
     for lambdas in (0.9 * share + 0.1 * uniform, uniform):
         best = max(best, _ascended(lambdas.clone(), value, steps))

@@ -87,7 +87,9 @@ def run(config: ReconstructionConfig, say: Say) -> ReconstructionResults:
         InputError: bad input, or no checkpoint that separates its images.
     """
     sets, network = load(config)
-    prior(config, sets[0])  # refuses what the public images cannot give before anything is trained
+    prior(
+        config, sets[0], config.attack.offset[0]
+    )  # refuses what the public images cannot give before anything is trained
     folder = JobFolder(config)
     results = ReconstructionResults(config, sets, folder)
     refusals: list[InputError] = []

@@ -15,6 +15,7 @@ from analysis.reconstruction.network import (
     Gates,
     GradientFactor,
     Network,
+    constraints,
     factors,
     flat,
     forward,
@@ -36,7 +37,7 @@ class MultiplierFit:
     """min over λ ≥ 0 of ‖θ − u(λ)‖.
 
     Attributes:
-        lambdas: (n,).
+        lambdas: (n, r), a multiplier of each of `network.constraints`.
         residual: ε = ‖θ − u‖/‖θ‖.
     """
 
@@ -44,19 +45,34 @@ class MultiplierFit:
     residual: float
 
 
-def fit(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = recomputed) -> MultiplierFit:
-    """Return the best λ ≥ 0 for these images, from the n × n Gram matrix of their gradients.
+def fit(
+    task: str,
+    network: Network,
+    x: Tensor,
+    labels: Tensor,
+    gates: Gates = recomputed,
+    *,
+    only_strongest: bool = False,
+) -> MultiplierFit:
+    """Return the best λ ≥ 0 for these images, from the Gram matrix of the gradients of their n·r margins.
 
-    With a gradient of layer l as δᵢaᵢᵀ, the Gram matrix is Σ_l δδᵀ ∘ aaᵀ: no (n, p) matrix is formed. The Gram matrix
-    squares the condition number, so λ on the support is refined once by the residual θ − u itself, in fp64.
+    With a gradient of layer l as δᵢaᵢᵀ, the Gram matrix is Σ_l δδᵀ ∘ aaᵀ: no (n·r, p) matrix is formed. The Gram
+    matrix squares the condition number, so λ on the support is refined once by the residual θ − u itself, in fp64.
 
     Args:
         x: (n, d) float64. labels: (n,).
         gates: of the residual; the network's own, inherited ones, or smoothed.
+        only_strongest: one multiplier per image, of its least margin, as the published attack has it; λ is (n, 1).
     """
     with torch.no_grad():
         passed = forward(network, x, gates)
-        c = kkt_coefficients(task, passed.outputs, labels)
+        if only_strongest:
+            c = kkt_coefficients(task, passed.outputs, labels).unsqueeze(1)
+        else:
+            c = constraints(task, passed.outputs, labels)
+        shape = c.shape[:2]
+        # A row per margin: the forward pass of an image serves all of its rivals.
+        passed, c = _repeated(passed, shape[1]), c.flatten(0, 1)
         single = factors(network, passed, c)
         products = gram(single)
         target = _inner(network.matrices, single)
@@ -75,17 +91,34 @@ def fit(task: str, network: Network, x: Tensor, labels: Tensor, gates: Gates = r
         if bool((refined >= 0).all()):
             sizes.append(_size(_left(network, passed, refined.unsqueeze(-1) * c)))
     if len(sizes) == 2 and sizes[1] <= sizes[0]:
-        return MultiplierFit(refined, sizes[1] / total)
-    return MultiplierFit(lambdas, sizes[0] / total)
+        return MultiplierFit(refined.view(shape), sizes[1] / total)
+    return MultiplierFit(lambdas.view(shape), sizes[0] / total)
 
 
 def residual(
     task: str, network: Network, x: Tensor, labels: Tensor, lambdas: Tensor, gates: Gates = recomputed
 ) -> float:
-    """Return ‖θ − Σ λᵢ∇⟨cᵢ, Φ(xᵢ)⟩‖/‖θ‖ for given λ (n,)."""
+    """Return ‖θ − Σ λᵢⱼ∇⟨cᵢⱼ, Φ(xᵢ)⟩‖/‖θ‖ for given λ (n, r), the c of `network.constraints`."""
     passed = forward(network, x, gates)
-    c = kkt_coefficients(task, passed.outputs, labels)
-    return _size(_left(network, passed, lambdas.unsqueeze(-1) * c)) / network.squared_norm**0.5
+    return _size(_left(network, passed, weighted(task, passed.outputs, labels, lambdas))) / (
+        network.squared_norm**0.5
+    )
+
+
+def weighted(task: str, outputs: Tensor, labels: Tensor, lambdas: Tensor) -> Tensor:
+    """Return Σⱼ λᵢⱼcᵢⱼ (n, k) for λ (n, r): what each image contributes to the outputs' side of u."""
+    return (lambdas.unsqueeze(-1) * constraints(task, outputs, labels)).sum(1)
+
+
+def _repeated(passed: ForwardPass, times: int) -> ForwardPass:
+    """Return a pass in which each image comes `times` times in a row."""
+    if times == 1:
+        return passed
+    inputs, gates, hidden = (
+        [part.repeat_interleave(times, 0) for part in parts]
+        for parts in (passed.inputs, passed.gates, passed.hidden)
+    )
+    return ForwardPass(inputs, gates, hidden, passed.outputs.repeat_interleave(times, 0))
 
 
 def gram(single: Sequence[GradientFactor]) -> Tensor:

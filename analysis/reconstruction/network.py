@@ -249,6 +249,27 @@ def kkt_coefficients(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
     return own - one_hot(rival, outputs.shape[-1]).to(outputs.dtype)
 
 
+def constraints(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the c (n, r, k) of all r margins ⟨c, Φ(xᵢ)⟩ that each image must keep at 1 or above.
+
+    Binary: yᵢ alone, r = 1. Multiclass: the label's unit vector less that of each other class, r = k − 1, in the
+    order of the classes. At a KKT point several classes may be equally strong, and each then has a multiplier; the
+    published attack (`kkt_coefficients`) knows the strongest alone.
+    """
+    if task == "binary":
+        return kkt_coefficients(task, outputs, labels).unsqueeze(1)
+    k = outputs.shape[-1]
+    unit = torch.eye(k, dtype=outputs.dtype)
+    own = one_hot(labels.long(), k).bool()
+    rivals = unit.expand(len(outputs), k, k)[~own].view(len(outputs), k - 1, k)
+    return unit[labels.long()].unsqueeze(1) - rivals
+
+
+def all_margins(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the margin of each of `constraints`, (n, r)."""
+    return (constraints(task, outputs, labels) * outputs.unsqueeze(1)).sum(-1)
+
+
 def label_margins(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
     """Return the margins (…, n): yΦ, or the label's output less the strongest other one."""
     return (kkt_coefficients(task, outputs, labels) * outputs).sum(-1)

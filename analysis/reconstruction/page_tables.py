@@ -55,6 +55,7 @@ def page_tables(tables: Mapping[str, Sequence[TableRow]]) -> list[TextTable]:
         _paired(tables["paired"], "training", "Trained longer"),
         _paired(tables["paired"], "conventions", "Trained longer: raw against scaled weights"),
         _paired(tables["paired"], "optimizers", "Optimizer against optimizer"),
+        _paired(tables["paired"], "offsets", "What the attacker believes of the offset"),
         _susceptibility(tables["susceptibility"]),
         _duplicates(tables["duplicates"]),
         _attacks(attack),
@@ -84,17 +85,19 @@ def _paired(rows: Sequence[TableRow], contrast: str, title: str) -> TextTable:
         "training": "Distances and correlations themselves.",
         "conventions": "What training changes on raw weights less what it changes on scaled weights.",
         "optimizers": "Advantages over held-out images: 0 is chance, 1 the image itself.",
+        "offsets": "Distances and correlations of the attack with one offset less those with the first.",
     }
     caption = (
         "Differences within sets of images with Student's paired 95 % interval over sets. A longer distance and a "
         "lower correlation mean less recovery. p: paired t-test, after Holm's correction for the rows of one attack. "
         + what[contrast]
     )
+    shows_offset = _has_offsets(rows)
     shown = [
         [
             row["pair"],
             f"{ATTACKS[row['objective']]}, {row['weights']}",
-            cell(row["radius"]),
+            cell(row["radius"]) if contrast == "offsets" else _start(row, shows_offset),
             MEASURES[row["measure"]],
             f"{row['first']:.3f}, {row['second']:.3f}",
             with_interval(row["difference"], row["half_width"]),
@@ -118,12 +121,13 @@ def _paired(rows: Sequence[TableRow], contrast: str, title: str) -> TextTable:
 
 
 def _susceptibility(rows: Sequence[TableRow]) -> TextTable:
+    shows_offset = _has_offsets(rows)
     shown = [
         [
             row["optimizer"],
             cell(row["step"]),
             f"{ATTACKS[row['objective']]}, {row['weights']}",
-            cell(row["radius"]),
+            _start(row, shows_offset),
             with_interval(row["advantage_nn_top5_margin"], row["half_width_nn_top5_margin"]),
             with_interval(row["advantage_ncc_top5"], row["half_width_ncc_top5"]),
             f"{row['beats_truth']:.0%}",
@@ -141,11 +145,14 @@ def _susceptibility(rows: Sequence[TableRow]) -> TextTable:
 
 
 def _duplicates(rows: Sequence[TableRow]) -> TextTable:
+    shows_offset = _has_offsets(rows)
     shown = [
         [
             _network(row),
             KINDS[row["kind"]],
-            _attack_name(row["objective"], row["weights"], row["radius"]),
+            _attack_name(
+                row["objective"], row["weights"], row["radius"], row["offset"] if shows_offset else None
+            ),
             *(with_interval(row[f"hits_{t}"], row[f"half_width_hits_{t}"]) for t in (10, 25, 50)),
         ]
         for row in rows
@@ -160,7 +167,8 @@ def _duplicates(rows: Sequence[TableRow]) -> TextTable:
 
 
 def _attacks(rows: Sequence[TableRow]) -> TextTable:
-    keys = ("optimizer", "step", "kind", "objective", "weights", "radius", "candidates")
+    keys = ("optimizer", "step", "kind", "objective", "weights", "radius", "offset", "candidates")
+    shows_offset = _has_offsets(rows)
     figures = (
         "residual",
         "residual_true",
@@ -173,7 +181,7 @@ def _attacks(rows: Sequence[TableRow]) -> TextTable:
     sizes = {row["candidates"] for row in rows if row["kind"] == "attack"}
     shown = []
     for key, means in _means(rows, keys, figures):
-        optimizer, step, kind, objective, weights, radius, candidates = key
+        optimizer, step, kind, objective, weights, radius, offset, candidates = key
         # Baselines of the size of the pool are in the files.
         if kind in ("heldout", "gaussian", "pair_means") and candidates not in sizes:
             continue
@@ -181,7 +189,7 @@ def _attacks(rows: Sequence[TableRow]) -> TextTable:
             [
                 _network({"optimizer": optimizer, "step": step}),
                 KINDS[kind],
-                _attack_name(objective, weights, radius),
+                _attack_name(objective, weights, radius, offset if shows_offset else None),
                 *(cell(means[name]) for name in figures[:5]),
                 f"{cell(means['good_published'])}, {cell(means['good_mutual'])}",
             ]
@@ -200,16 +208,29 @@ def _network(row: TableRow) -> str:
     return f"{row['optimizer']}, step {row['step']}" if row["step"] else row["optimizer"]
 
 
-def _attack_name(objective: str | None, weights: str | None, radius: float | None) -> str:
+def _has_offsets(rows: Sequence[TableRow]) -> bool:
+    """Return True if attackers of these rows believe in several offsets, so that each row must name its own."""
+    return len({row["offset"] for row in rows if row.get("offset") is not None}) > 1
+
+
+def _start(row: TableRow, shows_offset: bool) -> str:
+    return f"{cell(row['radius'])}, offset {row['offset']:g}" if shows_offset else cell(row["radius"])
+
+
+def _attack_name(
+    objective: str | None, weights: str | None, radius: float | None, offset: float | None
+) -> str:
     if objective is None:
         return "–"
     parts = [ATTACKS[objective], weights or "all", "" if radius is None else f"{radius:g}"]
+    parts.append("" if offset is None else f"offset {offset:g}")
     return ", ".join(part for part in parts if part)
 
 
 def _equal_fit(rows: Sequence[TableRow]) -> TextTable:
     attacks = [row for row in rows if row["kind"] == "attack"]
-    keys = ("optimizer", "step", "objective", "weights", "radius")
+    keys = ("optimizer", "step", "objective", "weights", "radius", "offset")
+    shows_offset = _has_offsets(rows)
     figures = ("level_step", "nn_top5_at_level", "nn_top5_margin_at_level", "ncc_top5_at_level")
     if len({row["radius"] for row in attacks}) < 2:
         return TextTable([], [])
@@ -217,7 +238,8 @@ def _equal_fit(rows: Sequence[TableRow]) -> TextTable:
     for key, means in _means(attacks, keys, figures):
         own = [row for row in attacks if tuple(row[k] for k in keys) == key]
         reached = sum(row["level_step"] is not None for row in own)
-        names = [key[0], cell(key[1]), f"{ATTACKS[key[2]]}, {key[3]}", cell(key[4])]
+        start = _start({"radius": key[4], "offset": key[5]}, shows_offset)
+        names = [key[0], cell(key[1]), f"{ATTACKS[key[2]]}, {key[3]}", start]
         shown.append([*names, f"{reached} of {len(own)}", *(cell(means[name]) for name in figures)])
     heads = ["optimizer", "step", "attack, weights", "radius", "reached", "at step", "distance", "on the margin",
              "correlation"]  # fmt: skip

@@ -20,14 +20,17 @@ UNIT_ROUNDOFF = 2.0**-53
 
 
 def all_plots(tables: Mapping[str, Sequence[TableRow]], matches: Sequence[TableRow]) -> list[Plot]:
-    """Return every plot that the rows allow, in the order of the page."""
-    certificate, attack = tables["certificate"], tables["attack"]
+    """Return every plot that the rows allow, in the order of the page.
+
+    Of several offsets that attackers believe in the plots show the first; the tables compare them.
+    """
+    certificate, attack = tables["certificate"], _of_first_offset(tables["attack"])
     names = list(dict.fromkeys(row["optimizer"] for row in tables["alternatives"] or certificate or attack))
     names += [name for name in dict.fromkeys(row["optimizer"] for row in attack) if name not in names]
     plots: list[Plot | None] = [*_theorem(tables["alternatives"])]
     if len({row["step"] for row in certificate or attack}) > 1:
         plots.append(_quality_over_steps(attack, names))
-    plots += [_susceptibility(tables["susceptibility"], names), _over_radius(attack, names)]
+    plots += [_susceptibility(_of_first_offset(tables["susceptibility"]), names), _over_radius(attack, names)]
     plots += [_fit_over_radius(attack, names), _ssim(matches, names)]
     if len({row["step"] for row in certificate}) > 1:
         plots += [_residuals(certificate, names), _freedom(certificate, names)]
@@ -329,6 +332,12 @@ def _chance(x: Sequence[float], y: Sequence[float]) -> Any:
     """Return the grey line of what held-out images get."""
     style = {"color": GREY, "width": 1.6, "dash": "dot"}
     return go.Scatter(x=list(x), y=list(y), mode="lines", line=style, name="held out")
+
+
+def _of_first_offset(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Return the attacks with the first believed offset, and the baselines, which have none."""
+    first = next((row["offset"] for row in rows if row.get("offset") is not None), None)
+    return [row for row in rows if row.get("offset") in (None, first)]
 
 
 def _last(rows: Sequence[TableRow]) -> list[TableRow]:

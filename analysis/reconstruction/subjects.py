@@ -216,7 +216,7 @@ class Subject:
         network: weights at this step.
         initial: weights before training, or None.
         hybrid: the norm in which a step of its optimizer is a ball.
-        lambdas: (n,) known multipliers (closed form), or None.
+        lambdas: (n, 1) known multipliers (closed form), or None.
         is_exact: the network is an exact KKT point.
     """
 

@@ -32,12 +32,12 @@ SCOPE = (
 MEASURES = ("nn_top5", "nn_top5_margin", "ncc_top5")
 ORACLE_LAMBDA_MIN = 1e-3
 ORACLE_LR = 0.005
-_Group = tuple[str, str, str, str, float]
-"""Optimizer, objective, scale of the weights, prior, initial radius of an attack."""
+_Group = tuple[str, str, str, str, float, float]
+"""Optimizer, objective, scale of the weights, prior, initial radius and believed offset of an attack."""
 
 
 def rows(attack: Sequence[TableRow]) -> list[TableRow]:
-    """Return a row per optimizer, step, objective, scale of the weights and attacker's radius.
+    """Return a row per optimizer, step, objective, scale of the weights, attacker's radius and believed offset.
 
     The means and Student's 95 % intervals (fp64) are over sets of images; victims and attacks on one set are averaged
     first, and one set has no interval. `beats_truth`: share of attacks that fit the weights better than the training
@@ -48,7 +48,7 @@ def rows(attack: Sequence[TableRow]) -> list[TableRow]:
     """
     out = []
     for (group, step), sets in _by_set(attack).items():
-        optimizer, objective, weights, prior, radius = group
+        optimizer, objective, weights, prior, radius, offset = group
         row: TableRow = {
             "optimizer": optimizer,
             "step": step,
@@ -56,6 +56,7 @@ def rows(attack: Sequence[TableRow]) -> list[TableRow]:
             "weights": weights,
             "prior": prior,
             "radius": radius,
+            "offset": offset,
             "data_sets": len(sets),
             "seeds": min(int(values["victims"]) for values in sets.values()),
         }
@@ -67,15 +68,16 @@ def rows(attack: Sequence[TableRow]) -> list[TableRow]:
 
 
 def paired(attack: Sequence[TableRow]) -> list[TableRow]:
-    """Return differences within sets of images, of three contrasts.
+    """Return differences within sets of images, of four contrasts.
 
     `training`: last against first step. `conventions`: that difference on raw weights against the one on scaled
     weights, so that "the outcome depends on the scale" is a test of its own. `optimizers`: each pair at the end.
+    `offsets`: at the end, each offset that the attacker believes in against the first.
 
     Student's paired 95 % interval and the p-value of the paired t-test (fp64) are over sets, none for one set;
-    `p_holm` corrects for all tests of one contrast at one objective, prior and radius. Training compares the figures
-    themselves, optimizers are compared by their advantages. `leaks_more`: sets in which the first member of the pair
-    (the later step, raw weights, the first optimizer) is recovered better.
+    `p_holm` corrects for all tests of one contrast at one objective, prior and radius. Training and offsets compare the
+    figures themselves, optimizers are compared by their advantages. `leaks_more`: sets in which the first member of
+    the pair (the later step, raw weights, the first optimizer, the other offset) is recovered better.
 
     Args:
         attack: rows of the table `attack`.
@@ -99,7 +101,13 @@ def paired(attack: Sequence[TableRow]) -> list[TableRow]:
             changes = [_changes(by_group[group][last], by_group[group][first]) for group in (raw, scaled)]
             both = (*raw[:2], "raw − margin", *raw[3:])
             out += [_pair("conventions", label, both, name, name, *changes) for name in MEASURES[1:]]
+    first_of = {group[:5]: group for group in reversed(groups)}
     for one, other in itertools.combinations(groups, 2):
+        if one[:5] == other[:5] and one == first_of[one[:5]]:
+            for name in MEASURES[1:]:
+                label = f"{one[0]}: offset {other[5]:g} − {one[5]:g}"
+                ends = (by_group[other][max(by_group[other])], by_group[one][max(by_group[one])])
+                out.append(_pair("offsets", label, other, name, name, *ends))
         if one[0] != other[0] and one[1:] == other[1:]:
             for name in MEASURES[1:]:
                 label, key = f"{one[0]} − {other[0]}", f"advantage_{name}"
@@ -150,6 +158,7 @@ def _pair(
         "weights": group[2],
         "prior": group[3],
         "radius": group[4],
+        "offset": group[5],
         "measure": measure,
         "first": float(a.mean()),
         "second": float(b.mean()),
@@ -173,7 +182,14 @@ def _by_set(attack: Sequence[TableRow]) -> dict[tuple[_Group, int], dict[int, di
         if row["kind"] == "heldout":
             chance[_victim(row)] = row
         if row["kind"] == "attack":
-            group = (row["optimizer"], row["objective"], row["weights"], row["prior"], row["radius"])
+            group = (
+                row["optimizer"],
+                row["objective"],
+                row["weights"],
+                row["prior"],
+                row["radius"],
+                row["offset"],
+            )
             runs = chosen[group, row["step"], row["data_set"]]
             run = (row["seed"], row["attack_seed"])
             if run not in runs or _is_better(row, runs[run]):
@@ -284,24 +300,22 @@ def pair_means(target: Target, count: int, draws: int, seed: int) -> list[Score]
 def duplicate_rows(attack: Sequence[TableRow]) -> list[TableRow]:
     """Return how often a training image has a candidate nearly equal to it, by attacks and by chance.
 
-    A row per optimizer, step, kind (attack, held-out images, Gaussians), objective, weights and radius: means over
-    sets of images of the shares within 10, 25 and 50 % of the image's norm, with Student's 95 % half widths.
+    A row per optimizer, step, kind (attack, held-out images, Gaussians), objective, weights, radius and believed
+    offset: means over sets of images of the shares within 10, 25 and 50 % of the image's norm, with Student's 95 %
+    half widths.
     """
+    keys = ("optimizer", "step", "kind", "objective", "weights", "radius", "offset")
     groups: dict[tuple[Any, ...], dict[int, list[TableRow]]] = defaultdict(lambda: defaultdict(list))
     for row in attack:
         if row["kind"] in ("attack", "heldout", "gaussian"):
-            key = tuple(row.get(k) for k in ("optimizer", "step", "kind", "objective", "weights", "radius"))
-            groups[*key, row["candidates"]][row["data_set"]].append(row)
+            groups[*(row.get(k) for k in keys), row["candidates"]][row["data_set"]].append(row)
     sizes = {key[-1] for key in groups if key[2] == "attack"}
     out = []
-    for (optimizer, step, kind, objective, weights, radius, count), sets in groups.items():
+    for (*values, count), sets in groups.items():
         # The pool of all grid points has baselines of its own, which no single attack compares with.
         if count not in sizes:
             continue
-        row: TableRow = {
-            "optimizer": optimizer, "step": step, "kind": kind, "objective": objective, "weights": weights,
-            "radius": radius, "candidates": count, "data_sets": len(sets),
-        }  # fmt: skip
+        row: TableRow = {**dict(zip(keys, values)), "candidates": count, "data_sets": len(sets)}
         for name in ("hits_10", "hits_25", "hits_50"):
             mean, half = interval([float(np.mean([r[name] for r in group])) for group in sets.values()])
             row |= {name: mean, f"half_width_{name}": half}
@@ -310,8 +324,11 @@ def duplicate_rows(attack: Sequence[TableRow]) -> list[TableRow]:
 
 
 def true_residual(task: str, network: Network, x: Tensor, labels: Tensor, alpha: float) -> float:
-    """Return K of the training set itself at the same smoothing with the best λ: what recovery would look like."""
-    return multipliers.fit(task, network, x, labels, smoothed(alpha)).residual ** 2
+    """Return K of the training set itself at the same smoothing with the best λ: what recovery would look like.
+
+    As the attack has it, an image has one multiplier, for its least margin, however many classes there are.
+    """
+    return multipliers.fit(task, network, x, labels, smoothed(alpha), only_strongest=True).residual ** 2
 
 
 def oracle(target: Target, alpha: float, lambda_init: float, seed: int) -> tuple[GridPoint, InitialValues]:

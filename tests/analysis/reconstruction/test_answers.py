@@ -21,7 +21,8 @@ def _pair(
     p = None if half is None else 2 * float(student.sf(abs(difference) / half * student.ppf(0.975, 7), 7))
     return {
         "contrast": contrast, "pair": pair, "objective": "l2", "weights": weights, "prior": "none", "radius": 0.1,
-        "measure": measure, "first": 1.0, "second": 1.0 - difference, "difference": difference, "half_width": half,
+        "offset": 0.0, "measure": measure, "first": 1.0, "second": 1.0 - difference, "difference": difference,
+        "half_width": half,
         "p": p, "p_holm": p,
         "data_sets": 8, "leaks_more": 3,
     }  # fmt: skip
@@ -106,6 +107,20 @@ def test_an_optimizer_leaks_more_only_if_both_measures_agree() -> None:
         "In distance and correlation, gd leaks more than adamw and adamw leaks more than muon, on weights scaled to a "
         "least margin of 1; other pairs are open."
     )
+
+
+def test_an_attacker_with_another_offset_is_compared_with_the_first() -> None:
+    label = "gd: offset 0 − 1"
+    rows = [
+        _pair("offsets", label, "margin", "nn_top5_margin", 3.0, 0.5),
+        _pair("offsets", label, "margin", "ncc_top5", -0.01, 0.1),
+    ]
+    assert answers.answer(config.load([]), {**EMPTY, "paired": rows}) == (
+        "gd: offset 0 − 1, weights scaled to a least margin of 1: distance recovered less (3.000 ± 0.500) and "
+        "correlation open (-0.010 ± 0.100)."
+    )
+    (table,) = page_tables.page_tables({**EMPTY, "paired": rows})
+    assert table.title == "What the attacker believes of the offset"
 
 
 def test_tables_of_readers_name_pairs_and_intervals() -> None:

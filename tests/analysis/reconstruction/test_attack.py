@@ -193,7 +193,7 @@ def test_candidates_of_a_pca_prior_stay_in_the_components_of_public_images() -> 
 
     data, network = digits(5), trained("gd", 5, 400, (500,))[0].network
     images = ImageSet(data.samples, "binary", data.x, data.labels, data.heldout, data.heldout_labels)
-    prior = examination.prior(config.load(["attack.prior=pca", "attack.components=8"]), images)
+    prior = examination.prior(config.load(["attack.prior=pca", "attack.components=8"]), images, 0.0)
     public = PCA(8, svd_solver="full").fit(data.samples.public)
     for start in (None, InitialValues(data.x, data.labels, torch.full((10,), 0.1, dtype=torch.float64))):
         (inside,) = _run(network, prior, [_point(candidates=10)], _settings(20), start)
@@ -203,7 +203,7 @@ def test_candidates_of_a_pca_prior_stay_in_the_components_of_public_images() -> 
     again = public.inverse_transform(public.transform(free.x.numpy()))
     assert float((free.x - torch.from_numpy(again)).abs().max()) > 1e-2
     with pytest.raises(InputError, match=r"attack.components: 64 .*allowed: 1 to 63"):
-        examination.prior(config.load(["attack.prior=pca", "attack.components=64"]), images)
+        examination.prior(config.load(["attack.prior=pca", "attack.components=64"]), images, 0.0)
 
 
 def test_one_alpha_is_another_attack_at_another_margin() -> None:
@@ -323,17 +323,17 @@ def test_the_attack_cannot_reach_training_images_or_scores() -> None:
         assert word not in source
 
 
-@pytest.mark.parametrize("kind", ["none", "box", "pca"])
+@pytest.mark.parametrize("kind", ["none", "box", "pca", "offset"])
 def test_the_declared_prior_does_not_depend_on_the_training_images(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other private images with another mean, or a secret offset, over the same public pool: the same prior."""
     from analysis.reconstruction import config, examination, subjects
 
-    def made(*words: str) -> AttackPrior:
+    def made(*words: str, believed: float = 0.0) -> AttackPrior:
         keys = config.load([f"attack.prior={kind}", *words])
         (images,), _ = subjects.load(keys)
-        return examination.prior(keys, images)
+        return examination.prior(keys, images, believed)
 
     def same(one: AttackPrior, two: AttackPrior) -> bool:
         return all(
@@ -344,7 +344,10 @@ def test_the_declared_prior_does_not_depend_on_the_training_images(
     known = made()
     assert same(known, made("offset=3"))
     # Controls: what the attacker declares and what is public does change it.
-    assert not same(known, made("attack.offset=3"))
+    moved = made(believed=3.0)
+    assert not same(known, moved)
+    # Candidates that start around the offset start as far from it, wherever it is.
+    assert (moved.typical_norm == known.typical_norm) == (kind == "offset")
     pixels, digit, shape = samples._raw("digits", None)
     chosen = samples.load("digits", None, "odd_even", 5, 0)
     private = np.abs(pixels[:, None] - (chosen.images + chosen.mean)[None]).max(-1).min(-1) < 1e-9

@@ -222,7 +222,10 @@ def test_a_control_that_passes_is_the_answer_no(
 
 
 def test_experiments_are_valid() -> None:
-    for name in ("reconstruct_digits", "reconstruct_optimizers", "reconstruct_fixture"):
+    folder = Path(__file__).parents[3] / "configs" / "experiment"
+    names = {path.stem for path in folder.glob("reconstruct_*.yaml")}
+    assert names >= {"reconstruct_digits", "reconstruct_offset", "reconstruct_classes", "reconstruct_layers"}
+    for name in names:
         assert config.load([f"experiment={name}"]).classes
     made = config.load(["experiment=reconstruct_digits", "data_sets=1"])
     assert (made.data_sets, made.optimizer) == (1, ["gd", "muon"])

@@ -193,7 +193,8 @@ def test_intervals_are_students() -> None:
 def _attack_row(data_set: int, nn: float, ncc: float = 0.5, **columns: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
         "optimizer": "gd", "step": 10, "data_set": data_set, "seed": 0, "attack_seed": 0, "candidates": 20,
-        "kind": "attack", "objective": "l2", "weights": "margin", "prior": "none", "radius": 0.1, "residual": 0.1,
+        "kind": "attack", "objective": "l2", "weights": "margin", "prior": "none", "radius": 0.1,
+        "offset": 0.0, "residual": 0.1,
         "beats_truth": True, "nn_top5": nn, "nn_top5_margin": nn, "ncc_top5": ncc,
     }  # fmt: skip
     return {**row, **columns}
@@ -305,8 +306,37 @@ def test_the_difference_of_the_conventions_is_tested_within_sets() -> None:
     assert {r["contrast"] for r in only} == {"training"}
 
 
+def test_believed_offsets_are_compared_with_the_first_within_sets() -> None:
+    """Oracles: scipy's paired test, and Holm by statsmodels over all offsets and measures."""
+    from statsmodels.stats.multitest import multipletests
+
+    rng = np.random.default_rng(2)
+    shared = rng.normal(0, 0.3, 8)
+    values = {offset: 1 + shared + rng.normal(0, 0.05, 8) for offset in (1.0, 0.5, 0.0)}
+    values[0.0] += 0.4
+    rows = []
+    for k in range(8):
+        rows.append(_heldout_row(k, offset=None))
+        rows += [_attack_row(k, float(of[k]), float(of[k]) / 4, offset=o) for o, of in values.items()]
+    found = susceptibility.paired(rows)
+    assert [row["pair"] for row in found] == ["gd: offset 0.5 − 1"] * 2 + ["gd: offset 0 − 1"] * 2
+    assert {row["contrast"] for row in found} == {"offsets"}
+    distance = found[2]
+    expected: Any = ttest_rel(values[0.0], values[1.0])
+    assert distance["measure"] == "nn_top5_margin"
+    assert distance["p"] == pytest.approx(expected.pvalue)
+    assert distance["difference"] - distance["half_width"] == pytest.approx(
+        expected.confidence_interval(0.95).low
+    )
+    assert distance["leaks_more"] == int((values[0.0] < values[1.0]).sum())
+    adjusted: Any = multipletests([row["p"] for row in found], method="holm")[1]
+    assert [row["p_holm"] for row in found] == [pytest.approx(p) for p in adjusted]
+    # Each belief is a row of its own: averaged, they would hide the difference.
+    assert [row["offset"] for row in susceptibility.rows(rows)] == [1.0, 0.5, 0.0]
+
+
 def test_duplicates_are_counted_next_to_chance() -> None:
-    nowhere: dict[str, Any] = {"objective": None, "weights": None, "radius": None}
+    nowhere: dict[str, Any] = {"objective": None, "weights": None, "radius": None, "offset": None}
     rows = []
     for k in range(2):
         hits = {"hits_10": 0.4 + 0.1 * k, "hits_25": 1.0, "hits_50": 1.0}

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from analysis.reconstruction import multipliers
 from analysis.reconstruction.network import (
     Network,
+    all_margins,
     combination,
+    constraints,
     factors,
     flat,
     forward,
@@ -194,6 +196,11 @@ def test_coefficients_of_the_tasks() -> None:
     labels = torch.tensor([2.0, 0.0])
     c = kkt_coefficients("multiclass", out, labels)
     assert c.tolist() == [[0, -1, 1], [1, 0, -1]]
+    every = constraints("multiclass", out, labels)
+    assert every.tolist() == [[[-1, 0, 1], [0, -1, 1]], [[1, -1, 0], [1, 0, -1]]]
+    torch.testing.assert_close(
+        all_margins("multiclass", out, labels), torch.tensor([[1.0, -1.0], [0.4, 0.1]]).double()
+    )
     torch.testing.assert_close(label_margins("multiclass", out, labels), torch.tensor([-1.0, 0.1]).double())
     for task, values in (
         ("binary", torch.tensor([1.0, -1.0])),
@@ -225,20 +232,31 @@ def test_multipliers_from_the_factored_gram_are_those_of_the_full_gradients(
     x, _ = _inputs(12, widths[0], 1)
     passed = forward(network, x, gates)
     labels = passed.outputs[:, 0].sign() if task == "binary" else passed.outputs.argmax(-1).double()
-    c = kkt_coefficients(task, passed.outputs, labels)
-    dense = per_sample(network, x, c, gates).numpy().T
+    strongest = kkt_coefficients(task, passed.outputs, labels)
+    every = constraints(task, passed.outputs, labels)
     theta = flat(network.parameters).numpy()
-    expected, gap = scipy.optimize.nnls(dense, theta)
+    single = per_sample(network, x, strongest, gates).numpy().T
+    dense = np.stack([per_sample(network, x, c, gates).numpy() for c in every.unbind(1)], 1)
+    dense = dense.reshape(-1, len(theta)).T
+    c = strongest
     gram = multipliers.gram(factors(network, passed, c)).numpy()
-    np.testing.assert_allclose(gram, dense.T @ dense, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gram, single.T @ single, rtol=1e-12, atol=1e-12)
+    solved = {name: scipy.optimize.nnls(of, theta) for name, of in (("all", dense), ("strongest", single))}
+    expected, gap = solved["all"]
     monkeypatch.setattr(multipliers, "per_sample", None)
     found = multipliers.fit(task, network, x, labels, gates)
     assert found.residual == pytest.approx(gap / np.linalg.norm(theta), rel=1e-10)
-    np.testing.assert_allclose(found.lambdas.numpy(), expected, atol=1e-8)
-    assert 0 < int((found.lambdas > 0).sum()) < 12
+    np.testing.assert_allclose(found.lambdas.numpy().ravel(), expected, atol=1e-8)
+    assert found.lambdas.shape == (12, 1 if task == "binary" else widths[-1] - 1)
+    published = multipliers.fit(task, network, x, labels, gates, only_strongest=True)
+    assert published.residual == pytest.approx(solved["strongest"][1] / np.linalg.norm(theta), rel=1e-10)
+    # With several classes the published form explains less: another class may be as strong.
+    assert (published.residual > found.residual + 1e-3) == (task == "multiclass")
+    assert 0 < int((found.lambdas > 0).sum()) < found.lambdas.numel()
     # Control: without the bias' or the head's factor it is another matrix.
     part = multipliers.gram(factors(network, passed, c)[:-1]).numpy()
-    assert np.abs(part - dense.T @ dense).max() > 1e-2
+    assert np.abs(part - single.T @ single).max() > 1e-2
     # Least squares on the support: nothing left along any gradient that is used.
-    left = theta - dense @ found.lambdas.numpy()
-    assert np.abs(dense.T @ left)[found.lambdas.numpy() > 0].max() < 1e-12 * np.linalg.norm(theta) ** 2
+    lambdas = found.lambdas.numpy().ravel()
+    left = theta - dense @ lambdas
+    assert np.abs(dense.T @ left)[lambdas > 0].max() < 1e-12 * np.linalg.norm(theta) ** 2
