@@ -36,6 +36,7 @@ def render(
     settings: Mapping[str, Any],
     pictures: Sequence[Picture] = (),
     question: str = "",
+    findings: Sequence[str] = (),
 ) -> str:
     """Return the page as text; plotly.js, styles, data and pictures are embedded, and nothing is loaded.
 
@@ -49,6 +50,7 @@ def render(
         settings: None and empty values are omitted.
         pictures: shown before the plots.
         question: that the headline answers, shown above it.
+        findings: sentences below the headline, for results that one sentence does not hold.
     """
     return theme.render(
         "job.html.j2",
@@ -56,6 +58,7 @@ def render(
         headline=headline,
         scope=scope,
         notes=notes,
+        findings=findings,
         tables=tables,
         plots=plots,
         kicker=kicker,

@@ -119,23 +119,38 @@ def page(theory: Theory) -> str:
         question=findings.QUESTION,
         headline=findings.headline(theory),
         scope=findings.scope(theory),
-        notes=[*findings.sentences(theory), *_notes(theory)],
-        tables=tables(theory),
+        findings=[*findings.sentences(theory), *_how_to_run(theory)],
+        notes=_warnings(theory),
+        tables=[*tables(theory), _check_table(theory)],
         plots=all_plots(theory),
         settings={"runs": ", ".join(folder.as_posix() for folder in theory.runs)},
     )
 
 
 def _notes(theory: Theory) -> list[str]:
-    notes = [
-        f"{'passed' if check.passed else 'FAILED'}: {check.name} ({check.detail})" for check in theory.checks
+    passed = [f"passed: {check.name} ({check.detail})" for check in theory.checks if check.passed]
+    return [*passed, *_warnings(theory), *_how_to_run(theory)]
+
+
+def _warnings(theory: Theory) -> list[str]:
+    """Return what makes numbers of the page doubtful or leaves some out."""
+    failed = [f"FAILED: {check.name} ({check.detail})" for check in theory.checks if not check.passed]
+    return [*failed, *theory.notes]
+
+
+def _how_to_run(theory: Theory) -> list[str]:
+    if theory.runs_read:
+        return []
+    return [
+        "no finished runs were read: the figures' runs are made by",
+        *findings.COMMANDS,
+        f"and shown by optbench paper {findings.NAME} runs=runs/sumo_theory",
     ]
-    notes += theory.notes
-    if not theory.runs_read:
-        notes.append("no finished runs were read: the figures' runs are made by")
-        notes += findings.COMMANDS
-        notes.append(f"and shown by optbench paper {findings.NAME} runs=runs/sumo_theory")
-    return notes
+
+
+def _check_table(theory: Theory) -> TextTable:
+    rows = [[check.name, "passed" if check.passed else "FAILED", check.detail] for check in theory.checks]
+    return TextTable(["check", "result", "figure"], rows, "What this page checks of itself")
 
 
 def tables(theory: Theory) -> list[TextTable]:
@@ -279,7 +294,9 @@ def _error_table(theory: Theory) -> TextTable:
         "‖O_NS − UVᵀ‖_F/√k of the moments of all checkpoints. In the band: moments without a direction below it. "
         "Lifted: median error with the small directions raised to the band. Correlation: Spearman, by seed."
     )
-    return TextTable(heads, rows, "Where the error of five steps comes from, on real moments", caption)
+    table = TextTable(heads, rows, "Where the error of five steps comes from, on real moments", caption)
+    # Ten figures of a few settings: a column per setting fits a page.
+    return table.transposed() if rows else table
 
 
 def _replaced_table(theory: Theory) -> TextTable:

@@ -48,6 +48,19 @@ def test_the_lemmas_check_themselves(lemmas: Theory) -> None:
     lemmas.scans["muon"] = muon
 
 
+def test_the_page_warns_of_what_fails_alone(lemmas: Theory) -> None:
+    """Findings are a list of their own and passed checks a table: neither is red."""
+    warned = '<ul class="warnings"'
+    text = report.page(lemmas)
+    assert warned not in text
+    assert text.index('<ul class="findings">') < text.index("What this page checks of itself")
+    lemmas.bounds[0] = lemmas.bounds[0]._replace(deviation=1e-6)
+    failing = report.page(lemmas)
+    lemmas.bounds[0] = lemmas.bounds[0]._replace(deviation=0.0)
+    _, _, rest = failing.partition(warned)
+    assert rest.partition("</ul>")[0].count("<li>FAILED: ") == 1
+
+
 def test_without_runs_it_tells_how_to_make_them(lemmas: Theory, capsys: pytest.CaptureFixture[str]) -> None:
     report.show(lemmas, sys.stdout)
     printed = capsys.readouterr().out
