@@ -115,7 +115,7 @@ studies: setup ## run the studies of docs/RESULTS.md (4 to 5 hours on 2 cores; M
 	$(BIN)/python -m analysis.results.studies --runs $(or $(STUDIES),runs/studies) $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python -m analysis.results --studies $(or $(STUDIES),runs/studies)
 
-reconstruct: setup ## reconstruct training images from weights: 18 victims' checkpoints, 81 attacks (5 to 10 minutes)
+reconstruct: setup ## reconstruct training images from weights: a network in closed form, then 6 victims at 3 checkpoints each and 81 attacks (5 to 10 minutes)
 	$(BIN)/optbench reconstruct mode=fixture out=runs/reconstruction/fixture
 	$(BIN)/optbench reconstruct experiment=reconstruct_digits out=runs/reconstruction/digits
 

@@ -283,6 +283,29 @@ def test_sets_of_images_are_independent_replicates(tmp_path: Path) -> None:
         subjects.load(config.load(["data_sets=2000"]))
 
 
+def test_attackers_believe_in_offsets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A secret offset and a bias: who starts around the offset is nearer, set by set, than who starts around 0."""
+    trained = ("per_class=3", "width=200", "steps=300", "checkpoints=300", "optimizer=gd", "gd.lr=0.03")
+    secret = ("offset=1", "bias=true", "data_sets=2", "stages=victim,attack")
+    believed = ("attack.prior=offset", "attack.offset=1,0", "attack.radius=0.1", "attack.steps=20")
+    words = (*trained, *secret, *believed, f"out={tmp_path / 'job'}")
+    code, found = run_json(capsys, *words)
+    assert code == 0
+    attacks = [row for row in found["attack"] if row["kind"] == "attack"]
+    assert [row["offset"] for row in attacks] == [1.0, 0.0] * 2
+    for right, wrong in zip(attacks[::2], attacks[1::2]):
+        # 64 pixels off by 1.
+        assert 6 < wrong["nn_top5"] < 9
+        assert right["nn_top5"] < 3
+    distance = next(row for row in found["paired"] if row["measure"] == "nn_top5_margin")
+    assert (distance["contrast"], distance["pair"], distance["leaks_more"]) == (
+        "offsets",
+        "gd: offset 0 − 1",
+        0,
+    )
+    assert run_json(capsys, *words)[1]["attack"] == found["attack"]
+
+
 def test_points_of_a_sphere() -> None:
     held = samples.load("sphere", None, "hemispheres", 50, 3, 0.0, 36)
     np.testing.assert_allclose(np.linalg.norm(held.images, axis=1), 1, rtol=1e-14)

@@ -103,7 +103,7 @@ def test_l2_alignment_is_the_residual() -> None:
     assert a == pytest.approx((1 - fit.residual**2) ** 0.5, abs=1e-8)
     # Control: other multipliers align less.
     done = forward(network, data.x)
-    other = factors(network, done, (fit.lambdas.roll(1) * data.labels).unsqueeze(1))
+    other = factors(network, done, fit.lambdas.roll(1) * data.labels.unsqueeze(1))
     assert float(geometry.alignment(Geometry("l2"), network, other)) < a - 1e-3
 
 

@@ -191,6 +191,20 @@ def test_a_pattern_keeping_split_of_one_point_in_a_deep_net() -> None:
     torch.testing.assert_close(kept, whole, rtol=0, atol=1e-11)
 
 
+def test_a_bias_carries_the_offset_of_all_images() -> None:
+    """W₁ = Σ cᵢxᵢᵀ and b = Σ cᵢ for the same gates, at any depth: o on every pixel adds o·b·1ᵀ to W₁."""
+    network = _random((6, 9, 7, 1), bias=True)
+    x, c = _inputs(12, 6, 1)
+    held = inherited(patterns(network, x))
+    plain = combination(network, forward(network, x, held), c)
+    moved = combination(network, forward(network, x + 0.7, held), c)
+    torch.testing.assert_close(moved[0], plain[0] + 0.7 * plain[-1].unsqueeze(1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(moved[-1], plain[-1], rtol=0, atol=1e-12)
+    # Control: where the offset changes gates, it does more.
+    free = combination(network, forward(network, x + 0.7), c)
+    assert float((free[0] - moved[0]).abs().max()) > 1e-2
+
+
 def test_coefficients_of_the_tasks() -> None:
     out = torch.tensor([[1.0, 3.0, 2.0], [0.5, 0.1, 0.4]], dtype=torch.float64)
     labels = torch.tensor([2.0, 0.0])
