@@ -81,7 +81,7 @@ def attach(sets: Iterable[ComparisonSet], folders: Iterable[Path], remarks: list
         except ValidationError as error:
             place = ".".join(map(str, error.errors()[0]["loc"]))
             remarks.append(
-                f"{FILE} is not used: {place} is missing or wrong; optbench memorize writes it again"
+                f"{name} is not used: {place} is missing or wrong; optbench memorize writes it again"
             )
             continue
         comparison = by_key.get(document.comparison_key)

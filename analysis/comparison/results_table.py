@@ -239,8 +239,8 @@ def build(comparison: ComparisonSet) -> ResultsTable:
     if memorized is not None and memorized.unmeasured:
         which = formatting.listing(memorized.unmeasured)
         notes.append(
-            f"memorization of {which} is not shown: {memorization.FILE} is of older runs; "
-            "optbench memorize measures these"
+            f"memorization of {which} is not shown: {memorization.FILE} is older than these runs or lacks them; "
+            "optbench memorize measures them"
         )
     sources: dict[str, list[str]] = {}
     for index in order:

@@ -79,7 +79,7 @@ def test_runs_that_changed_since_are_not_shown(group: Path) -> None:
     found = document.judge_folder(group)
     assert cells(found) == {"adamw": "2.00 ± 0.25", "muon": "–"}
     (note,) = [note for note in found.sets[0].table.notes if FILE in note]
-    assert note.startswith("memorization of muon is not shown: memorize.json is of older runs")
+    assert note.startswith("memorization of muon is not shown: memorize.json is older than these runs")
 
 
 def test_without_canaries_it_is_the_auc_and_one_seed_has_no_interval(group: Path) -> None:
@@ -103,7 +103,7 @@ def test_without_canaries_it_is_the_auc_and_one_seed_has_no_interval(group: Path
 def test_a_file_of_other_runs_or_no_such_file_is_named(group: Path, values: Any, remark: str) -> None:
     change(group, **values)
     found = document.judge_folder(group)
-    assert any(remark in line for line in found.remarks)
+    assert any(line.startswith(f"{group.name}/{FILE}") and remark in line for line in found.remarks)
     assert "memorization" not in found.sets[0].table.rows[0].cells
 
 

@@ -124,6 +124,13 @@ def test_seeds_and_canaries_are_both_samples() -> None:
     assert (pair["p"], pair["low"]) == (None, None)
 
 
+def test_intervals_of_means_end_where_the_measure_does() -> None:
+    rows = [r for seed, bits in enumerate((4.0, 7.0)) for r in of_canaries("adamw", seed, np.full(2, bits))]
+    (arm,) = entry(equal_loss.compare(rows, None))["optimizers"]
+    assert (arm["mean"], arm["low"], arm["high"]) == (5.5, 0.0, 7.0)
+    assert stats.t.interval(0.95, 1, 5.5, 1.5)[1] > 7.0
+
+
 def test_runs_that_never_had_the_same_loss_are_not_compared() -> None:
     rows = [result("a", 0, s, loss, 1) for s, loss in ((1, 6.0), (2, 5.0))]
     rows += [result("b", 0, s, loss, 1) for s, loss in ((1, 4.0), (2, 3.0))]

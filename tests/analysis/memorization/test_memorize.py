@@ -276,6 +276,7 @@ def test_one_seed_is_not_tested() -> None:
         )
 
     assert headline(None, None) == "Not tested: one seed."
+    assert "1 of 1 planned difference between optimizers is larger" in headline(0.01)
     assert "none of 2 planned differences" in headline(None, 0.6)
     assert "1 of 2 planned differences" in headline(0.6, 0.01)
 
