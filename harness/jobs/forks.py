@@ -91,12 +91,15 @@ atexit.register(close)
 
 def _take() -> _Server:
     """Return a server that no run uses, whose imports saw the environment of now."""
-    while _idle:
-        server = _idle.pop()
+    while True:
+        try:
+            server = _idle.pop()
+        except IndexError:
+            # Asked for and not looked up before: several threads may take servers at once.
+            return _Server()
         if server.is_usable():
             return server
         server.close()
-    return _Server()
 
 
 class _Server:
