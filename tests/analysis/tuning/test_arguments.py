@@ -11,6 +11,7 @@ from analysis.compare.progress import Verbosity
 from analysis.tuning import arguments
 from analysis.tuning.space import Axis
 from analysis.tuning.study import Tuning
+from harness.config import checks, compose
 from harness.errors import InputError
 
 
@@ -132,6 +133,8 @@ def test_the_study_of_memorization_compares_three_ranks_over_five_seeds_or_more(
         assert {"optimizer=sumo", f"optimizer.rank={arm.label[4:]}"} <= set(arm.overrides)
     assert len(study.plan.seeds) >= 5
     assert study.seed not in study.plan.seeds
+    config = checks.check(compose.load(study.plan.overrides(study.plan.arms[-1], 1)), devices=0)
+    assert (config.optimizer.options["rank"], config.data.canaries.copies) == (64, [1, 4, 16])
 
 
 def test_no_torch_is_imported_and_no_scipy_before_it_is_needed() -> None:
