@@ -55,7 +55,7 @@ def section(*summaries: Mapping[str, Any]) -> str:
             ],
             "budgets": budgets,
             "means": table(
-                ("optimizer", *(f"{budget} tokens per parameter" for budget in budgets)),
+                ("optimizer", *(f"at {budget} per parameter" for budget in budgets)),
                 [(label, *(_mean(comparison, label) for comparison in sets)) for label in labels],
             ),
             "pairs": table(
