@@ -112,6 +112,8 @@ def test_commands_as_a_document(home: Path, capsys: pytest.CaptureFixture[str]) 
     document = json.loads(capsys.readouterr().out)
     assert [run["cells"] for run in document["commands"]] == [
         ["AdamW, 350M perplexity"],
+        ["APOLLO, 350M perplexity"],
+        ["APOLLO-Mini, 350M perplexity"],
         ["SUMO, 350M perplexity"],
     ]
 
