@@ -55,7 +55,7 @@ unit: setup ## run the tests of tests/unit.txt: files that start no processes an
 	$(BIN)/python -m pytest -q -m "not slow and not launch and not browser" @tests/unit.txt
 
 # One test process more than cores: one of them waits for Slurm, others for programs that they have started.
-test: setup ## run the tests (about 16 minutes on 2 cores)
+test: setup ## run the tests (about 14 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" -n 3 --no-loadscope-reorder
 
 test-full: setup ## run all tests, including the slow ones
