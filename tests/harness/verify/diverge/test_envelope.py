@@ -41,7 +41,7 @@ def with_rounding_of_an_engine(known: Trajectory, draw: np.random.Generator) -> 
     """Add what the sums of an engine may round at most, which a reordered run in one process lacks."""
     losses = {step: loss * (1 + 2.0**-20 * draw.standard_normal()) for step, loss in known.losses.items()}
     norms = {
-        step: norm * (1 + 2.0**-16 * draw.standard_normal()) for step, norm in known.gradient_norms.items()
+        step: norm * (1 + 2.0**-14 * draw.standard_normal()) for step, norm in known.gradient_norms.items()
     }
     return Trajectory(losses, known.tokens, norms, known.sketches)
 
@@ -146,9 +146,9 @@ def test_a_loss_that_is_not_finite_is_outside(loss: float) -> None:
 
 
 def test_a_norm_that_is_added_up_in_another_order_stays_inside() -> None:
-    """As FSDP2 does: the gradients are the same, the sum of their squares is rounded differently."""
+    """As FSDP2 and ZeRO do: the gradients are the same, the sum of their squares is rounded differently."""
     right = reordered("adamw", 70)
-    norms = {step: norm * (1 + 1e-5) for step, norm in right.gradient_norms.items()}
+    norms = {step: norm * (1 + 6e-5) for step, norm in right.gradient_norms.items()}
     other = Trajectory(right.losses, right.tokens, norms, right.sketches)
     assert (
         judge(run("adamw"), twins("adamw"), other).inside == judge(run("adamw"), twins("adamw"), right).inside
@@ -159,7 +159,7 @@ def test_a_norm_that_is_added_up_in_another_order_stays_inside() -> None:
 
 @pytest.mark.parametrize(
     ("loss", "norm", "stays"),
-    [(0.0, 3e-6, True), (0.0, 1e-5, True), (3e-7, 0.0, True), (1e-4, 0.0, False), (0.0, 1e-3, False)],
+    [(0.0, 3e-6, True), (0.0, 6e-5, True), (3e-7, 0.0, True), (1e-4, 0.0, False), (0.0, 1e-3, False)],
 )
 def test_a_record_without_weights_is_inside_below_the_least_deviations(
     loss: float, norm: float, stays: bool
