@@ -23,7 +23,6 @@ from harness.verify.diverge import sources
 from harness.verify.diverge.envelope import ALPHA, FEWEST_TWINS, Verdict, judge
 from harness.verify.diverge.session import Replayed, replay, replay_with_twins
 from harness.verify.diverge.sources import Recorded
-from harness.verify.diverge.trajectory import Trajectory
 from harness.verify.pool import RankLost, RanksFailed
 
 if TYPE_CHECKING:
@@ -51,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     b = _other(path_b, steps, a.config)
     if not arguments.options.force:
         sources.refuse_other_runs(a, b)
+    world_size = _replayable(b) if arguments.options.replay else None
     console = for_tables(stderr=True)
 
     def say(line: str) -> None:
@@ -60,7 +60,11 @@ def main(argv: Sequence[str]) -> int:
         try:
             words = _in_one_process(path_a, a.config, scratch)
             replayed = replay_with_twins(words, steps, twins, Path(scratch), say, minutes)
-            tested = _tested(arguments, b, steps, Path(scratch))
+            tested = (
+                replay(_words(b.path, scratch), steps, world_size, Path(scratch))
+                if world_size
+                else b.trajectory
+            )
         except (RankLost, RanksFailed) as error:
             if arguments.options.json:
                 print(json_document(error={"key": "diverge", "message": str(error).splitlines()[0]}))
@@ -134,10 +138,12 @@ def _words(path: Path, scratch: str) -> list[str]:
     ]
 
 
-def _tested(arguments: Arguments, b: Recorded, steps: int, scratch: Path) -> Trajectory:
-    """Return what is judged of RUN_B: its record, or with ``--replay`` its first steps on its own engine."""
-    if not arguments.options.replay:
-        return b.trajectory
+def _replayable(b: Recorded) -> int:
+    """Return the number of processes of RUN_B.
+
+    Raises:
+        InputError: it is a table, or of more processes than are started here.
+    """
     world_size = b.config.world_size if b.config is not None else None
     if world_size is None or world_size > _MOST_RANKS:
         raise InputError(
@@ -147,7 +153,7 @@ def _tested(arguments: Arguments, b: Recorded, steps: int, scratch: Path) -> Tra
             allowed=f"a run folder of up to {_MOST_RANKS} processes",
             fix="leave out --replay",
         )
-    return replay(_words(b.path, str(scratch)), steps, world_size, scratch)
+    return world_size
 
 
 def pair_p_value(own: Verdict, theirs: Verdict) -> float:

@@ -123,8 +123,9 @@ def judge(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory, alpha
     null = [figures(run, twin) for twin in twins]
     keys = list(tested)
     is_log = np.array([name == "weights" for name, _ in keys])
-    least = np.array([_LEAST_SPREADS[name] for name, _ in keys])
-    added = np.array([_ENGINE_ROUNDING[name] for name, _ in keys])
+    printed = np.array([_printed(run, other, name, step) for name, step in keys])
+    least = np.hypot([_LEAST_SPREADS[name] for name, _ in keys], printed)
+    added = np.hypot([_ENGINE_ROUNDING[name] for name, _ in keys], printed)
     values = np.array([[figure[key] for key in keys] for figure in null])
     noise = np.random.default_rng(0).standard_normal((_DRAWS, *values.shape))  # the same in every call
     sample = values + added * noise
@@ -146,8 +147,17 @@ def judge(run: Trajectory, twins: Sequence[Trajectory], other: Trajectory, alpha
     first, _, figure = min((step, -value, name) for (name, step), value in zip(keys, placed) if value > limit)
     parameter, excess = _parameter(run, twins, other, first)
     if parameter is None:
-        excess = _excess(tested[figure, first], [values[figure, first] for values in null], figure)
+        least_size = float(least[keys.index((figure, first))])
+        excess = _excess(
+            tested[figure, first], [values[figure, first] for values in null], figure, least_size
+        )
     return Verdict(False, p_value, score, limit, first, figure, parameter, excess)
+
+
+def _printed(run: Trajectory, other: Trajectory, figure: str, step: int) -> float:
+    """Return the standard deviation of what a table rounds off a figure, relative: unit/√12, of a uniform error."""
+    size = {"loss": run.losses, "gradient norm": run.gradient_norms}.get(figure, {}).get(step, 1.0)
+    return other.units.get(figure, 0.0) / math.sqrt(12) / max(abs(size), 1e-30)
 
 
 def _as_normal(scores: np.ndarray, figures: int) -> np.ndarray:
@@ -197,10 +207,10 @@ def _parameter(
     return name, ratios[name]
 
 
-def _excess(value: float, usual: Sequence[float], figure: str) -> float | None:
+def _excess(value: float, usual: Sequence[float], figure: str, least: float) -> float | None:
     if figure == "weights":
         return math.exp(value - float(np.mean(usual)))
-    size = max(float(np.sqrt(np.mean(np.square(usual)))), _LEAST_SPREADS[figure])
+    size = max(float(np.sqrt(np.mean(np.square(usual)))), least)
     return abs(value) / size if math.isfinite(value) else None
 
 

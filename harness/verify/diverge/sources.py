@@ -14,7 +14,7 @@ from harness.errors import InputError
 from harness.files.bounded import UnreadableFile
 from harness.record import readers
 from harness.record.tables import parse_value, read_rows
-from harness.verify.diverge.trajectory import Trajectory, sketch
+from harness.verify.diverge.trajectory import Trajectory, sketch, unit
 
 if TYPE_CHECKING:
     from harness.config.schema import RunConfig
@@ -103,6 +103,10 @@ def table(key: str, path: Path, steps: int, optimizer: str, seed: int) -> Record
             allowed="columns step and train/loss",
             fix="--steps 50",
         )
+    trajectory.units = {
+        "loss": unit(trajectory.losses.values()),
+        "gradient norm": unit(trajectory.gradient_norms.values()),
+    }
     return Recorded(path, None, None, trajectory)
 
 

@@ -5,8 +5,9 @@ Torch-free, except for `sketch`.
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,14 @@ class Trajectory:
         tokens: steps done → tokens that carried loss in these steps; the weights of the losses.
         gradient_norms: steps done → global gradient norm before clipping.
         sketches: steps done → parameter → `sketch` of its weight, (BUCKETS,) in fp64. Empty where no weights are known.
+        units: "loss" and "gradient norm" → unit of the last decimal of a table, 0 if it has all digits.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
     gradient_norms: dict[int, float] = field(default_factory=dict)
     sketches: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    units: dict[str, float] = field(default_factory=dict)
 
     def difference(self, other: Trajectory, step: int) -> Mapping[str, float]:
         """Return parameter → ‖W - W_other‖ / ‖W - W_0‖ after a step, of the parameters that both have.
@@ -64,6 +67,18 @@ class Trajectory:
                 losses[step] = float(np.average([self.losses[one] for one in between], weights=weights))
             before = step
         return Trajectory(losses, self.tokens, self.gradient_norms, self.sketches)
+
+
+def unit(values: Iterable[float]) -> float:
+    """Return the unit of the last decimal of rounded numbers, 0 if they have more than seven decimals.
+
+    Numbers of a table are often rounded to four decimals, which moves them more than an engine does.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    for decimals in range(8):
+        if all(math.isclose(value, round(value, decimals), rel_tol=1e-12) for value in finite):
+            return 10.0**-decimals if finite else 0.0
+    return 0.0
 
 
 def sketch(name: str, weight: Tensor) -> np.ndarray:

@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from harness.verify.diverge.envelope import _as_normal, amplification, judge
-from harness.verify.diverge.trajectory import Trajectory, sketch
+from harness.verify.diverge.envelope import ALPHA, _as_normal, amplification, judge
+from harness.verify.diverge.trajectory import Trajectory, sketch, unit
 from tests.harness.verify.diverge.problems import train
 
 TWINS = 8
@@ -171,6 +171,21 @@ def test_a_record_without_weights_is_inside_below_the_least_deviations(
     verdict = judge(run("adamw"), twins("adamw"), Trajectory(losses=losses, gradient_norms=norms))
     assert verdict.inside is stays
     assert stays or (verdict.p_value < 1e-3 and verdict.first_step == 1)
+
+
+@pytest.mark.parametrize("decimals", [3, 4, 5])
+def test_a_table_with_few_decimals_is_inside_and_a_defect_in_it_is_not(decimals: int) -> None:
+    def printed(known: Trajectory, units: bool = True) -> Trajectory:
+        losses = {step: round(loss, decimals) for step, loss in known.losses.items()}
+        return Trajectory(losses, units={"loss": unit(losses.values())} if units else {})
+
+    right = reordered("adamw", 71)
+    assert printed(right).units["loss"] == pytest.approx(10.0**-decimals)
+    assert judge(run("adamw"), twins("adamw"), printed(right), ALPHA / 2).inside
+    assert not judge(run("adamw"), twins("adamw"), printed(right, units=False), ALPHA / 2).inside
+    wrong = train("adamw", 77, lr=0.024)
+    assert not judge(run("adamw"), twins("adamw"), printed(wrong), ALPHA / 2).inside
+    assert unit(right.losses.values()) == 0.0
 
 
 def test_halved_gradients_leave_without_weights() -> None:
