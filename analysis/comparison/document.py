@@ -11,7 +11,7 @@ from typing import Any
 from analysis.comparison import memorization, profiles, results_table, track3
 from analysis.comparison.results_table import ResultsRow, ResultsTable
 from analysis.comparison.sets import ComparisonSet, group_into_sets
-from analysis.comparison.statistics import RESOLUTION
+from analysis.comparison.statistics import RESOLUTION, Pairwise
 from analysis.comparison.verdict import Verdict, judge
 from analysis.comparison.warnings import ReportWarning, find_warnings
 from analysis.formatting import to_jsonable
@@ -172,7 +172,7 @@ def _run(run: LoadedRun) -> dict[str, Any]:
 def _set(judged: JudgedSet) -> dict[str, Any]:
     comparison = judged.comparison
     names = [arm.label for arm in comparison.arms]
-    tests = comparison.tests
+    tests, loss_tests = comparison.tests, comparison.loss_tests
     return to_jsonable(
         {
             "key": comparison.key,
@@ -191,12 +191,8 @@ def _set(judged: JudgedSet) -> dict[str, Any]:
                 {
                     "arms": [names[i], names[j]],
                     "test": "paired t" if tests.paired else "welch",
-                    "n": tests.n[k],
-                    "difference": tests.mean[k],
-                    "sd": tests.sd[k],
-                    "half_width_95": tests.half_width[k],
-                    "p": tests.p[k],
-                    "p_holm": tests.p_holm[k],
+                    **_test(tests, k),
+                    **({} if loss_tests is None else {"loss": _test(loss_tests, k)}),
                     **_pair(comparison, i, j),
                 }
                 for k, (i, j) in enumerate(tests.pairs)
@@ -232,6 +228,17 @@ def _arm(comparison: ComparisonSet, index: int) -> dict[str, Any]:
         by_examples, both = comparison.examples.half_widths(index, arm.final)
         facts |= {"half_width_examples_95": by_examples, "half_width_both_95": both}
     return facts
+
+
+def _test(tests: Pairwise, pair: int) -> dict[str, Any]:
+    return {
+        "n": tests.n[pair],
+        "difference": tests.mean[pair],
+        "sd": tests.sd[pair],
+        "half_width_95": tests.half_width[pair],
+        "p": tests.p[pair],
+        "p_holm": tests.p_holm[pair],
+    }
 
 
 def _pair(comparison: ComparisonSet, first: int, second: int) -> dict[str, Any]:

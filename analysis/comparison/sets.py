@@ -15,7 +15,7 @@ from analysis.comparison import examples, statistics
 from analysis.comparison.examples import ExampleResults
 from analysis.comparison.statistics import Floats, Interval, Pairwise
 from analysis.runs.curves import Curve, mean_curve
-from analysis.runs.measure import Measure
+from analysis.runs.measure import Measure, loss_beside
 from analysis.runs.run import LoadedRun
 from harness.tasks.metrics import METRICS
 
@@ -102,6 +102,16 @@ class ComparisonSet:
         return float(np.median(values)) if values else math.nan
 
     @property
+    def loss_tests(self) -> Pairwise | None:
+        """Paired t-tests of the validation loss over seeds alone, for a set that is compared by a metric; else None.
+
+        A metric counts examples that cross a threshold; the loss often differs where it shows nothing.
+        """
+        if self.measure.is_loss:
+            return None
+        return statistics.pairwise(_final_values(self.arms, self.seeds, loss_beside(self.measure)))
+
+    @property
     def studies(self) -> list[tuple[int, TunedArm]]:
         """Index and tuning study of each arm whose setting a study selected."""
         return [(index, arm.tuning) for index, arm in enumerate(self.arms) if arm.tuning is not None]
@@ -135,11 +145,9 @@ def _build(key: str, runs: list[LoadedRun], order: Sequence[str]) -> ComparisonS
     seeds = sorted({run.seed for arm in arms for run in arm.runs})
     # Runs that did not finish have no summary: those that did know the metric of their task.
     measure = max(runs, key=lambda run: (run.finished, "metrics" in run.summary)).measure
-    results = np.full((len(arms), len(seeds)), np.nan)
-    for i, arm in enumerate(arms):
-        for seed, value in arm.results(measure).items():
-            results[i, seeds.index(seed)] = value
-        arm.final = statistics.interval(results[i])
+    results = _final_values(arms, seeds, measure)
+    for arm, values in zip(arms, results, strict=True):
+        arm.final = statistics.interval(values)
         arm.curve = mean_curve(arm.finished, measure.key)
     by_example, problem = _examples(arms, measure)
     # Without seeds, runs are numbered in the order of their files: nothing pairs those of two arms.
@@ -163,6 +171,15 @@ def _build(key: str, runs: list[LoadedRun], order: Sequence[str]) -> ComparisonS
     )
     comparison.target = _target(comparison)
     return comparison
+
+
+def _final_values(arms: Sequence[Arm], seeds: list[int], measure: Measure) -> Floats:
+    """Return the final values of a measure, shape (arms, seeds); NaN where a run is missing or did not finish."""
+    values = np.full((len(arms), len(seeds)), np.nan)
+    for row, arm in zip(values, arms, strict=True):
+        for seed, value in arm.results(measure).items():
+            row[seeds.index(seed)] = value
+    return values
 
 
 def _examples(arms: Sequence[Arm], measure: Measure) -> tuple[ExampleResults | None, str | None]:

@@ -1,4 +1,4 @@
-"""Tables of the per-example results of a task: agreement, McNemar's test, and the examples that change."""
+"""Tables of a task: all metrics, pairs by validation loss, agreement, McNemar's test, and the examples that change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from analysis import formatting
 from analysis.comparison import statistics
 from analysis.comparison.examples import ExampleResults
 from analysis.comparison.sets import ComparisonSet
-from analysis.runs.measure import Measure
+from analysis.runs.measure import Measure, loss_beside
 from analysis.text_tables import TextTable
 from harness.tasks.metrics import METRICS
 
@@ -42,6 +42,30 @@ def _recorded(comparison: ComparisonSet) -> list[Measure]:
     }
     others = [metric for name, metric in METRICS.items() if name in names - {comparison.measure.name}]
     return [comparison.measure, *(Measure(metric.name, metric.better, metric.unit) for metric in others)]
+
+
+def losses(comparison: ComparisonSet) -> TextTable:
+    """Return the difference in validation loss of each pair, its 95 % interval over seeds, and p after Holm.
+
+    Empty where the loss itself is compared, or where no pair has two common seeds.
+    """
+    unit = loss_beside(comparison.measure).unit
+    heads = ["optimizers", f"difference ({unit})", "95 % interval", "common seeds", "p (Holm)"]
+    tests = comparison.loss_tests
+    if tests is None or not (tests.n > 1).any():
+        return TextTable(heads, [])
+    names = [arm.label for arm in comparison.arms]
+    rows = []
+    for k, (i, j) in enumerate(tests.pairs[:MAX_PAIRS]):
+        mean, half, p = (float(part[k]) for part in (tests.mean, tests.half_width, tests.p_holm))
+        bounds = " to ".join(_signed(bound) for bound in (mean - half, mean + half))
+        row = [f"{names[i]} − {names[j]}", _signed(mean), bounds, str(tests.n[k])]
+        rows.append([*row, _p(p) if math.isfinite(p) else "no test"])
+    return TextTable(heads, rows)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−") if math.isfinite(value) else formatting.MISSING
 
 
 def agreement(comparison: ComparisonSet) -> TextTable:

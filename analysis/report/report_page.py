@@ -106,6 +106,7 @@ def _section(judged: JudgedSet, key: str) -> dict[str, Any]:
         "trials": tuning.trial_table(studies),
         "matrix": details.pair_matrix(comparison) if len(comparison.arms) > 1 else [],
         "metrics": examples.all_metrics(comparison),
+        "losses": examples.losses(comparison),
         "agreement": examples.agreement(comparison),
         "changed": examples.changed(comparison),
         "provenance": details.provenance(comparison),

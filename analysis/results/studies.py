@@ -47,7 +47,7 @@ class StudyPlan:
 
 
 STUDIES = (
-    StudyPlan("budget_1", 40, 2, "four optimizers at 1 token per parameter"),
+    StudyPlan("budget_1", 40, 4, "four optimizers at 1 token per parameter"),
     StudyPlan("budget_5", 40, 8, "four optimizers at 5 tokens per parameter"),
     StudyPlan("family_tiny", 80, 60, "eight optimizers on llama_tiny; the claims about SUMO"),
     StudyPlan("rank_interval", 72, 45, "SUMO's rank and refresh interval"),

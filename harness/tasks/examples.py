@@ -155,16 +155,9 @@ def _build(config: RunConfig, folder: Path, shared: Path, source: dict[str, Any]
         if task.name == "classify":
             encoded = encode_texts(config, encoder, raw, targets, throttle(say))
         else:
-            prompts = with_shots(raw, training, shots) if split == "validation" else raw.inputs
-            encoded = encode_answers(
-                config,
-                encoder,
-                split,
-                raw,
-                prompts,
-                len(shots) if split == "validation" else 0,
-                throttle(say),
-            )
+            drawn = shots if split == "validation" else []
+            prompts = with_shots(raw, training, drawn)
+            encoded = encode_answers(config, encoder, split, raw, prompts, len(drawn), throttle(say))
         encoded.examples.write(folder / f"{split}.arrow")
         digest.update(encoded.examples.sha256().encode())
         largest = max(largest, int(encoded.examples.all_ids.max()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from analysis import api
 from analysis.comparison import results_table
@@ -145,6 +146,37 @@ def test_the_document_gains_metrics_and_keeps_its_fields(clear: Document) -> Non
     assert all(test["only_second"] > test["only_first"] and test["p"] < 1e-6 for test in pair["mcnemar"])
     assert 0 < pair["agreement"]["share"] < 1
     assert len(pair["only_second_right"]) > len(pair["only_first_right"])
+
+
+def test_losses_are_tested_beside_the_metric(clear: Document) -> None:
+    comparison = only(clear)
+    finals = np.array([[run.final_loss for run in arm.finished] for arm in comparison.arms])
+    oracle = stats.ttest_rel(*finals)
+    (found,) = to_json(clear)["comparison"]["sets"]
+    loss = found["pairs"][0]["loss"]
+    assert loss["n"] == 5
+    assert loss["difference"] == pytest.approx((finals[0] - finals[1]).mean(), rel=1e-12)
+    assert loss["p"] == loss["p_holm"] == pytest.approx(oracle.pvalue, rel=1e-9)
+    (row,) = example_tables.losses(comparison).rows
+    ends = [float(text.replace("−", "-")) for text in row[2].split(" to ")]
+    assert row[0] == "adamw − muon"
+    assert ends == pytest.approx(list(oracle.confidence_interval(0.95)), abs=5e-5)
+    assert "Differences in validation loss" in report_page.render(clear)
+
+
+def test_control_no_second_table_where_the_loss_is_compared(tmp_path: Path) -> None:
+    synthetic.group(tmp_path, ["adamw", "sumo"], [0, 1])
+    document = judge_folder(tmp_path)
+    assert only(document).loss_tests is None
+    assert example_tables.losses(only(document)).rows == []
+    (found,) = to_json(document)["comparison"]["sets"]
+    assert "loss" not in found["pairs"][0]
+    assert "Differences in validation loss" not in report_page.render(document)
+
+
+def test_one_common_seed_has_no_test_of_the_loss(tmp_path: Path) -> None:
+    write(tmp_path, {"adamw": 0.6, "muon": 0.9}, seeds=1)
+    assert example_tables.losses(only(judge_folder(tmp_path))).rows == []
 
 
 def test_tables_of_python_have_a_column_for_the_metric(clear: Document) -> None:
