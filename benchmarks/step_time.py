@@ -36,6 +36,8 @@ from benchmarks.peers import (
 
 Shapes = list[tuple[int, int]]
 NEVER = 10**9
+DECAY = 0.1
+"""Weight decay of the full-rank rules on both sides: it is a pass over the weights."""
 
 
 def llama_60m(layers: int = 8, hidden: int = 512, inner: int = 1376) -> Shapes:
@@ -63,17 +65,20 @@ def contestants(rank: int) -> list[Contestant]:
             preset, [(f"w{i}", w) for i, w in enumerate(weights)], **options
         )
 
-    def in_a_run(weights: list[nn.Parameter]) -> Any:
-        # The loop has looked at the gradients when it clipped them; torch's AdamW does not look at all.
-        optimizer = ours("adamw")(weights)
-        optimizer.found_inf = torch.zeros((), device=weights[0].device)
-        return optimizer
+    def in_a_run(preset: str, **options: Any) -> Callable[[list[nn.Parameter]], Any]:
+        def make(weights: list[nn.Parameter]) -> Any:
+            # The loop has looked at the gradients when it clipped them; peers do not look at all.
+            optimizer = ours(preset, **options)(weights)
+            optimizer.found_inf = torch.zeros((), device=weights[0].device)
+            return optimizer
+
+        return make
 
     low = {"rank": rank, "refresh_interval": NEVER}
     every = {"rank": rank, "refresh_interval": 1}
     return [
         Contestant("torch AdamW (fused)", lambda w: torch.optim.AdamW(w, lr=1e-3, fused=True), "adamw"),
-        Contestant("ours: adamw", in_a_run, "adamw"),
+        Contestant("ours: adamw", in_a_run("adamw"), "adamw"),
         Contestant("ours: adamw, looks at gradients", ours("adamw"), "adamw"),
         Contestant("public SUMO code (per-matrix SVD)", lambda w: PublicSumoLoop(w, rank, NEVER), "sumo"),
         Contestant("ours: sumo", ours("sumo", **low), "sumo"),
@@ -107,6 +112,7 @@ def contestants(rank: int) -> list[Contestant]:
         Contestant("ours: ldadam", ours("ldadam", rank=rank), "moving"),
         Contestant("ours: dct_subspace", ours("dct_subspace", rank=rank), "moving"),
         Contestant("ours: gum", ours("gum", **low), "muon"),
+        Contestant("ours: lion", in_a_run("lion", weight_decay=DECAY), "lion"),
         *_full_rank(ours),
     ]
 
@@ -115,24 +121,29 @@ def _full_rank(ours: Callable[..., Callable[[list[nn.Parameter]], Any]]) -> list
     """Return the full-rank rules next to Muon, and pytorch_optimizer's."""
 
     def theirs(name: str, **options: Any) -> Callable[[list[nn.Parameter]], Any]:
-        return lambda weights: pytorch_optimizer_rule(name, weights, **options)
+        return lambda weights: pytorch_optimizer_rule(name, weights, weight_decay=DECAY, **options)
 
     return [
         Contestant("pytorch_optimizer NorMuon", theirs("NorMuon"), "normuon"),
-        Contestant("ours: normuon", ours("normuon"), "normuon"),
+        Contestant("ours: normuon", ours("normuon", weight_decay=DECAY), "normuon"),
         Contestant("pytorch_optimizer AdaMuon", theirs("AdaMuon"), "adamuon"),
-        Contestant("ours: adamuon", ours("adamuon"), "adamuon"),
+        Contestant("ours: adamuon", ours("adamuon", weight_decay=DECAY), "adamuon"),
         Contestant("pytorch_optimizer Lion", theirs("Lion"), "lion"),
-        Contestant("ours: lion", ours("lion"), "lion"),
+        Contestant("ours: lion, looks at gradients", ours("lion", weight_decay=DECAY), "lion"),
         Contestant("pytorch_optimizer SOAP", theirs("SOAP", precondition_frequency=NEVER), "soap"),
-        Contestant("ours: soap", ours("soap", refresh_interval=NEVER), "soap"),
+        Contestant("ours: soap", ours("soap", weight_decay=DECAY, refresh_interval=NEVER), "soap"),
         Contestant(
             "pytorch_optimizer SOAP, refresh step",
             theirs("SOAP", precondition_frequency=1),
             "soap",
             refreshes=True,
         ),
-        Contestant("ours: soap, refresh step", ours("soap", refresh_interval=1), "soap", refreshes=True),
+        Contestant(
+            "ours: soap, refresh step",
+            ours("soap", weight_decay=DECAY, refresh_interval=1),
+            "soap",
+            refreshes=True,
+        ),
         Contestant("ours: dion2", ours("dion2"), "dion2"),
         Contestant("ours: muon_polar_express", ours("muon_polar_express"), "dion2"),
     ]

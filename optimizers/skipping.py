@@ -218,7 +218,9 @@ class SkipTracker:
         each = [candidate for same in candidates.values() for candidate in same]
         missing = frozenset(key for key, _, gradient in each if gradient is None)
         if found_inf is not None:
-            return StepMask(found_inf, missing)
+            # A mask costs passes over memory; where the host may look, only the steps that need it pay for it.
+            is_clean = host_may_look(found_inf.device) and not bool(found_inf > 0)
+            return StepMask(None if is_clean else found_inf, missing)
         flags = agree(nonfinite([gradient for *_, gradient in each]))
         if flags.device.type == "meta":
             # A plan has no numbers.

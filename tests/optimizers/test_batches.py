@@ -24,6 +24,8 @@ from optimizers.linalg.requests import drive
 from optimizers.presets import PRESETS, names, resolve
 from optimizers.rules.parts.building_blocks import scale
 
+pytestmark = pytest.mark.usefixtures("blind_host")  # these tests are of accelerators
+
 
 class Recorder(TorchDispatchMode):
     """Counts the operators that reach the dispatcher and remembers the largest result."""

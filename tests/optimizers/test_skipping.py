@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import optimizers
-from optimizers import skipping
 from optimizers.presets import names
 from tests.optimizers.test_masked_steps import bits, give_gradients, options, parameters
 
@@ -180,12 +179,6 @@ def test_one_expert_of_a_stack(preset: str) -> None:
         # It got its subspace one step later, not one interval later.
         basis = optimizer.state[optimizer.parameters_of_groups[0][0]].get("2.basis")
         assert basis is None or bool(basis.any())
-
-
-@pytest.fixture
-def blind_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an accelerator: the host may not look, and learns of it one step later."""
-    monkeypatch.setattr(skipping, "host_may_look", lambda device: False)
 
 
 @pytest.mark.usefixtures("blind_host")

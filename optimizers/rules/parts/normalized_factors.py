@@ -41,4 +41,5 @@ def normalized_rows(b: MatrixBatch, factor: Tensor) -> Tensor:
 def normalized_elements(b: MatrixBatch, factor: Tensor) -> Tensor:
     """Advance the second moment of each element by a factor (b, m, n), and return the factor over its root plus ε."""
     second = b.blend("second_moment", factor.square(), b.options["beta2"], 1.0 - b.options["beta2"])
-    return factor / second.sqrt().add_(b.options["eps"])
+    denominator = second.sqrt().add_(b.options["eps"])
+    return torch.div(factor, denominator, out=denominator)
