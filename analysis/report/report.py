@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from analysis import formatting
 from analysis.comparison import results_table
 from analysis.comparison.document import Document, judge_folder, to_json
 from analysis.pages import matplotlib_figures, screenshot
@@ -205,7 +206,7 @@ def _print_tables(document: Document, written: WrittenReport) -> None:
         for warning in severe:
             console.print(cell(f"! {warning.message}", "red"))
         if notes := len(judged.warnings) - len(severe):
-            console.print(cell(f"{notes} more notes are in the report", "dim"))
+            console.print(cell(f"In the report: {formatting.plural(notes, 'more note')}", "dim"))
     if len(document.sets) != 1:
         console.print()
         console.print(cell(document.sentence, "bold"))

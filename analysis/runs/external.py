@@ -159,7 +159,7 @@ def _file_notes(keys: Iterable[str], complaints: list[str]) -> list[str]:
         more = f" and {len(other) - 8} more" if len(other) > 8 else ""
         notes.append(f"unused columns: {', '.join(other[:8])}{more}")
     if complaints:
-        more = f"; {len(complaints) - 4} more such lines" if len(complaints) > 4 else ""
+        more = f"; {formatting.plural(len(complaints) - 4, 'more such line')}" if len(complaints) > 4 else ""
         notes.append(f"{'; '.join(complaints[:4])}{more}")
     return notes
 

@@ -198,7 +198,7 @@ def _rows(runs: Sequence[Prepared], kept: dict[Path, list[str]]) -> list[GridRow
 def _say_cost(tuning: Tuning, study: Study, request: SubmitRequest) -> None:
     config = tuning.trials[0].run.config
     fresh = len(study.plan.arms) * len(study.plan.seeds)
-    added = f", at most {study.extend * len(study.plan.arms)} more trials" if study.extend else ""
+    added = f", at most {plural(study.extend * len(study.plan.arms), 'more trial')}" if study.extend else ""
     tokens = config.steps * config.batch_size * config.seq_len
     runs = len(tuning.trials) + fresh
     request.say(

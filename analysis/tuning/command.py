@@ -95,7 +95,7 @@ def _print_plan(study: arguments.Study, tuning: Tuning) -> None:
     text_tables.print_table(tuning_report.trial_table(arms), sys.stdout)
     total = runs["trials"] + fresh
     seeds = formatting.listing([str(seed) for seed in study.plan.seeds])
-    added = f", and up to {runs['at_most_added']} more trials" if study.extend else ""
+    added = f", and up to {formatting.plural(runs['at_most_added'], 'more trial')}" if study.extend else ""
     print(f"{runs['trials']} trials (seed {study.seed}) and {fresh} runs on fresh seeds {seeds}{added}")
     each, all_tokens = formatting.count(tokens), formatting.count(total * tokens)
     print(f"{total} runs of {config.steps} steps, {each} tokens each: {all_tokens} tokens")

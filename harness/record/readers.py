@@ -343,7 +343,9 @@ def parameters(folder: Path) -> tuple[list[Parameter], list[str]]:
     wrong: list[str] = []
     parameters = [validated(entry, Parameter, path.name, wrong) for entry in kept]
     if wrong:
-        problems.append(wrong[0] if len(wrong) == 1 else f"{wrong[0]} (and in {len(wrong) - 1} more entries)")
+        more = len(wrong) - 1
+        others = f" (and in {more} more {'entry' if more == 1 else 'entries'})" if more else ""
+        problems.append(f"{wrong[0]}{others}")
     return parameters, problems
 
 
