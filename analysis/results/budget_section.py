@@ -10,7 +10,7 @@ import numpy as np
 
 from analysis.comparison import statistics
 from analysis.comparison.sets import ComparisonSet
-from analysis.formatting import listing
+from analysis.formatting import listing, plural
 from analysis.results import study_section, study_summary
 from analysis.results.markdown import fixed, render, table
 
@@ -99,12 +99,13 @@ def orders(sets: Sequence[ComparisonSet]) -> list[Order]:
 
 
 def _verdict(found: Sequence[Order], budgets: Sequence[str]) -> str:
-    reversed_ = [f"{order.arms[0]} and {order.arms[1]}" for order in found if order.is_reversed]
+    reversed_ = [f"{order.arms[0]} – {order.arms[1]}" for order in found if order.is_reversed]
     kept = sum(order.is_kept for order in found)
     between = f"between {budgets[0]} and {budgets[-1]} tokens per parameter"
     if len(budgets) < 2:
         return "One budget is measured: nothing is said about others."
-    rest = f"{kept} of {len(found)} pairs keep their order at every budget, the others are open."
+    still_open = len(found) - kept - len(reversed_)
+    rest = f"Of {plural(len(found), 'pair')}, {kept} keep their order at every budget, and {still_open} are open."
     if reversed_:
         return f"The order reverses {between} for {listing(reversed_)}. {rest}"
     return f"No pair of optimizers is shown to change its order {between}. {rest}"

@@ -132,7 +132,8 @@ def test_an_order_that_reverses_with_the_budget_is_named(tmp_path: Path) -> None
     study(tmp_path / "runs", "budget_1", short, steps=20)
     study(tmp_path / "runs", "budget_20", {"adamw": 3.0, "sumo": 3.2, "galore": 3.3}, steps=80)
     text = page(tmp_path / "runs", tmp_path)
-    assert "The order reverses between 0.031 and 0.12 tokens per parameter for adamw and sumo." in text
+    assert "The order reverses between 0.031 and 0.12 tokens per parameter for adamw – sumo." in text
+    assert "Of 3 pairs, 2 keep their order at every budget, and 0 are open." in " ".join(text.split())
     assert row(text, "adamw − sumo")[3] == "reverses"
     assert row(text, "sumo − galore")[3] == "is kept"
     assert "## Over several workloads" in text
