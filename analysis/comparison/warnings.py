@@ -11,6 +11,7 @@ from analysis.comparison.sets import Arm, ComparisonSet, unequal_budgets, unstat
 from analysis.formatting import grouped, listing, p_value, plural, significant
 from analysis.formatting import loss as loss_text
 from analysis.runs.measure import FRACTION
+from analysis.runs.reading import number
 from analysis.runs.run import LoadedRun
 from harness.tasks.metrics import constant_prediction
 
@@ -19,6 +20,8 @@ COMPUTE_OPTIMAL = 20
 TUNED, UNTUNED, GIVEN = "tuned default", "untuned default", "given"
 ELSEWHERE = "default tuned at another size"
 
+AUX_RATES = 10
+"""Ratio of the rates of embeddings and head above which a comparison says so: more than three doublings of a ladder."""
 SAME_METRIC = 1e-6
 """Largest difference between a metric as recorded and as recomputed: both are sums in fp64 of the same examples."""
 
@@ -42,7 +45,7 @@ def find_warnings(comparison: ComparisonSet) -> list[ReportWarning]:
     """Return all warnings of one set, severe ones first."""
     checks = (
         _seeds, _budgets, _unfinished, _resumes, _entropy, _undertrained, _epochs,
-        _learning_rates, _tuning, _examples, _certificates, _machines, _external, _steps, _records,
+        _learning_rates, _aux_rates, _tuning, _examples, _certificates, _machines, _external, _steps, _records,
     )  # fmt: skip
     warnings = [warning for check in checks for warning in check(comparison)]
     return sorted(warnings, key=lambda warning: not warning.severe)
@@ -176,6 +179,27 @@ def _learning_rates(comparison: ComparisonSet) -> Iterable[ReportWarning]:
     if len(parts) > 1:
         text = f"Unequal tuning of the learning rate: {'; '.join(parts)}."
         yield ReportWarning("unequal_tuning", text)
+
+
+def _aux_rates(comparison: ComparisonSet) -> Iterable[ReportWarning]:
+    rates: dict[str, float] = {}
+    for arm in comparison.arms:
+        options = arm.runs[0].optimizer_config
+        # Only rules of matrices have the option; without a value it follows lr.
+        if "aux_lr" in options:
+            rate = number(options["aux_lr"] if options["aux_lr"] is not None else options.get("lr"))
+            if math.isfinite(rate) and rate > 0:
+                rates[arm.label] = rate
+    if not rates:
+        return
+    low, high = min(rates, key=lambda arm: rates[arm]), max(rates, key=lambda arm: rates[arm])
+    if rates[high] > AUX_RATES * rates[low]:
+        text = (
+            f"Embeddings, head and vectors have AdamW's rate {significant(rates[low])} with {low} and "
+            f"{significant(rates[high])} with {high} (aux_lr): in a small model this decides more than the rule. "
+            "Tune it, or give all the same."
+        )
+        yield ReportWarning("aux_rates", text)
 
 
 def _tuning(comparison: ComparisonSet) -> Iterable[ReportWarning]:

@@ -305,21 +305,18 @@ def _points(study: Study, arm: ArmSpec) -> list[Values]:
 
 
 def _centre(study: Study, arm: ArmSpec) -> dict[str, float]:
-    """Return the default learning rate, and the ``aux_lr`` that belongs to it."""
-    rate, aux = _rates(study, arm, {})
-    # A matrix rule's default may include an aux_lr that an explicit lr drops: the ladder would not be centred on it.
-    without = _rates(study, arm, {"lr": space.spelled(rate)})[1]
-    return {"lr": rate, **({"aux_lr": aux} if aux is not None and aux != without else {})}
+    """Return the learning rates of an arm, as given or by default: ``lr``, and ``aux_lr`` unless it follows ``lr``.
 
-
-def _rates(study: Study, arm: ArmSpec, values: Values) -> tuple[float, float | None]:
-    """Return learning rate and ``aux_lr`` of the arm with these options set, after defaults."""
-    config = compose.load([*study.plan.shared, *with_values(arm, values).overrides])
+    Both move: a ladder that left the rate of embeddings and head where it is would tune half of one arm, and all of
+    another.
+    """
+    config = compose.load([*study.plan.shared, *arm.overrides])
     # Of whichever machine, because only the rates are read; without what only GPUs have.
     config = config.model_copy(update={"tf32": False, "memory_snapshot": False})
     optimizer = checks.check(config, devices=0).optimizer
     assert optimizer.lr is not None
-    return optimizer.lr, optimizer.options.get("aux_lr")
+    aux = optimizer.options.get("aux_lr")
+    return {"lr": optimizer.lr, **({} if aux is None else {"aux_lr": aux})}
 
 
 def read_trial(trial: PlannedTrial, *, by_metric: bool = False) -> Trial:

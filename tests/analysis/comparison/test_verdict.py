@@ -177,6 +177,25 @@ def test_unequal_care_for_learning_rates_is_said(
     assert found == ([f"Unequal tuning of the learning rate: {said}."] if said else [])
 
 
+@pytest.mark.parametrize(
+    ("own", "rate"),
+    [
+        ({"aux_lr": 0.0003}, "0.000300"),
+        ({"aux_lr": None, "lr": 0.001}, "0.00100"),  # without a rate of their own they take the rule's
+        ({"aux_lr": 0.002}, None),  # control: within a ladder
+        ({}, None),  # control: AdamW has one rate for all
+    ],
+)
+def test_far_rates_of_embeddings_and_head_are_said(
+    tmp_path: Path, own: dict[str, Any], rate: str | None
+) -> None:
+    synthetic.group(tmp_path, ["sumo"], options={"aux_lr": 0.016})
+    synthetic.group(tmp_path, ["muon"], options=own)
+    found = [c.message for c in find_warnings(only(tmp_path)) if c.code == "aux_rates"]
+    said = f"have AdamW's rate {rate} with muon and 0.0160 with sumo (aux_lr)"
+    assert [said in message for message in found] == ([True] if rate else [])
+
+
 def attempts(folder: Path, *first_steps: int) -> None:
     path = folder / "status.json"
     entries = [{"first_step": step, "state": "finished"} for step in first_steps]

@@ -201,6 +201,17 @@ def test_a_third_optimizer_joins_later(
         assert ratio == pytest.approx(default.aux_lr / default.lr, rel=1e-5)
 
 
+def test_a_given_rate_of_embeddings_moves_with_the_ladder(
+    launcher: Launcher, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    middles = ["sumo.lr=0.016", "muon.lr=0.02", "muon.aux_lr=0.005"]
+    document = sweep(["muon", *words[1:-2], *middles, "extend=0"], capsys)
+    tried = [trial["values"] for trial in arms_of(document)["muon"]["trials"]]
+    assert tried == [{"lr": rate, "aux_lr": rate / 4} for rate in (0.02, 0.01, 0.04)]
+    # Control: sumo's lr is given alone, and embeddings follow it.
+    assert all(trial["values"].keys() == {"lr"} for trial in arms_of(document)["sumo"]["trials"])
+
+
 def test_runs_on_the_seed_of_the_trials_are_said(
     launcher: Launcher, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
