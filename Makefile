@@ -119,7 +119,7 @@ reconstruct: setup ## reconstruct training images from weights: a network in clo
 	$(BIN)/optbench reconstruct mode=fixture out=runs/reconstruction/fixture
 	$(BIN)/optbench reconstruct experiment=reconstruct_digits out=runs/reconstruction/digits
 
-memorization: setup ## train AdamW, Muon, GaLore and SUMO at three ranks on text with canaries, tuned alike, six seeds; compare what they memorize (1.4 CPU hours, 5 GB; resumable)
+memorization: setup ## train AdamW, Muon, GaLore and SUMO at three ranks on text with canaries, tuned alike, six seeds; compare what they memorize (1.6 CPU hours, 5 GB; resumable)
 	$(BIN)/optbench sweep study=memorization group=memorization
 	$(BIN)/optbench memorize runs/memorization
 
