@@ -69,8 +69,8 @@ def test_soap_trains(corpus: Path, tmp_path: Path) -> None:
 # The gradient of the 512 embeddings has rank 32: in the 480 empty directions an eigenbasis is arbitrary, and Adam in it
 # makes full steps out of rounding (two equal runs then end 0.8 apart; 0.07 where only a renewed basis reorders its
 # columns). How much depends on the CPU: with sides up to 64 the runs end 7e-5 apart on one, 0.4 on another (AMX),
-# with sides up to 32 still 0.025. So only sides up to 16 have a basis here: this test is of what two processes hand to a
-# plug-in, and `test_soap_trains` of its bases.
+# with sides up to 32 still 0.025. So only sides up to 16 have a basis here: this test is of what two processes
+# hand to a plug-in, and `test_soap_trains` of its bases.
 STABLE = ("optimizer.max_precondition_dim=16", "optimizer.precondition_frequency=100")
 TOLERANCE = 1e-3
 
