@@ -90,6 +90,7 @@ bench: setup ## measure the ratios of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.harness_overhead optimizer=adamw
 	$(BIN)/python -m benchmarks.harness_overhead optimizer=sumo
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.step_mask
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.layouts
