@@ -159,9 +159,14 @@ def _wait_for_step(folder: Path, process: subprocess.Popen[bytes], log: Path) ->
 
 
 def _rank(launcher: int, rank: int) -> psutil.Process:
-    """Return the process of a rank below a launcher."""
+    """Return the process of a rank below a launcher.
+
+    Raises:
+        LookupError: there is none.
+    """
     for child in psutil.Process(launcher).children(recursive=True):
-        if child.environ().get("RANK") == str(rank):
+        # A fork keeps its server's environment in /proc, and has the rank in its name (`harness.jobs.fork_server`).
+        if child.name() == f"optbench-rank{rank}" or child.environ().get("RANK") == str(rank):
             return child
     raise LookupError(f"no process of rank {rank}")
 
