@@ -114,7 +114,8 @@ def half(step: int, named: dict[str, nn.Parameter]) -> None:
 def test_a_defect_leaves_at_its_step_and_parameter(
     rule: str, wrong: dict[str, object], step: int, parameters: set[str]
 ) -> None:
-    verdict = judge(run(rule), twins(rule), train(rule, 77, **wrong))  # pyright: ignore[reportArgumentType]
+    # With eight twins the smallest p-value depends on the CPU: 2e-3 for Muon on one, where twelve give 1e-4.
+    verdict = judge(run(rule), twins(rule, 12), train(rule, 77, **wrong))  # pyright: ignore[reportArgumentType]
     assert not verdict.inside
     assert verdict.p_value < 1e-3
     assert verdict.first_step == step
