@@ -158,19 +158,27 @@ def _odd_polynomials(
         x = (x.mT if m > n else x).to(dtype)
         if safety > 0.0:
             x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) * safety).clamp_min(eps)
-        emulated = _emulates(x)
-        x = x.float() if emulated else x
-        for i in range(0, len(coefficients), 3):
-            a, b, c = coefficients[i : i + 3]
-            gram = _rounded(torch.bmm(x, x.mT), dtype, emulated)
-            if c != 0.0:
-                gram = _rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), dtype, emulated)
-            x = torch.baddbmm(x, gram, x, beta=a, alpha=1.0 if c != 0.0 else b)
-            x = _rounded(x, dtype, emulated)
-        x = x.mT if m > n else x
-        result = x.to(matrix.dtype).contiguous().view(matrix.shape)
-        # An operator may not return its argument, which is what no step and no scaling would leave.
-        return result if coefficients else result.clone()
+        result = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+        # A CPU takes one matrix after the other, which stays in its cache for all steps; a GPU wants few launches.
+        size = 1 if x.device.type == "cpu" else max(1, len(x))
+        for slot, part in zip(flattened(result).split(size), x.split(size)):
+            factor = _iterate(part, coefficients)
+            slot.copy_(factor.mT if m > n else factor)
+        return result
+
+
+def _iterate(x: Tensor, coefficients: list[float]) -> Tensor:
+    """Apply the polynomials to matrices (b, m, n) that are scaled; products round to the dtype of x."""
+    dtype, emulated = x.dtype, _emulates(x)
+    x = x.float() if emulated else x
+    for i in range(0, len(coefficients), 3):
+        a, b, c = coefficients[i : i + 3]
+        gram = _rounded(torch.bmm(x, x.mT), dtype, emulated)
+        if c != 0.0:
+            gram = _rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), dtype, emulated)
+        x = torch.baddbmm(x, gram, x, beta=a, alpha=1.0 if c != 0.0 else b)
+        x = _rounded(x, dtype, emulated)
+    return x
 
 
 def _emulates(x: Tensor) -> bool:

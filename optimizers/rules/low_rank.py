@@ -175,17 +175,28 @@ class ComposedOptions(ScaledOrthogonalOptions, AdamOptions, LowRankOptions):
         Raises:
             OptionError: naming the option.
         """
-        for is_wrong, key, reason, nearest in _meaningless(values):
+        for is_wrong, key, reason, nearest in _conflicts(values):
             if is_wrong:
                 raise OptionError(key, option_word(values[key]), reason, nearest)
 
 
-def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, ...]]]:
-    """Return (applies, option, reason, what is nearest) of everything that would mean nothing."""
-    inner, basis, residual = v["inner"], v["basis"], v["residual"]
-    scaling, feedback, transport = v["gradient_scaling"], v["error_feedback"], v["transport"]
-    limit, target = v["norm_growth_limit"], v["norm_growth_target"]
-    limits = limit is not None
+Conflict = tuple[bool, str, str, tuple[str, ...]]
+"""(applies, option, reason, what is nearest) of a combination that would mean nothing."""
+
+
+def _conflicts(v: Mapping[str, Any]) -> list[Conflict]:
+    """Return what can be without a meaning, in the order in which it is refused."""
+    return [
+        *_residual_conflicts(v),
+        *_scaling_conflicts(v),
+        *_basis_conflicts(v),
+        *_feedback_conflicts(v),
+        *_growth_conflicts(v),
+    ]
+
+
+def _residual_conflicts(v: Mapping[str, Any]) -> list[Conflict]:
+    inner, residual, transport = v["inner"], v["residual"], v["transport"]
     return [
         (
             residual == "scaled" and inner != "adam",
@@ -217,6 +228,12 @@ def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, 
             "carries a moment over, and with residual=unbiased each period starts with a new one",
             ("false",),
         ),
+    ]
+
+
+def _scaling_conflicts(v: Mapping[str, Any]) -> list[Conflict]:
+    inner, residual, scaling = v["inner"], v["residual"], v["gradient_scaling"]
+    return [
         (
             scaling != "none" and inner != "adam",
             "gradient_scaling",
@@ -229,6 +246,12 @@ def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, 
             f"is part of the whole gradient already, which gradient_scaling={scaling} steps along",
             ("drop",),
         ),
+    ]
+
+
+def _basis_conflicts(v: Mapping[str, Any]) -> list[Conflict]:
+    inner, basis, scaling, transport = v["inner"], v["basis"], v["gradient_scaling"], v["transport"]
+    return [
         (
             basis == "gaussian" and scaling == "none",
             "basis",
@@ -253,6 +276,18 @@ def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, 
             f"carries Adam's two moments, and inner={inner} has one",
             ("true",),
         ),
+    ]
+
+
+def _feedback_conflicts(v: Mapping[str, Any]) -> list[Conflict]:
+    inner, residual, scaling, feedback, transport = (
+        v["inner"],
+        v["residual"],
+        v["gradient_scaling"],
+        v["error_feedback"],
+        v["transport"],
+    )
+    return [
         (
             bool(feedback) and (residual != "drop" or scaling != "none"),
             "error_feedback",
@@ -265,6 +300,18 @@ def _meaningless(v: Mapping[str, Any]) -> list[tuple[bool, str, str, tuple[str, 
             "corrects what Adam's first moment loses when it is carried over",
             ("gradient", "generalized with inner=adam and transport=projection_aware"),
         ),
+    ]
+
+
+def _growth_conflicts(v: Mapping[str, Any]) -> list[Conflict]:
+    inner, residual, scaling, target = (
+        v["inner"],
+        v["residual"],
+        v["gradient_scaling"],
+        v["norm_growth_target"],
+    )
+    limits = v["norm_growth_limit"] is not None
+    return [
         (
             limits and target == "residual" and (residual == "drop" or v["residual_scale"] == 0),
             "norm_growth_target",
