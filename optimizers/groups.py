@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -92,8 +92,8 @@ def prepare(
     """
     overrides = {key: value for key, value in user_group.items() if key not in _PLAIN_KEYS}
     forced = user_group.get("rule") == "adamw"
-    if forced and "aux_lr" in base:
-        own_names = {name: key for key, name in _AUX.items()}
+    if forced:
+        own_names = {name: key for key, name in _AUX.items() if key in base}
         overrides = {own_names.get(key, key): value for key, value in overrides.items()}
     options = resolve(preset_name, overrides, base)
     for name, parameter in pairs:
@@ -115,12 +115,8 @@ def prepare(
         rank_limit_check(options, [(block.name, block.shape) for r in trained for block in r.blocks])
     extra = {"initial_lr": user_group["initial_lr"]} if "initial_lr" in user_group else {}
     prepared = []
-    for kind in dict.fromkeys((rule, "adamw")):
-        kept_routes = [r for r in routes if r.rule == kind]
-        if not kept_routes:
-            continue
+    for kind, kept_routes, values in _parts(rule, routes, options, forced):
         scheduled = bool(user_group.get("scheduled", True))
-        values = adamw_options(options) if kind == "adamw" else matrix_options(options)
         # It has chosen; the group holds what it chose.
         values.pop("matrix_modules", None)
         if kind == "adamw" and values.pop("scheduled", True) is False:
@@ -141,27 +137,51 @@ def prepare(
     return prepared
 
 
+def _parts(
+    rule: str, routes: Sequence[Route], options: Mapping[str, Any], forced: bool
+) -> Iterator[tuple[str, list[Route], dict[str, Any]]]:
+    """Yield the rule, the parameters and the options of each group that is not empty, hidden matrices first.
+
+    The preset adamw is one group, or two with an `aux_lr` of its own.
+    """
+
+    def is_hidden(found: Route) -> bool:
+        if rule != "adamw":
+            return found.rule == rule
+        return not forced and (options["aux_lr"] is None or bool(found.blocks))
+
+    hidden = [r for r in routes if is_hidden(r)]
+    others = [r for r in routes if not is_hidden(r)]
+    if hidden:
+        yield rule, hidden, matrix_options(options)
+    if others:
+        yield "adamw", others, adamw_options(options)
+
+
 def rule_name(preset_name: str) -> str:
     """Return the name of a preset's matrix rule; that of a plug-in is its entry point's."""
     return PRESETS[preset_name].rule if preset_name in PRESETS else preset_name
 
 
 def matrix_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options without those of the AdamW group."""
-    return {key: value for key, value in options.items() if not key.startswith("aux_")}
+    """Return the options of the hidden matrices' group: all but those of the AdamW next to it."""
+    values = {key: value for key, value in options.items() if not key.startswith("aux_")}
+    # AdamW's own group says what the one next to a matrix rule may choose.
+    return values if "aux_betas" in options else {**values, "eps_form": "corrected"}
 
 
 def adamw_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the AdamW group next to a matrix rule; for the preset adamw, its own."""
-    if "aux_lr" not in options:
-        return {**options, "eps_form": "corrected"}
-    values = {name: options[key] for key, name in _AUX.items()}
-    if values["lr"] is None:
-        values["lr"] = options["lr"]
+    """Return the options of the AdamW group next to the hidden matrices; with the preset adamw, all but its rate."""
+    lr = options["lr"] if options["aux_lr"] is None else options["aux_lr"]
+    if "aux_betas" not in options:
+        return {**matrix_options(options), "lr": lr}
     # The public SUMO and GaLore codes add eps before bias correction; it is part of what their presets
     # reproduce.
-    values["eps_form"] = options["aux_eps_form"]
-    return values
+    return {
+        **{name: options[key] for key, name in _AUX.items()},
+        "lr": lr,
+        "eps_form": options["aux_eps_form"],
+    }
 
 
 def require_matrices(preset_name: str, routes: Iterable[Route], options: Mapping[str, Any]) -> None:

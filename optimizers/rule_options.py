@@ -92,7 +92,19 @@ class CommonOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixOptions(CommonOptions):
+class AuxRateOptions(CommonOptions):
+    """What every optimizer takes that has a learning rate for hidden matrices and one for the rest."""
+
+    aux_lr: float | None = option(
+        None,
+        "learning rate of AdamW on what is no hidden matrix (embeddings, output head, norms, biases); null: the same "
+        "as lr",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixOptions(AuxRateOptions):
     """What every matrix rule takes, also one of another package: its scale, and the AdamW of the other parameters."""
 
     alpha: float = option(
@@ -111,9 +123,6 @@ class MatrixOptions(CommonOptions):
         None,
         "hidden matrices that take the rule, by parts of their modules' names (the others take AdamW): a list such as "
         "[query, key, intermediate.dense], or sumo_glue (the choice of SUMO's public script); null or all: all of them",
-    )
-    aux_lr: float | None = option(
-        None, "learning rate of AdamW on what takes no matrix rule; null: the same as lr", minimum=0
     )
     aux_scheduled: bool = option(True, "a scheduler moves aux_lr too")
     aux_betas: tuple[float, float] = option((0.9, 0.95), "betas of that AdamW")

@@ -185,9 +185,9 @@ def _aux_rates(comparison: ComparisonSet) -> Iterable[ReportWarning]:
     rates: dict[str, float] = {}
     for arm in comparison.arms:
         options = arm.runs[0].optimizer_config
-        # Only rules of matrices have the option; without a value it follows lr.
-        if "aux_lr" in options:
-            rate = number(options["aux_lr"] if options["aux_lr"] is not None else options.get("lr"))
+        # Without a value it follows lr. Records of AdamW from before it had the option have one rate for all.
+        if "aux_lr" in options or arm.optimizer == "adamw":
+            rate = number(options["aux_lr"] if options.get("aux_lr") is not None else options.get("lr"))
             if math.isfinite(rate) and rate > 0:
                 rates[arm.label] = rate
     if not rates:

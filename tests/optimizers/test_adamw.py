@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimizers
+from optimizers import presets
 from optimizers.reference import AdamW
 from optimizers.rounding import Rounding, compensated, rounded
 from optimizers.rules.parts import adamw_kernels
@@ -220,3 +221,48 @@ def test_temporaries_of_half_parameters_are_bounded(monkeypatch: pytest.MonkeyPa
     with Operators() as counted:
         adamw_kernels.step([weight], [gradient], [state], settings, ["w"], None)
     assert counted.largest == 512
+
+
+def test_a_second_rate_for_what_is_no_hidden_matrix_is_torch_s_with_two_groups() -> None:
+    """Parameters without names: the matrix is hidden, the vector and the 3-D tensor are not."""
+    ours, theirs, one_rate = parameters(), parameters(), parameters()
+    step_all(optimizers.AdamW(ours, lr=3e-3, aux_lr=2e-2), ours)
+    groups = [{"params": theirs[:1]}, {"params": theirs[1:], "lr": 2e-2}]
+    step_all(torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True), theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    # Negative control: with one rate the matrix agrees, and the others do not.
+    step_all(optimizers.AdamW(one_rate, lr=3e-3), one_rate)
+    assert [torch.equal(a, b) for a, b in zip(one_rate, theirs)] == [True, False, False]
+
+
+def test_embeddings_head_and_vectors_take_the_second_rate() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(7, 6), torch.nn.Linear(6, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 5)
+    )
+    named = list(model.named_parameters())
+    optimizer = optimizers.build("adamw", named, modules=model, lr=0.01, aux_lr=0.04, weight_decay=0.3)
+    hidden, others = optimizer.param_groups
+    assert (hidden["lr"], others["lr"]) == (0.01, 0.04)
+    assert hidden["param_names"] == ["1.weight", "3.weight"]
+    assert set(others["param_names"]) == {"0.weight", "1.bias", "2.weight", "2.bias", "3.bias"}
+    # Nothing but the rate differs.
+    same = ("betas", "eps", "eps_form", "weight_decay", "rule", "scheduled")
+    assert all(hidden[key] == others[key] for key in same)
+
+
+def test_a_group_that_the_user_gives_to_adamw_takes_the_second_rate_as_under_a_matrix_rule() -> None:
+    first, second, third = parameters(), parameters(), parameters()
+    groups = [{"params": first, "rule": "adamw"}]
+    assert [group["lr"] for group in optimizers.AdamW(groups, lr=0.01, aux_lr=0.04).param_groups] == [0.04]
+    groups = [{"params": second, "rule": "adamw", "lr": 0.5, "betas": (0.1, 0.2)}]
+    (group,) = optimizers.AdamW(groups, lr=0.01, aux_lr=0.04).param_groups
+    assert (group["lr"], group["betas"]) == (0.5, (0.1, 0.2))
+    # Without a second rate there is one group.
+    assert [group["lr"] for group in optimizers.AdamW(third, lr=0.01, aux_lr=None).param_groups] == [0.01]
+
+
+def test_a_run_without_the_second_rate_is_the_run_that_it_was() -> None:
+    without = presets.identifying_options("adamw", presets.resolve("adamw"))
+    assert "aux_lr" not in without
+    given = presets.identifying_options("adamw", presets.resolve("adamw", {"aux_lr": 0.01}))
+    assert given == {**without, "aux_lr": 0.01}

@@ -196,6 +196,25 @@ def test_far_rates_of_embeddings_and_head_are_said(
     assert [said in message for message in found] == ([True] if rate else [])
 
 
+@pytest.mark.parametrize(
+    ("own", "rate"),
+    [
+        ({"lr": 0.001}, "0.00100"),  # recorded before AdamW had a second rate
+        ({"lr": 0.001, "aux_lr": None}, "0.00100"),
+        ({"lr": 0.001, "aux_lr": 0.016}, None),
+        ({"lr": 0.002}, None),
+    ],
+)
+def test_one_rate_of_adamw_far_below_those_of_the_others_is_said(
+    tmp_path: Path, own: dict[str, Any], rate: str | None
+) -> None:
+    synthetic.group(tmp_path, ["sumo"], options={"aux_lr": 0.016})
+    synthetic.group(tmp_path, ["adamw"], options=own)
+    found = [c.message for c in find_warnings(only(tmp_path)) if c.code == "aux_rates"]
+    said = f"have AdamW's rate {rate} with adamw and 0.0160 with sumo (aux_lr)"
+    assert [said in message for message in found] == ([True] if rate else [])
+
+
 def attempts(folder: Path, *first_steps: int) -> None:
     path = folder / "status.json"
     entries = [{"first_step": step, "state": "finished"} for step in first_steps]
