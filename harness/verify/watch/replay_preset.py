@@ -14,22 +14,29 @@ from harness.verify.watch.evidence import Evidence
 from optimizers.routing import Route
 
 
-def replayed(evidence: Evidence, claim: Claim, route: Route | None) -> list[Tensor] | None:
+def replayed(
+    evidence: Evidence, claim: Claim, route: Route | None, dtype: str | None = None
+) -> list[Tensor] | None:
     """Return the change of each update by the claimed preset.
 
     Args:
         evidence: recorded updates of the parameter.
         claim: names the preset and its options.
         route: says which matrices the parameter consists of.
+        dtype: of the iteration that orthogonalizes; None: as claimed.
 
     Returns:
         ΔW of each update; None where the parameter cannot be replayed alone: a projection that only its module can take
-        apart, or state that came from elsewhere.
+        apart, state that came from elsewhere, or a `dtype` for a preset that does not iterate in another one.
     """
     if claim.preset is None or route is None or not route.blocks:
         return None
     pieces = _pieces(evidence.record.name, evidence.all_weights[0], route)
     options = {key: value for key, value in (claim.options or {}).items() if key != "lr"}
+    if dtype is not None:
+        if options.get("orthogonalizer_dtype", dtype) == dtype:
+            return None
+        options["orthogonalizer_dtype"] = dtype
     # With stagger, refreshes depend on all matrices of the model.
     options |= {key: False for key in ("refresh_stagger",) if key in options}
     built: Any = optimizers.build(claim.preset, list(pieces.items()), lr=1.0, **options)
