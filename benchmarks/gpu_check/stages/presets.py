@@ -132,9 +132,14 @@ def read_in_every_step(run_: Run) -> None:
     """Make the AdamW part of a run's optimizer read one number of a weight in every step."""
     optimizer: Any = run_.optimizer
     original = optimizer._step_adamw
+    # AdamW has a second group where embeddings and head have their own rate: one of them reads.
+    reader = next(
+        unit.key for unit in optimizer.units.all() if optimizer.units.group_of(unit).rule == "adamw"
+    )
 
     def reading(unit: Any, active: Any, mask: Any) -> None:
-        float(active[0].detach().flatten()[0])
+        if unit.key == reader:
+            float(active[0].detach().flatten()[0])
         original(unit, active, mask)
 
     optimizer._step_adamw = reading
